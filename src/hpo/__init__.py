@@ -1,0 +1,1 @@
+"""Hyperparameter studies of image classifiers: declare one file, search, compare, use the best."""

@@ -1,0 +1,70 @@
+"""Where a project keeps its studies: one folder `mlruns` with two SQLite files, artifacts, locks and work in progress."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpo.errors import StoreError
+
+
+@dataclass(frozen=True)
+class Home:
+    """The stores of one project. root is the absolute path of its `mlruns` folder.
+
+    storage_url is Optuna's and tracking_uri is MLflow's; the two never share a database (both own `alembic_version`).
+    """
+
+    root: Path
+    storage_url: str
+    tracking_uri: str
+
+    @classmethod
+    def find(cls, home: str | Path | None = None) -> Home:
+        """home, else HPO_HOME, else the working directory; `mlruns` is made inside it by create().
+
+        HPO_STORAGE and MLFLOW_TRACKING_URI replace the embedded SQLite files.
+        """
+        folder = Path(home or os.environ.get("HPO_HOME") or Path.cwd()).expanduser().absolute()
+        root = folder / "mlruns"
+        return cls(
+            root=root,
+            storage_url=os.environ.get("HPO_STORAGE") or f"sqlite:///{root / 'optuna.db'}",
+            tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}",
+        )
+
+    @property
+    def artifacts(self) -> Path:
+        """Artifacts and models of the embedded tracking store, one folder a study."""
+        return self.root / "artifacts"
+
+    @property
+    def work(self) -> Path:
+        """What running trials leave for the tracker; emptied as it is taken up."""
+        return self.root / "work"
+
+    @property
+    def locks(self) -> Path:
+        """Lock files: the system frees them when their process dies, however it dies."""
+        return self.root / "locks"
+
+    @property
+    def embedded(self) -> bool:
+        """Whether MLflow writes to this folder's own SQLite file."""
+        return self.tracking_uri == f"sqlite:///{self.root / 'mlflow.db'}"
+
+    def create(self) -> Home:
+        """Make the folders. Raises StoreError where that is not allowed."""
+        for folder in (self.artifacts, self.work, self.locks):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                probe = folder / f".write-{os.getpid()}"
+                probe.touch()
+                probe.unlink()
+            except OSError as error:
+                raise StoreError(
+                    f"{folder}: cannot be written: {error.strerror}.",
+                    "Choose a folder of your own: --home DIR, or the environment variable HPO_HOME.",
+                ) from None
+        return self

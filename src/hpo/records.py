@@ -1,0 +1,267 @@
+"""Frozen records that pass between the rooms; plain data, importable anywhere in milliseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class TrialState(StrEnum):
+    """How a trial stands. STOPPED is a trial that was interrupted: it does not count and is tried again."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    COMPLETE = "complete"
+    PRUNED = "pruned"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+    @property
+    def finished(self) -> bool:
+        """True for the states that count against a study's budget and are never tried again."""
+        return self in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAILED)
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One pass over the training part, and what the network was worth after it.
+
+    number counts from 1; fold from 0. scores holds train_loss, train_accuracy and, after evaluation, valid_loss,
+    valid_accuracy, valid_balanced_accuracy, valid_macro_f1, valid_macro_auc: losses in nats per image, the rest in [0, 1].
+    """
+
+    number: int
+    scores: Mapping[str, float]
+    learning_rate: float
+    seconds: float
+    fold: int = 0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What Optuna wants tried next.
+
+    number is Optuna's; ordinal is the place in the study's own sequence (a retried candidate keeps the ordinal of its
+    first try, so that a resumed study asks for the same candidates as an unbroken one). parameters maps dotted paths of
+    the spec to values. seed in [0, 2**31) drives initialisation, data order and dropout.
+    """
+
+    number: int
+    ordinal: int
+    parameters: Mapping[str, Any]
+    seed: int
+    attempt: int = 1
+    stage: str | None = None
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """How one candidate ended.
+
+    value is the objective at the best epoch (None unless complete or pruned); best_epoch counts from 1 (0: none was
+    finished). scores are those of the best epoch; with folds, their means. confusion is (true class, predicted class)
+    counts on the validation part. folder is where the worker left weights and validation probabilities, or "".
+    settings are what the machine decided rather than the spec: device, precision, layout, threads.
+    """
+
+    number: int
+    state: TrialState
+    value: float | None = None
+    best_epoch: int = 0
+    epochs: tuple[Epoch, ...] = ()
+    scores: Mapping[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    parameter_count: int = 0
+    confusion: tuple[tuple[int, ...], ...] = ()
+    settings: Mapping[str, str] = field(default_factory=dict)
+    reason: str = ""
+    traceback: str = ""
+    folder: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of JSON types; from_json takes it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TrialResult:
+        """The record that to_json wrote; keys of other versions are ignored."""
+        known = {key: value for key, value in data.items() if key in cls.__dataclass_fields__}
+        known["state"] = TrialState(known["state"])
+        known["epochs"] = tuple(Epoch(**epoch) for epoch in known.get("epochs", ()))
+        known["confusion"] = tuple(tuple(row) for row in known.get("confusion", ()))
+        return cls(**known)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial as the study storage holds it: what was asked, how it stands, what came out.
+
+    run_seconds is the wall time from ask to tell; started is seconds since the epoch (0.0 while waiting).
+    """
+
+    candidate: Candidate
+    state: TrialState
+    result: TrialResult | None = None
+    started: float = 0.0
+    run_seconds: float = 0.0
+    worker: str = ""
+
+    @property
+    def number(self) -> int:
+        """Optuna's trial number."""
+        return self.candidate.number
+
+    @property
+    def value(self) -> float | None:
+        """The objective, once there is one."""
+        return self.result.value if self.result else None
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """A study as its storage holds it. name is the study's; generation counts from 1, one more for each --fresh."""
+
+    name: str
+    generation: int
+    direction: str
+    objective: str
+    trials: tuple[Trial, ...] = ()
+    spec: Mapping[str, Any] = field(default_factory=dict)
+    data_digest: str = ""
+    created: float = 0.0
+
+    @property
+    def title(self) -> str:
+        """The name under which storage and tracking know this generation: name, name~2, name~3, ..."""
+        return self.name if self.generation == 1 else f"{self.name}~{self.generation}"
+
+    @property
+    def best(self) -> Trial | None:
+        """The complete trial with the best objective; the earlier one where two are equal."""
+        ranked = self.ranked()
+        return ranked[0] if ranked else None
+
+    def ranked(self) -> list[Trial]:
+        """Complete trials, best first; the earlier one where two are equal."""
+        sign = -1.0 if self.direction == "maximize" else 1.0
+        done = [trial for trial in self.trials if trial.state is TrialState.COMPLETE and trial.value is not None]
+        return sorted(done, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
+
+    def count(self, *states: TrialState) -> int:
+        """How many trials stand in one of these states."""
+        return sum(trial.state in states for trial in self.trials)
+
+
+@dataclass(frozen=True)
+class DataCard:
+    """A data set as prepared on disk, without its pixels: all that rooms other than learn need to know.
+
+    folder holds development_images.npy (n, height, width, channels) uint8 and development_labels.npy (n,) int64: all
+    images that a trial may see, an official training part first and an official validation part from row valid_start
+    (None: the data set has none). The test part lies in test_folder, which no trial is given.
+    image_shape is (height, width, channels). digest is "sha256:..." over pixels and labels of all parts.
+    official says whether the bytes had the publisher's checksum.
+    """
+
+    name: str
+    folder: str
+    test_folder: str
+    digest: str
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    development_count: int
+    test_count: int
+    valid_start: int | None
+    official: bool
+    source: str
+    licence: str = ""
+    citation: str = ""
+
+
+@dataclass(frozen=True)
+class SplitCard:
+    """How many images each part holds, and the share of each class in it.
+
+    shares maps train, valid and test to one share in [0, 1] per class, in the order of the data set's class names.
+    """
+
+    counts: Mapping[str, int]
+    shares: Mapping[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """One version in the registry. model_uri loads it; scores are validation and, once opened, test scores."""
+
+    name: str
+    version: int
+    aliases: tuple[str, ...]
+    run_id: str
+    model_uri: str
+    study: str
+    trial: int
+    scores: Mapping[str, float] = field(default_factory=dict)
+    created: float = 0.0
+
+
+# What a running study tells whoever watches it, in order. The terminal draws them; --json prints them.
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something worth a line: a download under way, a decision, a warning. total 0: no measure of progress."""
+
+    text: str
+    done: int = 0
+    total: int = 0
+
+
+@dataclass(frozen=True)
+class StudyOpened:
+    """The study is ready to hand out trials. budget is the study's total; finished counts those done before."""
+
+    study: StudyResult
+    data: DataCard
+    split: SplitCard
+    budget: int
+    finished: int
+    workers: int
+    device: str
+
+
+@dataclass(frozen=True)
+class TrialStarted:
+    """A worker has the candidate."""
+
+    candidate: Candidate
+    worker: str
+
+
+@dataclass(frozen=True)
+class EpochEnded:
+    """One more epoch of a running trial."""
+
+    number: int
+    epoch: Epoch
+
+
+@dataclass(frozen=True)
+class TrialEnded:
+    """A trial is over and told to Optuna."""
+
+    result: TrialResult
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class StudyEnded:
+    """The run is over. reason is budget, exhausted, timeout or interrupted; model is the registered challenger."""
+
+    study: StudyResult
+    reason: str
+    model: ModelVersion | None = None
+
+
+Event = Notice | StudyOpened | TrialStarted | EpochEnded | TrialEnded | StudyEnded

@@ -1,0 +1,1 @@
+"""What the user declares: one YAML file a study, validated before anything runs."""

@@ -1,0 +1,216 @@
+"""A study's name or path, and overrides of its places, to a validated StudySpec."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from hpo.errors import SpecError
+from hpo.spec.study import StudySpec, set_place
+
+_SHIPPED = (
+    Path(__file__).parents[1] / "_studies",  # in a wheel
+    Path(__file__).parents[3] / "studies",  # in a checkout
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice and reads 1e-3 as a number."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)  # type: ignore[no-untyped-call]
+        if not isinstance(key, str):
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+# YAML 1.1, which PyYAML follows, wants a dot in the mantissa and a sign in the exponent: 1e-3 would be text.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def study_files() -> dict[str, Path]:
+    """Name -> file of every study at hand: `studies/` of the working directory first, then those that ship."""
+    found: dict[str, Path] = {}
+    for folder in (Path.cwd() / "studies", *_SHIPPED):
+        if folder.is_dir():
+            for path in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")]):
+                found.setdefault(path.stem, path)
+    return found
+
+
+def find_study(study: str | Path) -> Path:
+    """The file of a study given by name, or by a path that ends in .yaml or .yml. Raises SpecError."""
+    text = str(study)
+    if text.endswith((".yaml", ".yml")):
+        path = Path(text).expanduser()
+        if not path.is_file():
+            raise SpecError(f"{text}: no such file.", "Check the path, or list the studies that ship: hpo studies")
+        return path
+    found = study_files()
+    if text not in found:
+        close = difflib.get_close_matches(text, found, n=1)
+        hint = f"Did you mean {close[0]}?" if close else "List what there is: hpo studies"
+        raise SpecError(
+            f"there is no study named {text!r}.", f"{hint} A file of your own: give its path, ending in .yaml"
+        )
+    return found[text]
+
+
+def load_study(study: str | Path, *, overrides: Mapping[str, Any] | Iterable[str] = ()) -> StudySpec:
+    """Read, override and validate a study.
+
+    study is a name (`digits-mlp`) or the path of a YAML file. overrides are dotted paths with values, as a mapping or
+    as texts `training.epochs=5` whose values are read as YAML; they apply in order. Raises SpecError, whose message
+    names the file, the line, the place, the value and the next step.
+    """
+    path = find_study(study)
+    tree, node = _read(path)
+    _anchor_data_path(tree, path.parent)
+    pairs = overrides.items() if isinstance(overrides, Mapping) else map(_parse_override, overrides)
+    set_places: list[str] = []
+    for place, value in pairs:
+        if place == "data.path" and value is not None:
+            value = str(Path(str(value)).expanduser().absolute())
+        _override(tree, place, value)
+        set_places.append(place)
+    tree.setdefault("name", path.stem)
+    try:
+        return StudySpec.model_validate(tree)
+    except ValidationError as error:
+        raise _explain(error, path, node, set_places) from None
+
+
+def parse_study(tree: Mapping[str, Any]) -> StudySpec:
+    """A StudySpec from plain data, such as one that was stored with its study. Raises SpecError."""
+    try:
+        return StudySpec.model_validate(tree)
+    except ValidationError as error:
+        raise _explain(error, Path(str(tree.get("name", "study"))), None, []) from None
+
+
+def _read(path: Path) -> tuple[dict[str, Any], yaml.Node | None]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        tree = loader.construct_document(node) if node is not None else None  # type: ignore[no-untyped-call]
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise SpecError(f"{path}:{line}: {error.problem}.", "Mend the YAML there.") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise SpecError(f"{path}: not readable as YAML: {str(error).splitlines()[0]}.", "Mend the file.") from None
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {error.strerror}.", "Check the file and its permissions.") from None
+    if not isinstance(tree, dict):
+        raise SpecError(
+            f"{path}: a study is a mapping with data, model, search.", "See a whole one: hpo show digits-mlp"
+        )
+    return tree, node
+
+
+def _anchor_data_path(tree: dict[str, Any], folder: Path) -> None:
+    data = tree.get("data")
+    if isinstance(data, dict) and isinstance(data.get("path"), str):
+        tree["data"] = {**data, "path": str((folder / Path(data["path"]).expanduser()).absolute())}
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    place, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z_][\w]*(\.[A-Za-z_][\w]*)*", place.strip()):
+        raise SpecError(f"--set {text}: not of the form place=value.", "Write for example: --set training.epochs=5")
+    try:
+        loader = _Loader(value)
+        return place.strip(), loader.get_single_data()
+    except (yaml.YAMLError, RecursionError, ValueError):
+        raise SpecError(f"--set {text}: the value is not readable as YAML.", "Quote it.") from None
+
+
+def _override(tree: dict[str, Any], place: str, value: Any) -> None:
+    """Like set_place, but the keys of a search space are dotted themselves."""
+    search = tree.get("search")
+    space = search.get("space") if isinstance(search, dict) else None
+    if not place.startswith("search.space.") or not isinstance(space, dict):
+        set_place(tree, place, value)
+        return
+    rest = place.removeprefix("search.space.")
+    inside = [key for key in space if rest.startswith(f"{key}.")]
+    if inside and isinstance(space[inside[0]], dict):
+        set_place(space[inside[0]], rest.removeprefix(f"{inside[0]}."), value)
+    else:
+        space[rest] = value
+
+
+def _explain(error: ValidationError, path: Path, node: yaml.Node | None, set_places: list[str]) -> SpecError:
+    """The first of pydantic's complaints as one message with file, line, place, value and next step."""
+    first = error.errors()[0]
+    message = first["msg"].removeprefix("Value error, ")
+    keys = [str(part) for part in first["loc"]]
+    if not keys and message.startswith("search.space."):
+        # A check across the whole study names the place itself.
+        named, _, message = message.partition(": ")
+        keys = ["search", "space", named.removeprefix("search.space.")]
+    # Tags of unions ("mlp", "float") are in pydantic's path but not in the file.
+    keys, line = _locate(keys, node)
+    place = ".".join(keys) or "study"
+    source = f"{_shown(path)}:{line}" if line else _shown(path)
+    if any(place == given or place.startswith(f"{given}.") for given in set_places):
+        source = "--set"
+    hint = f"Then: hpo check {path.stem}" if path.suffix else ""
+    if first["type"] == "extra_forbidden":
+        message = f"unknown key {keys[-1]!r}"
+        hint = "Remove it, or correct its name; all keys: hpo schema"
+    elif first["type"] == "missing":
+        message = "is missing"
+        hint = "Add it; a whole study: hpo show digits-mlp"
+    elif first["type"] not in ("value_error", "parameter_kind"):
+        shown = repr(first["input"])
+        message = f"{message[0].lower()}{message[1:]}, got {shown if len(shown) <= 80 else shown[:77] + '...'}"
+        hint = f"Correct the value, then: hpo check {path.stem}"
+    more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return SpecError(f"{source}: {place}: {message}.{more}", hint)
+
+
+def _shown(path: Path) -> str:
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def _locate(keys: list[str], node: yaml.Node | None) -> tuple[list[str], int | None]:
+    """keys without what is not in the file, and the line of the deepest place that is; a missing last key stays."""
+    kept: list[str] = []
+    line: int | None = None
+    for index, key in enumerate(keys):
+        below = _child(node, key)
+        if below is not None:
+            node, line = below, below.start_mark.line + 1
+            kept.append(key)
+        elif index == len(keys) - 1 or node is None:
+            kept.append(key)
+    if len(kept) > 1 and kept[-1] in ("mlp", "cnn", "float", "int", "choice", "root") and node is not None:
+        kept.pop()
+    return kept, line
+
+
+def _child(node: yaml.Node | None, key: str) -> yaml.Node | None:
+    if isinstance(node, yaml.MappingNode):
+        for key_node, value_node in node.value:
+            if key_node.value == key:
+                return value_node
+    if isinstance(node, yaml.SequenceNode) and key.isdigit() and int(key) < len(node.value):
+        return node.value[int(key)]
+    return None

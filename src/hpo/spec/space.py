@@ -1,0 +1,229 @@
+"""The search space: dotted paths into the spec, each with a range, a list of options, or a condition."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, RootModel, Tag, model_validator
+
+
+# The fields below are called float and int, as in the file; inside those classes the builtins need other names.
+_Real = float
+_Whole = int
+
+
+class Part(BaseModel):
+    """A frozen piece of a study file; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class _Parameter(Part):
+    when: dict[str, Any] = Field(default_factory=dict)
+    """Tried only if each named path has the given value, or one of the given list of values."""
+
+    def grid(self) -> list[Any]:
+        """All values of a finite parameter, in order; raises ValueError for a continuous one."""
+        raise NotImplementedError
+
+    def ends(self) -> list[Any]:
+        """Values that bound the parameter: if these are valid in the spec, all are."""
+        raise NotImplementedError
+
+
+def _check_range(low: float, high: float, log: bool, step: float | None) -> None:
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"range [{low}, {high}] is not finite. Give two numbers")
+    if low > high:
+        raise ValueError(f"low {low} exceeds high {high}. Swap them")
+    if log and low <= 0:
+        raise ValueError(f"low {low} is not positive, and log is true. Raise low or leave log out")
+    if log and step is not None:
+        raise ValueError("log and step exclude each other. Leave one of them out")
+    if step is not None and step <= 0:
+        raise ValueError(f"step {step} is not positive. Give a positive step")
+
+
+class Float(_Parameter):
+    """A real number in [low, high]."""
+
+    float: tuple[_Real, _Real]
+    """[low, high], both included."""
+    log: bool = False
+    """Search the logarithm: for scales such as learning rates."""
+    step: _Real | None = None
+    """Only low, low + step, low + 2 step, ..."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Float:
+        _check_range(*self.float, self.log, self.step)
+        return self
+
+    def grid(self) -> list[Any]:
+        low, high = self.float
+        if low == high:
+            return [low]
+        if self.step is None:
+            raise ValueError("a float without a step has no finite grid. Add a step, or list the values as a choice")
+        count = math.floor((high - low) / self.step + 1e-9) + 1
+        return [round(low + index * self.step, 12) for index in range(count)]
+
+    def ends(self) -> list[Any]:
+        return list(self.float)
+
+
+class Int(_Parameter):
+    """A whole number in [low, high]."""
+
+    int: tuple[_Whole, _Whole]
+    """[low, high], both included."""
+    log: bool = False
+    """Search the logarithm: for scales such as widths."""
+    step: _Whole | None = None
+    """Only low, low + step, low + 2 step, ..."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Int:
+        _check_range(*self.int, self.log, self.step)
+        return self
+
+    def grid(self) -> list[Any]:
+        low, high = self.int
+        return list(range(low, high + 1, self.step or 1))
+
+    def ends(self) -> list[Any]:
+        return list(self.int)
+
+
+class Choice(_Parameter):
+    """One of the listed options, of any type that fits the place (lists too)."""
+
+    choice: list[Any]
+
+    @model_validator(mode="after")
+    def _some(self) -> Choice:
+        if not self.choice:
+            raise ValueError("choice has no options. List at least one")
+        if any(self.choice.index(option) != place for place, option in enumerate(self.choice)):
+            raise ValueError(f"choice {self.choice} lists an option twice. Leave one out")
+        return self
+
+    def grid(self) -> list[Any]:
+        return list(self.choice)
+
+    def ends(self) -> list[Any]:
+        return list(self.choice)
+
+
+def _kind(value: Any) -> str | None:
+    if isinstance(value, _Parameter):
+        return type(value).__name__.lower()
+    if isinstance(value, Mapping):
+        kinds = [kind for kind in ("float", "int", "choice") if kind in value]
+        return kinds[0] if len(kinds) == 1 else None
+    return None
+
+
+Parameter = Annotated[
+    Annotated[Float, Tag("float")] | Annotated[Int, Tag("int")] | Annotated[Choice, Tag("choice")],
+    Discriminator(
+        _kind,
+        custom_error_type="parameter_kind",
+        custom_error_message=(
+            "a parameter is {float: [low, high]}, {int: [low, high]} or {choice: [...]}. Write exactly one of these keys"
+        ),
+    ),
+]
+
+
+def holds(condition: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+    """Whether every path of a `when` has (one of) the wanted value(s); a path without a value never does."""
+    missing = object()
+    for path, wanted in condition.items():
+        options = wanted if isinstance(wanted, list) else [wanted]
+        if values.get(path, missing) not in options:
+            return False
+    return True
+
+
+class Space(RootModel[dict[str, Parameter]]):
+    """Dotted paths into the spec and how each may vary, in an order in which conditions come after what they ask for."""
+
+    model_config = ConfigDict(frozen=True)
+    root: dict[str, Parameter] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _acyclic(self) -> Space:
+        self.ordered()
+        return self
+
+    def __len__(self) -> int:
+        return len(self.root)
+
+    def items(self) -> Iterator[tuple[str, Float | Int | Choice]]:
+        """(path, parameter) pairs as written."""
+        return iter(self.root.items())
+
+    def __getitem__(self, path: str) -> Float | Int | Choice:
+        return self.root[path]
+
+    def __contains__(self, path: object) -> bool:
+        return path in self.root
+
+    @property
+    def conditional(self) -> bool:
+        """Whether any parameter has a `when`."""
+        return any(parameter.when for parameter in self.root.values())
+
+    def ordered(self) -> list[tuple[str, Float | Int | Choice]]:
+        """(path, parameter) pairs, every parameter after those that its condition names; ValueError on a cycle."""
+        placed: dict[str, Float | Int | Choice] = {}
+        waiting = dict(self.root)
+        while waiting:
+            ready = [
+                path
+                for path, parameter in waiting.items()
+                if not any(asked in waiting for asked in parameter.when if asked != path)
+            ]
+            ready = [path for path in ready if path not in waiting[path].when]
+            if not ready:
+                raise ValueError(
+                    f"the conditions of {', '.join(sorted(waiting))} wait for each other. Remove one `when`"
+                )
+            for path in ready:
+                placed[path] = waiting.pop(path)
+        return list(placed.items())
+
+    def cells(self, fixed: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Every cell of the full grid; fixed gives the values of paths outside the space that conditions name.
+
+        A conditional parameter is absent from the cells in which its condition does not hold. Raises ValueError where a
+        parameter is continuous.
+        """
+        yield from _expand(self.ordered(), dict(fixed), {})
+
+    def size(self, fixed: Mapping[str, Any]) -> int | None:
+        """How many cells the full grid has; None if a parameter is continuous."""
+        try:
+            if not self.conditional:
+                return math.prod(len(parameter.grid()) for parameter in self.root.values())
+            return sum(1 for _ in itertools.islice(self.cells(fixed), 10_000_000))
+        except ValueError:
+            return None
+
+
+def _expand(
+    parameters: list[tuple[str, Float | Int | Choice]], known: dict[str, Any], cell: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    if not parameters:
+        yield dict(cell)
+        return
+    (path, parameter), rest = parameters[0], parameters[1:]
+    if not holds(parameter.when, known):
+        yield from _expand(rest, known, cell)
+        return
+    for value in parameter.grid():
+        yield from _expand(rest, {**known, path: value}, {**cell, path: value})

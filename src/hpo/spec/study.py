@@ -1,0 +1,314 @@
+"""The study file: data, split, model, training, search, references."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+
+from hpo.spec.models import ModelSpec, Rate
+from hpo.spec.space import Part, Space, holds
+
+Share = Annotated[float, Field(gt=0.0, lt=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+# Validation scores that a study may aim at, with the direction that is better. Losses are in nats per image.
+SCORES: Mapping[str, Literal["maximize", "minimize"]] = {
+    "valid_loss": "minimize",
+    "valid_accuracy": "maximize",
+    "valid_balanced_accuracy": "maximize",
+    "valid_macro_f1": "maximize",
+    "valid_macro_auc": "maximize",
+}
+Score = Literal["valid_loss", "valid_accuracy", "valid_balanced_accuracy", "valid_macro_f1", "valid_macro_auc"]
+
+
+class DataSpec(Part):
+    """Which images."""
+
+    name: str
+    """A data set of `hpo data`, or npz (medmnist keys) or folder (one folder a class) with a path."""
+    size: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Side of the images in pixels: one of 28, 64, 128, 224 for MedMNIST; what folder images are resized to."""
+    path: str | None = None
+    """A local file or folder to read in place of a download. Its checksum need not be the official one; its digest is
+    logged. Relative to the study file, or in --set to the working directory."""
+
+
+class SplitSpec(Part):
+    """Which images train, which validate. The test part is never seen by a trial."""
+
+    kind: Literal["official", "holdout"] = "official"
+    """official: the validation part that the data set comes with. holdout: a share of the development images."""
+    share: Share = 0.2
+    """holdout: how much of the development images (train and, if there is one, official validation) validates."""
+    by: Literal["stratified", "random", "order"] = "stratified"
+    """holdout: equal class shares at random, plain random, or the last rows of the file."""
+    test_share: Share = 0.2
+    """For data sets without a test part: how much is sealed away as one, stratified, before anything else."""
+    seed: Seed = 0
+    """Which random split."""
+
+
+class OptimizerSpec(Part):
+    """How weights follow gradients. Fields that an optimizer has not are ignored by it."""
+
+    name: Literal["sgd", "rmsprop", "adam", "adamw"] = "adam"
+    lr: Annotated[float, Field(gt=0.0, le=100.0)] = 1e-3
+    """Learning rate; with a schedule, its highest."""
+    momentum: Rate = 0.0
+    """sgd and rmsprop."""
+    nesterov: bool = False
+    """sgd with a momentum above 0."""
+    weight_decay: Annotated[float, Field(ge=0.0, le=10.0)] = 0.0
+    """L2 penalty; decoupled from the gradient in adamw."""
+    beta1: Rate = 0.9
+    """adam and adamw: decay of the first moment."""
+    beta2: Rate = 0.999
+    """adam and adamw: decay of the second moment."""
+
+
+class ScheduleSpec(Part):
+    """How the learning rate moves, batch by batch."""
+
+    name: Literal["constant", "cosine", "one_cycle", "step", "exponential"] = "constant"
+    """cosine: to 0 along half a cosine. one_cycle: up over `warmup`, then down along a cosine (Smith 2018).
+    step: times gamma every step_epochs. exponential: times gamma every epoch."""
+    warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of all batches in which the rate climbs linearly to its highest; one_cycle takes 0.3 where this is 0."""
+    gamma: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
+    step_epochs: Positive = 10
+
+
+class TrainingSpec(Part):
+    """One training."""
+
+    epochs: Positive = 20
+    """The most; early stopping may end it sooner."""
+    batch_size: Annotated[int, Field(ge=1, le=65536)] = 64
+    optimizer: OptimizerSpec = OptimizerSpec()
+    schedule: ScheduleSpec = ScheduleSpec()
+    label_smoothing: Rate = 0.0
+    class_weights: Literal["none", "balanced"] = "none"
+    """balanced: each class weighs n / (classes * images of the class) in the loss."""
+    monitor: Score = "valid_accuracy"
+    """The score whose best epoch's weights are kept, and that early stopping watches."""
+    patience: Positive | None = None
+    """Stop after so many epochs without a better monitor; null: never."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: the faster of the two for this network, batch and device, by a short measurement."""
+    seed: Seed | None = None
+    """Initialisation, data order and dropout; null: a seed of its own for each trial, from the study's seed."""
+
+
+def _by_name(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+class SamplerSpec(Part):
+    """Who proposes candidates. `sampler: tpe` is short for `sampler: {name: tpe}`."""
+
+    name: Literal["random", "grid", "tpe", "cmaes", "gp", "qmc"] = "tpe"
+    startup_trials: Annotated[int, Field(ge=0)] = 10
+    """tpe, cmaes, gp: random trials before the model of the results is used."""
+
+
+class PrunerSpec(Part):
+    """Who ends poor trials early. `pruner: median` is short for `pruner: {name: median}`."""
+
+    name: Literal["none", "median", "successive_halving", "hyperband", "patient", "wilcoxon"] = "none"
+    startup_trials: Annotated[int, Field(ge=0)] = 5
+    """median: finished trials before any is pruned; wilcoxon: epochs before one is."""
+    warmup_epochs: Annotated[int, Field(ge=0)] = 0
+    """median: no pruning in these first epochs."""
+    min_epochs: Positive = 1
+    """successive_halving, hyperband: epochs of the first rung."""
+    reduction_factor: Annotated[int, Field(ge=2)] = 3
+    """successive_halving, hyperband: one in so many goes on to the next rung."""
+    patience: Positive = 5
+    """patient: epochs without a better value before a trial is pruned."""
+    p_threshold: Share = 0.1
+    """wilcoxon: prune when the trial is worse than the best one at this level."""
+
+
+class SearchSpec(Part):
+    """What is tried, by whom, and towards what."""
+
+    objective: Score = "valid_accuracy"
+    """The score of a trial, at its best epoch."""
+    direction: Literal["maximize", "minimize"] | None = None
+    """null: what the objective calls for."""
+    trials: Positive = 20
+    """The study's total, unless --trials says otherwise."""
+    sampler: Annotated[SamplerSpec, BeforeValidator(_by_name)] = SamplerSpec()
+    pruner: Annotated[PrunerSpec, BeforeValidator(_by_name)] = PrunerSpec()
+    space: Space
+    """Dotted paths into this file, and how each may vary."""
+
+    @field_validator("space")
+    @classmethod
+    def _not_empty(cls, space: Space) -> Space:
+        if not len(space):
+            raise ValueError("the search space is empty. Name at least one path, such as training.optimizer.lr")
+        return space
+
+    @model_validator(mode="after")
+    def _right_way(self) -> SearchSpec:
+        right = SCORES[self.objective]
+        if self.direction not in (None, right):
+            raise ValueError(f"direction {self.direction} would look for the worst {self.objective}. Write {right}")
+        if self.sampler.name == "grid":
+            for path, parameter in self.space.items():
+                try:
+                    parameter.grid()
+                except ValueError as error:
+                    raise ValueError(f"sampler grid, {path}: {error}") from None
+        return self
+
+    @property
+    def better(self) -> Literal["maximize", "minimize"]:
+        """The direction in which the objective improves."""
+        return self.direction or SCORES[self.objective]
+
+
+class Reference(Part):
+    """A published number to stand beside the study's own."""
+
+    label: str
+    score: Literal["test_accuracy", "test_balanced_accuracy", "test_macro_f1", "test_macro_auc", "valid_accuracy"]
+    value: float
+    source: str
+    note: str = ""
+    """What differs from this study's protocol."""
+
+
+class KeepSpec(Part):
+    """What stays on disk."""
+
+    models: Annotated[str, Field(pattern=r"^(all|none|best:[1-9][0-9]*)$")] = "best:10"
+    """all, none, or best:K: a trial's model and pictures are kept while it is among the K best."""
+
+    @property
+    def count(self) -> float:
+        """How many trials keep their model; inf for all."""
+        return {"all": float("inf"), "none": 0}.get(self.models) or float(self.models.partition(":")[2] or 0)
+
+
+class StudySpec(Part):
+    """One study: everything that decides its trials."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    """The file's name without its ending."""
+    question: str = ""
+    """What the study is to answer, in a sentence."""
+    data: DataSpec
+    split: SplitSpec = SplitSpec()
+    model: ModelSpec
+    training: TrainingSpec = TrainingSpec()
+    search: SearchSpec
+    keep: KeepSpec = KeepSpec()
+    references: list[Reference] = Field(default_factory=list)
+    seed: Seed = 0
+    """The sampler's, and what every trial's own seed is derived from."""
+
+    @model_validator(mode="after")
+    def _space_fits(self, info: ValidationInfo) -> StudySpec:
+        # Candidates are validated without their search, so this does not recurse.
+        plain = self.model_dump()
+        for path, parameter in self.search.space.items():
+            if path.split(".")[0] not in ("data", "split", "model", "training"):
+                raise ValueError(f"search.space.{path}: only data, split, model and training can be searched")
+            _place(plain, path, f"search.space.{path}")
+            for asked in parameter.when:
+                _place(plain, asked, f"search.space.{path}.when.{asked}")
+            for value in parameter.ends():
+                _validated(self, {path: value}, f"search.space.{path}")
+        return self
+
+    def fixed(self) -> dict[str, Any]:
+        """Values of the paths that conditions of the space name and that are not searched themselves."""
+        plain = self.model_dump()
+        asked = {path for _, parameter in self.search.space.items() for path in parameter.when}
+        return {path: _place(plain, path, path) for path in asked if path not in self.search.space}
+
+    def with_values(self, values: Mapping[str, Any]) -> Setup:
+        """The setup of one candidate: this spec's, with the places of the search space filled in and validated again."""
+        return _validated(self, values, "candidate")
+
+    @property
+    def setup(self) -> Setup:
+        """The part of the spec that one training needs, as written."""
+        return Setup(data=self.data, split=self.split, model=self.model, training=self.training)
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change while a study goes on, or its trials could not be compared."""
+        plain = self.model_dump(mode="json")
+        # A file may move: the data's digest is compared instead of its path.
+        plain["data"].pop("path")
+        kept = {part: plain[part] for part in ("data", "split", "model", "training", "seed")}
+        return {**kept, "objective": self.search.objective, "direction": self.search.better}
+
+    def seed_of(self, ordinal: int) -> int:
+        """The seed in [0, 2**31) of the candidate at this place of the study's sequence."""
+        digest = hashlib.sha256(f"{self.seed}/{ordinal}".encode()).digest()
+        return int.from_bytes(digest[:4], "big") >> 1
+
+
+class Setup(Part):
+    """Everything that decides one training: a study without its search."""
+
+    data: DataSpec
+    split: SplitSpec
+    model: ModelSpec
+    training: TrainingSpec
+
+    def flat(self) -> dict[str, Any]:
+        """Dotted path -> value, for every place; lists as JSON."""
+        return dict(_flatten(self.model_dump(mode="json")))
+
+
+def _flatten(tree: Mapping[str, Any], stem: str = "") -> Any:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{stem}{key}.")
+        else:
+            yield f"{stem}{key}", json.dumps(value) if isinstance(value, list) else value
+
+
+def _place(tree: Mapping[str, Any], path: str, where: str) -> Any:
+    node: Any = tree
+    for key in path.split("."):
+        if not isinstance(node, Mapping) or key not in node:
+            known = ", ".join(node) if isinstance(node, Mapping) else "nothing"
+            raise ValueError(f"{where}: there is no {key!r} there (known: {known}). Correct the path")
+        node = node[key]
+    return node
+
+
+def set_place(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Put value at a dotted path of nested dicts, making dicts on the way."""
+    *stems, last = path.split(".")
+    for key in stems:
+        if not isinstance(tree.get(key), dict):
+            tree[key] = {}
+        tree = tree[key]
+    tree[last] = value
+
+
+def _validated(spec: StudySpec, values: Mapping[str, Any], where: str) -> Setup:
+    plain = spec.setup.model_dump()
+    for path, value in values.items():
+        set_place(plain, path, value)
+    try:
+        return Setup.model_validate(plain)
+    except ValueError as error:
+        first = error.errors()[0] if hasattr(error, "errors") else {"msg": str(error)}
+        shown = ", ".join(f"{path}={value!r}" for path, value in values.items())
+        raise ValueError(f"{where}: {shown} does not fit: {first['msg']}. Correct the range or the options") from None
+
+
+__all__ = ["SCORES", "Setup", "Space", "StudySpec", "holds", "set_place"]
