@@ -1,4 +1,4 @@
-"""Where a project keeps its studies: one folder `mlruns` with two SQLite files, artifacts, locks and work in progress."""
+"""Where a project keeps its studies: `mlruns` with two SQLite files, artifacts, locks and work in progress."""
 
 from __future__ import annotations
 

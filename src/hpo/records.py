@@ -29,7 +29,7 @@ class Epoch:
     """One pass over the training part, and what the network was worth after it.
 
     number counts from 1; fold from 0. scores holds train_loss, train_accuracy and, after evaluation, valid_loss,
-    valid_accuracy, valid_balanced_accuracy, valid_macro_f1, valid_macro_auc: losses in nats per image, the rest in [0, 1].
+    valid_accuracy, valid_balanced_accuracy, valid_macro_f1, valid_macro_auc: losses in nats per image, rest in [0, 1].
     """
 
     number: int

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, RootModel, Tag, model_validator
 
-
 # The fields below are called float and int, as in the file; inside those classes the builtins need other names.
 _Real = float
 _Whole = int
@@ -24,14 +23,6 @@ class Part(BaseModel):
 class _Parameter(Part):
     when: dict[str, Any] = Field(default_factory=dict)
     """Tried only if each named path has the given value, or one of the given list of values."""
-
-    def grid(self) -> list[Any]:
-        """All values of a finite parameter, in order; raises ValueError for a continuous one."""
-        raise NotImplementedError
-
-    def ends(self) -> list[Any]:
-        """Values that bound the parameter: if these are valid in the spec, all are."""
-        raise NotImplementedError
 
 
 def _check_range(low: float, high: float, log: bool, step: float | None) -> None:
@@ -63,6 +54,7 @@ class Float(_Parameter):
         return self
 
     def grid(self) -> list[Any]:
+        """All values in order; raises ValueError for a continuous range."""
         low, high = self.float
         if low == high:
             return [low]
@@ -72,6 +64,7 @@ class Float(_Parameter):
         return [round(low + index * self.step, 12) for index in range(count)]
 
     def ends(self) -> list[Any]:
+        """Values that bound the parameter: if these are valid in the spec, all are."""
         return list(self.float)
 
 
@@ -91,10 +84,12 @@ class Int(_Parameter):
         return self
 
     def grid(self) -> list[Any]:
+        """All values in order."""
         low, high = self.int
         return list(range(low, high + 1, self.step or 1))
 
     def ends(self) -> list[Any]:
+        """Values that bound the parameter: if these are valid in the spec, all are."""
         return list(self.int)
 
 
@@ -112,9 +107,11 @@ class Choice(_Parameter):
         return self
 
     def grid(self) -> list[Any]:
+        """All options in order."""
         return list(self.choice)
 
     def ends(self) -> list[Any]:
+        """Values that bound the parameter: if these are valid in the spec, all are."""
         return list(self.choice)
 
 
@@ -133,7 +130,7 @@ Parameter = Annotated[
         _kind,
         custom_error_type="parameter_kind",
         custom_error_message=(
-            "a parameter is {float: [low, high]}, {int: [low, high]} or {choice: [...]}. Write exactly one of these keys"
+            "a parameter is {float: [low, high]}, {int: [low, high]} or {choice: [...]}. Write one of these keys"
         ),
     ),
 ]
@@ -150,7 +147,7 @@ def holds(condition: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
 
 
 class Space(RootModel[dict[str, Parameter]]):
-    """Dotted paths into the spec and how each may vary, in an order in which conditions come after what they ask for."""
+    """Dotted paths into the spec, and how each may vary."""
 
     model_config = ConfigDict(frozen=True)
     root: dict[str, Parameter] = Field(default_factory=dict)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from hpo.spec.models import ModelSpec, Rate
 from hpo.spec.space import Part, Space, holds
@@ -84,6 +84,17 @@ class ScheduleSpec(Part):
     step_epochs: Positive = 10
 
 
+class AugmentSpec(Part):
+    """Random changes of the training images, batch by batch, on the device."""
+
+    flip_horizontal: bool = False
+    """Half of the images, left to right."""
+    flip_vertical: bool = False
+    """Half of the images, upside down."""
+    rotate90: bool = False
+    """By a random multiple of 90 degrees; square images only."""
+
+
 class TrainingSpec(Part):
     """One training."""
 
@@ -92,6 +103,7 @@ class TrainingSpec(Part):
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 64
     optimizer: OptimizerSpec = OptimizerSpec()
     schedule: ScheduleSpec = ScheduleSpec()
+    augment: AugmentSpec = AugmentSpec()
     label_smoothing: Rate = 0.0
     class_weights: Literal["none", "balanced"] = "none"
     """balanced: each class weighs n / (classes * images of the class) in the loss."""
@@ -216,7 +228,7 @@ class StudySpec(Part):
     """The sampler's, and what every trial's own seed is derived from."""
 
     @model_validator(mode="after")
-    def _space_fits(self, info: ValidationInfo) -> StudySpec:
+    def _space_fits(self) -> StudySpec:
         # Candidates are validated without their search, so this does not recurse.
         plain = self.model_dump()
         for path, parameter in self.search.space.items():
@@ -236,7 +248,7 @@ class StudySpec(Part):
         return {path: _place(plain, path, path) for path in asked if path not in self.search.space}
 
     def with_values(self, values: Mapping[str, Any]) -> Setup:
-        """The setup of one candidate: this spec's, with the places of the search space filled in and validated again."""
+        """The setup of one candidate: this spec's, with the places of the space filled in and validated again."""
         return _validated(self, values, "candidate")
 
     @property

@@ -1,0 +1,400 @@
+"""The command `hpo`: every command parses, calls and prints."""
+
+from __future__ import annotations
+
+import io
+import shlex
+import sys
+from dataclasses import replace
+from datetime import datetime
+from enum import StrEnum
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hpo.cli import output
+from hpo.cli.options import AsJson, Command, Debug, DeviceName, HomeFolder, Settings, Study, Trials, read_duration
+
+if TYPE_CHECKING:
+    from hpo.cli.live import Watcher
+    from hpo.records import Trial
+
+app = typer.Typer(
+    name="hpo",
+    help="Hyperparameter studies of image classifiers: Optuna decides, PyTorch trains, MLflow remembers.",
+    epilog="Begin with: hpo run digits-mlp",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        import hpo
+
+        output.print_text(f"hpo {hpo.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    pass
+
+
+@app.command(cls=Command, rich_help_panel="Search")
+def run(
+    study: Study,
+    trials: Trials = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that train.", show_default="one a core or GPU")
+    ] = None,
+    device: DeviceName = "auto",
+    settings: Settings = None,
+    home: HomeFolder = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew, beside what there is.")] = False,
+    timeout: Annotated[
+        float | None, typer.Option(parser=read_duration, metavar="TIME", help="Stop cleanly after 90, 30m or 1h.")
+    ] = None,
+    keep_models: Annotated[
+        str | None,
+        typer.Option(metavar="all|best:K|none", help="Whose models stay on disk.", show_default="the study's, best:10"),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object an event a line; the last is the result.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the last word.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Run a study, or go on with it; register its best model.
+
+    Ctrl-C ends it cleanly; the same command goes on. A study whose trials are all done asks for more: --trials N.
+    """
+    from hpo.cli.tally import NextCommands
+    from hpo.spec.load import load_study
+
+    spec = load_study(study, overrides=settings or [])
+    options = [part for setting in settings or [] for part in ("--set", setting)]
+    place = f" --home {shlex.quote(str(home))}" if home else ""
+    commands = NextCommands(run=shlex.join(["hpo", "run", study, *options]) + place, home=place)
+    with _watcher(as_json=as_json, quiet=quiet)(commands, debug=debug) as watch:
+        # Inside, because its imports take a moment in which the terminal should not look dead.
+        from hpo.run.study import run_study
+
+        run_study(
+            spec,
+            trials=trials,
+            workers=workers,
+            device=device,
+            home=home,
+            fresh=fresh,
+            timeout=timeout,
+            keep_models=keep_models,
+            watch=watch,
+        )
+    raise typer.Exit(watch.exit_code)
+
+
+def _watcher(*, as_json: bool, quiet: bool) -> type[Watcher]:
+    from hpo.cli.live import JsonLines, LiveDisplay, PlainLines, Quiet
+
+    if as_json or quiet:
+        return JsonLines if as_json else Quiet
+    return LiveDisplay if output.is_live_terminal() else PlainLines
+
+
+@app.command(cls=Command, rich_help_panel="Search")
+def check(
+    study: Study,
+    trials: Trials = None,
+    device: DeviceName = "auto",
+    settings: Settings = None,
+    as_json: AsJson = False,
+    _debug: Debug = False,
+) -> None:
+    """Validate a study, try one batch, and estimate time and disk."""
+    from hpo.spec.load import load_study
+
+    spec = load_study(study, overrides=settings or [])
+    from hpo.run.check import check_study
+
+    report = check_study(spec, trials=trials, device=device)
+    if as_json:
+        output.print_json(report)
+        return
+    data, split = report.data, report.split
+    origin = "the publisher's file" if data.official else "not the publisher's file"
+    size = " x ".join(map(str, data.image_shape))
+    time, disk = output.show_seconds(report.estimated_seconds), output.show_bytes(report.estimated_bytes)
+    output.print_facts(
+        [
+            ("data", f"{data.name}, {origin}, {data.digest}"),
+            ("images", f"{size}, {len(data.class_names)} classes"),
+            *((part, f"{count:,} images{_range(split.shares.get(part))}") for part, count in split.counts.items()),
+            ("network", f"{report.parameter_count:,} parameters, {output.show_bytes(report.model_bytes)} as a model"),
+            ("device", f"{report.device}, {report.precision}, {report.workers} workers"),
+            ("batch", output.show_seconds(report.batch_seconds)),
+            ("epoch", output.show_seconds(report.epoch_seconds)),
+            ("export", output.show_seconds(report.export_seconds)),
+            (f"{report.trials} trials", f"about {time} and {disk}"),
+        ]
+    )
+    for warning in report.warnings:
+        output.print_warning(warning)
+    output.print_text(f"{spec.name} is ready: hpo run {shlex.quote(study)}")
+
+
+def _range(shares: tuple[float, ...] | None) -> str:
+    return f", {min(shares):.1%} to {max(shares):.1%} of them in a class" if shares else ""
+
+
+class Order(StrEnum):
+    """How trials are listed."""
+
+    VALUE = "value"
+    NUMBER = "number"
+
+
+@app.command(cls=Command, rich_help_panel="Look")
+def trials(
+    study: Study,
+    sort: Annotated[Order, typer.Option(help="Best first, or as they were asked.")] = Order.NUMBER,
+    home: HomeFolder = None,
+    as_json: AsJson = False,
+    _debug: Debug = False,
+) -> None:
+    """List the trials of a study."""
+    from hpo.home import Home
+    from hpo.search.storage import read_study
+
+    result = read_study(Home.find(home), _name(study))
+    shown = list(result.trials)
+    if sort is Order.VALUE:
+        ranked = result.ranked()
+        best_first = {trial.number: place for place, trial in enumerate(ranked)}
+        shown.sort(key=lambda trial: (best_first.get(trial.number, len(ranked)), trial.number))
+    if as_json:
+        short = [replace(trial, result=replace(trial.result, epochs=())) if trial.result else trial for trial in shown]
+        output.print_json(replace(result, trials=tuple(short)))
+        return
+    names = output.short_names({path for trial in shown for path in trial.candidate.parameters})
+    columns = [">trial", "state", f">{result.objective}", ">epoch", ">time", "~parameters"]
+    output.print_table([_trial_row(trial, names) for trial in shown], columns)
+
+
+def _trial_row(trial: Trial, names: dict[str, str]) -> list[str]:
+    epoch = str(trial.result.best_epoch or "") if trial.result else ""
+    words = output.show_parameters(trial.candidate.parameters, names)
+    if trial.result and trial.result.reason:
+        words = f"{trial.result.reason} ({words})"
+    time = output.show_seconds(trial.run_seconds) if trial.state.finished else ""
+    return [str(trial.number), trial.state.value, output.show_score(trial.value), epoch, time, words]
+
+
+def _name(study: str) -> str:
+    """The name of a study given by name or by its file; a study whose file is gone can still be looked at."""
+    if not study.endswith((".yaml", ".yml")):
+        return study
+    from hpo.spec.load import load_study
+
+    return load_study(study).name
+
+
+@app.command(cls=Command, rich_help_panel="Look")
+def studies(as_json: AsJson = False, _debug: Debug = False) -> None:
+    """List the studies at hand, by data set."""
+    from hpo.errors import SpecError
+    from hpo.spec.load import load_study, study_files
+
+    rows, broken = [], []
+    for name, path in study_files().items():
+        try:
+            spec = load_study(path)
+        except SpecError as error:
+            broken.append(str(error))
+            continue
+        rows.append(
+            {
+                "name": name,
+                "data": spec.data.name,
+                "model": spec.model.kind,
+                "trials": spec.search.trials,
+                "question": spec.question,
+                "file": str(path),
+            }
+        )
+    rows.sort(key=lambda row: (str(row["data"]), str(row["name"])))
+    if as_json:
+        output.print_json(rows)
+    else:
+        cells = [[row[key] for key in ("data", "name", "model", "trials", "question")] for row in rows]
+        for above, row in reversed(list(pairwise(cells))):
+            # A data set is named once, above all its studies.
+            row[0] = "" if row[0] == above[0] else row[0]
+        output.print_table(cells, ["data", "study", "model", ">trials", "~question"])
+    for warning in broken:
+        output.print_warning(warning)
+
+
+@app.command(cls=Command, rich_help_panel="Look")
+def show(study: Study, settings: Settings = None, as_json: AsJson = False, _debug: Debug = False) -> None:
+    """Print a study with all its defaults, and the size of its search space."""
+    from hpo.spec.load import load_study
+
+    spec = load_study(study, overrides=settings or [])
+    size = spec.search.space.size(spec.fixed())
+    if as_json:
+        output.print_json({"spec": spec.model_dump(mode="json"), "parameters": len(spec.search.space), "size": size})
+        return
+    import yaml
+
+    tree = spec.model_dump(mode="json")
+    tree["search"]["space"] = spec.search.space.model_dump(mode="json", exclude_defaults=True)
+    points = f"{size:,} combinations" if size is not None else "no end of combinations"
+    output.print_text(f"# search space: {len(spec.search.space)} parameters, {points}")
+    output.print_text(
+        yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100, default_flow_style=None).rstrip()
+    )
+
+
+@app.command(cls=Command, rich_help_panel="Look")
+def schema(_debug: Debug = False) -> None:
+    """Print the JSON Schema of a study file, for editors."""
+    from hpo.spec.study import StudySpec
+
+    tree = StudySpec.model_json_schema()
+    # The name of a file is the name of its study.
+    tree["required"] = [key for key in tree["required"] if key != "name"]
+    for part in ("sampler", "pruner"):
+        # `sampler: tpe` is short for `sampler: {name: tpe}`.
+        place = tree["$defs"]["SearchSpec"]["properties"][part]
+        long = place.pop("$ref")
+        names = tree["$defs"][long.rpartition("/")[2]]["properties"]["name"]
+        place["anyOf"] = [{"enum": names["enum"]}, {"$ref": long}]
+    output.print_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **tree, "title": "hpo study"})
+
+
+@app.command(cls=Command, rich_help_panel="Use")
+def promote(
+    study: Study, device: DeviceName = "auto", home: HomeFolder = None, as_json: AsJson = False, _debug: Debug = False
+) -> None:
+    """Open the sealed test part for challenger and champion; the better one becomes champion."""
+    from hpo.run.promote import promote as decide
+
+    promotion = decide(_name(study), home=home)
+    if as_json:
+        output.print_json(promotion)
+        return
+    new, old = promotion.challenger, promotion.champion
+    verdict = (
+        f"{new.name} version {new.version} is {'now' if promotion.promoted else 'not'} champion: {promotion.reason}"
+    )
+    output.print_text(verdict)
+    names = [name for name in promotion.scores if name in promotion.champion_scores or not promotion.champion_scores]
+    rows = [
+        [name, output.show_score(promotion.scores[name]), output.show_score(promotion.champion_scores.get(name))]
+        for name in names
+    ]
+    columns = ["", f">version {new.version}", f">version {old.version} (before)" if old else ">no champion before"]
+    output.print_table(rows, columns)
+    times = "once" if promotion.openings == 1 else f"{promotion.openings} times"
+    output.print_text(f"The test part of {_name(study)} has been opened {times}.")
+
+
+@app.command(cls=Command, rich_help_panel="Use")
+def models(
+    name: Annotated[str | None, typer.Argument(help="Only the versions of this model.", show_default="all")] = None,
+    home: HomeFolder = None,
+    as_json: AsJson = False,
+    _debug: Debug = False,
+) -> None:
+    """List registered models: versions, aliases, scores."""
+    from hpo.home import Home
+    from hpo.track.registry import versions
+
+    found = versions(Home.find(home), name)
+    if as_json:
+        output.print_json(found)
+        return
+    if not found:
+        output.print_text("No model is registered here yet. Begin with: hpo run digits-mlp")
+        return
+    rows = [
+        [
+            f"{model.name}",
+            model.version,
+            ", ".join(model.aliases),
+            model.trial,
+            output.show_score(model.scores.get("valid_accuracy")),
+            output.show_score(model.scores.get("test_accuracy")),
+            f"{datetime.fromtimestamp(model.created):%Y-%m-%d %H:%M}" if model.created else "",
+        ]
+        for model in found
+    ]
+    output.print_table(rows, ["model", ">version", "aliases", ">trial", ">valid acc.", ">test acc.", "created"])
+
+
+class Format(StrEnum):
+    """How predictions are written."""
+
+    TABLE = "table"
+    CSV = "csv"
+    JSON = "json"
+
+
+@app.command(cls=Command, rich_help_panel="Use")
+def predict(
+    model: Annotated[str, typer.Argument(help="digits-mlp, digits-mlp@champion, digits-mlp/3.", show_default=False)],
+    images: Annotated[list[Path], typer.Argument(help="Image files of any size and mode.", show_default=False)],
+    form: Annotated[Format, typer.Option("--format", help="How to print.")] = Format.TABLE,
+    target: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write there.", show_default="the terminal")
+    ] = None,
+    home: HomeFolder = None,
+    _debug: Debug = False,
+) -> None:
+    """Classify image files with a registered model."""
+    from hpo.predict import load_model, predict_files
+
+    rows = predict_files(load_model(model, home=home), images)
+    if form is Format.TABLE and target is None:
+        output.print_table(
+            [[row["file"], row["class"], output.show_score(row["probability"])] for row in rows],
+            ["file", "class", ">probability"],
+        )
+        return
+    # A file of columns is CSV: a table is for eyes.
+    text = output.to_json(rows) if form is Format.JSON else output.predictions_csv(rows)
+    output.write_text(text, target)
+
+
+@app.command(cls=Command, rich_help_panel="Look")
+def ui(
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port.")] = 5000,
+    host: Annotated[str, typer.Option(help="Address; 127.0.0.1 is this machine only.")] = "127.0.0.1",
+    home: HomeFolder = None,
+    _debug: Debug = False,
+) -> None:
+    """Open the MLflow UI on this project's runs and models."""
+    from hpo.home import Home
+    from hpo.track.ui import open_ui
+
+    typer.echo(f"MLflow starts at http://{host}:{port} in half a minute; Ctrl-C ends it.", err=True)
+    raise typer.Exit(open_ui(Home.find(home), host=host, port=port))
+
+
+def main() -> None:
+    """The entry point of the command `hpo`."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character gets a question mark, not a traceback.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    app(prog_name="hpo")

@@ -1,0 +1,62 @@
+"""What the commands share: their options, and one place that tells errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from hpo.cli import output
+
+
+class Command(TyperCommand):
+    """A command whose errors are told in one place."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; what it raises becomes one message and an exit code."""
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, typer.BadParameter):
+            raise
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - all errors are told here
+            debug = ctx.params.get("debug") or ctx.params.get("_debug") or ctx.find_root().params.get("debug")
+            raise typer.Exit(output.fail(error, as_json=bool(ctx.params.get("as_json")), debug=bool(debug))) from None
+
+
+def complete_study(incomplete: str) -> list[str]:
+    """Names of studies that begin so, for the shell."""
+    from hpo.spec.load import study_files
+
+    return [name for name in study_files() if name.startswith(incomplete)]
+
+
+def read_duration(text: str) -> float:
+    """Seconds in the text of an option."""
+    try:
+        return output.parse_duration(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+Study = Annotated[
+    str,
+    typer.Argument(
+        help="A study's name, or the path of its YAML file.", autocompletion=complete_study, show_default=False
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PLACE=VALUE", help="Override a place of the study file: training.epochs=5"),
+]
+Trials = Annotated[
+    int | None, typer.Option(min=1, help="The study's total, all runs together.", show_default="the study's")
+]
+DeviceName = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.")]
+HomeFolder = Annotated[
+    Path | None,
+    typer.Option("--home", metavar="DIR", help="The folder that holds mlruns.", show_default="$HPO_HOME, or here"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]

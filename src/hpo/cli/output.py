@@ -1,0 +1,224 @@
+"""How commands speak: tables, JSON, numbers in words, and every error in one place."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hpo.errors import HpoError
+
+INTERRUPTED = 130  # what a shell reports after Ctrl-C
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """A rich console for stdout or stderr: no ANSI where NO_COLOR is set or nobody watches, no cut lines in a pipe."""
+    stream = sys.stderr if stderr else sys.stdout
+    # Programs that read a pipe want whole rows; COLUMNS can say otherwise.
+    width = None if stream.isatty() or "COLUMNS" in os.environ else 1000
+    colors = None if os.environ.get("NO_COLOR") or not stream.isatty() else "auto"
+    return Console(
+        stderr=stderr,
+        highlight=False,
+        markup=False,
+        emoji=False,
+        width=width,
+        color_system=colors,  # type: ignore[arg-type]
+    )
+
+
+def print_table(rows: Iterable[Sequence[object]], columns: Sequence[str]) -> None:
+    """Rows below their column names; a name that begins with > is of a column of numbers, one with ~ may wrap."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+    for column in columns:
+        table.add_column(
+            column.lstrip(">~"),
+            justify="right" if column.startswith(">") else "left",
+            no_wrap=not column.startswith("~"),
+        )
+    for row in rows:
+        table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+    make_console().print(table)
+
+
+def print_facts(facts: Iterable[tuple[str, str]]) -> None:
+    """Labels and what they stand for, in two columns."""
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    for label, words in facts:
+        grid.add_row(Text(label, "dim"), Text(words))
+    make_console().print(grid)
+
+
+def print_warning(text: str) -> None:
+    """One warning on stderr."""
+    make_console(stderr=True).print(Text.assemble(("warning: ", "yellow"), text), soft_wrap=True)
+
+
+def write_text(text: str, file: Path | None) -> None:
+    """text into the file, or on stdout where there is none. Raises HpoError."""
+    if file is None:
+        print_text(text)
+        return
+    try:
+        file.write_text(f"{text}\n", encoding="utf-8")
+    except OSError as error:
+        raise HpoError(f"{file}: cannot be written: {error.strerror}.", "Choose another file: --output FILE") from None
+
+
+def is_live_terminal() -> bool:
+    """Whether stdout is a terminal that may be redrawn."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def to_json(value: object, *, indent: int | None = 2) -> str:
+    """value as JSON text; see plain()."""
+    return json.dumps(plain(value), indent=indent, ensure_ascii=False)
+
+
+def print_json(value: object, *, indent: int | None = 2) -> None:
+    """value as JSON on stdout; see plain()."""
+    print_text(to_json(value, indent=indent))
+
+
+def predictions_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Predictions as CSV: file, class, probability, then p_NAME for each class."""
+    classes = list(rows[0]["probabilities"]) if rows else []
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["file", "class", "probability", *(f"p_{name}" for name in classes)])
+    for row in rows:
+        writer.writerow(
+            [row["file"], row["class"], row["probability"], *(row["probabilities"][name] for name in classes)]
+        )
+    return buffer.getvalue().rstrip("\n")
+
+
+def print_text(text: str) -> None:
+    """One text and a newline on stdout, at once, untouched by styles and widths."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def plain(value: object) -> Any:
+    """Records, mappings, numpy numbers and arrays as JSON types; NaN and infinities, which JSON lacks, as null."""
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    return str(value)
+
+
+def fail(error: BaseException, *, as_json: bool = False, debug: bool = False) -> int:
+    """Print an error on stderr as its kind asks for, and return the exit code.
+
+    2 for what the user can mend, 1 for the unexpected and for a reader that went away, 130 for Ctrl-C.
+    """
+    if isinstance(error, BrokenPipeError):
+        # Python flushes stdout once more as it exits; that must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    if debug:
+        traceback.print_exception(error)
+    if isinstance(error, KeyboardInterrupt):
+        message, hint, code = "interrupted", "", INTERRUPTED
+    elif isinstance(error, HpoError):
+        message, hint, code = error.message, error.hint, error.exit_code
+    else:
+        message = f"unexpected error {type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
+        hint, code = ("" if debug else "Run again with --debug for the traceback."), 1
+    if as_json:
+        sys.stderr.write(json.dumps({"error": message, "hint": hint}) + "\n")
+        return code
+
+    console = make_console(stderr=True)
+    label = Text() if code != 2 else Text("error: ", "bold red")
+    console.print(Text.assemble(label, message), soft_wrap=True)
+    if hint:
+        console.print(Text(hint, "dim"), soft_wrap=True)
+    return code
+
+
+def parse_duration(text: str) -> float:
+    """Seconds in "90", "45s", "30m", "1h" or "1h30m"; raises ValueError."""
+    match = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m(?:in)?)?(?:([\d.]+)s?)?", text.replace(" ", ""))
+    try:
+        hours, minutes, seconds = (float(part or 0) for part in match.groups()) if match else (0.0, 0.0, 0.0)
+    except ValueError:
+        hours = minutes = seconds = 0.0
+    total = 3600 * hours + 60 * minutes + seconds
+    if total <= 0:
+        raise ValueError(f"{text!r} is not a time. Write 90 (seconds), 45s, 30m, 1h or 1h30m.")
+    return total
+
+
+def show_seconds(seconds: float) -> str:
+    """0.84 s, 42 s, 3 min 05 s, 2 h 10 min."""
+    if seconds < 9.95:
+        return f"{seconds:.2g} s" if seconds < 1 else f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def show_bytes(count: float) -> str:
+    """512 B, 3.4 MB, 1.2 GB; powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def show_score(value: float | None) -> str:
+    """Four decimals: what a validation part of 10,000 images can resolve."""
+    return "" if value is None else f"{value:.4f}"
+
+
+def show_parameters(parameters: Mapping[str, Any], names: Mapping[str, str] | None = None) -> str:
+    """hidden=312 activation=relu lr=0.0031: the values of a candidate, to three digits."""
+    names = names or short_names(parameters)
+    return " ".join(f"{names.get(path, path)}={_short(value)}" for path, value in parameters.items())
+
+
+def short_names(paths: Iterable[str]) -> dict[str, str]:
+    """The shortest ending of each dotted path that no other shares; `optimizer` for training.optimizer.name."""
+    meaning = {path: path.removesuffix(".name").removesuffix(".kind") for path in paths}
+    short: dict[str, str] = {}
+    for path, text in meaning.items():
+        parts = text.split(".")
+        endings = (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
+        others = [f".{other}" for name, other in meaning.items() if name != path]
+        short[path] = next((end for end in endings if not any(o.endswith(f".{end}") for o in others)), path)
+    return short
+
+
+def _short(value: Any) -> str:
+    value = plain(value)
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))

@@ -1,0 +1,1 @@
+"""One training, as science: data in, epochs out."""

@@ -1,0 +1,26 @@
+"""Which devices there are, and which a request means."""
+
+from __future__ import annotations
+
+import torch
+
+from hpo.errors import HpoError
+
+
+def resolve_devices(request: str) -> list[str]:
+    """`auto`, cpu, cuda, cuda:N or mps -> names of the devices to use, at least one.
+
+    auto: all GPUs, else mps, else cpu; cuda: all GPUs. Raises HpoError for a device that is not here.
+    """
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    mps = ["mps"] if torch.backends.mps.is_available() else []
+    here = {"auto": gpus or mps or ["cpu"], "cpu": ["cpu"], "cuda": gpus, "mps": mps} | {gpu: [gpu] for gpu in gpus}
+    if not here.get(request):
+        present = ", ".join(["auto", "cpu", *(["cuda"] if gpus else []), *gpus, *mps])
+        raise HpoError(f"--device {request}: there is no such device here.", f"Choose one of: {present}.")
+    return here[request]
+
+
+def use_threads(count: int) -> None:
+    """Let torch compute with so many CPU threads in this process."""
+    torch.set_num_threads(count)

@@ -1,0 +1,73 @@
+"""A trained network as one program: raw images in, class probabilities out, no Python of ours needed to run it."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hpo.learn.data import TrialData
+from hpo.learn.models import build_model
+from hpo.learn.train import normalisation, to_input
+from hpo.spec.study import Setup
+
+WEIGHTS, CONFIG, PROGRAM = "weights.safetensors", "config.json", "net.pt2"
+
+
+class _Whole(nn.Module):
+    """uint8 images (n, height, width, channels) -> float32 probabilities (n, classes)."""
+
+    def __init__(self, net: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.net = net
+        scale, shift = normalisation(mean, std, torch.device("cpu"))
+        self.scale: Tensor
+        self.shift: Tensor
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.net(to_input(images, self.scale, self.shift).contiguous())
+        return logits.softmax(1)
+
+
+def save_trained(net: nn.Module, data: TrialData, folder: Path) -> None:
+    """Leave in folder what export_program needs: the weights, and how images become its input."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
+    save_file(state, folder / WEIGHTS)
+    config = {
+        "class_names": list(data.class_names),
+        "image_shape": list(data.images.shape[1:]),
+        "mean": list(data.mean),
+        "std": list(data.std),
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+
+
+def load_trained(setup: Setup, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The network that save_trained left, on the CPU in evaluation mode, and its config."""
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    shape = tuple(config["image_shape"])
+    net = build_model(setup.model, image_shape=shape, classes=len(config["class_names"]), seed=0)
+    net.load_state_dict(load_file(folder / WEIGHTS))
+    return net.eval(), config
+
+
+def export_program(setup: Setup, folder: Path) -> Path:
+    """Write net.pt2 beside the weights in folder: float32, on the CPU, any number of images at a time."""
+    net, config = load_trained(setup, folder)
+    whole = _Whole(net, tuple(config["mean"]), tuple(config["std"])).eval()
+    # A batch of one would be taken for a constant.
+    example = torch.zeros((2, *config["image_shape"]), dtype=torch.uint8)
+    batch = torch.export.Dim("batch", min=1, max=1_000_000)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # torch warns of its own deprecations while it traces
+        program = torch.export.export(whole, (example,), dynamic_shapes=({0: batch},))
+        torch.export.save(program, folder / PROGRAM)
+    return folder / PROGRAM

@@ -1,0 +1,134 @@
+"""One training: a generator of epochs that knows nothing of who asks and who remembers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hpo.errors import TrainingError
+from hpo.learn.augment import build_augment
+from hpo.learn.data import TrialData
+from hpo.learn.metrics import scores
+from hpo.learn.optimizers import build_optimizer, learning_rate_factor
+from hpo.records import Epoch
+from hpo.spec.study import SCORES, TrainingSpec
+
+_EVALUATION_BATCH = 1024
+
+
+def to_input(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """images (n, height, width, channels) uint8 -> (n, channels, height, width) float32 as images * scale + shift.
+
+    scale and shift are (channels,). The result has channels-last strides, which convolutions prefer, without a copy.
+    """
+    return torch.addcmul(shift, images.float(), scale).permute(0, 3, 1, 2)
+
+
+def normalisation(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation per channel, in [0, 1] units, -> (scale, shift) of to_input."""
+    deviation = torch.tensor(std, device=device)
+    return 1 / (255 * deviation), -torch.tensor(mean, device=device) / deviation
+
+
+def class_weights(labels: Tensor, classes: int) -> Tensor:
+    """labels (n,) -> (classes,) weights n / (classes * images of the class): scikit-learn's "balanced"."""
+    counts = torch.bincount(labels, minlength=classes).clamp(min=1)
+    return len(labels) / (classes * counts.float())
+
+
+def predict_logits(net: nn.Module, data: TrialData, rows: Tensor, *, precision: str) -> Tensor:
+    """Logits (len(rows), classes) float32 of the images in these rows; the network is left in evaluation mode."""
+    net.eval()
+    device = data.images.device
+    scale, shift = normalisation(data.mean, data.std, device)
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        parts = [
+            net(to_input(data.images[part], scale, shift)).float() for part in torch.split(rows, _EVALUATION_BATCH)
+        ]
+    return torch.cat(parts)
+
+
+def train(
+    net: nn.Module, data: TrialData, spec: TrainingSpec, *, seed: int, precision: str
+) -> Generator[Epoch, None, None]:
+    """Train net in place and yield an Epoch after each evaluation; at the end net has its best epoch's weights.
+
+    precision is float32 or bfloat16. Best is judged by spec.monitor; training ends after spec.epochs, or after
+    spec.patience epochs without a better one. Closing the generator early leaves the last weights. Raises
+    TrainingError where the loss is not finite. One seed gives one result on one device, thread count and precision.
+    """
+    device = data.images.device
+    net.to(device)
+    # Dropout draws from torch's global generator; data order and augmentation from one of their own.
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = build_optimizer(spec.optimizer, net.parameters())
+    augment = build_augment(spec.augment)
+    scale, shift = normalisation(data.mean, data.std, device)
+    valid_labels = data.labels[data.valid]
+    classes = len(data.class_names)
+    weights = class_weights(data.labels[data.train], classes) if spec.class_weights == "balanced" else None
+    batches_per_epoch = -(-len(data.train) // spec.batch_size)
+    sign = 1.0 if SCORES[spec.monitor] == "maximize" else -1.0
+    best_score, best_epoch, best_state = -float("inf"), 0, None
+    step = 0
+
+    for number in range(1, spec.epochs + 1):
+        started = time.perf_counter()
+        net.train()
+        totals = torch.zeros(2, dtype=torch.float64, device=device)  # loss summed over images, hits
+        seen = 0
+        order = data.train[torch.randperm(len(data.train), generator=generator).to(device)]
+        rate = 0.0
+        for rows in torch.split(order, spec.batch_size):
+            factor = learning_rate_factor(
+                spec.schedule, step=step, steps=spec.epochs * batches_per_epoch, steps_per_epoch=batches_per_epoch
+            )
+            step += 1
+            if len(rows) == 1 and len(order) > 1:
+                continue  # batch norm cannot learn from a single image
+            rate = spec.optimizer.lr * factor
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            images, labels = data.images[rows], data.labels[rows]
+            if augment is not None:
+                images = augment(images, generator)
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                logits = net(to_input(images, scale, shift))
+            logits = logits.float()
+            loss = functional.cross_entropy(logits, labels, weight=weights, label_smoothing=spec.label_smoothing)
+            optimizer.zero_grad(set_to_none=True)
+            torch.autograd.backward(loss)
+            optimizer.step()
+            with torch.no_grad():
+                totals += torch.stack([loss.double() * len(rows), (logits.argmax(1) == labels).sum().double()])
+            seen += len(rows)
+
+        loss_sum, hits = totals.tolist()
+        logits = predict_logits(net, data, data.valid, precision=precision)
+        measured = {"train_loss": loss_sum / seen, "train_accuracy": hits / seen}
+        measured |= {f"valid_{name}": value for name, value in scores(logits, valid_labels).items()}
+        if not torch.isfinite(torch.tensor([measured["train_loss"], measured["valid_loss"]])).all():
+            raise TrainingError(
+                f"epoch {number}: train loss {measured['train_loss']}, validation loss {measured['valid_loss']}.",
+                "The training diverged: a lower learning rate usually helps.",
+            )
+        if sign * measured[spec.monitor] > best_score:
+            best_score, best_epoch = sign * measured[spec.monitor], number
+            best_state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+        yield Epoch(number=number, scores=measured, learning_rate=rate, seconds=time.perf_counter() - started)
+        if spec.patience is not None and number - best_epoch >= spec.patience:
+            break
+
+    if best_state is not None:
+        net.load_state_dict(best_state)
+
+
+def best_of(epochs: tuple[Epoch, ...], monitor: str) -> Epoch:
+    """The epoch whose weights train() keeps: the first with the best monitored score."""
+    sign = 1.0 if SCORES[monitor] == "maximize" else -1.0
+    return max(epochs, key=lambda epoch: (sign * epoch.scores[monitor], -epoch.number))

@@ -1,0 +1,143 @@
+"""A registered model to class probabilities, for images in memory or in files."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hpo.errors import DataError, ModelError
+from hpo.home import Home
+from hpo.track.registry import fetch, resolve
+from hpo.track.store import load_mlflow
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+AnyPath = str | Path
+_CHUNK_FILES = 256
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A loaded model. image_shape is (height, width, channels); uri says where it came from."""
+
+    uri: str
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    _model: Any = field(repr=False)
+
+    def predict_proba(self, images: np.ndarray) -> np.ndarray:
+        """Images (n, height, width, channels) uint8 -> probabilities (n, classes) float32, rows summing to 1.
+
+        Grey images may come as (n, height, width). Raises DataError for another type or shape.
+        """
+        if images.ndim == 3 and self.image_shape[2] == 1:
+            images = images[..., np.newaxis]
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != self.image_shape:
+            raise DataError(
+                f"images of type {images.dtype} and shape {images.shape}: {self.uri} takes uint8 images of shape "
+                f"(n, {', '.join(map(str, self.image_shape))}).",
+                "Convert them, or give image files to hpo predict, which resizes.",
+            )
+        return np.asarray(self._model.predict(images), dtype=np.float32)
+
+    def predict(self, images: np.ndarray) -> list[str]:
+        """Images as for predict_proba -> the name of the most probable class of each."""
+        return [self.class_names[row] for row in self.predict_proba(images).argmax(axis=1)]
+
+
+def load_model(model: AnyPath, *, home: AnyPath | Home | None = None) -> Classifier:
+    """Load a model: NAME (champion, else challenger), NAME@ALIAS, NAME/VERSION, models:/..., or a folder with MLmodel.
+
+    home is a project's folder, by default the working directory. Raises ModelError where there is no such model or it
+    is none that takes images.
+    """
+    if Path(model, "MLmodel").is_file():
+        return _load(Path(model), str(model))
+    if isinstance(model, Path):
+        raise ModelError(f"{model}: there is no file MLmodel in it.", "Give a model's folder, or a name: hpo models")
+    home = home if isinstance(home, Home) else Home.find(home)
+    version = resolve(home, model)
+    with tempfile.TemporaryDirectory() as folder:
+        return _load(fetch(home, version, Path(folder)), version.model_uri)
+
+
+def _load(folder: Path, uri: str) -> Classifier:
+    mlflow = load_mlflow()
+    try:
+        model = mlflow.pyfunc.load_model(str(folder))
+        images = model.metadata.get_input_schema().inputs[0]
+        height, width, channels = images.shape[1:]
+        names = tuple(model.metadata.get_output_schema().input_names())
+    except Exception as error:
+        raise ModelError(
+            f"{uri}: not a model of images that loads here: {str(error) or type(error).__name__}.",
+            "Take one that a study has registered: hpo models",
+        ) from error
+    return Classifier(uri, names, (height, width, channels), model)
+
+
+def read_images(paths: Sequence[AnyPath], shape: tuple[int, int, int]) -> np.ndarray:
+    """Image files of any size and mode -> (n, height, width, channels) uint8.
+
+    They are turned upright by their EXIF tag, laid on white where they are transparent, made grey (1 channel) or RGB
+    (3) and stretched bilinearly to height and width. Raises DataError naming the file that is missing or damaged.
+    """
+    height, width, channels = shape
+    if channels not in (1, 3):
+        raise DataError(f"a model of {channels} channels cannot read image files.", "Use predict_proba with an array.")
+    images = np.empty((len(paths), *shape), np.uint8)
+    for row, path in enumerate(paths):
+        images[row] = _read(path, (width, height), "L" if channels == 1 else "RGB").reshape(shape)
+    return images
+
+
+def predict_files(model: Classifier, paths: Sequence[AnyPath]) -> list[dict[str, Any]]:
+    """One row per image file: file, class, probability (of that class), probabilities (class name -> probability)."""
+    return list(_rows(model, paths))
+
+
+def _rows(model: Classifier, paths: Sequence[AnyPath]) -> Iterator[dict[str, Any]]:
+    for start in range(0, len(paths), _CHUNK_FILES):
+        chunk = paths[start : start + _CHUNK_FILES]
+        for path, row in zip(chunk, model.predict_proba(read_images(chunk, model.image_shape)), strict=True):
+            probabilities = dict(zip(model.class_names, map(float, row), strict=True))
+            name = max(probabilities, key=probabilities.__getitem__)
+            yield {
+                "file": str(path),
+                "class": name,
+                "probability": probabilities[name],
+                "probabilities": probabilities,
+            }
+
+
+def _read(path: AnyPath, size: tuple[int, int], mode: str) -> np.ndarray:
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as opened:
+            image = _opaque(ImageOps.exif_transpose(opened)).convert(mode)
+    # Pillow's decoders raise all of these for damaged files.
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, Image.DecompressionBombError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise DataError(
+            f"{path}: not an image that can be read: {reason}.", "Check the file, or leave it out."
+        ) from None
+    return np.asarray(image.resize(size, Image.Resampling.BILINEAR))
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    from PIL import Image
+
+    if image.mode.startswith("I"):
+        # 16 bits a pixel: Pillow's own conversion to 8 would cut at 255 in place of scaling.
+        return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -1,0 +1,1 @@
+"""Pure drawing and counting: reads results, never trains, never stores."""

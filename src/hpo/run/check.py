@@ -1,0 +1,92 @@
+"""Pre-flight of a study: one real batch through model, loss, backward and export, and what N trials would take."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpo.records import DataCard, SplitCard
+from hpo.run.engines import cores
+from hpo.spec.study import StudySpec
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What one batch told. Seconds and bytes are estimates: of the spec as written, on this machine, as busy as it is.
+
+    estimated_seconds is for `trials` trials of the full number of epochs on `workers` workers; estimated_bytes for the
+    models that are kept of them. warnings name what is allowed but rarely meant.
+    """
+
+    data: DataCard
+    split: SplitCard
+    device: str
+    precision: str
+    parameter_count: int
+    batch_seconds: float
+    epoch_seconds: float
+    export_seconds: float
+    model_bytes: int
+    workers: int
+    trials: int
+    estimated_seconds: float
+    estimated_bytes: float
+    warnings: tuple[str, ...]
+
+
+def check_study(spec: StudySpec, *, trials: int | None = None, device: str = "auto") -> CheckReport:
+    """Validate a study against its data and this machine. Raises HpoError for what would fail a run."""
+    from hpo.learn.data import prepare
+    from hpo.learn.device import resolve_devices
+    from hpo.learn.preflight import preflight
+    from hpo.learn.split import split_card
+
+    devices = resolve_devices(device)
+    card = prepare(spec.data, spec.split)
+    split = split_card(card, spec.split)
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        flight = preflight(spec.setup, card, device_name=devices[0], seed=spec.seed_of(0), folder=Path(folder))
+        overhead = time.perf_counter() - started - flight.epoch_seconds
+    count = trials or spec.search.trials
+    workers = cores() if devices[0] == "cpu" else len(devices)
+    training = count * spec.training.epochs * flight.epoch_seconds / min(workers, count)
+    return CheckReport(
+        data=card,
+        split=split,
+        device=devices[0],
+        precision=flight.precision,
+        parameter_count=flight.parameter_count,
+        batch_seconds=flight.batch_seconds,
+        epoch_seconds=flight.epoch_seconds,
+        export_seconds=flight.export_seconds,
+        model_bytes=flight.model_bytes,
+        workers=workers,
+        trials=count,
+        estimated_seconds=training + overhead,
+        estimated_bytes=flight.model_bytes * min(count, spec.keep.count),
+        warnings=tuple(_warnings(spec, card, split)),
+    )
+
+
+def _warnings(spec: StudySpec, card: DataCard, split: SplitCard) -> list[str]:
+    found = []
+    if not card.official and spec.data.path is None:
+        found.append("the data is not the publisher's file")
+    if spec.training.batch_size > split.counts["train"]:
+        found.append(
+            f"training.batch_size {spec.training.batch_size} exceeds the {split.counts['train']} training images: "
+            "every epoch is one step"
+        )
+    drift = max(abs(train - valid) for train, valid in zip(split.shares["train"], split.shares["valid"], strict=True))
+    if drift > 0.05:
+        found.append(
+            f"class shares of train and validation differ by up to {100 * drift:.0f} points: "
+            "split by: stratified makes them equal"
+        )
+    size = spec.search.space.size(spec.fixed())
+    if size is not None and spec.search.trials > size:
+        found.append(f"search.trials {spec.search.trials} exceeds the {size} different candidates of the space")
+    return found

@@ -1,0 +1,92 @@
+"""Keep the models of the best trials: export beside the training, log, and delete what falls out."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+
+from hpo.records import Event, Notice, StudyResult, TrialResult, TrialState
+from hpo.run.background import Background
+from hpo.run.helper import Helper, finish_trial
+from hpo.spec.study import Setup, StudySpec
+from hpo.track.tracker import Tracker
+
+
+class Keeper:
+    """The best trials, as many as spec.keep says, keep their model and pictures."""
+
+    def __init__(
+        self,
+        tracker: Tracker,
+        background: Background,
+        helper: Helper,
+        spec: StudySpec,
+        *,
+        class_names: tuple[str, ...],
+        watch: Callable[[Event], None],
+    ) -> None:
+        self._tracker = tracker
+        self._background = background
+        self._helper = helper
+        self._spec = spec
+        self._class_names = class_names
+        self._watch = watch
+        self._values: dict[int, float] = {}
+        self._kept: set[int] = set()
+        self._earlier: Future[dict[int, str]] | None = None
+        self._pending: dict[int, Future[Path]] = {}
+
+    def resume(self, study: StudyResult, kept: Future[dict[int, str]]) -> None:
+        """Take up where an earlier run ended: the models that it kept, and files that still wait to be logged."""
+        self._earlier = kept
+        self._values |= {trial.number: trial.value or 0.0 for trial in study.ranked()}
+        for trial in study.ranked():
+            if trial.result is not None and trial.result.folder and Path(trial.result.folder).is_dir():
+                self.add(trial.result, self._spec.with_values(trial.candidate.parameters))
+
+    def add(self, result: TrialResult, setup: Setup) -> None:
+        """A trial has ended: export its model if it is among the best, or remove its files."""
+        if result.state is TrialState.COMPLETE and result.value is not None:
+            self._values[result.number] = result.value
+            if result.number in self._best():
+                self._pending[result.number] = self._helper.submit(finish_trial, setup, result, self._class_names)
+                return
+        _remove(result.folder)
+
+    def collect(self, *, wait: bool = False) -> None:
+        """Have the tracker log what is exported, and drop what is no longer among the best."""
+        if self._earlier is not None and (wait or self._earlier.done()):
+            if self._earlier.exception() is None:
+                self._kept |= set(self._earlier.result())
+            self._earlier = None
+        best = self._best()
+        for number in [number for number, job in self._pending.items() if wait or job.done()]:
+            job = self._pending.pop(number)
+            if (error := job.exception()) is not None:
+                self._watch(Notice(f"trial {number}: its model could not be exported: {error}"))
+            elif number in best:
+                self._kept.add(number)
+                self._background.submit(self._log, number, job.result())
+            else:
+                _remove(str(job.result()))
+        for number in self._kept - best:
+            self._kept.discard(number)
+            self._background.submit(self._tracker.drop_model, number)
+
+    def _log(self, number: int, folder: Path) -> None:
+        self._tracker.keep_model(number, folder)
+        _remove(str(folder))
+
+    def _best(self) -> set[int]:
+        sign = -1.0 if self._spec.search.better == "maximize" else 1.0
+        ranked = sorted(self._values, key=lambda number: (sign * self._values[number], number))
+        count = self._spec.keep.count
+        return set(ranked if math.isinf(count) else ranked[: int(count)])
+
+
+def _remove(folder: str) -> None:
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)

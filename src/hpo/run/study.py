@@ -1,0 +1,194 @@
+"""Run a study: prepare its data, start its workers, supervise, register the winner."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from hpo.errors import HpoError, SpecError
+from hpo.home import Home
+from hpo.records import Event, ModelVersion, Notice, StudyEnded, StudyOpened, StudyResult, TrialState
+from hpo.run.background import Background
+from hpo.run.engines import Engine, InProcess, LocalProcesses, cores, process_context
+from hpo.run.helper import Helper, Prepared, prepare
+from hpo.run.keep import Keeper
+from hpo.run.supervise import Supervisor, Watch
+from hpo.spec.study import KeepSpec, StudySpec
+from hpo.track.store import load_mlflow
+from hpo.track.tracker import Tracker
+
+
+def run_study(
+    spec: StudySpec,
+    *,
+    trials: int | None = None,
+    workers: int | None = None,
+    device: str = "auto",
+    home: str | Path | None = None,
+    fresh: bool = False,
+    timeout: float | None = None,
+    keep_models: str | None = None,
+    watch: Watch | None = None,
+) -> StudyResult:
+    """Run or continue a study until it has `trials` trials in all, and register its best model as challenger.
+
+    workers is the number of processes that train (default: one for each core, or for each GPU); 0 trains in this
+    process. device is auto, cpu, cuda, cuda:N or mps. home is the folder that holds `mlruns`. fresh starts the study
+    anew beside what there is. timeout is in seconds. keep_models is all, none or best:K. watch is called with every
+    event. Ctrl-C ends the run cleanly: what was running is recorded as stopped and tried again by the next run.
+    Raises HpoError for whatever the user can mend.
+    """
+    place = Home.find(home).create()
+    spec = _with_options(spec, trials=trials, keep_models=keep_models)
+    if workers is not None and workers < 0:
+        raise HpoError(f"--workers {workers}: is negative.", "Give 1 or more, or 0 to train in this process.")
+    deadline = time.monotonic() + timeout if timeout is not None else float("inf")
+    say: Watch = watch or _ignore
+    context = process_context()
+    with contextlib.ExitStack() as cleanup:
+        interrupted = cleanup.enter_context(_interruptible())
+        tracker, background = Tracker(place), Background()
+        cleanup.callback(background.join)
+        helper = Helper(context)
+        cleanup.callback(helper.close)
+        job = helper.submit(prepare, spec.data, spec.split, device)
+        background.submit(load_mlflow)  # mlflow's import takes seconds: it goes on beside the preparation
+        from hpo.search.ask import open_study  # and so does optuna's
+
+        prepared = _await(job, helper, say, interrupted)
+        study = open_study(place, spec, data_digest=prepared.data.digest, fresh=fresh)
+        cleanup.callback(study.close)
+        study.reap()
+        before = study.result()
+        background.submit(tracker.open_study, before, spec, prepared.data, prepared.split)
+        background.submit(tracker.reconcile, before, spec)
+        kept = background.submit(tracker.kept_models, before)
+        finished = before.count(*TrialState) - before.count(TrialState.STOPPED, TrialState.WAITING, TrialState.RUNNING)
+        devices = _assign(workers, prepared.devices)
+        opened = StudyOpened(
+            study=before,
+            data=prepared.data,
+            split=prepared.split,
+            budget=spec.search.trials,
+            finished=finished,
+            workers=len(devices),
+            device=", ".join(dict.fromkeys(devices)),
+        )
+        say(opened)
+        keeper = Keeper(tracker, background, helper, spec, class_names=prepared.data.class_names, watch=say)
+        reason = "budget"
+        if finished < spec.search.trials:
+            engine = _engine(workers, devices, context)
+            cleanup.callback(engine.close)
+            supervisor = Supervisor(
+                spec,
+                study,
+                engine,
+                data=prepared.data,
+                budget=spec.search.trials,
+                deadline=deadline,
+                interrupted=interrupted,
+                tracker=tracker,
+                background=background,
+                keeper=keeper,
+                work=place.work / before.title,
+                watch=say,
+            )
+            keeper.resume(before, kept)
+            reason = supervisor.run()
+        else:
+            keeper.resume(before, kept)
+        keeper.collect(wait=True)
+        after = study.result()
+        model = _close(tracker, background, after, reason, keep=spec.keep.count > 0)
+        for failure in background.failures():
+            say(Notice(f"tracking: {failure}"))
+        say(StudyEnded(after, reason, model))
+        return after
+
+
+def _ignore(event: Event) -> None:
+    """Nobody watches."""
+
+
+def _with_options(spec: StudySpec, *, trials: int | None, keep_models: str | None) -> StudySpec:
+    """The spec with what the command line says instead of the file. Raises SpecError."""
+    if trials is not None:
+        if trials < 1:
+            raise SpecError(f"--trials {trials}: is not positive.", "Give the study's total, such as --trials 50.")
+        spec = spec.model_copy(update={"search": spec.search.model_copy(update={"trials": trials})})
+    if keep_models is not None:
+        try:
+            spec = spec.model_copy(update={"keep": KeepSpec(models=keep_models)})
+        except ValidationError:
+            raise SpecError(f"--keep-models {keep_models}: unknown policy.", "Give all, none or best:K.") from None
+    return spec
+
+
+def _assign(workers: int | None, devices: Sequence[str]) -> list[str]:
+    """One device for each worker, round robin: by default one worker for each GPU, or for each core."""
+    if workers is None:
+        workers = cores() if devices[0] == "cpu" else len(devices)
+    return [devices[slot % len(devices)] for slot in range(max(1, workers))]
+
+
+def _engine(workers: int | None, devices: list[str], context: Any) -> Engine:
+    if workers == 0:
+        return InProcess(devices[0])
+    return LocalProcesses(devices, threads=max(1, cores() // len(devices)), context=context)
+
+
+def _await(job: Future[Prepared], helper: Helper, say: Watch, interrupted: threading.Event) -> Prepared:
+    """The helper's answer; what it says meanwhile is passed on."""
+    while True:
+        for notice in helper.notices():
+            say(notice)
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        with contextlib.suppress(TimeoutError):
+            return job.result(timeout=0.1)
+
+
+def _close(
+    tracker: Tracker, background: Background, study: StudyResult, reason: str, *, keep: bool
+) -> ModelVersion | None:
+    """End the parent run; after an orderly end the best trial's model becomes the challenger."""
+    orderly = reason in ("budget", "exhausted", "timeout")
+    winner = study.best if orderly and keep else None
+    registered = background.submit(tracker.register, study, winner.number) if winner else None
+    background.submit(tracker.close_study, study, status="FINISHED" if orderly else "KILLED")
+    background.join()
+    if registered is None or registered.exception() is not None:
+        return None
+    return registered.result()
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """Ctrl-C and SIGTERM set the event; a second one ends the process the usual way."""
+    interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted  # signals belong to the main thread
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: Any) -> None:  # noqa: ARG001 - the signature that signal wants
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        interrupted.set()
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield interrupted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,91 @@
+"""Locks that the system frees when their process dies: short ones around a step, and one lease a supervisor."""
+
+from __future__ import annotations
+
+import socket
+import uuid
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from hpo.errors import StoreError
+
+_PATIENCE_SECONDS = 120.0
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file for the time of the block. Raises StoreError after two minutes, or where it cannot be made."""
+    try:
+        lock = FileLock(path, timeout=_PATIENCE_SECONDS, thread_local=False)
+        lock.acquire()
+    except Timeout:
+        raise StoreError(
+            f"{path}: another process has held this lock for {_PATIENCE_SECONDS:.0f} s.",
+            "See whether an hpo process hangs or is suspended, and end it.",
+        ) from None
+    except OSError as error:
+        raise StoreError(
+            f"{path}: cannot be locked: {error.strerror}.", "Choose a folder of your own: --home DIR."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class Lease:
+    """Proof of life: a lock file that its holder keeps until it closes or dies, however it dies.
+
+    name is what a trial's record says of its supervisor. Where the storage lies beside the locks the file's name is
+    enough, whatever the machine is called today; where a server is shared, the name holds machine and path, and a
+    lease of another machine counts as alive, since its lock cannot be seen from here.
+    """
+
+    def __init__(self, folder: Path, *, shared: bool) -> None:
+        self._folder = folder
+        self._path = folder / f"lease-{uuid.uuid4().hex}.lock"
+        self.name = f"{socket.gethostname()}|{self._path}" if shared else self._path.name
+        self._lock = FileLock(self._path, timeout=0, thread_local=False)
+        with _probing(folder):
+            self._lock.acquire()
+
+    def alive(self, name: str) -> bool:
+        """Whether the lease of that name is held by anyone."""
+        host, _, file = name.rpartition("|")
+        if host and host != socket.gethostname():
+            return True
+        with _probing(self._folder):
+            return _held(self._folder / file)
+
+    def close(self) -> None:
+        """Give the lease up; what still runs under it counts as dead from now on."""
+        self._lock.release()
+        self._path.unlink(missing_ok=True)
+
+
+def clean_leases(folder: Path) -> None:
+    """Remove lease files that nobody holds."""
+    with _probing(folder):
+        for path in folder.glob("lease-*.lock"):
+            if not _held(path):
+                path.unlink(missing_ok=True)
+
+
+def _probing(folder: Path) -> AbstractContextManager[None]:
+    # A probe takes the lock for an instant: a second one would see it held, a new lease would find it taken.
+    return locked(folder / "leases.lock")
+
+
+def _held(path: Path) -> bool:
+    if not path.exists():
+        return False
+    probe = FileLock(path, timeout=0, thread_local=False)
+    try:
+        probe.acquire()
+    except Timeout:
+        return True
+    probe.release()
+    return False

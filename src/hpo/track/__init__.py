@@ -1,0 +1,1 @@
+"""What to remember: runs, models and openings of the test set, in MLflow."""

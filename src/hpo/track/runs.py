@@ -1,0 +1,215 @@
+"""How records of a study read as MLflow entities: tags, parameters, metrics, and where a study's runs are found."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import math
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from hpo.records import Candidate, DataCard, Epoch, StudyResult, TrialResult, TrialState
+from hpo.spec.study import Setup
+
+PARENT = "mlflow.parentRunId"
+KIND = "hpo.kind"
+STUDY = "hpo.study"
+CREATED = "hpo.created"
+TRIAL = "hpo.trial"
+STATE = "hpo.state"
+MODEL = "hpo.model"
+DIGEST = "hpo.data_digest"
+
+# Pruned is a normal end; stopped is not one.
+STATUS: Mapping[TrialState, str] = {
+    TrialState.COMPLETE: "FINISHED",
+    TrialState.PRUNED: "FINISHED",
+    TrialState.FAILED: "FAILED",
+    TrialState.STOPPED: "KILLED",
+}
+_PACKAGES = ("hpo", "mlflow", "numpy", "optuna", "scikit-learn", "timm", "torch", "torchvision")
+_ITEMS_PER_REQUEST = {"metrics": 900, "params": 100, "tags": 100}  # MLflow takes 1000 in all, 100 of the latter two
+
+
+def environment_tags() -> dict[str, str]:
+    """Who runs this, from which commit of the working directory, on which versions."""
+    tags = {"mlflow.user": user(), "version.python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            tags[f"version.{package}"] = version(package)
+        except PackageNotFoundError:
+            continue
+    commit = _git_commit()
+    if commit:
+        tags["mlflow.source.git.commit"] = commit.removesuffix("-dirty")
+        tags["hpo.git_dirty"] = str(commit.endswith("-dirty")).lower()
+    return tags
+
+
+def user() -> str:
+    """The user's login name, or unknown where the system has none for it, as in some containers."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return "unknown"
+
+
+def _git_commit() -> str:
+    git = shutil.which("git")
+    if not git:
+        return ""
+    # --exclude: never the name of a tag in place of the commit.
+    command = [git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)  # noqa: S603
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return answer.stdout.strip() if answer.returncode == 0 else ""
+
+
+def study_tags(study: StudyResult) -> dict[str, str]:
+    """Tags that tell one generation of a study from all others, its name reused after a deletion included."""
+    return {STUDY: study.title, KIND: "study", CREATED: repr(study.created)}
+
+
+def trial_tags(candidate: Candidate, parent: Any, worker: str) -> dict[str, str]:
+    """Tags of a trial's run; parent is the study's Run."""
+    tags = {
+        PARENT: parent.info.run_id,
+        KIND: "trial",
+        STUDY: parent.data.tags[STUDY],
+        TRIAL: str(candidate.number),
+        STATE: TrialState.RUNNING.value,
+        "hpo.ordinal": str(candidate.ordinal),
+        "hpo.attempt": str(candidate.attempt),
+        "hpo.worker": worker,
+    }
+    return tags | ({"hpo.stage": candidate.stage} if candidate.stage else {})
+
+
+def trial_params(candidate: Candidate, setup: Setup) -> dict[str, Any]:
+    """Every effective parameter: all places of the spec that hold a value, and the trial's own seed."""
+    params = {path: value for path, value in setup.flat().items() if value is not None}
+    return {**params, "seed": candidate.seed}
+
+
+def metrics(values: Mapping[str, float], when: float, *, step: int = 0) -> list[Any]:
+    """mlflow Metrics of one step; when is in seconds since 1970."""
+    from mlflow.entities import Metric
+
+    return [Metric(name, float(value), int(when * 1000), step) for name, value in values.items()]
+
+
+def epoch_metrics(epochs: Sequence[Epoch], ended: float) -> list[Any]:
+    """mlflow Metrics of epochs, the last of which ended at this time (seconds since 1970); one step per epoch.
+
+    Folds after the first have names of their own: fold1.valid_loss, ...
+    """
+    found: list[Any] = []
+    for epoch in reversed(epochs):
+        prefix = f"fold{epoch.fold}." if epoch.fold else ""
+        values = {**epoch.scores, "learning_rate": epoch.learning_rate, "epoch_seconds": epoch.seconds}
+        found += metrics({prefix + name: value for name, value in values.items()}, ended, step=epoch.number)
+        ended -= epoch.seconds
+    return found[::-1]
+
+
+def result_metrics(result: TrialResult, ended: float) -> list[Any]:
+    """mlflow Metrics of a trial's end: best_<score>, objective, and what it cost."""
+    values: dict[str, float] = {f"best_{name}": value for name, value in result.scores.items()}
+    values |= {"duration_seconds": result.seconds}
+    if result.best_epoch:
+        values["best_epoch"] = result.best_epoch
+    if result.parameter_count:
+        values["parameter_count"] = result.parameter_count
+    if result.value is not None:
+        values["objective"] = result.value
+    return metrics(values, ended)
+
+
+def scores_of(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The scores among a trial run's metrics: valid_accuracy, ..."""
+    return {
+        name.removeprefix("best_"): value
+        for name, value in metrics.items()
+        if name.startswith("best_") and name != "best_epoch" and math.isfinite(value)
+    }
+
+
+def dataset_input(data: DataCard) -> Any:
+    """The mlflow DatasetInput of a data set; its digest is cut to the 36 characters that MLflow takes."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    kind = "http" if data.source.startswith(("http://", "https://")) else "local"
+    dataset = Dataset(
+        name=data.name,
+        digest=data.digest.removeprefix("sha256:")[:36],
+        source_type=kind,
+        source=json.dumps({"url" if kind == "http" else "uri": data.source}),
+        profile=json.dumps({"images": data.development_count, "image_shape": data.image_shape, "digest": data.digest}),
+    )
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
+
+
+def log(
+    client: Any,
+    run_id: str,
+    *,
+    metrics: Sequence[Any] = (),
+    params: Mapping[str, Any] | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> None:
+    """Log everything in as few requests as MLflow's limits allow."""
+    from mlflow.entities import Param, RunTag
+
+    waiting: dict[str, list[Any]] = {
+        "metrics": list(metrics),
+        "params": [Param(name, str(value)) for name, value in (params or {}).items()],
+        "tags": [RunTag(name, value) for name, value in (tags or {}).items()],
+    }
+    while any(waiting.values()):
+        now = {kind: items[: _ITEMS_PER_REQUEST[kind]] for kind, items in waiting.items()}
+        if len(now["params"]) + len(now["tags"]) > 100:
+            now["metrics"] = now["metrics"][:800]
+        client.log_batch(run_id, **now)
+        waiting = {kind: items[len(now[kind]) :] for kind, items in waiting.items()}
+
+
+def find_parent(client: Any, study: StudyResult) -> Any | None:
+    """The Run of a study's generation, the oldest if several were made; None where it has none."""
+    experiment = client.get_experiment_by_name(study.name)
+    if experiment is None:
+        return None
+    wanted = " and ".join(f"tags.`{name}` = '{value}'" for name, value in study_tags(study).items())
+    found = client.search_runs([experiment.experiment_id], wanted, order_by=["start_time ASC"], max_results=1)
+    return found[0] if found else None
+
+
+def children(client: Any, parent: Any, wanted: str = "") -> Iterator[Any]:
+    """The runs of a study's trials, all pages; wanted narrows them in MLflow's filter language."""
+    query = " and ".join(filter(None, [f"tags.`{PARENT}` = '{parent.info.run_id}'", wanted]))
+    token = None
+    while True:
+        page = client.search_runs([parent.info.experiment_id], query, max_results=1000, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def summary(study: StudyResult) -> str:
+    """A study in a few lines of Markdown: what was asked, how many trials ended how, the best one."""
+    ends = ", ".join(f"{study.count(state)} {state.value}" for state in TrialState if study.count(state))
+    lines = [f"# {study.title}", "", str(study.spec.get("question") or ""), "", f"Trials: {ends or 'none'}.", ""]
+    best = study.best
+    if best is not None and best.result is not None:
+        lines += [f"Best {study.objective}: **{best.value:.4f}** (trial {best.number}, {study.direction}).", ""]
+        lines += ["| parameter | value |", "|---|---|"]
+        lines += [f"| {name} | {value} |" for name, value in best.candidate.parameters.items()]
+        lines += ["", "| score | value |", "|---|---|"]
+        lines += [f"| {name} | {value:.4f} |" for name, value in best.result.scores.items()]
+    return "\n".join(lines) + "\n"

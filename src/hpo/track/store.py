@@ -1,0 +1,155 @@
+"""The way into MLflow: imported late, with its telemetry off, and with its faults told as StoreError."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import socket
+import sqlite3
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+from urllib.parse import urlsplit
+
+from filelock import FileLock
+
+from hpo.errors import HpoError, StoreError
+from hpo.home import Home
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Read by MLflow when it is imported or called; what the user has set stays.
+SWITCHES = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_LOG_UV_FILES": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # standard output belongs to the command
+    "MLFLOW_UV_AUTO_DETECT": "false",  # else the working directory's lock file becomes the model's requirements
+}
+
+
+def load_mlflow() -> Any:
+    """The module mlflow; the first call takes seconds."""
+    for name, value in SWITCHES.items():
+        os.environ.setdefault(name, value)
+    import mlflow
+
+    return mlflow
+
+
+@functools.lru_cache
+def connect(home: Home) -> Any:
+    """The MlflowClient of a home; its database is made where there is none. Raises StoreError."""
+    with _faults_told(home):
+        if home.tracking_uri.startswith(("http://", "https://")):
+            _knock(home.tracking_uri)
+            return load_mlflow().MlflowClient(home.tracking_uri, home.tracking_uri)
+        # MLflow's first migrations race where several processes open a fresh database.
+        with lock(home, "mlflow-create"), quiet("alembic", "mlflow.store.db.utils"):
+            if home.embedded:
+                _try_file(home.root / "mlflow.db")
+            client = load_mlflow().MlflowClient(home.tracking_uri, home.tracking_uri)
+            client.search_registered_models(max_results=1)  # the registry's store opens at its first use
+        return client
+
+
+def exists(home: Home) -> bool:
+    """False where the embedded database has not been made yet, so that looking does not make it."""
+    return not home.embedded or (home.root / "mlflow.db").is_file()
+
+
+def lock(home: Home, name: str) -> FileLock:
+    """An inter-process lock of this home, freed by the system when its holder dies."""
+    return FileLock(home.create().locks / f"{name}.lock")
+
+
+def told(method: Callable[P, R]) -> Callable[P, R]:
+    """Turn faults of MLflow, its database and the disk into StoreError; the first argument is a Home or has one."""
+
+    @functools.wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        first: Any = args[0] if args else kwargs["home"]
+        with _faults_told(first if isinstance(first, Home) else first.home):
+            return method(*args, **kwargs)
+
+    return call
+
+
+@contextmanager
+def _faults_told(home: Home) -> Iterator[None]:
+    try:
+        yield
+    except HpoError:
+        raise
+    except Exception as error:
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        if not isinstance(error, MlflowException | SQLAlchemyError | OSError):
+            raise
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise StoreError(
+            f"MLflow at {shown(home.tracking_uri)}: {first_line.rstrip('.')}.",
+            "Check that the folder can be written and has space left, or that the server of MLFLOW_TRACKING_URI is up.",
+        ) from error
+
+
+def shown(uri: str) -> str:
+    """A store's URI without its password."""
+    parts = urlsplit(uri)
+    return uri.replace(f":{parts.password}@", ":***@") if parts.password else uri
+
+
+def _knock(uri: str) -> None:
+    # MLflow itself would retry for minutes before it says that nobody is there.
+    parts = urlsplit(uri)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        socket.create_connection((parts.hostname or "", port), timeout=10).close()
+    except OSError as error:
+        raise StoreError(
+            f"MLFLOW_TRACKING_URI={shown(uri)}: nothing answers there: {error.strerror or error}.",
+            "Start the server, correct the address, or unset MLFLOW_TRACKING_URI to use mlruns/mlflow.db.",
+        ) from None
+
+
+def _try_file(path: Path) -> None:
+    # As with servers: MLflow would retry for minutes.
+    try:
+        with closing(sqlite3.connect(path)) as database:
+            database.execute("PRAGMA schema_version").fetchone()
+    except sqlite3.Error as error:
+        raise StoreError(
+            f"{path}: not a database that can be opened: {error}.",
+            "Check the file's permissions and the space left; a damaged file: move it away and run the study again, "
+            "which writes its runs anew from the study storage.",
+        ) from None
+
+
+@contextmanager
+def quiet(*names: str) -> Iterator[None]:
+    """Keep Python's warnings, and these loggers below errors, from the terminal, where a live display may be."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def local_path(uri: str) -> Path | None:
+    """The path of a file: URI or of a plain path; None for what lies elsewhere."""
+    load_mlflow()
+    from mlflow.utils.file_utils import local_file_uri_to_path
+    from mlflow.utils.uri import is_local_uri
+
+    return Path(local_file_uri_to_path(uri)) if is_local_uri(uri) else None

@@ -1,0 +1,266 @@
+"""MLflow as the projection of a study: one parent run a generation, one child run a trial, mended at any time."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hpo.errors import ModelError, StoreError
+from hpo.home import Home
+from hpo.records import (
+    Candidate,
+    DataCard,
+    Epoch,
+    ModelVersion,
+    SplitCard,
+    StudyResult,
+    Trial,
+    TrialResult,
+    TrialState,
+)
+from hpo.spec.study import Setup, StudySpec
+from hpo.track import models, registry, runs
+from hpo.track.store import connect, lock, told
+
+# Where keep_model puts pictures and reports among a run's artifacts, so that drop_model finds them.
+_REPORT = "report"
+
+
+class Tracker:
+    """Writes one study to MLflow with explicit run ids; for one thread at a time.
+
+    open_study comes first; then a trial is start_trial, log_epochs, end_trial and, if it is good, keep_model. Every
+    method raises StoreError where the store or the disk refuses. Nothing is written, and mlflow is not imported, before
+    the first call.
+    """
+
+    def __init__(self, home: Home) -> None:
+        self.home = home
+        self._parent: Any = None
+        self._runs: dict[int, str] = {}
+        self._shared: dict[str, str] = {}
+        self._dataset: Any = None
+
+    @property
+    def _client(self) -> Any:
+        return connect(self.home)
+
+    @told
+    def open_study(self, study: StudyResult, spec: StudySpec, data: DataCard, split: SplitCard) -> None:
+        """Make or continue the study's parent run, with its spec, data set, split, commit and versions."""
+        client = self._client
+        self._shared = {**runs.environment_tags(), runs.DIGEST: data.digest}
+        self._dataset = runs.dataset_input(data)
+        self._runs = {}
+        # Two supervisors that open one study at once must end with one parent run.
+        with lock(self.home, "mlflow-open"):
+            parent = runs.find_parent(client, study)
+            if parent is None:
+                parent = client.create_run(
+                    self._experiment(study.name), tags=runs.study_tags(study), run_name=study.title
+                )
+            else:
+                client.update_run(parent.info.run_id, status="RUNNING")
+        self._parent = parent
+        run_id = parent.info.run_id
+        shown = {"hpo.question": spec.question, "mlflow.note.content": spec.question}
+        runs.log(client, run_id, tags={**self._shared, **{name: text for name, text in shown.items() if text}})
+        client.log_inputs(run_id, [self._dataset])
+        client.log_dict(run_id, spec.model_dump(mode="json"), "study.yaml")
+        client.log_dict(run_id, {"data": asdict(data), "split": asdict(split)}, "data.json")
+
+    @told
+    def start_trial(self, candidate: Candidate, setup: Setup, *, worker: str) -> None:
+        """Make the trial's run, with every effective parameter."""
+        self._start(candidate, setup, worker=worker, started=time.time())
+
+    @told
+    def log_epochs(self, number: int, epochs: Sequence[Epoch]) -> None:
+        """Add epochs of a trial, in one batch; its steps are epoch numbers."""
+        if epochs:
+            runs.log(self._client, self._run_id(number), metrics=runs.epoch_metrics(epochs, time.time()))
+
+    @told
+    def end_trial(self, result: TrialResult) -> None:
+        """Write how a trial ended and close its run: FINISHED (complete, pruned), FAILED or KILLED (stopped)."""
+        self._end(result, ended=time.time())
+
+    @told
+    def keep_model(self, number: int, folder: Path) -> str:
+        """Log the model of an ended trial, and the pictures and reports beside it; returns models:/m-<id>.
+
+        folder holds net.pt2 and config.json (class_names, image_shape). A model that the trial has already is returned
+        as it is. Raises ModelError where a file is missing.
+        """
+        client, run = self._client, self._client.get_run(self._run_id(number))
+        if runs.MODEL in run.data.tags:
+            return str(run.data.tags[runs.MODEL])
+        for path in sorted(folder.iterdir()):
+            # The model has the first two, and the weights within the first.
+            if path.is_file() and path.name not in (models.NET, models.CONFIG, models.WEIGHTS):
+                client.log_artifact(run.info.run_id, str(path), _REPORT)
+        uri = models.log_model(client, run, folder)
+        client.set_tag(run.info.run_id, runs.MODEL, uri)
+        return uri
+
+    @told
+    def drop_model(self, number: int) -> None:
+        """Delete the model of a trial, its pictures and reports, from the disk too; a registered model stays."""
+        client, run = self._client, self._client.get_run(self._run_id(number))
+        uri = run.data.tags.get(runs.MODEL)
+        if uri is None or client.search_model_versions(f"run_id = '{run.info.run_id}'", max_results=1):
+            return
+        models.delete_model(client, uri.removeprefix("models:/"))
+        if client.list_artifacts(run.info.run_id, _REPORT):
+            models.delete_artifacts(client, run.info.artifact_uri, _REPORT)
+        client.delete_tag(run.info.run_id, runs.MODEL)
+
+    @told
+    def register(self, study: StudyResult, number: int) -> ModelVersion:
+        """Register a trial's kept model under the study's name, as `challenger`; the same trial twice is one version.
+
+        Raises ModelError where the trial's model was not kept.
+        """
+        run = self._client.get_run(self._run_id(number, study))
+        uri = run.data.tags.get(runs.MODEL)
+        if uri is None:
+            raise ModelError(
+                f"{study.title}: the model of trial {number} was not kept.", "Keep some: --keep-models best:10"
+            )
+        tags = {"hpo.study": study.title, "hpo.trial": str(number), runs.DIGEST: study.data_digest}
+        return registry.register(
+            self.home,
+            study.name,
+            uri,
+            run_id=run.info.run_id,
+            tags=tags,
+            scores=runs.scores_of(run.data.metrics),
+            alias="challenger",
+        )
+
+    @told
+    def close_study(self, study: StudyResult, *, status: str, figures: Mapping[str, Path] | None = None) -> None:
+        """Write the best trial, counts, summary.md and figures (name -> file); status is FINISHED or KILLED."""
+        client, run_id = self._client, self._parent_of(study).info.run_id
+        best, text = study.best, runs.summary(study)
+        values = {f"trials_{state.value}": float(study.count(state)) for state in TrialState if state.finished}
+        tags = {"mlflow.note.content": text}
+        if best is not None and best.result is not None and best.value is not None:
+            values |= {"objective": best.value, "best_trial": best.number}
+            values |= {f"best_{name}": value for name, value in best.result.scores.items()}
+            tags |= {"hpo.best_trial": str(best.number)}
+            tags |= {f"best.{path}": str(value) for path, value in best.candidate.parameters.items()}
+        # A resumed study closes again: its step is the number of trials that had ended by then.
+        step = study.count(*(state for state in TrialState if state.finished))
+        runs.log(client, run_id, metrics=runs.metrics(values, time.time(), step=step), tags=tags)
+        client.log_text(run_id, text, "summary.md")
+        with tempfile.TemporaryDirectory() as folder:
+            for name, path in (figures or {}).items():
+                shutil.copyfile(path, Path(folder) / (name if name.endswith(path.suffix) else name + path.suffix))
+            if figures:
+                client.log_artifacts(run_id, folder, "figures")
+        client.set_terminated(run_id, status)
+
+    @told
+    def reconcile(self, study: StudyResult, spec: StudySpec) -> None:
+        """Bring the runs in line with the study storage: missing ones made, unfinished ones ended as the trials did.
+
+        Trials that are waiting or running are left alone: another supervisor may be about to write them.
+        """
+        found = {int(run.data.tags[runs.TRIAL]): run for run in runs.children(self._client, self._parent_of(study))}
+        self._runs.update({number: run.info.run_id for number, run in found.items()})
+        for trial in study.trials:
+            run = found.pop(trial.number, None)
+            if trial.state not in runs.STATUS:
+                continue
+            if run is None or run.info.status == "RUNNING" or run.data.tags.get(runs.STATE) != trial.state:
+                self._mend(trial, spec, run)
+        # Trials that the storage has not: newer than this record (left alone), or lost with an earlier storage.
+        newest = max((trial.number for trial in study.trials), default=-1)
+        for number, run in found.items():
+            if number <= newest and run.info.status == "RUNNING":
+                self._client.set_tag(run.info.run_id, runs.STATE, TrialState.STOPPED.value)
+                self._client.set_terminated(run.info.run_id, "KILLED")
+
+    @told
+    def kept_models(self, study: StudyResult) -> dict[int, str]:
+        """Trial number -> models:/m-<id>, of the trials whose model is on disk."""
+        parent = runs.find_parent(self._client, study)
+        if parent is None:
+            return {}
+        kept = runs.children(self._client, parent, f"tags.`{runs.MODEL}` LIKE 'models:%'")
+        return {int(run.data.tags[runs.TRIAL]): run.data.tags[runs.MODEL] for run in kept}
+
+    def _experiment(self, name: str) -> str:
+        client = self._client
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            # Without a place of its own, an embedded store would write to the working directory of the moment.
+            place = (self.home.artifacts / name).as_uri() if self.home.embedded else None
+            return str(client.create_experiment(name, artifact_location=place))
+        if experiment.lifecycle_stage == "deleted":
+            client.restore_experiment(experiment.experiment_id)
+        return str(experiment.experiment_id)
+
+    def _parent_of(self, study: StudyResult) -> Any:
+        if self._parent is None or not runs.study_tags(study).items() <= self._parent.data.tags.items():
+            self._parent, self._runs = runs.find_parent(self._client, study), {}
+        if self._parent is None:
+            raise StoreError(f"{study.title}: MLflow has no run of this study.", f"Run it: hpo run {study.name}")
+        return self._parent
+
+    def _run_id(self, number: int, study: StudyResult | None = None) -> str:
+        if study is not None:
+            self._parent_of(study)
+        if number not in self._runs:
+            found = list(runs.children(self._client, self._parent, f"tags.`{runs.TRIAL}` = '{number}'"))
+            if not found:
+                raise StoreError(f"MLflow has no run of trial {number}.", "Run the study again: it mends its runs.")
+            self._runs[number] = found[0].info.run_id
+        return self._runs[number]
+
+    def _start(self, candidate: Candidate, setup: Setup, *, worker: str, started: float) -> None:
+        client, parent = self._client, self._parent
+        tags = {**self._shared, **runs.trial_tags(candidate, parent, worker)}
+        run = client.create_run(
+            parent.info.experiment_id,
+            start_time=int(started * 1000),
+            tags=tags,
+            run_name=f"trial {candidate.number}",
+        )
+        self._runs[candidate.number] = run.info.run_id
+        runs.log(client, run.info.run_id, params=runs.trial_params(candidate, setup))
+        if self._dataset is not None:
+            client.log_inputs(run.info.run_id, [self._dataset])
+
+    def _end(self, result: TrialResult, *, ended: float) -> None:
+        client, run_id = self._client, self._run_id(result.number)
+        tags = {runs.STATE: result.state.value} | ({"hpo.reason": result.reason} if result.reason else {})
+        runs.log(client, run_id, metrics=runs.result_metrics(result, ended), params=result.settings, tags=tags)
+        if result.confusion:
+            client.log_dict(run_id, {"true_by_predicted": result.confusion}, "confusion.json")
+        if result.traceback:
+            client.log_text(run_id, result.traceback, "traceback.txt")
+        client.set_terminated(run_id, runs.STATUS[result.state], end_time=int(ended * 1000))
+
+    def _mend(self, trial: Trial, spec: StudySpec, run: Any | None) -> None:
+        result = trial.result or TrialResult(trial.number, trial.state, reason="it ended without a result")
+        started = trial.started or time.time()
+        ended = started + trial.run_seconds
+        logged: set[tuple[int, int]] = set()
+        if run is None:
+            setup = spec.with_values(trial.candidate.parameters)
+            self._start(trial.candidate, setup, worker=trial.worker, started=started)
+        else:
+            for fold in {epoch.fold for epoch in result.epochs}:
+                name = f"fold{fold}.epoch_seconds" if fold else "epoch_seconds"
+                history = self._client.get_metric_history(run.info.run_id, name)
+                logged |= {(fold, metric.step) for metric in history}
+        missing = [epoch for epoch in result.epochs if (epoch.fold, epoch.number) not in logged]
+        runs.log(self._client, self._run_id(trial.number), metrics=runs.epoch_metrics(missing, ended))
+        self._end(result, ended=ended)

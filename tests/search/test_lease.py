@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+
+from hpo.search.lease import Lease, clean_leases
+
+FORK = multiprocessing.get_context("fork")
+
+
+def _hold(folder, names):
+    names.put(Lease(folder, shared=False).name)
+    signal.pause()
+
+
+def test_lease_of_a_killed_process_is_dead_at_once(tmp_path):
+    names = FORK.Queue()
+    holder = FORK.Process(target=_hold, args=(tmp_path, names))
+    holder.start()
+    name = names.get(timeout=30)
+    mine = Lease(tmp_path, shared=False)
+    assert mine.alive(name)
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join()
+    assert not mine.alive(name)
+    assert mine.alive(mine.name)
+    mine.close()
+
+
+def test_cleaning_removes_dead_leases_and_keeps_live_ones(tmp_path):
+    (tmp_path / "lease-dead.lock").touch()
+    live = Lease(tmp_path, shared=False)
+    clean_leases(tmp_path)
+    assert [path.name for path in tmp_path.glob("lease-*.lock")] == [live.name]
+    live.close()
+    assert not list(tmp_path.glob("lease-*.lock"))
+
+
+def test_lease_of_another_machine_counts_as_alive(tmp_path):
+    mine = Lease(tmp_path, shared=True)
+    assert mine.name.startswith(f"{socket.gethostname()}|")
+    assert mine.alive(f"elsewhere|{tmp_path}/lease-x.lock")
+    assert not mine.alive(f"{socket.gethostname()}|{tmp_path}/lease-x.lock")
+    mine.close()
