@@ -82,12 +82,20 @@ def trial_events(number: int, *, best: bool = False) -> Iterator[Event]:
 def ended(*numbers: int, reason: str = "budget") -> StudyEnded:
     result = study(*numbers)
     best = result.best
-    model = (
-        ModelVersion("digits-mlp", 7, ("challenger",), "r", "models:/digits-mlp/7", "digits-mlp", best.number)
-        if best
-        else None
+    return StudyEnded(result, reason, version(best.number) if best else None)
+
+
+def version(trial: int, number: int = 7, **changes: Any) -> ModelVersion:
+    options: dict[str, Any] = {"aliases": ("challenger",), "scores": {"valid_accuracy": 0.9}} | changes
+    return ModelVersion(
+        name="digits-mlp",
+        version=number,
+        run_id="r",
+        model_uri=f"models:/digits-mlp/{number}",
+        study="digits-mlp",
+        trial=trial,
+        **options,
     )
-    return StudyEnded(result, reason, model)
 
 
 def whole_story() -> Iterator[Event]:

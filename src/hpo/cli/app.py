@@ -84,7 +84,9 @@ def run(
     spec = load_study(study, overrides=settings or [])
     options = [part for setting in settings or [] for part in ("--set", setting)]
     place = f" --home {shlex.quote(str(home))}" if home else ""
-    commands = NextCommands(run=shlex.join(["hpo", "run", study, *options]) + place, home=place)
+    more = shlex.join(["hpo", "run", study, *options]) + place
+    again = f"{more} --trials {trials}" if trials else more
+    commands = NextCommands(again, more, home=place)
     with _watcher(as_json=as_json, quiet=quiet)(commands, debug=debug) as watch:
         # Inside, because its imports take a moment in which the terminal should not look dead.
         from hpo.run.study import run_study
@@ -283,9 +285,7 @@ def schema(_debug: Debug = False) -> None:
 
 
 @app.command(cls=Command, rich_help_panel="Use")
-def promote(
-    study: Study, device: DeviceName = "auto", home: HomeFolder = None, as_json: AsJson = False, _debug: Debug = False
-) -> None:
+def promote(study: Study, home: HomeFolder = None, as_json: AsJson = False, _debug: Debug = False) -> None:
     """Open the sealed test part for challenger and champion; the better one becomes champion."""
     from hpo.run.promote import promote as decide
 
@@ -294,16 +294,13 @@ def promote(
         output.print_json(promotion)
         return
     new, old = promotion.challenger, promotion.champion
-    verdict = (
-        f"{new.name} version {new.version} is {'now' if promotion.promoted else 'not'} champion: {promotion.reason}"
-    )
-    output.print_text(verdict)
-    names = [name for name in promotion.scores if name in promotion.champion_scores or not promotion.champion_scores]
-    rows = [
-        [name, output.show_score(promotion.scores[name]), output.show_score(promotion.champion_scores.get(name))]
-        for name in names
-    ]
-    columns = ["", f">version {new.version}", f">version {old.version} (before)" if old else ">no champion before"]
+    verdict = f"version {new.version} is now champion" if promotion.promoted else "champion unchanged"
+    output.print_text(f"{new.name}: {verdict}: {promotion.reason}")
+    rows = [[name, output.show_score(value)] for name, value in promotion.scores.items()]
+    columns = ["test part", f">version {new.version}"]
+    if old and old.version != new.version:
+        columns.append(f">version {old.version}, champion before")
+        rows = [[*row, output.show_score(promotion.champion_scores.get(row[0]))] for row in rows]
     output.print_table(rows, columns)
     times = "once" if promotion.openings == 1 else f"{promotion.openings} times"
     output.print_text(f"The test part of {_name(study)} has been opened {times}.")
@@ -335,11 +332,11 @@ def models(
             model.trial,
             output.show_score(model.scores.get("valid_accuracy")),
             output.show_score(model.scores.get("test_accuracy")),
-            f"{datetime.fromtimestamp(model.created):%Y-%m-%d %H:%M}" if model.created else "",
+            f"{datetime.fromtimestamp(model.created):%Y-%m-%d}" if model.created else "",
         ]
         for model in found
     ]
-    output.print_table(rows, ["model", ">version", "aliases", ">trial", ">valid acc.", ">test acc.", "created"])
+    output.print_table(rows, ["model", ">version", "~aliases", ">trial", ">valid acc.", ">test acc.", "created"])
 
 
 class Format(StrEnum):

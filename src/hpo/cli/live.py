@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+import time
 from dataclasses import fields
 from typing import Any
 
@@ -173,6 +174,7 @@ class LiveDisplay(Watcher):
 
         super().__init__(commands, console=console, debug=debug)
         self._notice: Notice | None = Notice("opening the study")
+        self._began = time.monotonic()
         self._live = Live(
             get_renderable=self.frame, console=self.console, refresh_per_second=FRAMES_PER_SECOND, transient=True
         )
@@ -255,7 +257,7 @@ class LiveDisplay(Watcher):
 
     def _note(self, notice: Notice) -> RenderableType:
         if not notice.total:
-            return Text(f"{notice.text} ...", "dim")
+            return Text(f"{notice.text} ... {time.monotonic() - self._began:.0f} s", "dim")
         bar = ProgressBar(total=notice.total, completed=notice.done)
         return self._grid(notice.text, bar, Text(_measure(notice).strip(), "dim"))
 

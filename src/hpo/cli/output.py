@@ -57,6 +57,8 @@ def print_table(rows: Iterable[Sequence[object]], columns: Sequence[str]) -> Non
 def print_facts(facts: Iterable[tuple[str, str]]) -> None:
     """Labels and what they stand for, in two columns."""
     grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
     for label, words in facts:
         grid.add_row(Text(label, "dim"), Text(words))
     make_console().print(grid)

@@ -13,9 +13,10 @@ from hpo.records import EpochEnded, Event, StudyEnded, StudyOpened, TrialEnded, 
 
 @dataclass(frozen=True)
 class NextCommands:
-    """What the user may type next. run is their own command without a budget; home is " --home DIR" or ""."""
+    """What the user may type next: their own command, the same without its budget, and " --home DIR" or ""."""
 
-    run: str
+    again: str
+    more: str
     home: str = ""
 
 
@@ -137,7 +138,7 @@ def opening(event: StudyOpened) -> tuple[str, str]:
     workers = f"{event.workers} worker{'s' if event.workers > 1 else ''}" if event.workers else "in this process"
     facts = [f"{data.name} {data.digest.removeprefix('sha256:')[:8]}", parts, event.device, workers]
     if event.finished:
-        facts.append(f"{event.finished} of {event.budget} trials done before")
+        facts.append(f"{event.finished} of {event.budget} done")
     return str(event.study.spec.get("question") or ""), " · ".join(facts)
 
 
@@ -183,11 +184,12 @@ def next_steps(tally: Tally, commands: NextCommands) -> list[tuple[str, str]]:
     home, model = commands.home, ended.model
     steps = []
     if ended.reason in ("interrupted", "timeout", "failing") and tally.finished < tally.budget:
-        steps.append((commands.run, "go on where this stopped"))
-    if model:
+        steps.append((commands.again, "go on where this stopped"))
+    if model and "champion" not in model.aliases:
         steps.append((f"hpo promote {model.study or model.name}{home}", "open its sealed test part once"))
+    if model:
         steps.append((f"hpo predict {model.name} IMAGE...{home}", "classify image files"))
     steps.append((f"hpo ui{home}", "look at every run in MLflow"))
     if ended.reason == "budget":
-        steps.append((f"{commands.run} --trials {2 * tally.budget}", "search on"))
+        steps.append((f"{commands.more} --trials {2 * tally.budget}", "search on"))
     return steps

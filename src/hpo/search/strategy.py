@@ -19,7 +19,7 @@ from hpo.search.storage import start_of
 from hpo.spec.space import Choice, Float, Int, holds
 from hpo.spec.study import SamplerSpec, StudySpec
 
-_REDRAWS = 16
+_REDRAWS = 32
 
 
 def distribution(parameter: Float | Int | Choice) -> BaseDistribution:
@@ -139,21 +139,22 @@ class Proposer(optuna.samplers.BaseSampler):  # type: ignore[misc]
         if self._cells:
             cell = self._free_cell() or self._cells[ordinal % len(self._cells)]
             return {path: encode(self._spec.search.space[path], value) for path, value in cell.items()}
-        drawn = self._draw(study, trial, ordinal, 0)
+        build = SAMPLERS[self._spec.search.sampler.name]
+        drawn = self._draw(study, trial, build(self._spec, self._seed(ordinal), ordinal))
         if self._finite:
             busy = {_key(other.params) for other in self._unfinished() if other.number != trial.number}
-            redraws = (self._draw(study, trial, ordinal, redraw) for redraw in range(1, _REDRAWS))
-            drawn = next((new for new in chain([drawn], redraws) if _key(new) not in busy), drawn)
+            # A model that has made up its mind would propose the same again and again.
+            chance = optuna.samplers.RandomSampler(seed=self._seed(ordinal))
+            redrawn = (self._draw(study, trial, chance) for _ in range(_REDRAWS))
+            drawn = next((new for new in chain([drawn], redrawn) if _key(new) not in busy), drawn)
         return drawn
 
     def sample_independent(self, study: Any, trial: FrozenTrial, param_name: str, param_distribution: Any) -> Any:
         """For a parameter that a retried candidate has not, because the space grew since."""
-        sampler = optuna.samplers.RandomSampler(seed=self._seed(start_of(trial).ordinal, 0))
+        sampler = optuna.samplers.RandomSampler(seed=self._seed(start_of(trial).ordinal))
         return sampler.sample_independent(study, trial, param_name, param_distribution)
 
-    def _draw(self, study: Any, trial: FrozenTrial, ordinal: int, redraw: int) -> dict[str, Any]:
-        build = SAMPLERS[self._spec.search.sampler.name]
-        sampler = build(self._spec, self._seed(ordinal, redraw), ordinal)
+    def _draw(self, study: Any, trial: FrozenTrial, sampler: Any) -> dict[str, Any]:
         together = sampler.sample_relative(study, trial, sampler.infer_relative_search_space(study, trial))
         encoded: dict[str, Any] = {}
         values: dict[str, Any] = {}
@@ -167,8 +168,8 @@ class Proposer(optuna.samplers.BaseSampler):  # type: ignore[misc]
             values[path] = decode(parameter, encoded[path])
         return encoded
 
-    def _seed(self, ordinal: int, redraw: int) -> int:
-        digest = hashlib.sha256(f"{self._spec.seed}/sampler/{ordinal}/{redraw}".encode()).digest()
+    def _seed(self, ordinal: int) -> int:
+        digest = hashlib.sha256(f"{self._spec.seed}/sampler/{ordinal}".encode()).digest()
         return int.from_bytes(digest[:4], "big")
 
     def _free_cell(self) -> dict[str, Any] | None:

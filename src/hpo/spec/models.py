@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import difflib
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from hpo.spec.space import Part
+
+
+def _odd(value: int) -> int:
+    if value % 2 == 0:
+        raise ValueError(f"{value} is even, so the kernel has no middle pixel. Give an odd number")
+    return value
+
 
 Activation = Literal["relu", "leaky_relu", "elu", "gelu", "silu", "tanh", "sigmoid"]
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 Width = Annotated[int, Field(ge=1, le=65536)]
+Kernel = Annotated[int, Field(ge=1, le=63)]
+OddKernel = Annotated[Kernel, AfterValidator(_odd)]
+Padding = Literal["same", "valid"]
+Growth = Annotated[float, Field(ge=0.25, le=4.0)]
+Few = Annotated[int, Field(ge=1, le=16)]
+_DOTTED = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"  # package.module:function
 
 
 class MlpSpec(Part):
@@ -30,9 +46,9 @@ class CnnSpec(Part):
 
     kind: Literal["cnn"]
     filters: Width = 32
-    kernel: Annotated[int, Field(ge=1, le=63)] = 3
+    kernel: Kernel = 3
     """Side of the square kernels, in pixels."""
-    padding: Literal["same", "valid"] = "same"
+    padding: Padding = "same"
     activation: Activation = "relu"
     pool: Annotated[int, Field(ge=1, le=64)] | Literal["global"] = 2
     """Side and stride of the pooling window in pixels; 1 pools nothing; global pools each whole map to one number."""
@@ -42,4 +58,147 @@ class CnnSpec(Part):
     """Share of pooled activations set to zero in training, before the classifier."""
 
 
-ModelSpec = Annotated[MlpSpec | CnnSpec, Field(discriminator="kind")]
+class ConvnetSpec(Part):
+    """Blocks of convolutions and pooling, then dense layers. Depth and width are numbers, so a search can vary them."""
+
+    kind: Literal["convnet"]
+    depth: Few = 3
+    """Blocks."""
+    width: Width = 32
+    """Filters of the first block."""
+    growth: Growth = 2.0
+    """Filters of a block in units of those of the block before it."""
+    filters: Annotated[list[Width], Field(min_length=1, max_length=16)] | None = None
+    """Filters of each block, in place of depth, width and growth: [32, 64, 64, 128, 128]."""
+    convs_per_block: Few = 1
+    """Convolutions before each pooling; each with batch norm and activation of its own."""
+    kernel: Kernel = 3
+    """Side of the square kernels, in pixels."""
+    padding: Padding | list[Padding] = "same"
+    """same keeps the size of the maps, valid loses kernel - 1 pixels; for all blocks, or one for each."""
+    batch_norm: bool = True
+    activation: Activation = "relu"
+    pool: Literal["max", "average", "stride", "none"] = "max"
+    """What ends a block. stride: its last convolution moves by pool_size pixels."""
+    pool_size: Annotated[int, Field(ge=2, le=16)] = 2
+    """Side and step of the pooling window, in pixels."""
+    pool_after: Literal["every"] | list[Few] = "every"
+    """Blocks, counted from 1, that end with pooling; numbers beyond the depth do nothing."""
+    dropout: Rate | tuple[Rate, Rate] = 0.0
+    """Share of activations set to zero in training after each block; [first, last] rises linearly from the first block
+    to the last."""
+    head: Literal["flatten", "global"] = "flatten"
+    """What the dense layers see: every pixel of the last maps, or the average of each map."""
+    dense: list[Width] = Field(default_factory=list)
+    """Neurons of the dense layers before the classifier."""
+    dense_dropout: Rate | list[Rate] = 0.0
+    """Share set to zero in training after each dense layer, or one for each; of the features where there is none."""
+
+    @model_validator(mode="after")
+    def _lists_fit(self) -> ConvnetSpec:
+        blocks, dense = len(self.block_filters), len(self.dense)
+        if isinstance(self.padding, list) and len(self.padding) != blocks:
+            raise ValueError(f"padding lists {len(self.padding)} blocks of {blocks}. List one for each")
+        if isinstance(self.dense_dropout, list) and len(self.dense_dropout) != dense:
+            raise ValueError(f"dense_dropout lists {len(self.dense_dropout)} layers of {dense}. List one for each")
+        return self
+
+    @property
+    def block_filters(self) -> list[int]:
+        """Filters of each block."""
+        grown = [max(1, round(self.width * self.growth**block)) for block in range(self.depth)]
+        return self.filters or grown
+
+    @property
+    def block_dropout(self) -> list[float]:
+        """Dropout after each block."""
+        blocks = len(self.block_filters)
+        first, last = self.dropout if isinstance(self.dropout, tuple) else (self.dropout, self.dropout)
+        return [first + (last - first) * block / max(1, blocks - 1) for block in range(blocks)]
+
+
+class ResnetSpec(Part):
+    """A stem, residual blocks that halve the maps and multiply the filters, global average pooling, dense layers.
+
+    As it stands: 1,957,768 trainable parameters for RGB images and 8 classes. More blocks of one width (repeats) and
+    batch norm in the shortcuts make the networks of He et al. (2016).
+    """
+
+    kind: Literal["resnet"]
+    blocks: Few = 2
+    """Stages, each of which halves the maps."""
+    repeats: Few = 1
+    """Residual blocks in a stage; all but its first keep size and filters, and their shortcut is the identity."""
+    width: Width = 64
+    """Filters of the stem."""
+    growth: Growth = 2.0
+    """Filters of a stage in units of those of the stage (or stem) before it."""
+    convs_per_block: Few = 3
+    kernel: OddKernel = 3
+    """Side of the square kernels of the blocks, in pixels; odd."""
+    stem_kernel: OddKernel = 3
+    stem_stride: Annotated[int, Field(ge=1, le=8)] = 1
+    stem_pool: Annotated[int, Field(ge=1, le=8)] = 1
+    """Side and step of a max pooling after the stem, in pixels; 1 pools nothing."""
+    batch_norm: bool = True
+    """After each convolution of the stem and the blocks."""
+    shortcut_batch_norm: bool = False
+    """After the 1x1 convolutions of the shortcuts."""
+    zero_init: bool = False
+    """Each block begins as its shortcut: the scale of its last batch norm starts at 0 (Goyal et al. 2017)."""
+    activation: Activation = "relu"
+    dense: Width | list[Width] = 256
+    """Neurons of the dense layer before the classifier, or of each of them; [] has none."""
+    dropout: Rate = 0.0
+    """Share set to zero in training: of the pooled features, and after each dense layer."""
+
+    @model_validator(mode="after")
+    def _zero_init_has_a_scale(self) -> ResnetSpec:
+        if self.zero_init and not self.batch_norm:
+            raise ValueError("zero_init needs batch_norm, whose scale it sets. Turn one on or the other off")
+        return self
+
+
+class OwnModelSpec(Part):
+    """A network of your own: `kind: package.module:function`, called as described in docs/own-model.md."""
+
+    kind: Annotated[str, Field(pattern=_DOTTED)]
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the function. A search varies them as model.options.NAME, if they are listed here."""
+
+
+# Tags of the union: a `kind` of the file, and "own" for whatever has the dotted form.
+KINDS = ("mlp", "cnn", "convnet", "resnet", "own")
+
+
+def _kind_of(value: Any) -> Any:
+    return value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
+
+
+def _tag(value: Any) -> str:
+    kind = _kind_of(value)
+    return kind if kind in KINDS else "own"
+
+
+def _known(value: Any) -> Any:
+    """Value itself, if its kind is one there is: pydantic's own complaint would not name the dotted form."""
+    kind, families = _kind_of(value), KINDS[:-1]
+    if kind in families or (isinstance(kind, str) and re.match(_DOTTED, kind)):
+        return value
+    close = difflib.get_close_matches(str(kind), families, n=1)
+    said = "kind is missing" if kind is None else f"there is no kind {kind!r}"
+    meant = f" Did you mean {close[0]}?" if close else ""
+    raise ValueError(
+        f"{said}.{meant} The families: {', '.join(families)}. A network of your own: kind: package.module:function"
+    )
+
+
+ModelSpec = Annotated[
+    Annotated[MlpSpec, Tag("mlp")]
+    | Annotated[CnnSpec, Tag("cnn")]
+    | Annotated[ConvnetSpec, Tag("convnet")]
+    | Annotated[ResnetSpec, Tag("resnet")]
+    | Annotated[OwnModelSpec, Tag("own")],
+    Discriminator(_tag),
+    BeforeValidator(_known),
+]

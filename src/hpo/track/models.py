@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,8 @@ def log_model(client: Any, run: Any, folder: Path) -> str:
         model_type="image-classifier",
     )
     try:
-        # It warns that there is no input example (the signature says it all) and no pip (uv needs none).
-        with tempfile.TemporaryDirectory(dir=folder) as scratch, quiet("mlflow.utils.environment"):
-            _save(Path(scratch) / "model", folder, model_id=model.model_id, run_id=run_id, tags=tags)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            save_model(Path(scratch) / "model", folder, model_id=model.model_id, run_id=run_id, tags=tags)
             client.log_model_artifacts(model.model_id, str(Path(scratch) / "model"))
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
         # The time of the run's own rows, so that MLflow sees the same rows again and adds none to the run.
@@ -82,25 +82,29 @@ def delete_artifacts(client: Any, uri: str, path: str | None = None) -> None:
         place.parent.rmdir()
 
 
-def _save(target: Path, folder: Path, *, model_id: str, run_id: str, tags: dict[str, str]) -> None:
+def save_model(target: Path, folder: Path, *, model_id: str, run_id: str, tags: Mapping[str, str]) -> None:
+    """Write the MLflow model of folder's net.pt2 and config.json into target, a folder that is not there yet."""
+    load_mlflow()
     from mlflow.models import Model, ModelSignature
-    from mlflow.pyfunc import save_model
+    from mlflow.pyfunc import save_model as save_pyfunc
     from mlflow.types import ColSpec, DataType, Schema, TensorSpec
     from numpy import dtype
 
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     images = TensorSpec(dtype("uint8"), (-1, *config["image_shape"]))
     classes = [ColSpec(DataType.float, name) for name in config["class_names"]]
-    save_model(
-        str(target),
-        python_model=str(Path(__file__).with_name("pyfunc_model.py")),
-        artifacts={"net": str(folder / NET), "config": str(folder / CONFIG)},
-        # Given, because inferring them loads the model in another process: seconds for each trial.
-        pip_requirements=[f"{name}=={_public_version(name)}" for name in ("mlflow", "numpy", "pandas", "torch")],
-        signature=ModelSignature(inputs=Schema([images]), outputs=Schema(classes)),
-        metadata={"study": tags.get("hpo.study", ""), "trial": tags.get("hpo.trial", ""), **config},
-        mlflow_model=Model(model_id=model_id, model_uuid=model_id, run_id=run_id),
-    )
+    # It would warn that there is no input example (the signature says it all) and no pip (uv needs none).
+    with quiet("mlflow.utils.environment"):
+        save_pyfunc(
+            str(target),
+            python_model=str(Path(__file__).with_name("pyfunc_model.py")),
+            artifacts={"net": str(folder / NET), "config": str(folder / CONFIG)},
+            # Given, because inferring them loads the model in another process: seconds for each trial.
+            pip_requirements=[f"{name}=={_public_version(name)}" for name in ("mlflow", "numpy", "pandas", "torch")],
+            signature=ModelSignature(inputs=Schema([images]), outputs=Schema(classes)),
+            metadata={"study": tags.get("hpo.study", ""), "trial": tags.get("hpo.trial", ""), **config},
+            mlflow_model=Model(model_id=model_id, model_uuid=model_id, run_id=run_id),
+        )
 
 
 def _public_version(package: str) -> str:

@@ -59,11 +59,10 @@ class Tracker:
         self._runs = {}
         # Two supervisors that open one study at once must end with one parent run.
         with lock(self.home, "mlflow-open"):
+            experiment_id = self._experiment(study.name)
             parent = runs.find_parent(client, study)
             if parent is None:
-                parent = client.create_run(
-                    self._experiment(study.name), tags=runs.study_tags(study), run_name=study.title
-                )
+                parent = client.create_run(experiment_id, tags=runs.study_tags(study), run_name=study.title)
             else:
                 client.update_run(parent.info.run_id, status="RUNNING")
         self._parent = parent

@@ -10,30 +10,45 @@ from torch import nn
 
 from hpo.errors import TrainingError
 from hpo.learn.models.basic import build_cnn, build_mlp
+from hpo.learn.models.binary import OneLogit
+from hpo.learn.models.convnet import build_convnet
+from hpo.learn.models.own import build_own
+from hpo.learn.models.resnet import build_resnet
 from hpo.spec.models import ModelSpec
 
-# kind in the study file -> builder(spec, image shape (height, width, channels), number of classes).
+# kind in the study file -> builder(spec, image shape (height, width, channels), number of outputs).
 MODELS: dict[str, Callable[[Any, tuple[int, int, int], int], nn.Module]] = {
     "mlp": build_mlp,
     "cnn": build_cnn,
+    "convnet": build_convnet,
+    "resnet": build_resnet,
 }
 
 
-def build_model(spec: ModelSpec, *, image_shape: tuple[int, int, int], classes: int, seed: int) -> nn.Module:
+def build_model(
+    spec: ModelSpec, *, image_shape: tuple[int, int, int], classes: int, seed: int, binary: bool = False
+) -> nn.Module:
     """A freshly initialised network on the CPU; the same seed gives the same weights.
 
-    image_shape is (height, width, channels). Raises TrainingError where the images are too small for the network.
+    image_shape is (height, width, channels). With binary=True, for 2 classes only, the network has one output and is
+    wrapped in OneLogit. Raises TrainingError where the images are too small for the network, SpecError where a network
+    of the user's own cannot be found.
     """
+    if binary and classes != 2:
+        raise TrainingError(
+            f"a network of one output tells 2 classes apart, not {classes}.", "Group the classes into two."
+        )
     with torch.random.fork_rng(devices=[]):
         # torch's initialisers take no generator: the global one is set for the length of the block.
         torch.manual_seed(seed)
         try:
-            return MODELS[spec.kind](spec, image_shape, classes)
+            net = MODELS.get(spec.kind, build_own)(spec, image_shape, 1 if binary else classes)
         except (RuntimeError, ValueError) as error:
             raise TrainingError(
                 f"model {spec.kind} does not fit images of {image_shape}: {error}.",
-                "Choose smaller kernels or pooling, or larger images.",
+                "Choose smaller kernels, fewer or smaller poolings, or larger images.",
             ) from error
+    return OneLogit(net) if binary else net
 
 
 def parameter_count(net: nn.Module, *, trainable: bool = True) -> int:

@@ -1,9 +1,10 @@
-"""The two smallest families: a multilayer perceptron and a network of one convolution."""
+"""The two smallest families, a multilayer perceptron and a network of one convolution; and parts of the larger ones."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from hpo.spec.models import CnnSpec, MlpSpec
@@ -65,3 +66,27 @@ def build_cnn(spec: CnnSpec, image_shape: tuple[int, int, int], classes: int) ->
     if spec.dropout:
         layers.append(nn.Dropout(spec.dropout))
     return nn.Sequential(*layers, nn.Linear(spec.filters * height * width, classes))
+
+
+def dense_layers(features: int, widths: list[int], *, activation: str, dropout: float | list[float]) -> list[nn.Module]:
+    """For each width: dense, activation, dropout (one rate for all, or one for each)."""
+    rates = dropout if isinstance(dropout, list) else [dropout] * len(widths)
+    layers: list[nn.Module] = []
+    for width, rate in zip(widths, rates, strict=True):
+        layers += [nn.Linear(features, width), ACTIVATIONS[activation]()]
+        if rate:
+            layers.append(nn.Dropout(rate))
+        features = width
+    return layers
+
+
+def feature_count(net: nn.Module, image_shape: tuple[int, int, int]) -> int:
+    """Features (n, features) that net makes of images (height, width, channels); RuntimeError where they are too small.
+
+    net is tried on a black image rather than computed with: torch knows its own rules of padding and rounding best.
+    """
+    height, width, channels = image_shape
+    with torch.inference_mode():
+        features = net.eval()(torch.zeros(1, channels, height, width))
+    net.train()
+    return int(features.shape[1])

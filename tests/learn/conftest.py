@@ -1,0 +1,20 @@
+"""The digits as trials see them, small enough for many trainings."""
+
+import pytest
+import torch
+
+from hpo.learn.data import TrialData, open_trial, prepare
+from hpo.spec.study import DataSpec, SplitSpec
+
+DIGITS, SPLIT = DataSpec(name="digits"), SplitSpec(kind="holdout")
+
+
+@pytest.fixture(scope="session")
+def digits_card(tmp_path_factory):
+    return prepare(DIGITS, SPLIT, cache=tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def digits(digits_card) -> TrialData:
+    torch.set_num_threads(1)
+    return open_trial(digits_card, SPLIT, device=torch.device("cpu"))

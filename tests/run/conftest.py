@@ -1,0 +1,65 @@
+"""run_formula: one run of a study whose training is a formula."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+from formula_study import CARD, Run, Told, formula, formula_spec
+
+from hpo.home import Home
+from hpo.records import Event
+from hpo.run.background import Background
+from hpo.run.engines import InProcess
+from hpo.run.keep import Keeper
+from hpo.run.supervise import Supervisor
+from hpo.search.ask import Study, open_study
+
+
+@pytest.fixture
+def run_formula(tmp_path: Path):
+    """run(spec, trainer=..., ...) -> Run, on one storage for the length of the test."""
+    studies: list[Study] = []
+
+    def run(
+        spec=None, *, trainer=formula, trials=None, deadline=float("inf"), engine=None, watch=None, interrupted=None
+    ):
+        spec = spec or formula_spec()
+        for earlier in studies:
+            earlier.close()
+        study = open_study(Home.find(tmp_path).create(), spec, data_digest=CARD.digest)
+        studies.append(study)
+        study.reap()
+        events: list[Event] = []
+        background, tracker = Background(), Told()
+
+        def hear(event: Event) -> None:
+            events.append(event)
+            if watch is not None:
+                watch(event)
+
+        keeper = Keeper(tracker, background, None, spec, class_names=CARD.class_names, watch=hear)
+        supervisor = Supervisor(
+            spec,
+            study,
+            engine or InProcess(trainer=trainer),
+            data=CARD,
+            budget=trials or spec.search.trials,
+            deadline=deadline,
+            interrupted=interrupted or threading.Event(),
+            tracker=tracker,
+            background=background,
+            keeper=keeper,
+            work=tmp_path / "work",
+            watch=hear,
+        )
+        try:
+            reason = supervisor.run()
+        finally:
+            background.join()
+        return Run(reason, study, events, tracker)
+
+    yield run
+    for study in studies:
+        study.close()

@@ -1,0 +1,105 @@
+"""Real worker processes: they train, answer verdicts, die, and are replaced."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from hpo.records import EpochEnded, TrialEnded, TrialState
+from hpo.run.engines import InProcess, LocalProcesses, WorkerLost
+from hpo.run.worker import Task
+from hpo.spec.load import load_study
+from hpo.spec.models import CnnSpec
+
+SPEC = load_study("digits-mlp", overrides=["training.epochs=3", "training.precision=float32"])
+
+
+@pytest.fixture(scope="module")
+def card(tmp_path_factory):
+    from hpo.learn.data import prepare
+
+    return prepare(SPEC.data, SPEC.split, cache=tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def processes():
+    engine = LocalProcesses(["cpu", "cpu"], threads=1)
+    yield engine
+    engine.close()
+
+
+def _task(card, tmp_path, number=0, *, wait=False, setup=None):
+    return Task(number, setup or SPEC.setup, 7, card, "valid_accuracy", str(tmp_path / str(number)), wait=wait)
+
+
+def _until_end(engine, *, verdict=None, seconds=60):
+    messages, deadline = [], time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        for slot, message in engine.poll(0.5):
+            messages.append((slot, message))
+            if isinstance(message, EpochEnded) and verdict is not None:
+                engine.verdict(slot, go_on=verdict(message))
+            if isinstance(message, TrialEnded | WorkerLost):
+                return messages
+    raise AssertionError(f"no end after {seconds} s: {messages}")
+
+
+def test_a_process_trains_bit_for_bit_as_the_calling_process_does(processes, card, tmp_path):
+    import torch
+
+    torch.set_num_threads(1)
+    ends = []
+    for engine, folder in ((processes, tmp_path / "a"), (InProcess(), tmp_path / "b")):
+        engine.submit(0, _task(card, folder))
+        messages = _until_end(engine)
+        assert [message.epoch.number for _, message in messages[:-1]] == [1, 2, 3]
+        ends.append(messages[-1][1].result)
+    assert ends[0].state is TrialState.COMPLETE
+    assert [epoch.scores for epoch in ends[0].epochs] == [epoch.scores for epoch in ends[1].epochs]
+    assert (tmp_path / "a" / "0" / "weights.safetensors").is_file()
+
+
+def test_a_verdict_ends_a_trial_as_pruned(processes, card, tmp_path):
+    processes.submit(1, _task(card, tmp_path, wait=True))
+    messages = _until_end(processes, verdict=lambda message: message.epoch.number < 2)
+    result = messages[-1][1].result
+    assert result.state is TrialState.PRUNED
+    assert len(result.epochs) == 2
+    assert not (tmp_path / "0").exists()
+
+
+def test_a_candidate_that_fails_tells_why_and_its_worker_lives_on(processes, card, tmp_path):
+    model = CnnSpec(kind="cnn", kernel=9, padding="valid")
+    setup = SPEC.setup.model_copy(update={"model": model})
+    processes.submit(0, _task(card, tmp_path, setup=setup))
+    result = _until_end(processes)[-1][1].result
+    assert result.state is TrialState.FAILED
+    assert "does not fit" in result.reason
+    assert "Traceback" in result.traceback
+    processes.submit(0, _task(card, tmp_path, 1))
+    assert _until_end(processes)[-1][1].result.state is TrialState.COMPLETE
+
+
+def test_a_killed_worker_is_noticed_at_once_and_replaced(processes, card, tmp_path):
+    setup = load_study("digits-mlp", overrides=["training.epochs=10000", "training.patience=null"]).setup
+    processes.submit(1, _task(card, tmp_path, setup=setup))
+    while not processes.poll(0.5):
+        pass
+    started = time.monotonic()
+    os.kill(processes._workers[1].process.pid, signal.SIGKILL)
+    slot, lost = _until_end(processes)[-1]
+    assert (slot, lost) == (1, WorkerLost(-signal.SIGKILL))
+    assert time.monotonic() - started < 5
+    processes.submit(1, _task(card, tmp_path, 1))
+    assert _until_end(processes)[-1][1].result.state is TrialState.COMPLETE
+
+
+def test_workers_import_neither_mlflow_nor_optuna():
+    code = (
+        "import sys, hpo.learn.preload, hpo.run.worker; print(*{'torch', 'mlflow', 'optuna', 'typer'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["torch"]

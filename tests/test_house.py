@@ -1,0 +1,54 @@
+"""The rules of the house: imports point downwards, ruff and mypy are content, nothing of a machine is committed."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def _tool(*command: str) -> None:
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_imports_point_downwards():
+    linter = str(Path(sys.executable).with_name("lint-imports"))
+    done = subprocess.run([linter], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "0 broken" in done.stdout
+
+
+def test_ruff_is_content():
+    _tool("ruff", "check", "--no-cache")
+    _tool("ruff", "format", "--check", "--no-cache")
+
+
+def test_types_are_right():
+    _tool("mypy")
+
+
+def _tracked() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in listed.stdout.splitlines()]
+
+
+def test_no_registry_address_and_no_lock_file_is_committed():
+    # Written apart, so that this file does not hold them.
+    registries = re.compile("|".join(["py" + "pi\\.org", "python" + "hosted", "registry\\.npm" + "js"]))
+    for path in _tracked():
+        assert path.name != "uv.lock"
+        if path.suffix in {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".sh", ""} and path.is_file():
+            assert not registries.search(path.read_text(encoding="utf-8", errors="ignore")), path
+
+
+def test_pinned_versions_are_the_ones_uv_installs():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    assert project["tool"]["uv"]["constraint-dependencies"] == [line for line in pinned if not line.startswith("#")]
