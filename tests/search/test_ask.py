@@ -356,7 +356,7 @@ def test_eight_supervisors_started_at_once_on_nothing_share_the_budget_exactly(h
 
 
 def test_kills_at_any_moment_lose_no_finished_trial_and_leave_none_running(home, make_spec, tmp_path):
-    spec, log, budget = make_spec("tpe"), tmp_path / "log", 60
+    spec, log, budget = make_spec("tpe"), tmp_path / "log", 40
     chance = random.Random(0)  # noqa: S311
     for _ in range(6):
         victim = FORK.Process(target=_supervise, args=(home, spec, budget, log))

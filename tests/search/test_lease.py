@@ -11,7 +11,8 @@ FORK = multiprocessing.get_context("fork")
 
 
 def _hold(folder, names):
-    names.put(Lease(folder, shared=False).name)
+    lease = Lease(folder, shared=False)
+    names.put(lease.name)
     signal.pause()
 
 

@@ -47,10 +47,10 @@ def test_reading_asks_as_many_queries_for_many_trials_as_for_few(home, make_spec
         return len(seen)
 
     study = open_study(home, make_spec(), data_digest="d")
-    train(study, study.ask(budget=20, worker="w"))
+    train(study, study.ask(budget=20, worker="w"), epochs=1)
     few = queries()
     while candidate := study.ask(budget=20, worker="w"):
-        train(study, candidate)
+        train(study, candidate, epochs=1)
     assert queries() == few
     study.close()
 
