@@ -74,15 +74,13 @@ def lines_of(command: Sequence[str], folder: Path) -> tuple[list[tuple[float, di
     environment |= {"HPO_DATA": str(folder / "data"), "MLFLOW_DISABLE_TELEMETRY": "true"}
     environment.pop("MLFLOW_TRACKING_URI", None)
     words = folder / "words.txt"
-    heard = []
     started = time.perf_counter()
     with (
         words.open("w") as stderr,
         subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True) as run,
     ):
-        for line in run.stdout or ():
-            if line.startswith("{"):
-                heard.append((time.perf_counter() - started, json.loads(line)))
+        stamped = ((time.perf_counter() - started, line) for line in run.stdout or ())
+        heard = [(at, json.loads(line)) for at, line in stamped if line.startswith("{")]
     if run.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {run.returncode}:\n{words.read_text()[-3000:]}")
     return heard, time.perf_counter() - started
@@ -172,10 +170,8 @@ def show(model: str, ours: Side, peer: Side, *, trials: int, epochs: int, peer_t
         note = scaled if side is peer else ""
         print(f"{name:10}{side.seconds:9.1f}{side.seconds / trials:9.2f}{best:21.4f}{note}")
     print(f"ratio     {peer.seconds / ours.seconds:9.1f}{scaled}")
-    shared = [abs(ours.scores[number] - value) for number, value in peer.scores.items()]
-    print(
-        f"best accuracy of the same candidate: {statistics.mean(shared):.4f} apart on average, {max(shared):.4f} at most"
-    )
+    apart = [abs(ours.scores[number] - value) for number, value in peer.scores.items()]
+    print(f"accuracy of the same candidate: {statistics.mean(apart):.4f} apart on average, {max(apart):.4f} at most")
     if scaled:
         first = max(ours.scores[number] for number in peer.scores)
         print(f"the platform's best among those {peer_trials} trials: {first:.4f}")

@@ -6,17 +6,15 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from hpo.errors import DataError, ModelError
 from hpo.home import Home
+from hpo.learn.pictures import read_picture
 from hpo.track.registry import fetch, resolve
 from hpo.track.store import load_mlflow
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 AnyPath = str | Path
 _CHUNK_FILES = 256
@@ -93,7 +91,8 @@ def read_images(paths: Sequence[AnyPath], shape: tuple[int, int, int]) -> np.nda
         raise DataError(f"a model of {channels} channels cannot read image files.", "Use predict_proba with an array.")
     images = np.empty((len(paths), *shape), np.uint8)
     for row, path in enumerate(paths):
-        images[row] = _read(path, (width, height), "L" if channels == 1 else "RGB").reshape(shape)
+        mode = "L" if channels == 1 else "RGB"
+        images[row] = read_picture(Path(path), mode=mode, size=(width, height)).reshape(shape)
     return images
 
 
@@ -114,30 +113,3 @@ def _rows(model: Classifier, paths: Sequence[AnyPath]) -> Iterator[dict[str, Any
                 "probability": probabilities[name],
                 "probabilities": probabilities,
             }
-
-
-def _read(path: AnyPath, size: tuple[int, int], mode: str) -> np.ndarray:
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as opened:
-            image = _opaque(ImageOps.exif_transpose(opened)).convert(mode)
-    # Pillow's decoders raise all of these for damaged files.
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, Image.DecompressionBombError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise DataError(
-            f"{path}: not an image that can be read: {reason}.", "Check the file, or leave it out."
-        ) from None
-    return np.asarray(image.resize(size, Image.Resampling.BILINEAR))
-
-
-def _opaque(image: Image.Image) -> Image.Image:
-    from PIL import Image
-
-    if image.mode.startswith("I"):
-        # 16 bits a pixel: Pillow's own conversion to 8 would cut at 255 in place of scaling.
-        return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
-    if not image.has_transparency_data:
-        return image
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -38,16 +38,18 @@ def test_import_hpo_brings_only_itself() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "seconds"),
-    # The aims are 0.5 and 0.8 s on an idle machine; a busy one is given five times that.
-    [(["--help"], 2.5), (["studies"], 4.0)],
+    # The aims are 0.5 and 0.8 s of wall time on an idle machine. Processor time is measured here, which a busy machine
+    # stretches less, and given three times that.
+    [(["--help"], 1.5), (["studies"], 2.4)],
 )
 def test_answers_come_at_once(arguments: list[str], seconds: float) -> None:
     command = [sys.executable, "-m", "hpo", *arguments]
     times = []
     for _ in range(3):
-        began = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        times.append(time.perf_counter() - began)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(times) < seconds
 
 

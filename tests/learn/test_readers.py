@@ -14,6 +14,7 @@ from hpo.errors import DataError
 from hpo.learn import sources
 from hpo.learn.data import prepare
 from hpo.learn.download import md5_of
+from hpo.predict import read_images
 from hpo.spec.study import DataSpec, SplitSpec
 
 HOLDOUT = SplitSpec(kind="holdout")
@@ -82,14 +83,21 @@ def test_folder_is_grey_only_if_every_image_is(folder, cache):
 def test_corrupt_image_is_named(folder, cache):
     file = folder / "dog" / "3.png"
     file.write_bytes(file.read_bytes()[:200])
-    with pytest.raises(DataError, match=r"dog/3\.png: not readable as an image"):
+    with pytest.raises(DataError, match=r"dog/3\.png: not an image that can be read"):
         prepare(of(folder), SplitSpec(), cache=cache)
 
 
-def test_image_of_more_than_eight_bits_is_named(folder, cache):
-    Image.fromarray(np.zeros((12, 16), np.uint16)).save(folder / "dog" / "3.png")
-    with pytest.raises(DataError, match=r"dog/3\.png: .*more than 8 bits"):
-        prepare(of(folder), SplitSpec(), cache=cache)
+def test_images_are_read_for_training_as_they_are_for_prediction(folder, cache):
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    wide = np.arange(12 * 16, dtype=np.uint8).reshape(12, 16)
+    Image.fromarray(wide).save(folder / "dog" / "3.png", exif=exif)
+    Image.fromarray(np.full((12, 16), 65535, np.uint16)).save(folder / "dog" / "4.png")
+    card = prepare(of(folder), SplitSpec(), cache=cache)
+    images = np.concatenate([development(card)[0], np.load(Path(card.test_folder) / "test_images.npy")])
+    for name in ("3.png", "4.png"):
+        (expected,) = read_images([folder / "dog" / name], card.image_shape)
+        assert (images == expected).all(axis=(1, 2, 3)).any()
 
 
 def test_folder_without_classes_or_images_is_refused(folder, cache, tmp_path):

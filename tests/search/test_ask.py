@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import FINITE, FINITE_CELLS, MIXED, NUMERIC, objective, train
+from formula import FINITE, FINITE_CELLS, MIXED, NUMERIC, objective, train
 
 from hpo.errors import SpecError
 from hpo.records import TrialResult, TrialState

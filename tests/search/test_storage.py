@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import optuna
 import pytest
-from conftest import train
+from formula import train
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 

@@ -249,39 +249,24 @@ def studies(as_json: AsJson = False, _debug: Debug = False) -> None:
 @app.command(cls=Command, rich_help_panel="Look")
 def show(study: Study, settings: Settings = None, as_json: AsJson = False, _debug: Debug = False) -> None:
     """Print a study with all its defaults, and the size of its search space."""
-    from hpo.spec.load import load_study
+    from hpo.spec.load import dump_study, load_study
 
     spec = load_study(study, overrides=settings or [])
     size = spec.search.space.size(spec.fixed())
     if as_json:
         output.print_json({"spec": spec.model_dump(mode="json"), "parameters": len(spec.search.space), "size": size})
         return
-    import yaml
-
-    tree = spec.model_dump(mode="json")
-    tree["search"]["space"] = spec.search.space.model_dump(mode="json", exclude_defaults=True)
     points = f"{size:,} combinations" if size is not None else "no end of combinations"
     output.print_text(f"# search space: {len(spec.search.space)} parameters, {points}")
-    output.print_text(
-        yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100, default_flow_style=None).rstrip()
-    )
+    output.print_text(dump_study(spec).rstrip())
 
 
 @app.command(cls=Command, rich_help_panel="Look")
 def schema(_debug: Debug = False) -> None:
     """Print the JSON Schema of a study file, for editors."""
-    from hpo.spec.study import StudySpec
+    from hpo.spec.load import study_schema
 
-    tree = StudySpec.model_json_schema()
-    # The name of a file is the name of its study.
-    tree["required"] = [key for key in tree["required"] if key != "name"]
-    for part in ("sampler", "pruner"):
-        # `sampler: tpe` is short for `sampler: {name: tpe}`.
-        place = tree["$defs"]["SearchSpec"]["properties"][part]
-        long = place.pop("$ref")
-        names = tree["$defs"][long.rpartition("/")[2]]["properties"]["name"]
-        place["anyOf"] = [{"enum": names["enum"]}, {"$ref": long}]
-    output.print_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **tree, "title": "hpo study"})
+    output.print_json(study_schema())
 
 
 @app.command(cls=Command, rich_help_panel="Use")

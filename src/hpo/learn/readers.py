@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpo.errors import DataError
+from hpo.learn.pictures import read_picture
 
 Pair = tuple[NDArray[Any], NDArray[Any]]
 """Images and their labels, as found: not checked yet."""
@@ -164,7 +165,7 @@ def read_folder(place: Path | zipfile.Path, size: int | None = None) -> Parts:
         if not files:
             raise DataError(f"{folder}: no image in this class folder.", "Add images, or remove the folder.")
         for file in files:
-            images.append(_image(file, size))
+            images.append(read_picture(file, size=(size, size) if size else None))
             labels.append(label)
             if images[-1].shape[:2] != images[0].shape[:2]:
                 (high, wide), (first_high, first_wide) = images[-1].shape[:2], images[0].shape[:2]
@@ -185,21 +186,3 @@ def _name(item: Path | zipfile.Path) -> str:
 
 def _is_image(item: Path | zipfile.Path) -> bool:
     return item.is_file() and item.name[0] != "." and Path(item.name).suffix.lower() in _IMAGE_ENDINGS
-
-
-def _image(file: Path | zipfile.Path, size: int | None) -> NDArray[np.uint8]:
-    """(height, width) uint8 if the file is grey, else (height, width, 3). EXIF orientation is not applied."""
-    from PIL import Image
-
-    try:
-        with file.open("rb") as stream, Image.open(stream) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
-            plain = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{file}: not readable as an image: {error}.", "Replace the file, or remove it from the folder."
-        ) from None
-    if size is not None and plain.size != (size, size):
-        plain = plain.resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(plain, dtype=np.uint8)

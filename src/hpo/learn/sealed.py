@@ -32,7 +32,7 @@ def evaluate_test(card: DataCard, predict: Callable[[np.ndarray], np.ndarray]) -
     from hpo.learn.metrics import scores
 
     images, labels = open_test(card, device=torch.device("cpu"))
-    probabilities = torch.from_numpy(predict(images.numpy())).double()
+    probabilities = torch.tensor(predict(images.numpy()), dtype=torch.float64)
     # The logarithm of probabilities is a set of logits for them.
     measured = scores(probabilities.clamp(min=1e-12).log(), labels)
     return {f"test_{name}": value for name, value in measured.items()}

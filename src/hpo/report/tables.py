@@ -43,8 +43,8 @@ def report_text(report: dict[str, Any]) -> str:
     for name, row in report["classes"].items():
         lines.append(_line(name, width, row, row["support"]))
     lines.append("")
-    for name in ("macro_average", "weighted_average"):
-        lines.append(_line(name.replace("_", " "), width, report[name], report["support"]))
+    means = ("macro_average", "weighted_average")
+    lines += [_line(name.replace("_", " "), width, report[name], report["support"]) for name in means]
     lines.append(f"{'accuracy':{width}}  {'':9} {'':9} {report['accuracy']:9.4f} {report['support']:9}")
     return "\n".join(lines) + "\n"
 

@@ -52,6 +52,10 @@ def _options(parameter: Choice) -> list[Any]:
     return [json.dumps(option, sort_keys=True) for option in parameter.choice]
 
 
+def _continuous(parameter: Float | Int | Choice) -> bool:
+    return isinstance(parameter, Float) and parameter.step is None
+
+
 def _key(values: Mapping[str, Any]) -> str:
     return json.dumps(values, sort_keys=True)
 
@@ -113,7 +117,7 @@ class Proposer(optuna.samplers.BaseSampler):  # type: ignore[misc]
         self._trials = trials
         self._parameters = spec.search.space.ordered()
         self._fixed = spec.fixed()
-        self._finite = spec.search.space.size(self._fixed) is not None
+        self._finite = all(distribution(part).single() or not _continuous(part) for _, part in self._parameters)
         self._cells: list[dict[str, Any]] = []
         if spec.search.sampler.name == "grid":
             self._cells = list(spec.search.space.cells(self._fixed))

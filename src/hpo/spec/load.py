@@ -64,7 +64,7 @@ def find_study(study: str | Path) -> Path:
     found = study_files()
     if text not in found:
         close = difflib.get_close_matches(text, found, n=1)
-        hint = f"Did you mean {close[0]}?" if close else "List what there is: hpo studies"
+        hint = f"Did you mean {close[0]}?" if close else "List what there is: hpo studies."
         raise SpecError(
             f"there is no study named {text!r}.", f"{hint} A file of your own: give its path, ending in .yaml"
         )
@@ -101,6 +101,21 @@ def parse_study(tree: Mapping[str, Any]) -> StudySpec:
         return StudySpec.model_validate(tree)
     except ValidationError as error:
         raise _explain(error, Path(str(tree.get("name", "study"))), None, []) from None
+
+
+def dump_study(spec: StudySpec) -> str:
+    """A spec as the text of a study file, every default written out."""
+    tree = spec.model_dump(mode="json")
+    tree["search"]["space"] = spec.search.space.model_dump(mode="json", exclude_defaults=True)
+    return str(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100, default_flow_style=None))
+
+
+def study_schema() -> dict[str, Any]:
+    """The JSON Schema of a study file, by which editors complete and check it."""
+    tree = StudySpec.model_json_schema()
+    # The name of a file is the name of its study.
+    tree["required"] = [key for key in tree["required"] if key != "name"]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **tree, "title": "hpo study"}
 
 
 def _read(path: Path) -> tuple[dict[str, Any], yaml.Node | None]:

@@ -157,10 +157,14 @@ def _by_name(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
+SamplerName = Literal["random", "grid", "tpe", "cmaes", "gp", "qmc"]
+PrunerName = Literal["none", "median", "successive_halving", "hyperband", "patient", "wilcoxon"]
+
+
 class SamplerSpec(Part):
     """Who proposes candidates. `sampler: tpe` is short for `sampler: {name: tpe}`."""
 
-    name: Literal["random", "grid", "tpe", "cmaes", "gp", "qmc"] = "tpe"
+    name: SamplerName = "tpe"
     startup_trials: Annotated[int, Field(ge=0)] = 10
     """tpe, cmaes, gp: random trials before the model of the results is used."""
 
@@ -168,7 +172,7 @@ class SamplerSpec(Part):
 class PrunerSpec(Part):
     """Who ends poor trials early. `pruner: median` is short for `pruner: {name: median}`."""
 
-    name: Literal["none", "median", "successive_halving", "hyperband", "patient", "wilcoxon"] = "none"
+    name: PrunerName = "none"
     startup_trials: Annotated[int, Field(ge=0)] = 5
     """median: finished trials before any is pruned; wilcoxon: epochs before one is."""
     warmup_epochs: Annotated[int, Field(ge=0)] = 0
@@ -192,8 +196,12 @@ class SearchSpec(Part):
     """null: what the objective calls for."""
     trials: Positive = 20
     """The study's total, unless --trials says otherwise."""
-    sampler: Annotated[SamplerSpec, BeforeValidator(_by_name)] = SamplerSpec()
-    pruner: Annotated[PrunerSpec, BeforeValidator(_by_name)] = PrunerSpec()
+    sampler: Annotated[SamplerSpec, BeforeValidator(_by_name, json_schema_input_type=SamplerName | SamplerSpec)] = (
+        SamplerSpec()
+    )
+    pruner: Annotated[PrunerSpec, BeforeValidator(_by_name, json_schema_input_type=PrunerName | PrunerSpec)] = (
+        PrunerSpec()
+    )
     space: Space
     """Dotted paths into this file, and how each may vary."""
 

@@ -27,17 +27,15 @@ class ResidualBlock(nn.Module):
         if spec.zero_init and isinstance(layers[-1], nn.BatchNorm2d):
             nn.init.zeros_(layers[-1].weight)
         self.path = nn.Sequential(*layers)
-        same = stride == 1 and channels == filters
-        self.shortcut: nn.Module = (
-            nn.Identity()
-            if same
-            else nn.Sequential(*_convolution(channels, filters, 1, stride=stride, batch_norm=spec.shortcut_batch_norm))
-        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride > 1 or channels != filters:
+            projection = _convolution(channels, filters, 1, stride=stride, batch_norm=spec.shortcut_batch_norm)
+            self.shortcut = nn.Sequential(*projection)
         self.activation = ACTIVATIONS[spec.activation]()
 
     def forward(self, maps: Tensor) -> Tensor:
-        summed: Tensor = self.path(maps) + self.shortcut(maps)
-        output: Tensor = self.activation(summed)
+        """Activation of path + shortcut."""
+        output: Tensor = self.activation(self.path(maps) + self.shortcut(maps))
         return output
 
 
@@ -48,9 +46,9 @@ def build_resnet(spec: ResnetSpec, image_shape: tuple[int, int, int], classes: i
     layers.append(ACTIVATIONS[spec.activation]())
     if spec.stem_pool > 1:
         layers.append(nn.MaxPool2d(spec.stem_pool))
-    shrinks = spec.stem_stride * spec.stem_pool * 2**spec.blocks
-    if min(height, width) < shrinks:
-        raise ValueError(f"stem and {spec.blocks} blocks shrink maps by {shrinks}")
+    shrunk = spec.stem_stride * spec.stem_pool * 2 ** (spec.blocks - 1)
+    if min(height, width) <= shrunk:
+        raise ValueError(f"block {spec.blocks} has only single pixels left to halve")
     filters = spec.width
     for stage in range(1, spec.blocks + 1):
         before, filters = filters, max(1, round(spec.width * spec.growth**stage))
