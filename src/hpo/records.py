@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
+# The stage of trials that train the winner again after the search: samplers never see them.
+FINAL = "final"
+
 
 class TrialState(StrEnum):
     """How a trial stands. STOPPED is a trial that was interrupted: it does not count and is tried again."""
@@ -28,7 +31,8 @@ class TrialState(StrEnum):
 class Epoch:
     """One pass over the training part, and what the network was worth after it.
 
-    number counts from 1; fold from 0. scores holds train_loss, train_accuracy and, after evaluation, valid_loss,
+    number counts from 1; fold from 0; last says that the fold ends with it. scores holds train_loss, train_accuracy
+    and, after evaluation, valid_loss,
     valid_accuracy, valid_balanced_accuracy, valid_macro_f1, valid_macro_auc: losses in nats per image, rest in [0, 1].
     """
 
@@ -37,6 +41,7 @@ class Epoch:
     learning_rate: float
     seconds: float
     fold: int = 0
+    last: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,9 @@ class TrialResult:
     finished). scores are those of the best epoch; with folds, their means. confusion is (true class, predicted class)
     counts on the validation part. folder is where the worker left weights and validation probabilities, or "".
     settings are what the machine decided rather than the spec: device, precision, layout, threads.
+    values are those of several objectives, in the order of the spec. folds holds the scores of each fold at its best
+    epoch. feasible is False where a constraint of the search is broken. predicted holds the predicted classes of the
+    validation images, in the order of their rows (see hpo.report.packing): comparisons need no model then.
     """
 
     number: int
@@ -79,6 +87,10 @@ class TrialResult:
     reason: str = ""
     traceback: str = ""
     folder: str = ""
+    values: tuple[float, ...] = ()
+    folds: tuple[Mapping[str, float], ...] = ()
+    feasible: bool = True
+    predicted: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types; from_json takes it back."""
@@ -90,6 +102,8 @@ class TrialResult:
         known = {key: value for key, value in data.items() if key in cls.__dataclass_fields__}
         known["state"] = TrialState(known["state"])
         known["epochs"] = tuple(Epoch(**epoch) for epoch in known.get("epochs", ()))
+        known["values"] = tuple(known.get("values", ()))
+        known["folds"] = tuple(known.get("folds", ()))
         known["confusion"] = tuple(tuple(row) for row in known.get("confusion", ()))
         return cls(**known)
 
@@ -143,10 +157,21 @@ class StudyResult:
         ranked = self.ranked()
         return ranked[0] if ranked else None
 
-    def ranked(self) -> list[Trial]:
-        """Complete trials, best first; the earlier one where two are equal."""
+    def ranked(self, stage: str | None = None) -> list[Trial]:
+        """Complete feasible trials of the search (or of one stage; FINAL: of the final training), best first.
+
+        The earlier one where two are equal.
+        """
         sign = -1.0 if self.direction == "maximize" else 1.0
-        done = [trial for trial in self.trials if trial.state is TrialState.COMPLETE and trial.value is not None]
+        done = [
+            trial
+            for trial in self.trials
+            if trial.state is TrialState.COMPLETE
+            and trial.value is not None
+            and trial.result is not None
+            and trial.result.feasible
+            and (trial.candidate.stage != FINAL if stage is None else trial.candidate.stage == stage)
+        ]
         return sorted(done, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
 
     def count(self, *states: TrialState) -> int:

@@ -79,7 +79,7 @@ def test_numbers_with_exponents_are_numbers(study):
         ("{float: [1e-4, 1e-1], log: true}", "{choice: []}", ":9: search.space", "no options"),
         ("{float: [1e-4, 1e-1], log: true}", "{flot: [0, 1]}", ":9: search.space", "a parameter is {float:"),
         ("{float: [1e-4, 1e-1], log: true}", "{float: [0.0, 1]}", ":9: search.space", "does not fit"),
-        ("    training.optimizer.lr: {float: [1e-4, 1e-1], log: true}", "    {}", "search.space", "space is empty"),
+        ("    training.optimizer.lr: {float: [1e-4, 1e-1], log: true}", "    {}", ":8: search", "space is empty"),
         ("model: {kind: mlp, hidden: 32}", "", "model", "is missing"),
         ("kind: mlp", "kind: mpl", ":4: model", "'mpl'"),
         ("data: {name: digits}", "data: [digits]", ":2: data", "got ['digits']"),

@@ -1,7 +1,7 @@
 """Random changes of whole batches, on the device.
 
 torchvision's v2 functions take one amount for a whole batch; amounts for each image mean a loop over images. These draw
-all amounts at once and resample once: 4 (crop) to 120 (colours) times the images/s of that loop, 46 times for all changes
+all amounts at once and resample once: 4 (crop) to 100 (colours) times the images/s of that loop, 41 times for several
 together (batches of 128 x 28 x 28 x 3, one CPU thread: uv run python benchmarks/augment.py).
 """
 

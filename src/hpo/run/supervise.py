@@ -33,6 +33,7 @@ Watch = Callable[[Event], None]
 # So many failures before the first success mean that the study itself is wrong, not its candidates.
 _HOPELESS = 5
 _TICK = 0.2  # seconds; how soon Ctrl-C, --timeout and finished exports are noticed
+_REAP = 15.0  # seconds between looks for trials of other supervisors that died
 
 
 @dataclass
@@ -89,7 +90,11 @@ class Supervisor:
 
     def run(self) -> str:
         """Work until nothing is left to do; returns budget, exhausted, timeout, interrupted or failing."""
+        reaped = time.monotonic()
         while True:
+            if time.monotonic() - reaped > _REAP:
+                self._study.reap()
+                reaped = time.monotonic()
             reason = self._reason_to_stop()
             if reason:
                 self._stop_running(reason)

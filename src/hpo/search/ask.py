@@ -49,12 +49,11 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def _guarded(method: Method) -> Method:
-    """Storage faults become StoreError; what Optuna has to say about experimental parts is not for our users."""
+    """Storage faults become StoreError."""
 
     @functools.wraps(method)
     def guarded(self: Study, *args: Any, **options: Any) -> Any:
-        with store_errors(self._home), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with store_errors(self._home):
             return method(self, *args, **options)
 
     return cast("Method", guarded)
@@ -229,6 +228,10 @@ def open_study(home: Home, spec: StudySpec, *, data_digest: str, fresh: bool = F
     the study's trials were run with (space, sampler, pruner and budget may change, options of a choice may not), and
     StoreError where the storage refuses.
     """
+    # What Optuna has to say about its experimental parts is not for our users. Filtered once: catch_warnings around
+    # every call is not safe while the tracker's thread uses it too.
+    warnings.filterwarnings("ignore", module="optuna")
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     storage = open_storage(home)
     try:
         with store_errors(home), locked(home.locks / "studies.lock"):

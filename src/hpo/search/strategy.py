@@ -6,7 +6,6 @@ import copy
 import hashlib
 import json
 import random
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -238,7 +237,5 @@ PRUNERS: Mapping[str, Callable[[StudySpec], Any]] = {
 
 
 def build_pruner(spec: StudySpec) -> Any:
-    """The spec's pruner, without Optuna's notes that some are experimental."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return PRUNERS[spec.search.pruner.name](spec)
+    """The spec's pruner."""
+    return PRUNERS[spec.search.pruner.name](spec)

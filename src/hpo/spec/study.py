@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from hpo.spec.models import ModelSpec, Rate
 from hpo.spec.space import Part, Space, holds
@@ -24,6 +24,10 @@ SCORES: Mapping[str, Literal["maximize", "minimize"]] = {
     "valid_macro_f1": "maximize",
     "valid_macro_auc": "maximize",
 }
+# What a network costs: trainable and frozen weights; milliseconds an image takes, one at a time, on the trial's device.
+Cost = Literal["parameters", "latency_ms"]
+Task = Literal["multiclass", "binary"]
+_CONSTRAINT = r"^ *(parameters|latency_ms|valid_[a-z0-9_]+) *(<=|>=) *[0-9.eE+-]+ *$"
 Score = Literal["valid_loss", "valid_accuracy", "valid_balanced_accuracy", "valid_macro_f1", "valid_macro_auc"]
 
 
@@ -37,17 +41,25 @@ class DataSpec(Part):
     path: str | None = None
     """A local file or folder to read in place of a download. Its checksum need not be the official one; its digest is
     logged. Relative to the study file, or in --set to the working directory."""
+    groups: dict[str, list[str]] = Field(default_factory=dict)
+    """New classes made of old ones: {Clothing: [Shirt, Coat], Footwear: [Sneaker]}. Each old class goes into one group;
+    images of classes in no group are left out."""
 
 
 class SplitSpec(Part):
     """Which images train, which validate. The test part is never seen by a trial."""
 
-    kind: Literal["official", "holdout"] = "official"
-    """official: the validation part that the data set comes with. holdout: a share of the development images."""
+    kind: Literal["official", "holdout", "kfold"] = "official"
+    """official: the validation part that the data set comes with. holdout: a share of the development images.
+    kfold: each of `folds` parts validates once, and a trial's value is the mean over them."""
     share: Share = 0.2
     """holdout: how much of the development images (train and, if there is one, official validation) validates."""
     by: Literal["stratified", "random", "order"] = "stratified"
     """holdout: equal class shares at random, plain random, or the last rows of the file."""
+    folds: Annotated[int, Field(ge=2, le=100)] = 3
+    """kfold: how many parts, with equal class shares unless `by` is random or order."""
+    fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """kfold: how much of the development images takes part, stratified."""
     test_share: Share = 0.2
     """For data sets without a test part: how much is sealed away as one, stratified, before anything else."""
     seed: Seed = 0
@@ -157,6 +169,10 @@ def _by_name(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
+def _by_score(value: Any) -> Any:
+    return {"score": value} if isinstance(value, str) else value
+
+
 SamplerName = Literal["random", "grid", "tpe", "cmaes", "gp", "qmc"]
 PrunerName = Literal["none", "median", "successive_halving", "hyperband", "patient", "wilcoxon"]
 
@@ -187,6 +203,46 @@ class PrunerSpec(Part):
     """wilcoxon: prune when the trial is worse than the best one at this level."""
 
 
+class StageSpec(Part):
+    """One step of a staged search: it varies some places and leaves the rest as earlier stages found best."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,49}$")]
+    space: Space = Space()
+    """What this stage varies; empty only with refine."""
+    sampler: Annotated[
+        SamplerSpec | None, BeforeValidator(_by_name, json_schema_input_type=SamplerName | SamplerSpec)
+    ] = None
+    """null: the full grid where the space is finite, else the search's sampler."""
+    trials: Positive | None = None
+    """null: every cell of the grid; needed for any other sampler."""
+    carry: Positive = 1
+    """How many of its best the next stage starts from, each with the whole of its space."""
+    refine: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """In place of a space: all that earlier stages varied, together, around the best trial so far. Ranges shrink to
+    this share of their width, options stay open."""
+
+
+class Objective(Part):
+    """One of several aims: a validation score, or what a network costs."""
+
+    score: Score | Cost
+    direction: Literal["maximize", "minimize"] | None = None
+    """null: what the score calls for."""
+
+    @property
+    def better(self) -> Literal["maximize", "minimize"]:
+        """The direction in which this objective improves."""
+        return self.direction or SCORES.get(self.score, "minimize")
+
+
+class WarmStart(Part):
+    """Candidates that another study found best."""
+
+    study: str
+    """A study of the same storage; only the paths that this search varies are taken over."""
+    best: Positive = 1
+
+
 class SearchSpec(Part):
     """What is tried, by whom, and towards what."""
 
@@ -194,30 +250,58 @@ class SearchSpec(Part):
     """The score of a trial, at its best epoch."""
     direction: Literal["maximize", "minimize"] | None = None
     """null: what the objective calls for."""
+    objectives: list[
+        Annotated[Objective, BeforeValidator(_by_score, json_schema_input_type=Score | Cost | Objective)]
+    ] = Field(default_factory=list)
+    """Several aims in place of one, such as [valid_accuracy, parameters]: trials that none beats in all are kept."""
+    constraints: list[Annotated[str, Field(pattern=_CONSTRAINT)]] = Field(default_factory=list)
+    """Such as `parameters <= 200000`: trials that break one are never best. Limits on parameters are checked before
+    training."""
     trials: Positive = 20
-    """The study's total, unless --trials says otherwise."""
+    """The study's total, unless --trials says otherwise. Staged searches have the total of their stages."""
+    duplicates: Literal["reseed", "reuse", "reject"] = "reseed"
+    """A candidate that was evaluated before: trained again with a seed of its own, given the earlier result, or
+    replaced by another one."""
+    start: list[dict[str, Any]] = Field(default_factory=list)
+    """Candidates to try first, each a mapping of paths to values; paths left out are drawn by the sampler."""
+    start_from: WarmStart | None = None
+    """Try the best of another study first."""
     sampler: Annotated[SamplerSpec, BeforeValidator(_by_name, json_schema_input_type=SamplerName | SamplerSpec)] = (
         SamplerSpec()
     )
     pruner: Annotated[PrunerSpec, BeforeValidator(_by_name, json_schema_input_type=PrunerName | PrunerSpec)] = (
         PrunerSpec()
     )
-    space: Space
+    space: Space = Space()
     """Dotted paths into this file, and how each may vary."""
-
-    @field_validator("space")
-    @classmethod
-    def _not_empty(cls, space: Space) -> Space:
-        if not len(space):
-            raise ValueError("the search space is empty. Name at least one path, such as training.optimizer.lr")
-        return space
+    stages: list[StageSpec] = Field(default_factory=list)
+    """In place of a space: steps that each vary some places and carry their best on."""
 
     @model_validator(mode="after")
     def _right_way(self) -> SearchSpec:
+        if not len(self.space) and not self.stages:
+            raise ValueError("the search space is empty. Name at least one path, such as training.optimizer.lr")
+        if len(self.space) and self.stages:
+            raise ValueError("space and stages exclude each other. Move the space into a stage")
+        if len({stage.name for stage in self.stages} | {"final"}) != len(self.stages) + 1:
+            raise ValueError("two stages have one name, or one is called final. Rename one")
+        for index, stage in enumerate(self.stages):
+            self._check_stage(stage, first=index == 0)
+        if len(self.objectives) == 1:
+            raise ValueError("objectives lists one aim. Write it as objective, or add another")
+        if self.objectives and self.pruner.name != "none":
+            raise ValueError(
+                "Optuna prunes searches with one objective only. Write pruner: none, or leave objectives out"
+            )
+        if self.objectives and self.stages:
+            raise ValueError("a stage carries its best on, and several objectives have no best. Leave one of them out")
+        unknown = [path for values in self.start for path in values if path not in self.whole_space]
+        if unknown:
+            raise ValueError(f"start names {unknown[0]}, which the space does not vary. Correct the path")
         right = SCORES[self.objective]
         if self.direction not in (None, right):
             raise ValueError(f"direction {self.direction} would look for the worst {self.objective}. Write {right}")
-        if self.sampler.name == "grid":
+        if self.sampler.name == "grid" and not self.stages:
             for path, parameter in self.space.items():
                 try:
                     parameter.grid()
@@ -225,10 +309,42 @@ class SearchSpec(Part):
                     raise ValueError(f"sampler grid, {path}: {error}") from None
         return self
 
+    def _check_stage(self, stage: StageSpec, *, first: bool) -> None:
+        if bool(len(stage.space)) == bool(stage.refine):
+            raise ValueError(f"stage {stage.name}: give either a space or refine")
+        if stage.refine and first:
+            raise ValueError(f"stage {stage.name}: there is nothing to refine before the first stage. Move it down")
+        if stage.trials is None and (stage.refine or stage.space.size({}) is None):
+            raise ValueError(f"stage {stage.name}: its space has no finite grid. Give trials")
+        if stage.trials is None and stage.sampler is not None and stage.sampler.name != "grid":
+            raise ValueError(f"stage {stage.name}: sampler {stage.sampler.name} needs a number of trials. Give trials")
+
     @property
     def better(self) -> Literal["maximize", "minimize"]:
         """The direction in which the objective improves."""
         return self.direction or SCORES[self.objective]
+
+    @property
+    def whole_space(self) -> Space:
+        """All that any stage varies; the later stage's range where two vary one place."""
+        if not self.stages:
+            return self.space
+        return Space({path: parameter for stage in self.stages for path, parameter in stage.space.items()})
+
+
+class FinalSpec(Part):
+    """After the search: the winner is trained again, and that model is the one that is registered."""
+
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Places that differ from the search, such as {training.epochs: 200, training.patience: 20}."""
+    split: SplitSpec | None = None
+    """null: the search's; after kfold the official validation part, or a stratified holdout where there is none."""
+    on: Literal["train", "all"] = "train"
+    """all: train on train and validation together, for as many epochs as were best in the search."""
+    seeds: Positive = 1
+    """Trainings of each finalist, each with a fresh seed."""
+    finalists: Positive = 1
+    """How many of the best race each other. Means over seeds decide, by a paired bootstrap over the same images."""
 
 
 class Reference(Part):
@@ -265,17 +381,30 @@ class StudySpec(Part):
     split: SplitSpec = SplitSpec()
     model: ModelSpec
     training: TrainingSpec = TrainingSpec()
+    task: Task = "multiclass"
+    """binary: two classes and one sigmoid output."""
     search: SearchSpec
+    final: FinalSpec | None = None
     keep: KeepSpec = KeepSpec()
     references: list[Reference] = Field(default_factory=list)
     seed: Seed = 0
     """The sampler's, and what every trial's own seed is derived from."""
 
     @model_validator(mode="after")
+    def _final_fits(self) -> StudySpec:
+        if self.final is not None:
+            for path in self.final.set:
+                _place(self.setup.model_dump(), path, f"final.set.{path}")
+            _validated(self, self.final.set, "final.set")
+            if self.final.on == "all" and self.final.finalists > 1:
+                raise ValueError("final: a race needs validation images. Write on: train, or finalists: 1")
+        return self
+
+    @model_validator(mode="after")
     def _space_fits(self) -> StudySpec:
         # Candidates are validated without their search, so this does not recurse.
         plain = self.model_dump()
-        for path, parameter in self.search.space.items():
+        for path, parameter in self.search.whole_space.items():
             if path.split(".")[0] not in ("data", "split", "model", "training"):
                 raise ValueError(f"search.space.{path}: only data, split, model and training can be searched")
             _place(plain, path, f"search.space.{path}")
@@ -288,8 +417,9 @@ class StudySpec(Part):
     def fixed(self) -> dict[str, Any]:
         """Values of the paths that conditions of the space name and that are not searched themselves."""
         plain = self.model_dump()
-        asked = {path for _, parameter in self.search.space.items() for path in parameter.when}
-        return {path: _place(plain, path, path) for path in asked if path not in self.search.space}
+        space = self.search.whole_space
+        asked = {path for _, parameter in space.items() for path in parameter.when}
+        return {path: _place(plain, path, path) for path in asked if path not in space}
 
     def with_values(self, values: Mapping[str, Any]) -> Setup:
         """The setup of one candidate: this spec's, with the places of the space filled in and validated again."""
@@ -298,15 +428,16 @@ class StudySpec(Part):
     @property
     def setup(self) -> Setup:
         """The part of the spec that one training needs, as written."""
-        return Setup(data=self.data, split=self.split, model=self.model, training=self.training)
+        return Setup(data=self.data, split=self.split, model=self.model, training=self.training, task=self.task)
 
     def identity(self) -> dict[str, Any]:
         """What must not change while a study goes on, or its trials could not be compared."""
         plain = self.model_dump(mode="json")
         # A file may move: the data's digest is compared instead of its path.
         plain["data"].pop("path")
-        kept = {part: plain[part] for part in ("data", "split", "model", "training", "seed")}
-        return {**kept, "objective": self.search.objective, "direction": self.search.better}
+        kept = {part: plain[part] for part in ("data", "split", "model", "training", "task", "seed")}
+        aims = [f"{aim.better} {aim.score}" for aim in self.search.objectives]
+        return {**kept, "objective": aims or [f"{self.search.better} {self.search.objective}"]}
 
     def seed_of(self, ordinal: int) -> int:
         """The seed in [0, 2**31) of the candidate at this place of the study's sequence."""
@@ -321,6 +452,7 @@ class Setup(Part):
     split: SplitSpec
     model: ModelSpec
     training: TrainingSpec
+    task: Task = "multiclass"
 
     def flat(self) -> dict[str, Any]:
         """Dotted path -> value, for every place; lists as JSON."""
