@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import base64
+import operator
+from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -32,8 +35,8 @@ class Epoch:
     """One pass over the training part, and what the network was worth after it.
 
     number counts from 1; fold from 0; last says that the fold ends with it. scores holds train_loss, train_accuracy
-    and, after evaluation, valid_loss,
-    valid_accuracy, valid_balanced_accuracy, valid_macro_f1, valid_macro_auc: losses in nats per image, rest in [0, 1].
+    and, where there is a validation part, valid_loss, valid_accuracy, valid_balanced_accuracy, valid_macro_f1 and
+    valid_macro_auc: losses in nats per image, the rest in [0, 1].
     """
 
     number: int
@@ -42,6 +45,14 @@ class Epoch:
     seconds: float
     fold: int = 0
     last: bool = False
+
+
+def best_of(epochs: Sequence[Epoch], monitor: str) -> Epoch:
+    """The epoch whose weights a training keeps: the first with the best monitored score; without one, the last."""
+    if monitor not in epochs[-1].scores:
+        return epochs[-1]
+    sign = -1.0 if monitor.endswith("_loss") else 1.0
+    return max(epochs, key=lambda epoch: (sign * epoch.scores[monitor], -epoch.number))
 
 
 @dataclass(frozen=True)
@@ -71,7 +82,7 @@ class TrialResult:
     settings are what the machine decided rather than the spec: device, precision, layout, threads.
     values are those of several objectives, in the order of the spec. folds holds the scores of each fold at its best
     epoch. feasible is False where a constraint of the search is broken. predicted holds the predicted classes of the
-    validation images, in the order of their rows (see hpo.report.packing): comparisons need no model then.
+    validation images, in the order of their rows (see pack_classes): comparisons need no model then.
     """
 
     number: int
@@ -108,6 +119,18 @@ class TrialResult:
         return cls(**known)
 
 
+def pack_classes(classes: Sequence[int]) -> str:
+    """Class numbers in [0, 65536) as text: two bytes each, base64; unpack_classes takes it back."""
+    return base64.b64encode(array("H", classes).tobytes()).decode("ascii")
+
+
+def unpack_classes(text: str) -> list[int]:
+    """The class numbers that pack_classes wrote."""
+    classes = array("H")
+    classes.frombytes(base64.b64decode(text))
+    return classes.tolist()
+
+
 @dataclass(frozen=True)
 class Trial:
     """One trial as the study storage holds it: what was asked, how it stands, what came out.
@@ -135,7 +158,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class StudyResult:
-    """A study as its storage holds it. name is the study's; generation counts from 1, one more for each --fresh."""
+    """A study as its storage holds it. name is the study's; generation counts from 1, one more for each --fresh.
+
+    objectives holds (score, maximize or minimize) of each aim; objective and direction are those of the first.
+    """
 
     name: str
     generation: int
@@ -145,6 +171,7 @@ class StudyResult:
     spec: Mapping[str, Any] = field(default_factory=dict)
     data_digest: str = ""
     created: float = 0.0
+    objectives: tuple[tuple[str, str], ...] = ()
 
     @property
     def title(self) -> str:
@@ -173,6 +200,27 @@ class StudyResult:
             and (trial.candidate.stage != FINAL if stage is None else trial.candidate.stage == stage)
         ]
         return sorted(done, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
+
+    def pareto(self) -> list[Trial]:
+        """Those of ranked() that no other is at least as good as in every objective and better in one."""
+        signs = [-1.0 if direction == "maximize" else 1.0 for _, direction in self.objectives]
+
+        def costs(trial: Trial) -> list[float]:
+            values = (trial.result.values if trial.result else ()) or (trial.value or 0.0,)
+            return [sign * value for sign, value in zip(signs, values, strict=True)]
+
+        ranked = [(trial, costs(trial)) for trial in self.ranked()]
+        return [
+            trial
+            for trial, mine in ranked
+            if not any(other != mine and all(map(operator.le, other, mine)) for _, other in ranked)
+        ]
+
+    @property
+    def counted(self) -> tuple[Trial, ...]:
+        """The trials that count against the budget: none of the final training, none that was or will be run again."""
+        last = {trial.candidate.ordinal: trial for trial in self.trials if trial.candidate.stage != FINAL}
+        return tuple(trial for trial in last.values() if trial.state is not TrialState.STOPPED)
 
     def count(self, *states: TrialState) -> int:
         """How many trials stand in one of these states."""

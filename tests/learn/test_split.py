@@ -89,3 +89,30 @@ def test_validation_part_of_one_class_is_refused():
 def test_class_that_only_validation_lacks_is_allowed():
     _, valid = indices(np.array([0, 1, 2] * 20 + [0, 1] * 5), split=SplitSpec(), valid_start=60)
     assert len(valid) == 10
+
+
+@pytest.mark.parametrize("by", ["stratified", "random", "order"])
+@pytest.mark.parametrize("fraction", [1.0, 0.4])
+def test_folds_are_disjoint_and_together_the_whole_pool(by, fraction):
+    labels = np.random.default_rng(1).integers(0, 5, 403)
+    split = SplitSpec(kind="kfold", folds=3, by=by, fraction=fraction)
+    parts = [indices(labels, split=split, valid_start=300, fold=fold) for fold in range(3)]
+    pool = np.sort(np.concatenate([valid for _, valid in parts]))
+    assert len(pool) == len(np.unique(pool)) == round(403 * fraction)
+    for train, valid in parts:
+        assert not np.intersect1d(train, valid).size
+        assert np.array_equal(np.union1d(train, valid), pool)
+
+
+def test_stratified_folds_have_the_class_shares_of_the_whole():
+    labels = np.repeat([0, 1, 2], [50, 30, 10])
+    split = SplitSpec(kind="kfold", folds=5)
+    for fold in range(5):
+        _, valid = indices(labels, split=split, valid_start=None, fold=fold)
+        assert np.bincount(labels[valid]).tolist() == [10, 6, 2]
+
+
+def test_without_a_validation_part_everything_trains():
+    train, valid = indices(LABELS, split=SplitSpec(kind="none"), valid_start=3)
+    assert len(train) == len(LABELS)
+    assert not len(valid)

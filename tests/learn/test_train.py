@@ -8,7 +8,8 @@ from hpo.errors import TrainingError
 from hpo.learn.metrics import scores
 from hpo.learn.models import build_model
 from hpo.learn.optimizers import build_optimizer, learning_rate_factor
-from hpo.learn.train import best_of, class_weights, predict_logits, train
+from hpo.learn.train import class_weights, predict_logits, train
+from hpo.records import best_of
 from hpo.spec.models import CnnSpec, MlpSpec
 from hpo.spec.study import AugmentSpec, OptimizerSpec, ScheduleSpec, TrainingSpec
 

@@ -54,8 +54,7 @@ def formula(task: Task, device: str):
         if not go_on:
             break
     state = TrialState.COMPLETE if go_on else TrialState.PRUNED
-    value = epochs[-1].scores[task.objective]
-    yield TrialEnded(TrialResult(task.number, state, value, len(epochs), tuple(epochs), epochs[-1].scores, 0.01))
+    yield TrialEnded(TrialResult(task.number, state, None, len(epochs), tuple(epochs), epochs[-1].scores, 0.01))
 
 
 @dataclass

@@ -32,7 +32,7 @@ def processes():
 
 
 def _task(card, tmp_path, number=0, *, wait=False, setup=None):
-    return Task(number, setup or SPEC.setup, 7, card, "valid_accuracy", str(tmp_path / str(number)), wait=wait)
+    return Task(number, setup or SPEC.setup, 7, card, str(tmp_path / str(number)), wait=wait)
 
 
 def _until_end(engine, *, verdict=None, seconds=60):

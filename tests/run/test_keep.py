@@ -4,7 +4,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
-from formula_study import Told, formula_spec
+from formula_study import CARD, Told, formula_spec
 
 from hpo.records import Candidate, Notice, StudyResult, Trial, TrialResult, TrialState
 from hpo.run.background import Background
@@ -99,7 +99,7 @@ def test_a_resumed_study_exports_what_still_waits_and_drops_what_falls_out(tmp_p
     )
     earlier = Future()
     earlier.set_result({0: "models:/m-0"})
-    keeper.resume(study, earlier)
+    keeper.resume(study, earlier, data=CARD)
     keeper.collect(wait=True)
     background.join()
     assert tracker.calls == [("keep", 1), ("drop", 0)]

@@ -1,13 +1,16 @@
 """The supervisor's logic, on a formula in place of training and a real study storage."""
 
+import dataclasses
 import threading
 import time
 
 import pytest
 from formula_study import formula, formula_spec
 
-from hpo.records import Epoch, EpochEnded, TrialEnded, TrialResult, TrialStarted, TrialState
+from hpo.records import FINAL, Epoch, EpochEnded, TrialEnded, TrialResult, TrialStarted, TrialState
 from hpo.run.engines import WorkerLost
+from hpo.spec.models import MlpSpec
+from hpo.spec.study import FinalSpec
 
 
 @pytest.fixture
@@ -114,7 +117,7 @@ def test_an_objective_that_is_not_a_number_fails_its_trial(run_formula, spec):
     def nan(task, device):
         scores = {"valid_accuracy": float("nan")}
         yield EpochEnded(task.number, Epoch(number=1, scores=scores, learning_rate=0.1, seconds=0.0))
-        yield TrialEnded(TrialResult(task.number, TrialState.COMPLETE, float("nan"), 1))
+        yield TrialEnded(TrialResult(task.number, TrialState.COMPLETE, best_epoch=1, scores=scores))
 
     run = run_formula(spec, trainer=nan, trials=1)
     assert run.trials[0].state is TrialState.FAILED
@@ -176,3 +179,57 @@ def test_a_candidate_whose_worker_dies_is_tried_again(run_formula, spec):
     complete = [trial for trial in run.trials if trial.state is TrialState.COMPLETE]
     assert len(complete) == 6
     assert lost[0].candidate.ordinal in [trial.candidate.ordinal for trial in complete]
+
+
+def test_a_candidate_that_kills_its_worker_each_time_fails_in_the_end(run_formula, spec):
+    class Deadly(_Dying):
+        slots = 1
+
+        def poll(self, timeout):
+            tasks, self.tasks = self.tasks, {}
+            return [(slot, WorkerLost(-11)) for slot in tasks]
+
+    run = run_formula(spec, engine=Deadly(), trials=1)
+    states = [trial.state for trial in run.trials]
+    assert states == [TrialState.STOPPED, TrialState.STOPPED, TrialState.FAILED]
+
+
+def test_stages_follow_each_other_and_finals_come_last(run_formula):
+    stages = [
+        {"name": "width", "space": {"model.hidden": {"choice": [8, 16]}}},
+        {"name": "rate", "space": {"model.dropout": {"choice": [0.5, 0.1, 0.3]}}},
+    ]
+    model = MlpSpec(kind="mlp", dropout=0.9)
+    spec = formula_spec(stages=stages, space={}).model_copy(update={"final": FinalSpec(seeds=2), "model": model})
+    run = run_formula(spec)
+    assert run.reason in ("budget", "exhausted")
+    assert [trial.candidate.stage for trial in run.trials] == ["width"] * 2 + ["rate"] * 3 + [FINAL] * 2
+    finals = [trial for trial in run.trials if trial.candidate.stage == FINAL]
+    assert {trial.candidate.parameters["model.dropout"] for trial in finals} == {0.1}
+    again = run_formula(spec)
+    assert len(again.trials) == 7
+
+
+def test_a_broken_constraint_keeps_a_trial_from_being_best(run_formula):
+    spec = formula_spec(constraints=["parameters <= 500"], trials=8)
+
+    def sized(task, device):
+        for message in _forward(formula_alone_with_epochs(task)):
+            if isinstance(message, TrialEnded):
+                scores = {**message.result.scores, "parameters": float(task.setup.model.hidden)}
+                message = TrialEnded(dataclasses.replace(message.result, scores=scores))
+            yield message
+
+    run = run_formula(spec, trainer=sized)
+    sizes = [trial.candidate.parameters["model.hidden"] for trial in run.trials]
+    assert min(sizes) <= 500 < max(sizes)
+    assert run.study.result().best.candidate.parameters["model.hidden"] <= 500
+
+
+def formula_alone_with_epochs(task):
+    training = formula(task, "cpu")
+    message = next(training)
+    while not isinstance(message, TrialEnded):
+        yield message
+        message = training.send(True)
+    yield message

@@ -29,11 +29,13 @@ def make_spec() -> Callable[..., StudySpec]:
         *,
         startup: int = 3,
         epochs: int = 9,
+        name: str = "study",
+        final: Mapping[str, Any] | None = None,
         **search: Any,
     ) -> StudySpec:
         return parse_study(
             {
-                "name": "study",
+                "name": name,
                 "data": {"name": "digits"},
                 "model": {"kind": "mlp"},
                 "training": {"epochs": epochs},
@@ -43,6 +45,7 @@ def make_spec() -> Callable[..., StudySpec]:
                     "space": space,
                     **search,
                 },
+                "final": final,
                 "seed": 3,
             }
         )

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from hpo.records import Candidate, TrialResult, TrialState
+from hpo.records import FINAL, Candidate, StudyResult, TrialResult, TrialState
 from hpo.search.ask import Study
 
 MIXED = {
@@ -33,9 +33,9 @@ def objective(parameters: Mapping[str, Any]) -> float:
     return 1 - (math.log10(lr) + 2) ** 2 / 8 - parameters.get("model.dropout", 0.0) / 4 - lag / 4
 
 
-def train(study: Study, candidate: Candidate, *, epochs: int = 9) -> TrialResult:
+def train(study: Study, candidate: Candidate, *, epochs: int = 9, worth=objective) -> TrialResult:
     """Report epoch by epoch, and tell."""
-    value = objective(candidate.parameters)
+    value = worth(candidate.parameters)
     for epoch in range(1, epochs + 1):
         if study.report(candidate.number, epoch, value * epoch / epochs):
             result = TrialResult(candidate.number, TrialState.PRUNED, value * epoch / epochs, epoch)
@@ -44,3 +44,17 @@ def train(study: Study, candidate: Candidate, *, epochs: int = 9) -> TrialResult
         result = TrialResult(candidate.number, TrialState.COMPLETE, value, epochs)
     study.tell(result)
     return result
+
+
+def run_all(study: Study, budget: int = 1000, epochs: int = 1, worth=objective) -> None:
+    """Ask, train and tell until there is nothing more."""
+    while candidate := study.ask(budget=budget, worker="w"):
+        train(study, candidate, epochs=epochs, worth=worth)
+
+
+def sequence(result: StudyResult) -> list[tuple[Any, ...]]:
+    """What was searched, in the study's own order, and how it ended."""
+    done = [trial for trial in result.trials if trial.state.finished and trial.candidate.stage != FINAL]
+    done.sort(key=lambda trial: trial.candidate.ordinal)
+    parts = [(trial.candidate, trial.state) for trial in done]
+    return [(one.stage, one.ordinal, one.seed, one.parameters, state) for one, state in parts]

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from formula import FINITE, FINITE_CELLS, MIXED, NUMERIC, objective, train
+from formula import FINITE, FINITE_CELLS, MIXED, NUMERIC, objective, run_all, sequence, train
 
 from hpo.errors import SpecError
 from hpo.records import TrialResult, TrialState
@@ -18,17 +18,6 @@ from hpo.search.ask import open_study
 from hpo.search.storage import RESULT, read_study
 
 FORK = multiprocessing.get_context("fork")
-
-
-def sequence(result):
-    """What was tried, in the study's own order, and how it ended."""
-    done = sorted((trial for trial in result.trials if trial.state.finished), key=lambda trial: trial.candidate.ordinal)
-    return [(trial.candidate.ordinal, trial.candidate.seed, trial.candidate.parameters, trial.state) for trial in done]
-
-
-def run_all(study, budget, epochs=1):
-    while candidate := study.ask(budget=budget, worker="w"):
-        train(study, candidate, epochs=epochs)
 
 
 def report_all(study, candidate, curve):
@@ -80,7 +69,7 @@ def test_study_in_pieces_tries_the_same_candidates_as_in_one_go(home, make_spec,
     study.close()
     assert result.count(TrialState.STOPPED) == 4
     assert sequence(result) == expected
-    assert [ordinal for ordinal, *_ in expected] == list(range(11))
+    assert [ordinal for _, ordinal, *_ in expected] == list(range(11))
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "cmaes", "gp"])

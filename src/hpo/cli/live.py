@@ -24,7 +24,7 @@ from hpo.cli.output import (
     show_seconds,
 )
 from hpo.cli.tally import NextCommands, RunningTrial, Tally, closing, next_steps, opening
-from hpo.records import Event, Notice, StudyEnded, StudyOpened, TrialEnded, TrialResult, TrialState
+from hpo.records import FINAL, Event, Notice, StudyEnded, StudyOpened, TrialEnded, TrialResult, TrialState
 
 FRAMES_PER_SECOND = 4  # calm to look at, and cheap beside the training
 WIDEST = 100  # columns of the live display, however wide the terminal
@@ -156,8 +156,12 @@ class PlainLines(Watcher):
         budget = str(self.tally.budget)
         known = show_parameters(self.tally.last_parameters, self.tally.names)
         words = result.reason if result.state is TrialState.FAILED else known
+        place = f"{self.tally.finished:>{len(budget)}}/{budget}"
+        stage = self.tally.last_stage
+        if stage:
+            words = f"{stage}: {words}"
         return (
-            f"{self.tally.finished:>{len(budget)}}/{budget}  trial {result.number:<4} {result.state:<8}"
+            f"{'' if stage == FINAL else place:<{len(place)}}  trial {result.number:<4} {result.state:<8}"
             f"  {show_score(result.value) or '-':<6}  {'best' if best else '':<4}"
             f"  {show_seconds(result.seconds):>8}  {words}"
         ).rstrip()
@@ -303,7 +307,7 @@ class LiveDisplay(Watcher):
         most = f"/{trial.epochs}" if trial.epochs else ""
         best = f"best {show_score(trial.best)}" if trial.best is not None else ""
         return (
-            Text(f"trial {trial.number}", "dim"),
+            Text(" ".join(filter(None, [f"trial {trial.number}", trial.stage])), "dim"),
             ProgressBar(
                 total=max(trial.epochs, 1), completed=trial.epoch, complete_style="cyan", finished_style="cyan"
             ),

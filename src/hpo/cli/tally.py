@@ -8,7 +8,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hpo.cli.output import short_names, show_parameters, show_score, show_seconds
-from hpo.records import EpochEnded, Event, StudyEnded, StudyOpened, TrialEnded, TrialResult, TrialStarted, TrialState
+from hpo.records import (
+    FINAL,
+    EpochEnded,
+    Event,
+    StudyEnded,
+    StudyOpened,
+    TrialEnded,
+    TrialResult,
+    TrialStarted,
+    TrialState,
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,7 @@ class RunningTrial:
     worker: str
     parameters: Mapping[str, Any]
     epochs: int
+    stage: str | None = None
     epoch: int = 0
     fold: int = 0
     value: float | None = None
@@ -47,6 +58,8 @@ class Tally:
     best: TrialResult | None = None
     best_parameters: Mapping[str, Any] = field(default_factory=dict)
     last_parameters: Mapping[str, Any] = field(default_factory=dict)
+    last_stage: str | None = None
+    finals: int = 0
     finished_here: int = 0
     started: float = 0.0
 
@@ -58,7 +71,7 @@ class Tally:
             case TrialStarted(candidate, worker):
                 epochs = candidate.parameters.get("training.epochs") or self._setting("training", "epochs") or 0
                 self.running[candidate.number] = RunningTrial(
-                    candidate.number, worker, candidate.parameters, int(epochs)
+                    candidate.number, worker, candidate.parameters, int(epochs), candidate.stage
                 )
             case EpochEnded(number, epoch) if number in self.running:
                 trial = self.running[number]
@@ -75,16 +88,21 @@ class Tally:
     def _open(self, event: StudyOpened) -> None:
         self.opened, self.started = event, self.clock()
         study = event.study
-        self.states = {state: study.count(state) for state in TrialState if state.finished}
-        space = self._setting("search", "space")
+        searched = [trial.state for trial in study.trials if trial.candidate.stage != FINAL]
+        self.states = {state: searched.count(state) for state in TrialState if state.finished}
+        search = study.spec.get("search") or {}
+        spaces = [search.get("space") or {}, *(stage.get("space") or {} for stage in search.get("stages") or ())]
+        space = {path for each in spaces for path in each}
         self.names = short_names(space or {path for trial in study.trials for path in trial.candidate.parameters})
         if study.best:
             self.best, self.best_parameters = study.best.result, study.best.candidate.parameters
 
     def _end_trial(self, result: TrialResult, *, best: bool) -> None:
         trial = self.running.pop(result.number, None)
-        self.last_parameters = trial.parameters if trial else {}
-        if result.state.finished:
+        self.last_parameters, self.last_stage = (trial.parameters, trial.stage) if trial else ({}, None)
+        if self.last_stage == FINAL:
+            self.finals += result.state is TrialState.COMPLETE
+        elif result.state.finished:
             self.states[result.state] = self.states.get(result.state, 0) + 1
             self.finished_here += 1
         if best:
@@ -158,6 +176,8 @@ def closing(tally: Tally) -> list[tuple[str, str]]:
         failed = [trial.result.reason for trial in study.trials if trial.result and trial.result.reason]
         rows.append(("best", "none: no trial was completed"))
         rows += [("last reason", reason) for reason in failed[-1:]]
+    if ended.model and tally.finals:
+        rows.append(("final", f"{tally.finals} more trainings of the best; trial {ended.model.trial} is the model"))
     if ended.model:
         alias = f", alias {', '.join(ended.model.aliases)}" if ended.model.aliases else ""
         rows.append(("model", f"{ended.model.name} version {ended.model.version}{alias}"))
@@ -190,6 +210,6 @@ def next_steps(tally: Tally, commands: NextCommands) -> list[tuple[str, str]]:
     if model:
         steps.append((f"hpo predict {model.name} IMAGE...{home}", "classify image files"))
     steps.append((f"hpo ui{home}", "look at every run in MLflow"))
-    if ended.reason == "budget":
+    if ended.reason == "budget" and not (ended.study.spec.get("search") or {}).get("stages"):
         steps.append((f"{commands.more} --trials {2 * tally.budget}", "search on"))
     return steps

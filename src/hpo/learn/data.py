@@ -77,7 +77,7 @@ def _request(data: DataSpec, split: SplitSpec) -> str:
         paths = [Path(folder, name) for folder, _, names in os.walk(place) for name in names] or [place]
         stats = {str(path): path.stat() for path in paths if path.is_file()}
         files = sorted((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats.items())
-    asked = [_FORMAT, data.name, data.size, data.path, files, split.test_share, split.seed]
+    asked = [_FORMAT, data.name, data.size, data.path, files, data.groups, split.test_share, split.seed]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
 
 
@@ -110,6 +110,8 @@ def _prepare(source: Source, data: DataSpec, split: SplitSpec, root: Path, entry
     found = gather(source, size=data.size, path=data.path, downloads=root / "downloads", progress=report)
     sides = (data.size,) if data.size else source.sizes
     pairs, class_names = _checked(found.parts, sides, found.origin)
+    if data.groups:
+        pairs, class_names = _grouped(pairs, class_names, data.groups)
     if "test" not in pairs:
         pairs = _sealed(pairs, split)
     _check_classes(pairs, class_names, found.origin)
@@ -182,6 +184,28 @@ def _checked(parts: Parts, sides: Sequence[int], origin: str) -> tuple[dict[str,
             f"Number the {len(class_names)} classes 0, 1, 2, ...",
         )
     return pairs, class_names
+
+
+def _grouped(
+    pairs: Mapping[str, Pair], class_names: tuple[str, ...], groups: Mapping[str, Sequence[str]]
+) -> tuple[dict[str, Pair], tuple[str, ...]]:
+    """The pairs with the classes of each group as one new class, in the order of groups, and without other images."""
+    group_of = np.full(len(class_names), -1, dtype=np.int64)
+    for label, members in enumerate(groups.values()):
+        for name in members:
+            if name not in class_names:
+                raise DataError(
+                    f"data.groups: there is no class {name!r} (known: {', '.join(class_names)}).", "Correct the name."
+                )
+            if group_of[class_names.index(name)] >= 0:
+                raise DataError(f"data.groups: class {name!r} is in two groups.", "Leave it out of one.")
+            group_of[class_names.index(name)] = label
+    grouped: dict[str, Pair] = {}
+    for part, (images, labels) in pairs.items():
+        kept = group_of[labels] >= 0
+        whole = bool(kept.all())
+        grouped[part] = (images if whole else images[kept]), group_of[labels if whole else labels[kept]]
+    return grouped, tuple(groups)
 
 
 def _sealed(pairs: Mapping[str, Pair], split: SplitSpec) -> dict[str, Pair]:
@@ -275,7 +299,7 @@ class TrialData:
     std: tuple[float, ...]
 
 
-def open_trial(card: DataCard, split: SplitSpec, *, device: torch.device) -> TrialData:
+def open_trial(card: DataCard, split: SplitSpec, *, device: torch.device, fold: int = 0) -> TrialData:
     """The development part of a prepared data set, split. On the CPU it stays memory-mapped and is not copied.
 
     Raises DataError where the split is impossible or the prepared files are gone.
@@ -285,7 +309,7 @@ def open_trial(card: DataCard, split: SplitSpec, *, device: torch.device) -> Tri
     folder = Path(card.folder)
     images = load_tensor(folder / "development_images.npy", device)
     labels = load_tensor(folder / "development_labels.npy", device)
-    rows = indices(labels.cpu().numpy(), split=split, valid_start=card.valid_start)
+    rows = indices(labels.cpu().numpy(), split=split, valid_start=card.valid_start, fold=fold)
     train, valid = (torch.from_numpy(part).to(device) for part in rows)
     mean, std = _statistics(images, train)
     return TrialData(images, labels, train, valid, card.class_names, mean, std)

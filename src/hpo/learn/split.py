@@ -15,15 +15,23 @@ from hpo.spec.study import SplitSpec
 Rows = NDArray[np.int64]
 
 
-def indices(labels: NDArray[Any], *, split: SplitSpec, valid_start: int | None) -> tuple[Rows, Rows]:
+def indices(labels: NDArray[Any], *, split: SplitSpec, valid_start: int | None, fold: int = 0) -> tuple[Rows, Rows]:
     """Rows of the development images that train and that validate, each ascending; together they are all rows.
 
     labels (n,) int64 are those of the development images; valid_start is the first row of the official validation
-    part (None: there is none). holdout draws from all rows, those of an official validation part included. Raises
-    DataError when there is no official part to use, when a class would have no training image, and when fewer than two
-    classes would validate.
+    part (None: there is none). holdout and kfold draw from all rows, those of an official validation part included;
+    kfold with a fraction leaves the other rows out. fold counts from 0. Raises DataError when there is no official part
+    to use, when a class would have no training image, and when fewer than two classes would validate.
     """
     every = np.arange(len(labels), dtype=np.int64)
+    if split.kind == "none":
+        return every, every[:0]
+    if split.kind == "kfold":
+        pool = every if split.fraction == 1 else stratified(labels, share=split.fraction, seed=split.seed)
+        valid = pool[_DEALS[split.by](labels[pool], split.folds, split.seed) == fold]
+        train = np.setdiff1d(pool, valid, assume_unique=True)
+        _check(labels, train, valid, split)
+        return train, valid
     if split.kind == "official":
         if valid_start is None:
             raise DataError(
@@ -84,6 +92,28 @@ def _last(labels: NDArray[Any], *, share: float, seed: int) -> Rows:  # noqa: AR
     return np.arange(len(labels) - round(len(labels) * share), len(labels), dtype=np.int64)
 
 
+def _deal(order: Rows, folds: int) -> Rows:
+    """The fold of each row when rows in this order are dealt out like cards."""
+    dealt = np.empty(len(order), dtype=np.int64)
+    dealt[order] = np.arange(len(order)) % folds
+    return dealt
+
+
+def _deal_stratified(labels: NDArray[Any], folds: int, seed: int) -> Rows:
+    order = np.random.default_rng(seed).permutation(len(labels))
+    # Class after class in one deal: every fold gets its share of each class, and of the remainders.
+    return _deal(order[np.argsort(labels[order], kind="stable")], folds)
+
+
+def _deal_random(labels: NDArray[Any], folds: int, seed: int) -> Rows:
+    return _deal(np.random.default_rng(seed).permutation(len(labels)), folds)
+
+
+def _deal_blocks(labels: NDArray[Any], folds: int, seed: int) -> Rows:  # noqa: ARG001 - the order of the file is no draw
+    return np.arange(len(labels), dtype=np.int64) * folds // len(labels)
+
+
+_DEALS = {"stratified": _deal_stratified, "random": _deal_random, "order": _deal_blocks}
 _DRAWS = {"stratified": stratified, "random": _random, "order": _last}
 
 

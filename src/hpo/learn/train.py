@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Generator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from hpo.errors import TrainingError
-from hpo.learn.augment import build_augment
+from hpo.learn.augment import build_augment, mix_batch
 from hpo.learn.data import TrialData
 from hpo.learn.metrics import scores
 from hpo.learn.optimizers import build_optimizer, learning_rate_factor
@@ -58,8 +60,9 @@ def train(
     """Train net in place and yield an Epoch after each evaluation; at the end net has its best epoch's weights.
 
     precision is float32 or bfloat16. Best is judged by spec.monitor; training ends after spec.epochs, or after
-    spec.patience epochs without a better one. Closing the generator early leaves the last weights. Raises
-    TrainingError where the loss is not finite. One seed gives one result on one device, thread count and precision.
+    spec.patience epochs without a better one. Without validation rows the last weights are kept; closing the generator
+    early leaves the last ones too. Raises TrainingError where a loss is not finite. One seed gives one result on one
+    device, thread count and precision.
     """
     device = data.images.device
     net.to(device)
@@ -72,6 +75,7 @@ def train(
     valid_labels = data.labels[data.valid]
     classes = len(data.class_names)
     weights = class_weights(data.labels[data.train], classes) if spec.class_weights == "balanced" else None
+    loss_of = partial(functional.cross_entropy, weight=weights, label_smoothing=spec.label_smoothing)
     batches_per_epoch = -(-len(data.train) // spec.batch_size)
     sign = 1.0 if SCORES[spec.monitor] == "maximize" else -1.0
     best_score, best_epoch, best_state = -float("inf"), 0, None
@@ -97,10 +101,13 @@ def train(
             images, labels = data.images[rows], data.labels[rows]
             if augment is not None:
                 images = augment(images, generator)
+            inputs, labels, others, share = mix_batch(to_input(images, scale, shift), labels, spec.augment, generator)
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-                logits = net(to_input(images, scale, shift))
+                logits = net(inputs)
             logits = logits.float()
-            loss = functional.cross_entropy(logits, labels, weight=weights, label_smoothing=spec.label_smoothing)
+            loss = loss_of(logits, labels)
+            if share < 1:
+                loss = share * loss + (1 - share) * loss_of(logits, others)
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
             optimizer.step()
@@ -109,26 +116,23 @@ def train(
             seen += len(rows)
 
         loss_sum, hits = totals.tolist()
-        logits = predict_logits(net, data, data.valid, precision=precision)
         measured = {"train_loss": loss_sum / seen, "train_accuracy": hits / seen}
-        measured |= {f"valid_{name}": value for name, value in scores(logits, valid_labels).items()}
-        if not torch.isfinite(torch.tensor([measured["train_loss"], measured["valid_loss"]])).all():
-            raise TrainingError(
-                f"epoch {number}: train loss {measured['train_loss']}, validation loss {measured['valid_loss']}.",
-                "The training diverged: a lower learning rate usually helps.",
-            )
-        if sign * measured[spec.monitor] > best_score:
+        if len(data.valid):
+            logits = predict_logits(net, data, data.valid, precision=precision)
+            measured |= {f"valid_{name}": value for name, value in scores(logits, valid_labels).items()}
+        losses = {name: value for name, value in measured.items() if name.endswith("_loss")}
+        if not all(map(math.isfinite, losses.values())):
+            shown = ", ".join(f"{name} {value}" for name, value in losses.items())
+            raise TrainingError(f"epoch {number}: {shown}.", "It diverged: a lower learning rate usually helps.")
+        if len(data.valid) and sign * measured[spec.monitor] > best_score:
             best_score, best_epoch = sign * measured[spec.monitor], number
             best_state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-        yield Epoch(number=number, scores=measured, learning_rate=rate, seconds=time.perf_counter() - started)
-        if spec.patience is not None and number - best_epoch >= spec.patience:
+        stale = spec.patience is not None and number - best_epoch >= spec.patience and len(data.valid) > 0
+        last = stale or number == spec.epochs
+        seconds = time.perf_counter() - started
+        yield Epoch(number=number, scores=measured, learning_rate=rate, seconds=seconds, last=last)
+        if last:
             break
 
     if best_state is not None:
         net.load_state_dict(best_state)
-
-
-def best_of(epochs: tuple[Epoch, ...], monitor: str) -> Epoch:
-    """The epoch whose weights train() keeps: the first with the best monitored score."""
-    sign = 1.0 if SCORES[monitor] == "maximize" else -1.0
-    return max(epochs, key=lambda epoch: (sign * epoch.scores[monitor], -epoch.number))

@@ -1,25 +1,39 @@
-"""One candidate, trained and left on disk for whoever keeps it: data, network, precision, training, best weights."""
+"""One candidate, trained and left on disk for whoever keeps it: data, network, precision, folds, best weights."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from statistics import fmean, median, pstdev
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hpo.learn.data import TrialData, open_trial
 from hpo.learn.export import save_trained
 from hpo.learn.metrics import confusion_matrix
 from hpo.learn.models import build_model, parameter_count
 from hpo.learn.precision import faster_precision
-from hpo.learn.train import best_of, normalisation, predict_logits, to_input, train
-from hpo.records import DataCard, Epoch, TrialResult, TrialState
+from hpo.learn.train import normalisation, predict_logits, to_input, train
+from hpo.records import DataCard, Epoch, TrialResult, TrialState, best_of, pack_classes
 from hpo.spec.study import Setup, SplitSpec
 
 VALIDATION = "validation.npz"  # rows, labels, probabilities of the validation part at the best epoch
+
+
+@dataclass(frozen=True)
+class _Network:
+    """A freshly built network on its device with its data, and how it will be computed."""
+
+    net: nn.Module
+    data: TrialData
+    parameters: int
+    precision: str
+    key: str
 
 
 def train_trial(
@@ -28,72 +42,127 @@ def train_trial(
     *,
     number: int,
     seed: int,
-    objective: str,
     folder: Path,
     device_name: str,
     precisions: Mapping[str, str],
+    most_parameters: float = float("inf"),
+    latency: bool = False,
 ) -> Generator[Epoch, bool, TrialResult]:
     """Yield each epoch, to be answered with whether to go on, and return how the trial ended.
 
-    A complete trial leaves its best weights and validation probabilities in folder. precisions holds what was measured
-    before for a kind and size of network (TrialResult.settings["precision_key"]), so that like trials train alike.
-    The result has neither epochs nor seconds: the caller saw them pass.
+    With kfold, fold after fold is trained from fresh weights; scores are then means over folds, with <score>_std beside
+    them. A complete trial of one fold leaves its best weights and validation probabilities in folder. precisions holds
+    what was measured before for a kind and size of network (TrialResult.settings["precision_key"]), so that like trials
+    train alike. A network of more than most_parameters weights is pruned before its first epoch. scores holds
+    `parameters`, and with latency=True `latency_ms` too. The result has neither value, epochs nor seconds: those are
+    the caller's.
     """
-    device = torch.device(device_name)
-    data = trial_data(card, setup.split, device_name)
-    spec = setup.training
-    net = build_model(setup.model, image_shape=card.image_shape, classes=len(data.class_names), seed=seed).to(device)
-    parameters = parameter_count(net)
-    key = f"{device_name} {setup.model.kind} 2^{parameters.bit_length()} batch {spec.batch_size}"
-    precision: str = spec.precision
-    if precision == "auto":
-        precision = precisions.get(key) or measured_precision(net, data, spec.batch_size)
-    epochs: list[Epoch] = []
-    state = TrialState.COMPLETE
-    training = train(net, data, spec, seed=seed if spec.seed is None else spec.seed, precision=precision)
-    for epoch in training:
-        epochs.append(epoch)
-        if not (yield epoch):
-            state = TrialState.PRUNED
-            training.close()
+    folds = setup.split.folds if setup.split.kind == "kfold" else 1
+    best: list[Epoch] = []
+    complete = True
+    for fold in range(folds):
+        made = _build(setup, card, seed=seed + fold, fold=fold, device_name=device_name, precisions=precisions)
+        if made.parameters > most_parameters:
+            reason = f"{made.parameters} parameters, and the search allows {most_parameters:g}"
+            costs = {"parameters": float(made.parameters)}
+            return TrialResult(number, TrialState.PRUNED, scores=costs, parameter_count=made.parameters, reason=reason)
+        precisions = {**precisions, made.key: made.precision}
+        epochs: list[Epoch] = []
+        spec = setup.training
+        fit_seed = (seed if spec.seed is None else spec.seed) + fold
+        fit = train(made.net, made.data, spec, seed=fit_seed, precision=made.precision)
+        for epoch in fit:
+            epochs.append(replace(epoch, fold=fold))
+            go_on = yield epochs[-1]
+            # A verdict on the very last epoch comes too late to save anything.
+            complete = go_on or (epoch.last and fold == folds - 1)
+            if not complete:
+                fit.close()
+                break
+        best.append(best_of(tuple(epochs), spec.monitor))
+        if not complete:
             break
-    best = best_of(tuple(epochs), spec.monitor)
-    complete = state is TrialState.COMPLETE
-    return TrialResult(
+    scores = {**_means(best), "parameters": float(made.parameters)}
+    if latency:
+        scores["latency_ms"] = latency_ms(made.net, made.data)
+    result = TrialResult(
         number=number,
-        state=state,
-        value=best.scores[objective],
-        best_epoch=best.number,
-        scores=best.scores,
-        parameter_count=parameters,
-        confusion=_leave(net, data, folder, precision) if complete else (),
+        state=TrialState.COMPLETE if complete else TrialState.PRUNED,
+        best_epoch=round(fmean(epoch.number for epoch in best)),
+        scores=scores,
+        folds=tuple(epoch.scores for epoch in best) if folds > 1 else (),
+        parameter_count=made.parameters,
         settings={
             "device": device_name,
-            "precision": precision,
-            "precision_key": key,
+            "precision": made.precision,
+            "precision_key": made.key,
             "threads": str(torch.get_num_threads()),
         },
-        folder=str(folder) if complete else "",
     )
+    return _left(result, made, folder) if complete and folds == 1 else result
 
 
-@lru_cache(maxsize=1)
-def trial_data(card: DataCard, split: SplitSpec, device_name: str) -> TrialData:
+@lru_cache(maxsize=4)
+def trial_data(card: DataCard, split: SplitSpec, device_name: str, fold: int = 0) -> TrialData:
     """open_trial, remembered: the candidates of a study nearly always share their data, and it moves only once."""
-    return open_trial(card, split, device=torch.device(device_name))
+    return open_trial(card, split, device=torch.device(device_name), fold=fold)
 
 
 def measured_precision(net: nn.Module, data: TrialData, batch_size: int) -> str:
     """float32 or bfloat16, whichever trains a batch of this data faster."""
     rows = data.train[:batch_size]
+    return faster_precision(net, _input(data, rows), data.labels[rows])
+
+
+def latency_ms(net: nn.Module, data: TrialData, *, repeats: int = 30) -> float:
+    """Milliseconds for one image through the network on its device, float32: the median of `repeats` runs."""
+    net.eval()
+    image = _input(data, data.train[:1])
+    seconds = []
+    with torch.inference_mode():
+        for _ in range(3 + repeats):  # the first three warm up
+            started = time.perf_counter()
+            net(image).sum().item()
+            seconds.append(time.perf_counter() - started)
+    return 1000 * median(seconds[3:])
+
+
+def _build(
+    setup: Setup, card: DataCard, *, seed: int, fold: int, device_name: str, precisions: Mapping[str, str]
+) -> _Network:
+    data = trial_data(card, setup.split, device_name, fold)
+    classes, binary = len(data.class_names), setup.task == "binary"
+    net = build_model(setup.model, image_shape=card.image_shape, classes=classes, seed=seed, binary=binary)
+    net.to(torch.device(device_name))
+    parameters, batch_size = parameter_count(net), setup.training.batch_size
+    key = f"{device_name} {setup.model.kind} 2^{parameters.bit_length()} batch {batch_size}"
+    precision: str = setup.training.precision
+    if precision == "auto":
+        precision = precisions.get(key) or measured_precision(net, data, batch_size)
+    return _Network(net, data, parameters, precision, key)
+
+
+def _input(data: TrialData, rows: Tensor) -> Tensor:
     scale, shift = normalisation(data.mean, data.std, data.images.device)
-    return faster_precision(net, to_input(data.images[rows], scale, shift), data.labels[rows])
+    return to_input(data.images[rows], scale, shift)
 
 
-def _leave(net: nn.Module, data: TrialData, folder: Path, precision: str) -> tuple[tuple[int, ...], ...]:
-    """Save the best weights and the validation probabilities; return the validation confusion matrix."""
-    save_trained(net, data, folder)
-    logits = predict_logits(net, data, data.valid, precision=precision)
+def _means(best: list[Epoch]) -> dict[str, float]:
+    """Each score at the best epoch, as the mean over folds, and beside it the standard deviation (n in the divisor)."""
+    if len(best) == 1:
+        return dict(best[0].scores)
+    columns = {name: [epoch.scores[name] for epoch in best] for name in best[0].scores}
+    means = {name: fmean(values) for name, values in columns.items()}
+    return means | {f"{name}_std": pstdev(values) for name, values in columns.items()}
+
+
+def _left(result: TrialResult, made: _Network, folder: Path) -> TrialResult:
+    """Save the best weights and the validation probabilities; the result with the validation confusion matrix."""
+    data = made.data
+    save_trained(made.net, data, folder)
+    if not len(data.valid):
+        return replace(result, folder=str(folder))
+    logits = predict_logits(made.net, data, data.valid, precision=made.precision)
     labels = data.labels[data.valid]
     np.savez(
         folder / VALIDATION,
@@ -101,5 +170,11 @@ def _leave(net: nn.Module, data: TrialData, folder: Path, precision: str) -> tup
         labels=labels.cpu().numpy(),
         probabilities=logits.softmax(1).cpu().numpy(),
     )
-    counts = confusion_matrix(logits.argmax(1), labels, logits.shape[1])
-    return tuple(tuple(row) for row in counts.tolist())
+    predicted = logits.argmax(1)
+    counts = confusion_matrix(predicted, labels, logits.shape[1])
+    return replace(
+        result,
+        folder=str(folder),
+        confusion=tuple(tuple(row) for row in counts.tolist()),
+        predicted=pack_classes(predicted.tolist()),
+    )

@@ -1,12 +1,14 @@
-"""Pictures of one trial; each function returns a matplotlib Figure and touches no global state."""
+"""Pictures of a trial and of a study; each function returns a matplotlib Figure and touches no global state."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from hpo.records import Epoch
+from hpo.records import FINAL, Epoch, StudyResult, TrialState
 
 _TRAIN, _VALID, _MARK = "#7a8aa0", "#1f6feb", "#d1495b"
 
@@ -26,7 +28,7 @@ def training_curves(epochs: Sequence[Epoch], *, best_epoch: int, title: str = ""
         panel.set_xlabel("epoch")
         panel.set_ylabel(label)
         panel.grid(alpha=0.25)
-        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panels[0].legend(frameon=False)
     figure.suptitle(title)
     return figure
@@ -52,4 +54,51 @@ def confusion_figure(confusion: Sequence[Sequence[int]], class_names: Sequence[s
     panel.set_ylabel("true class")
     panel.set_title(title)
     figure.colorbar(image, ax=panel, label="share of the true class", shrink=0.8)
+    return figure
+
+
+def optimisation_history(study: StudyResult) -> Figure:
+    """The objective of every trial in the order of their numbers, and the best so far."""
+    figure = Figure(figsize=(7, 3.8), dpi=80, layout="constrained")
+    panel = figure.subplots()
+    searched = [trial for trial in study.trials if trial.candidate.stage != FINAL and trial.value is not None]
+    for state, colour, marker in ((TrialState.COMPLETE, _VALID, "o"), (TrialState.PRUNED, _TRAIN, "x")):
+        chosen = [trial for trial in searched if trial.state is state]
+        if chosen:
+            numbers, values = [trial.number for trial in chosen], [trial.value or 0.0 for trial in chosen]
+            panel.scatter(numbers, values, color=colour, marker=marker, s=24, label=state.value, zorder=3)
+    complete = [trial for trial in searched if trial.state is TrialState.COMPLETE]
+    better = max if study.direction == "maximize" else min
+    best = list(accumulate((trial.value or 0.0 for trial in complete), better))
+    panel.step([trial.number for trial in complete], best, where="post", color=_MARK, label="best so far")
+    panel.set_xlabel("trial")
+    panel.set_ylabel(study.objective)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panel.grid(alpha=0.25)
+    panel.legend(frameon=False)
+    return figure
+
+
+def slices(study: StudyResult, *, columns: int = 3) -> Figure:
+    """The objective over each parameter, one panel each; colour goes from early to late trials."""
+    trials = [trial for trial in study.ranked() if trial.candidate.parameters]
+    paths = sorted({path for trial in trials for path in trial.candidate.parameters})
+    rows = max(1, -(-len(paths) // columns))
+    figure = Figure(figsize=(3.2 * columns, 2.6 * rows), dpi=80, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
+    for panel, path in zip(panels, paths, strict=False):
+        chosen = [trial for trial in trials if path in trial.candidate.parameters]
+        values = [trial.candidate.parameters[path] for trial in chosen]
+        numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+        names = values if numeric else [str(value) for value in values]
+        panel.scatter(names, [trial.value for trial in chosen], c=[t.number for t in chosen], cmap="viridis", s=20)
+        if numeric and min(values) > 0 and max(values) / min(values) >= 20:
+            panel.set_xscale("log")
+        panel.set_xlabel(path, fontsize=8)
+        panel.tick_params(axis="x", labelsize=7, rotation=0 if numeric else 20)
+        panel.grid(alpha=0.25)
+    for panel in panels[len(paths) :]:
+        panel.set_visible(False)
+    for row in panels[::columns]:
+        row.set_ylabel(study.objective, fontsize=8)
     return figure

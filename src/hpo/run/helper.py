@@ -13,7 +13,7 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
-from hpo.records import DataCard, Notice, SplitCard, TrialResult
+from hpo.records import DataCard, Notice, SplitCard, StudyResult, TrialResult
 from hpo.run.engines import hidden_main
 from hpo.spec.study import DataSpec, Setup, SplitSpec
 
@@ -76,6 +76,19 @@ def prepare(data: DataSpec, split: SplitSpec, device: str) -> Prepared:
     devices = resolve_devices(device)
     card = prepare_data(data, split, progress=_say)
     return Prepared(card, split_card(card, split), tuple(devices))
+
+
+def draw_study(study: StudyResult, folder: Path) -> dict[str, Path]:
+    """Draw a study's pictures into folder; returns their files by name. A study without a complete trial has none."""
+    from hpo.report.figures import optimisation_history, slices
+
+    if study.best is None:
+        return {}
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = {"optimisation_history": optimisation_history, "slices": slices}
+    for name, draw in drawn.items():
+        draw(study).savefig(folder / f"{name}.png")
+    return {name: folder / f"{name}.png" for name in drawn}
 
 
 def finish_trial(setup: Setup, result: TrialResult, class_names: tuple[str, ...]) -> Path:

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
-from hpo.records import Event, Notice, StudyResult, TrialResult, TrialState
+from hpo.records import FINAL, DataCard, Event, Notice, StudyResult, Trial, TrialResult, TrialState
 from hpo.run.background import Background
+from hpo.run.finals import final_setup
 from hpo.run.helper import Helper, finish_trial
 from hpo.spec.study import Setup, StudySpec
 from hpo.track.tracker import Tracker
@@ -35,22 +36,33 @@ class Keeper:
         self._class_names = class_names
         self._watch = watch
         self._values: dict[int, float] = {}
+        self._finals: set[int] = set()
         self._kept: set[int] = set()
         self._earlier: Future[dict[int, str]] | None = None
         self._pending: dict[int, Future[Path]] = {}
 
-    def resume(self, study: StudyResult, kept: Future[dict[int, str]]) -> None:
+    def resume(self, study: StudyResult, kept: Future[dict[int, str]], *, data: DataCard) -> None:
         """Take up where an earlier run ended: the models that it kept, and files that still wait to be logged."""
         self._earlier = kept
         self._values |= {trial.number: trial.value or 0.0 for trial in study.ranked()}
-        for trial in study.ranked():
+        self._finals |= {trial.number for trial in study.ranked(FINAL)}
+        for trial in [*study.ranked(), *study.ranked(FINAL)]:
             if trial.result is not None and trial.result.folder and Path(trial.result.folder).is_dir():
-                self.add(trial.result, self._spec.with_values(trial.candidate.parameters))
+                final = trial.candidate.stage == FINAL
+                setup = (
+                    final_setup(self._spec, study, trial.candidate.parameters, data=data)
+                    if final
+                    else self._spec.with_values(trial.candidate.parameters)
+                )
+                self.add(trial.result, setup, final=final)
 
-    def add(self, result: TrialResult, setup: Setup) -> None:
-        """A trial has ended: export its model if it is among the best, or remove its files."""
-        if result.state is TrialState.COMPLETE and result.value is not None:
-            self._values[result.number] = result.value
+    def add(self, result: TrialResult, setup: Setup, *, final: bool = False) -> None:
+        """A trial has ended: export its model if it is a final one or among the best, or remove its files."""
+        if result.state is TrialState.COMPLETE and result.value is not None and result.folder and result.feasible:
+            if final:
+                self._finals.add(result.number)
+            else:
+                self._values[result.number] = result.value
             if result.number in self._best():
                 self._pending[result.number] = self._helper.submit(finish_trial, setup, result, self._class_names)
                 return
@@ -84,7 +96,13 @@ class Keeper:
         sign = -1.0 if self._spec.search.better == "maximize" else 1.0
         ranked = sorted(self._values, key=lambda number: (sign * self._values[number], number))
         count = self._spec.keep.count
-        return set(ranked if math.isinf(count) else ranked[: int(count)])
+        if not count:
+            return set()
+        return self._finals | set(ranked if math.isinf(count) else ranked[: int(count)])
+
+    def keeps(self, trial: Trial) -> bool:
+        """Whether the trial's model is logged, or about to be."""
+        return trial.number in self._kept
 
 
 def _remove(folder: str) -> None:

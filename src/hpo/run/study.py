@@ -15,12 +15,14 @@ from pydantic import ValidationError
 
 from hpo.errors import HpoError, SpecError
 from hpo.home import Home
-from hpo.records import Event, ModelVersion, Notice, StudyEnded, StudyOpened, StudyResult, TrialState
+from hpo.records import FINAL, Event, Notice, StudyEnded, StudyOpened, StudyResult
 from hpo.run.background import Background
 from hpo.run.engines import Engine, InProcess, LocalProcesses, cores, process_context
-from hpo.run.helper import Helper, Prepared, prepare
+from hpo.run.finals import finalists, race
+from hpo.run.helper import Helper, Prepared, draw_study, prepare
 from hpo.run.keep import Keeper
 from hpo.run.supervise import Supervisor, Watch
+from hpo.search.stages import stage_warnings, total_trials
 from hpo.spec.study import KeepSpec, StudySpec
 from hpo.track.store import load_mlflow
 from hpo.track.tracker import Tracker
@@ -71,46 +73,57 @@ def run_study(
         background.submit(tracker.open_study, before, spec, prepared.data, prepared.split)
         background.submit(tracker.reconcile, before, spec)
         kept = background.submit(tracker.kept_models, before)
-        finished = before.count(*TrialState) - before.count(TrialState.STOPPED, TrialState.WAITING, TrialState.RUNNING)
-        devices = _assign(workers, prepared.devices)
+        searched = [trial for trial in before.trials if trial.candidate.stage != FINAL]
+        finished = sum(trial.state.finished for trial in searched)
+        budget = min(spec.search.trials, total_trials(spec)) if trials is not None else total_trials(spec)
+        devices = _assign(workers, prepared.devices, most=max(1, budget - finished, len(finalists(spec, before))))
         opened = StudyOpened(
             study=before,
             data=prepared.data,
             split=prepared.split,
-            budget=spec.search.trials,
+            budget=budget,
             finished=finished,
             workers=len(devices),
             device=", ".join(dict.fromkeys(devices)),
         )
         say(opened)
         keeper = Keeper(tracker, background, helper, spec, class_names=prepared.data.class_names, watch=say)
-        reason = "budget"
-        if finished < spec.search.trials:
-            engine = _engine(workers, devices, context)
-            cleanup.callback(engine.close)
-            supervisor = Supervisor(
-                spec,
-                study,
-                engine,
-                data=prepared.data,
-                budget=spec.search.trials,
-                deadline=deadline,
-                interrupted=interrupted,
-                tracker=tracker,
-                background=background,
-                keeper=keeper,
-                work=place.work / before.title,
-                watch=say,
-            )
-            keeper.resume(before, kept)
-            reason = supervisor.run()
-        else:
-            keeper.resume(before, kept)
-        keeper.collect(wait=True)
+        keeper.resume(before, kept, data=prepared.data)
+        engine = _engine(workers, devices, context)
+        cleanup.callback(engine.close)
+        supervisor = Supervisor(
+            spec,
+            study,
+            engine,
+            data=prepared.data,
+            budget=budget,
+            deadline=deadline,
+            interrupted=interrupted,
+            tracker=tracker,
+            background=background,
+            keeper=keeper,
+            work=place.work / before.title,
+            watch=say,
+        )
+        reason = supervisor.run()
         after = study.result()
-        model = _close(tracker, background, after, reason, keep=spec.keep.count > 0)
+        drawing = helper.submit(draw_study, after, place.work / before.title / "study")
+        keeper.collect(wait=True)
+        orderly = reason in ("budget", "exhausted", "timeout")
+        outcome = race(spec, after, data=prepared.data)
+        for text in [str(outcome)] * bool(outcome) + stage_warnings(after):
+            say(Notice(text))
+        winner = outcome.winner if outcome else None if spec.final else after.best
+        registered = None
+        if winner is not None and orderly and keeper.keeps(winner):
+            registered = background.submit(tracker.register, after, winner.number)
+        background.submit(
+            tracker.close_study, after, status="FINISHED" if orderly else "KILLED", figures=drawing.result()
+        )
+        background.join()
         for failure in background.failures():
             say(Notice(f"tracking: {failure}"))
+        model = registered.result() if registered is not None and registered.exception() is None else None
         say(StudyEnded(after, reason, model))
         return after
 
@@ -133,11 +146,11 @@ def _with_options(spec: StudySpec, *, trials: int | None, keep_models: str | Non
     return spec
 
 
-def _assign(workers: int | None, devices: Sequence[str]) -> list[str]:
-    """One device for each worker, round robin: by default one worker for each GPU, or for each core."""
+def _assign(workers: int | None, devices: Sequence[str], *, most: int) -> list[str]:
+    """One device for each worker, round robin: by default one worker for each GPU, or for each core, `most` at most."""
     if workers is None:
         workers = cores() if devices[0] == "cpu" else len(devices)
-    return [devices[slot % len(devices)] for slot in range(max(1, workers))]
+    return [devices[slot % len(devices)] for slot in range(max(1, min(workers, most)))]
 
 
 def _engine(workers: int | None, devices: list[str], context: Any) -> Engine:
@@ -155,20 +168,6 @@ def _await(job: Future[Prepared], helper: Helper, say: Watch, interrupted: threa
             raise KeyboardInterrupt
         with contextlib.suppress(TimeoutError):
             return job.result(timeout=0.1)
-
-
-def _close(
-    tracker: Tracker, background: Background, study: StudyResult, reason: str, *, keep: bool
-) -> ModelVersion | None:
-    """End the parent run; after an orderly end the best trial's model becomes the challenger."""
-    orderly = reason in ("budget", "exhausted", "timeout")
-    winner = study.best if orderly and keep else None
-    registered = background.submit(tracker.register, study, winner.number) if winner else None
-    background.submit(tracker.close_study, study, status="FINISHED" if orderly else "KILLED")
-    background.join()
-    if registered is None or registered.exception() is not None:
-        return None
-    return registered.result()
 
 
 @contextlib.contextmanager

@@ -7,9 +7,12 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from hpo.records import (
+    FINAL,
     Candidate,
     DataCard,
     EpochEnded,
@@ -19,12 +22,15 @@ from hpo.records import (
     TrialResult,
     TrialStarted,
     TrialState,
+    best_of,
 )
 from hpo.run.background import Background
 from hpo.run.engines import Engine, Message, WorkerLost
+from hpo.run.finals import final_setup, finalists
 from hpo.run.keep import Keeper
 from hpo.run.worker import Task
 from hpo.search.ask import Study
+from hpo.search.constraints import judge, most_parameters, needs_latency
 from hpo.spec.study import Setup, StudySpec
 from hpo.track.tracker import Tracker
 
@@ -34,6 +40,13 @@ Watch = Callable[[Event], None]
 _HOPELESS = 5
 _TICK = 0.2  # seconds; how soon Ctrl-C, --timeout and finished exports are noticed
 _REAP = 15.0  # seconds between looks for trials of other supervisors that died
+
+
+class Ask(Protocol):
+    """Gives a worker's next candidate, or None where there is none now."""
+
+    def __call__(self, *, worker: str) -> Candidate | None:
+        """The candidate, handed out in the worker's name."""
 
 
 @dataclass
@@ -76,7 +89,7 @@ class Supervisor:
         self._tracker = tracker
         self._background = background
         self._keeper = keeper
-        self._work = work
+        self._folder = work
         self._watch = watch
         self._prunes = spec.search.pruner.name != "none"
         self._running: dict[int, _Running] = {}
@@ -86,10 +99,22 @@ class Supervisor:
         self._succeeded = False
         for trial in study.result().trials:
             if trial.result is not None:
-                self._remember(trial.result)
+                self._remember(trial.result, final=trial.candidate.stage == FINAL)
 
     def run(self) -> str:
-        """Work until nothing is left to do; returns budget, exhausted, timeout, interrupted or failing."""
+        """Search, then train the finals; returns budget, exhausted, timeout, interrupted or failing."""
+        reason = self._work(partial(self._study.ask, budget=self._budget))
+        if reason != "budget" and reason != "exhausted":
+            return reason
+        chosen = finalists(self._spec, self._study.result())
+        if not chosen:
+            return reason
+        self._study.enqueue_finals(chosen)
+        ended = self._work(self._study.ask_final)
+        return reason if ended in ("budget", "exhausted") else ended
+
+    def _work(self, ask: Ask) -> str:
+        """Hand out what ask gives until it gives nothing and nothing runs."""
         reaped = time.monotonic()
         while True:
             if time.monotonic() - reaped > _REAP:
@@ -99,9 +124,11 @@ class Supervisor:
             if reason:
                 self._stop_running(reason)
                 return reason
-            self._hand_out()
-            if not self._running:
+            self._hand_out(ask)
+            if not self._running and not self._study.blocked:
                 return "exhausted" if self._study.exhausted else "budget"
+            if not self._running:
+                time.sleep(_TICK)  # the next stage waits for trials of another supervisor
             for slot, message in self._engine.poll(_TICK):
                 self._handle(slot, message)
             self._keeper.collect()
@@ -117,45 +144,75 @@ class Supervisor:
             return "failing"
         return ""
 
-    def _hand_out(self) -> None:
+    def _hand_out(self, ask: Ask) -> None:
         for slot in range(self._engine.slots):
             if slot in self._running:
                 continue
             worker = f"worker {slot}"
-            candidate = self._study.ask(budget=self._budget, worker=worker)
+            candidate = ask(worker=worker)
+            self._tell_reused(worker)
             if candidate is None:
                 return
-            setup = self._spec.with_values(candidate.parameters)
+            final = candidate.stage == FINAL
+            setup = self._setup(candidate)
             task = Task(
                 number=candidate.number,
                 setup=setup,
                 seed=candidate.seed,
                 data=self._data,
-                objective=self._spec.search.objective,
-                folder=str(self._work / str(candidate.number)),
+                folder=str(self._folder / str(candidate.number)),
                 precisions=dict(self._precisions),
-                wait=self._prunes,
+                most_parameters=float("inf") if final else most_parameters(self._spec),
+                latency=needs_latency(self._spec),
+                wait=self._prunes and not final,
             )
             self._engine.submit(slot, task)
             self._running[slot] = _Running(candidate, setup, time.monotonic())
             self._background.submit(self._tracker.start_trial, candidate, setup, worker=worker)
             self._watch(TrialStarted(candidate, worker))
 
+    def _setup(self, candidate: Candidate) -> Setup:
+        if candidate.stage == FINAL:
+            return final_setup(self._spec, self._study.result(), candidate.parameters, data=self._data)
+        return self._spec.with_values(candidate.parameters)
+
+    def _tell_reused(self, worker: str) -> None:
+        """Candidates that the study answered itself, with an earlier result."""
+        for candidate, result in self._study.take_reused():
+            self._background.submit(
+                self._tracker.start_trial, candidate, self._spec.with_values(candidate.parameters), worker=worker
+            )
+            self._background.submit(self._tracker.end_trial, result)
+            self._watch(TrialStarted(candidate, worker))
+            self._watch(TrialEnded(result))
+
     def _handle(self, slot: int, message: Message) -> None:
         running = self._running[slot]
         if isinstance(message, EpochEnded):
             running.epochs.append(message)
-            value = message.epoch.scores[self._spec.search.objective]
-            prune = self._study.report(message.number, message.epoch.number, value)
-            if self._prunes:
+            prune = running.candidate.stage != FINAL and self._report(running, message)
+            if self._prunes and running.candidate.stage != FINAL:
                 self._engine.verdict(slot, go_on=not prune)
             self._watch(message)
         elif isinstance(message, WorkerLost):
             code = message.exitcode or 0
             cause = f"signal {-code}" if code < 0 else f"exit code {code}"
-            self._end(slot, self._stopped(running, f"its worker died ({cause})"))
+            self._end(slot, self._stopped(running, f"its worker died ({cause})"), died=True)
         else:
             self._end(slot, message.result)
+
+    def _report(self, running: _Running, message: EpochEnded) -> bool:
+        """Report an epoch to Optuna: epochs of later folds follow those of earlier ones. Wilcoxon wants whole folds."""
+        epoch, training = message.epoch, running.setup.training
+        objective = self._spec.search.objective
+        if self._spec.search.pruner.name == "wilcoxon" and running.setup.split.kind == "kfold":
+            if not epoch.last:
+                return False
+            fold = tuple(other.epoch for other in running.epochs if other.epoch.fold == epoch.fold)
+            best = best_of(fold, training.monitor)
+            return self._study.report(message.number, epoch.fold + 1, best.scores[objective])
+        step = epoch.fold * training.epochs + epoch.number
+        return self._study.report(message.number, step, epoch.scores[objective])
 
     def _stopped(self, running: _Running, reason: str) -> TrialResult:
         return TrialResult(
@@ -166,25 +223,38 @@ class Supervisor:
             reason=reason,
         )
 
-    def _end(self, slot: int, result: TrialResult) -> None:
-        if result.value is not None and not math.isfinite(result.value):
-            reason = f"{self._spec.search.objective} is {result.value}"
-            result = replace(result, state=TrialState.FAILED, value=None, reason=reason)
+    def _end(self, slot: int, result: TrialResult, *, died: bool = False) -> None:
         running = self._running.pop(slot)
-        self._study.tell(result)
+        result = self._valued(result, running)
+        self._study.tell(result, died=died)
         self._background.submit(self._tracker.log_epochs, result.number, result.epochs)
         self._background.submit(self._tracker.end_trial, result)
-        best = self._remember(result)
-        self._keeper.add(result, running.setup)
+        final = running.candidate.stage == FINAL
+        best = self._remember(result, final=final)
+        self._keeper.add(result, running.setup, final=final)
         self._watch(TrialEnded(result, best=best))
 
-    def _remember(self, result: TrialResult) -> bool:
-        """Note what later trials need of this one; True if it is the best so far."""
+    def _valued(self, result: TrialResult, running: _Running) -> TrialResult:
+        """The result with the objective as its value, and judged by the constraints."""
+        if result.state not in (TrialState.COMPLETE, TrialState.PRUNED):
+            return result
+        objective = self._spec.search.objective
+        value = result.scores.get(objective)
+        if value is None and running.candidate.stage == FINAL:
+            # Trained on all images: what the search found is all that is known of it.
+            same = [t for t in self._study.result().ranked() if t.candidate.parameters == running.candidate.parameters]
+            value = same[0].value
+        if result.state is TrialState.COMPLETE and (value is None or not math.isfinite(value)):
+            return replace(result, state=TrialState.FAILED, reason=f"{objective} is {value}")
+        return judge(self._spec, replace(result, value=value))
+
+    def _remember(self, result: TrialResult, *, final: bool) -> bool:
+        """Note what later trials need of this one; True if it is the best of the search so far."""
         self._failed += result.state is TrialState.FAILED
         self._succeeded |= result.state in (TrialState.COMPLETE, TrialState.PRUNED)
         if key := result.settings.get("precision_key"):
             self._precisions.setdefault(key, result.settings["precision"])
-        if result.state is not TrialState.COMPLETE or result.value is None:
+        if final or result.state is not TrialState.COMPLETE or result.value is None or not result.feasible:
             return False
         sign = 1 if self._spec.search.better == "maximize" else -1
         if self._best is None or sign * result.value > sign * self._best:

@@ -20,18 +20,19 @@ Training = Generator[EpochEnded | TrialEnded, bool, None]
 class Task:
     """All that a worker needs to train one candidate.
 
-    data never leads to the test part. objective is the score reported as the trial's value. precisions holds what was
-    measured before (see hpo.learn.trial). folder is where weights and validation probabilities are left. wait says
-    whether every epoch waits for a verdict.
+    data never leads to the test part. folder is where weights and validation probabilities are left. precisions,
+    most_parameters and latency are those of hpo.learn.trial.train_trial. wait says whether every epoch waits for a
+    verdict.
     """
 
     number: int
     setup: Setup
     seed: int
     data: DataCard
-    objective: str
     folder: str
     precisions: Mapping[str, str] = field(default_factory=dict)
+    most_parameters: float = float("inf")
+    latency: bool = False
     wait: bool = False
 
 
@@ -48,10 +49,11 @@ def train_task(task: Task, device_name: str) -> Training:
             task.data,
             number=task.number,
             seed=task.seed,
-            objective=task.objective,
             folder=Path(task.folder),
             device_name=device_name,
             precisions=task.precisions,
+            most_parameters=task.most_parameters,
+            latency=task.latency,
         )
         go_on: bool | None = None
         try:

@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import functools
 import math
-import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import optuna
-from optuna.distributions import check_distribution_compatibility
 from optuna.trial import FrozenTrial
 
-from hpo.errors import SpecError
 from hpo.home import Home
-from hpo.records import Candidate, StudyResult, TrialResult, TrialState
+from hpo.records import FINAL, Candidate, StudyResult, TrialResult, TrialState
+from hpo.search.constraints import aims, violations
+from hpo.search.enter import enter_study
 from hpo.search.lease import Lease, clean_leases, locked
+from hpo.search.plan import Plan, Step, first_tries
+from hpo.search.stages import Stage, key_of, stage_names
 from hpo.search.storage import (
     RESULT,
     START,
     STUDY,
     Start,
     Storage,
-    generations,
     is_sqlite,
     open_storage,
     result_of,
+    stage_of,
     start_of,
     state_of,
     store_errors,
@@ -38,6 +39,7 @@ from hpo.search.strategy import Proposer, build_pruner, decode, distribution, en
 from hpo.spec.study import StudySpec
 
 _MOST_DEATHS = 3
+_UNBOUNDED = 1e6  # Optuna wants finite violations
 _OPTUNA_STATES = {
     TrialState.COMPLETE: optuna.trial.TrialState.COMPLETE,
     TrialState.PRUNED: optuna.trial.TrialState.PRUNED,
@@ -62,23 +64,28 @@ def _guarded(method: Method) -> Method:
 class Study:
     """The handle of one supervisor on one study; open_study makes it.
 
-    title is the study's name in storage and tracking. exhausted turns True when the space has nothing left to hand out.
-    All methods raise StoreError where the storage refuses.
+    title is the study's name in storage and tracking. notes are what there is to say about its start. exhausted: the
+    last ask found the space spent. blocked: the last ask or ask_final had nothing to hand out, but there will be once
+    running trials, perhaps another supervisor's, have ended. All methods raise StoreError where the storage refuses.
     """
 
-    def __init__(self, home: Home, spec: StudySpec, storage: Storage, title: str, lease: Lease) -> None:
+    def __init__(
+        self, home: Home, spec: StudySpec, storage: Storage, title: str, lease: Lease, notes: Sequence[str] = ()
+    ) -> None:
         self.title = title
+        self.notes = list(notes)
         self.exhausted = False
+        self.blocked = False
         self._home = home
         self._spec = spec
+        self._aims = aims(spec)
         self._storage = storage
         self._lease = lease
         self._id: int = storage.get_study_id_from_name(title)
-        self._proposer = Proposer(spec, self._trials)
-        self._study = optuna.load_study(
-            study_name=title, storage=storage, sampler=self._proposer, pruner=build_pruner(spec)
-        )
+        self._study = optuna.load_study(study_name=title, storage=storage, pruner=build_pruner(spec))
+        self._plan = Plan(spec, storage, self._id)
         self._running: dict[int, Any] = {}
+        self._reused: list[tuple[Candidate, TrialResult]] = []
 
     @_guarded
     def reap(self) -> list[int]:
@@ -96,61 +103,109 @@ class Study:
 
     @_guarded
     def ask(self, *, budget: int, worker: str) -> Candidate | None:
-        """The next candidate, in the name of a worker; None where there is nothing to hand out now.
+        """The next candidate of the search, in the name of a worker; None where there is nothing to hand out now.
 
-        budget is the study's total of trials: finished ones count, running and waiting ones too, interrupted ones do
-        not. Interrupted candidates come first. A grid without free cells sets `exhausted`.
+        budget is the study's total of trials: finished ones count, running and waiting ones too; interrupted ones,
+        those run again and final trainings do not. Interrupted candidates come first. Candidates that the spec says to
+        answer with an earlier result are answered here: see take_reused. Raises SpecError where a stage has nothing to
+        start from.
+        """
+        while True:
+            with self._locked():
+                candidate = self._next(budget, worker)
+            earlier = self._earlier(candidate) if candidate else None
+            if candidate is None or earlier is None:
+                return candidate
+            reason = f"same candidate as trial {earlier.number}"
+            result = replace(
+                earlier, number=candidate.number, epochs=(), seconds=0.0, folder="", reason=reason, traceback=""
+            )
+            self.tell(result)
+            self._reused.append((candidate, result))
+
+    def take_reused(self) -> list[tuple[Candidate, TrialResult]]:
+        """Candidates that ask has answered itself since this was last called, each told as complete."""
+        taken, self._reused = self._reused, []
+        return taken
+
+    @_guarded
+    def enqueue_finals(self, candidates: Sequence[tuple[Mapping[str, Any], int]]) -> None:
+        """Have these (parameters, seed) trained after the search; those that were enqueued before are not again."""
+        with self._locked():
+            finals = [start_of(trial) for trial in self._trials() if stage_of(trial) == FINAL]
+            known = {(key_of(start.parameters or {}), start.seed) for start in finals}
+            ordinal = sum(start.retry_of is None for start in finals)
+            for parameters, seed in candidates:
+                if (key_of(parameters), seed) in known:
+                    continue
+                known.add((key_of(parameters), seed))
+                start = Start(ordinal, stage=FINAL, seed=seed, parameters=dict(parameters), lease=self._lease.name)
+                self._enqueue(start)
+                ordinal += 1
+
+    @_guarded
+    def ask_final(self, *, worker: str) -> Candidate | None:
+        """The next final training, interrupted ones included; None where none waits."""
+        with self._locked():
+            finals = [state_of(trial) for trial in self._trials() if stage_of(trial) == FINAL]
+            waits = TrialState.WAITING in finals
+            self.blocked = not waits and TrialState.RUNNING in finals
+            if not waits:
+                return None
+            trial = self._pop(FINAL, optuna.samplers.RandomSampler(seed=0))
+            return self._sign(trial, Start(**trial.user_attrs[START]), worker)
+
+    @_guarded
+    def retry_failed(self) -> int:
+        """Enqueue every failed candidate again, search and final trainings alike; returns how many.
+
+        A failed trial that is run again no longer counts against the budget: its retry does.
         """
         with self._locked():
             trials = self._trials()
-            states = [state_of(trial) for trial in trials]
-            waiting = states.count(TrialState.WAITING)
-            if len(trials) - waiting - states.count(TrialState.STOPPED) >= budget:
-                return None
-            if not waiting:
-                if self._proposer.exhausted:
-                    self.exhausted = True
-                    return None
-                first_tries = sum(start_of(trial).retry_of is None for trial in trials)
-                self._enqueue(Start(ordinal=first_tries, lease=self._lease.name))
-            trial = self._study.ask()
-            known = trial.user_attrs.get(START)
-            start = Start(**known) if known else Start(ordinal=trial.number)
-            values = self._suggest(trial)
-            seed = values.get("training.seed", self._spec.training.seed)
-            start = replace(
-                start,
-                parameters=values,
-                seed=self._spec.seed_of(start.ordinal) if seed is None else seed,
-                worker=worker,
-                lease=self._lease.name,
-            )
-            trial.set_user_attr(START, start.to_json())
-            self._running[trial.number] = trial
-        return to_candidate(trial.number, start)
+            again = {start_of(trial).retry_of for trial in trials}
+            known = {*stage_names(self._spec), FINAL}
+            failed = [
+                trial
+                for trial in trials
+                if state_of(trial) is TrialState.FAILED and trial.number not in again and stage_of(trial) in known
+            ]
+            for trial in failed:
+                self._retry(trial, deaths=0)
+        return len(failed)
 
     @_guarded
     def report(self, number: int, epoch: int, value: float) -> bool:
-        """Record the objective after an epoch (counted from 1; NaN and infinity allowed); True: prune the trial now."""
+        """Record the objective after an epoch (counted from 1; NaN and infinity allowed); True: prune the trial now.
+
+        Final trainings are never pruned. With several objectives nothing is recorded: Optuna has no place for it.
+        """
+        if len(self._aims) > 1:
+            return False
         trial = self._running[number]
         trial.report(value, epoch)
-        return self._spec.search.pruner.name != "none" and bool(trial.should_prune())
+        stage = trial.user_attrs[START]["stage"]
+        self._storage.stage = stage
+        return stage != FINAL and self._spec.search.pruner.name != "none" and bool(trial.should_prune())
 
     @_guarded
-    def tell(self, result: TrialResult) -> None:
+    def tell(self, result: TrialResult, *, died: bool = False) -> None:
         """Close a trial of this handle. STOPPED enqueues its candidate again, ahead of new ones.
 
-        A complete trial without a finite value is recorded as failed.
+        died says that its worker did: a candidate whose process has died three times is failed instead. A complete
+        trial without a finite value for each objective is recorded as failed.
         """
-        if result.state is TrialState.COMPLETE and not math.isfinite(
-            math.nan if result.value is None else result.value
-        ):
-            reason = f"the objective is {result.value}, not a finite number"
-            result = replace(result, state=TrialState.FAILED, value=None, reason=reason)
         trial = self._storage.get_trial(self._running[result.number]._trial_id)
+        if result.state is TrialState.COMPLETE:
+            # A final training on all images has no validation scores beside the value that it was given.
+            values = self._values(result)[: 1 if stage_of(trial) == FINAL else None]
+            odd = next((index for index, value in enumerate(values) if not _finite(value)), None)
+            if odd is not None:
+                reason = f"the objective {self._aims[odd][0]} is {values[odd]}, not a finite number"
+                result = replace(result, state=TrialState.FAILED, value=None, values=(), reason=reason)
         if result.state is TrialState.STOPPED:
             with self._locked():
-                self._settle(trial, result)
+                self._settle(trial, result, died=died)
         else:
             self._settle(trial, result)
         del self._running[result.number]
@@ -162,8 +217,8 @@ class Study:
 
     @_guarded
     def counted(self) -> int:
-        """How many trials count against the budget: finished, running and waiting ones."""
-        return sum(state_of(trial) is not TrialState.STOPPED for trial in self._trials())
+        """How many trials count against the budget: finished, running and waiting ones of the search."""
+        return len(self._plan.counted(self._trials()))
 
     def close(self) -> None:
         """Free the lease and the connections; what still runs counts as dead from now on."""
@@ -183,50 +238,129 @@ class Study:
         # One under our own name that we do not know of: its process died between taking it up and signing for it.
         return trial.number not in self._running if lease == self._lease.name else not self._lease.alive(lease)
 
-    def _suggest(self, trial: Any) -> dict[str, Any]:
+    def _next(self, budget: int, worker: str) -> Candidate | None:
+        trials = self._trials()
+        counted = self._plan.counted(trials)
+        states = [state_of(trial) for trial in counted]
+        waiting = states.count(TrialState.WAITING)
+        self.exhausted = self.blocked = False
+        if len(counted) - waiting >= budget:
+            # Final trainings follow once the last result is in.
+            self.blocked = self._spec.final is not None and TrialState.RUNNING in states
+            return None
+        step = self._plan.current(counted)
+        if step is None:
+            self.exhausted = True
+            return None
+        stage, proposer = step.stage, step.proposer
+        if not any(trial.state is optuna.trial.TrialState.WAITING for trial in step.of(counted)):
+            if step.full(counted):
+                self.exhausted = step.last
+                self.blocked = not step.last or self._spec.final is not None
+                return None
+            self._enqueue_next(step, trials)
+        trial = self._pop(stage.name, proposer)
+        known = trial.user_attrs.get(START)
+        start = Start(**known) if known else Start(ordinal=first_tries(trials, before=trial.number))
+        parameters = stage.parameters(self._suggest(trial, stage, proposer))
+        seed = parameters.get("training.seed", self._spec.training.seed)
+        seed = self._spec.seed_of(start.ordinal) if seed is None else seed
+        return self._sign(trial, replace(start, parameters=parameters, seed=seed), worker)
+
+    def _enqueue_next(self, step: Step, trials: list[FrozenTrial]) -> None:
+        """A new candidate of the stage; its first ones have the values to start with."""
+        stage, place = step.stage, first_tries(step.of(trials))
+        start = Start(ordinal=first_tries(trials), stage=stage.name, lease=self._lease.name)
+        values = stage.first[place] if place < len(stage.first) else {}
+        if not step.proposer.takes(values):
+            values = {}
+        self._enqueue(start, {stage.label(path): encode(stage.space[path], value) for path, value in values.items()})
+
+    def _pop(self, stage: str | None, sampler: Any) -> Any:
+        """Start the stage's first waiting trial; there must be one."""
+        self._storage.stage = stage
+        self._study.sampler = sampler
+        return self._study.ask()
+
+    def _suggest(self, trial: Any, stage: Stage, proposer: Proposer) -> dict[str, Any]:
         values: dict[str, Any] = {}
-        while parameters := self._proposer.active(values):
+        while parameters := proposer.active(values):
             path, parameter = parameters[0]
-            values[path] = decode(parameter, trial._suggest(path, distribution(parameter)))
+            values[path] = decode(parameter, trial._suggest(stage.label(path), distribution(parameter)))
         return values
+
+    def _sign(self, trial: Any, start: Start, worker: str) -> Candidate:
+        start = replace(start, worker=worker, lease=self._lease.name)
+        trial.set_user_attr(START, start.to_json())
+        self._running[trial.number] = trial
+        return to_candidate(trial.number, start)
+
+    def _earlier(self, candidate: Candidate) -> TrialResult | None:
+        """The result that answers the candidate, where the spec says to reuse one."""
+        if self._spec.search.duplicates != "reuse":
+            return None
+        key = key_of(candidate.parameters)
+        complete = (trial for trial in self._trials() if state_of(trial) is TrialState.COMPLETE)
+        same = (trial for trial in complete if stage_of(trial) == candidate.stage)
+        return next((result_of(trial) for trial in same if key_of(start_of(trial).parameters or {}) == key), None)
 
     def _settle(self, trial: FrozenTrial, result: TrialResult, *, died: bool = False) -> None:
         """Record, enqueue, close, in this order: killed between two of them, reap can do the rest."""
-        start = start_of(trial)
-        deaths = start.deaths + died
+        deaths = start_of(trial).deaths + died
         if result.state is TrialState.STOPPED and deaths >= _MOST_DEATHS:
             reason = f"interrupted {deaths} times: its process died each time"
             result = replace(result, state=TrialState.FAILED, reason=reason)
         self._storage.set_trial_user_attr(trial._trial_id, RESULT, result.to_json())
         if result.state is TrialState.STOPPED and not self._retried(trial.number):
-            retry = replace(start, attempt=start.attempt + 1, deaths=deaths, retry_of=trial.number, worker="")
-            # What samplers noted about the candidate stays true; the rungs it reached do not.
-            notes = {key: note for key, note in trial.system_attrs.items() if not key.startswith("completed_rung_")}
-            self._enqueue(replace(retry, lease=self._lease.name), notes)
-        value = result.value if result.state is TrialState.COMPLETE else None
-        self._study.tell(trial.number, value, _OPTUNA_STATES[result.state])
+            self._retry(trial, deaths=deaths)
+        if result.state in (TrialState.COMPLETE, TrialState.PRUNED) and stage_of(trial) != FINAL:
+            for text, amount in violations(self._spec, result.scores).items():
+                # What trial.set_constraint writes; a trial of a dead process has no Optuna handle.
+                self._storage.set_trial_system_attr(trial._trial_id, f"constraints:{text}", min(amount, _UNBOUNDED))
+        values = self._values(result) if result.state is TrialState.COMPLETE else None
+        if values and stage_of(trial) == FINAL:
+            # Nobody compares these in Optuna, and it takes no NaN.
+            values = [value if _finite(value) else 0.0 for value in values]
+        self._study.tell(trial.number, values, _OPTUNA_STATES[result.state])
+
+    def _values(self, result: TrialResult) -> list[float | None]:
+        """One value for each objective."""
+        return [result.value] if len(self._aims) == 1 else list(result.values) or [None for _ in self._aims]
 
     def _retried(self, number: int) -> bool:
         return any(start_of(trial).retry_of == number for trial in self._trials())
 
-    def _enqueue(self, start: Start, notes: Mapping[str, Any] | None = None) -> None:
-        space = self._spec.search.space
-        fixed = {path: encode(space[path], value) for path, value in (start.parameters or {}).items() if path in space}
+    def _retry(self, trial: FrozenTrial, *, deaths: int) -> None:
+        start = start_of(trial)
+        # What was enqueued stays so where the rest was never drawn.
+        fixed = trial.system_attrs.get("fixed_params", {}) if start.parameters is None else trial.params
+        # What samplers noted about the candidate stays true; the rungs it reached do not.
+        notes = {key: note for key, note in trial.system_attrs.items() if not key.startswith("completed_rung_")}
+        retry = replace(start, attempt=start.attempt + 1, deaths=deaths, retry_of=trial.number, worker="")
+        self._enqueue(replace(retry, lease=self._lease.name), fixed, notes)
+
+    def _enqueue(
+        self, start: Start, fixed: Mapping[str, Any] | None = None, notes: Mapping[str, Any] | None = None
+    ) -> None:
         self._study.add_trial(
             optuna.trial.create_trial(
                 state=optuna.trial.TrialState.WAITING,
                 user_attrs={START: start.to_json()},
-                system_attrs={**(notes or {}), "fixed_params": fixed},
+                system_attrs={**(notes or {}), "fixed_params": dict(fixed or {})},
             )
         )
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def open_study(home: Home, spec: StudySpec, *, data_digest: str, fresh: bool = False) -> Study:
     """Start a study, or go on with its newest generation; fresh starts a new generation.
 
     data_digest is that of the images the trials will see. Raises SpecError where the spec or the data differ from what
-    the study's trials were run with (space, sampler, pruner and budget may change, options of a choice may not), and
-    StoreError where the storage refuses.
+    the study's trials were run with (space, sampler, pruner and budget may change, options of a choice may not), or
+    where it cannot be searched, and StoreError where the storage refuses.
     """
     # What Optuna has to say about its experimental parts is not for our users. Filtered once: catch_warnings around
     # every call is not safe while the tracker's thread uses it too.
@@ -235,73 +369,9 @@ def open_study(home: Home, spec: StudySpec, *, data_digest: str, fresh: bool = F
     storage = open_storage(home)
     try:
         with store_errors(home), locked(home.locks / "studies.lock"):
-            title = _enter(storage, spec, data_digest, fresh)
+            title, notes = enter_study(storage, spec, data_digest=data_digest, fresh=fresh)
             clean_leases(home.locks)
-            return Study(home, spec, storage, title, Lease(home.locks, shared=not is_sqlite(home)))
+            return Study(home, spec, storage, title, Lease(home.locks, shared=not is_sqlite(home)), notes)
     except BaseException:
         storage.close()
         raise
-
-
-def _enter(storage: Storage, spec: StudySpec, data_digest: str, fresh: bool) -> str:
-    """Write the study's record, old or new, and return its title."""
-    known = generations(storage, spec.name)
-    generation = max(known, default=0) + (fresh or not known)
-    title = spec.name if generation == 1 else f"{spec.name}~{generation}"
-    record = {
-        "name": spec.name,
-        "generation": generation,
-        "direction": spec.search.better,
-        "objective": spec.search.objective,
-        "spec": spec.model_dump(mode="json"),
-        "identity": spec.identity(),
-        "data_digest": data_digest,
-        "created": time.time(),
-    }
-    if generation in known:
-        number, before = storage.studies()[title]
-        _check_same(before, record)
-        _check_space(spec, storage.every_trial(number))
-        record["created"] = before["created"]
-    else:
-        # It may exist without our record: its maker was killed between the two writes.
-        study = optuna.create_study(
-            storage=storage, study_name=title, direction=spec.search.better, load_if_exists=True
-        )
-        number = study._study_id
-    storage.set_study_user_attr(number, STUDY, record)
-    return title
-
-
-def _check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    old = dict(_flat({**before["identity"], "data digest": before["data_digest"]}))
-    new = dict(_flat({**now["identity"], "data digest": now["data_digest"]}))
-    absent = object()
-    places = [place for place in {**old, **new} if old.get(place, absent) != new.get(place, absent)]
-    if places:
-        changes = ", ".join(f"{place}: {old.get(place, 'absent')} -> {new.get(place, 'absent')}" for place in places)
-        raise SpecError(
-            f"{now['name']}: its trials were run otherwise, and would not be comparable: {changes}.",
-            "Run it as it was, or start it anew with --fresh.",
-        )
-
-
-def _flat(tree: Mapping[str, Any], stem: str = "") -> Any:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{stem}{key}.")
-        else:
-            yield f"{stem}{key}", value
-
-
-def _check_space(spec: StudySpec, trials: list[FrozenTrial]) -> None:
-    """Optuna cannot go on where a parameter has changed its kind or a choice its options."""
-    tried: dict[str, Any] = {path: found for trial in trials for path, found in trial.distributions.items()}
-    for path, parameter in spec.search.space.items():
-        try:
-            check_distribution_compatibility(tried.get(path, distribution(parameter)), distribution(parameter))
-        except ValueError:
-            raise SpecError(
-                f"{spec.name}: search.space.{path}: was {tried[path]}, is now {distribution(parameter)}.",
-                "Ends of a range may move while a study goes on, options and kind may not: start it anew with --fresh.",
-            ) from None

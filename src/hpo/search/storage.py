@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import sqlite3
 from collections.abc import Iterator, Mapping
@@ -38,8 +39,8 @@ _STATES = {
 class Start:
     """What is known of a trial before it ends.
 
-    retry_of is the number of the interrupted trial that this one repeats; deaths counts the tries so far whose process
-    died. parameters is None until they are drawn. lease names the supervisor that answers for the trial.
+    retry_of is the number of the interrupted or failed trial that this one repeats; deaths counts the tries so far
+    whose process died. parameters is None until they are drawn. lease names the supervisor that answers for the trial.
     """
 
     ordinal: int
@@ -63,6 +64,12 @@ def start_of(trial: FrozenTrial) -> Start:
     return Start(**known) if known else Start(ordinal=trial.number, parameters=trial.params or None)
 
 
+def stage_of(trial: FrozenTrial) -> str | None:
+    """The stage of a trial, without reading all of its record."""
+    stage: str | None = trial.user_attrs.get(START, {}).get("stage")
+    return stage
+
+
 def result_of(trial: FrozenTrial) -> TrialResult | None:
     """The result record of a trial, once there is one."""
     known = trial.user_attrs.get(RESULT)
@@ -80,11 +87,24 @@ def _stopped(trial: FrozenTrial) -> bool:
 
 
 class Storage(_CachedStorage):  # type: ignore[misc]
-    """Optuna's cached storage, in which samplers and pruners do not see interrupted trials: their retries count."""
+    """Optuna's cached storage, in which samplers and pruners see one stage only, and no interrupted trials.
+
+    The retries of interrupted trials count in their place. stage is the one that is seen; None: trials without one.
+    """
+
+    stage: str | None = None
 
     def get_all_trials(self, study_id: int, deepcopy: bool = True, states: Any = None) -> list[FrozenTrial]:
-        """The trials that are not stopped."""
-        return [trial for trial in super().get_all_trials(study_id, deepcopy, states) if not _stopped(trial)]
+        """The trials of the stage that are not stopped."""
+        seen = [trial for trial in super().get_all_trials(study_id, deepcopy=False, states=states) if self._sees(trial)]
+        return copy.deepcopy(seen) if deepcopy else seen
+
+    def get_best_trial(self, study_id: int) -> FrozenTrial:
+        """The best complete trial of the stage; ValueError where there is none."""
+        return optuna.storages.BaseStorage.get_best_trial(self, study_id)
+
+    def _sees(self, trial: FrozenTrial) -> bool:
+        return stage_of(trial) == self.stage and not _stopped(trial)
 
     def every_trial(self, study_id: int) -> list[FrozenTrial]:
         """All trials by number, stopped ones too; not to be changed."""
@@ -198,6 +218,7 @@ def to_result(record: Mapping[str, Any], trials: list[FrozenTrial]) -> StudyResu
         spec=record["spec"],
         data_digest=record["data_digest"],
         created=record["created"],
+        objectives=tuple(map(tuple, record.get("objectives", [(record["objective"], record["direction"])]))),
     )
 
 

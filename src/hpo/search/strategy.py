@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
@@ -14,11 +15,13 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial
 
+from hpo.search.stages import Stage, key_of
 from hpo.search.storage import start_of
 from hpo.spec.space import Choice, Float, Int, holds
-from hpo.spec.study import SamplerSpec, StudySpec
+from hpo.spec.study import StudySpec
 
 _REDRAWS = 32
+_MOST_CELLS = 100_000  # beyond, a finite space is searched like a continuous one
 
 
 def distribution(parameter: Float | Int | Choice) -> BaseDistribution:
@@ -41,7 +44,9 @@ def encode(parameter: Float | Int | Choice, value: Any) -> Any:
 
 def decode(parameter: Float | Int | Choice, value: Any) -> Any:
     """The real value of what encode made."""
-    return parameter.choice[_options(parameter).index(value)] if isinstance(parameter, Choice) else value
+    if isinstance(parameter, Choice):
+        return parameter.choice[_options(parameter).index(value)]
+    return int(value) if isinstance(parameter, Int) else float(value)
 
 
 def _options(parameter: Choice) -> list[Any]:
@@ -51,12 +56,15 @@ def _options(parameter: Choice) -> list[Any]:
     return [json.dumps(option, sort_keys=True) for option in parameter.choice]
 
 
-def _continuous(parameter: Float | Int | Choice) -> bool:
-    return isinstance(parameter, Float) and parameter.step is None
-
-
-def _key(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, sort_keys=True)
+def _count(parameter: Float | Int | Choice) -> float:
+    """How many values there are; inf for a continuous range."""
+    if isinstance(parameter, Choice):
+        return len(parameter.choice)
+    low, high = parameter.ends()
+    step = parameter.step or (1 if isinstance(parameter, Int) else 0)
+    if low == high:
+        return 1
+    return math.floor((high - low) / step + 1e-9) + 1 if step else math.inf
 
 
 class _Cmaes(optuna.samplers.CmaEsSampler):  # type: ignore[misc]
@@ -71,11 +79,11 @@ class _Cmaes(optuna.samplers.CmaEsSampler):  # type: ignore[misc]
 class _Qmc(optuna.samplers.QMCSampler):  # type: ignore[misc]
     """The point of the Sobol sequence is the trial's place in the study, and every parameter has its coordinate."""
 
-    def __init__(self, spec: StudySpec, ordinal: int) -> None:
-        super().__init__(scramble=True, seed=spec.seed, warn_independent_sampling=False)
+    def __init__(self, stage: Stage, ordinal: int) -> None:
+        super().__init__(scramble=True, seed=stage.spec.seed, warn_independent_sampling=False)
         self._ordinal = ordinal
-        ranges = {path: distribution(parameter) for path, parameter in spec.search.space.items()}
-        self._ranges = {path: found for path, found in ranges.items() if not found.single()}
+        ranges = {stage.label(path): distribution(parameter) for path, parameter in stage.space.items()}
+        self._ranges = {name: found for name, found in ranges.items() if not found.single()}
 
     def infer_relative_search_space(self, study: Any, trial: FrozenTrial) -> dict[str, BaseDistribution]:  # noqa: ARG002
         return self._ranges
@@ -84,23 +92,23 @@ class _Qmc(optuna.samplers.QMCSampler):  # type: ignore[misc]
         return self._ordinal
 
 
-def _tpe(spec: StudySpec, seed: int, ordinal: int) -> Any:  # noqa: ARG001
-    startup = spec.search.sampler.startup_trials
+def _tpe(stage: Stage, seed: int, ordinal: int) -> Any:  # noqa: ARG001
+    startup = stage.spec.search.sampler.startup_trials
     # group models the parameters of each branch of a conditional space jointly.
-    return optuna.samplers.TPESampler(n_startup_trials=startup, seed=seed, group=spec.search.space.conditional)
+    return optuna.samplers.TPESampler(n_startup_trials=startup, seed=seed, group=stage.space.conditional)
 
 
-def _options_of(sampler: SamplerSpec) -> dict[str, Any]:
-    return {"n_startup_trials": sampler.startup_trials, "warn_independent_sampling": False}
+def _options_of(stage: Stage) -> dict[str, Any]:
+    return {"n_startup_trials": stage.spec.search.sampler.startup_trials, "warn_independent_sampling": False}
 
 
-# name -> (spec, sampler's seed for this candidate, its ordinal) -> sampler. Grid is Proposer's own.
-SAMPLERS: Mapping[str, Callable[[StudySpec, int, int], Any]] = {
-    "random": lambda _spec, seed, _ordinal: optuna.samplers.RandomSampler(seed=seed),
+# name -> (stage, sampler's seed for this candidate, its ordinal) -> sampler. Grid is Proposer's own.
+SAMPLERS: Mapping[str, Callable[[Stage, int, int], Any]] = {
+    "random": lambda _stage, seed, _ordinal: optuna.samplers.RandomSampler(seed=seed),
     "tpe": _tpe,
-    "cmaes": lambda spec, seed, _ordinal: _Cmaes(seed=seed, **_options_of(spec.search.sampler)),
-    "gp": lambda spec, seed, _ordinal: optuna.samplers.GPSampler(seed=seed, **_options_of(spec.search.sampler)),
-    "qmc": lambda spec, _seed, ordinal: _Qmc(spec, ordinal),
+    "cmaes": lambda stage, seed, _ordinal: _Cmaes(seed=seed, **_options_of(stage)),
+    "gp": lambda stage, seed, _ordinal: optuna.samplers.GPSampler(seed=seed, **_options_of(stage)),
+    "qmc": lambda stage, _seed, ordinal: _Qmc(stage, ordinal),
 }
 
 
@@ -108,79 +116,117 @@ class Proposer(optuna.samplers.BaseSampler):  # type: ignore[misc]
     """Draws whole candidates, each from a sampler of its own that is seeded by the study's seed and the ordinal.
 
     So a study resumed in a new process draws what it would have drawn without the break. trials gives all trials of
-    the study, interrupted ones too.
+    the stage, interrupted ones too.
     """
 
-    def __init__(self, spec: StudySpec, trials: Callable[[], Sequence[FrozenTrial]]) -> None:
-        self._spec = spec
+    def __init__(self, stage: Stage, trials: Callable[[], Sequence[FrozenTrial]]) -> None:
+        self._stage = stage
         self._trials = trials
-        self._parameters = spec.search.space.ordered()
-        self._fixed = spec.fixed()
-        self._finite = all(distribution(part).single() or not _continuous(part) for _, part in self._parameters)
-        self._cells: list[dict[str, Any]] = []
-        if spec.search.sampler.name == "grid":
-            self._cells = list(spec.search.space.cells(self._fixed))
-            random.Random(spec.seed).shuffle(self._cells)  # noqa: S311
+        self._parameters = stage.space.ordered()
+        cells = math.prod(_count(parameter) for _, parameter in self._parameters)
+        self._finite = cells < math.inf
+        self._grid = stage.spec.search.sampler.name == "grid"
+        # Whoever trains no candidate twice has to know when there is no other.
+        counts = cells <= _MOST_CELLS and stage.spec.search.duplicates != "reseed"
+        self._cells = stage.cells() if self._grid or counts else []
+        random.Random(stage.spec.seed).shuffle(self._cells)  # noqa: S311
 
     @property
     def exhausted(self) -> bool:
-        """Whether a grid has no cell left that was not handed out."""
-        return bool(self._cells) and self._free_cell() is None
+        """Whether a grid, or a finite space that is not to be searched twice, has no candidate left to hand out."""
+        return bool(self._cells) and self.free_cell() is None
+
+    def free_cell(self, fixed: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+        """A cell that was not handed out, of those that have the fixed values."""
+        wanted = {path: key_of({path: value}) for path, value in (fixed or {}).items()}
+        taken = {key_of(start.parameters) for start in map(start_of, self._trials()) if start.parameters is not None}
+        for cell in self._cells:
+            fitting = all(path in cell and key_of({path: cell[path]}) == key for path, key in wanted.items())
+            if fitting and key_of(self._stage.parameters(cell)) not in taken:
+                return cell
+        return None
+
+    def takes(self, fixed: Mapping[str, Any]) -> bool:
+        """Whether a new candidate can have these values: a grid may have handed them out."""
+        return not self._grid or self.free_cell(fixed) is not None
 
     def active(self, values: Mapping[str, Any]) -> list[tuple[str, Float | Int | Choice]]:
         """Parameters that values lacks and whose conditions hold now; empty once the candidate is whole."""
-        known = {**self._fixed, **values}
+        known = self._stage.known(values)
         return [(path, part) for path, part in self._parameters if path not in values and holds(part.when, known)]
 
     def infer_relative_search_space(self, study: Any, trial: FrozenTrial) -> dict[str, BaseDistribution]:  # noqa: ARG002
         """Every parameter: sample_relative draws them together."""
-        return {path: distribution(parameter) for path, parameter in self._parameters}
+        return {self._stage.label(path): distribution(parameter) for path, parameter in self._parameters}
 
     def sample_relative(self, study: Any, trial: FrozenTrial, search_space: Any) -> dict[str, Any]:  # noqa: ARG002
-        """Path -> encoded value of one candidate; not one that runs now, if the space is finite and that can be had."""
+        """Name -> encoded value of one candidate.
+
+        In a finite space not one that runs now, and where duplicates are rejected none that was handed out before, if
+        that can be had.
+        """
         ordinal = start_of(trial).ordinal
-        if self._cells:
-            cell = self._free_cell() or self._cells[ordinal % len(self._cells)]
-            return {path: encode(self._spec.search.space[path], value) for path, value in cell.items()}
-        build = SAMPLERS[self._spec.search.sampler.name]
-        drawn = self._draw(study, trial, build(self._spec, self._seed(ordinal), ordinal))
-        if self._finite:
-            busy = {_key(other.params) for other in self._unfinished() if other.number != trial.number}
+        fixed = self._fixed(trial)
+        if self._grid:
+            cell = self.free_cell(fixed) or self.free_cell() or self._cells[ordinal % len(self._cells)]
+            return self._encoded(cell)
+        build = SAMPLERS[self._stage.spec.search.sampler.name]
+        drawn = self._draw(study, trial, build(self._stage, self._seed(ordinal), ordinal), fixed)
+        if avoided := self._avoided(ordinal):
             # A model that has made up its mind would propose the same again and again.
             chance = optuna.samplers.RandomSampler(seed=self._seed(ordinal))
-            redrawn = (self._draw(study, trial, chance) for _ in range(_REDRAWS))
-            drawn = next((new for new in chain([drawn], redrawn) if _key(new) not in busy), drawn)
-        return drawn
+            redrawn = (self._draw(study, trial, chance, fixed) for _ in range(_REDRAWS))
+            new = next((new for new in chain([drawn], redrawn) if self._key(new) not in avoided), None)
+            rejects = self._stage.spec.search.duplicates == "reject"
+            drawn = new or (self.free_cell(fixed) if rejects else None) or drawn
+        return self._encoded(drawn)
 
     def sample_independent(self, study: Any, trial: FrozenTrial, param_name: str, param_distribution: Any) -> Any:
         """For a parameter that a retried candidate has not, because the space grew since."""
         sampler = optuna.samplers.RandomSampler(seed=self._seed(start_of(trial).ordinal))
         return sampler.sample_independent(study, trial, param_name, param_distribution)
 
-    def _draw(self, study: Any, trial: FrozenTrial, sampler: Any) -> dict[str, Any]:
+    def _draw(self, study: Any, trial: FrozenTrial, sampler: Any, fixed: Mapping[str, Any]) -> dict[str, Any]:
         together = sampler.sample_relative(study, trial, sampler.infer_relative_search_space(study, trial))
-        encoded: dict[str, Any] = {}
         values: dict[str, Any] = {}
         while parameters := self.active(values):
             path, parameter = parameters[0]
-            within = distribution(parameter)
-            if path in together and within._contains(within.to_internal_repr(together[path])):
-                encoded[path] = together[path]
+            name, within = self._stage.label(path), distribution(parameter)
+            if path in fixed:
+                values[path] = fixed[path]
+            elif name in together and within._contains(within.to_internal_repr(together[name])):
+                values[path] = decode(parameter, together[name])
             else:
-                encoded[path] = sampler.sample_independent(study, trial, path, within)
-            values[path] = decode(parameter, encoded[path])
-        return encoded
+                values[path] = decode(parameter, sampler.sample_independent(study, trial, name, within))
+        return values
+
+    def _fixed(self, trial: FrozenTrial) -> dict[str, Any]:
+        """What the trial was enqueued with."""
+        given = trial.system_attrs.get("fixed_params", {})
+        named = ((path, parameter, self._stage.label(path)) for path, parameter in self._parameters)
+        return {path: decode(parameter, given[name]) for path, parameter, name in named if name in given}
+
+    def _encoded(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        space = self._stage.space
+        return {self._stage.label(path): encode(space[path], value) for path, value in values.items()}
+
+    def _key(self, values: Mapping[str, Any]) -> str:
+        return key_of(self._stage.parameters(values))
+
+    def _avoided(self, ordinal: int) -> set[str]:
+        """Candidates that another trial than the one at this place should not repeat."""
+        rejects = self._stage.spec.search.duplicates == "reject"
+        others = [
+            start.parameters
+            for trial in self._trials()
+            if (start := start_of(trial)).ordinal != ordinal
+            and (rejects or (self._finite and not trial.state.is_finished()))
+        ]
+        return {key_of(parameters) for parameters in others if parameters is not None}
 
     def _seed(self, ordinal: int) -> int:
-        digest = hashlib.sha256(f"{self._spec.seed}/sampler/{ordinal}".encode()).digest()
+        digest = hashlib.sha256(f"{self._stage.spec.seed}/sampler/{ordinal}".encode()).digest()
         return int.from_bytes(digest[:4], "big")
-
-    def _free_cell(self) -> dict[str, Any] | None:
-        taken = {_key(start_of(trial).parameters or {}) for trial in self._trials()}
-        return next((cell for cell in self._cells if _key(cell) not in taken), None)
-
-    def _unfinished(self) -> list[FrozenTrial]:
-        return [trial for trial in self._trials() if not trial.state.is_finished()]
 
 
 class _Hyperband(optuna.pruners.HyperbandPruner):  # type: ignore[misc]
@@ -198,8 +244,11 @@ class _Hyperband(optuna.pruners.HyperbandPruner):  # type: ignore[misc]
 
 
 def _most_epochs(spec: StudySpec) -> int:
-    space = spec.search.space
-    return int(max(space["training.epochs"].ends())) if "training.epochs" in space else spec.training.epochs
+    path = "training.epochs"
+    if path in spec.search.space:
+        return int(max(spec.search.space[path].ends()))
+    ends = [end for stage in spec.search.stages if path in stage.space for end in stage.space[path].ends()]
+    return int(max([spec.training.epochs, *ends]))
 
 
 def _hyperband(spec: StudySpec) -> Any:

@@ -49,9 +49,10 @@ class DataSpec(Part):
 class SplitSpec(Part):
     """Which images train, which validate. The test part is never seen by a trial."""
 
-    kind: Literal["official", "holdout", "kfold"] = "official"
+    kind: Literal["official", "holdout", "kfold", "none"] = "official"
     """official: the validation part that the data set comes with. holdout: a share of the development images.
-    kfold: each of `folds` parts validates once, and a trial's value is the mean over them."""
+    kfold: each of `folds` parts validates once, and a trial's value is the mean over them.
+    none: every development image trains; for final trainings only."""
     share: Share = 0.2
     """holdout: how much of the development images (train and, if there is one, official validation) validates."""
     by: Literal["stratified", "random", "order"] = "stratified"
@@ -392,6 +393,10 @@ class StudySpec(Part):
 
     @model_validator(mode="after")
     def _final_fits(self) -> StudySpec:
+        if self.split.kind == "none":
+            raise ValueError(
+                "split.kind none leaves a search without validation images. Write official, holdout or kfold"
+            )
         if self.final is not None:
             for path in self.final.set:
                 _place(self.setup.model_dump(), path, f"final.set.{path}")

@@ -1,0 +1,232 @@
+"""The steps of a search: what each varies, from where, for how long; a search without stages is one step."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from hpo.errors import SpecError
+from hpo.records import StudyResult, Trial, TrialState
+from hpo.search.refine import fits, refined
+from hpo.spec.space import Choice, Float, Int, Space
+from hpo.spec.study import SamplerSpec, StageSpec, StudySpec
+
+# The parameter that says which of several earlier trials a candidate starts from: its options are their numbers.
+CARRIED = "carried"
+
+
+def key_of(values: Mapping[str, Any]) -> str:
+    """Equal for equal candidates, whatever the order of their places; floats to 12 digits: steps add up otherwise."""
+    return json.dumps({path: _plain(value) for path, value in values.items()}, sort_keys=True)
+
+
+def _plain(value: Any) -> Any:
+    return float(f"{value:.12g}") if isinstance(value, float) else value
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a search as it is run.
+
+    name is None for a search without stages. spec is the study's, with the step's space and sampler in place of the
+    search's. limit is its number of trials; None: until its space, or the study's budget, is spent. origins maps
+    numbers of earlier trials to the parameters that are carried on; none for a first step. first are values, some or
+    all of a candidate's, to try before others.
+    """
+
+    name: str | None
+    spec: StudySpec
+    limit: int | None = None
+    origins: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    first: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def space(self) -> Space:
+        """What the step varies; with several origins, which of them too."""
+        return self.spec.search.space
+
+    def label(self, path: str) -> str:
+        """What a parameter is called in Optuna's storage: stages may give one place different options."""
+        return path if self.name is None else f"{self.name}/{path}"
+
+    def parameters(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The whole candidate: what is carried on, and the step's own values over it."""
+        own = {path: value for path, value in values.items() if path != CARRIED}
+        return {**self._carried(values), **own}
+
+    def known(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Everything that a condition of the step's space may ask for."""
+        return {**self._fixed, **self._carried(values), **values}
+
+    def cells(self) -> list[dict[str, Any]]:
+        """The step's own values of every different candidate of a finite space; ValueError for a continuous one."""
+        own = Space({path: parameter for path, parameter in self.space.items() if path != CARRIED})
+        different: dict[str, dict[str, Any]] = {}
+        for number in self.origins or [None]:
+            start = {CARRIED: number} if CARRIED in self.space else {}
+            for cell in own.cells(self.known(start)):
+                different.setdefault(key_of(self.parameters({**start, **cell})), {**start, **cell})
+        return list(different.values())
+
+    @cached_property
+    def _fixed(self) -> dict[str, Any]:
+        return self.spec.fixed()
+
+    def _carried(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        return self.origins[values.get(CARRIED, next(iter(self.origins)))] if self.origins else {}
+
+
+def stage_names(spec: StudySpec) -> list[str | None]:
+    """The stages in order; [None] for a search without."""
+    return [stage.name for stage in spec.search.stages] or [None]
+
+
+def make_stage(
+    spec: StudySpec, index: int, *, origins: Mapping[int, Mapping[str, Any]], warm: Sequence[Mapping[str, Any]] = ()
+) -> Stage:
+    """The step at this place. warm are candidates to try first: each step takes what it varies of them."""
+    if not spec.search.stages:
+        return Stage(None, spec, first=_first(spec.search.space, warm))
+    part = spec.search.stages[index]
+    space = _space(spec, index)
+    if part.refine is not None:
+        space = refined(space, next(iter(origins.values())), part.refine)
+    first = _first(space, warm)
+    if len(origins) > 1:
+        space = Space({CARRIED: Choice(choice=list(origins)), **dict(space.items())})
+    search = {"space": space, "stages": [], "sampler": sampler_of(spec, part)}
+    view = spec.model_copy(update={"search": spec.search.model_copy(update=search)})
+    return Stage(part.name, view, part.trials, origins, first)
+
+
+def sampler_of(spec: StudySpec, part: StageSpec) -> SamplerSpec:
+    """A stage's sampler: its own; else the full grid where no number of trials is given; else the search's."""
+    return part.sampler or (SamplerSpec(name="grid") if part.trials is None else spec.search.sampler)
+
+
+def check_stages(spec: StudySpec) -> None:
+    """Raises SpecError where a stage's sampler is a grid and its space has none."""
+    for index, part in enumerate(spec.search.stages):
+        for path, parameter in _space(spec, index).items():
+            try:
+                if sampler_of(spec, part).name == "grid":
+                    parameter.grid()
+            except ValueError as error:
+                raise SpecError(f"search.stages.{part.name}.{path}, sampler grid: {error}.") from None
+
+
+def find_origins(spec: StudySpec, index: int, study: StudyResult) -> dict[int, Mapping[str, Any]]:
+    """Where the stage at this place starts: number -> parameters of the best different trials of the one before.
+
+    How many, that stage's `carry` says. A refinement starts from the best trial of all stages before. Raises SpecError
+    where no trial can be carried on.
+    """
+    if index == 0:
+        return {}
+    earlier = [stage.name for stage in spec.search.stages[:index]]
+    before = spec.search.stages[index - 1]
+    if spec.search.stages[index].refine is not None:
+        ranked, most = [trial for trial in study.ranked() if trial.candidate.stage in earlier], 1
+    else:
+        ranked, most = study.ranked(before.name), before.carry
+    different: dict[str, Trial] = {}
+    for trial in ranked:
+        different.setdefault(key_of(trial.candidate.parameters), trial)
+    if not different:
+        raise _nothing_to_carry(before.name, study)
+    return {trial.number: trial.candidate.parameters for trial in list(different.values())[:most]}
+
+
+def _nothing_to_carry(name: str, study: StudyResult) -> SpecError:
+    ended = [trial for trial in study.counted if trial.candidate.stage == name]
+    reasons = [trial.result.reason for trial in ended if trial.result and trial.result.reason]
+    if all(trial.state is TrialState.FAILED for trial in ended):
+        what = "every trial failed"
+    else:
+        what = "no trial is complete within the constraints"
+    first = f": {reasons[0]}" if reasons else ""
+    return SpecError(
+        f"stage {name}: {what}{first.rstrip('.')}.",
+        "Later stages have nothing to start from: mend the cause and run the failed trials again, or give more trials.",
+    )
+
+
+def total_trials(spec: StudySpec) -> int:
+    """The study's total: its number of trials, or the sum over stages, a full grid once for each carried start.
+
+    Where conditions depend on what an earlier stage finds, the most that it can be.
+    """
+    if not spec.search.stages:
+        return spec.search.trials
+    total, starts = 0, 1
+    for index, part in enumerate(spec.search.stages):
+        trials: float = math.inf if part.trials is None else part.trials
+        cells = _most_cells(spec, index)
+        if sampler_of(spec, part).name == "grid" and cells is not None:
+            trials = min(trials, cells * (1 if part.refine is not None else starts))
+        total += int(trials)
+        starts = min(part.carry, int(trials))
+    return total
+
+
+def stage_warnings(study: StudyResult) -> list[str]:
+    """One line for each place where a stage's choice does not hold at the end: the stages interact.
+
+    The end is the best trial of all, and the winner of the last stage. Numbers have moved if they differ by more than a
+    tenth of the stage's range.
+    """
+    stages = study.spec.get("search", {}).get("stages", ())
+    winners = {stage["name"]: study.ranked(stage["name"])[:1] for stage in stages}
+    ends = [("the best trial", study.best)]
+    ends += [(f"the winner of stage {name}", winner) for name, found in list(winners.items())[-1:] for winner in found]
+    lines: dict[tuple[str, str], str] = {}
+    for stage in stages:
+        for path, parameter in Space.model_validate(stage["space"]).items():
+            for chosen in (trial.candidate.parameters for trial in winners[stage["name"]]):
+                for who, end in ends:
+                    last = end.candidate.parameters if end else {}
+                    if path in chosen and path in last and _moved(parameter, chosen[path], last[path]):
+                        line = f"stage {stage['name']} chose {path}={chosen[path]}, {who} has {last[path]}"
+                        lines.setdefault((stage["name"], path), f"{line}: the stages interact")
+    return list(lines.values())
+
+
+def _moved(parameter: Float | Int | Choice, chosen: Any, last: Any) -> bool:
+    if isinstance(parameter, Choice) or not isinstance(last, int | float):
+        return bool(chosen != last)
+    scale = math.log if parameter.log else float
+    low, high = (scale(end) for end in parameter.ends())
+    return abs(scale(chosen) - scale(last)) > 0.1 * (high - low) + 1e-12
+
+
+def _space(spec: StudySpec, index: int) -> Space:
+    """What the stage varies, before a refinement shrinks it."""
+    part = spec.search.stages[index]
+    if part.refine is None:
+        return part.space
+    return Space({path: found for stage in spec.search.stages[:index] for path, found in stage.space.items()})
+
+
+def _most_cells(spec: StudySpec, index: int) -> int | None:
+    space = _space(spec, index)
+    earlier = {path for stage in spec.search.stages[:index] for path, _ in stage.space.items()} - set(
+        dict(space.items())
+    )
+    free = {}
+    for path, parameter in space.items():
+        when = {asked: wanted for asked, wanted in parameter.when.items() if asked not in earlier}
+        free[path] = parameter.model_copy(update={"when": when})
+    view = spec.search.model_copy(update={"space": Space(free), "stages": []})
+    return Space(free).size(spec.model_copy(update={"search": view}).fixed())
+
+
+def _first(space: Space, warm: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """What the space can take of each candidate, different ones only."""
+    parts = [
+        {path: value for path, value in values.items() if path in space and fits(space[path], value)} for values in warm
+    ]
+    return list({key_of(part): part for part in parts if part}.values())
