@@ -196,7 +196,7 @@ def main() -> None:
     peer_trials = min(args.trials, args.peer_trials or args.trials)
     if peer_trials < min(2, args.trials):
         parser.error("--peer-trials must be at least 2: the first trial is not typical")
-    print(machine())
+    print(machine(), flush=True)
     # Both sides find the libraries in the disk cache, whoever runs first.
     subprocess.run([sys.executable, "-c", "import mlflow.pytorch, optuna, torch, torchvision"], check=True)
     for model in ("mlp", "cnn") if args.model == "both" else (args.model,):
@@ -204,6 +204,7 @@ def main() -> None:
             data = args.data.resolve()
             spec = study(model, data, epochs=args.epochs, trials=args.trials, seed=args.seed)
             ours, candidates = run_platform(spec, Path(ours_folder))
+            print(f"{model}: the platform took {ours.seconds:.1f} s; now the peer", file=sys.stderr, flush=True)
             peer = run_peer(
                 model,
                 data,

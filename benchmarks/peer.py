@@ -25,7 +25,7 @@ WORKERS = 2
 SEED = 0
 
 
-class Images(Dataset):
+class Images(Dataset[tuple[Tensor, int]]):
     """One part of an npz file with medmnist's keys; an item is a transformed image and its label."""
 
     def __init__(self, file: Path, part: str, transform: transforms.Compose) -> None:
@@ -96,7 +96,7 @@ def build_optimizer(params: dict[str, Any], net: nn.Module) -> torch.optim.Optim
     return torch.optim.AdamW(net.parameters(), lr=params["lr"], weight_decay=0.0)
 
 
-def train_epoch(net: nn.Module, loader: DataLoader, optimizer: torch.optim.Optimizer) -> tuple[float, float]:
+def train_epoch(net: nn.Module, loader: DataLoader[Any], optimizer: torch.optim.Optimizer) -> tuple[float, float]:
     """Mean loss and accuracy over the training images, as seen while learning."""
     net.train()
     criterion = nn.CrossEntropyLoss()
@@ -115,7 +115,7 @@ def train_epoch(net: nn.Module, loader: DataLoader, optimizer: torch.optim.Optim
 
 
 @torch.no_grad()
-def evaluate(net: nn.Module, loader: DataLoader) -> tuple[float, float]:
+def evaluate(net: nn.Module, loader: DataLoader[Any]) -> tuple[float, float]:
     """Mean loss and accuracy over the validation images."""
     net.eval()
     criterion = nn.CrossEntropyLoss()

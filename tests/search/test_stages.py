@@ -72,10 +72,9 @@ def test_stages_run_in_order_and_build_on_the_best_before_them(home, staged):
         assert abs(math.log10(ratio)) <= 0.75 + 1e-9
 
 
-@pytest.mark.parametrize("pruner", ["none", "hyperband"])
-def test_staged_search_in_pieces_tries_the_same_candidates_as_in_one_go(home, make_spec, pruner):
-    spec = make_spec("random", pruner, {}, stages=STAGES)
-    epochs = 1 if pruner == "none" else 9
+def test_staged_search_in_pieces_tries_the_same_candidates_as_in_one_go(home, make_spec):
+    epochs = 4
+    spec = make_spec("random", "hyperband", {}, stages=STAGES, epochs=epochs)
     whole = open_study(home, spec, data_digest="d")
     run_all(whole, epochs=epochs, worth=worth)
     expected = sequence(whole.result())
@@ -175,7 +174,9 @@ def test_stages_may_give_one_place_other_options(home, make_spec):
 
 
 def test_condition_may_ask_for_what_an_earlier_stage_found(home, make_spec):
-    momentum = {"training.optimizer.momentum": {"float": [0, 0.9], "step": 0.3, "when": {"training.optimizer.name": "sgd"}}}
+    momentum = {
+        "training.optimizer.momentum": {"float": [0, 0.9], "step": 0.3, "when": {"training.optimizer.name": "sgd"}}
+    }
     stages = [
         {"name": "name", "space": {"training.optimizer.name": {"choice": ["sgd", "adam"]}}, "carry": 2},
         {"name": "momentum", "space": {**momentum, "model.dropout": {"float": [0, 0.2], "step": 0.1}}},
@@ -250,7 +251,7 @@ def test_refined_range_holds_its_centre_and_stays_within_the_old_one(low, width,
     assert new["z"] == space["z"]
     if step or kind == "int":
         assert fits(space["x"], first)
-        if width:
+        if len(space["x"].grid()) > 1:
             assert first < centre or last > centre
     elif not part["log"]:
         assert last - first <= share * width + 1e-9

@@ -61,6 +61,7 @@ def run(
     settings: Settings = None,
     home: HomeFolder = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew, beside what there is.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed trials again.")] = False,
     timeout: Annotated[
         float | None, typer.Option(parser=read_duration, metavar="TIME", help="Stop cleanly after 90, 30m or 1h.")
     ] = None,
@@ -98,6 +99,7 @@ def run(
             device=device,
             home=home,
             fresh=fresh,
+            retry_failed=retry_failed,
             timeout=timeout,
             keep_models=keep_models,
             watch=watch,
@@ -111,6 +113,23 @@ def _watcher(*, as_json: bool, quiet: bool) -> type[Watcher]:
     if as_json or quiet:
         return JsonLines if as_json else Quiet
     return LiveDisplay if output.is_live_terminal() else PlainLines
+
+
+@app.command(cls=Command, rich_help_panel="Look")
+def preview(
+    study: Study,
+    target: Annotated[Path, typer.Option("--output", "-o", help="The PNG to write.")] = Path("augmented.png"),
+    images: Annotated[int, typer.Option(min=1, max=100, help="Rows: training images, classes in turn.")] = 8,
+    copies: Annotated[int, typer.Option(min=1, max=50, help="Changes of each, beside the image itself.")] = 7,
+    settings: Settings = None,
+    _debug: Debug = False,
+) -> None:
+    """Draw training images as the study's augmentation changes them."""
+    from hpo.run.check import preview_study
+    from hpo.spec.load import load_study
+
+    spec = load_study(study, overrides=settings or [])
+    output.print_text(str(preview_study(spec, target, images=images, copies=copies)))
 
 
 @app.command(cls=Command, rich_help_panel="Search")

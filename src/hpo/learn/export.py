@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ WEIGHTS, CONFIG, PROGRAM = "weights.safetensors", "config.json", "net.pt2"
 class _Whole(nn.Module):
     """uint8 images (n, height, width, channels) -> float32 probabilities (n, classes)."""
 
-    def __init__(self, net: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(
+        self, net: nn.Module, *, mean: Sequence[float], std: Sequence[float], image_shape: Sequence[int]
+    ) -> None:
         super().__init__()
         self.net = net
-        scale, shift = normalisation(mean, std, torch.device("cpu"))
+        scale, shift = normalisation(mean, std, image_shape)
         self.scale: Tensor
         self.shift: Tensor
         self.register_buffer("scale", scale)
@@ -54,7 +57,8 @@ def load_trained(setup: Setup, folder: Path) -> tuple[nn.Module, dict[str, Any]]
     """The network that save_trained left, on the CPU in evaluation mode, and its config."""
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     shape = tuple(config["image_shape"])
-    net = build_model(setup.model, image_shape=shape, classes=len(config["class_names"]), seed=0)
+    classes, binary = len(config["class_names"]), setup.task == "binary"
+    net = build_model(setup.model, image_shape=shape, classes=classes, seed=0, binary=binary)
     net.load_state_dict(load_file(folder / WEIGHTS))
     return net.eval(), config
 
@@ -62,7 +66,7 @@ def load_trained(setup: Setup, folder: Path) -> tuple[nn.Module, dict[str, Any]]
 def export_program(setup: Setup, folder: Path) -> Path:
     """Write net.pt2 beside the weights in folder: float32, on the CPU, any number of images at a time."""
     net, config = load_trained(setup, folder)
-    whole = _Whole(net, tuple(config["mean"]), tuple(config["std"])).eval()
+    whole = _Whole(net, mean=config["mean"], std=config["std"], image_shape=config["image_shape"]).eval()
     # A batch of one would be taken for a constant.
     example = torch.zeros((2, *config["image_shape"]), dtype=torch.uint8)
     batch = torch.export.Dim("batch", min=1, max=1_000_000)

@@ -33,7 +33,8 @@ def preflight(setup: Setup, card: DataCard, *, device_name: str, seed: int, fold
     """Train a few batches, evaluate them, and export. Raises TrainingError where the loss is not finite."""
     data = trial_data(card, setup.split, device_name)
     spec = setup.training
-    net = build_model(setup.model, image_shape=card.image_shape, classes=len(data.class_names), seed=seed)
+    classes, binary = len(data.class_names), setup.task == "binary"
+    net = build_model(setup.model, image_shape=card.image_shape, classes=classes, seed=seed, binary=binary)
     net.to(torch.device(device_name))
     precision = spec.precision if spec.precision != "auto" else measured_precision(net, data, spec.batch_size)
     steps = min(4, -(-len(data.train) // spec.batch_size))

@@ -18,7 +18,7 @@ from hpo.learn.export import save_trained
 from hpo.learn.metrics import confusion_matrix
 from hpo.learn.models import build_model, parameter_count
 from hpo.learn.precision import faster_precision
-from hpo.learn.train import normalisation, predict_logits, to_input, train
+from hpo.learn.train import input_of, predict_logits, train
 from hpo.records import DataCard, Epoch, TrialResult, TrialState, best_of, pack_classes
 from hpo.spec.study import Setup, SplitSpec
 
@@ -143,8 +143,7 @@ def _build(
 
 
 def _input(data: TrialData, rows: Tensor) -> Tensor:
-    scale, shift = normalisation(data.mean, data.std, data.images.device)
-    return to_input(data.images[rows], scale, shift)
+    return input_of(data)(data.images[rows])
 
 
 def _means(best: list[Epoch]) -> dict[str, float]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from hpo.records import DataCard, SplitCard
 from hpo.run.engines import cores
+from hpo.search.stages import total_trials
 from hpo.spec.study import StudySpec
 
 
@@ -47,12 +47,13 @@ def check_study(spec: StudySpec, *, trials: int | None = None, device: str = "au
     card = prepare(spec.data, spec.split)
     split = split_card(card, spec.split)
     with tempfile.TemporaryDirectory() as folder:
-        started = time.perf_counter()
         flight = preflight(spec.setup, card, device_name=devices[0], seed=spec.seed_of(0), folder=Path(folder))
-        overhead = time.perf_counter() - started - flight.epoch_seconds
-    count = trials or spec.search.trials
+    count = trials or total_trials(spec)
     workers = cores() if devices[0] == "cpu" else len(devices)
-    training = count * spec.training.epochs * flight.epoch_seconds / min(workers, count)
+    folds = spec.split.folds if spec.split.kind == "kfold" else 1
+    epochs = count * folds * spec.training.epochs
+    if spec.final is not None:
+        epochs += spec.final.finalists * spec.final.seeds * spec.final.set.get("training.epochs", spec.training.epochs)
     return CheckReport(
         data=card,
         split=split,
@@ -65,7 +66,7 @@ def check_study(spec: StudySpec, *, trials: int | None = None, device: str = "au
         model_bytes=flight.model_bytes,
         workers=workers,
         trials=count,
-        estimated_seconds=training + overhead,
+        estimated_seconds=epochs * flight.epoch_seconds / min(workers, count),
         estimated_bytes=flight.model_bytes * min(count, spec.keep.count),
         warnings=tuple(_warnings(spec, card, split)),
     )
@@ -90,3 +91,12 @@ def _warnings(spec: StudySpec, card: DataCard, split: SplitCard) -> list[str]:
     if size is not None and spec.search.trials > size:
         found.append(f"search.trials {spec.search.trials} exceeds the {size} different candidates of the space")
     return found
+
+
+def preview_study(spec: StudySpec, path: Path, *, images: int = 8, copies: int = 7) -> Path:
+    """Write a PNG of training images as the study's augmentation changes them. Raises HpoError."""
+    from hpo.learn.data import prepare
+    from hpo.learn.preview import save_preview
+
+    card = prepare(spec.data, spec.split)
+    return save_preview(spec.setup, card, path, images=images, copies=copies, seed=spec.seed)

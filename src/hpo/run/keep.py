@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -14,6 +15,8 @@ from hpo.run.finals import final_setup
 from hpo.run.helper import Helper, finish_trial
 from hpo.spec.study import Setup, StudySpec
 from hpo.track.tracker import Tracker
+
+_EXPORT_SHARE = 0.1
 
 
 class Keeper:
@@ -39,7 +42,10 @@ class Keeper:
         self._finals: set[int] = set()
         self._kept: set[int] = set()
         self._earlier: Future[dict[int, str]] | None = None
+        self._waiting: dict[int, tuple[Setup, TrialResult]] = {}
         self._pending: dict[int, Future[Path]] = {}
+        self._began = self._exporting = time.monotonic()
+        self._spent = 0.0  # seconds of exports that are over
 
     def resume(self, study: StudyResult, kept: Future[dict[int, str]], *, data: DataCard) -> None:
         """Take up where an earlier run ended: the models that it kept, and files that still wait to be logged."""
@@ -64,7 +70,7 @@ class Keeper:
             else:
                 self._values[result.number] = result.value
             if result.number in self._best():
-                self._pending[result.number] = self._helper.submit(finish_trial, setup, result, self._class_names)
+                self._waiting[result.number] = (setup, result)
                 return
         _remove(result.folder)
 
@@ -75,8 +81,12 @@ class Keeper:
                 self._kept |= set(self._earlier.result())
             self._earlier = None
         best = self._best()
+        for number in self._waiting.keys() - best:
+            _remove(self._waiting.pop(number)[1].folder)
+        self._export(wait=wait)
         for number in [number for number, job in self._pending.items() if wait or job.done()]:
             job = self._pending.pop(number)
+            self._spent += time.monotonic() - self._exporting
             if (error := job.exception()) is not None:
                 self._watch(Notice(f"trial {number}: its model could not be exported: {error}"))
             elif number in best:
@@ -87,6 +97,15 @@ class Keeper:
         for number in self._kept - best:
             self._kept.discard(number)
             self._background.submit(self._tracker.drop_model, number)
+
+    def _export(self, *, wait: bool) -> None:
+        """Begin what may begin: training comes first, so exports take a tenth of the time until it is over."""
+        share = self._spent / max(time.monotonic() - self._began, 1e-9)
+        if self._waiting and (wait or (not self._pending and share < _EXPORT_SHARE)):
+            self._exporting = time.monotonic()
+            for number in sorted(self._waiting) if wait else [min(self._waiting)]:
+                setup, result = self._waiting.pop(number)
+                self._pending[number] = self._helper.submit(finish_trial, setup, result, self._class_names)
 
     def _log(self, number: int, folder: Path) -> None:
         self._tracker.keep_model(number, folder)

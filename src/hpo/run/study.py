@@ -36,6 +36,7 @@ def run_study(
     device: str = "auto",
     home: str | Path | None = None,
     fresh: bool = False,
+    retry_failed: bool = False,
     timeout: float | None = None,
     keep_models: str | None = None,
     watch: Watch | None = None,
@@ -44,9 +45,9 @@ def run_study(
 
     workers is the number of processes that train (default: one for each core, or for each GPU); 0 trains in this
     process. device is auto, cpu, cuda, cuda:N or mps. home is the folder that holds `mlruns`. fresh starts the study
-    anew beside what there is. timeout is in seconds. keep_models is all, none or best:K. watch is called with every
-    event. Ctrl-C ends the run cleanly: what was running is recorded as stopped and tried again by the next run.
-    Raises HpoError for whatever the user can mend.
+    anew beside what there is; retry_failed tries failed trials again. timeout is in seconds. keep_models is all, none
+    or best:K. watch is called with every event. Ctrl-C ends the run cleanly: what was running is recorded as stopped
+    and tried again by the next run. Raises HpoError for whatever the user can mend.
     """
     place = Home.find(home).create()
     spec = _with_options(spec, trials=trials, keep_models=keep_models)
@@ -69,6 +70,8 @@ def run_study(
         study = open_study(place, spec, data_digest=prepared.data.digest, fresh=fresh)
         cleanup.callback(study.close)
         study.reap()
+        if retry_failed:
+            study.retry_failed()
         before = study.result()
         background.submit(tracker.open_study, before, spec, prepared.data, prepared.split)
         background.submit(tracker.reconcile, before, spec)

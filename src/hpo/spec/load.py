@@ -12,6 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from hpo.errors import SpecError
+from hpo.spec.models import KINDS
 from hpo.spec.study import StudySpec, set_place
 
 _SHIPPED = (
@@ -216,7 +217,7 @@ def _locate(keys: list[str], node: yaml.Node | None) -> tuple[list[str], int | N
             kept.append(key)
         elif index == len(keys) - 1 or node is None:
             kept.append(key)
-    if len(kept) > 1 and kept[-1] in ("mlp", "cnn", "float", "int", "choice", "root") and node is not None:
+    if len(kept) > 1 and kept[-1] in (*KINDS, "float", "int", "choice", "root") and node is not None:
         kept.pop()
     return kept, line
 

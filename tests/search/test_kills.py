@@ -1,0 +1,115 @@
+"""Supervisors that are killed for real, at any moment."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+from formula import FINITE, FINITE_CELLS, run_all, sequence, train
+from test_stages import STAGES, worth
+
+from hpo.records import FINAL, TrialResult, TrialState
+from hpo.search.ask import open_study
+from hpo.search.stages import key_of
+from hpo.search.storage import read_study
+
+FORK = multiprocessing.get_context("fork")
+
+
+def _supervise(home, spec, seed) -> None:
+    """One supervisor: most trainings end, some fail, some are stopped; at the end the finals."""
+    chance = random.Random(seed)  # noqa: S311
+    study = open_study(home, spec, data_digest="d")
+    study.reap()
+    while True:
+        if candidate := study.ask(budget=1000, worker="w"):
+            time.sleep(chance.uniform(0, 0.02))
+            state = chance.choice([TrialState.COMPLETE] * 6 + [TrialState.FAILED, TrialState.STOPPED])
+            study.tell(TrialResult(candidate.number, state, 0.5 if state is TrialState.COMPLETE else None))
+        elif study.blocked:
+            time.sleep(0.02)
+            study.reap()
+        else:
+            os._exit(0)
+
+
+def _search(home, spec) -> None:
+    """A staged search by one supervisor, and its finals."""
+    study = open_study(home, spec, data_digest="d")
+    study.reap()
+    run_all(study, worth=worth)
+    study.enqueue_finals([(study.result().best.candidate.parameters, seed) for seed in (1, 2, 3)])
+    while candidate := study.ask_final(worker="w"):
+        train(study, candidate, epochs=2, worth=worth)
+    os._exit(0)
+
+
+def _kill_often(target, home, spec, *, crowd, rounds, longest):
+    chance = random.Random(0)  # noqa: S311
+    for turn in range(rounds):
+        victims = [FORK.Process(target=target, args=(home, spec, *extra)) for extra in _extras(crowd, turn)]
+        for victim in victims:
+            victim.start()
+        for victim in victims:
+            time.sleep(chance.uniform(0.1, longest))
+            os.kill(victim.pid, signal.SIGKILL)
+        for victim in victims:
+            victim.join()
+    last = [FORK.Process(target=target, args=(home, spec, *extra)) for extra in _extras(crowd, rounds)]
+    for process in last:
+        process.start()
+    for process in last:
+        process.join()
+    assert [process.exitcode for process in last] == [0] * len(last)
+
+
+def _extras(crowd, turn):
+    return [(100 * turn + place,) for place in range(crowd)] if crowd > 1 else [()]
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_grid_under_kills_stops_and_failures_covers_every_cell_exactly_once(home, make_spec, staged):
+    drops = {"model.dropout": {"float": [0, 0.4], "step": 0.1}}
+    stages = [{"name": "first", "space": FINITE, "carry": 2}, {"name": "second", "space": drops}]
+    spec = make_spec(space={}, stages=stages) if staged else make_spec("grid", space=FINITE)
+    _kill_often(_supervise, home, spec, crowd=2, rounds=4, longest=0.5)
+    result = read_study(home, "study")
+    assert result.count(TrialState.RUNNING, TrialState.WAITING) == 0
+    done = [trial for trial in result.trials if trial.state.finished]
+    cells = [(trial.candidate.stage, key_of(trial.candidate.parameters)) for trial in done]
+    assert len(cells) == len(set(cells)) == FINITE_CELLS + (2 * 5 if staged else 0)
+    assert sorted(trial.candidate.ordinal for trial in done) == list(range(len(cells)))
+    # The failed ones are run again on request, and nothing else is.
+    failed = {trial.candidate.ordinal for trial in done if trial.state is TrialState.FAILED}
+    study = open_study(home, spec, data_digest="d")
+    assert study.retry_failed() == len(failed)
+    again = set()
+    while candidate := study.ask(budget=1000, worker="w"):
+        again.add(candidate.ordinal)
+        study.tell(TrialResult(candidate.number, TrialState.COMPLETE, 0.5))
+    assert again == failed
+    assert len(study.result().counted) == len(cells)
+    study.close()
+
+
+def test_staged_search_killed_anywhere_ends_as_an_unbroken_one(home, make_spec):
+    spec = make_spec("tpe", space={}, stages=STAGES)
+    whole = open_study(home, spec, data_digest="d")
+    run_all(whole, worth=worth)
+    expected = whole.result()
+    whole.close()
+    other = replace(home, root=home.root / "b", storage_url=f"sqlite:///{home.root / 'b' / 'optuna.db'}")
+    _kill_often(_search, other, spec, crowd=1, rounds=7, longest=0.6)
+    result = read_study(other, "study")
+    assert sequence(result) == sequence(expected)
+    for stage in STAGES:
+        winners = [found.ranked(stage["name"])[0].candidate.parameters for found in (result, expected)]
+        assert winners[0] == winners[1]
+    finals = [trial.candidate for trial in result.trials if trial.candidate.stage == FINAL and trial.state.finished]
+    assert [one.seed for one in finals] == [1, 2, 3]
+    assert {key_of(one.parameters) for one in finals} == {key_of(expected.best.candidate.parameters)}
