@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from hpo.learn.augment import build_augment
-from hpo.spec.study import AugmentSpec
+from hpo.spec.training import AugmentSpec
 
 CASES: dict[str, tuple[AugmentSpec, v2.Transform]] = {
     "flip": (AugmentSpec(flip_horizontal=True), v2.RandomHorizontalFlip(0.5)),

@@ -220,3 +220,34 @@ def test_the_first_epoch_comes_soon(project):
     process.kill()
     process.communicate(timeout=60)
     assert seconds < 36
+
+
+def _descendants_of(session: int) -> list[str]:
+    listed = subprocess.run(["ps", "-o", "args=", "-s", str(session)], capture_output=True, text=True, check=False)
+    return [line for line in listed.stdout.splitlines() if "python" in line and "defunct" not in line]
+
+
+def test_a_killed_run_takes_its_processes_with_it_and_loses_no_finished_trial(project):
+    command = [*HPO, "run", "digits-mlp", "--trials", "30", "--workers", "2", "--json", *QUICK]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout is not None
+    ended = 0
+    for line in process.stdout:
+        ended += json.loads(line).get("event") == "trial_ended"
+        if ended == 3:
+            break
+    process.kill()
+    process.communicate(timeout=60)
+    deadline = time.monotonic() + 30
+    while _descendants_of(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert _descendants_of(process.pid) == []
+    home = Home.find(project)
+    before = [trial.number for trial in read_study(home, "digits-mlp").trials if trial.state is TrialState.COMPLETE]
+    assert len(before) >= 3
+    hpo("run", "digits-mlp", "--trials", str(len(before) + 2), "--workers", "2", *QUICK)
+    trials = read_study(home, "digits-mlp").trials
+    complete = [trial.number for trial in trials if trial.state is TrialState.COMPLETE]
+    assert set(before) <= set(complete)
+    assert TrialState.RUNNING not in {trial.state for trial in trials}
+    assert "RUNNING" not in {run.info.status for run in runs(project)}

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from hpo.errors import TrainingError
 from hpo.learn.augment import build_augment, erase, mix_batch, preview, recolour, rotate90, warp
-from hpo.spec.study import AugmentSpec
+from hpo.spec.training import AugmentSpec
 
 STEPS = [
     {"flip_horizontal": True},

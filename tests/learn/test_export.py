@@ -8,7 +8,8 @@ from hpo.learn.export import PROGRAM, export_program, load_trained, save_trained
 from hpo.learn.models import build_model
 from hpo.learn.train import predict_logits
 from hpo.spec.models import CnnSpec, MlpSpec
-from hpo.spec.study import DataSpec, Setup, SplitSpec, TrainingSpec
+from hpo.spec.study import DataSpec, Setup, SplitSpec
+from hpo.spec.training import TrainingSpec
 
 MODELS = [MlpSpec(kind="mlp", hidden=16, batch_norm=True, dropout=0.5), CnnSpec(kind="cnn", filters=4, dropout=0.5)]
 

@@ -2,6 +2,7 @@ import gzip
 import io
 import pickle
 import struct
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hpo.errors import DataError
+from hpo.errors import DataError, SpecError
 from hpo.learn import sources
 from hpo.learn.data import prepare
 from hpo.learn.download import md5_of
@@ -203,3 +204,33 @@ def test_archive_that_would_escape_is_refused(cache, tmp_path):
         archive.addfile(entry, io.BytesIO(b"x"))
     with pytest.raises(DataError, match="damaged"):
         prepare(DataSpec(name="cifar10", path=str(tmp_path / "x.tar.gz")), HOLDOUT, cache=cache)
+
+
+# A function of the user's own
+
+OWN = """
+import numpy as np
+seed = 0
+def images(*, size):
+    generator = np.random.default_rng(seed)
+    pixels = generator.integers(0, 256, (60, size, size), dtype=np.uint8)
+    return {"train_images": pixels, "train_labels": np.arange(60) % 3, "class_names": ["a", "b", "c"]}
+def broken(*, size):
+    return {"train_images": 1 / 0}
+"""
+
+
+def test_a_function_of_the_users_own_is_a_data_set(tmp_path, cache, monkeypatch):
+    (tmp_path / "own_images.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    data = DataSpec(name="own_images:images", size=12)
+    card = prepare(data, HOLDOUT, cache=cache)
+    assert (card.class_names, card.image_shape, card.test_count) == (("a", "b", "c"), (12, 12, 1), 12)
+    assert prepare(data, HOLDOUT, cache=cache).digest == card.digest
+    sys.modules["own_images"].seed = 1
+    assert prepare(data, HOLDOUT, cache=cache).digest != card.digest
+    with pytest.raises(DataError, match="the function fails: ZeroDivisionError"):
+        prepare(DataSpec(name="own_images:broken", size=12), HOLDOUT, cache=cache)
+    with pytest.raises(SpecError, match="no function 'nothing'"):
+        prepare(DataSpec(name="own_images:nothing"), HOLDOUT, cache=cache)
+    sys.modules.pop("own_images")

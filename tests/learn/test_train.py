@@ -11,7 +11,7 @@ from hpo.learn.optimizers import build_optimizer, learning_rate_factor
 from hpo.learn.train import class_weights, predict_logits, train
 from hpo.records import best_of
 from hpo.spec.models import CnnSpec, MlpSpec
-from hpo.spec.study import AugmentSpec, OptimizerSpec, ScheduleSpec, TrainingSpec
+from hpo.spec.training import AugmentSpec, OptimizerSpec, ScheduleSpec, TrainingSpec
 
 MLP = MlpSpec(kind="mlp", hidden=32)
 

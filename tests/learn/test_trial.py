@@ -8,7 +8,8 @@ from hpo.learn.data import prepare
 from hpo.learn.trial import VALIDATION, train_trial
 from hpo.records import TrialState, unpack_classes
 from hpo.spec.models import CnnSpec, MlpSpec
-from hpo.spec.study import AugmentSpec, DataSpec, Setup, SplitSpec, TrainingSpec
+from hpo.spec.study import DataSpec, Setup, SplitSpec
+from hpo.spec.training import AugmentSpec, TrainingSpec
 
 DIGITS = DataSpec(name="digits")
 EVEN_ODD = {"even": ["0", "2", "4", "6", "8"], "odd": ["1", "3", "5", "7", "9"]}

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hpo.errors import TrainingError
-from hpo.spec.study import AugmentSpec
+from hpo.spec.training import AugmentSpec
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 

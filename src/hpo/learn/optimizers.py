@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hpo.spec.study import OptimizerSpec, ScheduleSpec
+from hpo.spec.training import OptimizerSpec, ScheduleSpec
 
 
 def _sgd(weights: Any, spec: OptimizerSpec, **fast: bool) -> torch.optim.Optimizer:

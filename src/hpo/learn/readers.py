@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpo.errors import DataError
+from hpo.errors import DataError, HpoError
+from hpo.learn.dotted import load_function
 from hpo.learn.pictures import read_picture
 
 Pair = tuple[NDArray[Any], NDArray[Any]]
@@ -66,6 +67,24 @@ def read_npz(place: Path, _size: int | None = None) -> Parts:
                 "Save plain arrays: images as uint8, labels as int64, class_names as str.",
             ) from None
         raise DataError(f"{place}: the npz is damaged: {error}.", "Copy or write it again.") from None
+    return _parts(arrays, place, keys)
+
+
+def read_own(dotted: str, _place: Path, size: int | None = None) -> Parts:
+    """What the user's function answers: a mapping with the keys of an npz, called as function(size=...)."""
+    try:
+        arrays = dict(load_function(dotted, what="data")(size=size))
+    except HpoError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"data {dotted}: the function fails: {type(error).__name__}: {error}.",
+            f"Call it yourself with size={size}.",
+        ) from error
+    return _parts({key: np.asarray(value) for key, value in arrays.items()}, dotted, ", ".join(arrays))
+
+
+def _parts(arrays: Mapping[str, NDArray[Any]], place: Path | str, keys: str) -> Parts:
     pairs: dict[str, Pair] = {}
     for part, prefix in _NPZ_PARTS.items():
         images, labels = arrays.get(f"{prefix}_images"), arrays.get(f"{prefix}_labels")

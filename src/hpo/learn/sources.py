@@ -21,6 +21,7 @@ from hpo.learn.readers import (
     read_folder,
     read_idx,
     read_npz,
+    read_own,
 )
 
 
@@ -183,7 +184,12 @@ class Gathered:
 
 
 def find(name: str, *, size: int | None, path: str | None) -> Source:
-    """The data set's source, once name, size and path are known to fit together. Raises DataError."""
+    """The data set's source, once name, size and path are known to fit together. Raises DataError.
+
+    A name with a colon is a function of the user's own (see read_own).
+    """
+    if ":" in name:
+        return Source(read=partial(read_own, name), installed=lambda: Path(name))
     if name not in DATASETS:
         close = difflib.get_close_matches(name, NAMES, n=1)
         raise DataError(
@@ -214,7 +220,7 @@ def gather(source: Source, *, size: int | None, path: str | None, downloads: Pat
         official = _is_official(place, [file for side in source.sizes for file in source.downloads(side)])
     elif installed := source.installed():
         # What a package manager has put there, it has verified; it need not be the publisher's, byte for byte.
-        published = source.downloads(source.sizes[0])
+        published = source.downloads(source.sizes[0]) if source.sizes else ()
         place, origin = installed, str(installed)
         official = not published or _is_official(place, published)
     else:

@@ -17,7 +17,8 @@ from hpo.learn.data import TrialData
 from hpo.learn.metrics import scores
 from hpo.learn.optimizers import build_optimizer, learning_rate_factor
 from hpo.records import Epoch
-from hpo.spec.study import SCORES, TrainingSpec
+from hpo.spec.scores import SCORES
+from hpo.spec.training import TrainingSpec
 
 _EVALUATION_BATCH = 1024
 

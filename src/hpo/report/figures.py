@@ -10,6 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from hpo.records import FINAL, Epoch, StudyResult, TrialState
 
+_LABEL = 24  # letters of a class name
 _TRAIN, _VALID, _MARK = "#7a8aa0", "#1f6feb", "#d1495b"
 
 
@@ -48,13 +49,19 @@ def confusion_figure(confusion: Sequence[Sequence[int]], class_names: Sequence[s
                 colour = "white" if shares[true][predicted] > 0.55 else "black"
                 size = 9 if count <= 12 else 7
                 panel.text(predicted, true, str(value), ha="center", va="center", color=colour, fontsize=size)
-    panel.set_xticks(range(count), class_names, rotation=45, ha="right", rotation_mode="anchor")
-    panel.set_yticks(range(count), class_names)
+    names = [_short(name) for name in class_names]
+    panel.set_xticks(range(count), names, rotation=45, ha="right", rotation_mode="anchor")
+    panel.set_yticks(range(count), names)
     panel.set_xlabel("predicted class")
     panel.set_ylabel("true class")
     panel.set_title(title)
     figure.colorbar(image, ax=panel, label="share of the true class", shrink=0.8)
     return figure
+
+
+def _short(name: str) -> str:
+    """A class name that leaves room for the matrix."""
+    return name if len(name) <= _LABEL else f"{name[: _LABEL - 1].rstrip(' (,')}…"
 
 
 def optimisation_history(study: StudyResult) -> Figure:
@@ -83,6 +90,9 @@ def slices(study: StudyResult, *, columns: int = 3) -> Figure:
     """The objective over each parameter, one panel each; colour goes from early to late trials."""
     trials = [trial for trial in study.ranked() if trial.candidate.parameters]
     paths = sorted({path for trial in trials for path in trial.candidate.parameters})
+    search = study.spec.get("search") or {}
+    spaces = [search.get("space") or {}, *(stage["space"] for stage in search.get("stages") or ())]
+    logarithmic = {path for space in spaces for path, parameter in space.items() if parameter.get("log")}
     rows = max(1, -(-len(paths) // columns))
     figure = Figure(figsize=(3.2 * columns, 2.6 * rows), dpi=80, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
@@ -92,7 +102,7 @@ def slices(study: StudyResult, *, columns: int = 3) -> Figure:
         numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
         names = values if numeric else [str(value) for value in values]
         panel.scatter(names, [trial.value for trial in chosen], c=[t.number for t in chosen], cmap="viridis", s=20)
-        if numeric and min(values) > 0 and max(values) / min(values) >= 20:
+        if path in logarithmic:
             panel.set_xscale("log")
         panel.set_xlabel(path, fontsize=8)
         panel.tick_params(axis="x", labelsize=7, rotation=0 if numeric else 20)

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -108,10 +109,23 @@ def hidden_main() -> Iterator[None]:
             setattr(main, name, value)
 
 
-def _serve(connection: Connection, device: str, threads: int) -> None:
-    """A worker process: a task in, its messages out, until the supervisor closes the connection or dies."""
+def follow_supervisor() -> None:
+    """Called in a process of ours: it leaves Ctrl-C to its supervisor, and ends at once when that dies."""
     # Ctrl-C reaches the whole terminal group; the supervisor alone decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    supervisor = multiprocessing.parent_process()
+    if supervisor is not None:
+        threading.Thread(target=_end_with, args=(supervisor.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    wait([sentinel])
+    os._exit(1)
+
+
+def _serve(connection: Connection, device: str, threads: int) -> None:
+    """A worker process: a task in, its messages out, until the supervisor closes the connection or dies."""
+    follow_supervisor()
     from hpo.learn.device import use_threads
 
     use_threads(threads)

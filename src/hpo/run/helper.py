@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hpo.records import DataCard, Notice, SplitCard, StudyResult, TrialResult
-from hpo.run.engines import hidden_main
+from hpo.run.engines import follow_supervisor, hidden_main
 from hpo.spec.study import DataSpec, Setup, SplitSpec
 
 _progress: Connection | None = None  # the helper process's way to say how far a download is
@@ -57,7 +56,7 @@ class Helper:
 def _start(connection: Connection) -> None:
     global _progress
     _progress = connection
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor decides what Ctrl-C means
+    follow_supervisor()
     if hasattr(os, "nice"):
         os.nice(5)  # training comes first
 

@@ -10,7 +10,7 @@ from hpo.errors import DataError, ModelError
 from hpo.home import Home
 from hpo.records import ModelVersion, StudyResult
 from hpo.spec.load import parse_study
-from hpo.spec.study import SCORES
+from hpo.spec.scores import SCORES
 from hpo.track.ledger import openings, record_opening
 from hpo.track.registry import set_alias, versions
 

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from hpo.errors import HpoError, SpecError
 from hpo.home import Home
-from hpo.records import FINAL, Event, Notice, StudyEnded, StudyOpened, StudyResult
+from hpo.records import Event, Notice, StudyEnded, StudyOpened, StudyResult
 from hpo.run.background import Background
 from hpo.run.engines import Engine, InProcess, LocalProcesses, cores, process_context
 from hpo.run.finals import finalists, race
@@ -76,8 +76,7 @@ def run_study(
         background.submit(tracker.open_study, before, spec, prepared.data, prepared.split)
         background.submit(tracker.reconcile, before, spec)
         kept = background.submit(tracker.kept_models, before)
-        searched = [trial for trial in before.trials if trial.candidate.stage != FINAL]
-        finished = sum(trial.state.finished for trial in searched)
+        finished = sum(trial.state.finished for trial in before.counted)
         budget = min(spec.search.trials, total_trials(spec)) if trials is not None else total_trials(spec)
         devices = _assign(workers, prepared.devices, most=max(1, budget - finished, len(finalists(spec, before))))
         opened = StudyOpened(
@@ -90,6 +89,8 @@ def run_study(
             device=", ".join(dict.fromkeys(devices)),
         )
         say(opened)
+        for note in study.notes:
+            say(Notice(note))
         keeper = Keeper(tracker, background, helper, spec, class_names=prepared.data.class_names, watch=say)
         keeper.resume(before, kept, data=prepared.data)
         engine = _engine(workers, devices, context)

@@ -12,8 +12,9 @@ from typing import Any
 from hpo.errors import SpecError
 from hpo.records import StudyResult, Trial, TrialState
 from hpo.search.refine import fits, refined
+from hpo.spec.search import SamplerSpec, StageSpec
 from hpo.spec.space import Choice, Float, Int, Space
-from hpo.spec.study import SamplerSpec, StageSpec, StudySpec
+from hpo.spec.study import StudySpec
 
 # The parameter that says which of several earlier trials a candidate starts from: its options are their numbers.
 CARRIED = "carried"

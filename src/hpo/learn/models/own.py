@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
-from typing import Any
-
 import torch
 from torch import nn
 
-from hpo.errors import HpoError, SpecError, TrainingError
+from hpo.errors import HpoError, TrainingError
+from hpo.learn.dotted import load_function
 from hpo.spec.models import OwnModelSpec
 
 
@@ -20,7 +16,7 @@ def build_own(spec: OwnModelSpec, image_shape: tuple[int, int, int], classes: in
     Raises SpecError where there is no such function, TrainingError where it fails or returns something else than a
     network from float images (n, channels, height, width) to logits (n, classes).
     """
-    function = _function(spec.kind)
+    function = load_function(spec.kind, what="model")
     height, width, channels = image_shape
     try:
         net = function(image_shape=image_shape, classes=classes, **spec.options)
@@ -48,29 +44,3 @@ def build_own(spec: OwnModelSpec, image_shape: tuple[int, int, int], classes: in
             f"Return logits of shape (n, classes), here (2, {classes}).",
         )
     return net
-
-
-def _function(dotted: str) -> Any:
-    module_name, _, name = dotted.partition(":")
-    if str(Path.cwd()) not in sys.path and "" not in sys.path:
-        # The hpo command, unlike python -m, does not look for modules in the working directory.
-        sys.path.append(str(Path.cwd()))
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise SpecError(
-            f"model {dotted}: there is no module {error.name!r}.",
-            f"Put it in the working directory ({Path.cwd()}) or install it, and check its name.",
-        ) from error
-    except Exception as error:
-        raise SpecError(
-            f"model {dotted}: importing {module_name} fails: {type(error).__name__}: {error}.",
-            f"Mend it until this works: python -c 'import {module_name}'",
-        ) from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        known = ", ".join(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
-        raise SpecError(
-            f"model {dotted}: {module_name} has no function {name!r}.", f"It has: {known or 'none'}. Correct the name."
-        )
-    return function

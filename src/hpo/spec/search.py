@@ -1,0 +1,179 @@
+"""What is tried, by whom, and towards what."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from hpo.spec.scores import SCORES, Cost, Positive, Score, Share
+from hpo.spec.space import Part, Space
+
+_CONSTRAINT = r"^ *(parameters|latency_ms|valid_[a-z0-9_]+) *(<=|>=) *[0-9.eE+-]+ *$"
+
+
+def _by_name(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _by_score(value: Any) -> Any:
+    return {"score": value} if isinstance(value, str) else value
+
+
+SamplerName = Literal["random", "grid", "tpe", "cmaes", "gp", "qmc"]
+PrunerName = Literal["none", "median", "successive_halving", "hyperband", "patient", "wilcoxon"]
+
+
+class SamplerSpec(Part):
+    """Who proposes candidates. `sampler: tpe` is short for `sampler: {name: tpe}`."""
+
+    name: SamplerName = "tpe"
+    startup_trials: Annotated[int, Field(ge=0)] = 10
+    """tpe, cmaes, gp: random trials before the model of the results is used."""
+
+
+class PrunerSpec(Part):
+    """Who ends poor trials early. `pruner: median` is short for `pruner: {name: median}`."""
+
+    name: PrunerName = "none"
+    startup_trials: Annotated[int, Field(ge=0)] = 5
+    """median: finished trials before any is pruned; wilcoxon: epochs before one is."""
+    warmup_epochs: Annotated[int, Field(ge=0)] = 0
+    """median: no pruning in these first epochs."""
+    min_epochs: Positive = 1
+    """successive_halving, hyperband: epochs of the first rung."""
+    reduction_factor: Annotated[int, Field(ge=2)] = 3
+    """successive_halving, hyperband: one in so many goes on to the next rung."""
+    patience: Positive = 5
+    """patient: epochs without a better value before a trial is pruned."""
+    p_threshold: Share = 0.1
+    """wilcoxon: prune when the trial is worse than the best one at this level."""
+
+
+class StageSpec(Part):
+    """One step of a staged search: it varies some places and leaves the rest as earlier stages found best."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,49}$")]
+    space: Space = Space()
+    """What this stage varies; empty only with refine."""
+    sampler: Annotated[
+        SamplerSpec | None, BeforeValidator(_by_name, json_schema_input_type=SamplerName | SamplerSpec)
+    ] = None
+    """null: the full grid where the space is finite, else the search's sampler."""
+    trials: Positive | None = None
+    """null: every cell of the grid; needed for any other sampler."""
+    carry: Positive = 1
+    """How many of its best the next stage starts from, each with the whole of its space."""
+    refine: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """In place of a space: all that earlier stages varied, together, around the best trial so far. Ranges shrink to
+    this share of their width, options stay open."""
+
+
+class Objective(Part):
+    """One of several aims: a validation score, or what a network costs."""
+
+    score: Score | Cost
+    direction: Literal["maximize", "minimize"] | None = None
+    """null: what the score calls for."""
+
+    @property
+    def better(self) -> Literal["maximize", "minimize"]:
+        """The direction in which this objective improves."""
+        return self.direction or SCORES.get(self.score, "minimize")
+
+
+class WarmStart(Part):
+    """Candidates that another study found best."""
+
+    study: str
+    """A study of the same storage; only the paths that this search varies are taken over."""
+    best: Positive = 1
+
+
+class SearchSpec(Part):
+    """What is tried, by whom, and towards what."""
+
+    objective: Score = "valid_accuracy"
+    """The score of a trial, at its best epoch."""
+    direction: Literal["maximize", "minimize"] | None = None
+    """null: what the objective calls for."""
+    objectives: list[
+        Annotated[Objective, BeforeValidator(_by_score, json_schema_input_type=Score | Cost | Objective)]
+    ] = Field(default_factory=list)
+    """Several aims in place of one, such as [valid_accuracy, parameters]: trials that none beats in all are kept."""
+    constraints: list[Annotated[str, Field(pattern=_CONSTRAINT)]] = Field(default_factory=list)
+    """Such as `parameters <= 200000`: trials that break one are never best. Limits on parameters are checked before
+    training."""
+    trials: Positive = 20
+    """The study's total, unless --trials says otherwise. Staged searches have the total of their stages."""
+    duplicates: Literal["reseed", "reuse", "reject"] = "reseed"
+    """A candidate that was evaluated before: trained again with a seed of its own, given the earlier result, or
+    replaced by another one."""
+    start: list[dict[str, Any]] = Field(default_factory=list)
+    """Candidates to try first, each a mapping of paths to values; paths left out are drawn by the sampler."""
+    start_from: WarmStart | None = None
+    """Try the best of another study first."""
+    sampler: Annotated[SamplerSpec, BeforeValidator(_by_name, json_schema_input_type=SamplerName | SamplerSpec)] = (
+        SamplerSpec()
+    )
+    pruner: Annotated[PrunerSpec, BeforeValidator(_by_name, json_schema_input_type=PrunerName | PrunerSpec)] = (
+        PrunerSpec()
+    )
+    space: Space = Space()
+    """Dotted paths into this file, and how each may vary."""
+    stages: list[StageSpec] = Field(default_factory=list)
+    """In place of a space: steps that each vary some places and carry their best on."""
+
+    @model_validator(mode="after")
+    def _right_way(self) -> SearchSpec:
+        if not len(self.space) and not self.stages:
+            raise ValueError("the search space is empty. Name at least one path, such as training.optimizer.lr")
+        if len(self.space) and self.stages:
+            raise ValueError("space and stages exclude each other. Move the space into a stage")
+        if len({stage.name for stage in self.stages} | {"final"}) != len(self.stages) + 1:
+            raise ValueError("two stages have one name, or one is called final. Rename one")
+        for index, stage in enumerate(self.stages):
+            self._check_stage(stage, first=index == 0)
+        if len(self.objectives) == 1:
+            raise ValueError("objectives lists one aim. Write it as objective, or add another")
+        if self.objectives and self.pruner.name != "none":
+            raise ValueError(
+                "Optuna prunes searches with one objective only. Write pruner: none, or leave objectives out"
+            )
+        if self.objectives and self.stages:
+            raise ValueError("a stage carries its best on, and several objectives have no best. Leave one of them out")
+        unknown = [path for values in self.start for path in values if path not in self.whole_space]
+        if unknown:
+            raise ValueError(f"start names {unknown[0]}, which the space does not vary. Correct the path")
+        right = SCORES[self.objective]
+        if self.direction not in (None, right):
+            raise ValueError(f"direction {self.direction} would look for the worst {self.objective}. Write {right}")
+        if self.sampler.name == "grid" and not self.stages:
+            for path, parameter in self.space.items():
+                try:
+                    parameter.grid()
+                except ValueError as error:
+                    raise ValueError(f"sampler grid, {path}: {error}") from None
+        return self
+
+    def _check_stage(self, stage: StageSpec, *, first: bool) -> None:
+        if bool(len(stage.space)) == bool(stage.refine):
+            raise ValueError(f"stage {stage.name}: give either a space or refine")
+        if stage.refine and first:
+            raise ValueError(f"stage {stage.name}: there is nothing to refine before the first stage. Move it down")
+        if stage.trials is None and (stage.refine or stage.space.size({}) is None):
+            raise ValueError(f"stage {stage.name}: its space has no finite grid. Give trials")
+        if stage.trials is None and stage.sampler is not None and stage.sampler.name != "grid":
+            raise ValueError(f"stage {stage.name}: sampler {stage.sampler.name} needs a number of trials. Give trials")
+
+    @property
+    def better(self) -> Literal["maximize", "minimize"]:
+        """The direction in which the objective improves."""
+        return self.direction or SCORES[self.objective]
+
+    @property
+    def whole_space(self) -> Space:
+        """All that any stage varies; the later stage's range where two vary one place."""
+        if not self.stages:
+            return self.space
+        return Space({path: parameter for stage in self.stages for path, parameter in stage.space.items()})

@@ -1,0 +1,110 @@
+"""One training: optimizer, schedule, augmentation, and when to stop."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from hpo.spec.models import Rate
+from hpo.spec.scores import Positive, Score, Seed
+from hpo.spec.space import Part
+
+
+class OptimizerSpec(Part):
+    """How weights follow gradients. Fields that an optimizer has not are ignored by it."""
+
+    name: Literal["sgd", "rmsprop", "adam", "adamw"] = "adam"
+    lr: Annotated[float, Field(gt=0.0, le=100.0)] = 1e-3
+    """Learning rate; with a schedule, its highest."""
+    momentum: Rate = 0.0
+    """sgd and rmsprop."""
+    nesterov: bool = False
+    """sgd with a momentum above 0."""
+    weight_decay: Annotated[float, Field(ge=0.0, le=10.0)] = 0.0
+    """L2 penalty; decoupled from the gradient in adamw."""
+    beta1: Rate = 0.9
+    """adam and adamw: decay of the first moment."""
+    beta2: Rate = 0.999
+    """adam and adamw: decay of the second moment."""
+
+
+class ScheduleSpec(Part):
+    """How the learning rate moves, batch by batch."""
+
+    name: Literal["constant", "cosine", "one_cycle", "step", "exponential"] = "constant"
+    """cosine: to 0 along half a cosine. one_cycle: up over `warmup`, then down along a cosine (Smith 2018).
+    step: times gamma every step_epochs. exponential: times gamma every epoch."""
+    warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of all batches in which the rate climbs linearly to its highest; one_cycle takes 0.3 where this is 0."""
+    gamma: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
+    step_epochs: Positive = 10
+
+
+class AugmentSpec(Part):
+    """Random changes of the training images, batch by batch, on the device; 0 and false are off.
+
+    Each image draws amounts of its own. All that moves pixels is one resampling, all that changes colours is another.
+    """
+
+    flip_horizontal: bool = False
+    """Half of the images, left to right."""
+    flip_vertical: bool = False
+    """Half of the images, upside down."""
+    rotate90: bool = False
+    """By a random multiple of 90 degrees; square images only."""
+    rotate: Annotated[float, Field(ge=0.0, le=180.0)] = 0.0
+    """By an angle within this many degrees, either way."""
+    shift: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Across and down, each by up to this share of the side, either way."""
+    crop: Annotated[int, Field(ge=0, le=64)] = 0
+    """Random crop after padding by so many pixels: a shift by whole pixels, which does not blur."""
+    zoom: Annotated[float, Field(ge=0.0, le=3.0)] = 0.0
+    """By a factor between 1 / (1 + zoom) and 1 + zoom."""
+    fill: Literal["reflect", "edge", "black"] = "reflect"
+    """What comes in from beyond the edges."""
+    brightness: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """By a factor within 1 +- this."""
+    contrast: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Distance from the mean grey of the image, by a factor within 1 +- this."""
+    saturation: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Distance from each pixel's grey, by a factor within 1 +- this; RGB only."""
+    hue: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0
+    """By up to this share of the colour circle, either way; RGB only."""
+    randaugment: Annotated[int, Field(ge=0, le=10)] = 0
+    """So many different changes of each image, drawn from rotation, shifts, shears, zoom, brightness, contrast and
+    saturation, all of one strength and random sign (after Cubuk et al. 2020)."""
+    magnitude: Annotated[float, Field(ge=0.0, le=1.0)] = 0.3
+    """randaugment: the strength. 1 is 45 degrees, 0.4 of the side, a shear or zoom by 0.5, a factor 1 +- 0.9."""
+    erase: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Share of the images in which a random rectangle is painted with the mean colour (after Zhong et al. 2020)."""
+    erase_area: Annotated[float, Field(gt=0.0, le=1.0)] = 0.25
+    """erase: the largest rectangle, as a share of the image."""
+    mixup: Annotated[float, Field(ge=0.0, le=10.0)] = 0.0
+    """Blend the images and labels of each batch with those of another order of it, share ~ Beta(mixup, mixup)
+    (Zhang et al. 2018)."""
+    cutmix: Annotated[float, Field(ge=0.0, le=10.0)] = 0.0
+    """Paste a rectangle of other images instead, area ~ Beta(cutmix, cutmix) (Yun et al. 2019). With both, a coin
+    decides for each batch."""
+
+
+class TrainingSpec(Part):
+    """One training."""
+
+    epochs: Positive = 20
+    """The most; early stopping may end it sooner."""
+    batch_size: Annotated[int, Field(ge=1, le=65536)] = 64
+    optimizer: OptimizerSpec = OptimizerSpec()
+    schedule: ScheduleSpec = ScheduleSpec()
+    augment: AugmentSpec = AugmentSpec()
+    label_smoothing: Rate = 0.0
+    class_weights: Literal["none", "balanced"] = "none"
+    """balanced: each class weighs n / (classes * images of the class) in the loss."""
+    monitor: Score = "valid_accuracy"
+    """The score whose best epoch's weights are kept, and that early stopping watches."""
+    patience: Positive | None = None
+    """Stop after so many epochs without a better monitor; null: never."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: the faster of the two for this network, batch and device, by a short measurement."""
+    seed: Seed | None = None
+    """Initialisation, data order and dropout; null: a seed of its own for each trial, from the study's seed."""

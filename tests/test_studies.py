@@ -1,0 +1,67 @@
+"""Every study that ships runs from end to end: one epoch, few trials, on small images made here."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hpo.records import FINAL, TrialState
+from hpo.run.study import run_study
+from hpo.spec.load import load_study, study_files
+
+
+def _images(count: int, side: int, channels: int, classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Noise around a grey level that tells the class."""
+    generator = np.random.default_rng(seed)
+    labels = np.arange(count) % classes
+    levels = np.linspace(30, 220, classes)[labels][:, None, None, None]
+    pixels = generator.normal(levels, 20, (count, side, side, channels)).clip(0, 255).astype(np.uint8)
+    return pixels, labels
+
+
+@pytest.fixture(scope="module")
+def data_paths(tmp_path_factory) -> dict[str, Path]:
+    """A small file in the format of each data set that a study names."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, side, classes, parts in (
+        ("bloodmnist", 28, 8, ("train", "val", "test")),
+        ("cifar10", 32, 10, ("train", "test")),
+    ):
+        arrays = {}
+        for seed, part in enumerate(parts):
+            images, labels = _images(240 if part == "train" else 80, side, 3, classes, seed)
+            arrays |= {f"{part}_images": images, f"{part}_labels": labels[:, None]}
+        np.savez(folder / f"{name}.npz", **arrays)
+    idx = folder / "fashionmnist"
+    idx.mkdir()
+    for seed, (prefix, count) in enumerate((("train", 300), ("t10k", 100))):
+        images, labels = _images(count, 28, 1, 10, seed)
+        for kind, array in (("images-idx3", images[..., 0]), ("labels-idx1", labels.astype(np.uint8))):
+            head = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+            (idx / f"{prefix}-{kind}-ubyte.gz").write_bytes(gzip.compress(head + array.tobytes()))
+    return {"bloodmnist": folder / "bloodmnist.npz", "cifar10": folder / "cifar10.npz", "fashionmnist": idx}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(study_files()))
+def test_study_runs_offline(name, data_paths, tmp_path, monkeypatch):
+    monkeypatch.setenv("HPO_DATA", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    plain = load_study(name)
+    overrides = {"training.epochs": 1, "training.patience": None, "training.precision": "float32"}
+    if plain.data.name in data_paths:
+        overrides["data.path"] = data_paths[plain.data.name]
+    if plain.final is not None:
+        overrides["final.set"] = {"training.epochs": 1}
+    spec = load_study(name, overrides=overrides)
+    study = run_study(spec, trials=None if spec.search.stages else 2, workers=0, home=tmp_path)
+    states = {trial.state for trial in study.trials}
+    assert states <= {TrialState.COMPLETE, TrialState.PRUNED}
+    assert study.best is not None
+    stages = [trial.candidate.stage for trial in study.trials]
+    assert {stage.name for stage in spec.search.stages} <= set(stages)
+    assert (FINAL in stages) == (spec.final is not None)
