@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 # bfloat16 must win by this factor: below it the noise of a busy machine decides, and float32 is the plainer choice.
 _WORTH = 1.15
-_REPEATS = 3
+_REPEATS = 5
 
 
 def has_bfloat16(device: torch.device) -> bool:

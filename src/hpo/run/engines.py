@@ -109,18 +109,22 @@ def hidden_main() -> Iterator[None]:
             setattr(main, name, value)
 
 
-def follow_supervisor() -> None:
-    """Called in a process of ours: it leaves Ctrl-C to its supervisor, and ends at once when that dies."""
+def follow_supervisor(connection: Connection | None = None) -> None:
+    """Called in a process of ours: it leaves Ctrl-C to its supervisor, and ends at once when that dies.
+
+    With a connection on which nothing is sent this way, also when the supervisor closes that.
+    """
     # Ctrl-C reaches the whole terminal group; the supervisor alone decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     supervisor = multiprocessing.parent_process()
     if supervisor is not None:
-        threading.Thread(target=_end_with, args=(supervisor.sentinel,), daemon=True).start()
+        signs = [supervisor.sentinel, *([connection] if connection else [])]
+        threading.Thread(target=_end_with, args=(signs,), daemon=True).start()
 
 
-def _end_with(sentinel: int) -> None:
-    wait([sentinel])
-    os._exit(1)
+def _end_with(signs: list[Any]) -> None:
+    wait(signs)
+    os._exit(0)
 
 
 def _serve(connection: Connection, device: str, threads: int) -> None:

@@ -32,7 +32,7 @@ class Helper:
     """The process, its jobs in order, and what it says meanwhile."""
 
     def __init__(self, context: BaseContext) -> None:
-        self._notices, theirs = context.Pipe(duplex=False)
+        self._notices, theirs = context.Pipe()
         self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_start, initargs=(theirs,))
 
     def submit(self, job: Callable[..., Any], *arguments: Any) -> Future[Any]:
@@ -49,14 +49,15 @@ class Helper:
         return list(newest.values())
 
     def close(self) -> None:
-        """Drop what has not begun and wait for what has."""
-        self._pool.shutdown(cancel_futures=True)
+        """Drop what has not begun and end the process, which would take seconds to leave by itself."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._notices.close()
 
 
 def _start(connection: Connection) -> None:
     global _progress
     _progress = connection
-    follow_supervisor()
+    follow_supervisor(connection)
     if hasattr(os, "nice"):
         os.nice(5)  # training comes first
 
