@@ -49,10 +49,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def test_run_hands_every_option_on(calls: list[dict[str, Any]]) -> None:
-    arguments = (
-        "run digits-mlp --trials 5 --workers 3 --device cpu --home x --fresh --timeout 1h30m --keep-models best:2"
+    numbers = "run digits-mlp --trials 5 --workers 3 --timeout 1h30m --keep-models best:2"
+    words = "--device cpu --home x --fresh --retry-failed"
+    result = runner.invoke(
+        app, [*numbers.split(), *words.split(), "--set", "training.epochs=7", "--set", "data.size=8"]
     )
-    result = runner.invoke(app, [*arguments.split(), "--set", "training.epochs=7", "--set", "data.size=8"])
     assert result.exit_code == 0, result.output
     call = calls[0]
     assert (call["spec"].training.epochs, call["spec"].data.size) == (7, 8)
@@ -63,6 +64,7 @@ def test_run_hands_every_option_on(calls: list[dict[str, Any]]) -> None:
         "device": "cpu",
         "home": Path("x"),
         "fresh": True,
+        "retry_failed": True,
         "timeout": 5400.0,
         "keep_models": "best:2",
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import os
 import shlex
@@ -405,6 +406,7 @@ def main() -> None:
         if "mlflow" not in sys.modules:
             raise
         # Taking down the modules of mlflow and optuna one by one takes two seconds that nobody needs.
+        atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(end.code if isinstance(end.code, int) else 0 if end.code is None else 1)
