@@ -111,6 +111,9 @@ def test_a_study_in_which_everything_fails_stops_early(run_formula, spec):
     run = run_formula(spec, trainer=never, trials=50)
     assert run.reason == "failing"
     assert len(run.trials) == 5
+    mended = run_formula(spec, trials=8)
+    assert mended.reason == "budget"
+    assert [trial.state for trial in mended.trials][5:] == [TrialState.COMPLETE] * 3
 
 
 def test_an_objective_that_is_not_a_number_fails_its_trial(run_formula, spec):

@@ -100,6 +100,7 @@ class Supervisor:
         for trial in study.result().trials:
             if trial.result is not None:
                 self._remember(trial.result, final=trial.candidate.stage == FINAL)
+        self._failed = 0  # what failed before may have been mended since
 
     def run(self) -> str:
         """Search, then train the finals; returns budget, exhausted, timeout, interrupted or failing."""
