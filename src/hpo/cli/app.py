@@ -406,7 +406,10 @@ def main() -> None:
         if "mlflow" not in sys.modules:
             raise
         # Taking down the modules of mlflow and optuna one by one takes two seconds that nobody needs.
+        from hpo.run.engines import end_fork_server
+
         atexit._run_exitfuncs()
+        end_fork_server()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(end.code if isinstance(end.code, int) else 0 if end.code is None else 1)

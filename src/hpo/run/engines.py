@@ -95,6 +95,18 @@ def process_context() -> BaseContext:
     return context
 
 
+def end_fork_server() -> None:
+    """Kill the fork server of this process, if it has one; it has no other way to be ended before its interpreter.
+
+    Left alone it takes seconds to take torch down, and whoever reads our output through a pipe waits for it.
+    """
+    server = getattr(sys.modules.get("multiprocessing.forkserver"), "_forkserver", None)
+    pid = getattr(server, "_forkserver_pid", None)
+    if pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 @contextlib.contextmanager
 def hidden_main() -> Iterator[None]:
     """Start processes inside: they do not import the user's script again, which needs no `if __name__` guard then."""
