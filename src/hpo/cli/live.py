@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 import time
+from abc import ABC, abstractmethod
 from dataclasses import fields
 from typing import Any
 
@@ -31,7 +32,7 @@ WIDEST = 100  # columns of the live display, however wide the terminal
 LABEL = 12  # width of the labels of the last lines
 
 
-class Watcher:
+class Watcher(ABC):
     """Adds events up and shows them; what is shown is for the children.
 
     Use it as a context around run_study(..., watch=watcher).
@@ -46,7 +47,7 @@ class Watcher:
     def __enter__(self) -> Watcher:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:  # noqa: B027 - most children have nothing to put away
         """Nothing to put away, unless a child has it."""
 
     def __call__(self, event: Event) -> None:
@@ -54,9 +55,9 @@ class Watcher:
         self.tally.add(event)
         self.show(event)
 
+    @abstractmethod
     def show(self, event: Event) -> None:
         """Show one event that the tally has taken in."""
-        raise NotImplementedError
 
     @property
     def exit_code(self) -> int:
