@@ -30,6 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Classifier:
     shapes = ({0: torch.export.Dim("images")},)
     torch.export.save(torch.export.export(Colour(), example, dynamic_shapes=shapes), folder / "net.pt2")
     (folder / "config.json").write_text(json.dumps({"class_names": COLOURS, "image_shape": SHAPE}))
+    (folder / "setup.json").write_text("{}")
     save_model(folder / "model", folder, model_id="m-0", run_id="0", tags={})
     return load_model(folder / "model")
 

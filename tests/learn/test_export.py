@@ -18,8 +18,8 @@ MODELS = [MlpSpec(kind="mlp", hidden=16, batch_norm=True, dropout=0.5), CnnSpec(
 def test_the_program_takes_raw_images_and_agrees_with_the_network(model, digits, tmp_path):
     setup = Setup(data=DataSpec(name="digits"), split=SplitSpec(), model=model, training=TrainingSpec())
     net = build_model(model, image_shape=(8, 8, 1), classes=10, seed=3)
-    save_trained(net, digits, tmp_path)
-    program = torch.export.load(export_program(setup, tmp_path)).module()
+    save_trained(net, setup, digits, tmp_path)
+    program = torch.export.load(export_program(tmp_path)).module()
     expected = predict_logits(net, digits, digits.valid, precision="float32").softmax(1)
     images = digits.images[digits.valid]
     assert images.dtype == torch.uint8
@@ -30,8 +30,8 @@ def test_the_program_takes_raw_images_and_agrees_with_the_network(model, digits,
 def test_what_is_left_on_disk_is_the_whole_network_and_holds_no_pickle(digits, tmp_path):
     setup = Setup(data=DataSpec(name="digits"), split=SplitSpec(), model=MODELS[0], training=TrainingSpec())
     net = build_model(MODELS[0], image_shape=(8, 8, 1), classes=10, seed=3)
-    save_trained(net, digits, tmp_path)
-    again, config = load_trained(setup, tmp_path)
+    save_trained(net, setup, digits, tmp_path)
+    again, config = load_trained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
     assert config["class_names"] == [str(digit) for digit in range(10)]
     assert not (tmp_path / PROGRAM).exists()

@@ -1,5 +1,7 @@
 """One training: what it yields, keeps and refuses."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -118,8 +120,8 @@ def test_schedules_follow_their_formulas(schedule, step, factor):
 def test_frozen_weights_stay_out_of_the_optimizer(digits):
     net = _net(digits)
     next(net.parameters()).requires_grad_(False)
-    optimizer = build_optimizer(OptimizerSpec(), net.parameters())
-    assert len(optimizer.param_groups[0]["params"]) == 3
+    optimizer = build_optimizer(OptimizerSpec(), net)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 3
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -130,3 +132,38 @@ def test_a_gpu_trains_as_the_cpu_does(digits_card):
     data = open_trial(digits_card, SplitSpec(kind="holdout"), device=torch.device("cuda"))
     _, epochs = _run(data, TrainingSpec(epochs=3), precision="bfloat16")
     assert epochs[-1].scores["valid_accuracy"] > 0.85
+
+
+def _gradients(data, model, **options):
+    """Weights after one step of plain gradient descent on one batch of 100."""
+    spec = TrainingSpec(epochs=1, batch_size=100, optimizer=OptimizerSpec(name="sgd", lr=0.1), **options)
+    few = replace(data, train=data.train[:100])
+    net = _net(data, model)
+    before = [weight.detach().clone() for weight in net.parameters()]
+    list(train(net, few, spec, seed=0, precision="float32"))
+    return torch.cat([(new - old).flatten() for new, old in zip(net.parameters(), before, strict=True)]).detach()
+
+
+@pytest.mark.parametrize("options", [{}, {"class_weights": "balanced"}, {"augment": AugmentSpec(mixup=0.5)}])
+def test_pieces_of_a_batch_add_up_to_its_gradient(digits, options):
+    whole = _gradients(digits, MLP, **options)
+    torch.testing.assert_close(_gradients(digits, MLP, micro_batch=33, **options), whole, atol=1e-6, rtol=1e-4)
+
+
+def test_a_long_gradient_is_shortened_and_a_short_one_is_left(digits):
+    free = _gradients(digits, MLP)
+    clipped = _gradients(digits, MLP, clip_norm=0.01)
+    assert clipped.norm().item() == pytest.approx(0.1 * 0.01, rel=1e-3)
+    torch.testing.assert_close(clipped / clipped.norm(), free / free.norm(), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(_gradients(digits, MLP, clip_norm=1e6), free)
+
+
+def test_a_moving_average_of_the_weights_is_what_is_judged_and_kept(digits):
+    """Steps this long jump about; their average does not."""
+    model = MlpSpec(kind="mlp", hidden=32, batch_norm=True)
+    jumpy = {"epochs": 6, "optimizer": OptimizerSpec(name="sgd", lr=2.0), "monitor": "valid_loss"}
+    _, plain = _run(digits, TrainingSpec(**jumpy), model=model)
+    net, calm = _run(digits, TrainingSpec(**jumpy, ema=0.98), model=model)
+    assert calm[-1].scores["valid_loss"] < plain[-1].scores["valid_loss"]
+    kept = scores(predict_logits(net, digits, digits.valid, precision="float32"), digits.labels[digits.valid])
+    assert kept["loss"] == pytest.approx(best_of(tuple(calm), "valid_loss").scores["valid_loss"], abs=1e-5)

@@ -227,6 +227,7 @@ def test_a_registered_model_is_never_dropped(home: Home, tracker: Tracker, folde
 def test_a_model_that_cannot_be_saved_leaves_nothing(home: Home, tracker: Tracker, folder: Path) -> None:
     track(tracker, 0)
     (folder / "config.json").write_text("{}")
+    (folder / "setup.json").write_text("{}")
     with pytest.raises(KeyError):
         tracker.keep_model(0, folder)
     assert tracker.kept_models(tiny.study()) == {}

@@ -35,6 +35,7 @@ def export_net(folder: Path, shape: tuple[int, int, int] = SHAPE) -> Path:
     torch.export.save(program, folder / "net.pt2")
     config = {"class_names": CLASSES, "image_shape": shape, "mean": [0.5], "std": [1.0]}
     (folder / "config.json").write_text(json.dumps(config))
+    (folder / "setup.json").write_text("{}")
     return folder
 
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from numpy.typing import NDArray
 
 from hpo.errors import DataError
 from hpo.learn.download import Progress
+from hpo.learn.folders import intact, write_folder, write_text
 from hpo.learn.readers import Pair, Parts
 from hpo.learn.sources import Source, find, gather
 from hpo.learn.split import indices, stratified
@@ -39,6 +38,11 @@ def cache_folder() -> Path:
     own = os.environ.get("HPO_DATA")
     folder = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "hpo"
     return folder.expanduser().absolute()
+
+
+def models_folder() -> Path:
+    """Where models of a store lie that other networks stand on, each in a folder named by its id."""
+    return cache_folder() / "models"
 
 
 def prepare(
@@ -91,21 +95,7 @@ def _indexed(entry: Path) -> DataCard | None:
         card = DataCard(**plain)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return card if _intact(Path(card.folder).parent) else None
-
-
-def _intact(folder: Path) -> bool:
-    """Whether every prepared file has the size and the time of its writing: cheap, and no write leaves both alone."""
-    try:
-        written: Mapping[str, Any] = json.loads((folder / "files.json").read_text(encoding="utf-8"))
-        return written == _stamps(folder)
-    except (OSError, ValueError):
-        return False
-
-
-def _stamps(folder: Path) -> dict[str, list[int]]:
-    stats = {str(path.relative_to(folder)): path.stat() for path in sorted(folder.glob("*/*"))}
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    return card if intact(Path(card.folder).parent) else None
 
 
 def _prepare(source: Source, data: DataSpec, split: SplitSpec, root: Path, entry: Path, report: Progress) -> DataCard:
@@ -135,9 +125,10 @@ def _prepare(source: Source, data: DataSpec, split: SplitSpec, root: Path, entry
         licence=source.licence,
         citation=source.citation,
     )
-    if not _intact(folder):
-        _write(folder, {"development": development, "test": [pairs["test"]]}, card)
-    _write_text(entry, json.dumps(asdict(card)))
+    if not intact(folder):
+        parts = {"development": development, "test": [pairs["test"]]}
+        write_folder(folder, lambda made: _write(made, parts, card))
+    write_text(entry, json.dumps(asdict(card)))
     return card
 
 
@@ -248,21 +239,12 @@ def _digest(pairs: Mapping[str, Pair]) -> str:
     return digest.hexdigest()
 
 
-def _write(folder: Path, parts: Mapping[str, Sequence[Pair]], card: DataCard) -> None:
-    """The whole folder at once: a reader finds all of it or nothing. The caller holds the lock."""
-    for abandoned in folder.parent.glob(".making-*"):
-        shutil.rmtree(abandoned)
-    made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
+def _write(made: Path, parts: Mapping[str, Sequence[Pair]], card: DataCard) -> None:
     for part, pairs in parts.items():
         (made / part).mkdir()
         _save(made / part / f"{part}_images.npy", [images for images, _ in pairs])
         _save(made / part / f"{part}_labels.npy", [labels for _, labels in pairs])
-    _write_text(made / "development" / "card.json", json.dumps(asdict(card), indent=1))
-    _write_text(made / "files.json", json.dumps(_stamps(made)))
-    made.chmod(0o755)  # mkdtemp makes folders that only their owner reads
-    if folder.exists():  # damaged
-        shutil.rmtree(folder)
-    made.replace(folder)
+    write_text(made / "development" / "card.json", json.dumps(asdict(card), indent=1))
 
 
 def _save(path: Path, pieces: Sequence[NDArray[Any]]) -> None:
@@ -278,18 +260,14 @@ def _save(path: Path, pieces: Sequence[NDArray[Any]]) -> None:
             piece.tofile(file)
 
 
-def _write_text(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-
-
 @dataclass(frozen=True)
 class TrialData:
     """All that a trial sees: the development images, on its device. It knows nothing of the test part.
 
     images (n, height, width, channels) uint8 and labels (n,) int64; train and valid are ascending int64 rows of them.
-    mean and std have one value a channel, in [0, 1] as pixel / 255, exact over the training rows; std is at least 1e-6.
+    Where a frozen backbone has seen the images before, images are its features instead, float32 (n, count), or
+    (n, 1 + views, count): of the image as it is, then of augmented views. mean and std have one value a channel, in
+    [0, 1] as pixel / 255, exact over the training rows; std is at least 1e-6.
     """
 
     images: Tensor

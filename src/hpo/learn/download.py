@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from hpo.errors import DataError
@@ -14,25 +15,35 @@ Progress = Callable[[str, int, int], None]
 
 def md5_of(path: Path) -> str:
     """The MD5 of a file, the checksum that these data sets are published with, as 32 hexadecimal digits."""
+    return _digest(path, "md5")
+
+
+def _digest(path: Path, algorithm: str) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()
+        return hashlib.file_digest(file, algorithm).hexdigest()
 
 
-def fetch(url: str, *, md5: str, path: Path, progress: Progress) -> Path:
+def fetch(
+    url: str, *, path: Path, progress: Progress, md5: str = "", sha256: str = "", other: str = "", without: str = ""
+) -> Path:
     """The file at `path`, downloaded from url unless it is there already.
 
-    An interrupted download leaves only `path` + ".part", which the next one overwrites. Raises DataError when the
-    server or the disk fails, and when the file, cached or fresh, has another checksum than md5.
+    One of md5 and sha256 is its checksum, or how that begins. An interrupted download leaves only `path` + ".part",
+    which the next one overwrites. Raises DataError when the server or the disk fails, and when the file, cached or
+    fresh, has another checksum. The error tells two ways out: `other` for a file of one's own, `without` for no file.
     """
+    check = _Check("md5", md5) if md5 else _Check("sha256", sha256)
+    other = other or f"--set data.path={path}"
+    without = without or "Needs no download: hpo run digits-mlp"
     import filelock
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{path}.lock"):
             if path.exists():
-                _refuse_other(path, md5)
+                _refuse_other(path, check, other)
             else:
-                _download(url, md5, path, progress)
+                _download(url, check, path, progress, without)
     except OSError as error:
         raise DataError(
             f"{error.filename or path}: cannot be read or written: {error.strerror or error}.",
@@ -41,16 +52,29 @@ def fetch(url: str, *, md5: str, path: Path, progress: Progress) -> Path:
     return path
 
 
-def _refuse_other(path: Path, md5: str) -> None:
-    found = md5_of(path)
-    if found != md5:
+@dataclass(frozen=True)
+class _Check:
+    """How a published file's checksum begins."""
+
+    algorithm: str
+    start: str
+
+    def miss(self, path: Path) -> str:
+        """What is said of a file with another checksum; empty for the right one."""
+        found = _digest(path, self.algorithm)
+        right = found.startswith(self.start)
+        return "" if right else f"its {self.algorithm} is {found}, the official one is {self.start}"
+
+
+def _refuse_other(path: Path, check: _Check, other: str) -> None:
+    if miss := check.miss(path):
         raise DataError(
-            f"{path}: not the official file: its md5 is {found}, the official one is {md5}.",
-            f"Delete it to have it downloaded again, or say that you mean this file: --set data.path={path}",
+            f"{path}: not the official file: {miss}.",
+            f"Delete it to have it downloaded again, or say that you mean this file: {other}",
         )
 
 
-def _download(url: str, md5: str, path: Path, progress: Progress) -> None:
+def _download(url: str, check: _Check, path: Path, progress: Progress, without: str) -> None:
     import pooch
     from requests import RequestException
 
@@ -62,14 +86,13 @@ def _download(url: str, md5: str, path: Path, progress: Progress) -> None:
         part.unlink(missing_ok=True)
         raise DataError(
             f"{url}: the download failed: {_reason(error)}.",
-            f"Put the file at {path} (md5 {md5}) and run again. Needs no download: hpo run digits-mlp",
+            f"Put the file at {path} ({check.algorithm} {check.start}) and run again. {without}",
         ) from None
-    found = md5_of(part)
-    if found != md5:
+    if miss := check.miss(part):
         part.unlink()
         raise DataError(
-            f"{url}: the server sent another file: its md5 is {found}, the official one is {md5}.",
-            f"Try again later, or put the official file at {path}. Needs no download: hpo run digits-mlp",
+            f"{url}: the server sent another file: {miss}.",
+            f"Try again later, or put the official file at {path}. {without}",
         )
     part.replace(path)
 

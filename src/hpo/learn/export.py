@@ -17,7 +17,7 @@ from hpo.learn.models import build_model
 from hpo.learn.train import normalisation, to_input
 from hpo.spec.study import Setup
 
-WEIGHTS, CONFIG, PROGRAM = "weights.safetensors", "config.json", "net.pt2"
+WEIGHTS, CONFIG, SETUP, PROGRAM = "weights.safetensors", "config.json", "setup.json", "net.pt2"
 
 
 class _Whole(nn.Module):
@@ -39,8 +39,8 @@ class _Whole(nn.Module):
         return logits.softmax(1)
 
 
-def save_trained(net: nn.Module, data: TrialData, folder: Path) -> None:
-    """Leave in folder what export_program needs: the weights, and how images become its input."""
+def save_trained(net: nn.Module, setup: Setup, data: TrialData, folder: Path) -> None:
+    """Leave in folder what export_program needs: the weights, their setup, and how images become their input."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
     save_file(state, folder / WEIGHTS)
@@ -51,21 +51,36 @@ def save_trained(net: nn.Module, data: TrialData, folder: Path) -> None:
         "std": list(data.std),
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+    (folder / SETUP).write_text(setup.model_dump_json(indent=1), encoding="utf-8")
 
 
-def load_trained(setup: Setup, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """The network that save_trained left, on the CPU in evaluation mode, and its config."""
+def load_trained(folder: Path, *, weights: bool = True) -> tuple[nn.Module, dict[str, Any]]:
+    """The network that save_trained left, on the CPU in evaluation mode, and its config.
+
+    A folder that holds the exported program in place of the weights, as a logged model's does, gives the same. With
+    weights=False the network is fresh.
+    """
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    setup = Setup.model_validate_json((folder / SETUP).read_bytes())
     shape = tuple(config["image_shape"])
     classes, binary = len(config["class_names"]), setup.task == "binary"
-    net = build_model(setup.model, image_shape=shape, classes=classes, seed=0, binary=binary)
-    net.load_state_dict(load_file(folder / WEIGHTS))
+    net = build_model(setup.model, image_shape=shape, classes=classes, seed=0, binary=binary, loaded=False)
+    if weights:
+        net.load_state_dict(_weights(folder))
     return net.eval(), config
 
 
-def export_program(setup: Setup, folder: Path) -> Path:
+def _weights(folder: Path) -> dict[str, Tensor]:
+    if (folder / WEIGHTS).is_file():
+        weights: dict[str, Tensor] = load_file(folder / WEIGHTS)
+        return weights
+    state = torch.export.load(folder / PROGRAM).state_dict
+    return {name.removeprefix("net."): tensor for name, tensor in state.items() if name.startswith("net.")}
+
+
+def export_program(folder: Path) -> Path:
     """Write net.pt2 beside the weights in folder: float32, on the CPU, any number of images at a time."""
-    net, config = load_trained(setup, folder)
+    net, config = load_trained(folder)
     whole = _Whole(net, mean=config["mean"], std=config["std"], image_shape=config["image_shape"]).eval()
     # A batch of one would be taken for a constant.
     example = torch.zeros((2, *config["image_shape"]), dtype=torch.uint8)

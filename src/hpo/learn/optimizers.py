@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from hpo.learn.models.backbones import stages
+from hpo.learn.models.transfer import Transfer
 from hpo.spec.training import OptimizerSpec, ScheduleSpec
 
 
@@ -42,11 +44,38 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-def build_optimizer(spec: OptimizerSpec, weights: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer over these weights, as one fused kernel where torch has one."""
-    trained = [weight for weight in weights if weight.requires_grad]
+def build_optimizer(spec: OptimizerSpec, net: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer over the weights of net that train, now or later; as one fused kernel where torch has one.
+
+    Each of its groups has a `scale`, which its learning rate is to be multiplied by: layer_decay to the power of the
+    stages between it and the head.
+    """
+    standing = next((part for part in net.modules() if isinstance(part, Transfer)), None)
+    later = standing is not None and standing.unfreeze_epoch is not None
+    groups: list[dict[str, Any]] = [
+        {"params": [weight for weight in weights if weight.requires_grad or later], "scale": spec.layer_decay**distance}
+        for distance, weights in by_depth(net).items()
+    ]
+    groups = [group for group in groups if group["params"]]
     # Fused loops over the weights once instead of once per operation: 1.2 to 3 times faster steps for small networks.
-    return OPTIMIZERS[spec.name](trained, spec, fused=trained[0].device.type in ("cpu", "cuda"))
+    return OPTIMIZERS[spec.name](groups, spec, fused=groups[0]["params"][0].device.type in ("cpu", "cuda"))
+
+
+def by_depth(net: nn.Module) -> dict[int, list[nn.Parameter]]:
+    """The weights of net by their distance from the head, in stages; the head's is 0."""
+    standing = next((part for part in net.modules() if isinstance(part, Transfer)), None)
+    columns = [[*stages(body), standing.head] for body in standing.bodies] if standing else [stages(net)]
+    far = max(map(len, columns))  # weights outside of any stage, such as a class token, go with the first
+    distance = {
+        id(weight): place
+        for column in columns
+        for place, part in enumerate(reversed(column))
+        for weight in part.parameters()
+    }
+    found: dict[int, list[nn.Parameter]] = {}
+    for weight in net.parameters():
+        found.setdefault(distance.get(id(weight), far - 1), []).append(weight)
+    return found
 
 
 def learning_rate_factor(spec: ScheduleSpec, *, step: int, steps: int, steps_per_epoch: int) -> float:

@@ -6,15 +6,19 @@ import math
 import time
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel
 
 from hpo.errors import TrainingError
 from hpo.learn.augment import build_augment, mix_batch
 from hpo.learn.data import TrialData
+from hpo.learn.features import pick_view
 from hpo.learn.metrics import scores
+from hpo.learn.models.transfer import Transfer
 from hpo.learn.optimizers import build_optimizer, learning_rate_factor
 from hpo.records import Epoch
 from hpo.spec.scores import SCORES
@@ -43,10 +47,19 @@ def normalisation(mean: Sequence[float], std: Sequence[float], image_shape: Sequ
 
 
 def input_of(data: TrialData) -> Callable[[Tensor], Tensor]:
-    """What turns images of this data, (n, height, width, channels) uint8 on its device, into a network's input."""
+    """What turns images of this data, (n, height, width, channels) uint8 on its device, into a network's input.
+
+    Of features it gives those of the images as they are.
+    """
+    if data.images.dtype != torch.uint8:
+        return _plain_view
     device = data.images.device
     scale, shift = (part.to(device) for part in normalisation(data.mean, data.std, data.images.shape[1:]))
     return partial(to_input, scale=scale, shift=shift)
+
+
+def _plain_view(features: Tensor) -> Tensor:
+    return features if features.ndim == 2 else features[:, 0]
 
 
 def class_weights(labels: Tensor, classes: int) -> Tensor:
@@ -60,10 +73,10 @@ def predict_logits(net: nn.Module, data: TrialData, rows: Tensor, *, precision: 
     net.eval()
     device = data.images.device
     normalise = input_of(data)
+    # Backbones resize images, and their maps are larger than the images.
+    batch = 64 if any(isinstance(part, Transfer) for part in net.modules()) else _EVALUATION_BATCH
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        parts = [
-            net(normalise(data.images.index_select(0, part))).float() for part in torch.split(rows, _EVALUATION_BATCH)
-        ]
+        parts = [net(normalise(data.images.index_select(0, part))).float() for part in torch.split(rows, batch)]
     return torch.cat(parts)
 
 
@@ -87,9 +100,12 @@ def train(
     # Dropout draws from torch's global generator; data order and augmentation from one of their own.
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = build_optimizer(spec.optimizer, net.parameters())
-    augment = build_augment(spec.augment)
+    optimizer = build_optimizer(spec.optimizer, net)
+    augment = build_augment(spec.augment) if data.images.dtype == torch.uint8 else pick_view
     normalise = input_of(data)
+    averaged = _moving_average(net, spec.ema) if spec.ema else None
+    judged = net if averaged is None else averaged.module
+    standing = [part for part in net.modules() if isinstance(part, Transfer)]
     valid_labels = data.labels[data.valid]
     classes = len(data.class_names)
     weights = class_weights(data.labels[data.train], classes) if spec.class_weights == "balanced" else None
@@ -101,6 +117,8 @@ def train(
 
     for number in range(1, spec.epochs + 1):
         started = time.perf_counter()
+        for part in standing:
+            part.begin_epoch(number)
         net.train()
         totals = torch.zeros(2, dtype=torch.float64, device=device)  # loss summed over images, hits
         seen = 0
@@ -115,29 +133,26 @@ def train(
                 continue  # batch norm cannot learn from a single image
             rate = spec.optimizer.lr * factor
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["scale"]
             # index_select gathers rows ten times faster than indexing does.
             images, labels = data.images.index_select(0, rows), data.labels.index_select(0, rows)
             if augment is not None:
                 images = augment(images, generator)
             inputs, labels, others, share = mix_batch(normalise(images), labels, spec.augment, generator)
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-                logits = net(inputs)
-            logits = logits.float()
-            loss = loss_of(logits, labels)
-            if share < 1:
-                loss = share * loss + (1 - share) * loss_of(logits, others)
             optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(loss)
+            loss, logits = _backward(net, inputs, (labels, others, share), loss_of, spec.micro_batch, precision)
+            if spec.clip_norm is not None:
+                nn.utils.clip_grad_norm_(net.parameters(), spec.clip_norm)
             optimizer.step()
-            with torch.no_grad():
-                totals += torch.stack([loss.double() * len(rows), (logits.argmax(1) == labels).sum().double()])
+            if averaged is not None:
+                averaged.update_parameters(net)
+            totals += torch.stack([loss.double() * len(rows), (logits.argmax(1) == labels).sum().double()])
             seen += len(rows)
 
         loss_sum, hits = totals.tolist()
         measured = {"train_loss": loss_sum / seen, "train_accuracy": hits / seen}
         if len(data.valid):
-            logits = predict_logits(net, data, data.valid, precision=precision)
+            logits = predict_logits(judged, data, data.valid, precision=precision)
             measured |= {f"valid_{name}": value for name, value in scores(logits, valid_labels).items()}
         losses = {name: value for name, value in measured.items() if name.endswith("_loss")}
         if not all(map(math.isfinite, losses.values())):
@@ -145,7 +160,7 @@ def train(
             raise TrainingError(f"epoch {number}: {shown}.", "It diverged: a lower learning rate usually helps.")
         if len(data.valid) and sign * measured[spec.monitor] > best_score:
             best_score, best_epoch = sign * measured[spec.monitor], number
-            best_state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+            best_state = {name: tensor.clone() for name, tensor in judged.state_dict().items()}
         stale = spec.patience is not None and number - best_epoch >= spec.patience and len(data.valid) > 0
         last = stale or number == spec.epochs
         seconds = time.perf_counter() - started
@@ -153,5 +168,61 @@ def train(
         if last:
             break
 
-    if best_state is not None:
-        net.load_state_dict(best_state)
+    if best_state is not None or averaged is not None:
+        net.load_state_dict(best_state or judged.state_dict())
+
+
+def _backward(
+    net: nn.Module,
+    inputs: Tensor,
+    wanted: tuple[Tensor, Tensor, float],
+    loss_of: partial[Tensor],
+    micro_batch: int | None,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    """Add the gradient of a batch's mean loss to the weights, piece by piece; returns that loss and the logits.
+
+    wanted is what mix_batch gives: labels, other labels, and the share of the first. Pieces are of nearly equal size.
+    """
+    labels, others, share = wanted
+    pieces = -(-len(labels) // micro_batch) if micro_batch else 1
+    loss, answers = torch.zeros((), device=inputs.device), []
+    for part, first, second in zip(
+        inputs.tensor_split(pieces), labels.tensor_split(pieces), others.tensor_split(pieces), strict=True
+    ):
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            logits = net(part)
+        logits = logits.float()
+        piece = loss_of(logits, first) * _weight(first, labels, loss_of)
+        if share < 1:
+            piece = share * piece + (1 - share) * loss_of(logits, second) * _weight(second, others, loss_of)
+        torch.autograd.backward(piece)
+        loss += piece.detach()
+        answers.append(logits.detach())
+    return loss, torch.cat(answers)
+
+
+def _weight(part: Tensor, whole: Tensor, loss_of: partial[Tensor]) -> Tensor | float:
+    """What the mean loss of a piece counts in that of its batch: torch's mean is over the weights of the classes."""
+    weights = loss_of.keywords["weight"]
+    if len(part) == len(whole):
+        return 1.0
+    share: Tensor | float = (
+        weights[part].sum() / weights[whole].sum() if weights is not None else len(part) / len(whole)
+    )
+    return share
+
+
+def _moving_average(net: nn.Module, keep: float) -> AveragedModel:
+    """A copy of net whose weights and running means follow it, keeping `keep` of themselves in every step.
+
+    In step n at most (1 + n) / (10 + n), so that the first weights are soon forgotten.
+    """
+
+    def follow(own: Any, others: Any, steps: Any) -> None:
+        if own[0].is_floating_point():
+            torch._foreach_lerp_(own, others, 1 - min(keep, (1 + int(steps)) / (10 + int(steps))))
+        else:  # counts of batches
+            torch._foreach_copy_(own, others)
+
+    return AveragedModel(net, multi_avg_fn=follow, use_buffers=True)

@@ -8,15 +8,18 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import fmean, median, pstdev
+from types import MappingProxyType
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hpo.learn.data import TrialData, open_trial
+from hpo.learn.data import TrialData, cache_folder, open_trial
 from hpo.learn.export import save_trained
+from hpo.learn.features import cached_views, features_of
 from hpo.learn.metrics import confusion_matrix
-from hpo.learn.models import build_model, parameter_count
+from hpo.learn.models import build_model, parameter_count, standing_of
+from hpo.learn.models.binary import OneLogit
 from hpo.learn.precision import faster_precision
 from hpo.learn.train import input_of, predict_logits, train
 from hpo.records import DataCard, Epoch, TrialResult, TrialState, best_of, pack_classes
@@ -26,11 +29,17 @@ VALIDATION = "validation.npz"  # rows, labels, probabilities of the validation p
 
 
 @dataclass(frozen=True)
-class _Network:
-    """A freshly built network on its device with its data, and how it will be computed."""
+class Built:
+    """A freshly built network on its device with its data, and how it will be computed.
+
+    net learns from data. Where a frozen backbone has seen the images already, that is the head of `whole`, and data has
+    features in place of `pixels`.
+    """
 
     net: nn.Module
     data: TrialData
+    whole: nn.Module
+    pixels: TrialData
     parameters: int
     precision: str
     key: str
@@ -61,7 +70,7 @@ def train_trial(
     best: list[Epoch] = []
     complete = True
     for fold in range(folds):
-        made = _build(setup, card, seed=seed + fold, fold=fold, device_name=device_name, precisions=precisions)
+        made = build(setup, card, seed=seed + fold, fold=fold, device_name=device_name, precisions=precisions)
         if made.parameters > most_parameters:
             reason = f"{made.parameters} parameters, and the search allows {most_parameters:g}"
             costs = {"parameters": float(made.parameters)}
@@ -84,7 +93,7 @@ def train_trial(
             break
     scores = {**_means(best), "parameters": float(made.parameters)}
     if latency:
-        scores["latency_ms"] = latency_ms(made.net, made.data)
+        scores["latency_ms"] = latency_ms(made.whole, made.pixels)
     result = TrialResult(
         number=number,
         state=TrialState.COMPLETE if complete else TrialState.PRUNED,
@@ -99,7 +108,7 @@ def train_trial(
             "threads": str(torch.get_num_threads()),
         },
     )
-    return _left(result, made, folder) if complete and folds == 1 else result
+    return _left(result, made, setup, folder) if complete and folds == 1 else result
 
 
 @lru_cache(maxsize=4)
@@ -127,19 +136,42 @@ def latency_ms(net: nn.Module, data: TrialData, *, repeats: int = 30) -> float:
     return 1000 * median(seconds[3:])
 
 
-def _build(
-    setup: Setup, card: DataCard, *, seed: int, fold: int, device_name: str, precisions: Mapping[str, str]
-) -> _Network:
-    data = trial_data(card, setup.split, device_name, fold)
-    classes, binary = len(data.class_names), setup.task == "binary"
-    net = build_model(setup.model, image_shape=card.image_shape, classes=classes, seed=seed, binary=binary)
-    net.to(torch.device(device_name))
-    parameters, batch_size = parameter_count(net), setup.training.batch_size
+def build(
+    setup: Setup,
+    card: DataCard,
+    *,
+    seed: int,
+    device_name: str,
+    fold: int = 0,
+    precisions: Mapping[str, str] = MappingProxyType({}),
+) -> Built:
+    """The network of a candidate and what it learns from; features of frozen backbones are computed if need be."""
+    whole, pixels = build_whole(setup, card, seed=seed, device_name=device_name, fold=fold)
+    net, data = whole, pixels
+    standing = standing_of(whole)
+    if standing is not None and cached_views(setup) is not None:
+        data = features_of(standing, setup, pixels, digest=card.digest, cache=cache_folder())
+        net = OneLogit(standing.head) if setup.task == "binary" else standing.head
+    parameters, batch_size = parameter_count(whole), setup.training.batch_size
     key = f"{device_name} {setup.model.kind} 2^{parameters.bit_length()} batch {batch_size}"
     precision: str = setup.training.precision
     if precision == "auto":
         precision = precisions.get(key) or measured_precision(net, data, batch_size)
-    return _Network(net, data, parameters, precision, key)
+    return Built(net, data, whole, pixels, parameters, precision, key)
+
+
+def build_whole(
+    setup: Setup, card: DataCard, *, seed: int, device_name: str, fold: int = 0
+) -> tuple[nn.Module, TrialData]:
+    """The network of a candidate, and the images as it wants them."""
+    data = trial_data(card, setup.split, device_name, fold)
+    classes, binary = len(data.class_names), setup.task == "binary"
+    net = build_model(setup.model, image_shape=card.image_shape, classes=classes, seed=seed, binary=binary)
+    if standing_of(net) is not None:
+        # Its bodies normalise, each as its weights want it.
+        channels = card.image_shape[2]
+        data = replace(data, mean=(0.0,) * channels, std=(1.0,) * channels)
+    return net.to(torch.device(device_name)), data
 
 
 def _input(data: TrialData, rows: Tensor) -> Tensor:
@@ -155,10 +187,10 @@ def _means(best: list[Epoch]) -> dict[str, float]:
     return means | {f"{name}_std": pstdev(values) for name, values in columns.items()}
 
 
-def _left(result: TrialResult, made: _Network, folder: Path) -> TrialResult:
+def _left(result: TrialResult, made: Built, setup: Setup, folder: Path) -> TrialResult:
     """Save the best weights and the validation probabilities; the result with the validation confusion matrix."""
     data = made.data
-    save_trained(made.net, data, folder)
+    save_trained(made.whole, setup, made.pixels, folder)
     if not len(data.valid):
         return replace(result, folder=str(folder))
     logits = predict_logits(made.net, data, data.valid, precision=made.precision)

@@ -6,8 +6,10 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpo.home import Home
 from hpo.records import DataCard, SplitCard
 from hpo.run.engines import cores
+from hpo.run.standing import with_model
 from hpo.search.stages import total_trials
 from hpo.spec.study import StudySpec
 
@@ -26,6 +28,7 @@ class CheckReport:
     precision: str
     parameter_count: int
     batch_seconds: float
+    features_seconds: float
     epoch_seconds: float
     export_seconds: float
     model_bytes: int
@@ -36,13 +39,16 @@ class CheckReport:
     warnings: tuple[str, ...]
 
 
-def check_study(spec: StudySpec, *, trials: int | None = None, device: str = "auto") -> CheckReport:
+def check_study(
+    spec: StudySpec, *, trials: int | None = None, device: str = "auto", home: str | Path | None = None
+) -> CheckReport:
     """Validate a study against its data and this machine. Raises HpoError for what would fail a run."""
     from hpo.learn.data import prepare
     from hpo.learn.device import resolve_devices
     from hpo.learn.preflight import preflight
     from hpo.learn.split import split_card
 
+    spec = with_model(spec, Home.find(home))
     devices = resolve_devices(device)
     card = prepare(spec.data, spec.split)
     split = split_card(card, spec.split)
@@ -61,12 +67,13 @@ def check_study(spec: StudySpec, *, trials: int | None = None, device: str = "au
         precision=flight.precision,
         parameter_count=flight.parameter_count,
         batch_seconds=flight.batch_seconds,
+        features_seconds=flight.features_seconds,
         epoch_seconds=flight.epoch_seconds,
         export_seconds=flight.export_seconds,
         model_bytes=flight.model_bytes,
         workers=workers,
         trials=count,
-        estimated_seconds=epochs * flight.epoch_seconds / min(workers, count),
+        estimated_seconds=(epochs * flight.epoch_seconds + flight.features_seconds) / min(workers, count),
         estimated_bytes=flight.model_bytes * min(count, spec.keep.count),
         warnings=tuple(_warnings(spec, card, split)),
     )

@@ -21,6 +21,7 @@ from hpo.run.engines import Engine, InProcess, LocalProcesses, cores, process_co
 from hpo.run.finals import finalists, race
 from hpo.run.helper import Helper, Prepared, draw_study, prepare
 from hpo.run.keep import Keeper
+from hpo.run.standing import with_model
 from hpo.run.supervise import Supervisor, Watch
 from hpo.search.stages import stage_warnings, total_trials
 from hpo.spec.study import KeepSpec, StudySpec
@@ -50,7 +51,7 @@ def run_study(
     and tried again by the next run. Raises HpoError for whatever the user can mend.
     """
     place = Home.find(home).create()
-    spec = _with_options(spec, trials=trials, keep_models=keep_models)
+    spec = with_model(_with_options(spec, trials=trials, keep_models=keep_models), place)
     if workers is not None and workers < 0:
         raise HpoError(f"--workers {workers}: is negative.", "Give 1 or more, or 0 to train in this process.")
     deadline = time.monotonic() + timeout if timeout is not None else float("inf")

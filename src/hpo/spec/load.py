@@ -81,14 +81,13 @@ def load_study(study: str | Path, *, overrides: Mapping[str, Any] | Iterable[str
     """
     path = find_study(study)
     tree, node = _read(path)
-    _anchor_data_path(tree, path.parent)
+    _anchor_paths(tree, path.parent)
     pairs = overrides.items() if isinstance(overrides, Mapping) else map(_parse_override, overrides)
     set_places: list[str] = []
     for place, value in pairs:
-        if place == "data.path" and value is not None:
-            value = str(Path(str(value)).expanduser().absolute())
         _override(tree, place, value)
         set_places.append(place)
+    _anchor_paths(tree, Path())
     tree.setdefault("name", path.stem)
     try:
         return StudySpec.model_validate(tree)
@@ -139,10 +138,15 @@ def _read(path: Path) -> tuple[dict[str, Any], yaml.Node | None]:
     return tree, node
 
 
-def _anchor_data_path(tree: dict[str, Any], folder: Path) -> None:
-    data = tree.get("data")
-    if isinstance(data, dict) and isinstance(data.get("path"), str):
-        tree["data"] = {**data, "path": str((folder / Path(data["path"]).expanduser()).absolute())}
+def _anchor_paths(tree: dict[str, Any], folder: Path) -> None:
+    """Make the files that a study names independent of the working directory."""
+    model = tree.get("model")
+    backbones = model.get("backbones") if isinstance(model, dict) else None
+    places = [(tree.get("data"), "path"), (model, "weights")]
+    places += [(each, "weights") for each in (backbones if isinstance(backbones, list) else [])]
+    for part, key in places:
+        if isinstance(part, dict) and isinstance(part.get(key), str) and part[key] not in ("imagenet", "none"):
+            part[key] = str((folder / Path(part[key]).expanduser()).absolute())
 
 
 def _parse_override(text: str) -> tuple[str, Any]:

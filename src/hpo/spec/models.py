@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
+from hpo.spec.basic import Activation, Rate, Width
+from hpo.spec.pretrained import FusionSpec, TimmSpec, TorchvisionSpec, TransferSpec
 from hpo.spec.space import Part
 
 
@@ -18,9 +20,6 @@ def _odd(value: int) -> int:
     return value
 
 
-Activation = Literal["relu", "leaky_relu", "elu", "gelu", "silu", "tanh", "sigmoid"]
-Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
-Width = Annotated[int, Field(ge=1, le=65536)]
 Kernel = Annotated[int, Field(ge=1, le=63)]
 OddKernel = Annotated[Kernel, AfterValidator(_odd)]
 Padding = Literal["same", "valid"]
@@ -168,7 +167,7 @@ class OwnModelSpec(Part):
 
 
 # Tags of the union: a `kind` of the file, and "own" for whatever has the dotted form.
-KINDS = ("mlp", "cnn", "convnet", "resnet", "own")
+KINDS = ("mlp", "cnn", "convnet", "resnet", "torchvision", "timm", "fusion", "transfer", "own")
 
 
 def _kind_of(value: Any) -> Any:
@@ -198,6 +197,10 @@ ModelSpec = Annotated[
     | Annotated[CnnSpec, Tag("cnn")]
     | Annotated[ConvnetSpec, Tag("convnet")]
     | Annotated[ResnetSpec, Tag("resnet")]
+    | Annotated[TorchvisionSpec, Tag("torchvision")]
+    | Annotated[TimmSpec, Tag("timm")]
+    | Annotated[FusionSpec, Tag("fusion")]
+    | Annotated[TransferSpec, Tag("transfer")]
     | Annotated[OwnModelSpec, Tag("own")],
     Discriminator(_tag),
     BeforeValidator(_known),

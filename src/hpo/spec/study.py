@@ -84,12 +84,23 @@ class KeepSpec(Part):
     """What stays on disk."""
 
     models: Annotated[str, Field(pattern=r"^(all|none|best:[1-9][0-9]*)$")] = "best:10"
-    """all, none, or best:K: a trial's model and pictures are kept while it is among the K best."""
+    """all, none, or best:K: a trial's model is kept while it is among the K best."""
+    figures: Annotated[str, Field(pattern=r"^(all|none|best:[1-9][0-9]*)$")] = "best:10"
+    """The same for its pictures. They are drawn of trials that keep their model."""
 
     @property
     def count(self) -> float:
         """How many trials keep their model; inf for all."""
-        return {"all": float("inf"), "none": 0}.get(self.models) or float(self.models.partition(":")[2] or 0)
+        return _count(self.models)
+
+    @property
+    def figure_count(self) -> float:
+        """How many trials keep their pictures; inf for all."""
+        return _count(self.figures)
+
+
+def _count(policy: str) -> float:
+    return {"all": float("inf"), "none": 0}.get(policy) or float(policy.partition(":")[2] or 0)
 
 
 class StudySpec(Part):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from hpo.spec.models import Rate
+from hpo.spec.basic import Rate
 from hpo.spec.scores import Positive, Score, Seed
 from hpo.spec.space import Part
 
@@ -27,6 +27,8 @@ class OptimizerSpec(Part):
     """adam and adamw: decay of the first moment."""
     beta2: Rate = 0.999
     """adam and adamw: decay of the second moment."""
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Each stage of the network learns at this times the rate of the stage after it, the head at the full rate."""
 
 
 class ScheduleSpec(Part):
@@ -104,6 +106,14 @@ class TrainingSpec(Part):
     """The score whose best epoch's weights are kept, and that early stopping watches."""
     patience: Positive | None = None
     """Stop after so many epochs without a better monitor; null: never."""
+    clip_norm: Annotated[float, Field(gt=0.0)] | None = None
+    """A gradient longer than this, over all weights, is shortened to it. null: never."""
+    micro_batch: Positive | None = None
+    """Images that go through the network at once; gradients of a batch's pieces are summed before each step, so that a
+    large batch fits into little memory. Batch norm sees the pieces. null: the whole batch."""
+    ema: Rate = 0.0
+    """Evaluate and keep a moving average of the weights, which keeps this share of itself in every step (less in the
+    first steps). 0: the weights themselves."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: the faster of the two for this network, batch and device, by a short measurement."""
     seed: Seed | None = None

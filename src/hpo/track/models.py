@@ -12,16 +12,16 @@ from typing import Any
 from hpo.errors import ModelError
 from hpo.track.store import load_mlflow, local_path, quiet
 
-NET, CONFIG, WEIGHTS = "net.pt2", "config.json", "weights.safetensors"
+NET, CONFIG, SETUP, WEIGHTS = "net.pt2", "config.json", "setup.json", "weights.safetensors"
 
 
 def log_model(client: Any, run: Any, folder: Path) -> str:
-    """Log folder's net.pt2 and config.json as the model of a run; returns models:/m-<id>.
+    """Log folder's net.pt2, config.json and setup.json as the model of a run; returns models:/m-<id>.
 
     run is an mlflow.entities.Run whose metrics become the model's. The model takes (n, height, width, channels) uint8
     and needs torch, mlflow, numpy and pandas, not this package. Raises ModelError where a file is missing.
     """
-    for name in (NET, CONFIG):
+    for name in (NET, CONFIG, SETUP):
         if not (folder / name).is_file():
             raise ModelError(f"{folder / name}: no such file.", "Export the network there before it is logged.")
     load_mlflow()
@@ -83,7 +83,7 @@ def delete_artifacts(client: Any, uri: str, path: str | None = None) -> None:
 
 
 def save_model(target: Path, folder: Path, *, model_id: str, run_id: str, tags: Mapping[str, str]) -> None:
-    """Write the MLflow model of folder's net.pt2 and config.json into target, a folder that is not there yet."""
+    """Write the MLflow model of folder's program, config and setup into target, a folder that is not there yet."""
     load_mlflow()
     from mlflow.models import Model, ModelSignature
     from mlflow.pyfunc import save_model as save_pyfunc
@@ -98,7 +98,7 @@ def save_model(target: Path, folder: Path, *, model_id: str, run_id: str, tags: 
         save_pyfunc(
             str(target),
             python_model=str(Path(__file__).with_name("pyfunc_model.py")),
-            artifacts={"net": str(folder / NET), "config": str(folder / CONFIG)},
+            artifacts={"net": str(folder / NET), "config": str(folder / CONFIG), "setup": str(folder / SETUP)},
             # Given, because inferring them loads the model in another process: seconds for each trial.
             pip_requirements=[f"{name}=={_public_version(name)}" for name in ("mlflow", "numpy", "pandas", "torch")],
             signature=ModelSignature(inputs=Schema([images]), outputs=Schema(classes)),

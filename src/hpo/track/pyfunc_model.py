@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 # Bounds the memory of a request; larger chunks are not faster on a CPU.
-CHUNK_IMAGES = 256
+CHUNK_IMAGES = 64
 
 
 class ImageClassifier(mlflow.pyfunc.PythonModel):  # type: ignore[misc]

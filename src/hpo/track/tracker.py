@@ -101,7 +101,7 @@ class Tracker:
             return str(run.data.tags[runs.MODEL])
         for path in sorted(folder.iterdir()):
             # The model has the first two, and the weights within the first.
-            if path.is_file() and path.name not in (models.NET, models.CONFIG, models.WEIGHTS):
+            if path.is_file() and path.name not in (models.NET, models.CONFIG, models.SETUP, models.WEIGHTS):
                 client.log_artifact(run.info.run_id, str(path), _REPORT)
         uri = models.log_model(client, run, folder)
         client.set_tag(run.info.run_id, runs.MODEL, uri)

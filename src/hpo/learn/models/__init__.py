@@ -9,12 +9,15 @@ import torch
 from torch import nn
 
 from hpo.errors import TrainingError
+from hpo.learn.data import models_folder
 from hpo.learn.models.basic import build_cnn, build_mlp
 from hpo.learn.models.binary import OneLogit
 from hpo.learn.models.convnet import build_convnet
 from hpo.learn.models.own import build_own
 from hpo.learn.models.resnet import build_resnet
+from hpo.learn.models.transfer import Transfer, build_transfer
 from hpo.spec.models import ModelSpec
+from hpo.spec.pretrained import Tuned
 
 # kind in the study file -> builder(spec, image shape (height, width, channels), number of outputs).
 MODELS: dict[str, Callable[[Any, tuple[int, int, int], int], nn.Module]] = {
@@ -26,13 +29,20 @@ MODELS: dict[str, Callable[[Any, tuple[int, int, int], int], nn.Module]] = {
 
 
 def build_model(
-    spec: ModelSpec, *, image_shape: tuple[int, int, int], classes: int, seed: int, binary: bool = False
+    spec: ModelSpec,
+    *,
+    image_shape: tuple[int, int, int],
+    classes: int,
+    seed: int,
+    binary: bool = False,
+    loaded: bool = True,
 ) -> nn.Module:
     """A freshly initialised network on the CPU; the same seed gives the same weights.
 
     image_shape is (height, width, channels). With binary=True, for 2 classes only, the network has one output and is
-    wrapped in OneLogit. Raises TrainingError where the images are too small for the network, SpecError where a network
-    of the user's own cannot be found.
+    wrapped in OneLogit. With loaded=False weights of others are not looked for: the caller brings all weights. Raises
+    TrainingError where the images are too small for the network, SpecError where a network of the user's own or of a
+    library cannot be found, DataError where its weights cannot.
     """
     if binary and classes != 2:
         raise TrainingError(
@@ -42,7 +52,11 @@ def build_model(
         # torch's initialisers take no generator: the global one is set for the length of the block.
         torch.manual_seed(seed)
         try:
-            net = MODELS.get(spec.kind, build_own)(spec, image_shape, 1 if binary else classes)
+            outputs = 1 if binary else classes
+            if isinstance(spec, Tuned):
+                net = build_transfer(spec, image_shape, outputs, loaded=loaded, models=models_folder())
+            else:
+                net = MODELS.get(spec.kind, build_own)(spec, image_shape, outputs)
         except (RuntimeError, ValueError) as error:
             raise TrainingError(
                 f"model {spec.kind} does not fit images of {image_shape}: {error}.",
@@ -54,3 +68,9 @@ def build_model(
 def parameter_count(net: nn.Module, *, trainable: bool = True) -> int:
     """Number of weights and biases; with trainable=True only those that training changes."""
     return sum(weight.numel() for weight in net.parameters() if weight.requires_grad or not trainable)
+
+
+def standing_of(net: nn.Module) -> Transfer | None:
+    """The part of a network that stands on others, if it is of that kind."""
+    core = net.net if isinstance(net, OneLogit) else net
+    return core if isinstance(core, Transfer) else None
