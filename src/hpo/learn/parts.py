@@ -1,0 +1,65 @@
+"""The images on which models are judged: a validation or test part, and which of its images others hold too."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hpo.learn.data import load_tensor
+from hpo.learn.duplicates import pixel_digests
+from hpo.learn.sealed import open_test
+from hpo.learn.split import Rows, indices
+from hpo.records import DataCard
+from hpo.spec.study import SplitSpec
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Part:
+    """images (n, height, width, channels) uint8 and labels (n,) int64 of one part."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+
+def validation_part(card: DataCard, split: SplitSpec) -> Part:
+    """What a training with this split validates on; folds have no one such part. Raises DataError."""
+    folder = Path(card.folder)
+    images = load_tensor(folder / "development_images.npy", _CPU).numpy()
+    labels = load_tensor(folder / "development_labels.npy", _CPU).numpy()
+    _, rows = indices(labels, split=split, valid_start=card.valid_start)
+    return Part(images[rows], labels[rows])
+
+
+def sealed_part(card: DataCard) -> Part:
+    """The sealed part: who calls this writes the opening down before anyone hears of it. Raises DataError."""
+    images, labels = open_test(card, device=_CPU)
+    return Part(images.numpy(), labels.numpy())
+
+
+def shared_rows(parts: Sequence[NDArray[Any]]) -> list[Rows]:
+    """Images (n_i, ...) of several parts -> the rows, in each, of the images that all hold, in the order of the first.
+
+    Images are the same where their pixels are; one that a part holds twice is matched twice where the others do so too.
+    """
+    rows = [{key: row for row, key in enumerate(_keys(images))} for images in parts]
+    shared = [key for key in rows[0] if all(key in other for other in rows[1:])]
+    return [np.array([known[key] for key in shared], dtype=np.int64) for known in rows]
+
+
+def _keys(images: NDArray[Any]) -> list[tuple[bytes, int]]:
+    """A digest of each image's pixels, and how often it came before."""
+    seen: Counter[bytes] = Counter()
+    keys = []
+    for digest in pixel_digests(images):
+        keys.append((digest, seen[digest]))
+        seen[digest] += 1
+    return keys
