@@ -8,10 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
+from PIL import Image
+from torchvision import models
 
 from hpo.records import FINAL, TrialState
+from hpo.run.promote import promote
 from hpo.run.study import run_study
 from hpo.spec.load import load_study, study_files
+from hpo.spec.pretrained import FusionSpec, TimmSpec, TorchvisionSpec
+from hpo.spec.study import StudySpec
 
 
 def _images(count: int, side: int, channels: int, classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -29,6 +36,7 @@ def data_paths(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("data")
     for name, side, classes, parts in (
         ("bloodmnist", 28, 8, ("train", "val", "test")),
+        ("bloodmnist-64", 64, 8, ("train", "val", "test")),
         ("cifar10", 32, 10, ("train", "test")),
     ):
         arrays = {}
@@ -43,7 +51,39 @@ def data_paths(tmp_path_factory) -> dict[str, Path]:
         for kind, array in (("images-idx3", images[..., 0]), ("labels-idx1", labels.astype(np.uint8))):
             head = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
             (idx / f"{prefix}-{kind}-ubyte.gz").write_bytes(gzip.compress(head + array.tobytes()))
-    return {"bloodmnist": folder / "bloodmnist.npz", "cifar10": folder / "cifar10.npz", "fashionmnist": idx}
+    images, labels = _images(200, 64, 3, 10, 0)
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        place = folder / "eurosat" / "2750" / f"class {label}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(place / f"{number}.jpg")
+    files = {name: folder / f"{name}.npz" for name in ("bloodmnist", "bloodmnist-64", "cifar10")}
+    return files | {"fashionmnist": idx, "eurosat": folder / "eurosat"}
+
+
+def _weights(spec: StudySpec, folder: Path) -> dict[str, object]:
+    """Overrides that let the networks of others begin with random weights from a file, on small images."""
+    places = {}
+    for name, made in (("mobilenet_v2", models.mobilenet_v2), ("tf_efficientnet_lite0", timm.create_model)):
+        file = folder / f"{name}.pth"
+        torch.save((made(name) if made is timm.create_model else made()).state_dict(), file)
+        places[name] = {"weights": str(file), "input_size": 32}
+    model = spec.model
+    if isinstance(model, FusionSpec):
+        backbones = [{"kind": each.kind, "name": each.name, **places[each.name]} for each in model.backbones]
+        return {"model.backbones": backbones}
+    if not isinstance(model, (TorchvisionSpec, TimmSpec)):
+        return {}
+    if model.name not in places:  # from scratch only: a file of AlexNet would be 240 MB
+        return {"model.weights": "none", "search.start": [], "search.space": {}}
+    given: dict[str, object] = {f"model.{key}": value for key, value in places[model.name].items()}
+    if "model.weights" in spec.search.space.root:
+        given["search.space.model.weights"] = {"choice": [places[model.name]["weights"], "none"]}
+        given["search.space.model.freeze"] = {
+            "choice": ["none", 8, "all"],
+            "when": {"model.weights": places[model.name]["weights"]},
+        }
+        given["search.start"] = []
+    return given
 
 
 @pytest.mark.slow
@@ -53,8 +93,14 @@ def test_study_runs_offline(name, data_paths, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     plain = load_study(name)
     overrides = {"training.epochs": 1, "training.patience": None, "training.precision": "float32"}
-    if plain.data.name in data_paths:
-        overrides["data.path"] = data_paths[plain.data.name]
+    source = "bloodmnist-64" if plain.data.size == 64 else plain.data.name
+    if source in data_paths:
+        overrides["data.path"] = data_paths[source]
+    overrides |= _weights(plain, tmp_path)
+    if plain.model.kind == "transfer":
+        first = {"training.epochs": 1, "data.path": data_paths["bloodmnist"], "final": None}
+        run_study(load_study("bloodmnist-cnn", overrides=first), trials=1, workers=0, home=tmp_path)
+        promote("bloodmnist-cnn", home=tmp_path)
     if plain.final is not None:
         overrides["final.set"] = {"training.epochs": 1}
     spec = load_study(name, overrides=overrides)

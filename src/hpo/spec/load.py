@@ -145,7 +145,7 @@ def _anchor_paths(tree: dict[str, Any], folder: Path) -> None:
     places = [(tree.get("data"), "path"), (model, "weights")]
     places += [(each, "weights") for each in (backbones if isinstance(backbones, list) else [])]
     for part, key in places:
-        if isinstance(part, dict) and isinstance(part.get(key), str) and part[key] not in ("imagenet", "none"):
+        if isinstance(part, dict) and isinstance(part.get(key), (str, Path)) and part[key] not in ("imagenet", "none"):
             part[key] = str((folder / Path(part[key]).expanduser()).absolute())
 
 
