@@ -74,7 +74,7 @@ def _weights(spec: StudySpec, folder: Path) -> dict[str, object]:
     if not isinstance(model, (TorchvisionSpec, TimmSpec)):
         return {}
     if model.name not in places:  # from scratch only: a file of AlexNet would be 240 MB
-        return {"model.weights": "none", "search.start": [], "search.space": {}}
+        return {"model.weights": "none", "search.start": [], "search.space": {"model.dropout": {"float": [0.0, 0.5]}}}
     given: dict[str, object] = {f"model.{key}": value for key, value in places[model.name].items()}
     if "model.weights" in spec.search.space.root:
         given["search.space.model.weights"] = {"choice": [places[model.name]["weights"], "none"]}

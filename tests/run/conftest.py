@@ -39,7 +39,7 @@ def run_formula(tmp_path: Path):
             if watch is not None:
                 watch(event)
 
-        keeper = Keeper(tracker, background, None, spec, class_names=CARD.class_names, watch=hear)
+        keeper = Keeper(tracker, background, None, spec, data=CARD, watch=hear)
         supervisor = Supervisor(
             spec,
             study,

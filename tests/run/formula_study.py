@@ -78,6 +78,9 @@ class Told:
     def drop_model(self, number):
         self.calls.append(("drop", number))
 
+    def drop_figures(self, number):
+        self.calls.append(("drop figures", number))
+
 
 @dataclass
 class Run:

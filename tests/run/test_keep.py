@@ -18,10 +18,12 @@ class _Exports:
     def __init__(self, fails=()):
         self.fails = fails
         self.exported = []
+        self.drawn = []
 
-    def submit(self, job, setup, result, class_names):
+    def submit(self, job, result, data, *, figures):
         future = Future()
         self.exported.append(result.number)
+        self.drawn += [result.number] * figures
         if result.number in self.fails:
             future.set_exception(RuntimeError("cannot export"))
         else:
@@ -29,18 +31,18 @@ class _Exports:
         return future
 
 
-def _keeper(models, *, exports=None, events=None):
-    spec = formula_spec().model_copy(update={"keep": KeepSpec(models=models)})
+def _keeper(models, *, figures="best:10", exports=None, events=None):
+    spec = formula_spec().model_copy(update={"keep": KeepSpec(models=models, figures=figures)})
     tracker, background = Told(), Background()
     keeper = Keeper(
         tracker,
         background,
         exports or _Exports(),
         spec,
-        class_names=("a", "b"),
+        data=CARD,
         watch=[].append if events is None else events.append,
     )
-    return keeper, tracker, background, spec
+    return keeper, tracker, background
 
 
 def _complete(number, value, folder):
@@ -53,9 +55,9 @@ def _complete(number, value, folder):
     [("best:2", {1, 3}), ("all", {0, 1, 2, 3}), ("none", set())],
 )
 def test_the_policy_decides_which_models_are_left(models, left, tmp_path):
-    keeper, tracker, background, spec = _keeper(models)
+    keeper, tracker, background = _keeper(models)
     for number, value in enumerate([0.5, 0.6, 0.1, 0.9]):
-        keeper.add(_complete(number, value, tmp_path / str(number)), spec.setup)
+        keeper.add(_complete(number, value, tmp_path / str(number)))
         keeper.collect()
     keeper.collect(wait=True)
     background.join()
@@ -66,9 +68,23 @@ def test_the_policy_decides_which_models_are_left(models, left, tmp_path):
     assert not list(tmp_path.iterdir()), "no trial leaves files behind"
 
 
+@pytest.mark.parametrize(("figures", "left"), [("best:1", {3}), ("all", {0, 1, 2, 3}), ("none", set())])
+def test_the_policy_decides_which_pictures_are_left(figures, left, tmp_path):
+    exports = _Exports()
+    keeper, tracker, background = _keeper("all", figures=figures, exports=exports)
+    for number, value in enumerate([0.5, 0.6, 0.1, 0.9]):
+        keeper.add(_complete(number, value, tmp_path / str(number)))
+        keeper.collect(wait=True)
+    background.join()
+    dropped = [number for call, number in tracker.calls if call == "drop figures"]
+    assert len(dropped) == len(set(dropped))
+    assert set(exports.drawn) - set(dropped) == left
+    assert "drop" not in [call for call, _ in tracker.calls]
+
+
 def test_a_pruned_trial_leaves_nothing(tmp_path):
-    keeper, tracker, background, spec = _keeper("all")
-    keeper.add(TrialResult(0, TrialState.PRUNED, 0.9, 1), spec.setup)
+    keeper, tracker, background = _keeper("all")
+    keeper.add(TrialResult(0, TrialState.PRUNED, 0.9, 1))
     keeper.collect(wait=True)
     background.join()
     assert tracker.calls == []
@@ -76,8 +92,8 @@ def test_a_pruned_trial_leaves_nothing(tmp_path):
 
 def test_a_model_that_cannot_be_exported_is_told_and_the_study_goes_on(tmp_path):
     events = []
-    keeper, tracker, background, spec = _keeper("all", exports=_Exports(fails={0}), events=events)
-    keeper.add(_complete(0, 0.5, tmp_path / "0"), spec.setup)
+    keeper, tracker, background = _keeper("all", exports=_Exports(fails={0}), events=events)
+    keeper.add(_complete(0, 0.5, tmp_path / "0"))
     keeper.collect(wait=True)
     background.join()
     assert tracker.calls == []
@@ -87,7 +103,7 @@ def test_a_model_that_cannot_be_exported_is_told_and_the_study_goes_on(tmp_path)
 
 
 def test_a_resumed_study_exports_what_still_waits_and_drops_what_falls_out(tmp_path):
-    keeper, tracker, background, _ = _keeper("best:1")
+    keeper, tracker, background = _keeper("best:1")
     waiting = _complete(1, 0.9, tmp_path / "1")
     results = [TrialResult(0, TrialState.COMPLETE, 0.5, 1), waiting]
     study = StudyResult(
@@ -102,7 +118,7 @@ def test_a_resumed_study_exports_what_still_waits_and_drops_what_falls_out(tmp_p
     )
     earlier = Future()
     earlier.set_result({0: "models:/m-0"})
-    keeper.resume(study, earlier, data=CARD)
+    keeper.resume(study, earlier)
     keeper.collect(wait=True)
     background.join()
     assert tracker.calls == [("keep", 1), ("drop", 0)]

@@ -141,3 +141,16 @@ def test_find_study_takes_the_working_directory_first(tmp_path, monkeypatch):
     own.write_text(STUDY, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     assert find_study("digits-mlp") == own
+
+
+def test_words_that_old_yaml_takes_for_truth_are_words(tmp_path):
+    file = tmp_path / "words.yaml"
+    file.write_text(
+        "data: {name: digits, groups: {yes: ['0', '1'], no: ['2', '3']}}\nsplit: {kind: holdout}\n"
+        "model: {kind: mlp, batch_norm: true}\n"
+        "search: {trials: 2, space: {training.optimizer.lr: {float: [1e-4, 1e-2], log: true}}}\nfinal: {on: all}\n"
+    )
+    spec = load_study(str(file))
+    assert spec.final.on == "all"
+    assert list(spec.data.groups) == ["yes", "no"]
+    assert spec.model.batch_norm is True

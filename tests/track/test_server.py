@@ -54,7 +54,7 @@ def test_a_study_on_a_server_needs_no_local_artifacts(server: Home, folder: Path
     assert tracker.register(tiny.study(), 1) == version == resolve(server, "tiny")
     study = tiny.study(tiny.trial(0), tiny.trial(1), tiny.trial(2, TrialState.PRUNED))
     tracker.reconcile(study, tiny.spec())
-    tracker.close_study(study, status="FINISHED")
+    tracker.close_study(study, status="FINISHED", summary="# study")
     assert list(tracker.kept_models(study)) == [1]
     assert len(list((tmp_path / "server").rglob("net.pt2"))) == 1
     assert not [path for path in server.root.rglob("*") if path.is_file() and path.suffix != ".lock"]

@@ -87,7 +87,7 @@ def test_a_run_ends_as_its_trial_did(home: Home, tracker: Tracker, state: str, s
 
 def test_a_resumed_study_continues_its_parent_run(home: Home, tracker: Tracker) -> None:
     first = parent(home).info.run_id
-    tracker.close_study(tiny.study(), status="KILLED")
+    tracker.close_study(tiny.study(), status="KILLED", summary="")
     assert parent(home).info.status == "KILLED"
     again = Tracker(home)
     again.open_study(tiny.study(), tiny.spec(), tiny.data(), tiny.split())
@@ -125,17 +125,44 @@ def test_closing_writes_the_best_trial_a_summary_and_the_figures(home: Home, tra
     picture = tmp_path / "p.png"
     picture.write_bytes(b"png")
     study = tiny.study(tiny.trial(0), tiny.trial(1), tiny.trial(2, TrialState.PRUNED))
-    tracker.close_study(study, status="FINISHED", figures={"history": picture})
+    tracker.close_study(study, status="FINISHED", summary="# s", figures=[picture])
     run = parent(home)
     assert run.info.status == "FINISHED"
     assert run.data.metrics["objective"] == 0.901
     assert (run.data.tags["hpo.best_trial"], run.data.tags["best.training.optimizer.lr"]) == ("1", "0.005")
     assert run.data.metrics["trials_pruned"] == 1
-    assert {"summary.md", "history.png"} <= files(home)
+    assert {"summary.md", "p.png"} <= files(home)
+
+
+def test_closing_again_replaces_the_figures_and_leaves_no_old_one(home: Home, tracker: Tracker, tmp_path: Path) -> None:
+    old, same = tmp_path / "old.png", tmp_path / "same.png"
+    for path in (old, same):
+        path.write_bytes(b"first")
+    study = tiny.study(tiny.trial(0))
+    tracker.close_study(study, status="KILLED", summary="", figures=[old, same])
+    same.write_bytes(b"second")
+    tracker.close_study(study, status="FINISHED", summary="", figures=[same])
+    (picture,) = (path for path in home.artifacts.rglob("*.png"))
+    assert (picture.name, picture.parent.name, picture.read_bytes()) == ("same.png", "figures", b"second")
+
+
+def test_pictures_of_a_trial_can_go_before_its_model_and_go_with_it(home: Home, tracker: Tracker, folder: Path) -> None:
+    (folder / "figures").mkdir()
+    (folder / "figures" / "roc.png").write_bytes(b"png")
+    for number in (0, 1):
+        track(tracker, number)
+        tracker.keep_model(number, folder)
+    assert len(list(home.artifacts.rglob("figures/roc.png"))) == 2
+    tracker.drop_figures(0)
+    tracker.drop_figures(0)
+    assert len(list(home.artifacts.rglob("figures/roc.png"))) == 1
+    assert set(tracker.kept_models(tiny.study())) == {0, 1}
+    tracker.drop_model(1)
+    assert not list(home.artifacts.rglob("roc.png"))
 
 
 def test_a_study_without_a_complete_trial_closes_too(home: Home, tracker: Tracker) -> None:
-    tracker.close_study(tiny.study(tiny.trial(0, TrialState.FAILED)), status="KILLED")
+    tracker.close_study(tiny.study(tiny.trial(0, TrialState.FAILED)), status="KILLED", summary="")
     assert "objective" not in parent(home).data.metrics
 
 

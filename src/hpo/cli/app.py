@@ -17,7 +17,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hpo.cli import output
+from hpo.cli.compare import compare
+from hpo.cli.data import app as data_app
+from hpo.cli.explain import explain
 from hpo.cli.options import AsJson, Command, Debug, DeviceName, HomeFolder, Settings, Study, Trials, read_duration
+from hpo.cli.report import report
 
 if TYPE_CHECKING:
     from hpo.cli.live import Watcher
@@ -156,6 +160,7 @@ def check(
     data, split = report.data, report.split
     origin = "the publisher's file" if data.official else "not the publisher's file"
     size = " x ".join(map(str, data.image_shape))
+    features = output.show_seconds(report.features_seconds)
     time, disk = output.show_seconds(report.estimated_seconds), output.show_bytes(report.estimated_bytes)
     output.print_facts(
         [
@@ -164,6 +169,7 @@ def check(
             *((part, f"{count:,} images{_range(split.shares.get(part))}") for part, count in split.counts.items()),
             ("network", f"{report.parameter_count:,} parameters, {output.show_bytes(report.model_bytes)} as a model"),
             ("device", f"{report.device}, {report.precision}, {report.workers} workers"),
+            *([("features", f"{features}, once")] if report.features_seconds else []),
             ("batch", output.show_seconds(report.batch_seconds)),
             ("epoch", output.show_seconds(report.epoch_seconds)),
             ("export", output.show_seconds(report.export_seconds)),
@@ -392,6 +398,14 @@ def ui(
 
     typer.echo(f"MLflow starts at http://{host}:{port} in half a minute; Ctrl-C ends it.", err=True)
     raise typer.Exit(open_ui(Home.find(home), host=host, port=port))
+
+
+app.command(cls=Command, rich_help_panel="Look")(compare)
+
+
+app.add_typer(data_app, name="data", rich_help_panel="Look")
+app.command(cls=Command, rich_help_panel="Use")(explain)
+app.command(cls=Command, rich_help_panel="Look")(report)
 
 
 def main() -> None:

@@ -177,7 +177,8 @@ def closing(tally: Tally) -> list[tuple[str, str]]:
         rows.append(("best", "none: no trial was completed"))
         rows += [("last reason", reason) for reason in failed[-1:]]
     if ended.model and tally.finals:
-        rows.append(("final", f"{tally.finals} more trainings of the best; trial {ended.model.trial} is the model"))
+        again = "1 more training" if tally.finals == 1 else f"{tally.finals} more trainings"
+        rows.append(("final", f"{again} of the best; trial {ended.model.trial} is the model"))
     if ended.model:
         alias = f", alias {', '.join(ended.model.aliases)}" if ended.model.aliases else ""
         rows.append(("model", f"{ended.model.name} version {ended.model.version}{alias}"))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def open_test(card: DataCard, *, device: torch.device) -> tuple[Tensor, Tensor]:
     """Test images (n, height, width, channels) uint8 and labels (n,) int64 on the device. Raises DataError.
 
-    Only promotion may call this, and it writes each opening down.
+    Only promotion and comparison may call this, and they write each opening down.
     """
     folder = Path(card.test_folder)
     return load_tensor(folder / "test_images.npy", device), load_tensor(folder / "test_labels.npy", device)

@@ -1,39 +1,197 @@
-"""Statistics of two classifiers on the same images."""
+"""What a comparison of models on the same images says: numbers, verdicts in words, a table in Markdown."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
+
+from hpo.report.roc import Roc
+from hpo.report.statistics import (
+    Floats,
+    Interval,
+    Ints,
+    McNemar,
+    confusion_counts,
+    holm,
+    macro_roc,
+    mcnemar,
+    paired_bootstrap,
+    score_intervals,
+)
+
+__all__ = ["Answers", "Comparison", "Contestant", "Interval", "compare_answers", "paired_bootstrap", "shown_p"]
+
+_SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
-class Interval:
-    """An estimate with the ends of its confidence interval."""
+class Answers:
+    """What one model says of n images: predicted classes (n,) and, where its model is kept, probabilities (n, classes).
 
-    value: float
-    low: float
-    high: float
+    name is what people call it; model says which one that is: the version, the trial, whether it was binarised.
+    """
+
+    name: str
+    model: str
+    predicted: Ints
+    probabilities: Floats | None = None
 
 
-def paired_bootstrap(
-    first: NDArray[np.floating],
-    second: NDArray[np.floating],
+@dataclass(frozen=True)
+class Contestant:
+    """One model of a comparison.
+
+    scores: accuracy, balanced_accuracy, macro_f1 in [0, 1]. confusion: counts, rows true. curve and auc: macro
+    one-versus-rest, with two classes of the second; None without probabilities. differences (this one's score minus the
+    first one's), mcnemar and p (of McNemar's test, adjusted where there are several: Holm 1979) are to the first
+    contestant, which has none.
+    """
+
+    name: str
+    model: str
+    scores: Mapping[str, Interval]
+    confusion: tuple[tuple[int, ...], ...]
+    auc: float | None = None
+    differences: Mapping[str, Interval] = field(default_factory=dict)
+    mcnemar: McNemar | None = None
+    p: float | None = None
+    curve: Roc | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several models on the same images. part is validation or test; level is that of all intervals.
+
+    notes say what a reader must know of the images; openings has, where the test part was opened, study -> how often.
+    """
+
+    part: str
+    image_count: int
+    class_names: tuple[str, ...]
+    contestants: tuple[Contestant, ...]
+    level: float = 0.95
+    notes: tuple[str, ...] = ()
+    openings: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def verdicts(self) -> tuple[str, ...]:
+        """One sentence for each contestant after the first."""
+        first = self.contestants[0]
+        return tuple(self._verdict(first, other) for other in self.contestants[1:])
+
+    def _verdict(self, first: Contestant, other: Contestant) -> str:
+        test, difference = other.mcnemar, other.differences["accuracy"]
+        if test is None or other.p is None or not test.first_only + test.second_only:
+            return f"{first.name} and {other.name} are right on the same images: no difference to test."
+        sign = 1 if difference.value > 0 else -1
+        low, high = sorted((sign * difference.low, sign * difference.high))
+        adjusted = ", adjusted for several" if len(self.contestants) > 2 else ""
+        evidence = f"{self.level:.0%} interval {_points(low)} to {_points(high)}; McNemar {shown_p(other.p)}{adjusted}"
+        # Both must agree: the interval alone is too short where few images are discordant.
+        if low > 0 and other.p < _SIGNIFICANT:
+            better, worse = (other, first) if sign > 0 else (first, other)
+            points = _points(abs(difference.value))
+            return f"{better.name} is better than {worse.name} by {points} points of accuracy ({evidence})."
+        ahead = other if sign > 0 else first
+        lead = f"{_points(abs(difference.value))} points for {ahead.name}" if difference.value else "0 points"
+        return (
+            f"{first.name} and {other.name}: no difference in accuracy that these {self.image_count:,} images can show "
+            f"({lead}, {evidence})."
+        )
+
+    def markdown(self) -> str:
+        """Verdicts, table and notes; scores as shares, differences in points."""
+        head = ["model", "score", "value", f"{self.level:.0%} interval", "difference to the first, points", "McNemar"]
+        lines = [f"# {' against '.join(contestant.name for contestant in self.contestants)}", ""]
+        lines += [f"{self.image_count:,} {self.part} images, {len(self.class_names)} classes.", ""]
+        lines += [f"- {verdict}" for verdict in self.verdicts]
+        lines += ["", f"| {' | '.join(head)} |", "|---|---|--:|--:|--:|--:|"]
+        for contestant in self.contestants:
+            lines += [f"| {' | '.join(row)} |" for row in rows_of(contestant)]
+        if len(self.class_names) == 2:
+            lines += ["", f"| model | TN | FP | FN | TP (positive: {self.class_names[1]}) |", "|---|--:|--:|--:|--:|"]
+            for contestant in self.contestants:
+                cells = [contestant.name, *(str(count) for row in contestant.confusion for count in row)]
+                lines += [f"| {' | '.join(cells)} |"]
+        lines += ["", *(f"- {contestant.name}: {contestant.model}" for contestant in self.contestants)]
+        lines += [f"- {note}" for note in self.notes]
+        return "\n".join(lines) + "\n"
+
+
+def compare_answers(
+    labels: Ints,
+    answers: Sequence[Answers],
     *,
-    seed: int,
+    class_names: Sequence[str],
+    part: str,
+    seed: int = 0,
     resamples: int = 10_000,
     level: float = 0.95,
-) -> Interval:
-    """Mean of first - second over the images, with a percentile interval (Efron & Tibshirani 1993, ch. 13).
+    notes: Sequence[str] = (),
+    openings: Mapping[str, int] | None = None,
+) -> Comparison:
+    """labels (n,) of the images in [0, classes) and what at least two models say of them -> their comparison."""
+    classes = len(class_names)
+    predicted = np.array([each.predicted for each in answers])
+    scores, differences = score_intervals(
+        labels, predicted, classes=classes, seed=seed, resamples=resamples, level=level
+    )
+    right = predicted == labels
+    tests = [mcnemar(right[0], other) for other in right[1:]]
+    adjusted = holm([test.p for test in tests])
+    contestants = []
+    for index, each in enumerate(answers):
+        curve = macro_roc(each.probabilities, labels) if each.probabilities is not None else None
+        counts = confusion_counts(labels, each.predicted, classes=classes)
+        contestants.append(
+            Contestant(
+                name=each.name,
+                model=each.model,
+                scores=scores[index],
+                confusion=tuple(tuple(row) for row in counts.tolist()),
+                auc=curve.area if curve else None,
+                differences=differences[index] if index else {},
+                mcnemar=tests[index - 1] if index else None,
+                p=adjusted[index - 1] if index else None,
+                curve=curve,
+            )
+        )
+    return Comparison(
+        part, len(labels), tuple(class_names), tuple(contestants), level, tuple(notes), dict(openings or {})
+    )
 
-    first and second are (n,) correctness in [0, 1] of two classifiers on the same n images; whole images are drawn
-    again, so what is hard for both cancels.
-    """
-    difference = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
-    values, counts = np.unique(difference, return_counts=True)
-    # Drawing n images again is drawing how often each distinct difference comes: one multinomial.
-    drawn = np.random.default_rng(seed).multinomial(len(difference), counts / len(difference), size=resamples)
-    means = drawn @ values / len(difference)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(difference.mean()), float(low), float(high))
+
+def rows_of(contestant: Contestant) -> list[list[str]]:
+    """A contestant as rows of text: name, score, value, interval, difference in points with interval, McNemar's p."""
+    rows = []
+    for name, score in contestant.scores.items():
+        difference = contestant.differences.get(name)
+        rows.append(
+            [
+                contestant.name,
+                name.replace("_", " ").replace("f1", "F1"),
+                f"{score.value:.4f}",
+                f"{score.low:.4f} to {score.high:.4f}",
+                _difference(difference) if difference else "",
+                shown_p(contestant.p) if name == "accuracy" and contestant.p is not None else "",
+            ]
+        )
+    if contestant.auc is not None:
+        rows.append([contestant.name, "ROC-AUC", f"{contestant.auc:.4f}", "", "", ""])
+    return rows
+
+
+def _difference(interval: Interval) -> str:
+    return f"{round(100 * interval.value, 2) + 0.0:+.2f} ({_points(interval.low)} to {_points(interval.high)})"
+
+
+def _points(share: float) -> str:
+    """A share in points of a hundred; never -0.00."""
+    return f"{round(100 * share, 2) + 0.0:.2f}"
+
+
+def shown_p(p: float) -> str:
+    """p = 0.0042, p = 0.31, p < 0.0001."""
+    return "p < 0.0001" if p < 0.0001 else f"p = {p:.2g}" if p < 0.995 else "p = 1"

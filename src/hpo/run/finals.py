@@ -12,7 +12,7 @@ import numpy as np
 
 from hpo.learn.split import indices
 from hpo.records import FINAL, DataCard, StudyResult, Trial, unpack_classes
-from hpo.report.compare import Interval, paired_bootstrap
+from hpo.report.statistics import Interval, paired_bootstrap
 from hpo.spec.study import FinalSpec, Setup, SplitSpec, StudySpec
 
 # Seeds of finals lie beyond those of any search trial, so that they are fresh.
@@ -73,7 +73,8 @@ class Race:
     def __str__(self) -> str:
         first = self.ranking[0]
         if self.lead is None:
-            return f"final: trial {self.winner.number} of {len(first)} trainings of the search's best is the model."
+            others = f", the best of {len(first)} seeds" if len(first) > 1 else ""
+            return f"final: trial {self.winner.number}, the search's best trained again{others}, is the model."
         verdict = "a tie" if self.tie else "a win"
         return (
             f"final: {verdict} by {100 * self.lead.value:.2f} points of validation accuracy "

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpo.records import DataCard, Notice, SplitCard, StudyResult, TrialResult
 from hpo.run.engines import follow_supervisor, hidden_main
-from hpo.spec.study import DataSpec, Setup, SplitSpec
+from hpo.spec.study import DataSpec, SplitSpec
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    Drawing = Callable[[], Figure | None]
 
 _progress: Connection | None = None  # the helper process's way to say how far a download is
 
@@ -35,10 +41,10 @@ class Helper:
         self._notices, theirs = context.Pipe()
         self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_start, initargs=(theirs,))
 
-    def submit(self, job: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    def submit(self, job: Callable[..., Any], *arguments: Any, **options: Any) -> Future[Any]:
         """Queue a job: a function of this module."""
         with hidden_main():
-            return self._pool.submit(job, *arguments)
+            return self._pool.submit(job, *arguments, **options)
 
     def notices(self) -> list[Notice]:
         """What came in since the last call; only the newest of each text."""
@@ -78,33 +84,107 @@ def prepare(data: DataSpec, split: SplitSpec, device: str) -> Prepared:
     return Prepared(card, split_card(card, split), tuple(devices))
 
 
-def draw_study(study: StudyResult, folder: Path) -> dict[str, Path]:
-    """Draw a study's pictures into folder; returns their files by name. A study without a complete trial has none."""
-    from hpo.report.figures import optimisation_history, slices
+def draw_study(study: StudyResult, folder: Path) -> list[Path]:
+    """Draw a study's pictures into folder, emptied first; returns their files. A picture that fails is told.
 
+    Without a complete trial there are none.
+    """
+    from hpo.report import space_figures, study_figures
+    from hpo.search.importance import importances
+
+    shutil.rmtree(folder, ignore_errors=True)
     if study.best is None:
-        return {}
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn = {"optimisation_history": optimisation_history, "slices": slices}
-    for name, draw in drawn.items():
-        draw(study).savefig(folder / f"{name}.png")
-    return {name: folder / f"{name}.png" for name in drawn}
+        return []
+    shares = importances(study)
+    last = list(shares.values())[-1] if shares else {}
+    # fANOVA, the last of the methods: the other one can overlook a parameter with a few options.
+    ranking = list(last.values())[-1] if last else {}
+    figures: dict[str, Drawing] = {
+        "optimisation_history": lambda: study_figures.optimisation_history(study),
+        "learning_curves": lambda: study_figures.learning_curves(study),
+        "pareto_front": lambda: study_figures.pareto_front(study),
+        "parameter_importance": lambda: study_figures.importance_figure(shares),
+        "parallel_coordinates": lambda: space_figures.parallel_coordinates(study),
+        "slices": lambda: space_figures.slices(study),
+        "contour": lambda: space_figures.contour(study, ranking),
+        "heat_map": lambda: space_figures.heat_map(study),
+        "effects": lambda: space_figures.effects(study),
+        "timeline": lambda: study_figures.timeline(study),
+    }
+    if not study.objective.endswith("_loss"):
+        figures["effects_on_loss"] = lambda: space_figures.effects(study, score="valid_loss")
+    return _draw(figures, folder, study.title)
 
 
-def finish_trial(setup: Setup, result: TrialResult, class_names: tuple[str, ...]) -> Path:
-    """Turn what a complete trial left in its folder into what is kept: program, pictures, tables; return the folder."""
+def finish_trial(result: TrialResult, data: DataCard, *, figures: bool) -> Path:
+    """Turn what a complete trial left in its folder into what is kept, and return the folder.
+
+    That is the exported program, tables beside it and, where asked for, pictures in `figures`.
+    """
     from hpo.learn.device import use_threads
     from hpo.learn.export import export_program
-    from hpo.report.figures import confusion_figure, training_curves
     from hpo.report.tables import classification_report, report_text
 
     use_threads(1)
     folder = Path(result.folder)
-    export_program(setup, folder)
-    title = f"trial {result.number}"
-    training_curves(result.epochs, best_epoch=result.best_epoch, title=title).savefig(folder / "training_curves.png")
-    confusion_figure(result.confusion, class_names, title=f"{title}: validation").savefig(folder / "confusion.png")
-    report = classification_report(result.confusion, class_names)
-    (folder / "classification_report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-    (folder / "classification_report.txt").write_text(report_text(report), encoding="utf-8")
+    export_program(folder)
+    if result.confusion:
+        report = classification_report(result.confusion, data.class_names)
+        (folder / "classification_report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+        (folder / "classification_report.txt").write_text(report_text(report), encoding="utf-8")
+    if figures:
+        draw_trial(result, data, folder / "figures")
     return folder
+
+
+def draw_trial(result: TrialResult, data: DataCard, folder: Path) -> list[Path]:
+    """Draw a complete trial's pictures from what it left in result.folder; returns their files.
+
+    A training without a validation part has its curves only.
+    """
+    import numpy as np
+
+    from hpo.report import mistakes, trial_figures
+
+    title, names = f"trial {result.number}", data.class_names
+    figures: dict[str, Drawing] = {
+        "training_curves": lambda: trial_figures.training_curves(
+            result.epochs, best_epoch=result.best_epoch, title=title
+        )
+    }
+    title += ", validation"
+    left = Path(result.folder) / "validation.npz"
+    if result.confusion:
+        figures["confusion"] = lambda: trial_figures.confusion_figure(result.confusion, names, title=title)
+        figures["class_accuracy"] = lambda: trial_figures.class_accuracy_figure(result.confusion, names, title=title)
+    if result.confusion and left.is_file():
+        with np.load(left) as arrays:
+            rows, labels, probabilities = (arrays[name] for name in ("rows", "labels", "probabilities"))
+        figures["roc"] = lambda: trial_figures.roc_figure(labels, probabilities, names, title=title)
+        figures["rank_of_truth"] = lambda: mistakes.rank_figure(labels, probabilities, title=title)
+
+        def gallery() -> Figure | None:
+            found = mistakes.confident_mistakes(labels, probabilities)
+            images = np.load(Path(data.folder) / "development_images.npy", mmap_mode="r")
+            shown = {place: np.asarray(images[rows[place]]) for mistake in found for place in mistake.positions}
+            return mistakes.mistakes_figure(found, shown, names, title=f"{title}: the surest mistakes")
+
+        figures["surest_mistakes"] = gallery
+    return _draw(figures, folder, f"trial {result.number}")
+
+
+def _draw(figures: Mapping[str, Drawing], folder: Path, owner: str) -> list[Path]:
+    """Write each figure that there is to folder; a fault costs one picture, never a model or the end of a study."""
+    from hpo.report.style import save_png
+
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for name, draw in figures.items():
+        try:
+            figure = draw()
+            if figure is not None:
+                save_png(figure, folder / f"{name}.png")
+                drawn.append(folder / f"{name}.png")
+        except Exception as error:  # noqa: BLE001 - whatever goes wrong in drawing, the study is worth more
+            _say(f"{owner}: the picture {name} could not be drawn: {error}", 0, 0)
+    return drawn

@@ -1,4 +1,4 @@
-"""Keep the models of the best trials: export beside the training, log, and delete what falls out."""
+"""Keep models and pictures of the best trials: export and draw beside the training, log, delete what falls out."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from pathlib import Path
 
 from hpo.records import FINAL, DataCard, Event, Notice, StudyResult, Trial, TrialResult, TrialState
 from hpo.run.background import Background
-from hpo.run.finals import final_setup
 from hpo.run.helper import Helper, finish_trial
-from hpo.spec.study import Setup, StudySpec
+from hpo.spec.study import StudySpec
 from hpo.track.tracker import Tracker
 
 _EXPORT_SHARE = 0.1
 
 
 class Keeper:
-    """The best trials, as many as spec.keep says, keep their model and pictures."""
+    """The best trials, as many as spec.keep says, keep their model; the best of those, too, their pictures."""
 
     def __init__(
         self,
@@ -29,40 +28,35 @@ class Keeper:
         helper: Helper,
         spec: StudySpec,
         *,
-        class_names: tuple[str, ...],
+        data: DataCard,
         watch: Callable[[Event], None],
     ) -> None:
         self._tracker = tracker
         self._background = background
         self._helper = helper
         self._spec = spec
-        self._class_names = class_names
+        self._data = data
         self._watch = watch
         self._values: dict[int, float] = {}
         self._finals: set[int] = set()
         self._kept: set[int] = set()
+        self._drawn: set[int] = set()  # with pictures, as far as is known
         self._earlier: Future[dict[int, str]] | None = None
-        self._waiting: dict[int, tuple[Setup, TrialResult]] = {}
+        self._waiting: dict[int, TrialResult] = {}
         self._pending: dict[int, Future[Path]] = {}
         self._began = self._exporting = time.monotonic()
         self._spent = 0.0  # seconds of exports that are over
 
-    def resume(self, study: StudyResult, kept: Future[dict[int, str]], *, data: DataCard) -> None:
+    def resume(self, study: StudyResult, kept: Future[dict[int, str]]) -> None:
         """Take up where an earlier run ended: the models that it kept, and files that still wait to be logged."""
         self._earlier = kept
         self._values |= {trial.number: trial.value or 0.0 for trial in study.ranked()}
         self._finals |= {trial.number for trial in study.ranked(FINAL)}
         for trial in [*study.ranked(), *study.ranked(FINAL)]:
             if trial.result is not None and trial.result.folder and Path(trial.result.folder).is_dir():
-                final = trial.candidate.stage == FINAL
-                setup = (
-                    final_setup(self._spec, study, trial.candidate.parameters, data=data)
-                    if final
-                    else self._spec.with_values(trial.candidate.parameters)
-                )
-                self.add(trial.result, setup, final=final)
+                self.add(trial.result, final=trial.candidate.stage == FINAL)
 
-    def add(self, result: TrialResult, setup: Setup, *, final: bool = False) -> None:
+    def add(self, result: TrialResult, *, final: bool = False) -> None:
         """A trial has ended: export its model if it is a final one or among the best, or remove its files."""
         if result.state is TrialState.COMPLETE and result.value is not None and result.folder and result.feasible:
             if final:
@@ -70,7 +64,7 @@ class Keeper:
             else:
                 self._values[result.number] = result.value
             if result.number in self._best():
-                self._waiting[result.number] = (setup, result)
+                self._waiting[result.number] = result
                 return
         _remove(result.folder)
 
@@ -79,10 +73,11 @@ class Keeper:
         if self._earlier is not None and (wait or self._earlier.done()):
             if self._earlier.exception() is None:
                 self._kept |= set(self._earlier.result())
+                self._drawn |= set(self._earlier.result())
             self._earlier = None
         best = self._best()
         for number in self._waiting.keys() - best:
-            _remove(self._waiting.pop(number)[1].folder)
+            _remove(self._waiting.pop(number).folder)
         self._export(wait=wait)
         for number in [number for number, job in self._pending.items() if wait or job.done()]:
             job = self._pending.pop(number)
@@ -96,25 +91,32 @@ class Keeper:
                 _remove(str(job.result()))
         for number in self._kept - best:
             self._kept.discard(number)
+            self._drawn.discard(number)
             self._background.submit(self._tracker.drop_model, number)
+        for number in (self._drawn & self._kept) - self._best(self._spec.keep.figure_count):
+            self._drawn.discard(number)
+            self._background.submit(self._tracker.drop_figures, number)
 
     def _export(self, *, wait: bool) -> None:
         """Begin what may begin: training comes first, so exports take a tenth of the time until it is over."""
         share = self._spent / max(time.monotonic() - self._began, 1e-9)
         if self._waiting and (wait or (not self._pending and share < _EXPORT_SHARE)):
             self._exporting = time.monotonic()
+            pictured = self._best(self._spec.keep.figure_count)
             for number in sorted(self._waiting) if wait else [min(self._waiting)]:
-                setup, result = self._waiting.pop(number)
-                self._pending[number] = self._helper.submit(finish_trial, setup, result, self._class_names)
+                result, figures = self._waiting.pop(number), number in pictured
+                self._drawn |= {number} if figures else set()
+                self._pending[number] = self._helper.submit(finish_trial, result, self._data, figures=figures)
 
     def _log(self, number: int, folder: Path) -> None:
         self._tracker.keep_model(number, folder)
         _remove(str(folder))
 
-    def _best(self) -> set[int]:
+    def _best(self, count: float | None = None) -> set[int]:
+        """The final trials and this many of the search's; None: as many as keep their model."""
+        count = self._spec.keep.count if count is None else count
         sign = -1.0 if self._spec.search.better == "maximize" else 1.0
         ranked = sorted(self._values, key=lambda number: (sign * self._values[number], number))
-        count = self._spec.keep.count
         if not count:
             return set()
         return self._finals | set(ranked if math.isinf(count) else ranked[: int(count)])

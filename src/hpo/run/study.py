@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import signal
 import threading
 import time
@@ -16,6 +17,7 @@ from pydantic import ValidationError
 from hpo.errors import HpoError, SpecError
 from hpo.home import Home
 from hpo.records import Event, Notice, StudyEnded, StudyOpened, StudyResult
+from hpo.report.summary import study_summary
 from hpo.run.background import Background
 from hpo.run.engines import Engine, InProcess, LocalProcesses, cores, process_context
 from hpo.run.finals import finalists, race
@@ -92,8 +94,8 @@ def run_study(
         say(opened)
         for note in study.notes:
             say(Notice(note))
-        keeper = Keeper(tracker, background, helper, spec, class_names=prepared.data.class_names, watch=say)
-        keeper.resume(before, kept, data=prepared.data)
+        keeper = Keeper(tracker, background, helper, spec, data=prepared.data, watch=say)
+        keeper.resume(before, kept)
         engine = _engine(workers, devices, context)
         cleanup.callback(engine.close)
         supervisor = Supervisor(
@@ -112,20 +114,25 @@ def run_study(
         )
         reason = supervisor.run()
         after = study.result()
-        drawing = helper.submit(draw_study, after, place.work / before.title / "study")
+        pictures = place.work / before.title / "study"
+        drawing = helper.submit(draw_study, after, pictures)
         keeper.collect(wait=True)
         orderly = reason in ("budget", "exhausted", "timeout")
         outcome = race(spec, after, data=prepared.data)
-        for text in [str(outcome)] * bool(outcome) + stage_warnings(after):
+        remarks = [str(outcome)] * bool(outcome) + stage_warnings(after)
+        for text in remarks:
             say(Notice(text))
         winner = outcome.winner if outcome else None if spec.final else after.best
         registered = None
         if winner is not None and orderly and keeper.keeps(winner):
             registered = background.submit(tracker.register, after, winner.number)
-        background.submit(
-            tracker.close_study, after, status="FINISHED" if orderly else "KILLED", figures=drawing.result()
-        )
+        text = study_summary(after, winner=winner, model=after.name if registered else "", remarks=remarks)
+        status, figures = "FINISHED" if orderly else "KILLED", _drawn(drawing, say)
+        background.submit(tracker.close_study, after, status=status, summary=text, figures=figures)
         background.join()
+        shutil.rmtree(pictures, ignore_errors=True)
+        for notice in helper.notices():
+            say(notice)
         for failure in background.failures():
             say(Notice(f"tracking: {failure}"))
         model = registered.result() if registered is not None and registered.exception() is None else None
@@ -145,7 +152,7 @@ def _with_options(spec: StudySpec, *, trials: int | None, keep_models: str | Non
         spec = spec.model_copy(update={"search": spec.search.model_copy(update={"trials": trials})})
     if keep_models is not None:
         try:
-            spec = spec.model_copy(update={"keep": KeepSpec(models=keep_models)})
+            spec = spec.model_copy(update={"keep": KeepSpec(models=keep_models, figures=spec.keep.figures)})
         except ValidationError:
             raise SpecError(f"--keep-models {keep_models}: unknown policy.", "Give all, none or best:K.") from None
     return spec
@@ -173,6 +180,14 @@ def _await(job: Future[Prepared], helper: Helper, say: Watch, interrupted: threa
             raise KeyboardInterrupt
         with contextlib.suppress(TimeoutError):
             return job.result(timeout=0.1)
+
+
+def _drawn(drawing: Future[list[Path]], say: Watch) -> list[Path]:
+    """The study's pictures; a helper that died over them is told, and ends no study."""
+    if (error := drawing.exception()) is not None:
+        say(Notice(f"the study's pictures could not be drawn: {error}"))
+        return []
+    return drawing.result()
 
 
 @contextlib.contextmanager

@@ -232,7 +232,7 @@ class Supervisor:
         self._background.submit(self._tracker.end_trial, result)
         final = running.candidate.stage == FINAL
         best = self._remember(result, final=final)
-        self._keeper.add(result, running.setup, final=final)
+        self._keeper.add(result, final=final)
         self._watch(TrialEnded(result, best=best))
 
     def _valued(self, result: TrialResult, running: _Running) -> TrialResult:

@@ -21,11 +21,11 @@ _SHIPPED = (
 )
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice and reads 1e-3 as a number."""
+class StudyLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice, reads 1e-3 as a number, and on, off, yes and no as words."""
 
 
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+def _mapping(loader: StudyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node)
@@ -37,9 +37,17 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     return loader.construct_mapping(node, deep=True)
 
 
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+StudyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+StudyLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+# As YAML 1.2 has it: `final: {on: all}` is a place of the study file, and a class may be called no.
+StudyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 # YAML 1.1, which PyYAML follows, wants a dot in the mantissa and a sign in the exponent: 1e-3 would be text.
-_Loader.add_implicit_resolver(
+StudyLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
@@ -121,7 +129,7 @@ def study_schema() -> dict[str, Any]:
 def _read(path: Path) -> tuple[dict[str, Any], yaml.Node | None]:
     try:
         text = path.read_text(encoding="utf-8")
-        loader = _Loader(text)
+        loader = StudyLoader(text)
         node = loader.get_single_node()
         tree = loader.construct_document(node) if node is not None else None
     except yaml.MarkedYAMLError as error:
@@ -154,7 +162,7 @@ def _parse_override(text: str) -> tuple[str, Any]:
     if not equals or not re.fullmatch(r"[A-Za-z_][\w]*(\.[A-Za-z_][\w]*)*", place.strip()):
         raise SpecError(f"--set {text}: not of the form place=value.", "Write for example: --set training.epochs=5")
     try:
-        loader = _Loader(value)
+        loader = StudyLoader(value)
         return place.strip(), loader.get_single_data()
     except (yaml.YAMLError, RecursionError, ValueError):
         raise SpecError(f"--set {text}: the value is not readable as YAML.", "Quote it.") from None

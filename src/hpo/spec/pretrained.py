@@ -51,6 +51,8 @@ class Tuned(Part):
     epoch draws one of them. 0: every epoch augments anew, and sends every image through the whole network."""
     dense: list[Width] = Field(default_factory=list)
     """Neurons of dense layers between the features and the classifier."""
+    batch_norm: bool = False
+    """Of the features, and after each dense layer."""
     activation: Activation = "relu"
     """After each dense layer."""
     dropout: Rate = 0.0
@@ -110,6 +112,7 @@ class TransferSpec(Tuned):
     from_model: Annotated[str, Field(pattern=r"^models:/.+")]
     """models:/NAME@champion, models:/NAME/3 or models:/m-<id>. A study remembers the third form, the model itself."""
     freeze: Freeze = "all"
+    """all: only the new head trains. none: everything does. A number: so many stages from the image on are frozen."""
 
 
 def _refuse_frozen_noise(tuned: Tuned, backbones: Any) -> None:

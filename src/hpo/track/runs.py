@@ -199,17 +199,3 @@ def children(client: Any, parent: Any, wanted: str = "") -> Iterator[Any]:
         token = page.token
         if not token:
             return
-
-
-def summary(study: StudyResult) -> str:
-    """A study in a few lines of Markdown: what was asked, how many trials ended how, the best one."""
-    ends = ", ".join(f"{study.count(state)} {state.value}" for state in TrialState if study.count(state))
-    lines = [f"# {study.title}", "", str(study.spec.get("question") or ""), "", f"Trials: {ends or 'none'}.", ""]
-    best = study.best
-    if best is not None and best.result is not None:
-        lines += [f"Best {study.objective}: **{best.value:.4f}** (trial {best.number}, {study.direction}).", ""]
-        lines += ["| parameter | value |", "|---|---|"]
-        lines += [f"| {name} | {value} |" for name, value in best.candidate.parameters.items()]
-        lines += ["", "| score | value |", "|---|---|"]
-        lines += [f"| {name} | {value:.4f} |" for name, value in best.result.scores.items()]
-    return "\n".join(lines) + "\n"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,8 +25,8 @@ from hpo.spec.study import Setup, StudySpec
 from hpo.track import models, registry, runs
 from hpo.track.store import connect, lock, told
 
-# Where keep_model puts pictures and reports among a run's artifacts, so that drop_model finds them.
-_REPORT = "report"
+# Where tables and pictures lie among a run's artifacts, so that what is dropped or drawn again is found.
+_REPORT, _FIGURES = "report", "figures"
 
 
 class Tracker:
@@ -91,7 +89,7 @@ class Tracker:
 
     @told
     def keep_model(self, number: int, folder: Path) -> str:
-        """Log the model of an ended trial, and the pictures and reports beside it; returns models:/m-<id>.
+        """Log the model of an ended trial, the tables beside it and the pictures in `figures`; returns models:/m-<id>.
 
         folder holds net.pt2 and config.json (class_names, image_shape). A model that the trial has already is returned
         as it is. Raises ModelError where a file is missing.
@@ -103,21 +101,28 @@ class Tracker:
             # The model has the first two, and the weights within the first.
             if path.is_file() and path.name not in (models.NET, models.CONFIG, models.SETUP, models.WEIGHTS):
                 client.log_artifact(run.info.run_id, str(path), _REPORT)
+        if (folder / _FIGURES).is_dir():
+            client.log_artifacts(run.info.run_id, str(folder / _FIGURES), _FIGURES)
         uri = models.log_model(client, run, folder)
         client.set_tag(run.info.run_id, runs.MODEL, uri)
         return uri
 
     @told
     def drop_model(self, number: int) -> None:
-        """Delete the model of a trial, its pictures and reports, from the disk too; a registered model stays."""
+        """Delete the model of a trial, its pictures and tables, from the disk too; a registered model stays."""
         client, run = self._client, self._client.get_run(self._run_id(number))
         uri = run.data.tags.get(runs.MODEL)
         if uri is None or client.search_model_versions(f"run_id = '{run.info.run_id}'", max_results=1):
             return
         models.delete_model(client, uri.removeprefix("models:/"))
-        if client.list_artifacts(run.info.run_id, _REPORT):
-            models.delete_artifacts(client, run.info.artifact_uri, _REPORT)
+        for part in (_REPORT, _FIGURES):
+            self._drop(run, part)
         client.delete_tag(run.info.run_id, runs.MODEL)
+
+    @told
+    def drop_figures(self, number: int) -> None:
+        """Delete the pictures of a trial, from the disk too; without any this does nothing."""
+        self._drop(self._client.get_run(self._run_id(number)), _FIGURES)
 
     @told
     def register(self, study: StudyResult, number: int) -> ModelVersion:
@@ -143,12 +148,15 @@ class Tracker:
         )
 
     @told
-    def close_study(self, study: StudyResult, *, status: str, figures: Mapping[str, Path] | None = None) -> None:
-        """Write the best trial, counts, summary.md and figures (name -> file); status is FINISHED or KILLED."""
+    def close_study(self, study: StudyResult, *, status: str, summary: str, figures: Sequence[Path] = ()) -> None:
+        """Write the best trial, counts, summary (Markdown) and figures (files); status is FINISHED or KILLED.
+
+        Figures of an earlier closing that were not drawn again are deleted: they would show another state.
+        """
         client, run_id = self._client, self._parent_of(study).info.run_id
-        best, text = study.best, runs.summary(study)
+        best = study.best
         values = {f"trials_{state.value}": float(study.count(state)) for state in TrialState if state.finished}
-        tags = {"mlflow.note.content": text}
+        tags = {"mlflow.note.content": summary}
         if best is not None and best.result is not None and best.value is not None:
             values |= {"objective": best.value, "best_trial": best.number}
             values |= {f"best_{name}": value for name, value in best.result.scores.items()}
@@ -157,12 +165,13 @@ class Tracker:
         # A resumed study closes again: its step is the number of trials that had ended by then.
         step = study.count(*(state for state in TrialState if state.finished))
         runs.log(client, run_id, metrics=runs.metrics(values, time.time(), step=step), tags=tags)
-        client.log_text(run_id, text, "summary.md")
-        with tempfile.TemporaryDirectory() as folder:
-            for name, path in (figures or {}).items():
-                shutil.copyfile(path, Path(folder) / (name if name.endswith(path.suffix) else name + path.suffix))
-            if figures:
-                client.log_artifacts(run_id, folder, "figures")
+        client.log_text(run_id, summary, "summary.md")
+        drawn = {f"{_FIGURES}/{path.name}" for path in figures}
+        for earlier in client.list_artifacts(run_id, _FIGURES):
+            if earlier.path not in drawn:
+                models.delete_artifacts(client, self._parent_of(study).info.artifact_uri, earlier.path)
+        for path in figures:
+            client.log_artifact(run_id, str(path), _FIGURES)
         client.set_terminated(run_id, status)
 
     @told
@@ -194,6 +203,10 @@ class Tracker:
             return {}
         kept = runs.children(self._client, parent, f"tags.`{runs.MODEL}` LIKE 'models:%'")
         return {int(run.data.tags[runs.TRIAL]): run.data.tags[runs.MODEL] for run in kept}
+
+    def _drop(self, run: Any, part: str) -> None:
+        if self._client.list_artifacts(run.info.run_id, part):
+            models.delete_artifacts(self._client, run.info.artifact_uri, part)
 
     def _experiment(self, name: str) -> str:
         client = self._client

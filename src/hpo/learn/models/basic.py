@@ -68,12 +68,15 @@ def build_cnn(spec: CnnSpec, image_shape: tuple[int, int, int], classes: int) ->
     return nn.Sequential(*layers, nn.Linear(spec.filters * height * width, classes))
 
 
-def dense_layers(features: int, widths: list[int], *, activation: str, dropout: float | list[float]) -> list[nn.Module]:
-    """For each width: dense, activation, dropout (one rate for all, or one for each)."""
+def dense_layers(
+    features: int, widths: list[int], *, activation: str, dropout: float | list[float], batch_norm: bool = False
+) -> list[nn.Module]:
+    """For each width: dense, batch norm, activation, dropout (one rate for all, or one for each)."""
     rates = dropout if isinstance(dropout, list) else [dropout] * len(widths)
     layers: list[nn.Module] = []
     for width, rate in zip(widths, rates, strict=True):
-        layers += [nn.Linear(features, width), ACTIVATIONS[activation]()]
+        layers += [nn.Linear(features, width), *([nn.BatchNorm1d(width)] if batch_norm else [])]
+        layers.append(ACTIVATIONS[activation]())
         if rate:
             layers.append(nn.Dropout(rate))
         features = width

@@ -92,8 +92,11 @@ def build_transfer(
     with torch.inference_mode():
         black = torch.zeros(2, channels, height, width)
         features = sum(body.eval()(black).shape[1] for body in bodies)
-    layers: list[nn.Module] = [nn.Dropout(spec.dropout)] if spec.dropout else []
-    layers += dense_layers(features, spec.dense, activation=spec.activation, dropout=spec.dropout)
+    layers: list[nn.Module] = [nn.BatchNorm1d(features)] if spec.batch_norm else []
+    layers += [nn.Dropout(spec.dropout)] if spec.dropout else []
+    layers += dense_layers(
+        features, spec.dense, activation=spec.activation, dropout=spec.dropout, batch_norm=spec.batch_norm
+    )
     head = nn.Sequential(*layers, nn.Linear(spec.dense[-1] if spec.dense else features, outputs))
     return Transfer(bodies, head, freeze=spec.freeze, unfreeze_epoch=spec.unfreeze_epoch).train()
 

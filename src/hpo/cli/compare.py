@@ -1,0 +1,81 @@
+"""The command `hpo compare`."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Annotated
+
+import typer
+
+from hpo.cli import output
+from hpo.cli.options import AsJson, Debug, HomeFolder, complete_study
+
+
+def compare(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="A B ...",
+            help="Studies (their winner), trials (STUDY#22), versions (NAME/1) or aliases (NAME@champion).",
+            autocompletion=complete_study,
+            show_default=False,
+        ),
+    ],
+    binarise: Annotated[
+        bool, typer.Option("--binarise", help="Sum classes to the groups that one of the models was trained on.")
+    ] = False,
+    test: Annotated[
+        bool, typer.Option("--test", help="Open the sealed test part; it is written down for each model.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FOLDER", help="Write comparison.md and roc.png there.")
+    ] = None,
+    home: HomeFolder = None,
+    as_json: AsJson = False,
+    _debug: Debug = False,
+) -> None:
+    """Compare models on the same images: scores with intervals, McNemar's test, ROC curves."""
+    from hpo.report.compare import rows_of
+    from hpo.run.compare import compare as run_comparison
+    from hpo.run.compare import make_folder, write_comparison
+
+    if out is not None:
+        make_folder(out)  # before the test part is opened for nothing
+    comparison = run_comparison(models, test=test, binarise=binarise, home=home)
+    written = write_comparison(comparison, out) if out is not None else []
+    if as_json:
+        # The points of the curves are for the figure: their areas stay.
+        short = tuple(replace(contestant, curve=None) for contestant in comparison.contestants)
+        plain = output.plain(replace(comparison, contestants=short))
+        for contestant in plain["contestants"]:
+            del contestant["curve"]
+        output.print_json({**plain, "verdicts": comparison.verdicts, "files": written})
+        return
+    binary = len(comparison.class_names) == 2
+    letters = [ascii_uppercase[index] if index < 26 else str(index + 1) for index in range(len(models))]
+    named = list(zip(letters, comparison.contestants, strict=True))
+    count = f"{comparison.image_count:,} {comparison.part} images, {len(comparison.class_names)} classes"
+    if binary:
+        count += f", positive: {comparison.class_names[1]}"
+    output.print_facts([*((letter, f"{each.name}: {each.model}") for letter, each in named), ("on", count)])
+    output.print_text("")
+    rows = []
+    for letter, each in named:
+        for index, (_, *cells) in enumerate(rows_of(each)):
+            rows.append(["" if index else letter, *cells])
+    columns = ["", "score", ">value", f">{comparison.level:.0%} interval", ">points to A", ">McNemar"]
+    output.print_table(rows, columns)
+    if binary:
+        output.print_text("")
+        counts = [[letter, *itertools.chain(*each.confusion)] for letter, each in named]
+        output.print_table(counts, ["", ">TN", ">FP", ">FN", ">TP"])
+    output.print_text("")
+    for line in [*comparison.verdicts, *comparison.notes]:
+        output.print_text(line)
+    for study, times in comparison.openings.items():
+        output.print_text(f"The test part of {study} has been opened {'once' if times == 1 else f'{times} times'}.")
+    for path in written:
+        output.print_text(str(path))

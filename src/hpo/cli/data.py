@@ -1,0 +1,81 @@
+"""`hpo data`: look at a data set before anything is trained on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hpo.cli import output
+from hpo.cli.options import AsJson, Command, Debug
+
+if TYPE_CHECKING:
+    from hpo.report.data_page import DataFacts
+
+app = typer.Typer(no_args_is_help=True, help="Look at a data set.")
+
+
+@app.command(cls=Command)
+def show(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME|STUDY",
+            help="bloodmnist, npz, folder, ..., or a study, whose split is shown.",
+            show_default=False,
+        ),
+    ],
+    path: Annotated[Path | None, typer.Option(help="A file or folder of your own, in place of a download.")] = None,
+    size: Annotated[int | None, typer.Option(min=1, max=1024, help="Side of the images in pixels.")] = None,
+    page: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="The page.", show_default="data-NAME.html")
+    ] = None,
+    images: Annotated[int, typer.Option(min=0, max=100, help="Training images of each class to show.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Which of them are drawn.")] = 0,
+    as_json: AsJson = False,
+    _debug: Debug = False,
+) -> None:
+    """Write a page on a data set: images, classes, channels, duplicates.
+
+    The test part stays sealed: of it only numbers of images are told. With --json no page is written unless --out
+    asks for it.
+    """
+    from hpo.run.explore import explore, write_page
+
+    facts, pictures = explore(name, path=path, size=size, images=images, seed=seed)
+    if page is not None or not as_json:
+        stem = Path(name).stem if name.endswith((".yaml", ".yml")) else name.replace(":", "-")
+        page = write_page(facts, pictures, page or Path(f"data-{stem}.html"))
+    if as_json:
+        output.print_json(facts)
+        return
+    _print(facts)
+    output.print_text(str(page))
+
+
+def _print(facts: DataFacts) -> None:
+    data, totals = facts.data, facts.totals
+    rows = [
+        [name, *(f"{counts[label]:,}" for counts in facts.counts.values())]
+        for label, name in enumerate(data.class_names)
+    ]
+    rows.append(["all", *(f"{total:,}" for total in totals.values())])
+    output.print_table(rows, ["class", *(f">{part}" for part in totals)])
+    pairs = ", ".join(f"{count:,} in {pair}" for pair, count in facts.shared.items())
+    repeated = ", ".join(f"{count:,} in {part}" for part, count in facts.copies.items())
+    contradicting = sum(map(len, facts.contradictions))
+    output.print_facts(
+        [
+            ("images", " x ".join(map(str, data.image_shape))),
+            ("split", facts.split),
+            ("mean", ", ".join(f"{value:.4f}" for value in facts.mean)),
+            ("deviation", ", ".join(f"{value:.4f}" for value in facts.std)),
+            ("repeated", repeated),
+            ("shared", pairs),
+            ("same pixels, different labels", f"{contradicting:,}"),
+            ("source", f"{data.source}, {'' if data.official else 'not '}the publisher's"),
+            ("licence", data.licence or "not stated"),
+            ("digest", data.digest),
+        ]
+    )

@@ -1,0 +1,58 @@
+"""`hpo explain`: what a model looks at."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hpo.cli import output
+from hpo.cli.options import AsJson, Debug, HomeFolder
+
+
+class Method(StrEnum):
+    """How the importance of a pixel is measured."""
+
+    GRADIENT = "gradient"
+    INTEGRATED = "integrated"
+    GRADCAM = "gradcam"
+
+
+def explain(
+    model: Annotated[str, typer.Argument(help="digits-mlp, digits-mlp@champion, digits-mlp/3.", show_default=False)],
+    images: Annotated[list[Path], typer.Argument(help="Image files of any size and mode.", show_default=False)],
+    methods: Annotated[
+        list[Method] | None,
+        typer.Option("--method", help="One map each; may be repeated.", show_default="all that suit the network"),
+    ] = None,
+    class_name: Annotated[
+        str | None,
+        typer.Option("--class", metavar="NAME", help="The class to explain.", show_default="the most probable"),
+    ] = None,
+    folder: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where the pictures go.")] = Path(
+        "explained"
+    ),
+    home: HomeFolder = None,
+    as_json: AsJson = False,
+    _debug: Debug = False,
+) -> None:
+    """Draw which pixels speak for a class, over each image: one picture a file."""
+    from hpo.run.explain import explain as draw
+
+    rows = draw(
+        model,
+        images,
+        folder=folder,
+        methods=[str(method) for method in methods or ()],
+        class_name=class_name,
+        home=home,
+    )
+    if as_json:
+        output.print_json(rows)
+        return
+    output.print_table(
+        [[row.file, row.predicted, output.show_score(row.probability), row.explained, row.picture] for row in rows],
+        ["file", "class", ">probability", "explained", "picture"],
+    )

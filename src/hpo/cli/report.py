@@ -1,0 +1,36 @@
+"""`hpo report`: everything that is known of a study, on one page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hpo.cli import output
+from hpo.cli.options import AsJson, Debug, HomeFolder, Study
+
+
+def report(
+    study: Study,
+    target: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE", help="Write there.", show_default="mlruns/reports/STUDY.html"),
+    ] = None,
+    home: HomeFolder = None,
+    as_json: AsJson = False,
+    _debug: Debug = False,
+) -> None:
+    """Write one HTML page of a study: data, protocol, result, figures, mistakes, cost, how to repeat it.
+
+    It needs no network to be read. The sealed test part is not opened for it.
+    """
+    from hpo.run.report import write_report
+    from hpo.spec.load import load_study
+
+    name = load_study(study).name if study.endswith((".yaml", ".yml")) else study
+    path = write_report(name, home=home, out=target)
+    if as_json:
+        output.print_json({"path": str(path)})
+    else:
+        output.print_text(str(path))

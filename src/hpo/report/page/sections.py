@@ -1,0 +1,371 @@
+"""The sections of a study's page, each from the findings to HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from hpo.records import FINAL, DataCard, Trial, TrialState
+from hpo.report.html import Html, escape, picture, table
+from hpo.report.page import words
+from hpo.report.page.findings import Findings, Opening, Samples
+from hpo.report.page.intervals import RESAMPLES, confusion_intervals, share_interval
+from hpo.report.statistics import Interval
+from hpo.report.style import score_text, value_text
+from hpo.spec.study import Reference
+
+_MOST_CLASSES = 60  # more sample strips than that make a page nobody scrolls through
+
+
+def opening(findings: Findings) -> str:
+    """The question, how the study stands, and what is missing."""
+    study = findings.study
+    ends = words.listed(f"{study.count(state):,} {state.value}" for state in TrialState if study.count(state))
+    lines = [f"<p><strong>{escape(findings.spec.question)}</strong></p>"] if findings.spec.question else []
+    lines.append(
+        f'<p class="dim">Study {escape(study.title)}: {words.counted(len(study.trials), "trial")}'
+        f"{f' ({ends})' if ends else ''}. This page was made on {findings.made:%Y-%m-%d}.</p>"
+    )
+    if findings.missing:
+        items = "".join(f"<li>{escape(sentence)}</li>" for sentence in findings.missing)
+        lines.append(f"<h3>What is missing</h3><ul>{items}</ul>")
+    return "\n".join(lines)
+
+
+def result(findings: Findings) -> str:
+    """The scores with their intervals, the test part if it was opened, and the published numbers beside them."""
+    shown = findings.shown
+    if shown is None or shown.result is None:
+        return "<p>There is no complete trial yet, and so no result.</p>"
+    study, seed = findings.study, findings.spec.seed
+    name = "final training" if shown.candidate.stage == FINAL else "best trial"
+    intervals = confusion_intervals(shown.result.confusion, seed=seed) if shown.result.confusion else {}
+    opened = _opened(findings)
+    measured = _test_intervals(findings, opened.scores) if opened else {}
+    scores = ["accuracy", "balanced_accuracy", "macro_f1", "macro_auc", "loss"]
+    rows = [
+        (
+            score_text(score),
+            _score(shown.result.scores.get(f"valid_{score}")),
+            words.between(intervals[score]) if score in intervals else "",
+            *((_score(opened.scores.get(f"test_{score}")), _ends(measured.get(score))) if opened else ()),
+        )
+        for score in scores
+    ]
+    head = ["score", ">validation", ">95 % interval", *([">test", ">95 % interval"] if opened else [])]
+    named = {f"valid_{score}": each for score, each in intervals.items()}
+    named |= {f"test_{score}": each for score, each in measured.items()}
+    said = (
+        f"<p>The model of this page is trial {shown.number}, the {name}"
+        f"{f', version {findings.model.version} in the registry' if findings.model else ''}. "
+        f"{_test_sentence(findings)}</p>"
+    )
+    searched = sum(trial.state is TrialState.COMPLETE for trial in study.counted)
+    flatter = (
+        f'<p class="dim">Intervals are percentiles of {RESAMPLES:,} bootstrap resamples of the images; they hold for '
+        f"this one training. The validation score is the best of {words.counted(searched, 'complete trial')}, chosen "
+        "by it, and therefore flatters; a test score does not.</p>"
+    )
+    return f"{said}{table(head, rows)}{flatter}{_folds(shown)}{_objectives(findings)}{_references(findings, named)}"
+
+
+def _opened(findings: Findings) -> Opening | None:
+    """The last look at the test part that measured the shown model."""
+    shown = findings.shown
+    looks = [look for look in findings.openings if shown is not None and look.trial == shown.number and look.scores]
+    return looks[-1] if looks else None
+
+
+def _test_sentence(findings: Findings) -> str:
+    if not findings.openings:
+        return (
+            "The sealed test part was never opened, so there are no test results. "
+            f"<code>hpo promote {escape(findings.study.name)}</code> opens it."
+        )
+    often = words.times(len(findings.openings))
+    other = "" if _opened(findings) else ", but not for this model"
+    return f"The sealed test part was opened {often}{other}."
+
+
+def _test_intervals(findings: Findings, scores: Mapping[str, float]) -> dict[str, Interval]:
+    # The ledger holds scores only: of these, the accuracy alone says how many images were right.
+    accuracy = scores.get("test_accuracy")
+    if accuracy is None or findings.data is None or not findings.data.test_count:
+        return {}
+    return {"accuracy": share_interval(accuracy, findings.data.test_count, seed=findings.spec.seed)}
+
+
+def _folds(shown: Trial) -> str:
+    folds = shown.result.folds if shown.result else ()
+    if not folds:
+        return ""
+    names = [name for name in folds[0] if name.startswith("valid_")]
+    rows = [(f"fold {place}", *(f"{fold[name]:.4f}" for name in names)) for place, fold in enumerate(folds)]
+    head = ["", *(f">{name.removeprefix('valid_').replace('_', ' ')}" for name in names)]
+    return f"<h3>Folds</h3>{table(head, rows)}"
+
+
+def _objectives(findings: Findings) -> str:
+    study = findings.study
+    if len(study.objectives) < 2:
+        return ""
+    rows = [
+        (trial.number, *(value_text(each) for each in trial.result.values), _parameters(trial))
+        for trial in study.pareto()
+        if trial.result is not None
+    ]
+    head = [">trial", *(f">{score}" for score, _ in study.objectives), "parameters"]
+    return f"<h3>Trials that none beats in every objective</h3>{table(head, rows)}"
+
+
+def _references(findings: Findings, intervals: Mapping[str, Interval]) -> str:
+    """Published numbers; intervals maps score to interval, as valid_accuracy, test_accuracy, ..."""
+    if not findings.spec.references:
+        return ""
+    rows = [_reference(findings, reference, intervals) for reference in findings.spec.references]
+    head = ["published", "score", ">value", ">this study", ">95 % interval", ">difference", "what differs in protocol"]
+    return f"<h3>Beside published numbers</h3>{table([*head, 'source'], rows)}"
+
+
+def _reference(findings: Findings, reference: Reference, intervals: Mapping[str, Interval]) -> tuple[object, ...]:
+    shown, look = findings.shown, _opened(findings)
+    if reference.score.startswith("test_"):
+        own = look.scores.get(reference.score) if look else None
+        lacking = "not measured" if findings.openings else "test part not opened"
+    else:
+        own = shown.result.scores.get(reference.score) if shown and shown.result else None
+        lacking = "none yet"
+    return (
+        reference.label,
+        score_text(reference.score),
+        f"{reference.value:.4f}",
+        lacking if own is None else f"{own:.4f}",
+        _ends(intervals.get(reference.score)) if own is not None else "",
+        "" if own is None else f"{100 * (own - reference.value):+.2f} points",
+        reference.note,
+        reference.source,
+    )
+
+
+def data(findings: Findings) -> str:
+    """Where the images come from, what each part holds of each class, sample images, mean and deviation."""
+    card = findings.data
+    if card is None:
+        return f"<p>Data set {escape(findings.spec.data.name)}, digest <code>{findings.study.data_digest}</code>.</p>"
+    height, width, channels = card.image_shape
+    rows = [
+        ("data set", card.name),
+        ("source", f"{card.source} ({'the' if card.official else 'not the'} publisher's file)"),
+        ("images", f"{width} x {height} pixels, {words.counted(channels, 'channel')}"),
+        ("licence", card.licence or "not stated"),
+        ("citation", card.citation or "not stated"),
+        ("digest", Html(f"<code>{escape(card.digest)}</code>")),
+    ]
+    parts: list[str] = [table((), rows)]
+    if findings.split is not None:
+        counts = findings.split.counts
+        shares = {part: each for part, each in findings.split.shares.items() if counts.get(part)}
+        head = ["class", *(f">{part} ({counts[part]:,})" for part in shares)]
+        body = [
+            (name, *(f"{shares[part][label]:.1%}" for part in shares)) for label, name in enumerate(card.class_names)
+        ]
+        parts.append(f"<h3>Share of each class</h3>{table(head, body)}")
+    if findings.samples is not None:
+        parts += _looks(card, findings.samples)
+    return "\n".join(parts)
+
+
+def _looks(card: DataCard, samples: Samples) -> Iterator[str]:
+    strips = [
+        picture(strip, f"training images of class {name}", caption=name)
+        for name, strip in zip(card.class_names, samples.strips, strict=True)
+        if strip
+    ]
+    yield '<h3>Training images</h3><p class="dim">Drawn at random from the training part.</p>'
+    yield f'<div class="samples">{"".join(strips[:_MOST_CLASSES])}</div>'
+    if len(strips) > _MOST_CLASSES:
+        yield f'<p class="dim">{len(strips) - _MOST_CLASSES} more classes are not shown.</p>'
+    names = {1: ("grey",), 3: ("red", "green", "blue")}.get(
+        len(samples.mean), tuple(map(str, range(len(samples.mean))))
+    )
+    rows = [(n, f"{m:.4f}", f"{s:.4f}") for n, m, s in zip(names, samples.mean, samples.std, strict=True)]
+    yield f"<h3>Channels</h3>{table(('channel', '>mean', '>deviation'), rows)}"
+    yield f'<p class="dim">Of pixel / 255, over {samples.counted:,} training images.</p>'
+
+
+def protocol(findings: Findings) -> str:
+    """How candidates were trained, compared and chosen, and what the test part was used for."""
+    spec, study = findings.spec, findings.study
+    search, training = spec.search, spec.training
+    aims = [f"{aim.better} {aim.score}" for aim in search.objectives] or [f"{search.better} {search.objective}"]
+    stages = [trial.candidate.stage for trial in study.trials if trial.candidate.stage not in (None, FINAL)]
+    budget = (
+        f"{words.counted(len(search.stages), 'stage')}: {words.listed(dict.fromkeys(stages) or ['not begun'])}"
+        if search.stages
+        else f"{words.counted(len(study.counted), 'trial')} so far, {search.trials:,} in the study file"
+    )
+    epochs = f"up to {training.epochs} a trial" if training.patience else f"{training.epochs} a trial"
+    patience = f", stopped after {training.patience} without a better {training.monitor}" if training.patience else ""
+    rows: list[tuple[str, object]] = [
+        ("task", f"{spec.task}, model kind {spec.model.kind}"),
+        ("validation", words.split_words(spec.split)),
+        ("aim", " and ".join(aims)),
+        ("kept epoch", f"the one with the best {training.monitor}"),
+        ("epochs", epochs + patience),
+        ("budget", budget),
+        (
+            "sampler",
+            search.sampler.name if not search.stages else "the full grid of each stage, unless it says otherwise",
+        ),
+        ("pruner", search.pruner.name),
+        ("seeds", f"study seed {spec.seed}; each trial's own follows from it and the trial's place"),
+    ]
+    if search.constraints:
+        rows.append(("constraints", words.listed(search.constraints)))
+    if spec.final is not None:
+        changed = words.listed(f"{path} = {value}" for path, value in spec.final.set.items()) or "nothing"
+        who = "the best candidate" if spec.final.finalists == 1 else f"the best {spec.final.finalists}, each"
+        race = f"{who} with {words.counted(spec.final.seeds, 'seed')}"
+        rows.append(("final training", f"{race}; changed: {changed}; trained on: {spec.final.on}"))
+    rows.append(("test part", _seal(findings)))
+    return table((), rows)
+
+
+def _seal(findings: Findings) -> object:
+    if not findings.openings:
+        return "sealed: no trial can reach it, and it was never opened"
+    looks = "; ".join(
+        f"{look.when:%Y-%m-%d %H:%M} UTC for version {look.version} (trial {look.trial})" for look in findings.openings
+    )
+    return (
+        f"sealed during the search, opened {words.times(len(findings.openings))}, after the choice, only to measure: "
+        f"{looks}"
+    )
+
+
+def space(findings: Findings) -> str:
+    """Every parameter that the search varies, how far, and what the shown model has."""
+    search, shown = findings.spec.search, findings.shown
+    chosen = shown.candidate.parameters if shown else {}
+    rows: list[tuple[str, ...]] = []
+    for stage, given in [(stage.name, stage.space) for stage in search.stages] or [("", search.space)]:
+        for path, parameter in given.items():
+            own = value_text(chosen[path]) if path in chosen else ""
+            rows.append((stage, path, words.spread(parameter), words.condition(parameter.when), own))
+    refined = [(stage.name, stage.refine) for stage in search.stages if stage.refine]
+    rows += [(name, "all of the stages before", f"ranges shrunk to {share:.0%}", "", "") for name, share in refined]
+    head = ("stage", "parameter", "tried", "only if", "of the model")
+    used = [column for column in range(len(head)) if any(row[column] for row in rows)]
+    return table([head[column] for column in used], [[row[column] for column in used] for row in rows])
+
+
+def cost(findings: Findings) -> str:
+    """Trials, epochs and time, of the search and of the final training, and what references tell of theirs."""
+    study = findings.study
+    groups = {
+        "search": [trial for trial in study.trials if trial.candidate.stage != FINAL],
+        "final training": [trial for trial in study.trials if trial.candidate.stage == FINAL],
+    }
+    rows = []
+    for name, trials in groups.items():
+        if trials:
+            results = [trial.result for trial in trials if trial.result is not None]
+            epochs, seconds = sum(len(each.epochs) for each in results), sum(each.seconds for each in results)
+            rows.append((name, f"{len(trials):,}", f"{epochs:,}", words.duration(seconds)))
+    head = ("", ">trials", ">epochs", ">time of training")
+    parts: list[str] = [table(head, rows) if rows else "<p>Nothing was trained yet.</p>"]
+    begun = [trial.started for trial in study.trials if trial.started]
+    if begun:
+        ended = max(trial.started + trial.run_seconds for trial in study.trials if trial.started)
+        workers = len({trial.worker for trial in study.trials if trial.worker})
+        parts.append(
+            f"<p>From the first trial's start to the last one's end: {words.duration(ended - min(begun))}, with "
+            f"{words.counted(workers, 'worker')}. Pauses between runs are included.</p>"
+        )
+    shown = findings.shown
+    if shown is not None and shown.result is not None:
+        parts.append(
+            f"<p>The model has {shown.result.parameter_count:,} parameters, trained in {len(shown.result.epochs)} "
+            f"epochs and {words.duration(shown.result.seconds)}; its weights are those of epoch "
+            f"{shown.result.best_epoch}.</p>"
+        )
+    told = [(reference.label, reference.note) for reference in findings.spec.references if "epoch" in reference.note]
+    if told:
+        parts.append(f"<h3>What the published numbers took</h3>{table(('published', 'as told'), dict.fromkeys(told))}")
+    return "\n".join(parts)
+
+
+def use(findings: Findings) -> str:
+    """Code that loads the model."""
+    name, model = findings.study.name, findings.model
+    if model is None:
+        run = f"hpo run {name}"
+        return f"<p>No model of this study is registered. A study that runs to its end registers one:</p>{_code(run)}"
+    shape = findings.data.image_shape if findings.data is not None else ()
+    sized = f" of shape (n, {', '.join(map(str, shape))})" if shape else ""
+    code = "\n".join(
+        [
+            "from hpo import load_model",
+            "",
+            f'model = load_model("{model.name}/{model.version}")',
+            f"probabilities = model.predict_proba(images)  # images: uint8{sized}",
+            "names = model.predict(images)",
+        ]
+    )
+    plain = "\n".join(
+        [
+            "import mlflow",
+            "",
+            'mlflow.set_tracking_uri("sqlite:///mlruns/mlflow.db")',
+            f'model = mlflow.pyfunc.load_model("models:/{model.name}/{model.version}")',
+            "probabilities = model.predict(images)",
+        ]
+    )
+    return (
+        f"<p>In Python, in the folder that holds <code>mlruns</code>:</p>{_code(code)}"
+        f"<p>Without this package, with MLflow alone:</p>{_code(plain)}"
+        f"<p>Image files:</p>{_code(f'hpo predict {model.name}/{model.version} IMAGE...')}"
+    )
+
+
+def repeat(findings: Findings) -> str:
+    """The study file, the data's digest, versions, machine and command."""
+    from hpo.spec.load import dump_study
+
+    study, spec = findings.study, findings.spec
+    budget = "" if spec.search.stages or len(study.counted) == spec.search.trials else f" --trials {len(study.counted)}"
+    rows: list[tuple[str, object]] = [("data digest", Html(f"<code>{escape(study.data_digest or 'not known')}</code>"))]
+    rows += list(_machine(findings))
+    if findings.versions:
+        rows.append(("versions", words.listed(f"{name} {version}" for name, version in findings.versions.items())))
+    return (
+        f"<p>Save the study file below as <code>{escape(study.name)}.yaml</code>, then:</p>"
+        f"{_code(f'hpo run {study.name}.yaml{budget}')}{table((), rows)}"
+        f"<details><summary>The study file, with every default</summary>{_code(dump_study(spec).rstrip())}</details>"
+    )
+
+
+def _machine(findings: Findings) -> Iterator[tuple[str, str]]:
+    results = [trial.result for trial in findings.study.trials if trial.result is not None]
+    for setting in ("device", "precision", "threads", "layout"):
+        seen = dict.fromkeys(result.settings[setting] for result in results if setting in result.settings)
+        if seen:
+            yield setting, words.listed(seen)
+    workers = sorted({trial.worker for trial in findings.study.trials if trial.worker})
+    if workers:
+        yield "workers", words.listed(workers)
+
+
+def _code(text: str) -> str:
+    return f"<pre><code>{escape(text)}</code></pre>"
+
+
+def _parameters(trial: Trial) -> str:
+    return words.listed(f"{path} = {value_text(given)}" for path, given in trial.candidate.parameters.items())
+
+
+def _score(score: float | None) -> str:
+    return "" if score is None else f"{score:.4f}"
+
+
+def _ends(interval: Interval | None) -> str:
+    return words.between(interval) if interval else ""

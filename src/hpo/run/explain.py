@@ -1,0 +1,116 @@
+"""Draw what a registered model looks at in image files."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpo.errors import HpoError, ModelError
+from hpo.home import Home
+
+AnyPath = str | Path
+
+
+@dataclass(frozen=True)
+class Explained:
+    """One image file: its most probable class, the class that was explained, their probabilities, and the figure."""
+
+    file: str
+    predicted: str
+    probability: float
+    explained: str
+    explained_probability: float
+    methods: tuple[str, ...]
+    picture: str
+
+
+def explain(
+    model: AnyPath,
+    paths: Sequence[AnyPath],
+    *,
+    folder: AnyPath,
+    methods: Sequence[str] = (),
+    class_name: str | None = None,
+    home: AnyPath | Home | None = None,
+) -> list[Explained]:
+    """Draw one PNG for each image file into folder: the image, a map for each method, class probabilities.
+
+    model is as in predict.load_model. methods are of gradient, integrated and gradcam; none means all that suit the
+    network. class_name None explains each image's most probable class. Raises ModelError, DataError for a file that is
+    no image, and HpoError where folder cannot be written.
+    """
+    from hpo.learn.saliency import explain_images
+    from hpo.predict import read_images
+    from hpo.report.saliency_figure import saliency_figure
+
+    target_folder = Path(folder)
+    with _parts(model, home) as parts:
+        config = json.loads((parts / "config.json").read_text(encoding="utf-8"))
+        names = config["class_names"]
+        target = None if class_name is None else _label(class_name, names)
+        images = read_images(paths, tuple(config["image_shape"]))
+        explanations = explain_images(parts, images, methods=methods, target=target)
+    rows = []
+    for path, picture, found in zip(paths, _pictures(paths, target_folder), explanations, strict=True):
+        best = max(range(len(names)), key=found.probabilities.__getitem__)
+        title = f"{Path(path).name}: why {names[found.target]}?"
+        figure = saliency_figure(found.image, found.maps, found.probabilities, names, target=found.target, title=title)
+        try:
+            target_folder.mkdir(parents=True, exist_ok=True)
+            figure.savefig(picture)
+        except OSError as error:
+            raise HpoError(
+                f"{picture}: cannot be written: {error.strerror}.", "Choose another folder: --out FOLDER"
+            ) from None
+        rows.append(
+            Explained(
+                file=str(path),
+                predicted=names[best],
+                probability=found.probabilities[best],
+                explained=names[found.target],
+                explained_probability=found.probabilities[found.target],
+                methods=tuple(found.maps),
+                picture=str(picture),
+            )
+        )
+    return rows
+
+
+@contextmanager
+def _parts(model: AnyPath, home: AnyPath | Home | None) -> Iterator[Path]:
+    """The folder in a logged model with its program, config and setup."""
+    from hpo.track.registry import fetch, resolve
+
+    with tempfile.TemporaryDirectory() as scratch:
+        if Path(model, "MLmodel").is_file():
+            place = Path(model)
+        else:
+            found = home if isinstance(home, Home) else Home.find(home)
+            place = fetch(found, resolve(found, str(model)), Path(scratch))
+        if not (place / "artifacts" / "config.json").is_file():
+            raise ModelError(f"{model}: not a model that a study has logged.", "List those that are: hpo models")
+        yield place / "artifacts"
+
+
+def _label(name: str, names: Sequence[str]) -> int:
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"Did you mean {close[0]}? " if close else ""
+        raise ModelError(f"--class: the model has no class {name!r}.", f"{hint}There is: {', '.join(names)}.")
+    return names.index(name)
+
+
+def _pictures(paths: Sequence[AnyPath], folder: Path) -> list[Path]:
+    """A PNG for each file, named after it; files of one name in several folders are numbered."""
+    seen: dict[str, int] = {}
+    pictures = []
+    for path in paths:
+        stem = Path(path).stem
+        seen[stem] = seen.get(stem, 0) + 1
+        pictures.append(folder / (f"{stem}.png" if seen[stem] == 1 else f"{stem}-{seen[stem]}.png"))
+    return pictures

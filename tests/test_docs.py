@@ -1,0 +1,130 @@
+"""The pages build strictly, stand alone, and say nothing that the code does not know."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import typer
+import yaml
+
+from hpo.cli.app import app
+from hpo.spec.load import StudyLoader, load_study, study_files
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+# What a snippet of a study file leaves out.
+_REST = {
+    "data": {"name": "digits"},
+    "model": {"kind": "mlp"},
+    "search": {"space": {"training.label_smoothing": {"float": [0.0, 0.1]}}},
+}
+
+
+class _Page(HTMLParser):
+    """The ids of a page, what it links to, and what a browser fetches to show it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.ids: set[str] = set()
+        self.links: list[str] = []
+        self.fetched: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            if name == "id" and value:
+                self.ids.add(value)
+            elif name == "href" and value and tag == "a":
+                self.links.append(value)
+            elif name in ("href", "src") and value:
+                self.fetched.append(value)
+
+
+def test_site_builds_strictly_links_nowhere_wrong_and_fetches_nothing(tmp_path):
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q", "-d", str(tmp_path / "cache")]
+    site = tmp_path / "site"
+    done = subprocess.run([*command, str(DOCS), str(site)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = {path: _Page(path) for path in site.rglob("*.html")}
+    assert len(pages) >= len(PAGES) - 1
+    for path, page in pages.items():
+        for link in [*page.links, *page.fetched]:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                assert link in page.links, f"{path.name} fetches {link}"
+                continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            assert target.is_file(), f"{path.name} links to {link}"
+            # The search page makes its anchors itself.
+            if parts.fragment and target in pages and not parts.query:
+                assert unquote(parts.fragment) in pages[target].ids, f"{path.name} links to {link}"
+    for style in site.rglob("*.css"):
+        assert not re.search(r"(url\(|@import)\s*[\"']?(https?:)?//", style.read_text(encoding="utf-8")), style
+
+
+def test_reference_is_what_the_schema_says():
+    made = runpy.run_path(str(DOCS / "make_reference.py"))["reference"]()
+    assert made == (DOCS / "reference.md").read_text(encoding="utf-8"), "run: python docs/make_reference.py"
+
+
+def _commands(page: Path) -> list[str]:
+    """Every line of a code block, and every piece of code in a sentence, that begins with hpo and a blank."""
+    text = page.read_text(encoding="utf-8")
+    blocks = [body for language, body in _FENCE.findall(text) if language in ("", "sh", "bash")]
+    prose = _FENCE.sub("", text)
+    lines = [line for block in blocks for line in block.splitlines()]
+    lines += [line.strip() for line in prose.splitlines() if line.startswith("    ")]
+    found = [line.removeprefix("uv run ").removeprefix("$ ") for line in lines]
+    found += [piece.replace("\n", " ") for piece in re.findall(r"`(hpo [^`]*)`", prose)]
+    found += re.findall(r"uv run (hpo [^#\n]*)", "\n".join(lines))
+    return [line for line in found if line.startswith("hpo ")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_command_on_a_page_parses(page):
+    text = page.read_text(encoding="utf-8")
+    known = {*study_files(), *re.findall(r"studies/([\w-]+)\.yaml", text), "STUDY"}
+    for line in _commands(page):
+        words = shlex.split(re.split(r"\s#|\s[|>]|&&", line)[0])[1:]
+        # A number may stand as N.
+        words = ["1" if word == "N" else word for word in words]
+        command = typer.main.get_command(app)
+        name = words[0]
+        while words and hasattr(command, "commands") and not words[0].startswith("-"):
+            assert words[0] in command.commands, f"{page.name}: {line}"
+            command = command.commands[words.pop(0)]
+        try:
+            study = command.make_context(name, words).params.get("study") if words else None
+        except typer.Exit:
+            continue  # --help and --version
+        except Exception as error:  # noqa: BLE001 - told with the line
+            # In a sentence, a command may be named without what it needs.
+            if type(error).__name__ != "MissingParameter":
+                pytest.fail(f"{page.name}: {line}: {error}")
+            continue
+        if name in ("run", "check", "show", "preview") and study and not study.endswith((".yaml", ".yml")):
+            assert study in known, f"{page.name}: {line}: there is no such study"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_study_on_a_page_is_valid(page, tmp_path):
+    for language, body in _FENCE.findall(page.read_text(encoding="utf-8")):
+        if language != "yaml":
+            continue
+        given = yaml.load(body, StudyLoader)  # noqa: S506 - a SafeLoader
+        study = {**_REST, **given}
+        if "space" not in study["search"] and "stages" not in study["search"]:
+            study["search"] = {**_REST["search"], **study["search"]}
+        file = tmp_path / "snippet.yaml"
+        file.write_text(yaml.safe_dump(study), encoding="utf-8")
+        load_study(file)
