@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from hpo.cli.app import app
 from hpo.errors import HpoError, StoreError
 from hpo.home import Home
+from hpo.run.explain import explain_mistakes
 from hpo.run.promote import promote
 from hpo.run.report import gather, write_report
 from hpo.run.study import run_study
@@ -123,3 +124,15 @@ def test_unknown_study_and_unwritable_file_are_told(project: Path) -> None:
     (project / "file").touch()
     with pytest.raises(HpoError, match="cannot be written"):
         write_report("digits-mlp", home=project, out=project / "file" / "page.html")
+
+
+def test_the_surest_mistakes_are_explained_by_name(project: Path) -> None:
+    findings = gather(Home.find(project), read_study(Home.find(project), "digits-mlp"))
+    rows = explain_mistakes("digits-mlp", folder=project / "pictures", methods=["gradient"], home=project)
+    assert findings.answers is not None
+    assert len(rows) == len(findings.answers.mistakes) == 5
+    for row, mistake in zip(rows, findings.answers.mistakes, strict=True):
+        assert row.predicted == findings.class_names[mistake.predicted]
+        assert row.probability == pytest.approx(max(mistake.probabilities), abs=1e-4)
+        assert Path(row.picture).stem.endswith(f"-{findings.class_names[mistake.true]}")
+        assert Path(row.picture).is_file()

@@ -22,7 +22,12 @@ class Method(StrEnum):
 
 def explain(
     model: Annotated[str, typer.Argument(help="digits-mlp, digits-mlp@champion, digits-mlp/3.", show_default=False)],
-    images: Annotated[list[Path], typer.Argument(help="Image files of any size and mode.", show_default=False)],
+    images: Annotated[
+        list[Path] | None, typer.Argument(help="Image files of any size and mode.", show_default=False)
+    ] = None,
+    mistakes: Annotated[
+        bool, typer.Option("--mistakes", help="The validation images that it got wrong most surely.")
+    ] = False,
     methods: Annotated[
         list[Method] | None,
         typer.Option("--method", help="One map each; may be repeated.", show_default="all that suit the network"),
@@ -39,16 +44,17 @@ def explain(
     _debug: Debug = False,
 ) -> None:
     """Draw which pixels speak for a class, over each image: one picture a file."""
+    from hpo.errors import HpoError
     from hpo.run.explain import explain as draw
+    from hpo.run.explain import explain_mistakes
 
-    rows = draw(
-        model,
-        images,
-        folder=folder,
-        methods=[str(method) for method in methods or ()],
-        class_name=class_name,
-        home=home,
-    )
+    if bool(images) == mistakes:
+        raise HpoError("hpo explain needs image files, or --mistakes.", f"For example: hpo explain {model} --mistakes")
+    chosen = [str(method) for method in methods or ()]
+    if mistakes:
+        rows = explain_mistakes(model, folder=folder, methods=chosen, home=home)
+    else:
+        rows = draw(model, images or [], folder=folder, methods=chosen, class_name=class_name, home=home)
     if as_json:
         output.print_json(rows)
         return

@@ -81,6 +81,37 @@ def explain(
     return rows
 
 
+def explain_mistakes(
+    model: str, *, folder: AnyPath, methods: Sequence[str] = (), home: AnyPath | Home | None = None
+) -> list[Explained]:
+    """explain for the validation images that the model got wrong most surely, five at most.
+
+    Their pictures are named by their order and true class; what is explained is the wrong answer. The model must be
+    the one that its study's report shows. Raises ModelError where its validation answers or the images are gone.
+    """
+    from hpo.learn.exploration import to_png
+    from hpo.run.report import gather
+    from hpo.search.storage import read_study
+    from hpo.track.registry import resolve
+
+    place = home if isinstance(home, Home) else Home.find(home)
+    version = resolve(place, model)
+    findings = gather(place, read_study(place, version.study))
+    answers, shown = findings.answers, findings.shown
+    if answers is None or not answers.images or shown is None or shown.number != version.trial:
+        raise ModelError(
+            f"{model}: its answers on the validation images, or these images, are not there.",
+            f"Take the study's newest model, where its data is prepared: {version.name}",
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        files = []
+        for number, mistake in enumerate(answers.mistakes, start=1):
+            name = "".join(letter if letter.isalnum() else "-" for letter in findings.class_names[mistake.true])
+            files.append(Path(scratch) / f"mistake-{number}-{name}.png")
+            files[-1].write_bytes(to_png(answers.images[mistake.position]))
+        return explain(model, files, folder=folder, methods=methods, home=place) if files else []
+
+
 @contextmanager
 def _parts(model: AnyPath, home: AnyPath | Home | None) -> Iterator[Path]:
     """The folder in a logged model with its program, config and setup."""
