@@ -167,3 +167,14 @@ def test_a_moving_average_of_the_weights_is_what_is_judged_and_kept(digits):
     assert calm[-1].scores["valid_loss"] < plain[-1].scores["valid_loss"]
     kept = scores(predict_logits(net, digits, digits.valid, precision="float32"), digits.labels[digits.valid])
     assert kept["loss"] == pytest.approx(best_of(tuple(calm), "valid_loss").scores["valid_loss"], abs=1e-5)
+
+
+def test_numbers_near_zero_are_left_to_whoever_gets_the_epochs(digits):
+    """A flag of the processor makes them zero while a network trains."""
+    smallest = np.float64(5e-324)
+    for _ in train(_net(digits), digits, TrainingSpec(epochs=2), seed=0, precision="float32"):
+        assert smallest * np.float64(1) > 0
+    diverging = TrainingSpec(epochs=3, optimizer=OptimizerSpec(name="sgd", lr=100.0, momentum=0.99))
+    with pytest.raises(TrainingError):
+        _run(digits, diverging, model=MlpSpec(kind="mlp", hidden=[64, 64, 64]))
+    assert smallest * np.float64(1) > 0
