@@ -7,7 +7,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hpo.errors import HpoError, ModelError
@@ -109,7 +109,8 @@ def explain_mistakes(
             name = "".join(letter if letter.isalnum() else "-" for letter in findings.class_names[mistake.true])
             files.append(Path(scratch) / f"mistake-{number}-{name}.png")
             files[-1].write_bytes(to_png(answers.images[mistake.position]))
-        return explain(model, files, folder=folder, methods=methods, home=place) if files else []
+        rows = explain(model, files, folder=folder, methods=methods, home=place) if files else []
+    return [replace(row, file=Path(row.file).stem) for row in rows]
 
 
 @contextmanager
