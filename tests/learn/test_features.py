@@ -12,7 +12,8 @@ from small_nets import TINY, weights_file
 
 import hpo.learn.features as features_module
 from hpo.learn.features import cached_views, features_of, forward, pick_view
-from hpo.learn.models import build_model, standing_of
+from hpo.learn.models import build_model
+from hpo.learn.models.transfer import standing_of
 from hpo.learn.train import train
 from hpo.learn.trial import build
 from hpo.spec.models import CnnSpec

@@ -13,8 +13,9 @@ from torchvision import models
 from hpo.errors import DataError, SpecError, TrainingError
 from hpo.learn.data import models_folder
 from hpo.learn.export import export_program, save_trained
-from hpo.learn.models import build_model, parameter_count, standing_of
+from hpo.learn.models import build_model, parameter_count
 from hpo.learn.models.backbones import stages
+from hpo.learn.models.transfer import standing_of
 from hpo.learn.optimizers import build_optimizer, by_depth
 from hpo.learn.train import predict_logits, train
 from hpo.spec.models import CnnSpec, MlpSpec

@@ -5,7 +5,7 @@ import pytest
 from formula_study import CARD, formula_spec
 
 from hpo.records import FINAL, Candidate, StudyResult, Trial, TrialResult, TrialState, pack_classes, unpack_classes
-from hpo.report.compare import paired_bootstrap
+from hpo.report.statistics import paired_bootstrap
 from hpo.run.finals import final_setup, finalists, race
 from hpo.spec.study import FinalSpec, SplitSpec
 

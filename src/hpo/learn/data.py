@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +75,15 @@ def prepare(
         ) from None
 
 
+def prepared(digest: str) -> DataCard | None:
+    """The card of prepared data with this digest in the cache, wherever it was prepared; None where there is none."""
+    folder = cache_folder() / "prepared" / digest.removeprefix("sha256:")[:32]
+    card = _card(folder / "development" / "card.json")
+    if card is None or not intact(folder):
+        return None
+    return replace(card, folder=str(folder / "development"), test_folder=str(folder / "test"))
+
+
 def _request(data: DataSpec, split: SplitSpec) -> str:
     """A key of what was asked for: another file, size, or share to seal away is another request."""
     files: list[tuple[str, int, int]] = []
@@ -89,13 +98,17 @@ def _request(data: DataSpec, split: SplitSpec) -> str:
 
 def _indexed(entry: Path) -> DataCard | None:
     """The card of an earlier preparation whose files are still as they were written."""
+    card = _card(entry)
+    return card if card is not None and intact(Path(card.folder).parent) else None
+
+
+def _card(file: Path) -> DataCard | None:
     try:
-        plain = json.loads(entry.read_text(encoding="utf-8"))
+        plain = json.loads(file.read_text(encoding="utf-8"))
         plain.update(class_names=tuple(plain["class_names"]), image_shape=tuple(plain["image_shape"]))
-        card = DataCard(**plain)
+        return DataCard(**plain)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return card if intact(Path(card.folder).parent) else None
 
 
 def _prepare(source: Source, data: DataSpec, split: SplitSpec, root: Path, entry: Path, report: Progress) -> DataCard:

@@ -12,9 +12,9 @@ from hpo.errors import TrainingError
 from hpo.learn.data import TrialData
 from hpo.learn.export import export_program, save_trained
 from hpo.learn.features import cached_views, forward
-from hpo.learn.models import parameter_count, standing_of
+from hpo.learn.models import parameter_count
 from hpo.learn.models.backbones import Backbone
-from hpo.learn.models.transfer import Transfer
+from hpo.learn.models.transfer import Transfer, standing_of
 from hpo.learn.train import train
 from hpo.learn.trial import build_whole, measured_precision
 from hpo.records import DataCard

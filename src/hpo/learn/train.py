@@ -18,7 +18,7 @@ from hpo.learn.augment import build_augment, mix_batch
 from hpo.learn.data import TrialData
 from hpo.learn.features import pick_view
 from hpo.learn.metrics import scores
-from hpo.learn.models.transfer import Transfer
+from hpo.learn.models.transfer import standing_of
 from hpo.learn.optimizers import build_optimizer, learning_rate_factor
 from hpo.records import Epoch
 from hpo.spec.scores import SCORES
@@ -74,7 +74,7 @@ def predict_logits(net: nn.Module, data: TrialData, rows: Tensor, *, precision: 
     device = data.images.device
     normalise = input_of(data)
     # Backbones resize images, and their maps are larger than the images.
-    batch = 64 if any(isinstance(part, Transfer) for part in net.modules()) else _EVALUATION_BATCH
+    batch = 64 if standing_of(net) is not None else _EVALUATION_BATCH
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         parts = [net(normalise(data.images.index_select(0, part))).float() for part in torch.split(rows, batch)]
     return torch.cat(parts)
@@ -112,7 +112,7 @@ def _epochs(
     normalise = input_of(data)
     averaged = _moving_average(net, spec.ema) if spec.ema else None
     judged = net if averaged is None else averaged.module
-    standing = [part for part in net.modules() if isinstance(part, Transfer)]
+    standing = standing_of(net)
     valid_labels = data.labels[data.valid]
     classes = len(data.class_names)
     weights = class_weights(data.labels[data.train], classes) if spec.class_weights == "balanced" else None
@@ -127,8 +127,8 @@ def _epochs(
         # Numbers near zero that lose digits make a step a hundred times slower, and mean nothing here. Whoever gets the
         # epoch may count on them, and this is a state of the thread.
         torch.set_flush_denormal(True)
-        for part in standing:
-            part.begin_epoch(number)
+        if standing is not None:
+            standing.begin_epoch(number)
         net.train()
         totals = torch.zeros(2, dtype=torch.float64, device=device)  # loss summed over images, hits
         seen = 0

@@ -18,8 +18,9 @@ from hpo.learn.data import TrialData, cache_folder, open_trial
 from hpo.learn.export import save_trained
 from hpo.learn.features import cached_views, features_of
 from hpo.learn.metrics import confusion_matrix
-from hpo.learn.models import build_model, parameter_count, standing_of
+from hpo.learn.models import build_model, parameter_count
 from hpo.learn.models.binary import OneLogit
+from hpo.learn.models.transfer import standing_of
 from hpo.learn.precision import faster_precision
 from hpo.learn.train import input_of, predict_logits, train
 from hpo.records import DataCard, Epoch, TrialResult, TrialState, best_of, pack_classes

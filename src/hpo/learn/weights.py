@@ -11,7 +11,7 @@ import torch
 from hpo.errors import DataError
 from hpo.learn.download import Progress, fetch
 
-_FRESH = "Fresh weights need no download: --set model.weights=none"
+_FRESH = "Or name your own: --set model.weights=FILE; without freeze also fresh ones: --set model.weights=none"
 
 
 def _silent(text: str, done: int, total: int) -> None:

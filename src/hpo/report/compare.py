@@ -17,11 +17,8 @@ from hpo.report.statistics import (
     holm,
     macro_roc,
     mcnemar,
-    paired_bootstrap,
     score_intervals,
 )
-
-__all__ = ["Answers", "Comparison", "Contestant", "Interval", "compare_answers", "paired_bootstrap", "shown_p"]
 
 _SIGNIFICANT = 0.05
 

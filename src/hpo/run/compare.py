@@ -17,6 +17,7 @@ from hpo.home import Home
 from hpo.records import FINAL, DataCard, ModelVersion, StudyResult, Trial, unpack_classes
 from hpo.report.compare import Answers, Comparison, compare_answers
 from hpo.report.statistics import Ints, binarise_probabilities, group_matrix
+from hpo.run.data import study_data
 from hpo.run.finals import final_setup, race
 from hpo.spec.load import parse_study
 from hpo.spec.study import Setup, SplitSpec, StudySpec
@@ -127,7 +128,6 @@ def _unwritable(folder: Path, error: OSError) -> HpoError:
 
 def find_entrant(home: Home, asked: str) -> Entrant:
     """The trial that a name means; see compare. Raises HpoError where there is none or its data is not at hand."""
-    from hpo.learn.data import prepare
     from hpo.search.storage import read_study
     from hpo.track.registry import resolve, versions
 
@@ -141,12 +141,7 @@ def find_entrant(home: Home, asked: str) -> Entrant:
         name, mark, number = version.study, "#", str(version.trial)
     study = read_study(home, name)
     spec = parse_study(study.spec)
-    card = prepare(spec.data, spec.split)
-    if card.digest != study.data_digest:
-        raise DataError(
-            f"{card.source}: its digest {card.digest} is not {study.data_digest}, which {study.title} was made with.",
-            "Bring back the file that the study was run on.",
-        )
+    card = study_data(study, spec)
     trial = _trial(study, number) if mark else _winner(spec, study, card)
     return Entrant(asked, study, spec, trial, card, version or _version(home, study, trial))
 

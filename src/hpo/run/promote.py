@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from hpo.errors import DataError, ModelError
+from hpo.errors import ModelError
 from hpo.home import Home
 from hpo.records import ModelVersion, StudyResult
+from hpo.run.data import study_data
 from hpo.spec.load import parse_study
 from hpo.spec.scores import SCORES
 from hpo.track.ledger import openings, record_opening
@@ -85,17 +86,11 @@ def _measured(home: Home, record: StudyResult, version: ModelVersion) -> ModelVe
     """The version with test scores: those it has, or new ones, for which the test part is opened."""
     if _test(version):
         return version
-    from hpo.learn.data import prepare
     from hpo.learn.sealed import evaluate_test
     from hpo.predict import load_model
 
     spec = parse_study(record.spec)
-    card = prepare(spec.data, spec.split)
-    if card.digest != record.data_digest:
-        raise DataError(
-            f"{card.source}: its digest {card.digest} is not {record.data_digest}, which {record.title} was made with.",
-            "Bring back the file that the study was run on.",
-        )
+    card = study_data(record, spec)
     model = load_model(f"{version.name}/{version.version}", home=home)
     scores = evaluate_test(card, model.predict_proba)
     # Written down before anyone hears of it.

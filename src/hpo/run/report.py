@@ -174,17 +174,11 @@ def _versions(tags: Mapping[str, str]) -> dict[str, str]:
 
 def _prepared(told: DataCard | None, digest: str) -> DataCard | None:
     """The data set's card where its prepared files are on this machine: where the study had them, or in the cache."""
-    from hpo.learn.data import cache_folder
+    from hpo.learn.data import prepared
 
-    cached = cache_folder() / "prepared" / digest.removeprefix("sha256:")[:32] / "development"
     if told is not None and told.digest == digest and (Path(told.folder) / "development_images.npy").is_file():
         return told
-    try:
-        card = json.loads((cached / "card.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    lists = {name: tuple(card[name]) for name in ("class_names", "image_shape")}
-    return DataCard(**{**card, **lists, "folder": str(cached), "test_folder": str(cached.with_name("test"))})
+    return prepared(digest)
 
 
 def _samples(data: DataCard, spec: StudySpec) -> Samples:

@@ -15,7 +15,7 @@ from hpo.learn.models.binary import OneLogit
 from hpo.learn.models.convnet import build_convnet
 from hpo.learn.models.own import build_own
 from hpo.learn.models.resnet import build_resnet
-from hpo.learn.models.transfer import Transfer, build_transfer
+from hpo.learn.models.transfer import build_transfer
 from hpo.spec.models import ModelSpec
 from hpo.spec.pretrained import Tuned
 
@@ -68,9 +68,3 @@ def build_model(
 def parameter_count(net: nn.Module, *, trainable: bool = True) -> int:
     """Number of weights and biases; with trainable=True only those that training changes."""
     return sum(weight.numel() for weight in net.parameters() if weight.requires_grad or not trainable)
-
-
-def standing_of(net: nn.Module) -> Transfer | None:
-    """The part of a network that stands on others, if it is of that kind."""
-    core = net.net if isinstance(net, OneLogit) else net
-    return core if isinstance(core, Transfer) else None

@@ -89,8 +89,7 @@ def quick(body: Backbone) -> Backbone:
     """
     from torch.fx.experimental.optimization import fuse
 
-    copied = copy.copy(body)
-    copied._modules = dict(body._modules)
+    copied = copy.deepcopy(body)
     with contextlib.suppress(Exception), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         copied.net = fuse(body.net).to(memory_format=torch.channels_last)

@@ -56,6 +56,11 @@ class Transfer(nn.Module):
             self._frozen = []
 
 
+def standing_of(net: nn.Module) -> Transfer | None:
+    """The part of a network that stands on others, if it has one."""
+    return next((part for part in net.modules() if isinstance(part, Transfer)), None)
+
+
 def _frozen_parts(body: Backbone, freeze: Freeze) -> list[nn.Module]:
     if freeze == "none":
         return []
