@@ -8,7 +8,6 @@ import os
 import shlex
 import sys
 from dataclasses import replace
-from datetime import datetime
 from enum import StrEnum
 from itertools import pairwise
 from pathlib import Path
@@ -20,8 +19,20 @@ from hpo.cli import output
 from hpo.cli.compare import compare
 from hpo.cli.data import app as data_app
 from hpo.cli.explain import explain
-from hpo.cli.options import AsJson, Command, Debug, DeviceName, HomeFolder, Settings, Study, Trials, read_duration
+from hpo.cli.options import (
+    AsJson,
+    Command,
+    Debug,
+    DeviceName,
+    HomeFolder,
+    Settings,
+    Study,
+    Trials,
+    read_duration,
+    study_name,
+)
 from hpo.cli.report import report
+from hpo.cli.use import models, predict, promote
 
 if TYPE_CHECKING:
     from hpo.cli.live import Watcher
@@ -204,7 +215,7 @@ def trials(
     from hpo.home import Home
     from hpo.search.storage import read_study
 
-    result = read_study(Home.find(home), _name(study))
+    result = read_study(Home.find(home), study_name(study))
     shown = list(result.trials)
     if sort is Order.VALUE:
         ranked = result.ranked()
@@ -226,15 +237,6 @@ def _trial_row(trial: Trial, names: dict[str, str]) -> list[str]:
         words = f"{trial.result.reason} ({words})"
     time = output.show_seconds(trial.run_seconds) if trial.state.finished else ""
     return [str(trial.number), trial.state.value, output.show_score(trial.value), epoch, time, words]
-
-
-def _name(study: str) -> str:
-    """The name of a study given by name or by its file; a study whose file is gone can still be looked at."""
-    if not study.endswith((".yaml", ".yml")):
-        return study
-    from hpo.spec.load import load_study
-
-    return load_study(study).name
 
 
 @app.command(cls=Command, rich_help_panel="Look")
@@ -296,95 +298,6 @@ def schema(_debug: Debug = False) -> None:
     output.print_json(study_schema())
 
 
-@app.command(cls=Command, rich_help_panel="Use")
-def promote(study: Study, home: HomeFolder = None, as_json: AsJson = False, _debug: Debug = False) -> None:
-    """Open the sealed test part for challenger and champion; the better one becomes champion."""
-    from hpo.run.promote import promote as decide
-
-    promotion = decide(_name(study), home=home)
-    if as_json:
-        output.print_json(promotion)
-        return
-    new, old = promotion.challenger, promotion.champion
-    verdict = f"version {new.version} is now champion" if promotion.promoted else "champion unchanged"
-    output.print_text(f"{new.name}: {verdict}: {promotion.reason}")
-    rows = [[name, output.show_score(value)] for name, value in promotion.scores.items()]
-    columns = ["test part", f">version {new.version}"]
-    if old and old.version != new.version:
-        columns.append(f">version {old.version}, champion before")
-        rows = [[*row, output.show_score(promotion.champion_scores.get(row[0]))] for row in rows]
-    output.print_table(rows, columns)
-    times = "once" if promotion.openings == 1 else f"{promotion.openings} times"
-    output.print_text(f"The test part of {_name(study)} has been opened {times}.")
-
-
-@app.command(cls=Command, rich_help_panel="Use")
-def models(
-    name: Annotated[str | None, typer.Argument(help="Only the versions of this model.", show_default="all")] = None,
-    home: HomeFolder = None,
-    as_json: AsJson = False,
-    _debug: Debug = False,
-) -> None:
-    """List registered models: versions, aliases, scores."""
-    from hpo.home import Home
-    from hpo.track.registry import versions
-
-    found = versions(Home.find(home), name)
-    if as_json:
-        output.print_json(found)
-        return
-    if not found:
-        output.print_text("No model is registered here yet. Begin with: hpo run digits-mlp")
-        return
-    rows = [
-        [
-            f"{model.name}",
-            model.version,
-            ", ".join(model.aliases),
-            model.trial,
-            output.show_score(model.scores.get("valid_accuracy")),
-            output.show_score(model.scores.get("test_accuracy")),
-            f"{datetime.fromtimestamp(model.created):%Y-%m-%d}" if model.created else "",
-        ]
-        for model in found
-    ]
-    output.print_table(rows, ["model", ">version", "~aliases", ">trial", ">valid acc.", ">test acc.", "created"])
-
-
-class Format(StrEnum):
-    """How predictions are written."""
-
-    TABLE = "table"
-    CSV = "csv"
-    JSON = "json"
-
-
-@app.command(cls=Command, rich_help_panel="Use")
-def predict(
-    model: Annotated[str, typer.Argument(help="digits-mlp, digits-mlp@champion, digits-mlp/3.", show_default=False)],
-    images: Annotated[list[Path], typer.Argument(help="Image files of any size and mode.", show_default=False)],
-    form: Annotated[Format, typer.Option("--format", help="How to print.")] = Format.TABLE,
-    target: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write there.", show_default="the terminal")
-    ] = None,
-    home: HomeFolder = None,
-    _debug: Debug = False,
-) -> None:
-    """Classify image files with a registered model."""
-    from hpo.predict import load_model, predict_files
-
-    rows = predict_files(load_model(model, home=home), images)
-    if form is Format.TABLE and target is None:
-        output.print_table(
-            [[row["file"], row["class"], output.show_score(row["probability"])] for row in rows],
-            ["file", "class", ">probability"],
-        )
-        return
-    # A file of columns is CSV: a table is for eyes.
-    text = output.to_json(rows) if form is Format.JSON else output.predictions_csv(rows)
-    output.write_text(text, target)
-
-
 @app.command(cls=Command, rich_help_panel="Look")
 def ui(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port.")] = 5000,
@@ -400,9 +313,9 @@ def ui(
     raise typer.Exit(open_ui(Home.find(home), host=host, port=port))
 
 
+for used in (promote, models, predict):
+    app.command(cls=Command, rich_help_panel="Use")(used)
 app.command(cls=Command, rich_help_panel="Look")(compare)
-
-
 app.add_typer(data_app, name="data", rich_help_panel="Look")
 app.command(cls=Command, rich_help_panel="Use")(explain)
 app.command(cls=Command, rich_help_panel="Look")(report)

@@ -60,3 +60,12 @@ HomeFolder = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+def study_name(study: str) -> str:
+    """The name of a study given by name or by its file; a study whose file is gone can still be looked at."""
+    if not study.endswith((".yaml", ".yml")):
+        return study
+    from hpo.spec.load import load_study
+
+    return load_study(study).name
