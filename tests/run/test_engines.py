@@ -5,11 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from hpo.records import EpochEnded, TrialEnded, TrialState
-from hpo.run.engines import InProcess, LocalProcesses, WorkerLost
+from hpo.run.engines import InProcess, LocalProcesses, WorkerLost, process_context
+from hpo.run.helper import Helper
+from hpo.run.helper import prepare as prepare_in_helper
 from hpo.run.worker import Task
 from hpo.spec.load import load_study
 from hpo.spec.models import CnnSpec
@@ -33,6 +36,17 @@ def processes():
 
 def _task(card, tmp_path, number=0, *, wait=False, setup=None):
     return Task(number, setup or SPEC.setup, 7, card, str(tmp_path / str(number)), wait=wait)
+
+
+def test_processes_see_the_environment_of_now_not_of_the_fork_server(processes, tmp_path, monkeypatch):
+    """A notebook that says where data lies after its first study must not have it prepared somewhere else."""
+    monkeypatch.setenv("HPO_DATA", str(tmp_path))
+    helper = Helper(process_context())
+    try:
+        prepared = helper.submit(prepare_in_helper, SPEC.data, SPEC.split, "cpu").result(60)
+    finally:
+        helper.close()
+    assert Path(prepared.data.folder).is_relative_to(tmp_path)
 
 
 def _until_end(engine, *, verdict=None, seconds=60):

@@ -30,7 +30,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.delenv("HPO_STORAGE", raising=False)
-        quick = ["training.epochs=2", "search.pruner=none", "search.sampler=random"]
+        quick = ["training.epochs=2", "training.precision=float32", "search.pruner=none", "search.sampler=random"]
         run_study(load_study("digits-mlp", overrides=quick), trials=2, workers=0, home=folder)
     return folder
 

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
@@ -121,11 +121,15 @@ def hidden_main() -> Iterator[None]:
             setattr(main, name, value)
 
 
-def follow_supervisor(connection: Connection | None = None) -> None:
+def follow_supervisor(environment: Mapping[str, str], connection: Connection | None = None) -> None:
     """Called in a process of ours: it leaves Ctrl-C to its supervisor, and ends at once when that dies.
 
-    With a connection on which nothing is sent this way, also when the supervisor closes that.
+    environment is the supervisor's: the fork server keeps the one that it was started with, and a notebook may have
+    changed its own since. With a connection on which nothing is sent this way, the process also ends when the
+    supervisor closes that.
     """
+    os.environ.clear()
+    os.environ.update(environment)
     # Ctrl-C reaches the whole terminal group; the supervisor alone decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     supervisor = multiprocessing.parent_process()
@@ -139,9 +143,9 @@ def _end_with(signs: list[Any]) -> None:
     os._exit(0)
 
 
-def _serve(connection: Connection, device: str, threads: int) -> None:
+def _serve(connection: Connection, device: str, threads: int, environment: Mapping[str, str]) -> None:
     """A worker process: a task in, its messages out, until the supervisor closes the connection or dies."""
-    follow_supervisor()
+    follow_supervisor(environment)
     from hpo.learn.device import use_threads
 
     use_threads(threads)
@@ -175,7 +179,8 @@ class LocalProcesses:
 
     def _start(self, device: str) -> _Slot:
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(theirs, device, self._threads), daemon=True)
+        arguments = (theirs, device, self._threads, dict(os.environ))
+        process = self._context.Process(target=_serve, args=arguments, daemon=True)
         with hidden_main():
             process.start()
         theirs.close()

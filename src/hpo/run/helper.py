@@ -39,7 +39,7 @@ class Helper:
 
     def __init__(self, context: BaseContext) -> None:
         self._notices, theirs = context.Pipe()
-        self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_start, initargs=(theirs,))
+        self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_start, initargs=(theirs, dict(os.environ)))
 
     def submit(self, job: Callable[..., Any], *arguments: Any, **options: Any) -> Future[Any]:
         """Queue a job: a function of this module."""
@@ -60,10 +60,10 @@ class Helper:
         self._notices.close()
 
 
-def _start(connection: Connection) -> None:
+def _start(connection: Connection, environment: Mapping[str, str]) -> None:
     global _progress
     _progress = connection
-    follow_supervisor(connection)
+    follow_supervisor(environment, connection)
     if hasattr(os, "nice"):
         os.nice(5)  # training comes first
 
