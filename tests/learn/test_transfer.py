@@ -14,12 +14,19 @@ from hpo.errors import DataError, SpecError, TrainingError
 from hpo.learn.data import models_folder
 from hpo.learn.export import export_program, save_trained
 from hpo.learn.models import build_model, parameter_count
-from hpo.learn.models.backbones import stages
+from hpo.learn.models.backbones import build_backbone, quick, stages
 from hpo.learn.models.transfer import standing_of
 from hpo.learn.optimizers import build_optimizer, by_depth
 from hpo.learn.train import predict_logits, train
 from hpo.spec.models import CnnSpec, MlpSpec
-from hpo.spec.pretrained import FusionSpec, TimmSpec, TorchvisionSpec, TransferSpec
+from hpo.spec.pretrained import (
+    FusionSpec,
+    TimmBackbone,
+    TimmSpec,
+    TorchvisionBackbone,
+    TorchvisionSpec,
+    TransferSpec,
+)
 from hpo.spec.study import DataSpec, Setup, SplitSpec
 from hpo.spec.training import OptimizerSpec, TrainingSpec
 from hpo.track.models import save_model
@@ -134,10 +141,42 @@ def test_fusion_lays_the_maps_of_all_backbones_side_by_side(files, pool):
     assert all(count % pool**2 == 0 for count in counts)
 
 
-@pytest.mark.parametrize("kind", ["torchvision", "timm", "fusion"])
+@pytest.mark.parametrize("pool", [None, 2])
+@pytest.mark.parametrize("net", [SQUEEZE, TINY], ids=lambda net: net["kind"])
+def test_all_levels_are_the_averages_of_each_stage_s_maps_beside_the_answer(files, net, pool):
+    library = {"torchvision": TorchvisionBackbone, "timm": TimmBackbone}[net["kind"]]
+    plain, deep = (
+        build_backbone(
+            library(**net, weights=files[net["kind"]], input_size=64, levels=levels), side=8, pool=side, loaded=True
+        ).eval()
+        for levels, side in (("last", None), ("all", pool))
+    )
+    images = torch.rand(2, 3, 64, 64)
+    maps = []
+    for part in stages(plain.net):
+        # As they are then: an activation that works in place comes after some of them.
+        part.register_forward_hook(lambda _, __, out: maps.append(out.clone()) if out.ndim == 4 else None)
+    with torch.inference_mode():
+        answer, found, fast = plain(images), deep(images), quick(deep)(images)
+    kept = maps if pool else maps[:-1]
+    levels = [functional.adaptive_avg_pool2d(each, pool or 1).flatten(1) for each in kept]
+    torch.testing.assert_close(found, torch.cat([*levels, *([] if pool else [answer])], dim=1))
+    torch.testing.assert_close(fast, found, atol=1e-4, rtol=1e-4)
+    assert deep.digest != plain.digest
+
+
+def test_a_network_without_maps_between_says_that_it_has_no_levels():
+    spec = TimmSpec(kind="timm", name="test_vit", weights="none", levels="all")
+    with pytest.raises(SpecError, match="test_vit cannot be taken apart") as caught:
+        _build(spec, shape=(32, 32, 3))
+    assert "levels to last" in caught.value.hint
+
+
+@pytest.mark.parametrize("kind", ["torchvision", "timm", "levels", "fusion"])
 def test_the_exported_program_agrees_through_plain_mlflow(files, pixels, kind, tmp_path):
     backbones = [{**net, "weights": files[net["kind"]], "input_size": 32} for net in (SQUEEZE, TINY)]
     named = {net["kind"]: _spec(files, net, freeze="all", dense=[16]) for net in (SQUEEZE, TINY)}
+    named["levels"] = _spec(files, freeze="all", dense=[16], levels="all")
     spec = named.get(kind) or FusionSpec(kind="fusion", backbones=backbones, freeze="all")
     setup = Setup(data=DataSpec(name="digits"), split=SplitSpec(), model=spec, training=TrainingSpec())
     net = _build(spec, seed=3)

@@ -51,6 +51,9 @@ def test_overrides_reach_any_place_and_are_validated(study):
     assert spec.training.epochs == 5
     assert spec.search.space["training.optimizer.lr"].float == (0.01, 0.1)
     assert load_study(study, overrides={"model.hidden": [8, 4]}).model.hidden == [8, 4]
+    assert load_study(study, overrides=["model.hidden=[8, 4]", "model.hidden.1=5"]).model.hidden == [8, 5]
+    with pytest.raises(SpecError, match="there are 2 in the list, not one named 2"):
+        load_study(study, overrides=["model.hidden=[8, 4]", "model.hidden.2=5"])
 
 
 def test_a_data_path_is_relative_to_the_file_and_in_an_override_to_the_working_directory(study, tmp_path, monkeypatch):

@@ -159,7 +159,7 @@ def _anchor_paths(tree: dict[str, Any], folder: Path) -> None:
 
 def _parse_override(text: str) -> tuple[str, Any]:
     place, equals, value = text.partition("=")
-    if not equals or not re.fullmatch(r"[A-Za-z_][\w]*(\.[A-Za-z_][\w]*)*", place.strip()):
+    if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", place.strip()):
         raise SpecError(f"--set {text}: not of the form place=value.", "Write for example: --set training.epochs=5")
     try:
         loader = StudyLoader(value)

@@ -24,6 +24,9 @@ class _Backbone(Part):
     input_size: Annotated[int, Field(ge=8, le=2048)] | None = None
     """Side in pixels to which images are resized on the device. null: what the network was trained at; with fresh
     weights the images' own."""
+    levels: Literal["last", "all"] = "last"
+    """last: the features that its own classifier would see. all: beside them the averages of the maps that each of its
+    stages gives, which tell of textures and colours: for images unlike the photos that the weights were trained on."""
 
 
 class TorchvisionBackbone(_Backbone):

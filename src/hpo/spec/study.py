@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from hpo.errors import SpecError
 from hpo.spec.models import ModelSpec
 from hpo.spec.scores import Positive, Seed, Share
 from hpo.spec.search import SearchSpec
@@ -215,13 +216,23 @@ def _place(tree: Mapping[str, Any], path: str, where: str) -> Any:
 
 
 def set_place(tree: dict[str, Any], path: str, value: Any) -> None:
-    """Put value at a dotted path of nested dicts, making dicts on the way."""
+    """Put value at a dotted path of nested dicts, making dicts on the way. A number names a place of a list, from 0."""
+    place: Any = tree
     *stems, last = path.split(".")
     for key in stems:
-        if not isinstance(tree.get(key), dict):
-            tree[key] = {}
-        tree = tree[key]
-    tree[last] = value
+        if isinstance(place, list):
+            place = place[_index(place, key, path)]
+            continue
+        if not isinstance(place.get(key), dict | list):
+            place[key] = {}
+        place = place[key]
+    place[_index(place, last, path) if isinstance(place, list) else last] = value
+
+
+def _index(place: list[Any], key: str, path: str) -> int:
+    if not key.isdigit() or int(key) >= len(place):
+        raise SpecError(f"{path}: there are {len(place)} in the list, not one named {key}.", "Count from 0.")
+    return int(key)
 
 
 def _validated(spec: StudySpec, values: Mapping[str, Any], where: str) -> Setup:

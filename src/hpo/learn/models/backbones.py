@@ -89,11 +89,16 @@ def quick(body: Backbone) -> Backbone:
     """
     from torch.fx.experimental.optimization import fuse
 
-    copied = copy.deepcopy(body)
+    copied = copy.deepcopy(body).eval()
     with contextlib.suppress(Exception), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        copied.net = fuse(body.net).to(memory_format=torch.channels_last)
-    return copied.eval()
+        if isinstance(copied.net, _Levels):
+            # It was followed when it was cut. A copy made by fuse itself would be one in training mode.
+            copied.net.graph = fuse(copied.net.graph, inplace=True, no_trace=True)
+        else:
+            copied.net = fuse(copied.net)
+        copied.to(memory_format=torch.channels_last)
+    return copied
 
 
 def stages(net: nn.Module) -> list[nn.Module]:
@@ -121,7 +126,13 @@ def build_backbone(spec: AnyBackbone, *, side: int, pool: int | None, loaded: bo
     SpecError for an unknown name, DataError where weights cannot be had or are another network's.
     """
     build = _torchvision if spec.kind == "torchvision" else _timm
-    return build(spec, side=side, pool=pool, loaded=loaded and spec.weights != "none")
+    loaded = loaded and spec.weights != "none"
+    if spec.levels == "last":
+        return build(spec, side=side, pool=pool, loaded=loaded)
+    body = build(spec, side=side, pool=None, loaded=loaded)
+    body.net = _with_levels(body.net, spec, max(body.size or side, 224), pool)
+    body.label += f", all levels at {pool}"
+    return body
 
 
 def _torchvision(spec: AnyBackbone, *, side: int, pool: int | None, loaded: bool) -> Backbone:
@@ -201,6 +212,62 @@ def _torchvision_maps(net: nn.Module, side: int) -> nn.Module:
         name for name, value in seen.items() if isinstance(value, Tensor) and value.ndim == 4 and value.shape[2] > 1
     ]
     return _Extracted(create_feature_extractor(net, {maps[-1]: "maps"}).train())
+
+
+class _Levels(nn.Module):
+    """A network cut by a feature extractor into pooled maps of its stages (n, count), which are laid side by side."""
+
+    def __init__(self, graph: nn.Module) -> None:
+        super().__init__()
+        self.graph = graph
+
+    def forward(self, images: Tensor) -> Tensor:
+        found: dict[str, Tensor] = self.graph(images)
+        return torch.cat(list(found.values()), dim=1)
+
+
+def _pooled(maps: Tensor, side: int, channels_last: bool) -> Tensor:
+    return functional.adaptive_avg_pool2d(maps.permute(0, 3, 1, 2) if channels_last else maps, side).flatten(1)
+
+
+def _with_levels(net: nn.Module, spec: AnyBackbone, side: int, pool: int | None) -> nn.Module:
+    """The network giving the maps of all its stages, pooled; without pool the last ones are those of its own answer.
+
+    Raises SpecError for a network that torch.fx cannot follow, or that has no maps to show.
+    """
+    import timm.layers
+    from torchvision.models import feature_extraction
+
+    library: Any = feature_extraction if spec.kind == "torchvision" else timm.layers
+    names = {part: name for name, part in net.named_modules()}
+    try:
+        wanted = {names[part]: names[part] for part in stages(net)}
+        with torch.inference_mode():
+            seen = library.create_feature_extractor(net, wanted).eval()(torch.zeros(1, 3, side, side))
+        shapes = {name: maps.shape[1:] for name, maps in seen.items() if maps.ndim == 4}
+        if len(shapes) < 2:
+            raise ValueError(f"{len(shapes)} of its stages give maps")
+        last = library.get_graph_node_names(net)[1][-1]
+        if pool is None:
+            shapes.popitem()
+        cut = library.create_feature_extractor(net, {name: name for name in [*shapes, *([] if pool else [last])]})
+    except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
+        raise SpecError(
+            f"model.levels: {spec.kind}'s {spec.name} cannot be taken apart: {str(error).splitlines()[0]}.",
+            "Set levels to last.",
+        ) from None
+    for graph in (cut.train_graph, cut.eval_graph):
+        end = next(node for node in graph.nodes if node.op == "output")
+        given = dict(end.args[0])
+        for name, shape in shapes.items():
+            # Pooled where they arise: maps that are held until the end cost a third of the images/s. Of square images
+            # the maps' height and width are equal; where those come first, channels are last.
+            with graph.inserting_after(given[name]):
+                arguments = (given[name], pool or 1, shape[0] == shape[1] != shape[2])
+                given[name] = graph.call_function(_pooled, arguments)
+        end.args = (given,)
+    cut.graph = cut.train_graph
+    return _Levels(cut.train())
 
 
 class _OneMap(nn.Module):
