@@ -109,6 +109,16 @@ def test_damaged_tracking_store_is_told_on_the_page(project: Path) -> None:
     assert "The tracking store could not be read" in page
 
 
+def test_saliency_of_the_mistakes_is_on_the_page_where_it_is_asked_for(project: Path) -> None:
+    plain = write_report("digits-mlp", home=project).read_text(encoding="utf-8")
+    assert "Why these answers" not in plain
+    page = write_report("digits-mlp", home=project, saliency=True).read_text(encoding="utf-8")
+    assert page.count("what mistake ") == 5
+    (project / "mlruns" / "mlflow.db").unlink()
+    page = write_report("digits-mlp", home=project, saliency=True).read_text(encoding="utf-8")
+    assert "mistakes could not be explained" in page
+
+
 def test_command_prints_where_the_page_is(project: Path) -> None:
     said = CliRunner().invoke(app, ["report", "digits-mlp"])
     assert said.exit_code == 0, said.output

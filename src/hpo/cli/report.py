@@ -17,6 +17,9 @@ def report(
         Path | None,
         typer.Option("--out", "-o", metavar="FILE", help="Write there.", show_default="mlruns/reports/STUDY.html"),
     ] = None,
+    saliency: Annotated[
+        bool, typer.Option("--saliency", help="Add which pixels the surest mistakes hang on; takes seconds.")
+    ] = False,
     home: HomeFolder = None,
     as_json: AsJson = False,
     _debug: Debug = False,
@@ -29,7 +32,7 @@ def report(
     from hpo.spec.load import load_study
 
     name = load_study(study).name if study.endswith((".yaml", ".yml")) else study
-    path = write_report(name, home=home, out=target)
+    path = write_report(name, home=home, out=target, saliency=saliency)
     if as_json:
         output.print_json({"path": str(path)})
     else:

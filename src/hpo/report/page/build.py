@@ -124,6 +124,10 @@ def _mistakes(findings: Findings) -> Iterator[str]:
     if figure is not None:
         caption = "Each wrongly classified validation image beside the surest example of both classes."
         yield _figure(figure, "the most confident mistakes", caption, form="png")
+    if findings.saliency:
+        yield "<h3>Why these answers</h3>"
+    for number, png in enumerate(findings.saliency, start=1):
+        yield f'<div class="scroll drawn">{picture(png, f"what mistake {number} hangs on", caption="")}</div>'
 
 
 def _figure(figure: Figure, alt: str, caption: str, *, form: str = "svg") -> str:

@@ -57,7 +57,8 @@ class Findings:
     """Everything that the page tells; what is None or empty is left out of it, and `missing` says why, in sentences.
 
     made is when the page was made; versions maps what the study ran on (python, torch, commit, ...) to its version;
-    importances maps stage -> method -> path to a share of the score's variance.
+    importances maps stage -> method -> path to a share of the score's variance. saliency holds a PNG for each mistake,
+    where they were asked for.
     """
 
     study: StudyResult
@@ -71,6 +72,7 @@ class Findings:
     openings: tuple[Opening, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     importances: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
+    saliency: tuple[bytes, ...] = ()
     missing: tuple[str, ...] = ()
 
     @property
