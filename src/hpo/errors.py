@@ -37,6 +37,10 @@ class TrainingError(HpoError):
     """A training could not start or go on: its candidate fails, the study goes on."""
 
 
+class NotFiniteError(TrainingError):
+    """A loss is NaN or infinite: the training diverged."""
+
+
 class StoreError(HpoError):
     """The study storage, the tracking store or the disk beneath them refuses."""
 

@@ -30,6 +30,23 @@ class TrialState(StrEnum):
         return self in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAILED)
 
 
+class FailureKind(StrEnum):
+    """Why a trial did not come to its end.
+
+    SETUP: the candidate cannot be built or trained as it is written, and hpo says why. EXCEPTION: whatever else was
+    raised, most often by a network of the user's own. WORKER_DIED: the system or native code ended the process.
+    INTERRUPTED: the run was stopped, or its process was gone.
+    """
+
+    NOT_FINITE = "not_finite"
+    OUT_OF_MEMORY = "out_of_memory"
+    SETUP = "setup"
+    DATA = "data"
+    EXCEPTION = "exception"
+    WORKER_DIED = "worker_died"
+    INTERRUPTED = "interrupted"
+
+
 @dataclass(frozen=True)
 class Epoch:
     """One pass over the training part, and what the network was worth after it.
@@ -79,10 +96,12 @@ class TrialResult:
     value is the objective at the best epoch (None unless complete or pruned); best_epoch counts from 1 (0: none was
     finished). scores are those of the best epoch; with folds, their means. confusion is (true class, predicted class)
     counts on the validation part. folder is where the worker left weights and validation probabilities, or "".
-    settings are what the machine decided rather than the spec: device, precision, layout, threads.
+    settings are what the machine decided rather than the spec: device, precision, layout, threads, and micro_batch
+    where the memory was short.
     values are those of several objectives, in the order of the spec. folds holds the scores of each fold at its best
-    epoch. feasible is False where a constraint of the search is broken. predicted holds the predicted classes of the
-    validation images, in the order of their rows (see pack_classes): comparisons need no model then.
+    epoch. feasible is False where a constraint of the search is broken or the memory does not suffice. failure is why a
+    trial did not come to its end, None where it did. predicted holds the predicted classes of the validation images, in
+    the order of their rows (see pack_classes): comparisons need no model then.
     """
 
     number: int
@@ -102,6 +121,7 @@ class TrialResult:
     folds: tuple[Mapping[str, float], ...] = ()
     feasible: bool = True
     predicted: str = ""
+    failure: FailureKind | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types; from_json takes it back."""
@@ -112,6 +132,7 @@ class TrialResult:
         """The record that to_json wrote; keys of other versions are ignored."""
         known = {key: value for key, value in data.items() if key in cls.__dataclass_fields__}
         known["state"] = TrialState(known["state"])
+        known["failure"] = next((kind for kind in FailureKind if kind == known.get("failure")), None)
         known["epochs"] = tuple(Epoch(**epoch) for epoch in known.get("epochs", ()))
         known["values"] = tuple(known.get("values", ()))
         known["folds"] = tuple(known.get("folds", ()))

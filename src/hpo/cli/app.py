@@ -32,6 +32,7 @@ from hpo.cli.options import (
     study_name,
 )
 from hpo.cli.report import report
+from hpo.cli.rerun import rerun
 from hpo.cli.use import models, predict, promote
 
 if TYPE_CHECKING:
@@ -319,6 +320,7 @@ app.command(cls=Command, rich_help_panel="Look")(compare)
 app.add_typer(data_app, name="data", rich_help_panel="Look")
 app.command(cls=Command, rich_help_panel="Use")(explain)
 app.command(cls=Command, rich_help_panel="Look")(report)
+app.command(cls=Command, rich_help_panel="Look")(rerun)
 
 
 def main() -> None:

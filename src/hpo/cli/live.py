@@ -156,7 +156,7 @@ class PlainLines(Watcher):
     def _trial(self, result: TrialResult, *, best: bool) -> str:
         budget = str(self.tally.budget)
         known = show_parameters(self.tally.last_parameters, self.tally.names)
-        words = result.reason if result.state is TrialState.FAILED else known
+        words = result.reason if result.failure or result.state is TrialState.FAILED else known
         place = f"{self.tally.finished:>{len(budget)}}/{budget}"
         stage = self.tally.last_stage
         if stage:
@@ -219,8 +219,8 @@ class LiveDisplay(Watcher):
                 (f"{show_score(result.value)}", "green"), (f"  trial {result.number:<4} {words}", "dim")
             )
             self.console.print(text, no_wrap=True, overflow="ellipsis")
-        elif result.state is TrialState.FAILED:
-            self.line(f"trial {result.number} failed: {result.reason}", "red")
+        elif result.state is TrialState.FAILED or (result.failure and result.state.finished):
+            self.line(f"trial {result.number} {result.state}: {result.reason}", "red")
             if self.debug and result.traceback:
                 self.line(result.traceback, "dim")
 

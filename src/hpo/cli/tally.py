@@ -19,6 +19,7 @@ from hpo.records import (
     TrialStarted,
     TrialState,
 )
+from hpo.report.failures import failure_lines
 
 
 @dataclass(frozen=True)
@@ -173,9 +174,8 @@ def closing(tally: Tally) -> list[tuple[str, str]]:
         )
         rows.append(("", show_parameters(best.candidate.parameters, tally.names)))
     else:
-        failed = [trial.result.reason for trial in study.trials if trial.result and trial.result.reason]
         rows.append(("best", "none: no trial was completed"))
-        rows += [("last reason", reason) for reason in failed[-1:]]
+        rows += zip(("failures", "mostly"), failure_lines(study), strict=False)
     if ended.model and tally.finals:
         again = "1 more training" if tally.finals == 1 else f"{tally.finals} more trainings"
         rows.append(("final", f"{again} of the best; trial {ended.model.trial} is the model"))

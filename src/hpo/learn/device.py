@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from hpo.errors import HpoError
@@ -19,6 +22,17 @@ def resolve_devices(request: str) -> list[str]:
         present = ", ".join(["auto", "cpu", *(["cuda"] if gpus else []), *gpus, *mps])
         raise HpoError(f"--device {request}: there is no such device here.", f"Choose one of: {present}.")
     return here[request]
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Compute with so many CPU threads for the length of the block."""
+    before = torch.get_num_threads()
+    use_threads(count)
+    try:
+        yield
+    finally:
+        use_threads(before)
 
 
 def use_threads(count: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel
 
-from hpo.errors import TrainingError
+from hpo.errors import NotFiniteError
 from hpo.learn.augment import build_augment, mix_batch
+from hpo.learn.checkpoint import get_chance, set_chance
 from hpo.learn.data import TrialData
 from hpo.learn.features import pick_view
 from hpo.learn.metrics import scores
@@ -25,6 +26,11 @@ from hpo.spec.scores import SCORES
 from hpo.spec.training import TrainingSpec
 
 _EVALUATION_BATCH = 1024
+# What memory holds one piece of a training batch with all that its gradient needs, holds so many pieces without.
+_PIECES = 4
+
+# Takes an epoch and the state after it, plain enough for torch.load(weights_only=True).
+Save = Callable[[Epoch, Mapping[str, Any]], None]
 
 
 def to_input(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -68,36 +74,59 @@ def class_weights(labels: Tensor, classes: int) -> Tensor:
     return len(labels) / (classes * counts.float())
 
 
-def predict_logits(net: nn.Module, data: TrialData, rows: Tensor, *, precision: str) -> Tensor:
-    """Logits (len(rows), classes) float32 of the images in these rows; the network is left in evaluation mode."""
+def predict_logits(
+    net: nn.Module, data: TrialData, rows: Tensor, *, precision: str, micro_batch: int | None = None
+) -> Tensor:
+    """Logits (len(rows), classes) float32 of the images in these rows; the network is left in evaluation mode.
+
+    micro_batch is the training's: where memory is short there, batches are small here too.
+    """
     net.eval()
     device = data.images.device
     normalise = input_of(data)
     # Backbones resize images, and their maps are larger than the images.
     batch = 64 if standing_of(net) is not None else _EVALUATION_BATCH
+    batch = min(batch, _PIECES * micro_batch) if micro_batch else batch
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         parts = [net(normalise(data.images.index_select(0, part))).float() for part in torch.split(rows, batch)]
     return torch.cat(parts)
 
 
 def train(
-    net: nn.Module, data: TrialData, spec: TrainingSpec, *, seed: int, precision: str
+    net: nn.Module,
+    data: TrialData,
+    spec: TrainingSpec,
+    *,
+    seed: int,
+    precision: str,
+    resume: Mapping[str, Any] | None = None,
+    save: Save | None = None,
 ) -> Generator[Epoch, None, None]:
     """Train net in place and yield an Epoch after each evaluation; at the end net has its best epoch's weights.
 
     precision is float32 or bfloat16. Best is judged by spec.monitor; training ends after spec.epochs, or after
     spec.patience epochs without a better one. Without validation rows the last weights are kept; closing the generator
-    early leaves the last ones too. Raises TrainingError where a loss is not finite. One seed gives one result on one
+    early leaves the last ones too. Raises NotFiniteError where a loss is not finite. One seed gives one result on one
     device, thread count and precision.
+
+    save is called before every spec.checkpoint-th epoch but the last is yielded. resume is a state that it was given:
+    the training goes on after that epoch, to the result that it would have had in one go.
     """
     try:
-        yield from _epochs(net, data, spec, seed=seed, precision=precision)
+        yield from _epochs(net, data, spec, seed=seed, precision=precision, resume=resume, save=save)
     finally:
         torch.set_flush_denormal(False)
 
 
 def _epochs(
-    net: nn.Module, data: TrialData, spec: TrainingSpec, *, seed: int, precision: str
+    net: nn.Module,
+    data: TrialData,
+    spec: TrainingSpec,
+    *,
+    seed: int,
+    precision: str,
+    resume: Mapping[str, Any] | None,
+    save: Save | None,
 ) -> Generator[Epoch, None, None]:
     device = data.images.device
     net.to(device)
@@ -120,9 +149,18 @@ def _epochs(
     batches_per_epoch = -(-len(data.train) // spec.batch_size)
     sign = 1.0 if SCORES[spec.monitor] == "maximize" else -1.0
     best_score, best_epoch, best_state = -float("inf"), 0, None
-    step = 0
+    first = 1
+    # All that learns. How far the schedule is follows from the epoch.
+    learning: dict[str, Any] = {"net": net, "optimizer": optimizer, **({"averaged": averaged} if averaged else {})}
+    if resume is not None:
+        for name, part in learning.items():
+            part.load_state_dict(resume[name])
+        set_chance(resume["chance"], generator, device)
+        best_score, best_epoch, best_state = resume["best"]
+        first = resume["epoch"] + 1
+    step = (first - 1) * batches_per_epoch
 
-    for number in range(1, spec.epochs + 1):
+    for number in range(first, spec.epochs + 1):
         started = time.perf_counter()
         # Numbers near zero that lose digits make a step a hundred times slower, and mean nothing here. Whoever gets the
         # epoch may count on them, and this is a state of the thread.
@@ -162,12 +200,12 @@ def _epochs(
         loss_sum, hits = totals.tolist()
         measured = {"train_loss": loss_sum / seen, "train_accuracy": hits / seen}
         if len(data.valid):
-            logits = predict_logits(judged, data, data.valid, precision=precision)
+            logits = predict_logits(judged, data, data.valid, precision=precision, micro_batch=spec.micro_batch)
             measured |= {f"valid_{name}": value for name, value in scores(logits, valid_labels).items()}
         losses = {name: value for name, value in measured.items() if name.endswith("_loss")}
         if not all(map(math.isfinite, losses.values())):
             shown = ", ".join(f"{name} {value}" for name, value in losses.items())
-            raise TrainingError(f"epoch {number}: {shown}.", "It diverged: a lower learning rate usually helps.")
+            raise NotFiniteError(f"epoch {number}: {shown}.", "It diverged: a lower learning rate usually helps.")
         if len(data.valid) and sign * measured[spec.monitor] > best_score:
             best_score, best_epoch = sign * measured[spec.monitor], number
             best_state = {name: tensor.clone() for name, tensor in judged.state_dict().items()}
@@ -175,7 +213,12 @@ def _epochs(
         last = stale or number == spec.epochs
         seconds = time.perf_counter() - started
         torch.set_flush_denormal(False)
-        yield Epoch(number=number, scores=measured, learning_rate=rate, seconds=seconds, last=last)
+        epoch = Epoch(number=number, scores=measured, learning_rate=rate, seconds=seconds, last=last)
+        if save is not None and spec.checkpoint and number % spec.checkpoint == 0 and not last:
+            state = {name: part.state_dict() for name, part in learning.items()}
+            chance, best = get_chance(generator, device), (best_score, best_epoch, best_state)
+            save(epoch, {**state, "epoch": number, "best": best, "chance": chance})
+        yield epoch
         if last:
             break
 

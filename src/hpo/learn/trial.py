@@ -6,14 +6,17 @@ import time
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from statistics import fmean, median, pstdev
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hpo.learn.checkpoint import Checkpoint, Saved
 from hpo.learn.data import TrialData, cache_folder, open_trial
 from hpo.learn.export import save_trained
 from hpo.learn.features import cached_views, features_of
@@ -57,6 +60,7 @@ def train_trial(
     precisions: Mapping[str, str],
     most_parameters: float = float("inf"),
     latency: bool = False,
+    checkpoint: Path | None = None,
 ) -> Generator[Epoch, bool, TrialResult]:
     """Yield each epoch, to be answered with whether to go on, and return how the trial ended.
 
@@ -66,9 +70,17 @@ def train_trial(
     train alike. A network of more than most_parameters weights is pruned before its first epoch. scores holds
     `parameters`, and with latency=True `latency_ms` too. The result has neither value, epochs nor seconds: those are
     the caller's.
+
+    With training.checkpoint the state is saved in the file checkpoint, which is the caller's to delete. Where one is
+    found the training goes on from it: its epochs are yielded again first, and the end is that of a training in one go.
     """
+    spec = setup.training
+    keep = Checkpoint(checkpoint if spec.checkpoint else None, setup, card, seed=seed, device_name=device_name)
+    saved = keep.load()
+    precisions = {**precisions, **saved.precisions}
     folds = setup.split.folds if setup.split.kind == "kfold" else 1
     best: list[Epoch] = []
+    before: tuple[Epoch, ...] = ()  # of earlier folds
     complete = True
     for fold in range(folds):
         made = build(setup, card, seed=seed + fold, fold=fold, device_name=device_name, precisions=precisions)
@@ -77,11 +89,18 @@ def train_trial(
             costs = {"parameters": float(made.parameters)}
             return TrialResult(number, TrialState.PRUNED, scores=costs, parameter_count=made.parameters, reason=reason)
         precisions = {**precisions, made.key: made.precision}
+        saved = saved if saved.fits(made.net) else Saved()
+        earlier = saved.of(fold)
+        ended = bool(earlier) and earlier[-1].last
         epochs: list[Epoch] = []
-        spec = setup.training
+
+        def save(epoch: Epoch, state: Mapping[str, Any]) -> None:
+            keep.save([*before, *epochs, replace(epoch, fold=fold)], precisions, state)  # noqa: B023 - called at once
+
         fit_seed = (seed if spec.seed is None else spec.seed) + fold
-        fit = train(made.net, made.data, spec, seed=fit_seed, precision=made.precision)
-        for epoch in fit:
+        resume = saved.state if earlier and not ended else None
+        fit = train(made.net, made.data, spec, seed=fit_seed, precision=made.precision, resume=resume, save=save)
+        for epoch in chain(earlier, () if ended else fit):
             epochs.append(replace(epoch, fold=fold))
             go_on = yield epochs[-1]
             # A verdict on the very last epoch comes too late to save anything.
@@ -92,6 +111,9 @@ def train_trial(
         best.append(best_of(tuple(epochs), spec.monitor))
         if not complete:
             break
+        before += tuple(epochs)
+        if fold < folds - 1 and not ended:
+            keep.save(before, precisions)
     scores = {**_means(best), "parameters": float(made.parameters)}
     if latency:
         scores["latency_ms"] = latency_ms(made.whole, made.pixels)
@@ -194,7 +216,9 @@ def _left(result: TrialResult, made: Built, setup: Setup, folder: Path) -> Trial
     save_trained(made.whole, setup, made.pixels, folder)
     if not len(data.valid):
         return replace(result, folder=str(folder))
-    logits = predict_logits(made.net, data, data.valid, precision=made.precision)
+    logits = predict_logits(
+        made.net, data, data.valid, precision=made.precision, micro_batch=setup.training.micro_batch
+    )
     labels = data.labels[data.valid]
     np.savez(
         folder / VALIDATION,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from hpo.records import FINAL, StudyResult, Trial, TrialState
+from hpo.report.failures import failure_lines
 from hpo.report.parameters import groups
 from hpo.report.style import score_text, value_text
 
@@ -30,6 +31,8 @@ def study_summary(study: StudyResult, *, winner: Trial | None, model: str = "", 
     lines += _stages(study)
     if len(study.objectives) > 1:
         lines += _front(study)
+    if told := failure_lines(study):
+        lines += ["## Failures", "", *(part for line in told for part in (line, ""))]
     lines += _cost(study)
     lines += ["## Next", "", "```", *_commands(study, shown is not None, model), "```", ""]
     return "\n".join(lines)

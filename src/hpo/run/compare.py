@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 
 from hpo.errors import DataError, HpoError, ModelError, StoreError
 from hpo.home import Home
-from hpo.records import FINAL, DataCard, ModelVersion, StudyResult, Trial, unpack_classes
+from hpo.records import FINAL, DataCard, ModelVersion, StudyResult, Trial, TrialState, unpack_classes
 from hpo.report.compare import Answers, Comparison, compare_answers
 from hpo.report.statistics import Ints, binarise_probabilities, group_matrix
 from hpo.run.data import study_data
@@ -142,18 +142,20 @@ def find_entrant(home: Home, asked: str) -> Entrant:
     study = read_study(home, name)
     spec = parse_study(study.spec)
     card = study_data(study, spec)
-    trial = _trial(study, number) if mark else _winner(spec, study, card)
+    trial = find_trial(study, number, (TrialState.COMPLETE,)) if mark else _winner(spec, study, card)
     return Entrant(asked, study, spec, trial, card, version or _version(home, study, trial))
 
 
-def _trial(study: StudyResult, number: str) -> Trial:
+def find_trial(study: StudyResult, number: str, states: Collection[TrialState]) -> Trial:
+    """The trial of that number, in one of these states. Raises StoreError."""
     found = [trial for trial in study.trials if str(trial.number) == number]
     if not found:
         count = f"its trials are 0 to {study.trials[-1].number}" if study.trials else "it has none"
         raise StoreError(f"{study.title}: there is no trial {number!r}: {count}.", f"See: hpo trials {study.title}")
-    if found[0].state != "complete":
+    if found[0].state not in states:
         raise StoreError(
-            f"{study.title}: trial {number} is {found[0].state}, not complete.", f"See: hpo trials {study.title}"
+            f"{study.title}: trial {number} is {found[0].state}, not {' or '.join(states)}.",
+            f"See: hpo trials {study.title}",
         )
     return found[0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -23,9 +24,33 @@ Trainer = Callable[[Task, str], Training]
 
 @dataclass(frozen=True)
 class WorkerLost:
-    """The worker of a slot died with its candidate; a new one is in its place. exitcode < 0 is a signal."""
+    """The worker of a slot died with its candidate; a new one is in its place. exitcode < 0 is a signal.
+
+    traceback says where Python was when native code crashed, "" where it cannot be known.
+    """
 
     exitcode: int | None
+    traceback: str = ""
+
+    @property
+    def cause(self) -> str:
+        """signal 11, SIGSEGV: native code crashed."""
+        code = self.exitcode or 0
+        if code >= 0:
+            return f"exit code {code}"
+        names = {number.value: number.name for number in signal.Signals}
+        name = names.get(-code, "")
+        return ", ".join(filter(None, [f"signal {-code}", f"{name}: {_CAUSES[name]}" if name in _CAUSES else name]))
+
+
+_CAUSES = {
+    "SIGKILL": "often the system's answer when memory is short",
+    "SIGSEGV": "native code crashed",
+    "SIGABRT": "native code gave up",
+    "SIGBUS": "native code crashed, or a disk that data is mapped from is full",
+    "SIGILL": "native code for another processor",
+    "SIGFPE": "native code crashed",
+}
 
 
 Message = EpochEnded | TrialEnded | WorkerLost
@@ -143,9 +168,14 @@ def _end_with(signs: list[Any]) -> None:
     os._exit(0)
 
 
-def _serve(connection: Connection, device: str, threads: int, environment: Mapping[str, str]) -> None:
+def _serve(
+    connection: Connection, crashes: Connection, device: str, threads: int, environment: Mapping[str, str]
+) -> None:
     """A worker process: a task in, its messages out, until the supervisor closes the connection or dies."""
     follow_supervisor(environment)
+    if os.name == "posix":
+        # Where Python was when native code crashed; all that a dead process can still say.
+        faulthandler.enable(crashes.fileno(), all_threads=False)
     from hpo.learn.device import use_threads
 
     use_threads(threads)
@@ -165,6 +195,7 @@ class _Slot:
     device: str
     process: BaseProcess
     connection: Connection
+    crashes: Connection
     busy: bool = False
 
 
@@ -179,12 +210,14 @@ class LocalProcesses:
 
     def _start(self, device: str) -> _Slot:
         ours, theirs = self._context.Pipe()
-        arguments = (theirs, device, self._threads, dict(os.environ))
+        crashes, last_words = self._context.Pipe(duplex=False)
+        arguments = (theirs, last_words, device, self._threads, dict(os.environ))
         process = self._context.Process(target=_serve, args=arguments, daemon=True)
         with hidden_main():
             process.start()
         theirs.close()
-        return _Slot(device, process, ours)
+        last_words.close()
+        return _Slot(device, process, ours, crashes)
 
     def submit(self, slot: int, task: Task) -> None:
         """Send the task; a worker that died idle is replaced first."""
@@ -207,8 +240,7 @@ class LocalProcesses:
         try:
             message: Message = worker.connection.recv()
         except (EOFError, ConnectionResetError, OSError):
-            exitcode = self._replace(slot)
-            return WorkerLost(exitcode)
+            return self._replace(slot)
         if isinstance(message, TrialEnded):
             worker.busy = False
         return message
@@ -218,11 +250,12 @@ class LocalProcesses:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self._workers[slot].connection.send(go_on)
 
-    def _replace(self, slot: int) -> int | None:
+    def _replace(self, slot: int) -> WorkerLost:
         worker = self._workers[slot]
         _end(worker)
         self._workers[slot] = self._start(worker.device)
-        return worker.process.exitcode
+        told = _last_words(worker.crashes)
+        return WorkerLost(worker.process.exitcode, told)
 
     def close(self) -> None:
         """Kill the workers: they hold nothing that is not recorded already."""
@@ -235,6 +268,17 @@ def _end(worker: _Slot) -> None:
         worker.process.kill()
     worker.process.join(5)
     worker.connection.close()
+
+
+def _last_words(crashes: Connection) -> str:
+    """What the fault handler of a dead worker wrote."""
+    with crashes:
+        if os.name != "posix":
+            return ""
+        os.set_blocking(crashes.fileno(), False)
+        with contextlib.suppress(BlockingIOError):
+            return os.read(crashes.fileno(), 65536).decode(errors="replace")
+    return ""
 
 
 def cores() -> int:

@@ -17,6 +17,7 @@ from hpo.records import (
     DataCard,
     EpochEnded,
     Event,
+    FailureKind,
     Notice,
     TrialEnded,
     TrialResult,
@@ -25,6 +26,7 @@ from hpo.records import (
     best_of,
 )
 from hpo.run.background import Background
+from hpo.run.checkpoints import checkpoint_file, drop_finished
 from hpo.run.engines import Engine, Message, WorkerLost
 from hpo.run.finals import final_setup, finalists
 from hpo.run.keep import Keeper
@@ -97,7 +99,9 @@ class Supervisor:
         self._best: float | None = None
         self._failed = 0
         self._succeeded = False
-        for trial in study.result().trials:
+        before = study.result()
+        drop_finished(work, before)
+        for trial in before.trials:
             if trial.result is not None:
                 self._remember(trial.result, final=trial.candidate.stage == FINAL)
         self._failed = 0  # what failed before may have been mended since
@@ -166,6 +170,7 @@ class Supervisor:
                 most_parameters=float("inf") if final else most_parameters(self._spec),
                 latency=needs_latency(self._spec),
                 wait=self._prunes and not final,
+                checkpoint=str(checkpoint_file(self._folder, candidate)),
             )
             self._engine.submit(slot, task)
             self._running[slot] = _Running(candidate, setup, time.monotonic())
@@ -190,15 +195,17 @@ class Supervisor:
     def _handle(self, slot: int, message: Message) -> None:
         running = self._running[slot]
         if isinstance(message, EpochEnded):
+            place = (message.epoch.fold, message.epoch.number)
+            # A training that begins again with smaller pieces tells its epochs again.
+            running.epochs = [told for told in running.epochs if (told.epoch.fold, told.epoch.number) < place]
             running.epochs.append(message)
             prune = running.candidate.stage != FINAL and self._report(running, message)
             if self._prunes and running.candidate.stage != FINAL:
                 self._engine.verdict(slot, go_on=not prune)
             self._watch(message)
         elif isinstance(message, WorkerLost):
-            code = message.exitcode or 0
-            cause = f"signal {-code}" if code < 0 else f"exit code {code}"
-            self._end(slot, self._stopped(running, f"its worker died ({cause})"), died=True)
+            died = self._stopped(running, f"its worker died ({message.cause})", FailureKind.WORKER_DIED)
+            self._end(slot, replace(died, traceback=message.traceback), died=True)
         else:
             self._end(slot, message.result)
 
@@ -215,19 +222,21 @@ class Supervisor:
         step = epoch.fold * training.epochs + epoch.number
         return self._study.report(message.number, step, epoch.scores[objective])
 
-    def _stopped(self, running: _Running, reason: str) -> TrialResult:
+    def _stopped(self, running: _Running, reason: str, failure: FailureKind) -> TrialResult:
         return TrialResult(
             running.candidate.number,
             TrialState.STOPPED,
             epochs=tuple(message.epoch for message in running.epochs),
             seconds=time.monotonic() - running.started,
             reason=reason,
+            failure=failure,
         )
 
     def _end(self, slot: int, result: TrialResult, *, died: bool = False) -> None:
         running = self._running.pop(slot)
-        result = self._valued(result, running)
-        self._study.tell(result, died=died)
+        result = self._study.tell(self._valued(result, running), died=died)
+        if result.state.finished:
+            checkpoint_file(self._folder, running.candidate).unlink(missing_ok=True)
         self._background.submit(self._tracker.log_epochs, result.number, result.epochs)
         self._background.submit(self._tracker.end_trial, result)
         final = running.candidate.stage == FINAL
@@ -246,13 +255,15 @@ class Supervisor:
             same = [t for t in self._study.result().ranked() if t.candidate.parameters == running.candidate.parameters]
             value = same[0].value
         if result.state is TrialState.COMPLETE and (value is None or not math.isfinite(value)):
-            return replace(result, state=TrialState.FAILED, reason=f"{objective} is {value}")
+            reason = f"{objective} is {value}"
+            return replace(result, state=TrialState.FAILED, reason=reason, failure=FailureKind.NOT_FINITE)
         return judge(self._spec, replace(result, value=value))
 
     def _remember(self, result: TrialResult, *, final: bool) -> bool:
         """Note what later trials need of this one; True if it is the best of the search so far."""
-        self._failed += result.state is TrialState.FAILED
-        self._succeeded |= result.state in (TrialState.COMPLETE, TrialState.PRUNED)
+        # One that is pruned for want of memory is no success.
+        self._failed += result.state is TrialState.FAILED or (result.state.finished and result.failure is not None)
+        self._succeeded |= result.state in (TrialState.COMPLETE, TrialState.PRUNED) and result.failure is None
         if key := result.settings.get("precision_key"):
             self._precisions.setdefault(key, result.settings["precision"])
         if final or result.state is not TrialState.COMPLETE or result.value is None or not result.feasible:
@@ -266,4 +277,4 @@ class Supervisor:
     def _stop_running(self, reason: str) -> None:
         self._engine.close()
         for slot, running in list(self._running.items()):
-            self._end(slot, self._stopped(running, reason))
+            self._end(slot, self._stopped(running, reason, FailureKind.INTERRUPTED))

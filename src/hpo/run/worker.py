@@ -8,21 +8,24 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from hpo.errors import HpoError
-from hpo.records import DataCard, Epoch, EpochEnded, TrialEnded, TrialResult, TrialState
+from hpo.errors import DataError, HpoError, NotFiniteError
+from hpo.records import DataCard, Epoch, EpochEnded, FailureKind, TrialEnded, TrialResult, TrialState
+from hpo.spec.models import OwnModelSpec
 from hpo.spec.study import Setup
 
 # A verdict is what an epoch is answered with: go on (True) or end as pruned (False).
 Training = Generator[EpochEnded | TrialEnded, bool, None]
+
+_HALVINGS = 2  # how often a training that runs out of memory begins again with less
 
 
 @dataclass(frozen=True)
 class Task:
     """All that a worker needs to train one candidate.
 
-    data never leads to the test part. folder is where weights and validation probabilities are left. precisions,
-    most_parameters and latency are those of hpo.learn.trial.train_trial. wait says whether every epoch waits for a
-    verdict.
+    data never leads to the test part. folder is where weights and validation probabilities are left; checkpoint is the
+    file that the training is saved in and goes on from ("": none). precisions, most_parameters and latency are those of
+    hpo.learn.trial.train_trial. wait says whether every epoch waits for a verdict.
     """
 
     number: int
@@ -34,14 +37,41 @@ class Task:
     most_parameters: float = float("inf")
     latency: bool = False
     wait: bool = False
+    checkpoint: str = ""
 
 
 def train_task(task: Task, device_name: str) -> Training:
-    """Yield EpochEnded after each epoch, answered with a verdict, and TrialEnded at the end, whatever happens."""
+    """Yield EpochEnded after each epoch, answered with a verdict, and TrialEnded at the end, whatever happens.
+
+    Where memory does not suffice the training begins again, twice at most, with half as many images at once in the
+    network and the same effective batch (its epochs are yielded again then). After that the candidate is infeasible:
+    pruned, so that samplers learn from it.
+    """
     # Imported here: the supervisor knows tasks and engines without waiting for torch.
+    from hpo.learn.memory import free_memory, halved
+
+    started, asked = time.perf_counter(), task.setup
+    result = yield from _attempt(task, device_name)
+    for _ in range(_HALVINGS):
+        smaller = halved(task.setup)
+        if result.failure is not FailureKind.OUT_OF_MEMORY or smaller is None:
+            break
+        free_memory()
+        task = replace(task, setup=smaller)
+        result = yield from _attempt(task, device_name)
+    if task.setup is not asked:
+        result = replace(result, settings={**result.settings, "micro_batch": str(task.setup.training.micro_batch)})
+    if result.failure is FailureKind.OUT_OF_MEMORY:
+        at_once = task.setup.training.micro_batch or task.setup.training.batch_size
+        reason = f"out of memory, with {at_once} images at once: {result.reason}"
+        result = replace(result, state=TrialState.PRUNED, feasible=False, reason=reason)
+    yield TrialEnded(replace(result, seconds=time.perf_counter() - started))
+
+
+def _attempt(task: Task, device_name: str) -> Generator[EpochEnded, bool, TrialResult]:
+    """Train once; the result has its epochs."""
     from hpo.learn.trial import train_trial
 
-    started = time.perf_counter()
     epochs: list[Epoch] = []
     try:
         training = train_trial(
@@ -54,6 +84,7 @@ def train_task(task: Task, device_name: str) -> Training:
             precisions=task.precisions,
             most_parameters=task.most_parameters,
             latency=task.latency,
+            checkpoint=Path(task.checkpoint) if task.checkpoint else None,
         )
         go_on: bool | None = None
         try:
@@ -63,12 +94,24 @@ def train_task(task: Task, device_name: str) -> Training:
                 go_on = yield EpochEnded(task.number, epoch)
         except StopIteration as end:
             result: TrialResult = end.value
-    except HpoError as error:
-        result = _failed(task, str(error))
     except Exception as error:  # noqa: BLE001 - whatever a candidate does, the study goes on
-        result = _failed(task, f"{type(error).__name__}: {error}")
-    yield TrialEnded(replace(result, epochs=tuple(epochs), seconds=time.perf_counter() - started))
+        reason = str(error) if isinstance(error, HpoError) else f"{type(error).__name__}: {error}"
+        told = traceback.format_exc()
+        kind = _kind(error, own=isinstance(task.setup.model, OwnModelSpec))
+        result = TrialResult(task.number, TrialState.FAILED, reason=reason, traceback=told, failure=kind)
+    return replace(result, epochs=tuple(epochs))
 
 
-def _failed(task: Task, reason: str) -> TrialResult:
-    return TrialResult(task.number, TrialState.FAILED, reason=reason, traceback=traceback.format_exc())
+def _kind(error: Exception, *, own: bool) -> FailureKind:
+    """own: the network is the user's."""
+    from hpo.learn.memory import is_out_of_memory
+
+    if is_out_of_memory(error):
+        return FailureKind.OUT_OF_MEMORY
+    if isinstance(error, NotFiniteError):
+        return FailureKind.NOT_FINITE
+    if isinstance(error, DataError):
+        return FailureKind.DATA
+    # What a network of the user's raises while it is built comes wrapped in an error that says which network it is.
+    raised = not isinstance(error, HpoError) or (own and error.__cause__ is not None)
+    return FailureKind.EXCEPTION if raised else FailureKind.SETUP

@@ -13,7 +13,7 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from hpo.home import Home
-from hpo.records import FINAL, Candidate, StudyResult, TrialResult, TrialState
+from hpo.records import FINAL, Candidate, FailureKind, StudyResult, TrialResult, TrialState
 from hpo.search.constraints import aims, violations
 from hpo.search.enter import enter_study
 from hpo.search.lease import Lease, clean_leases, locked
@@ -97,7 +97,9 @@ class Study:
         with self._locked():
             gone = [trial for trial in self._trials() if self._abandoned(trial)]
             for trial in gone:
-                lost = TrialResult(trial.number, TrialState.STOPPED, reason="its process was gone")
+                lost = TrialResult(
+                    trial.number, TrialState.STOPPED, reason="its process was gone", failure=FailureKind.INTERRUPTED
+                )
                 self._settle(trial, result_of(trial) or lost, died=True)
         return [trial.number for trial in gone]
 
@@ -189,8 +191,8 @@ class Study:
         return stage != FINAL and self._spec.search.pruner.name != "none" and bool(trial.should_prune())
 
     @_guarded
-    def tell(self, result: TrialResult, *, died: bool = False) -> None:
-        """Close a trial of this handle. STOPPED enqueues its candidate again, ahead of new ones.
+    def tell(self, result: TrialResult, *, died: bool = False) -> TrialResult:
+        """Close a trial of this handle; returns what was recorded. STOPPED enqueues its candidate, ahead of new ones.
 
         died says that its worker did: a candidate whose process has died three times is failed instead. A complete
         trial without a finite value for each objective is recorded as failed.
@@ -202,13 +204,17 @@ class Study:
             odd = next((index for index, value in enumerate(values) if not _finite(value)), None)
             if odd is not None:
                 reason = f"the objective {self._aims[odd][0]} is {values[odd]}, not a finite number"
-                result = replace(result, state=TrialState.FAILED, value=None, values=(), reason=reason)
+                not_finite = FailureKind.NOT_FINITE
+                result = replace(
+                    result, state=TrialState.FAILED, value=None, values=(), reason=reason, failure=not_finite
+                )
         if result.state is TrialState.STOPPED:
             with self._locked():
-                self._settle(trial, result, died=died)
+                result = self._settle(trial, result, died=died)
         else:
-            self._settle(trial, result)
+            result = self._settle(trial, result)
         del self._running[result.number]
+        return result
 
     @_guarded
     def result(self) -> StudyResult:
@@ -304,12 +310,12 @@ class Study:
         same = (trial for trial in complete if stage_of(trial) == candidate.stage)
         return next((result_of(trial) for trial in same if key_of(start_of(trial).parameters or {}) == key), None)
 
-    def _settle(self, trial: FrozenTrial, result: TrialResult, *, died: bool = False) -> None:
+    def _settle(self, trial: FrozenTrial, result: TrialResult, *, died: bool = False) -> TrialResult:
         """Record, enqueue, close, in this order: killed between two of them, reap can do the rest."""
         deaths = start_of(trial).deaths + died
         if result.state is TrialState.STOPPED and deaths >= _MOST_DEATHS:
-            reason = f"interrupted {deaths} times: its process died each time"
-            result = replace(result, state=TrialState.FAILED, reason=reason)
+            reason = f"interrupted {deaths} times: its process died each time; the last time: {result.reason}"
+            result = replace(result, state=TrialState.FAILED, reason=reason, failure=FailureKind.WORKER_DIED)
         self._storage.set_trial_user_attr(trial._trial_id, RESULT, result.to_json())
         if result.state is TrialState.STOPPED and not self._retried(trial.number):
             self._retry(trial, deaths=deaths)
@@ -322,6 +328,7 @@ class Study:
             # Nobody compares these in Optuna, and it takes no NaN.
             values = [value if _finite(value) else 0.0 for value in values]
         self._study.tell(trial.number, values, _OPTUNA_STATES[result.state])
+        return result
 
     def _values(self, result: TrialResult) -> list[float | None]:
         """One value for each objective."""

@@ -66,11 +66,11 @@ def aims(spec: StudySpec) -> tuple[tuple[str, str], ...]:
 
 
 def judge(spec: StudySpec, result: TrialResult) -> TrialResult:
-    """The result with values and feasible filled in from its scores.
+    """The result with values and feasible filled in from its scores; what is infeasible already stays so.
 
     With several objectives the first is the value; one that has no score is NaN, but for a value that was given.
     """
-    feasible = all(amount <= 0 for amount in violations(spec, result.scores).values())
+    feasible = result.feasible and all(amount <= 0 for amount in violations(spec, result.scores).values())
     if not spec.search.objectives:
         return replace(result, feasible=feasible)
     (first, _), *rest = aims(spec)

@@ -173,6 +173,8 @@ class StudySpec(Part):
         plain = self.model_dump(mode="json")
         # A file may move: the data's digest is compared instead of its path.
         plain["data"].pop("path")
+        # How often a training is saved makes no difference to what comes out of it.
+        plain["training"].pop("checkpoint")
         kept = {part: plain[part] for part in ("data", "split", "model", "training", "task", "seed")}
         aims = [f"{aim.better} {aim.score}" for aim in self.search.objectives]
         return {**kept, "objective": aims or [f"{self.search.better} {self.search.objective}"]}

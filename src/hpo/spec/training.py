@@ -114,6 +114,9 @@ class TrainingSpec(Part):
     ema: Rate = 0.0
     """Evaluate and keep a moving average of the weights, which keeps this share of itself in every step (less in the
     first steps). 0: the weights themselves."""
+    checkpoint: Positive | None = None
+    """Save the training every so many epochs: an interrupted trial goes on from there. null: it begins again. May be
+    changed while a study goes on."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: the faster of the two for this network, batch and device, by a short measurement."""
     seed: Seed | None = None

@@ -21,6 +21,7 @@ STUDY = "hpo.study"
 CREATED = "hpo.created"
 TRIAL = "hpo.trial"
 STATE = "hpo.state"
+FAILURE = "hpo.failure"
 MODEL = "hpo.model"
 DIGEST = "hpo.data_digest"
 

@@ -253,6 +253,7 @@ class Tracker:
     def _end(self, result: TrialResult, *, ended: float) -> None:
         client, run_id = self._client, self._run_id(result.number)
         tags = {runs.STATE: result.state.value} | ({"hpo.reason": result.reason} if result.reason else {})
+        tags |= {runs.FAILURE: result.failure.value} if result.failure else {}
         runs.log(client, run_id, metrics=runs.result_metrics(result, ended), params=result.settings, tags=tags)
         if result.confusion:
             client.log_dict(run_id, {"true_by_predicted": result.confusion}, "confusion.json")

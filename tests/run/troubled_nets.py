@@ -1,0 +1,88 @@
+"""Networks that run out of memory, raise, or crash in native code; named by dotted paths in studies of the tests."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+
+class Hungry(nn.Module):
+    """Has memory for `room` images at once where it learns; what it was given is noted in a file."""
+
+    def __init__(self, net: nn.Module, room: int, note: str, error: str) -> None:
+        super().__init__()
+        self.net, self.room, self.note, self.error = net, room, note, error
+
+    def forward(self, images):
+        if self.training:
+            with Path(self.note).open("a") as file:
+                file.write(f"{len(images)}\n")
+            if len(images) > self.room:
+                raise _ERRORS[self.error]
+        return self.net(images)
+
+
+_ERRORS = {
+    "gpu": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "cpu": RuntimeError(
+        "[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 8589934592 bytes."
+    ),
+    "python": MemoryError(),
+}
+
+
+class Crashing(nn.Module):
+    """Ends its process when it first learns: abort, segfault, kill, or exit."""
+
+    def __init__(self, net: nn.Module, how: str) -> None:
+        super().__init__()
+        self.net, self.how = net, how
+
+    def forward(self, images):
+        if self.training:
+            {"abort": os.abort, "segfault": lambda: ctypes.string_at(0), "kill": _kill, "exit": lambda: os._exit(3)}[
+                self.how
+            ]()
+        return self.net(images)
+
+
+def _kill():
+    os.kill(os.getpid(), 9)
+
+
+class Raising(nn.Module):
+    """Raises when it first learns."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, images):
+        if self.training:
+            raise ZeroDivisionError("my own mistake")
+        return self.net(images)
+
+
+def _dense(image_shape, classes, width=16):
+    height, wide, channels = image_shape
+    return nn.Sequential(nn.Flatten(), nn.Linear(height * wide * channels, width), nn.ReLU(), nn.Linear(width, classes))
+
+
+def hungry(*, image_shape, classes, room, note, error="gpu", width=16):
+    return Hungry(_dense(image_shape, classes, width), room, note, error)
+
+
+def crashing(*, image_shape, classes, how, width=16):
+    return Crashing(_dense(image_shape, classes, width), how)
+
+
+def raising(*, image_shape, classes):
+    return Raising(_dense(image_shape, classes))
+
+
+def unbuilt(*, image_shape, classes):
+    raise ZeroDivisionError("my own mistake")
