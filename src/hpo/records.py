@@ -82,7 +82,8 @@ class TrialResult:
     settings are what the machine decided rather than the spec: device, precision, layout, threads.
     values are those of several objectives, in the order of the spec. folds holds the scores of each fold at its best
     epoch. feasible is False where a constraint of the search is broken. predicted holds the predicted classes of the
-    validation images, in the order of their rows (see pack_classes): comparisons need no model then.
+    validation images, in the order of their rows (see pack_classes): comparisons need no model then. ended is when, in
+    seconds since 1970 (0.0: not known): what is written twice about it carries the same time, and is there once.
     """
 
     number: int
@@ -102,6 +103,7 @@ class TrialResult:
     folds: tuple[Mapping[str, float], ...] = ()
     feasible: bool = True
     predicted: str = ""
+    ended: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types; from_json takes it back."""

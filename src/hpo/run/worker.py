@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 import traceback
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from hpo.errors import HpoError
+from hpo.errors import HpoError, disk_full
 from hpo.records import DataCard, Epoch, EpochEnded, TrialEnded, TrialResult, TrialState
 from hpo.spec.study import Setup
 
@@ -66,9 +67,15 @@ def train_task(task: Task, device_name: str) -> Training:
     except HpoError as error:
         result = _failed(task, str(error))
     except Exception as error:  # noqa: BLE001 - whatever a candidate does, the study goes on
-        result = _failed(task, f"{type(error).__name__}: {error}")
+        result = _without_room(task) if disk_full(error) else _failed(task, f"{type(error).__name__}: {error}")
     yield TrialEnded(replace(result, epochs=tuple(epochs), seconds=time.perf_counter() - started))
 
 
 def _failed(task: Task, reason: str) -> TrialResult:
     return TrialResult(task.number, TrialState.FAILED, reason=reason, traceback=traceback.format_exc())
+
+
+def _without_room(task: Task) -> TrialResult:
+    """A full disk is no fault of the candidate, which is tried again; what it has written is of no use."""
+    shutil.rmtree(task.folder, ignore_errors=True)
+    return TrialResult(task.number, TrialState.STOPPED, reason=f"{task.folder}: no space left on the disk.")

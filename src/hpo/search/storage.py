@@ -21,6 +21,7 @@ from hpo.errors import StoreError
 from hpo.home import Home
 from hpo.records import Candidate, StudyResult, Trial, TrialResult, TrialState
 from hpo.search.lease import locked
+from hpo.search.patience import Patient
 
 # The attributes of ours in Optuna's storage: one record a study, two a trial.
 STUDY, START, RESULT = "hpo.study", "hpo.start", "hpo.result"
@@ -158,7 +159,7 @@ def open_storage(home: Home) -> Storage:
             _write_ahead(shown_url(home))
         # Optuna fills {} templates in an address; a folder may have braces in its name.
         url = home.storage_url.replace("{", "{{").replace("}", "}}")
-        return Storage(optuna.storages.RDBStorage(url, engine_kwargs=options))
+        return Storage(Patient(optuna.storages.RDBStorage(url, engine_kwargs=options)))
 
 
 def _write_ahead(path: str) -> None:
