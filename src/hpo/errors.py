@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class HpoError(Exception):
     """A mistake or a fault that its reader can mend.
@@ -45,5 +47,22 @@ class StoreError(HpoError):
     """The study storage, the tracking store or the disk beneath them refuses."""
 
 
+class StoreAwayError(StoreError):
+    """The store does not answer, or has no room, at the moment: the same call may work later."""
+
+
 class ModelError(HpoError):
     """A logged or registered model is missing, or not of the kind that was asked for."""
+
+
+NO_SPACE = "Free some space there, then run the study again: it goes on where it stopped."
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether an error, or what caused it, is that there is no space left where something was to be written."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    # Native libraries and databases keep the system's words and lose its number.
+    if any(words in str(error).lower() for words in ("no space left", "disk is full", "disk quota exceeded")):
+        return True
+    return error.__cause__ is not None and disk_full(error.__cause__)

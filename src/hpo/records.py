@@ -101,7 +101,8 @@ class TrialResult:
     values are those of several objectives, in the order of the spec. folds holds the scores of each fold at its best
     epoch. feasible is False where a constraint of the search is broken or the memory does not suffice. failure is why a
     trial did not come to its end, None where it did. predicted holds the predicted classes of the validation images, in
-    the order of their rows (see pack_classes): comparisons need no model then.
+    the order of their rows (see pack_classes): comparisons need no model then. ended is when, in seconds since 1970
+    (0.0: not known): what is written twice about it carries the same time, and is there once.
     """
 
     number: int
@@ -122,6 +123,7 @@ class TrialResult:
     feasible: bool = True
     predicted: str = ""
     failure: FailureKind | None = None
+    ended: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types; from_json takes it back."""

@@ -63,10 +63,10 @@ class Told:
 
     calls: list[tuple[str, Any]] = field(default_factory=list)
 
-    def start_trial(self, candidate, setup, *, worker):
+    def start_trial(self, candidate, setup, *, worker, started):
         self.calls.append(("start", candidate.number))
 
-    def log_epochs(self, number, epochs):
+    def log_epochs(self, number, epochs, *, ended):
         self.calls.append(("epochs", (number, len(epochs))))
 
     def end_trial(self, result):

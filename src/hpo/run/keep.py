@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
+from hpo.errors import NO_SPACE, StoreError, disk_full
 from hpo.records import FINAL, DataCard, Event, Notice, StudyResult, Trial, TrialResult, TrialState
 from hpo.run.background import Background
 from hpo.run.helper import Helper, finish_trial
@@ -69,8 +70,11 @@ class Keeper:
         _remove(result.folder)
 
     def collect(self, *, wait: bool = False) -> None:
-        """Have the tracker log what is exported, and drop what is no longer among the best."""
-        if self._earlier is not None and (wait or self._earlier.done()):
+        """Have the tracker log what is exported, and drop what is no longer among the best.
+
+        Raises StoreError where the disk is full; the trials' files stay for the next run.
+        """
+        if self._earlier is not None and self._earlier.done():
             if self._earlier.exception() is None:
                 self._kept |= set(self._earlier.result())
                 self._drawn |= set(self._earlier.result())
@@ -83,6 +87,8 @@ class Keeper:
             job = self._pending.pop(number)
             self._spent += time.monotonic() - self._exporting
             if (error := job.exception()) is not None:
+                if disk_full(error):
+                    raise StoreError(f"trial {number}: no space left on the disk for its model.", NO_SPACE)
                 self._watch(Notice(f"trial {number}: its model could not be exported: {error}"))
             elif number in best:
                 self._kept.add(number)

@@ -18,7 +18,7 @@ from hpo.errors import HpoError, SpecError
 from hpo.home import Home
 from hpo.records import Event, Notice, StudyEnded, StudyOpened, StudyResult
 from hpo.report.summary import study_summary
-from hpo.run.background import Background
+from hpo.run.background import PATIENCE, Background
 from hpo.run.engines import Engine, InProcess, LocalProcesses, cores, process_context
 from hpo.run.finals import finalists, race
 from hpo.run.helper import Helper, Prepared, draw_study, prepare
@@ -27,7 +27,7 @@ from hpo.run.standing import with_model
 from hpo.run.supervise import Supervisor, Watch
 from hpo.search.stages import stage_warnings, total_trials
 from hpo.spec.study import KeepSpec, StudySpec
-from hpo.track.store import load_mlflow
+from hpo.track.store import knock, load_mlflow
 from hpo.track.tracker import Tracker
 
 
@@ -53,16 +53,21 @@ def run_study(
     and tried again by the next run. Raises HpoError for whatever the user can mend.
     """
     place = Home.find(home).create()
+    knock(place)  # an outage later on is waited for; at the start it is more likely a wrong address
     spec = with_model(_with_options(spec, trials=trials, keep_models=keep_models), place)
     if workers is not None and workers < 0:
         raise HpoError(f"--workers {workers}: is negative.", "Give 1 or more, or 0 to train in this process.")
     deadline = time.monotonic() + timeout if timeout is not None else float("inf")
     say: Watch = watch or _ignore
     context = process_context()
+
+    def tell(text: str) -> None:
+        say(Notice(text))
+
     with contextlib.ExitStack() as cleanup:
         interrupted = cleanup.enter_context(_interruptible())
         tracker, background = Tracker(place), Background()
-        cleanup.callback(background.join)
+        cleanup.callback(background.join, patience=5.0)
         helper = Helper(context)
         cleanup.callback(helper.close)
         job = helper.submit(prepare, spec.data, spec.split, device)
@@ -113,6 +118,8 @@ def run_study(
             watch=say,
         )
         reason = supervisor.run()
+        patience = PATIENCE if reason != "interrupted" else 5.0
+        background.settle(patience=patience, hear=tell)
         after = study.result()
         pictures = place.work / before.title / "study"
         drawing = helper.submit(draw_study, after, pictures)
@@ -129,13 +136,12 @@ def run_study(
         text = study_summary(after, winner=winner, model=after.name if registered else "", remarks=remarks)
         status, figures = "FINISHED" if orderly else "KILLED", _drawn(drawing, say)
         background.submit(tracker.close_study, after, status=status, summary=text, figures=figures)
-        background.join()
+        background.join(patience=patience, hear=tell)
         shutil.rmtree(pictures, ignore_errors=True)
         for notice in helper.notices():
             say(notice)
-        for failure in background.failures():
-            say(Notice(f"tracking: {failure}"))
-        model = registered.result() if registered is not None and registered.exception() is None else None
+        known = registered is not None and registered.done() and registered.exception() is None
+        model = registered.result() if registered is not None and known else None
         say(StudyEnded(after, reason, model))
         return after
 

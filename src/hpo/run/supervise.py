@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from hpo.errors import StoreError
+from hpo.errors import NO_SPACE, StoreError
 from hpo.records import (
     FINAL,
     Candidate,
@@ -59,6 +59,7 @@ class _Running:
     candidate: Candidate
     setup: Setup
     started: float
+    searched: float | None = None  # what the search found for a final candidate
     epochs: list[EpochEnded] = field(default_factory=list)
 
 
@@ -111,7 +112,18 @@ class Supervisor:
         self._failed = 0  # what failed before may have been mended since
 
     def run(self) -> str:
-        """Search, then train the finals; returns budget, exhausted, timeout, interrupted, stopped or failing."""
+        """Search, then train the finals; returns budget, exhausted, timeout, interrupted, stopped or failing.
+
+        Raises StoreError where the study storage or the disk refuses for good; what has come in is on disk by then, and
+        the next run tells it.
+        """
+        try:
+            return self._search()
+        except StoreError as error:
+            self._leave_all(f"the run ended: {error.message}")
+            raise
+
+    def _search(self) -> str:
         reason = self._work(partial(self._study.ask, budget=self._budget))
         if reason != "budget" and reason != "exhausted":
             return reason
@@ -141,8 +153,8 @@ class Supervisor:
             for slot, message in self._engine.poll(_TICK):
                 self._handle(slot, message)
             self._keeper.collect()
-            for failure in self._background.failures():
-                self._watch(Notice(f"tracking: {failure} The next hpo run of this study mends it."))
+            for text in self._background.news():
+                self._watch(Notice(text))
 
     def _reason_to_stop(self) -> str:
         if self._interrupted.is_set():
@@ -182,8 +194,8 @@ class Supervisor:
                 checkpoint=str(checkpoint_file(self._folder, candidate)),
             )
             self._engine.submit(slot, task)
-            self._running[slot] = _Running(candidate, setup, time.monotonic())
-            self._background.submit(self._tracker.start_trial, candidate, setup, worker=worker)
+            self._running[slot] = _Running(candidate, setup, time.monotonic(), self._searched(candidate))
+            self._background.submit(self._tracker.start_trial, candidate, setup, worker=worker, started=time.time())
             self._watch(TrialStarted(candidate, worker))
 
     def _setup(self, candidate: Candidate) -> Setup:
@@ -191,11 +203,22 @@ class Supervisor:
             return final_setup(self._spec, self._study.result(), candidate.parameters, data=self._data)
         return self._spec.with_values(candidate.parameters)
 
+    def _searched(self, candidate: Candidate) -> float | None:
+        """What the search found for a final candidate: trained on all images, it has no other value."""
+        if candidate.stage != FINAL:
+            return None
+        ranked = self._study.result().ranked()
+        return next((trial.value for trial in ranked if trial.candidate.parameters == candidate.parameters), None)
+
     def _tell_reused(self, worker: str) -> None:
         """Candidates that the study answered itself, with an earlier result."""
         for candidate, result in self._study.take_reused():
             self._background.submit(
-                self._tracker.start_trial, candidate, self._spec.with_values(candidate.parameters), worker=worker
+                self._tracker.start_trial,
+                candidate,
+                self._spec.with_values(candidate.parameters),
+                worker=worker,
+                started=result.ended,
             )
             self._background.submit(self._tracker.end_trial, result)
             self._watch(TrialStarted(candidate, worker))
@@ -217,6 +240,8 @@ class Supervisor:
             self._end(slot, replace(died, traceback=message.traceback), died=True)
         else:
             self._end(slot, message.result)
+            if message.result.state is TrialState.STOPPED:  # by its worker, which has no room
+                raise StoreError(message.result.reason, NO_SPACE)
 
     def _report(self, running: _Running, message: EpochEnded) -> bool:
         """Report an epoch to Optuna: epochs of later folds follow those of earlier ones. Wilcoxon wants whole folds."""
@@ -243,10 +268,11 @@ class Supervisor:
 
     def _end(self, slot: int, result: TrialResult, *, died: bool = False) -> None:
         running = self._running.pop(slot)
-        result = self._study.tell(self._valued(result, running), died=died)
+        result = replace(self._valued(result, running), ended=time.time())
+        result = self._study.tell(result, died=died)
         if result.state.finished:
             checkpoint_file(self._folder, running.candidate).unlink(missing_ok=True)
-        self._background.submit(self._tracker.log_epochs, result.number, result.epochs)
+        self._background.submit(self._tracker.log_epochs, result.number, result.epochs, ended=result.ended)
         self._background.submit(self._tracker.end_trial, result)
         final = running.candidate.stage == FINAL
         best = self._remember(result, final=final)
@@ -259,10 +285,7 @@ class Supervisor:
             return result
         objective = self._spec.search.objective
         value = result.scores.get(objective)
-        if value is None and running.candidate.stage == FINAL:
-            # Trained on all images: what the search found is all that is known of it.
-            same = [t for t in self._study.result().ranked() if t.candidate.parameters == running.candidate.parameters]
-            value = same[0].value
+        value = running.searched if value is None else value
         if result.state is TrialState.COMPLETE and (value is None or not math.isfinite(value)):
             reason = f"{objective} is {value}"
             return replace(result, state=TrialState.FAILED, reason=reason, failure=FailureKind.NOT_FINITE)
@@ -282,6 +305,18 @@ class Supervisor:
             self._best = result.value
             return True
         return False
+
+    def _leave_all(self, reason: str) -> None:
+        """Write what workers have finished meanwhile, and that the others were stopped, to disk for the next run."""
+        deadline = time.monotonic() + 1.0
+        while self._running and time.monotonic() < deadline and (messages := self._engine.poll(0.0)):
+            for slot, message in messages:
+                if isinstance(message, TrialEnded):
+                    running = self._running.pop(slot)
+                    self._study.leave(replace(self._valued(message.result, running), ended=time.time()))
+        self._engine.close()
+        for running in self._running.values():
+            self._study.leave(self._stopped(running, reason, FailureKind.INTERRUPTED))
 
     def _stop_running(self, reason: str) -> None:
         self._engine.close()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 import traceback
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from hpo.errors import DataError, HpoError, NotFiniteError
+from hpo.errors import DataError, HpoError, NotFiniteError, disk_full
 from hpo.records import DataCard, Epoch, EpochEnded, FailureKind, TrialEnded, TrialResult, TrialState
 from hpo.spec.models import OwnModelSpec
 from hpo.spec.study import Setup
@@ -95,6 +96,8 @@ def _attempt(task: Task, device_name: str) -> Generator[EpochEnded, bool, TrialR
         except StopIteration as end:
             result: TrialResult = end.value
     except Exception as error:  # noqa: BLE001 - whatever a candidate does, the study goes on
+        if disk_full(error):
+            return replace(_without_room(task), epochs=tuple(epochs))
         reason = str(error) if isinstance(error, HpoError) else f"{type(error).__name__}: {error}"
         told = traceback.format_exc()
         kind = _kind(error, own=isinstance(task.setup.model, OwnModelSpec))
@@ -115,3 +118,9 @@ def _kind(error: Exception, *, own: bool) -> FailureKind:
     # What a network of the user's raises while it is built comes wrapped in an error that says which network it is.
     raised = not isinstance(error, HpoError) or (own and error.__cause__ is not None)
     return FailureKind.EXCEPTION if raised else FailureKind.SETUP
+
+
+def _without_room(task: Task) -> TrialResult:
+    """A full disk is no fault of the candidate, which is tried again; what it has written is of no use."""
+    shutil.rmtree(task.folder, ignore_errors=True)
+    return TrialResult(task.number, TrialState.STOPPED, reason=f"{task.folder}: no space left on the disk.")

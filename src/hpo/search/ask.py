@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import functools
 import math
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import optuna
 from optuna.trial import FrozenTrial
 
+from hpo.errors import StoreError
 from hpo.home import Home
 from hpo.records import FINAL, Candidate, FailureKind, StudyResult, TrialResult, TrialState
+from hpo.search import untold
 from hpo.search.constraints import aims, violations
 from hpo.search.enter import enter_study
 from hpo.search.lease import Lease, clean_leases, locked
@@ -93,17 +97,24 @@ class Study:
     def reap(self) -> list[int]:
         """Settle running trials whose supervisor is gone, and return their numbers; result() says how each stands.
 
-        A trial whose result had been written is told as that result. Any other is stopped and a retry of it enqueued,
-        or failed once its process has died three times. A trial of a living supervisor is never touched.
+        A trial whose result had been written, or left (see tell), is told as that result. Any other is stopped and a
+        retry of it enqueued, or failed once its process has died three times. A trial of a living supervisor is never
+        touched.
         """
         with self._locked():
-            gone = [trial for trial in self._trials() if self._abandoned(trial)]
+            trials = self._trials()
+            gone = [trial for trial in trials if self._abandoned(trial)]
+            left = untold.left(self._home, self.title)
             for trial in gone:
                 lost = TrialResult(
                     trial.number, TrialState.STOPPED, reason="its process was gone", failure=FailureKind.INTERRUPTED
                 )
-                self._settle(trial, result_of(trial) or lost, died=True)
-        return [trial.number for trial in gone]
+                known = result_of(trial) or left.get(trial.number)
+                self._settle(trial, known or lost, died=trial.number not in left)
+            numbers = [trial.number for trial in gone]
+            closed = {trial.number for trial in trials if trial.state.is_finished()}
+            untold.forget(self._home, self.title, left.keys() & {*numbers, *closed})
+        return numbers
 
     @_guarded
     def ask(self, *, budget: int, worker: str) -> Candidate | None:
@@ -122,7 +133,14 @@ class Study:
                 return candidate
             reason = f"same candidate as trial {earlier.number}"
             result = replace(
-                earlier, number=candidate.number, epochs=(), seconds=0.0, folder="", reason=reason, traceback=""
+                earlier,
+                number=candidate.number,
+                epochs=(),
+                seconds=0.0,
+                folder="",
+                reason=reason,
+                traceback="",
+                ended=time.time(),
             )
             self.tell(result)
             self._reused.append((candidate, result))
@@ -192,29 +210,28 @@ class Study:
         self._storage.stage = stage
         return stage != FINAL and self._spec.search.pruner.name != "none" and bool(trial.should_prune())
 
-    @_guarded
     def tell(self, result: TrialResult, *, died: bool = False) -> TrialResult:
         """Close a trial of this handle; returns what was recorded. STOPPED enqueues its candidate, ahead of new ones.
 
         died says that its worker did: a candidate whose process has died three times is failed instead. A complete
-        trial without a finite value for each objective is recorded as failed.
+        trial without a finite value for each objective is recorded as failed. Where the storage refuses, the result is
+        left on disk for the next reap, and StoreError is raised.
         """
+        try:
+            return self._tell(result, died=died)
+        except StoreError:
+            self.leave(result)
+            raise
+
+    def leave(self, result: TrialResult) -> None:
+        """Leave a result on disk: the first reap after this handle is closed tells it. Touches no storage."""
+        untold.leave(self._home, self.title, result)
+
+    @_guarded
+    def _tell(self, result: TrialResult, *, died: bool) -> TrialResult:
         trial = self._storage.get_trial(self._running[result.number]._trial_id)
-        if result.state is TrialState.COMPLETE:
-            # A final training on all images has no validation scores beside the value that it was given.
-            values = self._values(result)[: 1 if stage_of(trial) == FINAL else None]
-            odd = next((index for index, value in enumerate(values) if not _finite(value)), None)
-            if odd is not None:
-                reason = f"the objective {self._aims[odd][0]} is {values[odd]}, not a finite number"
-                not_finite = FailureKind.NOT_FINITE
-                result = replace(
-                    result, state=TrialState.FAILED, value=None, values=(), reason=reason, failure=not_finite
-                )
-        if result.state is TrialState.STOPPED:
-            with self._locked():
-                result = self._settle(trial, result, died=died)
-        else:
-            result = self._settle(trial, result)
+        with self._locked() if result.state is TrialState.STOPPED else nullcontext():
+            result = self._settle(trial, result, died=died)
         del self._running[result.number]
         return result
 
@@ -323,6 +340,7 @@ class Study:
 
     def _settle(self, trial: FrozenTrial, result: TrialResult, *, died: bool = False) -> TrialResult:
         """Record, enqueue, close, in this order: killed between two of them, reap can do the rest."""
+        result = self._checked(result, final=stage_of(trial) == FINAL)
         deaths = start_of(trial).deaths + died
         if result.state is TrialState.STOPPED and deaths >= _MOST_DEATHS:
             reason = f"interrupted {deaths} times: its process died each time; the last time: {result.reason}"
@@ -340,6 +358,19 @@ class Study:
             values = [value if _finite(value) else 0.0 for value in values]
         self._study.tell(trial.number, values, _OPTUNA_STATES[result.state])
         return result
+
+    def _checked(self, result: TrialResult, *, final: bool) -> TrialResult:
+        """The result, failed where it is complete without a finite value for each objective."""
+        if result.state is not TrialState.COMPLETE:
+            return result
+        # A final training on all images has no validation scores beside the value that it was given.
+        values = self._values(result)[: 1 if final else None]
+        odd = next((index for index, value in enumerate(values) if not _finite(value)), None)
+        if odd is None:
+            return result
+        reason = f"the objective {self._aims[odd][0]} is {values[odd]}, not a finite number"
+        not_finite = FailureKind.NOT_FINITE
+        return replace(result, state=TrialState.FAILED, value=None, values=(), reason=reason, failure=not_finite)
 
     def _values(self, result: TrialResult) -> list[float | None]:
         """One value for each objective."""
@@ -391,6 +422,7 @@ def open_study(home: Home, spec: StudySpec, *, data_digest: str, fresh: bool = F
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     storage = open_storage(home)
     try:
+        untold.keep_reserve(home)
         with store_errors(home), locked(home.locks / "studies.lock"):
             title, notes = enter_study(storage, spec, data_digest=data_digest, fresh=fresh)
             clean_leases(home.locks)

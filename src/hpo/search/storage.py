@@ -24,6 +24,7 @@ from hpo.search.lease import locked
 from hpo.search.look import RESULT as RESULT
 from hpo.search.look import START as START
 from hpo.search.look import STUDY as STUDY
+from hpo.search.patience import Patient
 
 _BUSY_SECONDS = 60.0
 
@@ -159,7 +160,7 @@ def open_storage(home: Home) -> Storage:
             _write_ahead(shown_url(home))
         # Optuna fills {} templates in an address; a folder may have braces in its name.
         url = home.storage_url.replace("{", "{{").replace("}", "}}")
-        return Storage(optuna.storages.RDBStorage(url, engine_kwargs=options))
+        return Storage(Patient(optuna.storages.RDBStorage(url, engine_kwargs=options)))
 
 
 def _write_ahead(path: str) -> None:

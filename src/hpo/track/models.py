@@ -18,8 +18,9 @@ NET, CONFIG, SETUP, WEIGHTS = "net.pt2", "config.json", "setup.json", "weights.s
 def log_model(client: Any, run: Any, folder: Path) -> str:
     """Log folder's net.pt2, config.json and setup.json as the model of a run; returns models:/m-<id>.
 
-    run is an mlflow.entities.Run whose metrics become the model's. The model takes (n, height, width, channels) uint8
-    and needs torch, mlflow, numpy and pandas, not this package. Raises ModelError where a file is missing.
+    run is an mlflow.entities.Run whose metrics become the model's; one that has a model already keeps it. The model
+    takes (n, height, width, channels) uint8 and needs torch, mlflow, numpy and pandas, not this package. Raises
+    ModelError where a file is missing.
     """
     for name in (NET, CONFIG, SETUP):
         if not (folder / name).is_file():
@@ -28,6 +29,10 @@ def log_model(client: Any, run: Any, folder: Path) -> str:
     from mlflow.entities import LoggedModelOutput, Metric
 
     run_id = run.info.run_id
+    for earlier in client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'"):
+        if earlier.status == "READY":
+            return f"models:/{earlier.model_id}"
+        delete_model(client, earlier.model_id)  # of a try that was cut short
     tags = {name: value for name, value in run.data.tags.items() if name.startswith("hpo.")}
     model = client.create_logged_model(
         run.info.experiment_id,
@@ -68,8 +73,9 @@ def delete_model(client: Any, model_id: str) -> None:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return
         raise
-    client.delete_logged_model(model_id)
+    # The record last: cut short, the next try finds it, and deletes what is left of the files.
     delete_artifacts(client, model.artifact_location)
+    client.delete_logged_model(model_id)
 
 
 def delete_artifacts(client: Any, uri: str, path: str | None = None) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
 import os
+import re
 import socket
 import sqlite3
 import warnings
@@ -16,7 +18,7 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
-from hpo.errors import HpoError, StoreError
+from hpo.errors import HpoError, StoreAwayError, StoreError, disk_full
 from hpo.home import Home
 
 P = ParamSpec("P")
@@ -26,6 +28,9 @@ R = TypeVar("R")
 SWITCHES = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # MLflow would try for minutes, and what it sends again blindly can be there twice: we look first.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",  # seconds
     "MLFLOW_LOG_UV_FILES": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # standard output belongs to the command
     "MLFLOW_UV_AUTO_DETECT": "false",  # else the working directory's lock file becomes the model's requirements
@@ -38,23 +43,37 @@ def load_mlflow() -> Any:
         os.environ.setdefault(name, value)
     import mlflow
 
+    # It logs a traceback for every database error that it also raises.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     return mlflow
+
+
+def knock(home: Home) -> None:
+    """See whether the tracking store is there and takes writes, in milliseconds. Raises StoreError."""
+    if _is_server(home):
+        _knock(home.tracking_uri)
+    elif home.embedded and exists(home):
+        _try_file(home.root / "mlflow.db")
 
 
 @functools.lru_cache
 def connect(home: Home) -> Any:
     """The MlflowClient of a home; its database is made where there is none. Raises StoreError."""
     with _faults_told(home):
-        if home.tracking_uri.startswith(("http://", "https://")):
+        if _is_server(home):
             _knock(home.tracking_uri)
             return load_mlflow().MlflowClient(home.tracking_uri, home.tracking_uri)
         # MLflow's first migrations race where several processes open a fresh database.
-        with lock(home, "mlflow-create"), quiet("alembic", "mlflow.store.db.utils"):
+        with lock(home, "mlflow-create"), quiet("alembic"):
             if home.embedded:
                 _try_file(home.root / "mlflow.db")
             client = load_mlflow().MlflowClient(home.tracking_uri, home.tracking_uri)
             client.search_registered_models(max_results=1)  # the registry's store opens at its first use
         return client
+
+
+def _is_server(home: Home) -> bool:
+    return home.tracking_uri.startswith(("http://", "https://"))
 
 
 def exists(home: Home) -> bool:
@@ -91,11 +110,43 @@ def _faults_told(home: Home) -> Iterator[None]:
 
         if not isinstance(error, MlflowException | SQLAlchemyError | OSError):
             raise
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise StoreError(
-            f"MLflow at {shown(home.tracking_uri)}: {first_line.rstrip('.')}.",
-            "Check that the folder can be written and has space left, or that the server of MLFLOW_TRACKING_URI is up.",
-        ) from error
+        kind = StoreAwayError if _passes(error) else StoreError
+        hint = "Free some space on its disk." if disk_full(error) else _HINT
+        raise kind(f"MLflow at {shown(home.tracking_uri)}: {_words(error)}.", hint) from error
+
+
+_HINT = "Check that the folder can be written and has space left, or that the server of MLFLOW_TRACKING_URI is up."
+# What MLflow says of a busy or missing database, and the system of a disk or a server that is away.
+_BUSY = ("TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
+_AWAY = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTUNREACH)
+# The part of a long message that says what happened.
+_CORE = re.compile(r"\[Errno -?\d+\] [^'\")]+|too many \d+ error responses|[Rr]ead timed out|Remote end closed \w+")
+
+
+def _passes(error: Exception) -> bool:
+    """Whether the same call may work later: nobody answers, the database is busy, the disk is full."""
+    from mlflow.exceptions import MlflowException
+    from requests.exceptions import ConnectionError as Unreachable
+    from requests.exceptions import Timeout
+    from sqlalchemy.exc import InterfaceError, OperationalError
+
+    if isinstance(error, MlflowException):
+        # How it tells of a request that got no answer, or the answer of a server in trouble (408, 429, 5xx).
+        unanswered = re.match(r"API request to \S+ failed with (timeout )?exception", str(error))
+        return bool(unanswered) or error.error_code in _BUSY or disk_full(error)
+    if isinstance(error, OSError):
+        response = getattr(error, "response", None)  # an answer that requests makes an error of
+        if response is not None:
+            return bool(response.status_code >= 500 or response.status_code in (408, 429))
+        return isinstance(error, ConnectionError | TimeoutError | Unreachable | Timeout) or error.errno in _AWAY
+    return isinstance(error, OperationalError | InterfaceError)
+
+
+def _words(error: Exception) -> str:
+    text = str(error)
+    core = _CORE.search(text) if "API request to" in text else None
+    first_line = (text.splitlines() or [type(error).__name__])[0]
+    return core[0] if core else first_line.removeprefix("(sqlite3.OperationalError) ").rstrip(".")
 
 
 def shown(uri: str) -> str:
@@ -111,7 +162,7 @@ def _knock(uri: str) -> None:
     try:
         socket.create_connection((parts.hostname or "", port), timeout=10).close()
     except OSError as error:
-        raise StoreError(
+        raise StoreAwayError(
             f"MLFLOW_TRACKING_URI={shown(uri)}: nothing answers there: {error.strerror or error}.",
             "Start the server, correct the address, or unset MLFLOW_TRACKING_URI to use mlruns/mlflow.db.",
         ) from None
@@ -122,7 +173,11 @@ def _try_file(path: Path) -> None:
     try:
         with closing(sqlite3.connect(path)) as database:
             database.execute("PRAGMA schema_version").fetchone()
+            database.execute("BEGIN IMMEDIATE")
+            database.rollback()
     except sqlite3.Error as error:
+        if "locked" in str(error):
+            return  # somebody writes: it can be written
         raise StoreError(
             f"{path}: not a database that can be opened: {error}.",
             "Check the file's permissions and the space left; a damaged file: move it away and run the study again, "

@@ -33,8 +33,9 @@ class Tracker:
     """Writes one study to MLflow with explicit run ids; for one thread at a time.
 
     open_study comes first; then a trial is start_trial, log_epochs, end_trial and, if it is good, keep_model. Every
-    method raises StoreError where the store or the disk refuses. Nothing is written, and mlflow is not imported, before
-    the first call.
+    method raises StoreError where the store or the disk refuses, StoreAwayError where a later try may work. A method
+    called again, with the same times, writes nothing twice. Nothing is written, and mlflow is not imported, before the
+    first call.
     """
 
     def __init__(self, home: Home) -> None:
@@ -72,20 +73,20 @@ class Tracker:
         client.log_dict(run_id, {"data": asdict(data), "split": asdict(split)}, "data.json")
 
     @told
-    def start_trial(self, candidate: Candidate, setup: Setup, *, worker: str) -> None:
-        """Make the trial's run, with every effective parameter."""
-        self._start(candidate, setup, worker=worker, started=time.time())
+    def start_trial(self, candidate: Candidate, setup: Setup, *, worker: str, started: float | None = None) -> None:
+        """Make the trial's run, with every effective parameter; started is in seconds since 1970, now by default."""
+        self._start(candidate, setup, worker=worker, started=started or time.time())
 
     @told
-    def log_epochs(self, number: int, epochs: Sequence[Epoch]) -> None:
-        """Add epochs of a trial, in one batch; its steps are epoch numbers."""
+    def log_epochs(self, number: int, epochs: Sequence[Epoch], *, ended: float = 0.0) -> None:
+        """Add epochs of a trial, in one batch; its steps are epoch numbers. ended: when the last was over, else now."""
         if epochs:
-            runs.log(self._client, self._run_id(number), metrics=runs.epoch_metrics(epochs, time.time()))
+            runs.log(self._client, self._run_id(number), metrics=runs.epoch_metrics(epochs, ended or time.time()))
 
     @told
     def end_trial(self, result: TrialResult) -> None:
         """Write how a trial ended and close its run: FINISHED (complete, pruned), FAILED or KILLED (stopped)."""
-        self._end(result, ended=time.time())
+        self._end(result, ended=result.ended or time.time())
 
     @told
     def keep_model(self, number: int, folder: Path) -> str:
@@ -164,7 +165,9 @@ class Tracker:
             tags |= {f"best.{path}": str(value) for path, value in best.candidate.parameters.items()}
         # A resumed study closes again: its step is the number of trials that had ended by then.
         step = study.count(*(state for state in TrialState if state.finished))
-        runs.log(client, run_id, metrics=runs.metrics(values, time.time(), step=step), tags=tags)
+        # The time of what it sums up: closed twice in one state, it says so once.
+        ended = max((trial.started + trial.run_seconds for trial in study.trials), default=study.created)
+        runs.log(client, run_id, metrics=runs.metrics(values, ended, step=step), tags=tags)
         client.log_text(run_id, summary, "summary.md")
         drawn = {f"{_FIGURES}/{path.name}" for path in figures}
         for earlier in client.list_artifacts(run_id, _FIGURES):
@@ -229,26 +232,30 @@ class Tracker:
     def _run_id(self, number: int, study: StudyResult | None = None) -> str:
         if study is not None:
             self._parent_of(study)
-        if number not in self._runs:
-            found = list(runs.children(self._client, self._parent, f"tags.`{runs.TRIAL}` = '{number}'"))
-            if not found:
-                raise StoreError(f"MLflow has no run of trial {number}.", "Run the study again: it mends its runs.")
-            self._runs[number] = found[0].info.run_id
+        if number not in self._runs and not self._find(number):
+            raise StoreError(f"MLflow has no run of trial {number}.", "Run the study again: it mends its runs.")
         return self._runs[number]
 
+    def _find(self, number: int) -> bool:
+        for run in runs.children(self._client, self._parent, f"tags.`{runs.TRIAL}` = '{number}'"):
+            self._runs[number] = run.info.run_id
+            return True
+        return False
+
     def _start(self, candidate: Candidate, setup: Setup, *, worker: str, started: float) -> None:
-        client, parent = self._client, self._parent
-        tags = {**self._shared, **runs.trial_tags(candidate, parent, worker)}
-        run = client.create_run(
-            parent.info.experiment_id,
-            start_time=int(started * 1000),
-            tags=tags,
-            run_name=f"trial {candidate.number}",
-        )
-        self._runs[candidate.number] = run.info.run_id
-        runs.log(client, run.info.run_id, params=runs.trial_params(candidate, setup))
+        client, parent, number = self._client, self._parent, candidate.number
+        # An earlier try may have made it before its answer was lost, or another supervisor that mended the study.
+        if not self._find(number):
+            run = client.create_run(
+                parent.info.experiment_id,
+                start_time=int(started * 1000),
+                tags={**self._shared, **runs.trial_tags(candidate, parent, worker)},
+                run_name=f"trial {number}",
+            )
+            self._runs[number] = run.info.run_id
+        runs.log(client, self._runs[number], params=runs.trial_params(candidate, setup))
         if self._dataset is not None:
-            client.log_inputs(run.info.run_id, [self._dataset])
+            client.log_inputs(self._runs[number], [self._dataset])
 
     def _end(self, result: TrialResult, *, ended: float) -> None:
         client, run_id = self._client, self._run_id(result.number)
@@ -264,7 +271,7 @@ class Tracker:
     def _mend(self, trial: Trial, spec: StudySpec, run: Any | None) -> None:
         result = trial.result or TrialResult(trial.number, trial.state, reason="it ended without a result")
         started = trial.started or time.time()
-        ended = started + trial.run_seconds
+        ended = result.ended or started + trial.run_seconds
         logged: set[tuple[int, int]] = set()
         if run is None:
             setup = spec.with_values(trial.candidate.parameters)
