@@ -18,6 +18,7 @@ import typer
 from hpo.cli import output
 from hpo.cli.compare import compare
 from hpo.cli.data import app as data_app
+from hpo.cli.evaluate import evaluate
 from hpo.cli.explain import explain
 from hpo.cli.options import (
     AsJson,
@@ -313,7 +314,7 @@ def ui(
     raise typer.Exit(open_ui(Home.find(home), host=host, port=port))
 
 
-for used in (promote, models, predict):
+for used in (promote, evaluate, models, predict):
     app.command(cls=Command, rich_help_panel="Use")(used)
 app.command(cls=Command, rich_help_panel="Look")(compare)
 app.add_typer(data_app, name="data", rich_help_panel="Look")

@@ -20,9 +20,9 @@ Training = Generator[EpochEnded | TrialEnded, bool, None]
 class Task:
     """All that a worker needs to train one candidate.
 
-    data never leads to the test part. folder is where weights and validation probabilities are left. precisions,
-    most_parameters and latency are those of hpo.learn.trial.train_trial. wait says whether every epoch waits for a
-    verdict.
+    data never leads to the test part, whatever card is given. folder is where weights and validation probabilities are
+    left. precisions, most_parameters and latency are those of hpo.learn.trial.train_trial. wait says whether every
+    epoch waits for a verdict.
     """
 
     number: int
@@ -34,6 +34,9 @@ class Task:
     most_parameters: float = float("inf")
     latency: bool = False
     wait: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data", self.data.sealed)  # here, so that no maker of tasks can forget it
 
 
 def train_task(task: Task, device_name: str) -> Training:
