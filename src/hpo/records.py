@@ -287,6 +287,11 @@ class ModelVersion:
     created: float = 0.0
     origin: str = ""
 
+    @property
+    def generation(self) -> str:
+        """Its study's title, but name~1 for a first generation: a name alone is read as the newest one."""
+        return self.study if "~" in self.study else f"{self.study}~1"
+
 
 # What a running study tells whoever watches it, in order. The terminal draws them; --json prints them.
 

@@ -20,6 +20,7 @@ from hpo.report.statistics import (
     holm,
     macro_roc,
     mcnemar,
+    mean_lead,
     paired_bootstrap,
     score_intervals,
 )

@@ -15,7 +15,7 @@ from hpo.cli.app import app
 from hpo.errors import ModelError
 from hpo.home import Home
 from hpo.predict import load_model
-from hpo.records import FINAL, StudyResult
+from hpo.records import FINAL
 from hpo.run import gates
 from hpo.run.compare import Entrant, find_entrant
 from hpo.run.evaluate import evaluate
@@ -84,10 +84,10 @@ def test_the_first_champion_passes_the_gates_that_need_no_other(home: Home) -> N
     assert [gate.name for gate in promotion.gates] == ["reloads"]
     assert (promotion.promoted, promotion.refused, champion(home)) == (True, False, 1)
     assert promotion.scores["test_accuracy"] > 0.1
-    assert looks(home, "digits-mlp") == [(1, "promote")]
+    assert looks(home, "digits-mlp~1") == [(1, "promote")]
     again = promote("digits-mlp")
     assert (again.promoted, again.refused, again.scores) == (False, False, promotion.scores)
-    assert looks(home, "digits-mlp") == [(1, "promote")]
+    assert looks(home, "digits-mlp~1") == [(1, "promote")]
 
 
 def test_a_better_challenger_passes_and_the_history_tells_of_both(home: Home) -> None:
@@ -224,7 +224,7 @@ def test_evaluate_opens_the_test_part_once_for_each_model_and_remembers(home: Ho
     # Promotion remembers too.
     stand(home, champion=None, challenger=1)
     assert promote("digits-mlp").scores == first[0].scores
-    assert looks(home, "digits-mlp") == [(1, "evaluate")]
+    assert looks(home, "digits-mlp~1") == [(1, "evaluate")]
     text = CliRunner().invoke(app, ["evaluate", "digits-mlp/1"]).stdout
     assert "The test part of digits-mlp has been opened once; this time it stayed closed." in text
 
@@ -232,14 +232,13 @@ def test_evaluate_opens_the_test_part_once_for_each_model_and_remembers(home: Ho
 def test_evaluating_a_trial_without_a_model_opens_nothing(home: Home) -> None:
     kept = find_entrant(home, "digits-mlp/1").trial.number
     with pytest.raises(ModelError, match="not kept"):
-        evaluate(["digits-mlp/1", f"{_first(home).title}#{1 - kept}"])
+        evaluate(["digits-mlp/1", f"digits-mlp~1#{1 - kept}"])
     assert not (home.root / "openings.jsonl").exists()
 
 
-def _first(home: Home) -> StudyResult:
-    study = find_entrant(home, "digits-mlp/1").study
-    assert study.generation == 1
-    return study
+def test_a_version_of_an_earlier_generation_leads_to_its_own_trial(home: Home) -> None:
+    new, old = _entrants(home)
+    assert (new.study.generation, old.study.generation) == (2, 1)
 
 
 def test_a_look_that_is_killed_before_its_result_is_counted(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,6 +251,6 @@ def test_a_look_that_is_killed_before_its_result_is_counted(home: Home, monkeypa
         with pytest.raises(KeyboardInterrupt):
             promote("digits-mlp")
     assert champion(home) is None
-    (look,) = openings(home, _first(home))
+    (look,) = openings(home, read_study(home, "digits-mlp~1"))
     assert (look.purpose, look.scores) == ("promote", {})
     assert promote("digits-mlp").openings == 2

@@ -142,7 +142,7 @@ def find_entrant(home: Home, asked: str) -> Entrant:
         if version.origin:
             hint = "Ask for it there: --home DIR, or the environment variable MLFLOW_TRACKING_URI."
             raise ModelError(f"{asked}: it was copied from {version.origin}, where its study is.", hint)
-        name, mark, number = version.study, "#", str(version.trial)
+        name, mark, number = version.generation, "#", str(version.trial)
     study = read_study(home, name)
     spec = parse_study(study.spec)
     card = study_data(study, spec)

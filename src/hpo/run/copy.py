@@ -71,6 +71,6 @@ def _looks(home: Home, version: ModelVersion) -> list[Opening]:
     from hpo.search.storage import read_study
 
     with contextlib.suppress(HpoError):
-        study = read_study(home, version.study) if not version.origin else None
+        study = read_study(home, version.generation) if not version.origin else None
         return [look for look in openings(home, study) if look.trial == version.trial] if study else []
     return []
