@@ -99,7 +99,7 @@ def test_a_better_challenger_passes_and_the_history_tells_of_both(home: Home) ->
     assert (beats.name, reloads.name, signature.name) == ("beats the champion", "reloads", "same signature")
     assert all(gate.passed for gate in promotion.gates)
     # The same generation's data and split: all validation images, and both seeds of the race.
-    assert "288 validation images, 2 seeds against 1" in beats.measured
+    assert "288 validation images, seeds: 2 against 1" in beats.measured
     assert promotion.reason == beats.measured
     assert promotion.champion_scores["test_accuracy"] < promotion.scores["test_accuracy"]
     first, second = champions(home, "digits-mlp")

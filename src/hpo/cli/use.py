@@ -59,7 +59,7 @@ def promote(
         rows = [[*row, output.show_score(promotion.champion_scores.get(row[0]))] for row in rows]
     if rows:
         output.print_table(rows, columns)
-    output.print_text(output.show_openings(study_name(study), promotion.openings))
+    output.print_text(output.show_openings(new.study or study_name(study), promotion.openings))
     if promotion.refused:
         output.print_text(f"Promote it nevertheless, on the record: hpo promote {shlex.quote(study)} --force")
         raise typer.Exit(1)

@@ -79,7 +79,7 @@ def beats_champion(home: Home, new: Entrant, champion: ModelVersion, old: Entran
     first, second = (_said(home, each, part, names) for each in (new, old))
     lead = mean_lead(part.labels, first, second, score=score, classes=len(names), seed=new.spec.seed)
     points = f"{100 * lead.value:+.2f} points of {score.replace('_', ' ')} over version {champion.version}"
-    seeds = f", {len(first)} seeds against {len(second)}" if len(first) + len(second) > 2 else ""
+    seeds = f", seeds: {len(first)} against {len(second)}" if len(first) + len(second) > 2 else ""
     return Verdict(
         "beats the champion",
         lead.low > 0,
