@@ -26,13 +26,18 @@ class Home:
 
         HPO_STORAGE and MLFLOW_TRACKING_URI replace the embedded SQLite files.
         """
-        folder = Path(home or os.environ.get("HPO_HOME") or Path.cwd()).expanduser().absolute()
-        root = folder / "mlruns"
+        own = cls.at(home or os.environ.get("HPO_HOME") or Path.cwd())
         return cls(
-            root=root,
-            storage_url=os.environ.get("HPO_STORAGE") or f"sqlite:///{root / 'optuna.db'}",
-            tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}",
+            root=own.root,
+            storage_url=os.environ.get("HPO_STORAGE") or own.storage_url,
+            tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or own.tracking_uri,
         )
+
+    @classmethod
+    def at(cls, folder: str | Path) -> Home:
+        """The embedded stores of a folder, whatever the environment says."""
+        root = Path(folder).expanduser().absolute() / "mlruns"
+        return cls(root, f"sqlite:///{root / 'optuna.db'}", f"sqlite:///{root / 'mlflow.db'}")
 
     @property
     def artifacts(self) -> Path:

@@ -6,7 +6,7 @@ import base64
 import operator
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -256,7 +256,7 @@ class DataCard:
 
     folder holds development_images.npy (n, height, width, channels) uint8 and development_labels.npy (n,) int64: all
     images that a trial may see, an official training part first and an official validation part from row valid_start
-    (None: the data set has none). The test part lies in test_folder, which no trial is given.
+    (None: the data set has none). The test part lies in test_folder, which no trial is given: see sealed.
     image_shape is (height, width, channels). digest is "sha256:..." over pixels and labels of all parts.
     official says whether the bytes had the publisher's checksum.
     """
@@ -275,6 +275,11 @@ class DataCard:
     licence: str = ""
     citation: str = ""
 
+    @property
+    def sealed(self) -> DataCard:
+        """The card without the way to the test part: what trials are handed."""
+        return replace(self, test_folder="")
+
 
 @dataclass(frozen=True)
 class SplitCard:
@@ -289,7 +294,10 @@ class SplitCard:
 
 @dataclass(frozen=True)
 class ModelVersion:
-    """One version in the registry. model_uri loads it; scores are validation and, once opened, test scores."""
+    """One version in the registry. model_uri loads it; scores are validation and, once opened, test scores.
+
+    origin is the store that it was copied from, and that study and trial are of; "" where it was registered here.
+    """
 
     name: str
     version: int
@@ -300,6 +308,12 @@ class ModelVersion:
     trial: int
     scores: Mapping[str, float] = field(default_factory=dict)
     created: float = 0.0
+    origin: str = ""
+
+    @property
+    def generation(self) -> str:
+        """Its study's title, but name~1 for a first generation: a name alone is read as the newest one."""
+        return self.study if "~" in self.study else f"{self.study}~1"
 
 
 # What a running study tells whoever watches it, in order. The terminal draws them; --json prints them.

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from hpo.cli.app import app
 from hpo.records import ModelVersion
+from hpo.run.gates import Verdict
 from hpo.spec.load import StudyLoader, load_study, study_files
 
 runner = CliRunner()
@@ -209,6 +210,8 @@ class Promotion:
     scores: dict[str, float] = field(default_factory=dict)
     champion_scores: dict[str, float] = field(default_factory=dict)
     openings: int = 1
+    gates: tuple[Verdict, ...] = ()
+    refused: bool = False
 
 
 def test_promote_shows_both_scores_and_counts_the_openings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,11 +226,25 @@ def test_promote_shows_both_scores_and_counts_the_openings(monkeypatch: pytest.M
 
 
 def test_first_promotion_has_no_champion_to_compare_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = Promotion(False, "below the gate", version(2), None, {"test_accuracy": 0.5})
+    told = Promotion(True, "there was no champion before", version(2), None, {"test_accuracy": 0.5})
     room(monkeypatch, "hpo.run.promote", promote=lambda name, **options: told)
     text = runner.invoke(app, ["promote", "digits-mlp"]).stdout
-    assert "champion unchanged: below the gate" in text
+    assert "now champion: there was no champion before" in text
     assert table(text)[1] == ["test", "part", "version", "7"]
+
+
+def test_a_refusal_names_the_gate_shows_no_test_score_and_exits_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    gates = (Verdict("reloads", True, "within 1e-6", "0.0001"), Verdict("is fast", False, "9 ms", "5 ms"))
+    told = Promotion(False, "is fast: 9 ms (wanted: 5 ms)", version(2), None, openings=0, gates=gates, refused=True)
+    room(monkeypatch, "hpo.run.promote", promote=lambda name, **options: told)
+    done = runner.invoke(app, ["promote", "digits-mlp"])
+    assert done.exit_code == 1
+    assert ["is", "fast", "refused", "9", "ms", "5", "ms"] in table(done.stdout)
+    assert "champion unchanged: is fast: 9 ms (wanted: 5 ms)" in done.stdout
+    assert "test_accuracy" not in done.stdout
+    assert "opened never" not in done.stdout
+    assert "hpo promote digits-mlp --force" in done.stdout
+    assert runner.invoke(app, ["promote", "digits-mlp", "--json"]).exit_code == 1
 
 
 def test_models_lists_versions_aliases_and_scores(monkeypatch: pytest.MonkeyPatch) -> None:

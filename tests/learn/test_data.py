@@ -349,7 +349,8 @@ def test_trial_on_the_gpu_equals_the_one_on_the_cpu(digits):
 
 
 def test_test_part_opens_apart(digits):
-    images, labels = open_test(digits, device=CPU)
+    seen = open_test(digits, lambda images: np.full((len(images), 10), 0.1))
+    images, labels = seen.images, seen.labels
     assert images.shape == (359, 8, 8, 1)
     assert labels.shape == (359,)
 

@@ -20,6 +20,7 @@ from hpo.report.statistics import (
     holm,
     macro_roc,
     mcnemar,
+    mean_lead,
     paired_bootstrap,
     score_intervals,
 )
@@ -277,3 +278,16 @@ def test_the_markdown_table_has_every_model_and_the_counts_of_two_classes():
     assert "| A | accuracy | 0.9416 |" in text
     assert "+2.34 (" in text
     assert "| B | 826 | 30 | 30 | 826 |" in text
+
+
+def test_the_lead_of_single_trainings_is_the_difference_of_their_scores():
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 4, 300)
+    first, second = (np.where(generator.random(300) < share, labels, 3 - labels) for share in (0.9, 0.7))
+    _, differences = score_intervals(labels, np.stack([second, first]), classes=4, seed=1)
+    for score in ("accuracy", "balanced_accuracy", "macro_f1"):
+        lead = mean_lead(labels, first[np.newaxis], second[np.newaxis], score=score, classes=4, seed=1)
+        assert lead.value == pytest.approx(differences[1][score].value)
+        assert (lead.low, lead.high) == pytest.approx((differences[1][score].low, differences[1][score].high), abs=0.01)
+    three = mean_lead(labels, np.stack([first, second]), second[np.newaxis], score="accuracy", classes=4, seed=1)
+    assert three.value == pytest.approx(differences[1]["accuracy"].value / 2)

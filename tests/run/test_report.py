@@ -19,6 +19,7 @@ from hpo.run.report import gather, write_report
 from hpo.run.study import run_study
 from hpo.search.storage import read_study
 from hpo.spec.load import load_study
+from hpo.track.ledger import openings
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,8 @@ def test_report_never_opens_the_test_part_and_tells_how_often_others_did(project
     page = write_report("digits-mlp", home=project).read_text(encoding="utf-8")
     assert "was opened once" in page
     assert f"{test:.4f}" in page
-    assert len((home.root / "openings.jsonl").read_text().splitlines()) == 1
+    assert "UTC to promote version 1" in page
+    assert len(openings(home, read_study(home, "digits-mlp"))) == 1
 
 
 def test_study_whose_data_is_gone_keeps_a_page(project: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from test_ui import free_port, wait_for
 from hpo.home import Home
 from hpo.predict import load_model
 from hpo.records import TrialState
-from hpo.track.ledger import openings, record_opening
+from hpo.track.ledger import announce_opening, complete_opening, openings
 from hpo.track.look import look
 from hpo.track.registry import resolve
 from hpo.track.tracker import Tracker
@@ -69,6 +69,7 @@ def test_a_study_on_a_server_needs_no_local_artifacts(server: Home, folder: Path
     assert [model for model in database.models if not model.deleted] == list(asked.models)
     model = load_model("tiny", home=server)
     assert model.predict_proba(np.zeros((2, *tiny.SHAPE), np.uint8)).shape == (2, 3)
-    opening = record_opening(server, study, model=version, scores={"test_accuracy": 0.9})
+    announced = announce_opening(server, study, model=version, trial=1, purpose="promote")
+    opening = complete_opening(server, study, announced, {"test_accuracy": 0.9})
     (server.root / "openings.jsonl").unlink()
     assert openings(server, study) == [opening]

@@ -19,6 +19,7 @@ from hpo.cli import output
 from hpo.cli.compare import compare
 from hpo.cli.data import app as data_app
 from hpo.cli.doctor import clean, doctor
+from hpo.cli.evaluate import evaluate
 from hpo.cli.explain import explain
 from hpo.cli.options import (
     AsJson,
@@ -316,7 +317,7 @@ def ui(
     raise typer.Exit(open_ui(Home.find(home), host=host, port=port))
 
 
-for used in (promote, models, predict):
+for used in (promote, evaluate, models, predict):
     app.command(cls=Command, rich_help_panel="Use")(used)
 app.command(cls=Command, rich_help_panel="Look")(compare)
 app.add_typer(data_app, name="data", rich_help_panel="Look")

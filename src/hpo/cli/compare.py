@@ -76,6 +76,6 @@ def compare(
     for line in [*comparison.verdicts, *comparison.notes]:
         output.print_text(line)
     for study, times in comparison.openings.items():
-        output.print_text(f"The test part of {study} has been opened {'once' if times == 1 else f'{times} times'}.")
+        output.print_text(output.show_openings(study, times))
     for path in written:
         output.print_text(str(path))

@@ -201,6 +201,15 @@ def show_score(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
+def show_openings(study: str, count: int, *, now: int | None = None) -> str:
+    """How often the test part of a study has been opened; now: how many of these looks were taken just now."""
+    if not count:
+        return f"The test part of {study} has never been opened."
+    times = "once" if count == 1 else f"{count} times"
+    just = {None: "", 0: "; this time it stayed closed", count: ", just now"}.get(now, f", {now} of these just now")
+    return f"The test part of {study} has been opened {times}{just}."
+
+
 def show_parameters(parameters: Mapping[str, Any], names: Mapping[str, str] | None = None) -> str:
     """hidden=312 activation=relu lr=0.0031: the values of a candidate, to three digits."""
     names = names or short_names(parameters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
@@ -13,15 +14,42 @@ from hpo.cli import output
 from hpo.cli.options import AsJson, Debug, HomeFolder, Study, study_name
 
 
-def promote(study: Study, home: HomeFolder = None, as_json: AsJson = False, _debug: Debug = False) -> None:
-    """Open the sealed test part for challenger and champion; the better one becomes champion."""
+def promote(
+    study: Study,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--to",
+            metavar="STORE",
+            help="Copy the champion (or NAME/3) to another project's folder or MLflow URI, as champion there.",
+            show_default=False,
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Promote although a gate refuses; that is recorded.")] = False,
+    home: HomeFolder = None,
+    as_json: AsJson = False,
+    _debug: Debug = False,
+) -> None:
+    """Let the challenger pass the gates, measure it on the sealed test part, and make it champion.
+
+    The test part stays closed for a challenger that is refused; the exit code is 1 then.
+    """
+    if to is not None:
+        _copy(study_name(study), to, force=force, home=home, as_json=as_json)
+        return
     from hpo.run.promote import promote as decide
 
-    promotion = decide(study_name(study), home=home)
+    promotion = decide(study_name(study), home=home, force=force)
     if as_json:
         output.print_json(promotion)
-        return
+        raise typer.Exit(1 if promotion.refused else 0)
     new, old = promotion.challenger, promotion.champion
+    if promotion.gates:
+        rows = [
+            [gate.name, "passed" if gate.passed else "refused", gate.measured, gate.limit] for gate in promotion.gates
+        ]
+        output.print_table(rows, ["gate", "verdict", "~measured", "~wanted"])
+        output.print_text("")
     verdict = f"version {new.version} is now champion" if promotion.promoted else "champion unchanged"
     output.print_text(f"{new.name}: {verdict}: {promotion.reason}")
     rows = [[name, output.show_score(value)] for name, value in promotion.scores.items()]
@@ -29,24 +57,55 @@ def promote(study: Study, home: HomeFolder = None, as_json: AsJson = False, _deb
     if old and old.version != new.version:
         columns.append(f">version {old.version}, champion before")
         rows = [[*row, output.show_score(promotion.champion_scores.get(row[0]))] for row in rows]
-    output.print_table(rows, columns)
-    times = "once" if promotion.openings == 1 else f"{promotion.openings} times"
-    output.print_text(f"The test part of {study_name(study)} has been opened {times}.")
+    if rows:
+        output.print_table(rows, columns)
+    output.print_text(output.show_openings(new.study or study_name(study), promotion.openings))
+    if promotion.refused:
+        output.print_text(f"Promote it nevertheless, on the record: hpo promote {shlex.quote(study)} --force")
+        raise typer.Exit(1)
+
+
+def _copy(model: str, to: str, *, force: bool, home: Path | None, as_json: bool) -> None:
+    from hpo.run.copy import copy_champion
+
+    copied = copy_champion(model, to=to, home=home, force=force)
+    if as_json:
+        output.print_json(copied)
+    elif copied.copy is None:
+        output.print_text(f"{copied.source.name}: not copied to {copied.store}: {copied.refusal}")
+        output.print_text("Replace the champion there nevertheless, on the record: --force")
+    else:
+        source, copy = copied.source, copied.copy
+        output.print_text(
+            f"{source.name}: version {source.version} is version {copy.version} in {copied.store}, champion there"
+        )
+    raise typer.Exit(0 if copied.copy is not None else 1)
 
 
 def models(
-    name: Annotated[str | None, typer.Argument(help="Only the versions of this model.", show_default="all")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Only the versions of this model, and its champions.", show_default="all")
+    ] = None,
     home: HomeFolder = None,
     as_json: AsJson = False,
     _debug: Debug = False,
 ) -> None:
-    """List registered models: versions, aliases, scores."""
+    """List registered models: versions, aliases, scores; of one model, also who was champion, and why."""
     from hpo.home import Home
+    from hpo.track.history import champions
     from hpo.track.registry import versions
 
-    found = versions(Home.find(home), name)
+    place = Home.find(home)
+    found = versions(place, name)
+    reigns = champions(place, name) if name and found else []
     if as_json:
-        output.print_json(found)
+        told = [
+            {**output.plain(model), "champion": [reign for reign in reigns if reign.version == model.version]}
+            if name
+            else model
+            for model in found
+        ]
+        output.print_json(told)
         return
     if not found:
         output.print_text("No model is registered here yet. Begin with: hpo run digits-mlp")
@@ -64,6 +123,15 @@ def models(
         for model in found
     ]
     output.print_table(rows, ["model", ">version", "~aliases", ">trial", ">valid acc.", ">test acc.", "created"])
+    if reigns:
+        output.print_text("")
+        times = [[_day(reign.since), _day(reign.until) if reign.until else "now"] for reign in reigns]
+        rows = [[each.version, *time, each.who, each.why] for each, time in zip(reigns, times, strict=True)]
+        output.print_table(rows[::-1], [">champion", "from", "to", "by", "~why"])
+
+
+def _day(when: str) -> str:
+    return f"{datetime.fromisoformat(when).astimezone():%Y-%m-%d %H:%M}"
 
 
 class Format(StrEnum):

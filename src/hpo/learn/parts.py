@@ -1,4 +1,4 @@
-"""The images on which models are judged: a validation or test part, and which of its images others hold too."""
+"""The images on which models are judged: a validation part, and which images several parts hold."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from hpo.learn.data import load_tensor
 from hpo.learn.duplicates import pixel_digests
-from hpo.learn.sealed import open_test
 from hpo.learn.split import Rows, indices
 from hpo.records import DataCard
 from hpo.spec.study import SplitSpec
@@ -39,10 +38,14 @@ def validation_part(card: DataCard, split: SplitSpec) -> Part:
     return Part(images[rows], labels[rows])
 
 
-def sealed_part(card: DataCard) -> Part:
-    """The sealed part: who calls this writes the opening down before anyone hears of it. Raises DataError."""
-    images, labels = open_test(card, device=_CPU)
-    return Part(images.numpy(), labels.numpy())
+def rows_unseen(part: Part, card: DataCard, split: SplitSpec) -> Rows:
+    """The rows of a part whose images a training on this card with this split has not learnt from. Raises DataError."""
+    folder = Path(card.folder)
+    images = load_tensor(folder / "development_images.npy", _CPU).numpy()
+    labels = load_tensor(folder / "development_labels.npy", _CPU).numpy()
+    train, _ = indices(labels, split=split, valid_start=card.valid_start)
+    learnt = set(pixel_digests(images[train]))
+    return np.array([row for row, digest in enumerate(pixel_digests(part.images)) if digest not in learnt], np.int64)
 
 
 def shared_rows(parts: Sequence[NDArray[Any]]) -> list[Rows]:

@@ -3,44 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hpo.errors import DataError
-from hpo.learn.data import load_tensor
 from hpo.learn.duplicates import Digests, copies, found_in, pixel_digests
 from hpo.records import DataCard
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
+@dataclass(frozen=True)
+class Measured:
+    """What a model says of the test part: images (n, height, width, channels) uint8, labels (n,) int64, probabilities.
 
-def open_test(card: DataCard, *, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Test images (n, height, width, channels) uint8 and labels (n,) int64 on the device. Raises DataError.
-
-    Only promotion and comparison may call this, and they write each opening down.
+    scores holds test_loss, test_accuracy, ...; see learn.metrics.scores. probabilities are (n, classes).
     """
-    folder = Path(card.test_folder)
-    return load_tensor(folder / "test_images.npy", device), load_tensor(folder / "test_labels.npy", device)
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    probabilities: NDArray[np.floating]
+    scores: Mapping[str, float]
 
 
-def evaluate_test(card: DataCard, predict: Callable[[np.ndarray], np.ndarray]) -> dict[str, float]:
-    """Test scores (test_loss, test_accuracy, ...; see metrics.scores) of a model.
+def open_test(card: DataCard, predict: Callable[[NDArray[np.uint8]], NDArray[np.floating]]) -> Measured:
+    """Open the test part and measure a model on it. Raises DataError.
 
-    predict maps images (n, height, width, channels) uint8 to probabilities (n, classes), as a logged model does.
+    predict maps images to probabilities, as a logged model does. Only hpo.run.opening may call this: it writes each
+    opening down before the first byte is read.
     """
     import torch
 
     from hpo.learn.metrics import scores
 
-    images, labels = open_test(card, device=torch.device("cpu"))
-    probabilities = torch.tensor(predict(images.numpy()), dtype=torch.float64)
+    images, labels = _read(card, "test_images.npy"), _read(card, "test_labels.npy")
+    probabilities = predict(images)
     # The logarithm of probabilities is a set of logits for them.
-    measured = scores(probabilities.clamp(min=1e-12).log(), labels)
-    return {f"test_{name}": value for name, value in measured.items()}
+    logits = torch.tensor(probabilities, dtype=torch.float64).clamp(min=1e-12).log()
+    measured = scores(logits, torch.tensor(labels))
+    return Measured(images, labels, probabilities, {f"test_{name}": value for name, value in measured.items()})
+
+
+def count_classes(card: DataCard) -> NDArray[np.int64]:
+    """How many test images are of each class, (classes,). This is no opening: it measures no model."""
+    return np.bincount(_read(card, "test_labels.npy"), minlength=len(card.class_names))
 
 
 def duplicates_of_test(card: DataCard, seen: Mapping[str, Digests]) -> dict[str, int]:
@@ -50,11 +58,18 @@ def duplicates_of_test(card: DataCard, seen: Mapping[str, Digests]) -> dict[str,
     digest of a test image, so nobody learns which image it is. This is no opening: it measures no model. Raises
     DataError.
     """
-    path = Path(card.test_folder) / "test_images.npy"
+    digests = pixel_digests(_read(card, "test_images.npy"))
+    return {"test": copies(digests), **{part: found_in(digests, others) for part, others in seen.items()}}
+
+
+def _read(card: DataCard, name: str) -> NDArray[Any]:
+    if not card.test_folder:
+        raise DataError("a trial asked for the test part, which is sealed.", "Measure a model: hpo evaluate MODEL")
+    path = Path(card.test_folder) / name
     try:
-        digests = pixel_digests(np.load(path, mmap_mode="r", allow_pickle=False))
+        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise DataError(
             f"{path}: the prepared data cannot be read: {error}.", "Run again: it is prepared anew."
         ) from None
-    return {"test": copies(digests), **{part: found_in(digests, others) for part, others in seen.items()}}
+    return array

@@ -80,6 +80,42 @@ def score_intervals(
     bootstrap (Efron & Tibshirani 1993, ch. 13): each resample draws whole images, the same for all classifiers. Both
     lists have one dict a classifier, score -> Interval; a difference is its score minus the first one's.
     """
+    values, drawn = _replicates(labels, predicted, classes=classes, seed=seed, resamples=resamples)
+
+    def named(values: Floats, drawn: Floats) -> dict[str, Interval]:
+        each = zip(SCORES, values, drawn, strict=True)
+        return {name: percentiles(value, replicates, level=level) for name, value, replicates in each}
+
+    own = [named(*pair) for pair in zip(values, drawn, strict=True)]
+    differences = [named(*pair) for pair in zip(values - values[0], drawn - drawn[0], strict=True)]
+    return own, differences
+
+
+def mean_lead(
+    labels: Ints,
+    first: Ints,
+    second: Ints,
+    *,
+    score: str,
+    classes: int,
+    seed: int,
+    resamples: int = 10_000,
+    level: float = 0.95,
+) -> Interval:
+    """Mean of a score (a key of SCORES) over trainings of one candidate minus that of another, on the same images.
+
+    first (a, n) and second (b, n) are the classes that a and b trainings predicted, labels (n,) the true ones; the
+    interval is that of score_intervals, whole images being drawn again for all trainings alike.
+    """
+    both = np.concatenate([first, second])
+    values, drawn = _replicates(labels, both, classes=classes, seed=seed, resamples=resamples)
+    place, count = list(SCORES).index(score), len(first)
+    lead = values[:count, place].mean() - values[count:, place].mean()
+    return percentiles(float(lead), drawn[:count, place].mean(0) - drawn[count:, place].mean(0), level=level)
+
+
+def _replicates(labels: Ints, predicted: Ints, *, classes: int, seed: int, resamples: int) -> tuple[Floats, Floats]:
+    """The scores of each classifier (classifiers, scores), and of each in every resample, (..., resamples)."""
     cells, cell_of = np.unique(np.vstack([labels, predicted]), axis=1, return_inverse=True)
     counts = np.bincount(cell_of.ravel(), minlength=cells.shape[1])
     one = np.eye(classes)
@@ -102,15 +138,7 @@ def score_intervals(
     drawn = np.concatenate(
         [scores(rng.multinomial(len(labels), chance, size=size).astype(np.float64)) for size in sizes], axis=2
     )
-    values = scores(counts[np.newaxis].astype(np.float64))[..., 0]
-
-    def named(values: Floats, drawn: Floats) -> dict[str, Interval]:
-        each = zip(SCORES, values, drawn, strict=True)
-        return {name: percentiles(value, replicates, level=level) for name, value, replicates in each}
-
-    own = [named(*pair) for pair in zip(values, drawn, strict=True)]
-    differences = [named(*pair) for pair in zip(values - values[0], drawn - drawn[0], strict=True)]
-    return own, differences
+    return scores(counts[np.newaxis].astype(np.float64))[..., 0], drawn
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from hpo.report.compare import Answers, Comparison, compare_answers
 from hpo.report.statistics import Ints, binarise_probabilities, group_matrix
 from hpo.run.data import study_data
 from hpo.run.finals import final_setup, race
+from hpo.run.opening import open_sealed
 from hpo.spec.load import parse_study
 from hpo.spec.study import Setup, SplitSpec, StudySpec
 
@@ -138,7 +139,10 @@ def find_entrant(home: Home, asked: str) -> Entrant:
         name, mark, number = match[1], "#", match[2]
     elif "@" in asked or "/" in asked:
         version = resolve(home, asked)
-        name, mark, number = version.study, "#", str(version.trial)
+        if version.origin:
+            hint = "Ask for it there: --home DIR, or the environment variable MLFLOW_TRACKING_URI."
+            raise ModelError(f"{asked}: it was copied from {version.origin}, where its study is.", hint)
+        name, mark, number = version.generation, "#", str(version.trial)
     study = read_study(home, name)
     spec = parse_study(study.spec)
     card = study_data(study, spec)
@@ -176,7 +180,7 @@ def _version(home: Home, study: StudyResult, trial: Trial) -> ModelVersion | Non
     from hpo.track.tracker import Tracker
 
     for version in versions(home, study.name):
-        if (version.study, version.trial) == (study.title, trial.number):
+        if (version.study, version.trial, version.origin) == (study.title, trial.number, ""):
             return version
     uri = Tracker(home).kept_models(study).get(trial.number) if exists(home) else None
     return resolve(home, uri) if uri else None
@@ -341,27 +345,20 @@ def _on_test(
     home: Home, entrants: Sequence[Entrant], *, groups: Groups, class_names: tuple[str, ...], seed: int
 ) -> Comparison:
     """The comparison on the sealed test part. All that can fail is tried before it is opened."""
-    from hpo.learn.parts import sealed_part
-    from hpo.learn.sealed import evaluate_test
-    from hpo.track.ledger import openings, record_opening
+    from hpo.learn.parts import Part
+    from hpo.track.ledger import openings
 
-    loaded = [(entrant.kept("the test part asks for it"), _load(home, entrant)) for entrant in entrants]
-    parts = [sealed_part(entrant.card) for entrant in entrants]
-    said: list[np.ndarray] = []
-    for entrant, (version, model) in zip(entrants, loaded, strict=True):
-
-        def predict(images: np.ndarray, model: Classifier = model) -> np.ndarray:
-            said.append(model.predict_proba(images))
-            return said[-1]
-
-        scores = evaluate_test(entrant.card, predict)
-        # Written down before anyone hears of it, also where this model was measured before: it is another look.
-        record_opening(home, entrant.study, model=version, scores=scores)
+    loaded = [_load(home, entrant) for entrant in entrants]
+    # Also where a model was measured before: seeing how it does on each image is another look.
+    seen = [
+        open_sealed(home, entrant, model, purpose="compare")[0] for entrant, model in zip(entrants, loaded, strict=True)
+    ]
+    parts = [Part(each.images, each.labels) for each in seen]
     rows, notes = _shared(entrants, parts, "test")
     labels = _labels(entrants, parts, rows, class_names, groups)
     answers = [
-        _answers(entrant, probabilities[own], class_names=class_names, groups=groups)
-        for entrant, probabilities, own in zip(entrants, said, rows, strict=True)
+        _answers(entrant, each.probabilities[own], class_names=class_names, groups=groups)
+        for entrant, each, own in zip(entrants, seen, rows, strict=True)
     ]
     counted = {entrant.study.title: len(openings(home, entrant.study)) for entrant in entrants}
     return compare_answers(

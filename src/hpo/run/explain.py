@@ -96,7 +96,7 @@ def explain_mistakes(
 
     place = home if isinstance(home, Home) else Home.find(home)
     version = resolve(place, model)
-    findings = gather(place, read_study(place, version.study))
+    findings = gather(place, read_study(place, version.generation))
     answers, shown = findings.answers, findings.shown
     if answers is None or not answers.images or shown is None or shown.number != version.trial:
         raise ModelError(

@@ -1,24 +1,32 @@
-"""Open the sealed test part for a study's winner, once, write that down, and make it champion if it deserves it."""
+"""Make a study's challenger the champion: first the gates, then the sealed test part, then the alias."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from hpo.errors import ModelError
+from hpo.errors import HpoError, ModelError
 from hpo.home import Home
-from hpo.records import ModelVersion, StudyResult
-from hpo.run.data import study_data
+from hpo.records import ModelVersion
+from hpo.run.compare import Entrant, find_entrant
+from hpo.run.gates import Verdict, verdicts
+from hpo.run.opening import measure, test_scores
 from hpo.spec.load import parse_study
-from hpo.spec.scores import SCORES
-from hpo.track.ledger import openings, record_opening
-from hpo.track.registry import set_alias, versions
+from hpo.track.history import record_champion
+from hpo.track.ledger import openings
+from hpo.track.registry import resolve, set_alias, versions
 
 
 @dataclass(frozen=True)
 class Promotion:
-    """What promote decided and why; scores are test scores (test_accuracy, ...); openings counts looks at the test."""
+    """What promote decided and why.
+
+    gates are the verdicts on the challenger, none where it is the champion already; forced says that the alias was
+    moved although one of them refused. scores are test scores (test_accuracy, ...), empty where the test part was not
+    opened; openings counts the looks at the study's test part so far.
+    """
 
     promoted: bool
     reason: str
@@ -27,73 +35,68 @@ class Promotion:
     scores: Mapping[str, float]
     champion_scores: Mapping[str, float] = field(default_factory=dict)
     openings: int = 0
+    gates: tuple[Verdict, ...] = ()
+    forced: bool = False
+
+    @property
+    def refused(self) -> bool:
+        """Whether a gate kept the challenger from becoming champion."""
+        return not self.promoted and not all(gate.passed for gate in self.gates)
 
 
-def promote(study: str, *, home: str | Path | None = None) -> Promotion:
-    """Measure challenger and champion on the test part and move `champion` to the better one.
+def promote(study: str, *, home: str | Path | None = None, force: bool = False) -> Promotion:
+    """Let the challenger of a study pass the gates, measure it on the test part, and point `champion` at it.
 
-    Better is judged by the study's validation objective: the test part only measures what was chosen before. A version
-    that was measured on this data before is not measured again, so nothing is gained by asking twice. Raises
-    ModelError where there is no challenger, DataError where the data is not the study's.
+    The gates (see run.gates) look at development images only: the test part measures what was chosen before, and is not
+    opened for a challenger that is refused. force=True promotes it nevertheless, and the registry remembers that. Who
+    was measured before is not measured again, so nothing is gained by asking twice. Raises ModelError where there is no
+    challenger, DataError where the data is not the study's.
     """
+    from hpo.predict import load_model
     from hpo.search.storage import read_study
 
     place = Home.find(home)
     record = read_study(place, study)
-    spec = parse_study(record.spec)
-    by_alias = {alias: version for version in versions(place, spec.name) for alias in version.aliases}
+    name = parse_study(record.spec).name
+    by_alias = {alias: version for version in versions(place, name) for alias in version.aliases}
     challenger, champion = by_alias.get("challenger"), by_alias.get("champion")
     if challenger is None:
-        raise ModelError(f"{spec.name}: there is no challenger.", f"Run the study to its end: hpo run {spec.name}")
+        raise ModelError(f"{name}: there is no challenger.", f"Run the study to its end: hpo run {name}")
     if champion is not None and champion.version == challenger.version:
-        count = len(openings(place, record))
-        reason = "the challenger is the champion already"
-        return Promotion(False, reason, challenger, champion, _test(challenger), _test(champion), count)
-    objective = spec.search.objective
-    promoted, reason = _gate(objective, challenger, champion)
-    challenger = _measured(place, record, challenger)
-    champion = _measured(place, record, champion) if champion is not None else None
-    if promoted:
-        tags = {"hpo.promoted_because": reason}
-        challenger = set_alias(place, spec.name, "champion", challenger.version, tags=tags)
-    return Promotion(
-        promoted=promoted,
-        reason=reason,
-        challenger=challenger,
-        champion=champion,
-        scores=_test(challenger),
-        champion_scores=_test(champion) if champion is not None else {},
-        openings=len(openings(place, record)),
-    )
+        known, count = test_scores(champion.scores), len(openings(place, record))
+        return Promotion(False, "the challenger is the champion already", challenger, champion, known, known, count)
+    new = find_entrant(place, f"{name}/{challenger.version}")
+    old, why = _trained(place, champion)
+    model = load_model(challenger.model_uri, home=place)
+    gates = tuple(verdicts(place, new, model, champion, old, why))
+    failed = [gate for gate in gates if not gate.passed]
+    reason = "; ".join(map(str, failed)) or _why(champion, gates)
+    before: Mapping[str, float] = test_scores(champion.scores) if champion is not None else {}
+    if failed and not force:
+        known = test_scores(challenger.scores)
+        return Promotion(False, reason, challenger, champion, known, before, len(openings(place, new.study)), gates)
+    scores = measure(place, new, purpose="promote").scores
+    if old is not None and old.card.digest == new.card.digest:
+        with contextlib.suppress(ModelError):  # its files may be gone, which is no reason to keep it
+            before = measure(place, old, purpose="promote").scores
+    reason = f"forced, although: {reason}" if failed else reason
+    record_champion(place, name, challenger.version, why=reason, forced=bool(failed))
+    tags = {"hpo.promoted_because": reason}
+    challenger = set_alias(place, name, "champion", challenger.version, tags=tags)
+    champion = resolve(place, f"{name}/{champion.version}") if champion is not None else None
+    count = len(openings(place, new.study))
+    return Promotion(True, reason, challenger, champion, scores, before, count, gates, forced=bool(failed))
 
 
-def _gate(objective: str, challenger: ModelVersion, champion: ModelVersion | None) -> tuple[bool, str]:
+def _trained(home: Home, champion: ModelVersion | None) -> tuple[Entrant | None, str]:
+    """The champion's training; None where there is no champion, or where it cannot be found: why not."""
     if champion is None:
-        return True, "there was no champion before"
-    new, old = challenger.scores.get(objective), champion.scores.get(objective)
-    if new is None or old is None:
-        return new is not None, f"only one of the two has a {objective}"
-    better = new > old if SCORES[objective] == "maximize" else new < old
-    relation = "better than" if better else "not better than"
-    return better, f"{objective} {new:.4f} is {relation} the champion's {old:.4f}"
+        return None, ""
+    try:
+        return find_entrant(home, f"{champion.name}/{champion.version}"), ""
+    except HpoError as error:
+        return None, f"the champion's training is not at hand: {error.message}"
 
 
-def _test(version: ModelVersion) -> dict[str, float]:
-    return {name: value for name, value in version.scores.items() if name.startswith("test_")}
-
-
-def _measured(home: Home, record: StudyResult, version: ModelVersion) -> ModelVersion:
-    """The version with test scores: those it has, or new ones, for which the test part is opened."""
-    if _test(version):
-        return version
-    from hpo.learn.sealed import evaluate_test
-    from hpo.predict import load_model
-
-    spec = parse_study(record.spec)
-    card = study_data(record, spec)
-    model = load_model(f"{version.name}/{version.version}", home=home)
-    scores = evaluate_test(card, model.predict_proba)
-    # Written down before anyone hears of it.
-    record_opening(home, record, model=version, scores=scores)
-    alias = "champion" if "champion" in version.aliases else "challenger"
-    return replace(set_alias(home, version.name, alias, version.version, scores=scores), aliases=version.aliases)
+def _why(champion: ModelVersion | None, gates: tuple[Verdict, ...]) -> str:
+    return "there was no champion before" if champion is None else gates[0].measured

@@ -23,7 +23,7 @@ from hpo.spec.load import parse_study
 from hpo.spec.study import StudySpec
 from hpo.track.ledger import openings
 from hpo.track.registry import versions
-from hpo.track.runs import TRIAL, children, find_parent
+from hpo.track.runs import TRIAL, artifact, children, find_parent
 from hpo.track.store import connect, exists, told
 
 _SAMPLES = 6  # images of each class
@@ -140,36 +140,28 @@ def _noting(missing: list[str], what: str) -> Iterator[None]:
 @told
 def _tracked(home: Home, study: StudyResult) -> _Tracked:
     looks = tuple(
-        Opening(datetime.fromisoformat(look.when), look.version, look.trial, look.scores)
+        Opening(datetime.fromisoformat(look.when), look.version, look.trial, look.scores, look.purpose)
         for look in openings(home, study)
     )
     found = _Tracked(openings=looks)
     if not exists(home):
         return found
-    model = next((each for each in versions(home, study.name) if each.study == study.title), None)
+    model = next((each for each in versions(home, study.name) if each.study == study.title and not each.origin), None)
     client = connect(home)
     parent = find_parent(client, study)
     if parent is None:
         return replace(found, model=model)
     shown = shown_trial(study, model)
     with tempfile.TemporaryDirectory() as folder:
-        file = _artifact(client, parent.info.run_id, "data.json", folder)
+        file = artifact(client, parent.info.run_id, "data.json", folder)
         data, split = _cards(json.loads(file.read_text(encoding="utf-8"))) if file else (None, None)
         answers = None
         for run in children(client, parent, f"tags.`{TRIAL}` = '{shown.number}'") if shown else ():
-            file = _artifact(client, run.info.run_id, "report/validation.npz", folder)
+            file = artifact(client, run.info.run_id, "report/validation.npz", folder)
             if file is not None:
                 with np.load(file, allow_pickle=False) as arrays:
                     answers = dict(arrays)
     return replace(found, model=model, data=data, split=split, versions=_versions(parent.data.tags), answers=answers)
-
-
-def _artifact(client: Any, run_id: str, path: str, folder: str) -> Path | None:
-    """A local file of a run's artifact, where it lies or copied into folder; None where the run has none."""
-    listed = client.list_artifacts(run_id, path.rpartition("/")[0] or None)
-    if path not in [file.path for file in listed]:
-        return None
-    return Path(client.download_artifacts(run_id, path, folder))
 
 
 def _cards(told: Mapping[str, Any]) -> tuple[DataCard, SplitCard]:

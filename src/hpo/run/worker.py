@@ -24,7 +24,7 @@ _HALVINGS = 2  # how often a training that runs out of memory begins again with 
 class Task:
     """All that a worker needs to train one candidate.
 
-    data never leads to the test part. folder is where weights and validation probabilities are left; checkpoint is the
+    data never leads to the test part, whatever card is given. folder is where weights and validation probabilities are left; checkpoint is the
     file that the training is saved in and goes on from ("": none). precisions, most_parameters and latency are those of
     hpo.learn.trial.train_trial. wait says whether every epoch waits for a verdict.
     """
@@ -39,6 +39,9 @@ class Task:
     latency: bool = False
     wait: bool = False
     checkpoint: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data", self.data.sealed)  # here, so that no maker of tasks can forget it
 
 
 def train_task(task: Task, device_name: str) -> Training:

@@ -244,14 +244,14 @@ def to_candidate(number: int, start: Start) -> Candidate:
 
 
 def read_study(home: Home, name: str) -> StudyResult:
-    """What the storage holds of a study: its newest generation, or the one of an exact title such as name~2.
+    """What the storage holds of a study: its newest generation, or that of a title such as name~2; name~1: the first.
 
     Changes nothing in it. Raises StoreError where there is no such study.
     """
     with _reading(home) as storage:
         studies = storage.studies() if storage else {}
         known = generations(storage, name) if storage else {}
-        title = known[max(known)] if known else name
+        title = known[max(known)] if known else name.removesuffix("~1")
         if storage is None or title not in studies:
             raise StoreError(
                 f"{shown_url(home)}: no study {name!r} has run here (known: {', '.join(studies) or 'none'}).",

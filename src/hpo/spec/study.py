@@ -100,6 +100,15 @@ class KeepSpec(Part):
         return _count(self.figures)
 
 
+class PromoteSpec(Part):
+    """What a logged model must keep to become champion, measured when it is promoted, on the machine that does it."""
+
+    latency_ms: Annotated[float, Field(gt=0.0)] | None = None
+    """Milliseconds from one image to its probabilities through MLflow, on the CPU, at most; the median of 30."""
+    size_mb: Annotated[float, Field(gt=0.0)] | None = None
+    """All files of the model, in millions of bytes, at most."""
+
+
 def _count(policy: str) -> float:
     return {"all": float("inf"), "none": 0}.get(policy) or float(policy.partition(":")[2] or 0)
 
@@ -120,6 +129,7 @@ class StudySpec(Part):
     search: SearchSpec
     final: FinalSpec | None = None
     keep: KeepSpec = KeepSpec()
+    promote: PromoteSpec = PromoteSpec()
     references: list[Reference] = Field(default_factory=list)
     seed: Seed = 0
     """The sampler's, and what every trial's own seed is derived from."""

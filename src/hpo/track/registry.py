@@ -13,6 +13,7 @@ from hpo.home import Home
 from hpo.records import ModelVersion
 from hpo.track.store import connect, exists, local_path, lock, told
 
+ORIGIN = "hpo.copied_from"  # tag of a version that came from another store
 _SCORE = "score."  # tags of a version that hold its scores: score.valid_accuracy, score.test_accuracy, ...
 _MODEL = re.compile(r"(?P<name>[^/@:]+)(?:@(?P<alias>[^/@:]+)|/(?P<version>[0-9]+))?")
 
@@ -88,6 +89,15 @@ def set_alias(
         client.set_model_version_tag(name, str(version), key, value)
     client.set_registered_model_alias(name, alias, str(version))
     return _version(home, name, version)
+
+
+@told
+def add_scores(home: Home, version: ModelVersion, scores: Mapping[str, float]) -> ModelVersion:
+    """The version with these scores (test_accuracy, ...) added to those that the registry has."""
+    client = connect(home)
+    for key, value in _score_tags(scores).items():
+        client.set_model_version_tag(version.name, str(version.version), key, value)
+    return _version(home, version.name, version.version)
 
 
 @told
@@ -187,6 +197,7 @@ def _record(version: Any, aliases: tuple[str, ...]) -> ModelVersion:
             name.removeprefix(_SCORE): float(value) for name, value in version.tags.items() if name.startswith(_SCORE)
         },
         created=version.creation_timestamp / 1000,
+        origin=version.tags.get(ORIGIN, ""),
     )
 
 

@@ -10,8 +10,10 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
+from hpo.home import Home
 from hpo.records import Candidate, DataCard, Epoch, StudyResult, TrialResult, TrialState
 from hpo.spec.study import Setup
 
@@ -188,6 +190,26 @@ def find_parent(client: Any, study: StudyResult) -> Any | None:
     wanted = " and ".join(f"tags.`{name}` = '{value}'" for name, value in study_tags(study).items())
     found = client.search_runs([experiment.experiment_id], wanted, order_by=["start_time ASC"], max_results=1)
     return found[0] if found else None
+
+
+def experiment(client: Any, home: Home, name: str) -> str:
+    """The id of the experiment of this name, made or brought back if need be."""
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        # Without a place of its own, an embedded store would write to the working directory of the moment.
+        place = (home.artifacts / name).as_uri() if home.embedded else None
+        return str(client.create_experiment(name, artifact_location=place))
+    if found.lifecycle_stage == "deleted":
+        client.restore_experiment(found.experiment_id)
+    return str(found.experiment_id)
+
+
+def artifact(client: Any, run_id: str, path: str, folder: str) -> Path | None:
+    """A local file of a run's artifact, where it lies or copied into folder; None where the run has none."""
+    listed = client.list_artifacts(run_id, path.rpartition("/")[0] or None)
+    if path not in [file.path for file in listed]:
+        return None
+    return Path(client.download_artifacts(run_id, path, folder))
 
 
 def children(client: Any, parent: Any, wanted: str = "") -> Iterator[Any]:

@@ -212,15 +212,7 @@ class Tracker:
             models.delete_artifacts(self._client, run.info.artifact_uri, part)
 
     def _experiment(self, name: str) -> str:
-        client = self._client
-        experiment = client.get_experiment_by_name(name)
-        if experiment is None:
-            # Without a place of its own, an embedded store would write to the working directory of the moment.
-            place = (self.home.artifacts / name).as_uri() if self.home.embedded else None
-            return str(client.create_experiment(name, artifact_location=place))
-        if experiment.lifecycle_stage == "deleted":
-            client.restore_experiment(experiment.experiment_id)
-        return str(experiment.experiment_id)
+        return runs.experiment(self._client, self.home, name)
 
     def _parent_of(self, study: StudyResult) -> Any:
         if self._parent is None or not runs.study_tags(study).items() <= self._parent.data.tags.items():

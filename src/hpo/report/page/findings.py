@@ -44,12 +44,13 @@ class Answers:
 
 @dataclass(frozen=True)
 class Opening:
-    """One look at the sealed test part: when, for which model, and its test scores (test_accuracy, ...)."""
+    """One look at the sealed test part: when, for which model, its test scores (test_accuracy, ...), and what for."""
 
     when: datetime
     version: int
     trial: int
     scores: Mapping[str, float]
+    purpose: str = ""
 
 
 @dataclass(frozen=True)

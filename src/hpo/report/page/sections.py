@@ -234,7 +234,9 @@ def _seal(findings: Findings) -> object:
     if not findings.openings:
         return "sealed: no trial can reach it, and it was never opened"
     looks = "; ".join(
-        f"{look.when:%Y-%m-%d %H:%M} UTC for version {look.version} (trial {look.trial})" for look in findings.openings
+        f"{look.when:%Y-%m-%d %H:%M} UTC {f'to {look.purpose}' if look.purpose else 'for'} version {look.version} "
+        f"(trial {look.trial})"
+        for look in findings.openings
     )
     return (
         f"sealed during the search, opened {words.times(len(findings.openings))}, after the choice, only to measure: "
