@@ -24,9 +24,9 @@ _HALVINGS = 2  # how often a training that runs out of memory begins again with 
 class Task:
     """All that a worker needs to train one candidate.
 
-    data never leads to the test part, whatever card is given. folder is where weights and validation probabilities are left; checkpoint is the
-    file that the training is saved in and goes on from ("": none). precisions, most_parameters and latency are those of
-    hpo.learn.trial.train_trial. wait says whether every epoch waits for a verdict.
+    data never leads to the test part, whatever card is given. folder is where weights and validation probabilities are
+    left; checkpoint is the file that the training is saved in and goes on from ("": none). precisions, most_parameters
+    and latency are those of hpo.learn.trial.train_trial. wait says whether every epoch waits for a verdict.
     """
 
     number: int
