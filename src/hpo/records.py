@@ -351,7 +351,7 @@ class TrialEnded:
 
 @dataclass(frozen=True)
 class StudyEnded:
-    """The run is over. reason is budget, exhausted, timeout or interrupted; model is the registered challenger."""
+    """The run is over. reason is budget, exhausted, timeout, interrupted, stopped or failing; model is the registered challenger."""
 
     study: StudyResult
     reason: str

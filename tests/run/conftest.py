@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from pathlib import Path
 
 import pytest
 from formula_study import CARD, Run, Told, formula, formula_spec
+from kept_study import make_kept_study
 
 from hpo.home import Home
 from hpo.records import Event
@@ -15,6 +17,7 @@ from hpo.run.engines import InProcess
 from hpo.run.keep import Keeper
 from hpo.run.supervise import Supervisor
 from hpo.search.ask import Study, open_study
+from hpo.track.mend import move_places
 
 
 @pytest.fixture
@@ -63,3 +66,29 @@ def run_formula(tmp_path: Path):
     yield run
     for study in studies:
         study.close()
+
+
+@pytest.fixture(scope="session")
+def kept_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a study that has run: four trials, their runs, two models, one of them registered."""
+    folder = tmp_path_factory.mktemp("kept")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("HPO_STORAGE", "MLFLOW_TRACKING_URI"):
+            patch.delenv(name, raising=False)
+        patch.setenv("HPO_DATA", str(folder / "data"))
+        make_kept_study(Home.find(folder).create())
+    return folder
+
+
+@pytest.fixture
+def kept(kept_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
+    """A copy of it, in order."""
+    for name in ("HPO_STORAGE", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HPO_DATA", str(kept_template / "data"))
+    shutil.copytree(kept_template / "mlruns", tmp_path / "kept" / "mlruns")
+    home = Home.find(tmp_path / "kept")
+    move_places(home, kept_template / "mlruns", home.root)
+    for copy in home.root.glob("mlflow.db.before-*"):
+        copy.unlink()
+    return home

@@ -18,6 +18,7 @@ import typer
 from hpo.cli import output
 from hpo.cli.compare import compare
 from hpo.cli.data import app as data_app
+from hpo.cli.doctor import clean, doctor
 from hpo.cli.explain import explain
 from hpo.cli.options import (
     AsJson,
@@ -33,6 +34,7 @@ from hpo.cli.options import (
 )
 from hpo.cli.report import report
 from hpo.cli.rerun import rerun
+from hpo.cli.stop import status, stop
 from hpo.cli.use import models, predict, promote
 
 if TYPE_CHECKING:
@@ -321,6 +323,10 @@ app.add_typer(data_app, name="data", rich_help_panel="Look")
 app.command(cls=Command, rich_help_panel="Use")(explain)
 app.command(cls=Command, rich_help_panel="Look")(report)
 app.command(cls=Command, rich_help_panel="Look")(rerun)
+app.command(cls=Command, rich_help_panel="Search")(stop)
+app.command(cls=Command, rich_help_panel="Look")(status)
+for kept in (doctor, clean):
+    app.command(cls=Command, rich_help_panel="Keep in order")(kept)
 
 
 def main() -> None:

@@ -61,9 +61,9 @@ class Watcher(ABC):
 
     @property
     def exit_code(self) -> int:
-        """130 after Ctrl-C, 1 if the study has no complete trial, else 0."""
+        """130 after Ctrl-C or hpo stop, 1 if the study has no complete trial, else 0."""
         ended = self.tally.ended
-        if ended and ended.reason == "interrupted":
+        if ended and ended.reason in ("interrupted", "stopped"):
             return INTERRUPTED
         return 0 if ended and ended.study.best else 1
 

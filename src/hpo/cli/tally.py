@@ -204,7 +204,7 @@ def next_steps(tally: Tally, commands: NextCommands) -> list[tuple[str, str]]:
         return []
     home, model = commands.home, ended.model
     steps = []
-    if ended.reason in ("interrupted", "timeout", "failing") and tally.finished < tally.budget:
+    if ended.reason in ("interrupted", "stopped", "timeout", "failing") and tally.finished < tally.budget:
         steps.append((commands.again, "go on where this stopped"))
     if model and "champion" not in model.aliases:
         steps.append((f"hpo promote {model.study or model.name}{home}", "open its sealed test part once"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import time
@@ -11,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from hpo.errors import StoreError
 from hpo.records import (
     FINAL,
     Candidate,
@@ -42,6 +44,7 @@ Watch = Callable[[Event], None]
 _HOPELESS = 5
 _TICK = 0.2  # seconds; how soon Ctrl-C, --timeout and finished exports are noticed
 _REAP = 15.0  # seconds between looks for trials of other supervisors that died
+_STOP = 2.0  # seconds between looks for a stop asked for elsewhere
 
 
 class Ask(Protocol):
@@ -99,6 +102,7 @@ class Supervisor:
         self._best: float | None = None
         self._failed = 0
         self._succeeded = False
+        self._looked = time.monotonic()
         before = study.result()
         drop_finished(work, before)
         for trial in before.trials:
@@ -107,7 +111,7 @@ class Supervisor:
         self._failed = 0  # what failed before may have been mended since
 
     def run(self) -> str:
-        """Search, then train the finals; returns budget, exhausted, timeout, interrupted or failing."""
+        """Search, then train the finals; returns budget, exhausted, timeout, interrupted, stopped or failing."""
         reason = self._work(partial(self._study.ask, budget=self._budget))
         if reason != "budget" and reason != "exhausted":
             return reason
@@ -147,6 +151,11 @@ class Supervisor:
             return "timeout"
         if self._failed >= _HOPELESS and not self._succeeded:
             return "failing"
+        if time.monotonic() - self._looked > _STOP:
+            self._looked = time.monotonic()
+            with contextlib.suppress(StoreError):  # what refuses now is told by the next ask
+                if self._study.stop_asked():
+                    return "stopped"
         return ""
 
     def _hand_out(self, ask: Ask) -> None:

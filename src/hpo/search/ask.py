@@ -17,6 +17,7 @@ from hpo.records import FINAL, Candidate, FailureKind, StudyResult, TrialResult,
 from hpo.search.constraints import aims, violations
 from hpo.search.enter import enter_study
 from hpo.search.lease import Lease, clean_leases, locked
+from hpo.search.look import STOP
 from hpo.search.plan import Plan, Step, first_tries
 from hpo.search.stages import Stage, key_of, stage_names
 from hpo.search.storage import (
@@ -86,6 +87,7 @@ class Study:
         self._plan = Plan(spec, storage, self._id)
         self._running: dict[int, Any] = {}
         self._reused: list[tuple[Candidate, TrialResult]] = []
+        self._stop = self._last_stop()
 
     @_guarded
     def reap(self) -> list[int]:
@@ -226,6 +228,15 @@ class Study:
         """How many trials count against the budget: finished, running and waiting ones of the search."""
         return len(self._plan.counted(self._trials()))
 
+    @_guarded
+    def stop_asked(self) -> bool:
+        """Whether `hpo stop` has been called since this handle was opened; a stop of before is no concern of it."""
+        return self._last_stop() != self._stop
+
+    def _last_stop(self) -> str | None:
+        stop: str | None = self._storage.get_study_user_attrs(self._id).get(STOP)
+        return stop
+
     def close(self) -> None:
         """Free the lease and the connections; what still runs counts as dead from now on."""
         self._lease.close()
@@ -362,6 +373,11 @@ def _finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
+def lease_of(home: Home, title: str) -> Lease:
+    """A new lease of a supervisor of this study."""
+    return Lease(home.locks, shared=not is_sqlite(home), title=title)
+
+
 def open_study(home: Home, spec: StudySpec, *, data_digest: str, fresh: bool = False) -> Study:
     """Start a study, or go on with its newest generation; fresh starts a new generation.
 
@@ -378,7 +394,7 @@ def open_study(home: Home, spec: StudySpec, *, data_digest: str, fresh: bool = F
         with store_errors(home), locked(home.locks / "studies.lock"):
             title, notes = enter_study(storage, spec, data_digest=data_digest, fresh=fresh)
             clean_leases(home.locks)
-            return Study(home, spec, storage, title, Lease(home.locks, shared=not is_sqlite(home)), notes)
+            return Study(home, spec, storage, title, lease_of(home, title), notes)
     except BaseException:
         storage.close()
         raise

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import socket
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -36,6 +40,20 @@ def locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lease: a supervisor of the study `title`, running on host as process pid since then (epoch seconds).
+
+    pid and since are 0 for one on another machine, of which the storage has the lease's name only.
+    """
+
+    lease: str
+    title: str
+    host: str = ""
+    pid: int = 0
+    since: float = 0.0
+
+
 class Lease:
     """Proof of life: a lock file that its holder keeps until it closes or dies, however it dies.
 
@@ -44,13 +62,16 @@ class Lease:
     lease of another machine counts as alive, since its lock cannot be seen from here.
     """
 
-    def __init__(self, folder: Path, *, shared: bool) -> None:
+    def __init__(self, folder: Path, *, shared: bool, title: str = "") -> None:
         self._folder = folder
         self._path = folder / f"lease-{uuid.uuid4().hex}.lock"
         self.name = f"{socket.gethostname()}|{self._path}" if shared else self._path.name
         self._lock = FileLock(self._path, timeout=0, thread_local=False)
         with _probing(folder):
             self._lock.acquire()
+        # Beside the lock, not in it: whoever probes a lock empties its file.
+        holder = Holder(self.name, title, socket.gethostname(), os.getpid(), time.time())
+        self._path.with_suffix(".json").write_text(json.dumps(asdict(holder)), encoding="utf-8")
 
     def alive(self, name: str) -> bool:
         """Whether the lease of that name is held by anyone."""
@@ -63,7 +84,7 @@ class Lease:
     def close(self) -> None:
         """Give the lease up; what still runs under it counts as dead from now on."""
         self._lock.release()
-        self._path.unlink(missing_ok=True)
+        _remove(self._path)
 
 
 def clean_leases(folder: Path) -> None:
@@ -71,7 +92,44 @@ def clean_leases(folder: Path) -> None:
     with _probing(folder):
         for path in folder.glob("lease-*.lock"):
             if not _held(path):
-                path.unlink(missing_ok=True)
+                _remove(path)
+
+
+def holders(folder: Path) -> list[Holder]:
+    """Who holds a lease here now; nothing is made, changed or waited for."""
+    found = []
+    for path in folder.glob("lease-*.json"):
+        with suppress(OSError, ValueError, TypeError):  # just given up, or of another version
+            holder = Holder(**json.loads(path.read_text(encoding="utf-8")))
+            found += [holder] if seen_held(path.with_suffix(".lock")) else []
+    return sorted(found, key=lambda holder: holder.since)
+
+
+def seen_held(path: Path) -> bool:
+    """Whether anyone holds a lock file, for those who only look: without its folder's lock, and on read-only disks.
+
+    Only for a lease that has been held before: one that is being taken must not find a probe in its place.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return _held(path)
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(file)  # which ends the probe
+    return False
+
+
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.with_suffix(".json").unlink(missing_ok=True)
 
 
 def _probing(folder: Path) -> AbstractContextManager[None]:

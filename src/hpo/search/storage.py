@@ -21,9 +21,10 @@ from hpo.errors import StoreError
 from hpo.home import Home
 from hpo.records import Candidate, StudyResult, Trial, TrialResult, TrialState
 from hpo.search.lease import locked
+from hpo.search.look import RESULT as RESULT
+from hpo.search.look import START as START
+from hpo.search.look import STUDY as STUDY
 
-# The attributes of ours in Optuna's storage: one record a study, two a trial.
-STUDY, START, RESULT = "hpo.study", "hpo.start", "hpo.result"
 _BUSY_SECONDS = 60.0
 
 _STATES = {

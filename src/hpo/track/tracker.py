@@ -108,9 +108,9 @@ class Tracker:
         return uri
 
     @told
-    def drop_model(self, number: int) -> None:
+    def drop_model(self, number: int, study: StudyResult | None = None) -> None:
         """Delete the model of a trial, its pictures and tables, from the disk too; a registered model stays."""
-        client, run = self._client, self._client.get_run(self._run_id(number))
+        client, run = self._client, self._client.get_run(self._run_id(number, study))
         uri = run.data.tags.get(runs.MODEL)
         if uri is None or client.search_model_versions(f"run_id = '{run.info.run_id}'", max_results=1):
             return
@@ -120,9 +120,9 @@ class Tracker:
         client.delete_tag(run.info.run_id, runs.MODEL)
 
     @told
-    def drop_figures(self, number: int) -> None:
+    def drop_figures(self, number: int, study: StudyResult | None = None) -> None:
         """Delete the pictures of a trial, from the disk too; without any this does nothing."""
-        self._drop(self._client.get_run(self._run_id(number)), _FIGURES)
+        self._drop(self._client.get_run(self._run_id(number, study)), _FIGURES)
 
     @told
     def register(self, study: StudyResult, number: int) -> ModelVersion:

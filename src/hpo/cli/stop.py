@@ -1,0 +1,136 @@
+"""`hpo stop` and `hpo status`: what runs here, and an end to it."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hpo.cli import output
+from hpo.cli.options import AsJson, Debug, HomeFolder, Study, read_duration, study_name
+from hpo.records import FINAL, TrialState
+
+if TYPE_CHECKING:
+    from hpo.search.look import Look
+
+
+def stop(
+    study: Study,
+    timeout: Annotated[
+        float | None, typer.Option(parser=read_duration, metavar="TIME", help="How long to wait.", show_default="60")
+    ] = None,
+    home: HomeFolder = None,
+    as_json: AsJson = False,
+    _debug: Debug = False,
+) -> None:
+    """End a running study from another terminal, as Ctrl-C does; the next hpo run goes on.
+
+    All its supervisors on the shared storage stop. What was training is recorded as stopped and tried again.
+    """
+    from hpo.run.stop import stop_study
+
+    def say(count: int) -> None:
+        if not as_json:
+            processes = "supervisor" if count == 1 else "supervisors"
+            typer.echo(f"{study}: asked {count} {processes} to stop ...", err=True)
+
+    done = stop_study(study_name(study), home=home, timeout=timeout or 60.0, watch=say)
+    again = f"hpo run {shlex.quote(study)}" + (f" --home {shlex.quote(str(home))}" if home else "")
+    if as_json:
+        output.print_json({**output.plain(done), "next": again})
+        return
+    if not done.supervisors:
+        output.print_text(f"{done.title}: nothing runs.")
+        if done.abandoned:
+            count = len(done.abandoned)
+            trials = f"{count} trial{'s' * (count > 1)}"
+            output.print_text(f"{trials} of a dead supervisor will be tried again by the next run: {again}")
+        return
+    count = len(done.stopped)
+    words = "no trial was running" if not count else f"{count} trial{'s' * (count > 1)} stopped, to be tried again"
+    output.print_text(f"{done.title}: stopped in {output.show_seconds(done.seconds)}; {words}.")
+    output.print_text(f"Go on with: {again}")
+
+
+def status(
+    study: Annotated[str | None, typer.Argument(help="Only this study.", show_default="all")] = None,
+    home: HomeFolder = None,
+    as_json: AsJson = False,
+    _debug: Debug = False,
+) -> None:
+    """Show what every study has done and who is at work on it; it disturbs nothing that runs."""
+    from hpo.home import Home
+    from hpo.search.look import look
+
+    place = Home.find(home)
+    wanted = study_name(study) if study else None
+    found = [one for one in look(place, results=False) if wanted in (None, one.study.name, one.study.title)]
+    if as_json:
+        output.print_json([_facts(one) for one in found])
+        return
+    if not found:
+        output.print_text(f"No study has run in {place.root}. Begin with: hpo run digits-mlp")
+        return
+    columns = ["study", "at work", ">running", ">complete", ">pruned", ">failed", ">of", "objective", ">best", ">trial"]
+    output.print_table([_row(one) for one in found], columns)
+    for one in found:
+        for holder in one.holders:
+            where = f"process {holder.pid} on {holder.host}" if holder.pid else f"a process on {holder.host}"
+            since = f", for {output.show_seconds(time.time() - holder.since)}" if holder.since else ""
+            numbers = [str(trial.number) for trial in one.running if one.leases[trial.number] == holder.lease]
+            trials = f", trial {', '.join(numbers)}" if numbers else ""
+            output.print_text(f"{one.study.title}: {where}{since}{trials}")
+    for one in found:
+        if one.abandoned:
+            count = len(one.abandoned)
+            text = f"{count} trial{'s' * (count > 1)} of a dead supervisor: hpo run goes on, hpo doctor tells more"
+            output.print_warning(f"{one.study.title}: {text}")
+
+
+def _row(one: Look) -> list[str]:
+    counts = _counts(one)
+    workers = {(one.leases[trial.number], trial.worker) for trial in one.running}
+    at_work = "-"
+    if one.holders:
+        runs = f"{len(one.holders)} runs, " if len(one.holders) > 1 else ""
+        at_work = f"{runs}{len(workers)} worker{'s' * (len(workers) != 1)}"
+    return [
+        one.study.title,
+        at_work,
+        str(len(one.running) or ""),
+        *(str(counts[state] or "") for state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAILED)),
+        str(_budget(one) or ""),
+        one.study.objective,
+        output.show_score(one.best.value if one.best else None),
+        str(one.best.number) if one.best else "",
+    ]
+
+
+def _counts(one: Look) -> dict[TrialState, int]:
+    searched = [trial.state for trial in one.study.counted if trial.candidate.stage != FINAL]
+    return {state: searched.count(state) for state in TrialState}
+
+
+def _budget(one: Look) -> int | None:
+    """The study's total; None where it is the sum over stages, which only the running study knows."""
+    search = one.study.spec.get("search") or {}
+    return None if search.get("stages") else search.get("trials")
+
+
+def _facts(one: Look) -> dict[str, Any]:
+    return {
+        "study": one.study.title,
+        "objective": one.study.objective,
+        "budget": _budget(one),
+        "trials": {state.value: count for state, count in _counts(one).items()},
+        "supervisors": [output.plain(holder) for holder in one.holders],
+        "workers": len({(one.leases[trial.number], trial.worker) for trial in one.running}),
+        "running": [
+            {"trial": t.number, "worker": t.worker, "seconds": time.time() - t.started, "lease": one.leases[t.number]}
+            for t in one.running
+        ],
+        "abandoned": one.abandoned,
+        "best": {"trial": one.best.number, "value": one.best.value} if one.best else None,
+    }

@@ -1,0 +1,103 @@
+"""Open a database only to read it: nothing is made, locked or changed, and no store's library is loaded."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hpo.errors import StoreError
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+_BUSY_SECONDS = 20.0
+
+
+def sqlite_file(url: str) -> Path | None:
+    """The file of a SQLite address, absolute; None for a database on a server."""
+    if not url.startswith("sqlite:"):
+        return None
+    from sqlalchemy.engine import make_url
+
+    return Path(make_url(url).database or "").absolute()
+
+
+class Reader:
+    """Questions to an open database, in SQL that SQLite, PostgreSQL and MySQL share."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+
+    def rows(self, query: str, **values: Any) -> Sequence[Any]:
+        """All rows; values fill the :names of the query."""
+        from sqlalchemy import text
+
+        found: Sequence[Any] = self._connection.execute(text(query), values).all()
+        return found
+
+    def tables(self) -> set[str]:
+        """The names of its tables."""
+        from sqlalchemy import inspect
+
+        return set(inspect(self._connection).get_table_names())
+
+    def schema(self) -> str:
+        """Where alembic says that its schema stands; "" where it says nothing."""
+        found = self.rows("SELECT version_num FROM alembic_version") if "alembic_version" in self.tables() else ()
+        return str(found[0][0]) if found else ""
+
+
+@contextmanager
+def reading(url: str) -> Iterator[Reader | None]:
+    """A reader of the database at this address; None where its SQLite file is not there. Raises StoreError."""
+    from sqlalchemy import create_engine
+    from sqlalchemy.exc import SQLAlchemyError
+    from sqlalchemy.pool import NullPool
+
+    file = sqlite_file(url)
+    if file is not None and not file.is_file():
+        yield None
+        return
+    try:
+        engine: Engine = create_engine(url, poolclass=NullPool) if file is None else _read_only(file)
+        with engine.connect() as connection:
+            yield Reader(connection)
+    except (SQLAlchemyError, sqlite3.Error, ImportError) as error:
+        text = str(getattr(error, "orig", None) or error).splitlines()[0].rstrip(".")
+        place = file or engine_name(url)
+        raise StoreError(
+            f"{place}: the database cannot be read: {text}.", "Check the database, or restore it from a copy."
+        ) from None
+
+
+def engine_name(url: str) -> str:
+    """The address as a message may show it, without its password."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except SQLAlchemyError:
+        return "the database"
+
+
+def _read_only(file: Path) -> Engine:
+    from sqlalchemy import create_engine
+    from sqlalchemy.pool import NullPool
+
+    def connect() -> sqlite3.Connection:
+        address = file.as_uri()
+        try:
+            connection = sqlite3.connect(f"{address}?mode=ro", uri=True, timeout=_BUSY_SECONDS)
+            connection.execute("PRAGMA schema_version").fetchone()
+        except sqlite3.OperationalError as error:
+            if "unable to open" not in str(error):
+                raise
+            # A write-ahead file on a read-only disk, where SQLite cannot make the index that it wants beside it.
+            connection = sqlite3.connect(f"{address}?immutable=1", uri=True)
+        return connection
+
+    return create_engine("sqlite://", creator=connect, poolclass=NullPool)

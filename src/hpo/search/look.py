@@ -1,0 +1,170 @@
+"""Look at the study storage beside those who write it: no lock, no file made, and Optuna is not loaded."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any
+
+from hpo.database import Reader, reading
+from hpo.home import Home
+from hpo.records import FINAL, Candidate, StudyResult, Trial, TrialResult, TrialState
+from hpo.search.lease import Holder, holders, seen_held
+
+# The attributes of ours in Optuna's storage: two a study (the second: when a stop was last asked for), two a trial.
+STUDY, STOP = "hpo.study", "hpo.stop"
+START, RESULT = "hpo.start", "hpo.result"
+
+_STATES = {
+    "WAITING": TrialState.WAITING,
+    "RUNNING": TrialState.RUNNING,
+    "COMPLETE": TrialState.COMPLETE,
+    "PRUNED": TrialState.PRUNED,
+    "FAIL": TrialState.FAILED,
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """A study at a moment.
+
+    holders are its living supervisors. leases maps each running trial to the name of its supervisor's lease; abandoned
+    are the running trials whose supervisor is dead. best is the best complete trial of the search, with its result.
+    """
+
+    study: StudyResult
+    holders: tuple[Holder, ...]
+    leases: Mapping[int, str]
+    abandoned: tuple[int, ...]
+    best: Trial | None = None
+
+    @property
+    def running(self) -> list[Trial]:
+        """The trials that a living supervisor answers for."""
+        return [t for t in self.study.trials if t.state is TrialState.RUNNING and t.number not in self.abandoned]
+
+
+def look(home: Home, *, results: bool = True) -> list[Look]:
+    """Every generation of every study, oldest first; none where there is no storage. Raises StoreError.
+
+    Without results the records of what came out (every epoch of every trial) are left where they are, but for the
+    best trial of each study and for those that failed: a look at 10,000 trials then takes a moment.
+    """
+    with reading(home.storage_url) as reader:
+        if reader is None or "trials" not in reader.tables():
+            return []
+        found = [
+            _look(home, reader, number, json.loads(record), results=results)
+            for number, record in reader.rows(
+                "SELECT study_id, value_json FROM study_user_attributes WHERE key = :key", key=STUDY
+            )
+        ]
+    return sorted(found, key=lambda one: one.study.created)
+
+
+def _look(home: Home, reader: Reader, study: int, record: Mapping[str, Any], *, results: bool) -> Look:
+    rows = reader.rows(
+        "SELECT trial_id, number, state, datetime_start, datetime_complete FROM trials WHERE study_id = :study "
+        "ORDER BY number",
+        study=study,
+    )
+    known = _attributes(reader, study, START)
+    outcomes = _attributes(reader, study, RESULT, every=results)
+    trials = [_trial(row, known.get(row[0]), outcomes.get(row[0])) for row in rows]
+    whole = StudyResult(
+        name=record["name"],
+        generation=record["generation"],
+        direction=record["direction"],
+        objective=record["objective"],
+        trials=tuple(trials),
+        spec=record["spec"],
+        data_digest=record["data_digest"],
+        created=record["created"],
+        objectives=tuple(map(tuple, record.get("objectives", [(record["objective"], record["direction"])]))),
+    )
+    leases = {
+        row[1]: known[row[0]].get("lease", "")
+        for row, trial in zip(rows, trials, strict=True)
+        if trial.state is TrialState.RUNNING and row[0] in known
+    }
+    mine = [holder for holder in holders(home.locks) if holder.title == whole.title]
+    alive = {name: _alive(home, name, mine) for name in set(leases.values())}
+    elsewhere = {name for name, living in alive.items() if living} - {holder.lease for holder in mine}
+    others = [Holder(name, whole.title, name.rpartition("|")[0]) for name in sorted(elsewhere)]
+    return Look(
+        study=whole,
+        holders=(*mine, *others),
+        leases=leases,
+        abandoned=tuple(number for number, name in leases.items() if not alive[name]),
+        best=whole.best if results else _best(reader, study, whole, {row[1]: row[0] for row in rows}),
+    )
+
+
+def _attributes(reader: Reader, study: int, key: str, *, every: bool = True) -> dict[int, Any]:
+    """Optuna's trial id -> our record, of every trial or of those that failed there."""
+    query = (
+        "SELECT a.trial_id, a.value_json FROM trial_user_attributes a JOIN trials t ON t.trial_id = a.trial_id "
+        "WHERE t.study_id = :study AND a.key = :key AND (t.state = 'FAIL' OR :every = 1)"
+    )
+    return {number: json.loads(text) for number, text in reader.rows(query, study=study, key=key, every=int(every))}
+
+
+def _trial(row: Sequence[Any], start: Mapping[str, Any] | None, outcome: Mapping[str, Any] | None) -> Trial:
+    _, number, state, begun, ended = row
+    start = start or {}
+    stopped = outcome is not None and state == "FAIL" and outcome.get("state") == TrialState.STOPPED
+    begun, ended = _time(begun), _time(ended)
+    return Trial(
+        candidate=Candidate(
+            number,
+            start.get("ordinal", number),
+            start.get("parameters") or {},
+            start.get("seed", 0),
+            start.get("attempt", 1),
+            start.get("stage"),
+        ),
+        state=TrialState.STOPPED if stopped else _STATES[state],
+        result=TrialResult.from_json(outcome) if outcome is not None else None,
+        started=begun.timestamp() if begun else 0.0,
+        run_seconds=(ended - begun).total_seconds() if begun and ended else 0.0,
+        worker=start.get("worker", ""),
+    )
+
+
+def _time(value: Any) -> datetime | None:
+    """A time of Optuna's, in local time as it writes it; SQLite has it as text."""
+    return datetime.fromisoformat(value) if isinstance(value, str) else value
+
+
+def _alive(home: Home, name: str, known: Iterable[Holder]) -> bool:
+    """Whether a lease is held; one on another machine, whose locks cannot be seen from here, counts as held."""
+    host, _, file = name.rpartition("|")
+    if any(holder.lease == name for holder in known) or (host and host != socket.gethostname()):
+        return True
+    return bool(file) and seen_held(home.locks / file)
+
+
+def _best(reader: Reader, study: int, whole: StudyResult, ids: Mapping[int, int]) -> Trial | None:
+    """The best trial, by Optuna's values: only its own record is read, and those of infeasible ones before it."""
+    query = (
+        "SELECT t.number, v.value FROM trial_values v JOIN trials t ON t.trial_id = v.trial_id "
+        "WHERE t.study_id = :study AND v.objective = 0 AND t.state = 'COMPLETE'"
+    )
+    values = {number: value for number, value in reader.rows(query, study=study) if value is not None}
+    sign = -1.0 if whole.direction == "maximize" else 1.0
+    trials = {trial.number: trial for trial in whole.trials}
+    for number in sorted(values, key=lambda number: (sign * values[number], number)):
+        if number not in trials or trials[number].candidate.stage == FINAL:
+            continue
+        record = reader.rows(
+            "SELECT value_json FROM trial_user_attributes WHERE trial_id = :trial AND key = :key",
+            trial=ids[number],
+            key=RESULT,
+        )
+        result = TrialResult.from_json(json.loads(record[0][0])) if record else None
+        if result is not None and result.feasible:
+            return replace(trials[number], result=result)
+    return None

@@ -1,0 +1,58 @@
+"""A study as it was left, in hand for repairs: by its own record, not by a file that may have changed since."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from hpo.errors import StoreError
+from hpo.home import Home
+from hpo.search.ask import Study, lease_of
+from hpo.search.lease import clean_leases, locked
+from hpo.search.look import STOP
+from hpo.search.storage import open_storage, store_errors
+from hpo.spec.load import parse_study
+
+
+@contextmanager
+def attended(home: Home, title: str) -> Iterator[Study]:
+    """The handle on one generation of a study, newest or not. Raises StoreError, or SpecError for another version's."""
+    storage = open_storage(home)
+    try:
+        with store_errors(home):
+            record = storage.studies()[title][1]
+        study = Study(home, parse_study(record["spec"]), storage, title, lease_of(home, title))
+    except BaseException:
+        storage.close()
+        raise
+    try:
+        yield study
+    finally:
+        study.close()
+
+
+def reap(home: Home, title: str) -> list[int]:
+    """Settle the trials of dead supervisors of a study; see Study.reap."""
+    with attended(home, title) as study:
+        return study.reap()
+
+
+def ask_to_stop(home: Home, title: str, token: str) -> None:
+    """Have every supervisor that now has the study open stop; token is any text that was not used before."""
+    storage = open_storage(home)
+    try:
+        with store_errors(home):
+            known = storage.studies()
+            if title not in known:
+                raise StoreError(f"no study {title!r} has run here.", "List them: hpo status")
+            storage.set_study_user_attr(known[title][0], STOP, token)
+    finally:
+        storage.close()
+
+
+def drop_locks(home: Home, titles: set[str]) -> None:
+    """Remove leases that nobody holds, and the locks of studies with these titles, which are no more."""
+    with locked(home.locks / "studies.lock"):
+        clean_leases(home.locks)
+        for title in titles:
+            (home.locks / f"{title}.ask.lock").unlink(missing_ok=True)
