@@ -95,7 +95,8 @@ def tracked(home: Home) -> dict[str, tuple[str, str, dict[str, float]]]:
     experiment = client.get_experiment_by_name("formula")
     found = client.search_runs([experiment.experiment_id], max_results=1000)
     return {
-        run.info.run_name: (run.data.tags.get("hpo.state", ""), run.info.status, dict(run.data.metrics)) for run in found
+        run.info.run_name: (run.data.tags.get("hpo.state", ""), run.info.status, dict(run.data.metrics))
+        for run in found
     }
 
 

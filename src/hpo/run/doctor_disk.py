@@ -14,6 +14,7 @@ from hpo.database import engine_name, reading, sqlite_file
 from hpo.errors import StoreError
 from hpo.home import Home
 from hpo.run.scene import Case, Finding, Scene, leftovers, size_of
+from hpo.search.lease import seen_held
 from hpo.track.look import place_of
 from hpo.track.mend import move_places
 
@@ -35,7 +36,7 @@ def disk_cases(scene: Scene) -> Iterator[Case]:
     for package, url in _databases(scene.home).items():
         if url not in scene.faults:
             yield from _integrity(url)
-            yield from _schema(package, url)
+            yield from _schema(scene.home, package, url)
     yield from _moved(scene)
     yield from _unowned(scene)
     yield from _leftovers(scene)
@@ -72,11 +73,13 @@ def _integrity(url: str) -> Iterator[Case]:
         )
 
 
-def _schema(package: str, url: str) -> Iterator[Case]:
-    with reading(url) as reader:
-        found = reader.schema() if reader is not None else ""
+def _schema(home: Home, package: str, url: str) -> Iterator[Case]:
     folder, command = _SCHEMAS[package]
     known, newest = _revisions(package, folder)
+    found = _schema_of(url)
+    if found in newest or seen_held(home.locks / "mlflow-create.lock"):
+        return  # a database that is being made passes through all schemas
+    found = _schema_of(url)
     if not found or not known or found in newest:
         return
     older = found in known
@@ -88,6 +91,11 @@ def _schema(package: str, url: str) -> Iterator[Case]:
             hint=f"Copy it, then: {command.format(engine_name(url))}" if older else f"Install a newer {package}.",
         )
     )
+
+
+def _schema_of(url: str) -> str:
+    with reading(url) as reader:
+        return reader.schema() if reader is not None else ""
 
 
 def _revisions(package: str, folder: str) -> tuple[set[str], set[str]]:

@@ -20,11 +20,10 @@ from hpo.track.tracker import Tracker
 
 @dataclass(frozen=True)
 class _Projection:
-    """What MLflow has of one study: its parent run, the run of each trial, and runs too many."""
+    """What MLflow has of one study: its parent run, and the run of each trial that the storage knows."""
 
     parent: Run | None
     trials: dict[int, Run]
-    extra: tuple[Run, ...]
 
 
 def run_cases(scene: Scene) -> Iterator[Case]:
@@ -48,17 +47,15 @@ def _projection(study: StudyResult, tracking: Tracking) -> _Projection:
     active = [run for run in tracking.runs if not run.deleted]
     parents = [run for run in active if mine.items() <= run.tags.items()]
     if not parents:
-        return _Projection(None, {}, ())
+        return _Projection(None, {})
+    known = {trial.number for trial in study.trials}
     trials: dict[int, Run] = {}
-    extra: list[Run] = []
     for run in active:
-        if run.tags.get(runs.PARENT) == parents[0].key and runs.TRIAL in run.tags:
-            number = int(run.tags[runs.TRIAL])
-            if number in trials:
-                extra.append(run)
-            else:
-                trials[number] = run
-    return _Projection(parents[0], trials, tuple(extra))
+        if run.tags.get(runs.PARENT) == parents[0].key:
+            number = int(run.tags.get(runs.TRIAL, -1))
+            if number in known:
+                trials.setdefault(number, run)
+    return _Projection(parents[0], trials)
 
 
 def _study_cases(scene: Scene, study: StudyResult, found: _Projection) -> Iterator[Case]:
@@ -206,11 +203,15 @@ def _orphans(scene: Scene, tracking: Tracking, owned: set[str]) -> Iterator[Case
     for title, found in sorted(lost.items()):
         if title in scene.live:
             continue
-        known = "trials that the study storage has not" if title in scene.studies else "a study that is not there"
+        known = (
+            "trials that the storage has not, or has a run of"
+            if title in scene.studies
+            else "a study that is not there"
+        )
         running = sum(run.status == "RUNNING" for run in found)
         yield Case(
             Finding(
-                what=f"{len(found)} runs in MLflow are of {known}" + (f"; {running} are RUNNING" if running else ""),
+                what=f"{len(found)} runs in MLflow are of {known}" + (f"; {running} RUNNING" if running else ""),
                 where=f"{title}: run {', '.join(run.key for run in found[:3])}" + (", ..." if len(found) > 3 else ""),
                 why="They are of an earlier storage, or HPO_STORAGE points elsewhere today; hpo does not see them.",
                 repair=f"ends those that are RUNNING and marks all with the tag {ORPHAN}; none is deleted",

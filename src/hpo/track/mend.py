@@ -12,7 +12,7 @@ from typing import Any
 from hpo.home import Home
 from hpo.track import models, runs
 from hpo.track.look import Experiment, Model, Run
-from hpo.track.store import connect, lock, told
+from hpo.track.store import connect, load_mlflow, lock, told
 
 ORPHAN = "hpo.orphan"  # the tag of a run that no trial of the study storage answers for
 # Where MLflow's database holds absolute places.
@@ -75,6 +75,10 @@ def move_places(home: Home, old: Path, new: Path) -> Path:
                             f"WHERE substr({column}, 1, ?) = ?",
                             (f"{after}/", len(before) + 2, len(before) + 1, f"{before}/"),
                         )
+    load_mlflow()
+    from mlflow.tracking._tracking_service import utils
+
+    utils._artifact_repos_cache.clear()  # in which this process has the old places
     return copy
 
 
