@@ -351,7 +351,10 @@ class TrialEnded:
 
 @dataclass(frozen=True)
 class StudyEnded:
-    """The run is over. reason is budget, exhausted, timeout, interrupted, stopped or failing; model is the registered challenger."""
+    """The run is over; model is the registered challenger.
+
+    reason is budget, exhausted, timeout, interrupted (Ctrl-C), stopped (hpo stop) or failing.
+    """
 
     study: StudyResult
     reason: str

@@ -212,12 +212,16 @@ def test_folders_that_nobody_owns_are_set_aside_and_work_is_removed(kept, untouc
     for number in (3, 77):
         (kept.work / "formula" / str(number)).mkdir(parents=True)
     (kept.work / "nobody" / "0").mkdir(parents=True)
+    for precious in ("formula/checkpoints/search-1-2.pt", "formula/2/result.json", "other/1/result.json"):
+        (kept.work / precious).parent.mkdir(parents=True)
+        (kept.work / precious).touch()
     assert "1 artifact folders that no run" in told(kept)
     assert "3 folders of work" in told(kept)
     mended(kept)
     aside = kept.root / "aside" / "formula" / "0123456789abcdef0123456789abcdef" / "artifacts" / "weights"
     assert aside.read_text() == "dear"
-    assert not list(kept.work.glob("*/*"))
+    left = {str(path.relative_to(kept.work)) for path in kept.work.rglob("*") if path.is_file()}
+    assert left == {"formula/checkpoints/search-1-2.pt", "formula/2/result.json", "other/1/result.json"}
 
 
 def test_what_a_complete_trial_left_waits_for_its_model_to_be_logged(kept):

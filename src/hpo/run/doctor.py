@@ -19,7 +19,7 @@ _ROUNDS = 4  # a repair brings to light what it hid: a trial settled leaves a ru
 
 @dataclass(frozen=True)
 class Checkup:
-    """What the doctor found: what was repaired, what is wrong still, and notes on what was not looked at or repaired."""
+    """What the doctor found: what is wrong still, what was repaired, and what was not looked at or not repaired."""
 
     wrong: tuple[Finding, ...] = ()
     fixed: tuple[Finding, ...] = ()

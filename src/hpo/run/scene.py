@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from hpo.search.look import look as look_at_storage
 from hpo.track.look import Tracking, place_of
 from hpo.track.look import look as look_at_tracking
 
+# What a trial, or the drawing of a study's pictures, leaves in the study's folder of work. Checkpoints are none of it.
+_SCRAP = re.compile(r"[0-9]+|study|lease-.*")
 _YOUNG_SECONDS = 60.0  # a lease file this young may be about to be held
 
 
@@ -120,7 +123,8 @@ def _stale_leases(home: Home) -> list[Path]:
 def leftovers(scene: Scene) -> list[tuple[str, Path]]:
     """(study's title or "", folder) of work that nobody will take up again: of trials that are over, or of no study.
 
-    What a complete trial left is wanted until its model is logged, and what a stopped one left until its retry is over.
+    What a complete trial left is wanted until its model is logged, what a stopped one left until its retry is over, and
+    checkpoints until their training is. A result that the storage has not taken yet is never counted as left over.
     """
     if not scene.storage_read:
         return []
@@ -130,11 +134,16 @@ def leftovers(scene: Scene) -> list[tuple[str, Path]]:
             continue
         one = scene.studies.get(folder.name)
         if one is None:
-            found.append(("", folder))
+            found += [("", folder)] if not _holds_result(folder) else []
             continue
         wanted = {str(trial.number) for trial in one.study.trials if _wanted(trial, one)}
-        found += [(folder.name, path) for path in sorted(folder.iterdir()) if path.name not in wanted]
+        scrap = [path for path in sorted(folder.iterdir()) if _SCRAP.fullmatch(path.name) and path.name not in wanted]
+        found += [(folder.name, path) for path in scrap if not _holds_result(path)]
     return found
+
+
+def _holds_result(folder: Path) -> bool:
+    return any(folder.rglob("result.json"))
 
 
 def _wanted(trial: Trial, one: Look) -> bool:

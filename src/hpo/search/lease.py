@@ -71,7 +71,8 @@ class Lease:
             self._lock.acquire()
         # Beside the lock, not in it: whoever probes a lock empties its file.
         holder = Holder(self.name, title, socket.gethostname(), os.getpid(), time.time())
-        self._path.with_suffix(".json").write_text(json.dumps(asdict(holder)), encoding="utf-8")
+        with suppress(OSError):  # it holds all the same; only hpo status knows less
+            self._path.with_suffix(".json").write_text(json.dumps(asdict(holder)), encoding="utf-8")
 
     def alive(self, name: str) -> bool:
         """Whether the lease of that name is held by anyone."""

@@ -93,7 +93,7 @@ def _look(home: Home, reader: Reader, study: int, record: Mapping[str, Any], *, 
     mine = [holder for holder in holders(home.locks) if holder.title == whole.title]
     alive = {name: _alive(home, name, mine) for name in set(leases.values())}
     elsewhere = {name for name, living in alive.items() if living} - {holder.lease for holder in mine}
-    others = [Holder(name, whole.title, name.rpartition("|")[0]) for name in sorted(elsewhere)]
+    others = [Holder(name, whole.title, name.rpartition("|")[0] or socket.gethostname()) for name in sorted(elsewhere)]
     return Look(
         study=whole,
         holders=(*mine, *others),
