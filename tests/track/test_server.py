@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from hpo.home import Home
 from hpo.predict import load_model
 from hpo.records import TrialState
 from hpo.track.ledger import openings, record_opening
+from hpo.track.look import look
 from hpo.track.registry import resolve
 from hpo.track.tracker import Tracker
 
@@ -58,6 +60,13 @@ def test_a_study_on_a_server_needs_no_local_artifacts(server: Home, folder: Path
     assert list(tracker.kept_models(study)) == [1]
     assert len(list((tmp_path / "server").rglob("net.pt2"))) == 1
     assert not [path for path in server.root.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    database = look(replace(server, tracking_uri=f"sqlite:///{tmp_path / 'server' / 'mlflow.db'}"))
+    asked = look(server)
+    assert database is not None
+    assert asked is not None
+    assert sorted(database.runs, key=lambda run: run.key) == sorted(asked.runs, key=lambda run: run.key)
+    assert database.versions == asked.versions
+    assert [model for model in database.models if not model.deleted] == list(asked.models)
     model = load_model("tiny", home=server)
     assert model.predict_proba(np.zeros((2, *tiny.SHAPE), np.uint8)).shape == (2, 3)
     opening = record_opening(server, study, model=version, scores={"test_accuracy": 0.9})

@@ -145,7 +145,7 @@ def _ask(home: Home) -> Tracking:
             one.info.status,
             one.info.artifact_uri,
             one.info.lifecycle_stage == "deleted",
-            one.data.tags,
+            {name: text for name, text in one.data.tags.items() if name.startswith("hpo.") or name == PARENT},
         )
         for number in numbers
         for one in _pages(client.search_runs, experiment_ids=[number], run_view_type=3)
