@@ -123,7 +123,7 @@ class Supervisor:
         reaped = time.monotonic()
         while True:
             if time.monotonic() - reaped > _REAP:
-                self._study.reap()
+                self._reap()
                 reaped = time.monotonic()
             reason = self._reason_to_stop()
             if reason:
@@ -139,6 +139,13 @@ class Supervisor:
             self._keeper.collect()
             for failure in self._background.failures():
                 self._watch(Notice(f"tracking: {failure} The next hpo run of this study mends it."))
+
+    def _reap(self) -> None:
+        """Settle what a supervisor that died beside this one has left, in the tracker too."""
+        if self._study.reap():
+            self._background.submit(
+                self._tracker.reconcile, self._study.result(), self._spec, leave=self._study.attended()
+            )
 
     def _reason_to_stop(self) -> str:
         if self._interrupted.is_set():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import math
 import warnings
@@ -39,6 +40,7 @@ from hpo.search.strategy import Proposer, build_pruner, decode, distribution, en
 from hpo.spec.study import StudySpec
 
 _MOST_DEATHS = 3
+_REMOTE_GRACE = datetime.timedelta(minutes=10)
 _UNBOUNDED = 1e6  # Optuna wants finite violations
 _OPTUNA_STATES = {
     TrialState.COMPLETE: optuna.trial.TrialState.COMPLETE,
@@ -192,10 +194,11 @@ class Study:
 
     @_guarded
     def tell(self, result: TrialResult, *, died: bool = False) -> TrialResult:
-        """Close a trial of this handle; returns what was recorded. STOPPED enqueues its candidate, ahead of new ones.
+        """Close a trial of this handle, and return the result as it was recorded.
 
-        died says that its worker did: a candidate whose process has died three times is failed instead. A complete
-        trial without a finite value for each objective is recorded as failed.
+        STOPPED enqueues the candidate again, ahead of new ones. died says that its worker did: a candidate whose
+        process has died three times is failed instead. A complete trial without a finite value for each objective is
+        recorded as failed.
         """
         trial = self._storage.get_trial(self._running[result.number]._trial_id)
         if result.state is TrialState.COMPLETE:
@@ -215,6 +218,28 @@ class Study:
             result = self._settle(trial, result)
         del self._running[result.number]
         return result
+
+    @_guarded
+    def attended(self) -> set[int]:
+        """Numbers of the trials that another living supervisor answers for: it tells the tracker of them itself.
+
+        Whether those of another machine live cannot be seen from here: their trials count until ten minutes after
+        their end.
+        """
+        trials = [(trial, start_of(trial).lease) for trial in self._trials()]
+        others = {lease for _, lease in trials} - {self._lease.name, ""}
+        living = {lease for lease in others if self._lease.alive(lease)}
+        late = datetime.datetime.now() - _REMOTE_GRACE  # without a zone, as in Optuna
+        return {
+            trial.number
+            for trial, lease in trials
+            if lease in living and (self._lease.near(lease) or (trial.datetime_complete or late) >= late)
+        }
+
+    @property
+    def lease(self) -> Lease:
+        """The proof of life of this handle."""
+        return self._lease
 
     @_guarded
     def result(self) -> StudyResult:

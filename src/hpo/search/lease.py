@@ -52,6 +52,15 @@ class Lease:
         with _probing(folder):
             self._lock.acquire()
 
+    @property
+    def stem(self) -> str:
+        """A file name that no other lease has."""
+        return self._path.stem
+
+    def near(self, name: str) -> bool:
+        """Whether the lease of that name is of this machine, so that alive knows for sure."""
+        return name.rpartition("|")[0] in ("", socket.gethostname())
+
     def alive(self, name: str) -> bool:
         """Whether the lease of that name is held by anyone."""
         host, _, file = name.rpartition("|")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -175,17 +175,21 @@ class Tracker:
         client.set_terminated(run_id, status)
 
     @told
-    def reconcile(self, study: StudyResult, spec: StudySpec) -> None:
+    def reconcile(self, study: StudyResult, spec: StudySpec, *, leave: Collection[int] = ()) -> None:
         """Bring the runs in line with the study storage: missing ones made, unfinished ones ended as the trials did.
 
-        Trials that are waiting or running are left alone: another supervisor may be about to write them.
+        What a killed process had begun to log of a model is deleted. Trials that are waiting or running are left alone,
+        and so are those in `leave`: another supervisor may be about to write them.
         """
         found = {int(run.data.tags[runs.TRIAL]): run for run in runs.children(self._client, self._parent_of(study))}
         self._runs.update({number: run.info.run_id for number, run in found.items()})
+        ended: dict[str, str] = {}
         for trial in study.trials:
             run = found.pop(trial.number, None)
-            if trial.state not in runs.STATUS:
+            if trial.state not in runs.STATUS or trial.number in leave:
                 continue
+            if run is not None:
+                ended[run.info.run_id] = run.data.tags.get(runs.MODEL, "")
             if run is None or run.info.status == "RUNNING" or run.data.tags.get(runs.STATE) != trial.state:
                 self._mend(trial, spec, run)
         # Trials that the storage has not: newer than this record (left alone), or lost with an earlier storage.
@@ -194,6 +198,7 @@ class Tracker:
             if number <= newest and run.info.status == "RUNNING":
                 self._client.set_tag(run.info.run_id, runs.STATE, TrialState.STOPPED.value)
                 self._client.set_terminated(run.info.run_id, "KILLED")
+        models.delete_unfinished(self._client, self._parent.info.experiment_id, ended)
 
     @told
     def kept_models(self, study: StudyResult) -> dict[int, str]:
@@ -246,9 +251,13 @@ class Tracker:
             run_name=f"trial {candidate.number}",
         )
         self._runs[candidate.number] = run.info.run_id
-        runs.log(client, run.info.run_id, params=runs.trial_params(candidate, setup))
+        self._describe(candidate, setup)
+
+    def _describe(self, candidate: Candidate, setup: Setup) -> None:
+        run_id = self._runs[candidate.number]
+        runs.log(self._client, run_id, params=runs.trial_params(candidate, setup))
         if self._dataset is not None:
-            client.log_inputs(run.info.run_id, [self._dataset])
+            self._client.log_inputs(run_id, [self._dataset])
 
     def _end(self, result: TrialResult, *, ended: float) -> None:
         client, run_id = self._client, self._run_id(result.number)
@@ -270,6 +279,8 @@ class Tracker:
             setup = spec.with_values(trial.candidate.parameters)
             self._start(trial.candidate, setup, worker=trial.worker, started=started)
         else:
+            if not run.data.params or not run.inputs.dataset_inputs:  # killed between making it and describing it
+                self._describe(trial.candidate, spec.with_values(trial.candidate.parameters))
             for fold in {epoch.fold for epoch in result.epochs}:
                 name = f"fold{fold}.epoch_seconds" if fold else "epoch_seconds"
                 history = self._client.get_metric_history(run.info.run_id, name)
