@@ -35,12 +35,12 @@ from hpo.search.storage import read_study
 from hpo.track import runs
 from hpo.track.store import connect
 
-TRIALS, KEPT = 8, 2
+TRIALS = 10
 KINDS = ("worker", "helper", "main", "all")
-# When a life ends: after which line of `hpo run --json`, and at most how many seconds later.
+# When main or all of a run is killed: after which line of `hpo run --json`, and at most how many seconds later.
 MOMENTS = (
     ("start", 5.0),
-    ("start", 8.0),
+    ("start", 15.0),
     ("study_opened", 0.5),
     ("trial_started", 0.3),
     ("epoch_ended", 0.3),
@@ -113,7 +113,7 @@ class Life:
 
     def __init__(self, study: Path, home: Path, environment: dict[str, str], *, workers: int) -> None:
         command = [sys.executable, "-m", "hpo", "run", str(study), "--home", str(home), "--json"]
-        self.errors = tempfile.TemporaryFile("w+")
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - read at the end of the life
         self.process = subprocess.Popen(
             [*command, "--workers", str(workers)],
             stdout=subprocess.PIPE,
@@ -123,9 +123,8 @@ class Life:
             cwd=home,
             start_new_session=True,
         )
-        self.last = "start"
+        self.heard = ["start"]
         self.ended = 0
-        self.budget = TRIALS
         self.results: dict[int, tuple[str, Any]] = {}
         self._news = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -138,12 +137,12 @@ class Life:
                 self._hear(json.loads(line))
                 self._news.notify_all()
         with self._news:
-            self.last = "end"
+            self.heard.append("end")
             self._news.notify_all()
 
     def _hear(self, event: dict[str, Any]) -> None:
         if event["event"] != "notice":
-            self.last = event["event"]
+            self.heard.append(event["event"])
         if event["event"] == "study_opened":
             self.ended = event["finished"]
         if event["event"] == "trial_ended" and event["result"]["state"] in FINISHED:
@@ -158,22 +157,22 @@ class Life:
     @property
     def phase(self) -> str:
         """Where it is, as far as its lines say."""
-        if self.last == "start":
+        if self.heard[-1] == "start":
             return "opening"
-        if self.ended >= self.budget or self.last == "study_ended":
+        if self.ended >= TRIALS or self.heard[-1] == "study_ended":
             return "closing"
-        return "asking" if self.last in ("study_opened", "trial_ended") else "training"
+        return "asking" if self.heard[-1] in ("study_opened", "trial_ended") else "training"
 
     def wait_for(self, moment: str, *, timeout: float = 120.0) -> bool:
-        """Until the first line of this kind from now on; False if it ended before."""
+        """Until the next line of this kind, or the last trial's; False if the run ended."""
+        known = len(self.heard)
 
         def come() -> bool:
-            closing = moment == "last trial" and self.phase == "closing"
-            return self.last == "end" or moment in (self.last, "start") or closing
+            return moment in ("start", *self.heard[known:]) or self.phase == "closing" or self.heard[-1] == "end"
 
         with self._news:
             self._news.wait_for(come, timeout)
-            return self.last != "end"
+            return self.heard[-1] != "end"
 
     def pids(self, kind: str) -> list[int]:
         """The processes that are the main one, its workers or its helper, which is nicer by 5."""
@@ -238,7 +237,7 @@ def write_study(folder: Path, chance: random.Random) -> Path:
         "split": {"kind": "holdout", "share": 0.2, "by": "stratified", "test_share": 0.2},
         "model": {"kind": "mlp", "hidden": 16},
         "training": {"epochs": chance.choice([3, 6, 12]), "precision": "float32"},
-        "keep": {"models": f"best:{KEPT}", "figures": chance.choice(["none", "best:1"])},
+        "keep": {"models": f"best:{chance.choice([1, 2])}", "figures": chance.choice(["none", "best:1"])},
         "search": {
             "trials": TRIALS,
             "sampler": chance.choice(["tpe", "random"]),
@@ -258,23 +257,20 @@ def write_study(folder: Path, chance: random.Random) -> Path:
 
 def torment(folder: Path, *, seed: str, kills: int, cache: Path) -> Tally:
     """One study in an empty folder: so many kills or until it is done, then a run to the end, then the checks."""
-    chance, tally = random.Random(seed), Tally(studies=1)
+    chance, tally = random.Random(seed), Tally(studies=1)  # noqa: S311 - nothing secret
     folder.mkdir(parents=True)
     study = write_study(folder, chance)
     environment = {**os.environ, "HPO_DATA": str(cache), "OMP_NUM_THREADS": "1", "HOME": str(folder)}
     for name in ("HPO_HOME", "HPO_STORAGE", "MLFLOW_TRACKING_URI"):
         environment.pop(name, None)
     seen: dict[int, tuple[str, Any]] = {}
-    done = False
-    while not done:
+    code = -signal.SIGKILL
+    while code != 0:
         life = Life(study, folder, environment, workers=chance.choice([1, 2]))
         tally.starts += 1
-        if sum(tally.kills.values()) < kills:
-            done = _kill_in(life, chance, tally, most=kills)
-        else:
-            done = True
+        _kill_in(life, chance, tally, left=kills - sum(tally.kills.values()))
         try:
-            code = life.join(300)
+            code = life.join(600)
         except subprocess.TimeoutExpired:
             os.killpg(life.process.pid, signal.SIGKILL)
             tally.add("runs that ended badly", f"{folder}: hangs: {life.said()}")
@@ -285,34 +281,25 @@ def torment(folder: Path, *, seed: str, kills: int, cache: Path) -> Tally:
             seen |= _finished(read_study(Home.find(folder), "short"))
         if code not in (0, -signal.SIGKILL) or "Traceback" in said or "locked" in said:
             tally.add("runs that ended badly", f"{folder}: exit code {code}: {said}")
-        done = done or code == 0
-        if code == 0 and not done:
             break
     check(folder, seen, tally)
     return tally
 
 
-def _kill_in(life: Life, chance: random.Random, tally: Tally, *, most: int) -> bool:
-    """Some workers or the helper along the way, then perhaps main or all of it; True if it was let live."""
+def _kill_in(life: Life, chance: random.Random, tally: Tally, *, left: int) -> None:
+    """Some workers or the helper along the way, then main or all of it, `left` in all at most."""
     moment, longest = chance.choice(MOMENTS)
-    fatal = chance.random() < 0.75
-    if moment != "start" and life.wait_for("study_opened"):
-        for _ in range(chance.choice([0, 1, 2, 4])):
-            if sum(tally.kills.values()) + fatal >= most:
-                break
-            time.sleep(chance.uniform(0.02, 0.6))
-            kind = chance.choice(["worker", "worker", "worker", "helper"])
-            phase = life.phase
-            if life.kill(kind, chance):
-                tally.kills[kind, phase] += 1
-    if not fatal:
-        return False
-    if life.wait_for(moment):
+    small = 0 if moment == "start" else min(left - 1, chance.choice([1, 2, 4, 6]))
+    for turn in range(small):
+        if not life.wait_for(chance.choice(["epoch_ended", "trial_ended"]) if turn else "study_opened"):
+            return
+        time.sleep(chance.uniform(0.0, 0.3))
+        kind, phase = chance.choice(["worker"] * 5 + ["helper"]), life.phase
+        tally.kills[kind, phase] += life.kill(kind, chance)
+    if left > 0 and life.wait_for(moment):
         time.sleep(chance.uniform(0, longest))
         kind, phase = chance.choice(["main", "all"]), life.phase
-        if life.kill(kind, chance):
-            tally.kills[kind, phase] += 1
-    return False
+        tally.kills[kind, phase] += life.kill(kind, chance)
 
 
 def _finished(study: StudyResult) -> dict[int, tuple[str, Any]]:
@@ -329,7 +316,7 @@ def check(folder: Path, seen: dict[int, tuple[str, Any]], tally: Tally) -> None:
             tally.add("finished trials lost or changed", f"{folder}: trial {number}: {then} -> {now.get(number)}")
     _check_budget(folder, study, tally)
     _check_tracking(folder, home, study, tally)
-    _check_disk(folder, home, tally)
+    _check_disk(home, tally)
 
 
 def _check_budget(folder: Path, study: StudyResult, tally: Tally) -> None:
@@ -406,7 +393,8 @@ def _check_tracking(folder: Path, home: Home, study: StudyResult, tally: Tally) 
 
 def _check_models(folder: Path, home: Home, study: StudyResult, experiment: str, mine: Any, tally: Tally) -> None:
     kind, client = "models or versions too many or too few", connect(home)
-    kept = {trial.number for trial in [*study.ranked()[:KEPT], *study.ranked(FINAL)]}
+    most = int(study.spec["keep"]["models"].removeprefix("best:"))
+    kept = {trial.number for trial in [*study.ranked()[:most], *study.ranked(FINAL)]}
     tagged = {number: run.data.tags[runs.MODEL] for number, run in mine.items() if runs.MODEL in run.data.tags}
     if set(tagged) != kept:
         tally.add(kind, f"{folder}: models of trials {sorted(tagged)}, not {sorted(kept)}")
@@ -426,14 +414,14 @@ def _check_models(folder: Path, home: Home, study: StudyResult, experiment: str,
         tally.add(kind, f"{folder}: versions {[version.version for version in versions]}, aliases {aliases}")
 
 
-def _check_disk(folder: Path, home: Home, tally: Tally) -> None:
+def _check_disk(home: Home, tally: Tally) -> None:
     left = [*home.work.glob("short*/**/*"), *home.locks.glob("lease-*")]
     left += [*home.root.rglob(".write-*"), *home.root.rglob("*.part"), *home.root.rglob("*.tmp")]
     for path in left:
         tally.add("files left over", f"{path}")
 
 
-def run(kills: int, *, seed: int, stores: int, each: int = 8, report: bool = True) -> Tally:
+def run(kills: int, *, seed: int, stores: int, each: int = 16, report: bool = True) -> Tally:
     """Studies with `each` kills, `stores` of them at a time, until there were so many kills in all."""
     tally, began, lock = Tally(), time.monotonic(), threading.Lock()
     process_context()
