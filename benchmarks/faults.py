@@ -28,12 +28,10 @@ from typing import Any
 
 import yaml
 
+from agreement import Findings, Seen, check, finished
 from hpo.home import Home
-from hpo.records import FINAL, StudyResult, TrialState
-from hpo.run.engines import process_context
+from hpo.records import TrialState
 from hpo.search.storage import read_study
-from hpo.track import runs
-from hpo.track.store import connect
 
 TRIALS = 10
 KINDS = ("worker", "helper", "main", "all")
@@ -49,35 +47,23 @@ MOMENTS = (
     ("last trial", 3.0),
     ("last trial", 8.0),
 )
-FINISHED = {"complete", "pruned", "failed"}
 
 
 @dataclass
 class Tally:
-    """What happened and what was found wrong; every wrong is also a sentence."""
+    """What was done to how many studies, and what was found wrong."""
 
     kills: Counter[tuple[str, str]] = field(default_factory=Counter)  # (kind, phase)
     starts: int = 0
     studies: int = 0
-    trials: int = 0
-    given_up: int = 0  # candidates whose process died three times: failed, as documented
-    wrong: Counter[str] = field(default_factory=Counter)
-    sentences: list[str] = field(default_factory=list)
-
-    def add(self, kind: str, sentence: str) -> None:
-        """One more finding of its kind."""
-        self.wrong[kind] += 1
-        self.sentences.append(f"{kind}: {sentence}")
+    findings: Findings = field(default_factory=Findings)
 
     def merge(self, other: Tally) -> None:
         """Take in what another tally counted."""
         self.kills += other.kills
         self.starts += other.starts
         self.studies += other.studies
-        self.trials += other.trials
-        self.given_up += other.given_up
-        self.wrong += other.wrong
-        self.sentences += other.sentences
+        self.findings.merge(other.findings)
 
     def table(self) -> str:
         """Kills by kind and phase, then what was lost."""
@@ -87,25 +73,9 @@ class Tally:
             row = [self.kills[kind, phase] for phase in phases]
             lines.append(f"{kind:<12}" + "".join(f"{number:>10}" for number in row) + f"{sum(row):>8}")
         total = sum(self.kills.values())
-        lines += [
-            "",
-            f"{total} kills in {self.starts} runs of {self.studies} studies, {self.trials} trials counted",
-            f"{self.given_up} candidates failed because their process died three times (as documented)",
-        ]
-        lines += [f"{self.wrong[kind]} {kind}" for kind in WRONGS]
-        return "\n".join(lines)
-
-
-WRONGS = (
-    "finished trials lost or changed",
-    "trials counted twice, or not at all",
-    "runs left RUNNING",
-    "trials on which MLflow and Optuna disagree",
-    "epochs missing or doubled",
-    "models or versions too many or too few",
-    "files left over",
-    "runs that ended badly",
-)
+        trials = self.findings.trials
+        lines += ["", f"{total} kills in {self.starts} runs of {self.studies} studies, {trials} trials counted"]
+        return "\n".join([*lines, self.findings.table()])
 
 
 class Life:
@@ -145,7 +115,7 @@ class Life:
             self.heard.append(event["event"])
         if event["event"] == "study_opened":
             self.ended = event["finished"]
-        if event["event"] == "trial_ended" and event["result"]["state"] in FINISHED:
+        if event["event"] == "trial_ended" and TrialState(event["result"]["state"]).finished:
             self.results[event["result"]["number"]] = (event["result"]["state"], event["result"]["value"])
             self.ended += 1
 
@@ -263,7 +233,7 @@ def torment(folder: Path, *, seed: str, kills: int, cache: Path) -> Tally:
     environment = {**os.environ, "HPO_DATA": str(cache), "OMP_NUM_THREADS": "1", "HOME": str(folder)}
     for name in ("HPO_HOME", "HPO_STORAGE", "MLFLOW_TRACKING_URI"):
         environment.pop(name, None)
-    seen: dict[int, tuple[str, Any]] = {}
+    seen: Seen = {}
     code = -signal.SIGKILL
     while code != 0:
         life = Life(study, folder, environment, workers=chance.choice([1, 2]))
@@ -273,16 +243,17 @@ def torment(folder: Path, *, seed: str, kills: int, cache: Path) -> Tally:
             code = life.join(600)
         except subprocess.TimeoutExpired:
             os.killpg(life.process.pid, signal.SIGKILL)
-            tally.add("runs that ended badly", f"{folder}: hangs: {life.said()}")
+            tally.findings.add("runs that ended badly", f"{folder}: hangs: {life.said()}")
             return tally
         said = life.said()
         seen |= life.results
         with contextlib.suppress(Exception):
-            seen |= _finished(read_study(Home.find(folder), "short"))
+            seen |= finished(read_study(Home.find(folder), "short"))
         if code not in (0, -signal.SIGKILL) or "Traceback" in said or "locked" in said:
-            tally.add("runs that ended badly", f"{folder}: exit code {code}: {said}")
+            tally.findings.add("runs that ended badly", f"{folder}: exit code {code}: {said}")
             break
-    check(folder, seen, tally)
+    home = Home.find(folder)
+    check(home, read_study(home, "short"), seen, tally.findings, budget=TRIALS)
     return tally
 
 
@@ -302,129 +273,9 @@ def _kill_in(life: Life, chance: random.Random, tally: Tally, *, left: int) -> N
         tally.kills[kind, phase] += life.kill(kind, chance)
 
 
-def _finished(study: StudyResult) -> dict[int, tuple[str, Any]]:
-    return {trial.number: (trial.state.value, trial.value) for trial in study.trials if trial.state.finished}
-
-
-def check(folder: Path, seen: dict[int, tuple[str, Any]], tally: Tally) -> None:
-    """Compare storage, tracking and disk of a study that has ended with each other and with what was seen before."""
-    home = Home.find(folder)
-    study = read_study(home, "short")
-    now = _finished(study)
-    for number, then in seen.items():
-        if now.get(number) != then:
-            tally.add("finished trials lost or changed", f"{folder}: trial {number}: {then} -> {now.get(number)}")
-    _check_budget(folder, study, tally)
-    _check_tracking(folder, home, study, tally)
-    _check_disk(home, tally)
-
-
-def _check_budget(folder: Path, study: StudyResult, tally: Tally) -> None:
-    kind = "trials counted twice, or not at all"
-    counted = sorted(trial.candidate.ordinal for trial in study.trials if _counts(trial) and not _is_final(trial))
-    tally.trials += len(counted)
-    if counted != list(range(TRIALS)) or len(study.counted) != TRIALS:
-        tally.add(kind, f"{folder}: ordinals {counted}, {len(study.counted)} counted")
-    finals = sorted(trial.candidate.ordinal for trial in study.trials if _counts(trial) and _is_final(trial))
-    if finals != list(range(study.spec["final"]["seeds"] if study.spec["final"] else 0)):
-        tally.add(kind, f"{folder}: finals {finals}")
-    for trial in study.trials:
-        if not trial.state.finished and trial.state is not TrialState.STOPPED:
-            tally.add("runs left RUNNING", f"{folder}: Optuna's trial {trial.number} is {trial.state}")
-        if trial.state is TrialState.FAILED:
-            reason = trial.result.reason if trial.result else ""
-            tally.given_up += "its process died each time" in reason
-            if "its process died each time" not in reason:
-                tally.add(kind, f"{folder}: trial {trial.number} failed: {reason}")
-
-
-def _counts(trial: Any) -> bool:
-    return bool(trial.state.finished)
-
-
-def _is_final(trial: Any) -> bool:
-    return bool(trial.candidate.stage == FINAL)
-
-
-def _check_tracking(folder: Path, home: Home, study: StudyResult, tally: Tally) -> None:
-    client = connect(home)
-    (experiment,) = client.search_experiments(filter_string="name = 'short'")
-    every = list(client.search_runs([experiment.experiment_id], max_results=1000))
-    for run in every:
-        if run.info.status == "RUNNING":
-            tally.add("runs left RUNNING", f"{folder}: MLflow's {run.info.run_name}")
-    disagree = "trials on which MLflow and Optuna disagree"
-    parents = [run for run in every if run.data.tags.get(runs.KIND) == "study"]
-    if len(parents) != 1:
-        tally.add(disagree, f"{folder}: {len(parents)} parent runs")
-    mine: dict[int, list[Any]] = {}
-    for run in every:
-        if runs.TRIAL in run.data.tags:
-            mine.setdefault(int(run.data.tags[runs.TRIAL]), []).append(run)
-    if set(mine) - {trial.number for trial in study.trials}:
-        tally.add(disagree, f"{folder}: runs of trials that are none: {sorted(mine)}")
-    for trial in study.trials:
-        found = mine.get(trial.number, [])
-        where = f"{folder}: trial {trial.number} ({trial.state})"
-        if len(found) != 1:
-            tally.add(disagree, f"{where} has {len(found)} runs")
-            continue
-        run, result = found[0], trial.result
-        facts = (run.info.status, run.data.tags.get(runs.STATE), run.data.metrics.get("objective"))
-        expected = (runs.STATUS[trial.state], trial.state.value, trial.value)
-        if facts != expected:
-            tally.add(disagree, f"{where}: {facts} is not {expected}")
-        if "training.epochs" not in run.data.params or not run.inputs.dataset_inputs:
-            tally.add(disagree, f"{where}: its parameters or its data set are missing")
-        wanted: dict[str, dict[int, float]] = {}
-        for epoch in result.epochs if result else ():
-            for name, value in epoch.scores.items():
-                wanted.setdefault(name, {})[epoch.number] = value
-        for name in wanted or ["train_loss"]:
-            history = [(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, name)]
-            if sorted(history) != sorted(wanted.get(name, {}).items()):
-                steps = sorted(step for step, _ in history)
-                tally.add("epochs missing or doubled", f"{where}: {name}: {steps} of {sorted(wanted.get(name, {}))}")
-        for name in ("objective", "duration_seconds"):
-            if len(client.get_metric_history(run.info.run_id, name)) > 1:
-                tally.add("epochs missing or doubled", f"{where}: {name} is written twice")
-    _check_models(folder, home, study, experiment.experiment_id, {n: found[0] for n, found in mine.items()}, tally)
-
-
-def _check_models(folder: Path, home: Home, study: StudyResult, experiment: str, mine: Any, tally: Tally) -> None:
-    kind, client = "models or versions too many or too few", connect(home)
-    most = int(study.spec["keep"]["models"].removeprefix("best:"))
-    kept = {trial.number for trial in [*study.ranked()[:most], *study.ranked(FINAL)]}
-    tagged = {number: run.data.tags[runs.MODEL] for number, run in mine.items() if runs.MODEL in run.data.tags}
-    if set(tagged) != kept:
-        tally.add(kind, f"{folder}: models of trials {sorted(tagged)}, not {sorted(kept)}")
-    logged = client.search_logged_models([experiment])
-    if sorted(f"models:/{model.model_id}" for model in logged) != sorted(tagged.values()):
-        tally.add(kind, f"{folder}: {len(logged)} logged models, {len(tagged)} kept")
-    on_disk = sorted(path.name for path in home.artifacts.glob("short/models/*"))
-    if on_disk != sorted(uri.removeprefix("models:/") for uri in tagged.values()):
-        tally.add(kind, f"{folder}: on disk {on_disk}, kept {sorted(tagged.values())}")
-    for model in logged:
-        if str(model.status) not in ("READY", "LoggedModelStatus.READY"):
-            tally.add(kind, f"{folder}: {model.name} is {model.status}")
-    versions = client.search_model_versions("name = 'short'")
-    best = study.ranked(FINAL) if study.spec["final"] else study.ranked()
-    aliases = client.get_registered_model("short").aliases if versions else {}
-    if len(versions) != bool(best) or (best and aliases != {"challenger": versions[0].version}):
-        tally.add(kind, f"{folder}: versions {[version.version for version in versions]}, aliases {aliases}")
-
-
-def _check_disk(home: Home, tally: Tally) -> None:
-    left = [*home.work.glob("short*/**/*"), *home.locks.glob("lease-*")]
-    left += [*home.root.rglob(".write-*"), *home.root.rglob("*.part"), *home.root.rglob("*.tmp")]
-    for path in left:
-        tally.add("files left over", f"{path}")
-
-
 def run(kills: int, *, seed: int, stores: int, each: int = 16, report: bool = True) -> Tally:
     """Studies with `each` kills, `stores` of them at a time, until there were so many kills in all."""
     tally, began, lock = Tally(), time.monotonic(), threading.Lock()
-    process_context()
     with tempfile.TemporaryDirectory(prefix="hpo-faults-") as scratch, ThreadPoolExecutor(stores) as pool:
         wanted = iter(range(10**6))
 
@@ -441,9 +292,9 @@ def run(kills: int, *, seed: int, stores: int, each: int = 16, report: bool = Tr
                 with lock:
                     tally.merge(mine)
                     if report:
-                        total, wrong = sum(tally.kills.values()), sum(tally.wrong.values())
+                        total, wrong = sum(tally.kills.values()), sum(tally.findings.wrong.values())
                         print(f"{time.monotonic() - began:6.0f} s: {total} kills, {wrong} wrong", flush=True)
-                        for sentence in mine.sentences:
+                        for sentence in mine.findings.sentences:
                             print(f"  {sentence}", flush=True)
 
         for job in [pool.submit(worker) for _ in range(stores)]:
@@ -460,7 +311,7 @@ def main() -> None:
     options = parser.parse_args()
     tally = run(options.kills, seed=options.seed, stores=options.stores)
     print(tally.table())
-    sys.exit(bool(tally.wrong))
+    sys.exit(bool(tally.findings.wrong))
 
 
 if __name__ == "__main__":

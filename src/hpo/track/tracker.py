@@ -85,7 +85,8 @@ class Tracker:
     @told
     def end_trial(self, result: TrialResult) -> None:
         """Write how a trial ended and close its run: FINISHED (complete, pruned), FAILED or KILLED (stopped)."""
-        self._end(result, ended=time.time())
+        ended = time.time()
+        self._end(result, runs.result_metrics(result, ended), ended=ended)
 
     @told
     def keep_model(self, number: int, folder: Path) -> str:
@@ -259,11 +260,11 @@ class Tracker:
         if self._dataset is not None:
             self._client.log_inputs(run_id, [self._dataset])
 
-    def _end(self, result: TrialResult, *, ended: float) -> None:
+    def _end(self, result: TrialResult, metrics: Sequence[Any], *, ended: float) -> None:
         client, run_id = self._client, self._run_id(result.number)
         tags = {runs.STATE: result.state.value} | ({"hpo.reason": result.reason} if result.reason else {})
         tags |= {runs.FAILURE: result.failure.value} if result.failure else {}
-        runs.log(client, run_id, metrics=runs.result_metrics(result, ended), params=result.settings, tags=tags)
+        runs.log(client, run_id, metrics=metrics, params=result.settings, tags=tags)
         if result.confusion:
             client.log_dict(run_id, {"true_by_predicted": result.confusion}, "confusion.json")
         if result.traceback:
@@ -274,17 +275,15 @@ class Tracker:
         result = trial.result or TrialResult(trial.number, trial.state, reason="it ended without a result")
         started = trial.started or time.time()
         ended = started + trial.run_seconds
-        logged: set[tuple[int, int]] = set()
+        metrics = runs.epoch_metrics(result.epochs, ended) + runs.result_metrics(result, ended)
+        logged: set[tuple[str, int]] = set()
         if run is None:
             setup = spec.with_values(trial.candidate.parameters)
             self._start(trial.candidate, setup, worker=trial.worker, started=started)
         else:
             if not run.data.params or not run.inputs.dataset_inputs:  # killed between making it and describing it
                 self._describe(trial.candidate, spec.with_values(trial.candidate.parameters))
-            for fold in {epoch.fold for epoch in result.epochs}:
-                name = f"fold{fold}.epoch_seconds" if fold else "epoch_seconds"
+            for name in {metric.key for metric in metrics}:
                 history = self._client.get_metric_history(run.info.run_id, name)
-                logged |= {(fold, metric.step) for metric in history}
-        missing = [epoch for epoch in result.epochs if (epoch.fold, epoch.number) not in logged]
-        runs.log(self._client, self._run_id(trial.number), metrics=runs.epoch_metrics(missing, ended))
-        self._end(result, ended=ended)
+                logged |= {(name, metric.step) for metric in history}
+        self._end(result, [metric for metric in metrics if (metric.key, metric.step) not in logged], ended=ended)
