@@ -72,13 +72,14 @@ def _check_budget(folder: str, study: StudyResult, findings: Findings, *, budget
     kind = "trials counted twice, or not at all"
     counted = sorted(trial.candidate.ordinal for trial in study.trials if _counts(trial) and not _is_final(trial))
     findings.trials += len(counted)
-    if counted != list(range(len(counted) if budget is None else budget)) or len(study.counted) != len(counted):
+    twice = len(counted) != len(set(counted))
+    if twice or (budget is not None and (counted != list(range(budget)) or len(study.counted) != budget)):
         findings.add(kind, f"{folder}: ordinals {counted}, {len(study.counted)} counted")
     finals = sorted(trial.candidate.ordinal for trial in study.trials if _counts(trial) and _is_final(trial))
     if finals != list(range(study.spec["final"]["seeds"] if study.spec["final"] else 0)):
         findings.add(kind, f"{folder}: finals {finals}")
     for trial in study.trials:
-        if not trial.state.finished and trial.state is not TrialState.STOPPED:
+        if trial.state is TrialState.RUNNING or (trial.state is TrialState.WAITING and budget is not None):
             findings.add("runs left RUNNING", f"{folder}: Optuna's trial {trial.number} is {trial.state}")
         if trial.state is TrialState.FAILED:
             reason = trial.result.reason if trial.result else ""
@@ -113,6 +114,8 @@ def _check_tracking(folder: str, home: Home, study: StudyResult, findings: Findi
     if set(mine) - {trial.number for trial in study.trials}:
         findings.add(disagree, f"{folder}: runs of trials that are none: {sorted(mine)}")
     for trial in study.trials:
+        if trial.state is TrialState.WAITING:
+            continue
         found = mine.get(trial.number, [])
         where = f"{folder}: trial {trial.number} ({trial.state})"
         if len(found) != 1:

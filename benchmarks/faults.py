@@ -29,6 +29,7 @@ from typing import Any
 import yaml
 
 from agreement import Findings, Seen, check, finished
+from hpo.errors import HpoError
 from hpo.home import Home
 from hpo.records import TrialState
 from hpo.search.storage import read_study
@@ -94,6 +95,7 @@ class Life:
             start_new_session=True,
         )
         self.heard = ["start"]
+        self.troubles: list[str] = []
         self.ended = 0
         self.results: dict[int, tuple[str, Any]] = {}
         self._news = threading.Condition()
@@ -113,6 +115,8 @@ class Life:
     def _hear(self, event: dict[str, Any]) -> None:
         if event["event"] != "notice":
             self.heard.append(event["event"])
+        elif event["text"].startswith("tracking"):
+            self.troubles.append(event["text"])
         if event["event"] == "study_opened":
             self.ended = event["finished"]
         if event["event"] == "trial_ended" and TrialState(event["result"]["state"]).finished:
@@ -253,7 +257,12 @@ def torment(folder: Path, *, seed: str, kills: int, cache: Path) -> Tally:
             tally.findings.add("runs that ended badly", f"{folder}: exit code {code}: {said}")
             break
     home = Home.find(folder)
-    check(home, read_study(home, "short"), seen, tally.findings, budget=TRIALS)
+    for text in life.troubles:
+        tally.findings.add("runs that ended badly", f"{folder}: {text}")
+    try:
+        check(home, read_study(home, "short"), seen, tally.findings, budget=TRIALS)
+    except HpoError as error:
+        tally.findings.add("runs that ended badly", f"{folder}: {error}")
     return tally
 
 
