@@ -210,7 +210,11 @@ def write_study(folder: Path, chance: random.Random) -> Path:
         "data": {"name": "digits"},
         "split": {"kind": "holdout", "share": 0.2, "by": "stratified", "test_share": 0.2},
         "model": {"kind": "mlp", "hidden": 16},
-        "training": {"epochs": chance.choice([3, 6, 12]), "precision": "float32"},
+        "training": {
+            "epochs": chance.choice([3, 6, 12]),
+            "precision": "float32",
+            "checkpoint": chance.choice([None, 1, 2]),
+        },
         "keep": {"models": f"best:{chance.choice([1, 2])}", "figures": chance.choice(["none", "best:1"])},
         "search": {
             "trials": TRIALS,

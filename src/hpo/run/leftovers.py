@@ -29,5 +29,6 @@ def sweep(work: Path, study: Study) -> None:
         dead = path.name.startswith("lease-") and not study.lease.alive(f"{path.name}.lock")
         if dead or (path.name.isdecimal() and int(path.name) not in attended | wanted | unfinished):
             shutil.rmtree(path, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        work.rmdir()
+    for folder in (work / "checkpoints", work):
+        with contextlib.suppress(OSError):  # there is something in it, or there is none
+            folder.rmdir()
