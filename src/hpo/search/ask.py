@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import math
@@ -13,6 +14,7 @@ from typing import Any, TypeVar, cast
 import optuna
 from optuna.trial import FrozenTrial
 
+from hpo.errors import StoreError
 from hpo.home import Home
 from hpo.records import FINAL, Candidate, FailureKind, StudyResult, TrialResult, TrialState
 from hpo.search.constraints import aims, violations
@@ -254,6 +256,8 @@ class Study:
     def close(self) -> None:
         """Free the lease and the connections; what still runs counts as dead from now on."""
         self._lease.close()
+        with contextlib.suppress(StoreError, OSError):
+            clean_leases(self._home.locks)
         self._storage.close()
 
     def _locked(self) -> Any:
