@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,9 +65,7 @@ class Home:
         for folder in (self.artifacts, self.work, self.locks):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                probe = folder / f".write-{os.getpid()}"
-                probe.touch()
-                probe.unlink()
+                tempfile.TemporaryFile(dir=folder).close()
             except OSError as error:
                 raise StoreError(
                     f"{folder}: cannot be written: {error.strerror}.",

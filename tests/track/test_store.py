@@ -68,3 +68,13 @@ def test_looking_makes_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_passwords_are_not_shown() -> None:
     assert shown("postgresql://me:secret@host/db") == "postgresql://me:***@host/db"
     assert shown("sqlite:////x/mlflow.db") == "sqlite:////x/mlflow.db"
+
+
+def test_a_database_that_was_being_made_when_its_process_died_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    home = Home.find(tmp_path).create()
+    (home.root / "mlflow.db.part").write_text("half")
+    assert connect(home).search_experiments()
+    assert not list(home.root.glob("*.part*"))

@@ -283,3 +283,51 @@ def test_tracking_a_trial_of_fifty_epochs_takes_under_150_ms(tracker: Tracker) -
         tracker.end_trial(tiny.result(number, count=50))
         seconds.append(time.process_time() - start)
     assert min(seconds) < 0.15
+
+
+def test_reconciling_leaves_the_trials_of_living_runs_alone(home: Home, tracker: Tracker) -> None:
+    candidate = tiny.candidate(0)
+    tracker.start_trial(candidate, tiny.spec().with_values(candidate.parameters), worker="w0")
+    study = tiny.study(tiny.trial(0), tiny.trial(1))
+    tracker.reconcile(study, tiny.spec(), leave={0, 1})
+    assert run_of(home, 0).info.status == "RUNNING"
+    assert len(list(runs.children(connect(home), parent(home)))) == 1
+
+
+def test_a_run_mended_after_any_call_has_everything_once(home: Home, tracker: Tracker) -> None:
+    """Killed after none, the first, the first two, ... of the calls that a trial takes."""
+    study = tiny.study(*(tiny.trial(number) for number in range(4)))
+    for number in range(4):
+        candidate, result = tiny.candidate(number), tiny.result(number)
+        run = connect(home).create_run(
+            parent(home).info.experiment_id, tags=runs.trial_tags(candidate, parent(home), "w0")
+        )
+        tracker._runs[number] = run.info.run_id
+        if number > 0:
+            tracker._describe(candidate, tiny.spec().with_values(candidate.parameters))
+        if number > 1:
+            tracker.log_epochs(number, result.epochs)
+        if number > 2:
+            runs.log(connect(home), run.info.run_id, metrics=runs.result_metrics(result, 1.7e9))
+    tracker.reconcile(study, tiny.spec())
+    for number in range(4):
+        run = run_of(home, number)
+        assert (run.info.status, run.data.tags[runs.STATE]) == ("FINISHED", "complete")
+        assert run.data.params["seed"] == str(100 + number)
+        assert run.inputs.dataset_inputs
+        for name, count in (("valid_accuracy", 3), ("epoch_seconds", 3), ("objective", 1), ("duration_seconds", 1)):
+            assert len(connect(home).get_metric_history(run.info.run_id, name)) == count
+
+
+def test_a_model_that_a_killed_process_had_begun_to_log_goes(home: Home, tracker: Tracker, folder: Path) -> None:
+    track(tracker, 0)
+    kept = tracker.keep_model(0, folder)
+    track(tracker, 1)
+    client, experiment = connect(home), parent(home).info.experiment_id
+    tags = {"hpo.trial": "1"}
+    begun = client.create_logged_model(experiment, "half", run_of(home, 1).info.run_id, tags=tags)
+    place = home.artifacts / "tiny" / "models" / begun.model_id
+    place.mkdir(parents=True)
+    tracker.reconcile(tiny.study(tiny.trial(0), tiny.trial(1)), tiny.spec())
+    assert [f"models:/{model.model_id}" for model in client.search_logged_models([experiment])] == [kept]
+    assert not place.exists()

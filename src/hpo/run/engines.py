@@ -224,7 +224,8 @@ class LocalProcesses:
         if not self._workers[slot].process.is_alive():
             self._replace(slot)
         self._workers[slot].busy = True
-        self._workers[slot].connection.send(task)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it died just now: the next poll says so
+            self._workers[slot].connection.send(task)
 
     def poll(self, timeout: float) -> list[tuple[int, Message]]:
         """Messages of all slots that have one, in slot order."""

@@ -7,12 +7,15 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hpo.errors import HpoError
 from hpo.records import DataCard, Notice, SplitCard, StudyResult, TrialResult
 from hpo.run.engines import follow_supervisor, hidden_main
 from hpo.spec.study import DataSpec, SplitSpec
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 
     Drawing = Callable[[], Figure | None]
 
+_MOST_TRIES = 3
 _progress: Connection | None = None  # the helper process's way to say how far a download is
 
 
@@ -34,17 +38,71 @@ class Prepared:
     devices: tuple[str, ...]
 
 
+class Job:
+    """What a job of the helper comes to. If the process dies over it, whoever asks next has it begun anew.
+
+    done, result and exception are those of a concurrent Future; a job whose process has died three times raises
+    HpoError.
+    """
+
+    def __init__(self, begin: Callable[[], Future[Any]], name: str) -> None:
+        self._begin, self._name = begin, name
+        self._future, self._tries = begin(), 1
+
+    def done(self) -> bool:
+        """Whether there is a result or an exception."""
+        return self._future.done() and not self._begun_anew()
+
+    def result(self, timeout: float | None = None) -> Any:
+        """The result; raises what the job raised, or TimeoutError after so many seconds."""
+        if (error := self.exception(timeout)) is not None:
+            raise error
+        return self._future.result()
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """What the job raised, or None; raises TimeoutError after so many seconds."""
+        error = self._future.exception(timeout)
+        while self._begun_anew():
+            error = self._future.exception(timeout)
+        if isinstance(error, BrokenProcessPool):
+            return HpoError(
+                f"{self._name}: its process died {self._tries} times.",
+                "Was it killed, or is there too little memory? Run the study again: it goes on where it was.",
+            )
+        return error
+
+    def _begun_anew(self) -> bool:
+        died = self._future.done() and isinstance(self._future.exception(), BrokenProcessPool)
+        if not died or self._tries >= _MOST_TRIES:
+            return False
+        self._future, self._tries = self._begin(), self._tries + 1
+        return True
+
+
 class Helper:
-    """The process, its jobs in order, and what it says meanwhile."""
+    """The process, its jobs in order, and what it says meanwhile. Another takes its place if it dies."""
 
     def __init__(self, context: BaseContext) -> None:
-        self._notices, theirs = context.Pipe()
-        self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_start, initargs=(theirs, dict(os.environ)))
+        self._context = context
+        self._open()
 
-    def submit(self, job: Callable[..., Any], *arguments: Any, **options: Any) -> Future[Any]:
-        """Queue a job: a function of this module."""
+    def _open(self) -> None:
+        self._notices, theirs = self._context.Pipe()
+        arguments = (theirs, dict(os.environ))
+        self._pool = ProcessPoolExecutor(1, mp_context=self._context, initializer=_start, initargs=arguments)
+
+    def submit(self, job: Callable[..., Any], *arguments: Any, **options: Any) -> Job:
+        """Queue a job: a function of this module, which may be begun more than once."""
+        return Job(lambda: self._begin(partial(job, *arguments, **options)), job.__name__)
+
+    def _begin(self, job: Callable[[], Any]) -> Future[Any]:
         with hidden_main():
-            return self._pool.submit(job, *arguments, **options)
+            try:
+                return self._pool.submit(job)
+            except BrokenProcessPool:
+                self.close()
+                self._open()
+                return self._pool.submit(job)
 
     def notices(self) -> list[Notice]:
         """What came in since the last call; only the newest of each text."""

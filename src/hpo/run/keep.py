@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from pathlib import Path
 
 from hpo.errors import NO_SPACE, StoreError, disk_full
 from hpo.records import FINAL, DataCard, Event, Notice, StudyResult, Trial, TrialResult, TrialState
 from hpo.run.background import Background
-from hpo.run.helper import Helper, finish_trial
+from hpo.run.helper import Helper, Job, finish_trial
 from hpo.spec.study import StudySpec
 from hpo.track.tracker import Tracker
 
@@ -44,17 +44,22 @@ class Keeper:
         self._drawn: set[int] = set()  # with pictures, as far as is known
         self._earlier: Future[dict[int, str]] | None = None
         self._waiting: dict[int, TrialResult] = {}
-        self._pending: dict[int, Future[Path]] = {}
+        self._pending: dict[int, Job] = {}
         self._began = self._exporting = time.monotonic()
         self._spent = 0.0  # seconds of exports that are over
 
-    def resume(self, study: StudyResult, kept: Future[dict[int, str]]) -> None:
-        """Take up where an earlier run ended: the models that it kept, and files that still wait to be logged."""
+    def resume(self, study: StudyResult, kept: Future[dict[int, str]], *, leave: Collection[int] = ()) -> None:
+        """Take up where other runs ended: the models that they kept, and files that still wait to be logged.
+
+        leave holds the trials whose own run lives and will see to their files.
+        """
         self._earlier = kept
         self._values |= {trial.number: trial.value or 0.0 for trial in study.ranked()}
         self._finals |= {trial.number for trial in study.ranked(FINAL)}
         for trial in [*study.ranked(), *study.ranked(FINAL)]:
-            if trial.result is not None and trial.result.folder and Path(trial.result.folder).is_dir():
+            if trial.result is None or trial.number in leave or trial.number in self._kept | self._pending.keys():
+                continue
+            if trial.result.folder and Path(trial.result.folder).is_dir():
                 self.add(trial.result, final=trial.candidate.stage == FINAL)
 
     def add(self, result: TrialResult, *, final: bool = False) -> None:

@@ -8,7 +8,6 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,9 @@ from hpo.report.summary import study_summary
 from hpo.run.background import PATIENCE, Background
 from hpo.run.engines import Engine, InProcess, LocalProcesses, cores, process_context
 from hpo.run.finals import finalists, race
-from hpo.run.helper import Helper, Prepared, draw_study, prepare
+from hpo.run.helper import Helper, Job, Prepared, draw_study, prepare
 from hpo.run.keep import Keeper
+from hpo.run.leftovers import pictures_folder, sweep
 from hpo.run.standing import with_model
 from hpo.run.supervise import Supervisor, Watch
 from hpo.search.stages import stage_warnings, total_trials
@@ -77,12 +77,15 @@ def run_study(
         prepared = _await(job, helper, say, interrupted)
         study = open_study(place, spec, data_digest=prepared.data.digest, fresh=fresh)
         cleanup.callback(study.close)
+        cleanup.callback(background.join)  # before the lease is given up: others leave our runs alone until then
         study.reap()
         if retry_failed:
             study.retry_failed()
-        before = study.result()
+        attended, before = study.attended(), study.result()
+        work = place.work / before.title
+        sweep(work, study)
         background.submit(tracker.open_study, before, spec, prepared.data, prepared.split)
-        background.submit(tracker.reconcile, before, spec)
+        background.submit(tracker.reconcile, before, spec, leave=attended)
         kept = background.submit(tracker.kept_models, before)
         finished = sum(trial.state.finished for trial in before.counted)
         budget = min(spec.search.trials, total_trials(spec)) if trials is not None else total_trials(spec)
@@ -100,7 +103,7 @@ def run_study(
         for note in study.notes:
             say(Notice(note))
         keeper = Keeper(tracker, background, helper, spec, data=prepared.data, watch=say)
-        keeper.resume(before, kept)
+        keeper.resume(before, kept, leave=attended)
         engine = _engine(workers, devices, context)
         cleanup.callback(engine.close)
         supervisor = Supervisor(
@@ -114,15 +117,18 @@ def run_study(
             tracker=tracker,
             background=background,
             keeper=keeper,
-            work=place.work / before.title,
+            work=work,
             watch=say,
         )
         reason = supervisor.run()
-        patience = PATIENCE if reason != "interrupted" else 5.0
+        patience = 5.0 if reason in ("interrupted", "stopped") else PATIENCE
         background.settle(patience=patience, hear=tell)
-        after = study.result()
-        pictures = place.work / before.title / "study"
+        attended, after = study.attended(), study.result()
+        pictures = pictures_folder(work, study)
         drawing = helper.submit(draw_study, after, pictures)
+        # What other runs of the study have left since this one began.
+        background.submit(tracker.reconcile, after, spec, leave=attended)
+        keeper.resume(after, background.submit(tracker.kept_models, after), leave=attended)
         keeper.collect(wait=True)
         orderly = reason in ("budget", "exhausted", "timeout")
         outcome = race(spec, after, data=prepared.data)
@@ -138,6 +144,7 @@ def run_study(
         background.submit(tracker.close_study, after, status=status, summary=text, figures=figures)
         background.join(patience=patience, hear=tell)
         shutil.rmtree(pictures, ignore_errors=True)
+        sweep(work, study)
         for notice in helper.notices():
             say(notice)
         known = registered is not None and registered.done() and registered.exception() is None
@@ -177,7 +184,7 @@ def _engine(workers: int | None, devices: list[str], context: Any) -> Engine:
     return LocalProcesses(devices, threads=max(1, cores() // len(devices)), context=context)
 
 
-def _await(job: Future[Prepared], helper: Helper, say: Watch, interrupted: threading.Event) -> Prepared:
+def _await(job: Job, helper: Helper, say: Watch, interrupted: threading.Event) -> Prepared:
     """The helper's answer; what it says meanwhile is passed on."""
     while True:
         for notice in helper.notices():
@@ -185,15 +192,17 @@ def _await(job: Future[Prepared], helper: Helper, say: Watch, interrupted: threa
         if interrupted.is_set():
             raise KeyboardInterrupt
         with contextlib.suppress(TimeoutError):
-            return job.result(timeout=0.1)
+            prepared: Prepared = job.result(timeout=0.1)
+            return prepared
 
 
-def _drawn(drawing: Future[list[Path]], say: Watch) -> list[Path]:
+def _drawn(drawing: Job, say: Watch) -> list[Path]:
     """The study's pictures; a helper that died over them is told, and ends no study."""
     if (error := drawing.exception()) is not None:
         say(Notice(f"the study's pictures could not be drawn: {error}"))
         return []
-    return drawing.result()
+    files: list[Path] = drawing.result()
+    return files
 
 
 @contextlib.contextmanager

@@ -139,7 +139,7 @@ class Supervisor:
         reaped = time.monotonic()
         while True:
             if time.monotonic() - reaped > _REAP:
-                self._study.reap()
+                self._reap()
                 reaped = time.monotonic()
             reason = self._reason_to_stop()
             if reason:
@@ -155,6 +155,13 @@ class Supervisor:
             self._keeper.collect()
             for text in self._background.news():
                 self._watch(Notice(text))
+
+    def _reap(self) -> None:
+        """Settle what a supervisor that died beside this one has left, in the tracker too."""
+        if self._study.reap():
+            self._background.submit(
+                self._tracker.reconcile, self._study.result(), self._spec, leave=self._study.attended()
+            )
 
     def _reason_to_stop(self) -> str:
         if self._interrupted.is_set():

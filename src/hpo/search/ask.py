@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import functools
 import math
 import time
@@ -44,6 +46,7 @@ from hpo.search.strategy import Proposer, build_pruner, decode, distribution, en
 from hpo.spec.study import StudySpec
 
 _MOST_DEATHS = 3
+_REMOTE_GRACE = datetime.timedelta(minutes=10)
 _UNBOUNDED = 1e6  # Optuna wants finite violations
 _OPTUNA_STATES = {
     TrialState.COMPLETE: optuna.trial.TrialState.COMPLETE,
@@ -211,7 +214,7 @@ class Study:
         return stage != FINAL and self._spec.search.pruner.name != "none" and bool(trial.should_prune())
 
     def tell(self, result: TrialResult, *, died: bool = False) -> TrialResult:
-        """Close a trial of this handle; returns what was recorded. STOPPED enqueues its candidate, ahead of new ones.
+        """Close a trial of this handle, and return the result as it was recorded.
 
         died says that its worker did: a candidate whose process has died three times is failed instead. A complete
         trial without a finite value for each objective is recorded as failed. Where the storage refuses, the result is
@@ -236,6 +239,28 @@ class Study:
         return result
 
     @_guarded
+    def attended(self) -> set[int]:
+        """Numbers of the trials that another living supervisor answers for: it tells the tracker of them itself.
+
+        Whether those of another machine live cannot be seen from here: their trials count until ten minutes after
+        their end.
+        """
+        trials = [(trial, start_of(trial).lease) for trial in self._trials()]
+        others = {lease for _, lease in trials} - {self._lease.name, ""}
+        living = {lease for lease in others if self._lease.alive(lease)}
+        late = datetime.datetime.now() - _REMOTE_GRACE  # without a zone, as in Optuna
+        return {
+            trial.number
+            for trial, lease in trials
+            if lease in living and (self._lease.near(lease) or (trial.datetime_complete or late) >= late)
+        }
+
+    @property
+    def lease(self) -> Lease:
+        """The proof of life of this handle."""
+        return self._lease
+
+    @_guarded
     def result(self) -> StudyResult:
         """Everything that the storage holds of this study."""
         return to_result(self._storage.get_study_user_attrs(self._id)[STUDY], self._trials())
@@ -257,6 +282,8 @@ class Study:
     def close(self) -> None:
         """Free the lease and the connections; what still runs counts as dead from now on."""
         self._lease.close()
+        with contextlib.suppress(StoreError, OSError):
+            clean_leases(self._home.locks)
         self._storage.close()
 
     def _locked(self) -> Any:

@@ -74,6 +74,15 @@ class Lease:
         with suppress(OSError):  # it holds all the same; only hpo status knows less
             self._path.with_suffix(".json").write_text(json.dumps(asdict(holder)), encoding="utf-8")
 
+    @property
+    def stem(self) -> str:
+        """A file name that no other lease has."""
+        return self._path.stem
+
+    def near(self, name: str) -> bool:
+        """Whether the lease of that name is of this machine, so that alive knows for sure."""
+        return name.rpartition("|")[0] in ("", socket.gethostname())
+
     def alive(self, name: str) -> bool:
         """Whether the lease of that name is held by anyone."""
         host, _, file = name.rpartition("|")

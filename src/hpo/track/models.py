@@ -63,6 +63,23 @@ def log_model(client: Any, run: Any, folder: Path) -> str:
     return f"models:/{model.model_id}"
 
 
+def delete_unfinished(client: Any, experiment_id: str, uris: Mapping[str, str]) -> None:
+    """Delete what was logged for these runs and is not their model; uris maps run ids to models:/m-<id>, or "".
+
+    It is what was left where a process was killed over a model.
+    """
+    token = None
+    while True:
+        page = client.search_logged_models([experiment_id], max_results=100, page_token=token)
+        for model in page:
+            ours = "hpo.trial" in model.tags and model.source_run_id in uris
+            if ours and uris[model.source_run_id] != f"models:/{model.model_id}":
+                delete_model(client, model.model_id)
+        token = page.token
+        if not token:
+            return
+
+
 def delete_model(client: Any, model_id: str) -> None:
     """Delete a logged model and, at once, its files; one that is gone already is no error."""
     from mlflow.exceptions import MlflowException

@@ -66,6 +66,8 @@ def connect(home: Home) -> Any:
         # MLflow's first migrations race where several processes open a fresh database.
         with lock(home, "mlflow-create"), quiet("alembic"):
             if home.embedded:
+                if not exists(home):
+                    _make_file(home.root / "mlflow.db")
                 _try_file(home.root / "mlflow.db")
             client = load_mlflow().MlflowClient(home.tracking_uri, home.tracking_uri)
             client.search_registered_models(max_results=1)  # the registry's store opens at its first use
@@ -74,6 +76,20 @@ def connect(home: Home) -> Any:
 
 def _is_server(home: Home) -> bool:
     return home.tracking_uri.startswith(("http://", "https://"))
+
+
+def _make_file(path: Path) -> None:
+    """Make a database with all its tables, or none: a process killed in the migrations leaves what nobody can open."""
+    load_mlflow()
+    from mlflow.store.db.utils import _initialize_tables, create_sqlalchemy_engine
+
+    part = path.with_name(f"{path.name}.part")
+    for left in path.parent.glob(f"{part.name}*"):
+        left.unlink()
+    engine = create_sqlalchemy_engine(f"sqlite:///{part}")
+    _initialize_tables(engine)
+    engine.dispose()
+    part.replace(path)
 
 
 def exists(home: Home) -> bool:

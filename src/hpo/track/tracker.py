@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,8 @@ class Tracker:
     @told
     def end_trial(self, result: TrialResult) -> None:
         """Write how a trial ended and close its run: FINISHED (complete, pruned), FAILED or KILLED (stopped)."""
-        self._end(result, ended=result.ended or time.time())
+        ended = result.ended or time.time()
+        self._end(result, runs.result_metrics(result, ended), ended=ended)
 
     @told
     def keep_model(self, number: int, folder: Path) -> str:
@@ -178,17 +179,21 @@ class Tracker:
         client.set_terminated(run_id, status)
 
     @told
-    def reconcile(self, study: StudyResult, spec: StudySpec) -> None:
+    def reconcile(self, study: StudyResult, spec: StudySpec, *, leave: Collection[int] = ()) -> None:
         """Bring the runs in line with the study storage: missing ones made, unfinished ones ended as the trials did.
 
-        Trials that are waiting or running are left alone: another supervisor may be about to write them.
+        What a killed process had begun to log of a model is deleted. Trials that are waiting or running are left alone,
+        and so are those in `leave`: another supervisor may be about to write them.
         """
         found = {int(run.data.tags[runs.TRIAL]): run for run in runs.children(self._client, self._parent_of(study))}
         self._runs.update({number: run.info.run_id for number, run in found.items()})
+        ended: dict[str, str] = {}
         for trial in study.trials:
             run = found.pop(trial.number, None)
-            if trial.state not in runs.STATUS:
+            if trial.state not in runs.STATUS or trial.number in leave:
                 continue
+            if run is not None:
+                ended[run.info.run_id] = run.data.tags.get(runs.MODEL, "")
             if run is None or run.info.status == "RUNNING" or run.data.tags.get(runs.STATE) != trial.state:
                 self._mend(trial, spec, run)
         # Trials that the storage has not: newer than this record (left alone), or lost with an earlier storage.
@@ -197,6 +202,7 @@ class Tracker:
             if number <= newest and run.info.status == "RUNNING":
                 self._client.set_tag(run.info.run_id, runs.STATE, TrialState.STOPPED.value)
                 self._client.set_terminated(run.info.run_id, "KILLED")
+        models.delete_unfinished(self._client, self._parent.info.experiment_id, ended)
 
     @told
     def kept_models(self, study: StudyResult) -> dict[int, str]:
@@ -245,15 +251,19 @@ class Tracker:
                 run_name=f"trial {number}",
             )
             self._runs[number] = run.info.run_id
-        runs.log(client, self._runs[number], params=runs.trial_params(candidate, setup))
-        if self._dataset is not None:
-            client.log_inputs(self._runs[number], [self._dataset])
+        self._describe(candidate, setup)
 
-    def _end(self, result: TrialResult, *, ended: float) -> None:
+    def _describe(self, candidate: Candidate, setup: Setup) -> None:
+        run_id = self._runs[candidate.number]
+        runs.log(self._client, run_id, params=runs.trial_params(candidate, setup))
+        if self._dataset is not None:
+            self._client.log_inputs(run_id, [self._dataset])
+
+    def _end(self, result: TrialResult, metrics: Sequence[Any], *, ended: float) -> None:
         client, run_id = self._client, self._run_id(result.number)
         tags = {runs.STATE: result.state.value} | ({"hpo.reason": result.reason} if result.reason else {})
         tags |= {runs.FAILURE: result.failure.value} if result.failure else {}
-        runs.log(client, run_id, metrics=runs.result_metrics(result, ended), params=result.settings, tags=tags)
+        runs.log(client, run_id, metrics=metrics, params=result.settings, tags=tags)
         if result.confusion:
             client.log_dict(run_id, {"true_by_predicted": result.confusion}, "confusion.json")
         if result.traceback:
@@ -264,15 +274,15 @@ class Tracker:
         result = trial.result or TrialResult(trial.number, trial.state, reason="it ended without a result")
         started = trial.started or time.time()
         ended = result.ended or started + trial.run_seconds
-        logged: set[tuple[int, int]] = set()
+        metrics = runs.epoch_metrics(result.epochs, ended) + runs.result_metrics(result, ended)
+        logged: set[tuple[str, int]] = set()
         if run is None:
             setup = spec.with_values(trial.candidate.parameters)
             self._start(trial.candidate, setup, worker=trial.worker, started=started)
         else:
-            for fold in {epoch.fold for epoch in result.epochs}:
-                name = f"fold{fold}.epoch_seconds" if fold else "epoch_seconds"
+            if not run.data.params or not run.inputs.dataset_inputs:  # killed between making it and describing it
+                self._describe(trial.candidate, spec.with_values(trial.candidate.parameters))
+            for name in {metric.key for metric in metrics}:
                 history = self._client.get_metric_history(run.info.run_id, name)
-                logged |= {(fold, metric.step) for metric in history}
-        missing = [epoch for epoch in result.epochs if (epoch.fold, epoch.number) not in logged]
-        runs.log(self._client, self._run_id(trial.number), metrics=runs.epoch_metrics(missing, ended))
-        self._end(result, ended=ended)
+                logged |= {(name, metric.step) for metric in history}
+        self._end(result, [metric for metric in metrics if (metric.key, metric.step) not in logged], ended=ended)
