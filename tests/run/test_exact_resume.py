@@ -7,12 +7,13 @@ import threading
 
 import pytest
 from formula_study import formula_spec
+from no_pictures import draw_nothing
 
 from hpo.records import EpochEnded, TrialState
 from hpo.run.study import run_study
 from hpo.spec.load import load_study
 
-EPOCHS = 4
+EPOCHS = 3
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +26,7 @@ def study(tmp_path, monkeypatch, digits_cache):
     """run(folder, trials, watch) of a real study: one worker process with one thread, TPE, median pruner, digits."""
     monkeypatch.setenv("HPO_DATA", str(digits_cache))
     monkeypatch.setattr("hpo.run.study.cores", lambda: 1)
+    monkeypatch.setattr("hpo.run.study.draw_study", draw_nothing)
     settings = {
         "training.epochs": EPOCHS,
         "training.checkpoint": 1,
@@ -71,9 +73,10 @@ class _Interrupt:
 
 
 # The budget of each run, and the epoch of its own at which Ctrl-C ends it: within a trial, or just after one.
-PIECES = [(1, None), (3, 6), (3, None), (5, 3), (5, None), (6, None), (8, 5), (8, 4), (9, None), (10, None)]
+PIECES = [(1, None), (3, 4), (3, None), (5, 2), (5, None), (6, None), (8, 5), (8, 4), (9, None), (10, None)]
 
 
+@pytest.mark.timeout(900)  # eleven runs with their processes take minutes on a busy machine
 def test_a_study_in_ten_pieces_is_the_study_in_one_go(study, tmp_path):
     whole = study("whole", 10)
     for trials, cut in PIECES:

@@ -3,19 +3,24 @@
 import json
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from formula_study import formula, formula_spec
 
+from hpo.home import Home
 from hpo.learn.data import prepare
 from hpo.records import Candidate, EpochEnded, FailureKind, StudyResult, Trial, TrialEnded, TrialResult, TrialState
 from hpo.report.failures import failure_lines
 from hpo.run.engines import LocalProcesses, WorkerLost
+from hpo.run.study import run_study
 from hpo.run.worker import Task, train_task
+from hpo.spec.load import load_study
 from hpo.spec.models import CnnSpec, MlpSpec, OwnModelSpec
 from hpo.spec.study import DataSpec, Setup, SplitSpec
 from hpo.spec.training import OptimizerSpec, TrainingSpec
+from hpo.track.store import connect
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +162,7 @@ def test_a_study_whose_candidates_all_crash_stops_and_says_why(run_formula, card
     assert all(result.failure is FailureKind.WORKER_DIED and "my.py" in result.traceback for result in failed)
     assert len(study.trials) == 15
     first, second = failure_lines(study)
-    assert first == "5 failed: 5 worker_died"
+    assert first == "5 worker_died"
     assert "SIGSEGV" in second
     assert "4 more" in second
     assert ("end", (study.trials[-1].number, TrialState.FAILED)) in run.tracker.calls
@@ -188,6 +193,34 @@ def test_infeasible_candidates_among_good_ones_stop_nothing_and_are_never_best(r
     assert run.study.result().best.result.feasible
 
 
+def test_kind_reason_and_traceback_are_on_the_trial_and_on_its_run(tmp_path, card, monkeypatch):
+    from mlflow.artifacts import load_text
+
+    monkeypatch.setenv("HPO_DATA", str(Path(card.folder).parents[2]))
+    path = tmp_path / "crash.yaml"
+    path.write_text(
+        "data: {name: digits}\nsplit: {kind: holdout}\n"
+        "model: {kind: 'troubled_nets:crashing', options: {how: never}}\n"
+        "training: {epochs: 1, precision: float32}\nkeep: {models: none}\n"
+        "search: {trials: 2, sampler: grid, space: {model.options.how: {choice: [never, segfault]}}}\n"
+    )
+    study = run_study(load_study(path), workers=1, home=tmp_path)
+    by_state = {trial.state: trial for trial in study.trials}
+    assert by_state.keys() == {TrialState.COMPLETE, TrialState.STOPPED, TrialState.FAILED}
+    failed = by_state[TrialState.FAILED].result
+    assert failed.failure is FailureKind.WORKER_DIED
+    assert "SIGSEGV" in failed.reason
+    assert "troubled_nets.py" in failed.traceback
+    client = connect(Home.find(tmp_path))
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    runs = client.search_runs(experiments, "tags.`hpo.failure` = 'worker_died'")
+    run = next(run for run in runs if run.data.tags["hpo.trial"] == str(failed.number))
+    assert (run.info.status, run.data.tags["hpo.state"]) == ("FAILED", "failed")
+    assert "SIGSEGV" in run.data.tags["hpo.reason"]
+    assert "troubled_nets.py" in load_text(f"{run.info.artifact_uri}/traceback.txt")
+    assert len(runs) == 3
+
+
 def test_an_interrupted_trial_has_its_kind(run_formula):
     interrupted = threading.Event()
     run = run_formula(
@@ -208,7 +241,7 @@ def test_commonest_reason_counts_reasons_that_differ_in_numbers_as_one():
     ]
     study = StudyResult("s", 1, "maximize", "valid_accuracy", tuple(trials))
     assert failure_lines(study) == [
-        "3 failed: 3 not_finite",
+        "3 not_finite",
         "epoch 12: train_loss nan. (trial 2, and 1 more so)",
     ]
     assert failure_lines(StudyResult("s", 1, "maximize", "valid_accuracy")) == []

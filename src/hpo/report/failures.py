@@ -11,7 +11,7 @@ _NUMBER = re.compile(r"\d[\d.,e+-]*")
 
 
 def failure_lines(study: StudyResult) -> list[str]:
-    """`5 failed: 3 not_finite, 2 setup`, then the commonest reason; empty where nothing failed.
+    """`3 not_finite, 2 setup`, then the commonest reason; empty where nothing failed.
 
     Trials that were interrupted and are tried again do not count. Reasons that differ in numbers only are one; the
     newest of them is shown.
@@ -26,8 +26,7 @@ def failure_lines(study: StudyResult) -> list[str]:
         return []
     # Records of earlier versions have no kind.
     kinds = Counter(result.failure.value if result.failure else "unclassified" for result in failed)
-    shown = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-    lines = [f"{len(failed)} failed: {shown}"]
+    lines = [", ".join(f"{count} {kind}" for kind, count in kinds.most_common())]
     reasons = Counter(_NUMBER.sub("#", result.reason) for result in failed if result.reason)
     if reasons:
         (commonest, count), *_ = reasons.most_common(1)
