@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 HPO = [sys.executable, "-m", "hpo"]
 QUICK = ["--set", "search.pruner=none", "--set", "search.sampler=random", "--workers", "1", "--json"]
-EPOCHS = 3
+EPOCHS = 8
 
 
 class Proxy:
@@ -134,8 +134,9 @@ class Running:
             spec = {
                 "name": study,
                 "data": {"name": "digits"},
+                "split": {"kind": "holdout"},
                 "model": {"kind": "mlp", "hidden": 64},
-                "training": {"epochs": EPOCHS},
+                "training": {"epochs": EPOCHS, "patience": None},
                 "search": {"space": space, "trials": 50},
             }
             path.write_text(json.dumps(spec), encoding="utf-8")
@@ -211,7 +212,7 @@ def check_all_is_there_once(project: Path, name: str, trials: int) -> None:
 
 
 def test_a_server_that_goes_away_and_comes_back_gets_every_record_once(project, proxy):
-    running = Running("away", trials=6)
+    running = Running("away", trials=5)
     running.wait_for("trial_ended")
     proxy.down()
     running.wait_for("notice", "tracking waits")
@@ -220,7 +221,7 @@ def test_a_server_that_goes_away_and_comes_back_gets_every_record_once(project, 
     running.end(0)
     assert told(running, "tracking waits") == told(running, "tracking is back") == 1, running.notices
     assert running.model is not None
-    check_all_is_there_once(project, "away", 6)
+    check_all_is_there_once(project, "away", 5)
 
 
 def test_answers_that_are_late_or_lost_double_nothing(project, proxy):
@@ -283,12 +284,13 @@ def small_disk(project: Path) -> Iterator[Path]:
 
 def _fill(disk: Path, *, leave: int) -> None:
     free = shutil.disk_usage(disk).free
-    (disk / "filler").write_bytes(b"x" * (free - leave))
+    with contextlib.suppress(OSError):  # the study writes meanwhile
+        (disk / "filler").write_bytes(b"x" * (free - leave))
 
 
-@pytest.mark.parametrize("leave", [0, 100_000, 400_000])
+@pytest.mark.parametrize("leave", [0, 300_000])
 def test_a_study_on_a_full_disk_ends_with_one_message_and_goes_on_once_there_is_space(project, small_disk, leave):
-    running = Running("full", trials=6)
+    running = Running("full", trials=5)
     running.wait_for("trial_ended", count=2)
     _fill(small_disk, leave=leave)
     said = running.end(2)
@@ -298,11 +300,11 @@ def test_a_study_on_a_full_disk_ends_with_one_message_and_goes_on_once_there_is_
     assert "Free some space" in error["hint"]
     ended = [event for event in running.events if event["event"] == "trial_ended"]
     (small_disk / "filler").unlink()
-    Running("full", trials=6).end(0)
+    Running("full", trials=5).end(0)
     after = {trial.number: trial for trial in read_study(Home.find(project), "full").trials}
     for event in ended:
         assert after[event["result"]["number"]].state == event["result"]["state"]
-    check_all_is_there_once(project, "full", 6)
+    check_all_is_there_once(project, "full", 5)
 
 
 def test_a_store_that_cannot_be_written_is_one_message_before_anything_starts(project, small_disk):
