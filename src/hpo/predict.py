@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from hpo.errors import DataError, ModelError
 from hpo.home import Home
@@ -49,23 +51,56 @@ class Classifier:
         return [self.class_names[row] for row in self.predict_proba(images).argmax(axis=1)]
 
 
-def load_model(model: AnyPath, *, home: AnyPath | Home | None = None) -> Classifier:
+def load_model(
+    model: AnyPath, *, home: AnyPath | Home | None = None, allow_pickle: bool = False
+) -> Classifier:
     """Load a model: NAME (champion, else challenger), NAME@ALIAS, NAME/VERSION, models:/..., or a folder with MLmodel.
 
-    home is a project's folder, by default the working directory. Raises ModelError where there is no such model or it
-    is none that takes images.
+    home is a project's folder, by default the working directory. A model that hpo has logged is loaded as data: its
+    program, class names and image shape. Any other may run code of its maker when it is loaded (pickles, scripts), so
+    it is refused unless allow_pickle is True. Raises ModelError where there is no such model or it takes no images.
     """
     if Path(model, "MLmodel").is_file():
-        return _load(Path(model), str(model))
+        return _load(Path(model), str(model), allow_pickle)
     if isinstance(model, Path):
         raise ModelError(f"{model}: there is no file MLmodel in it.", "Give a model's folder, or a name: hpo models")
     home = home if isinstance(home, Home) else Home.find(home)
     version = resolve(home, model)
     with tempfile.TemporaryDirectory() as folder:
-        return _load(fetch(home, version, Path(folder)), version.model_uri)
+        return _load(fetch(home, version, Path(folder)), version.model_uri, allow_pickle)
 
 
-def _load(folder: Path, uri: str) -> Classifier:
+def _load(folder: Path, uri: str, allow_pickle: bool) -> Classifier:
+    parts = folder / "artifacts"
+    ours = (parts / "net.pt2").is_file() and (parts / "config.json").is_file()
+    if allow_pickle:
+        return _load_any(folder, uri)
+    if not ours:
+        raise ModelError(
+            f"{uri}: a model of MLflow flavor {_flavors(folder)}, which runs code of its maker when it is loaded.",
+            "If you trust its maker: --allow-pickle (in Python: allow_pickle=True). Those of hpo need no such trust.",
+        )
+    from hpo.learn.program import Program
+
+    try:
+        config = json.loads((parts / "config.json").read_text(encoding="utf-8"))
+        height, width, channels = map(int, config["image_shape"])
+        names = tuple(map(str, config["class_names"]))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ModelError(f"{parts / 'config.json'}: damaged: {error}.", "Restore it from a copy.") from None
+    # The script beside it, which MLflow would run, is left alone.
+    return Classifier(uri, names, (height, width, channels), Program(parts / "net.pt2"))
+
+
+def _flavors(folder: Path) -> str:
+    try:
+        flavors = yaml.safe_load((folder / "MLmodel").read_text(encoding="utf-8"))["flavors"]
+        return ", ".join(sorted(map(str, flavors)))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError):
+        return "unknown"
+
+
+def _load_any(folder: Path, uri: str) -> Classifier:
     mlflow = load_mlflow()
     try:
         model = mlflow.pyfunc.load_model(str(folder))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hpo.learn.data import TrialData
 from hpo.learn.models import build_model
+from hpo.learn.program import load_program
 from hpo.learn.train import normalisation, to_input
 from hpo.spec.study import Setup
 
@@ -74,7 +75,7 @@ def _weights(folder: Path) -> dict[str, Tensor]:
     if (folder / WEIGHTS).is_file():
         weights: dict[str, Tensor] = load_file(folder / WEIGHTS)
         return weights
-    state = torch.export.load(folder / PROGRAM).state_dict
+    state = load_program(folder / PROGRAM).state_dict
     return {name.removeprefix("net."): tensor for name, tensor in state.items() if name.startswith("net.")}
 
 

@@ -29,18 +29,19 @@ class Promotion:
     openings: int = 0
 
 
-def promote(study: str, *, home: str | Path | None = None) -> Promotion:
+def promote(study: str, *, home: str | Path | None = None, trust: bool = False) -> Promotion:
     """Measure challenger and champion on the test part and move `champion` to the better one.
 
     Better is judged by the study's validation objective: the test part only measures what was chosen before. A version
-    that was measured on this data before is not measured again, so nothing is gained by asking twice. Raises
+    that was measured on this data before is not measured again, so nothing is gained by asking twice. trust allows a data
+    function from outside the working directory. Raises
     ModelError where there is no challenger, DataError where the data is not the study's.
     """
     from hpo.search.storage import read_study
 
     place = Home.find(home)
     record = read_study(place, study)
-    spec = parse_study(record.spec)
+    spec = parse_study(record.spec, trust=trust)
     by_alias = {alias: version for version in versions(place, spec.name) for alias in version.aliases}
     challenger, champion = by_alias.get("challenger"), by_alias.get("champion")
     if challenger is None:
@@ -89,7 +90,7 @@ def _measured(home: Home, record: StudyResult, version: ModelVersion) -> ModelVe
     from hpo.learn.sealed import evaluate_test
     from hpo.predict import load_model
 
-    spec = parse_study(record.spec)
+    spec = parse_study(record.spec, trust=True)  # promote has asked
     card = study_data(record, spec)
     model = load_model(f"{version.name}/{version.version}", home=home)
     scores = evaluate_test(card, model.predict_proba)

@@ -8,7 +8,7 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from hpo.errors import DataError, HpoError, NotFiniteError
+from hpo.errors import DataError, HpoError, NotFiniteError, redact
 from hpo.records import DataCard, Epoch, EpochEnded, FailureKind, TrialEnded, TrialResult, TrialState
 from hpo.spec.models import OwnModelSpec
 from hpo.spec.study import Setup
@@ -96,9 +96,10 @@ def _attempt(task: Task, device_name: str) -> Generator[EpochEnded, bool, TrialR
             result: TrialResult = end.value
     except Exception as error:  # noqa: BLE001 - whatever a candidate does, the study goes on
         reason = str(error) if isinstance(error, HpoError) else f"{type(error).__name__}: {error}"
-        told = traceback.format_exc()
+        # Both are stored: what a model of the user's own raises may name the environment.
+        told = redact(traceback.format_exc())
         kind = _kind(error, own=isinstance(task.setup.model, OwnModelSpec))
-        result = TrialResult(task.number, TrialState.FAILED, reason=reason, traceback=told, failure=kind)
+        result = TrialResult(task.number, TrialState.FAILED, reason=redact(reason), traceback=told, failure=kind)
     return replace(result, epochs=tuple(epochs))
 
 

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from hpo.errors import SpecError
 from hpo.spec.models import KINDS
 from hpo.spec.study import StudySpec, set_place
+from hpo.spec.trust import check_file, check_stored
 
 _SHIPPED = (
     Path(__file__).parents[1] / "_studies",  # in a wheel
@@ -80,7 +81,9 @@ def find_study(study: str | Path) -> Path:
     return found[text]
 
 
-def load_study(study: str | Path, *, overrides: Mapping[str, Any] | Iterable[str] = ()) -> StudySpec:
+def load_study(
+    study: str | Path, *, overrides: Mapping[str, Any] | Iterable[str] = (), trust: bool = False
+) -> StudySpec:
     """Read, override and validate a study.
 
     study is a name (`digits-mlp`) or the path of a YAML file. overrides are dotted paths with values, as a mapping or
@@ -98,17 +101,26 @@ def load_study(study: str | Path, *, overrides: Mapping[str, Any] | Iterable[str
     _anchor_paths(tree, Path())
     tree.setdefault("name", path.stem)
     try:
-        return StudySpec.model_validate(tree)
+        spec = StudySpec.model_validate(tree)
     except ValidationError as error:
         raise _explain(error, path, node, set_places) from None
+    if path.parent not in _SHIPPED:
+        check_file(tree, path, trust=trust)
+    return spec
 
 
-def parse_study(tree: Mapping[str, Any]) -> StudySpec:
-    """A StudySpec from plain data, such as one that was stored with its study. Raises SpecError."""
+def parse_study(tree: Mapping[str, Any], *, trust: bool = False) -> StudySpec:
+    """A StudySpec from plain data that was stored with its study. Raises SpecError.
+
+    One that names functions from outside the working directory is refused unless trust is True: because the user
+    allows them, or because the caller imports nothing.
+    """
     try:
-        return StudySpec.model_validate(tree)
+        spec = StudySpec.model_validate(tree)
     except ValidationError as error:
         raise _explain(error, Path(str(tree.get("name", "study"))), None, []) from None
+    check_stored(tree, trust=trust, origin=spec.name)
+    return spec
 
 
 def dump_study(spec: StudySpec) -> str:
