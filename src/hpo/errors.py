@@ -9,6 +9,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 _SECRET_NAME = re.compile(r"PASSWORD|PASSWD|SECRET|TOKEN|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE_KEY", re.IGNORECASE)
 _STORE_URLS = ("HPO_STORAGE", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_BACKEND_STORE_URI")
 _LOGIN = re.compile(r"(?<=://)([^\s:/@]*):([^\s/]*)@")
+_LONGEST = 2000
 _SHORTEST = 6  # shorter values are words such as "true", and hiding them would garble every text
 
 
@@ -35,6 +36,12 @@ def _secrets() -> set[str]:
     return {secret for secret in found if len(secret) >= _SHORTEST}
 
 
+def _line(text: str) -> str:
+    """text as a terminal may show it: without secrets, and what a file has put into it neither steers nor floods it."""
+    cut = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return redact("".join(letter if letter.isprintable() else " " for letter in cut))
+
+
 class HpoError(Exception):
     """A mistake or a fault that its reader can mend.
 
@@ -46,8 +53,8 @@ class HpoError(Exception):
     exit_code = 2
 
     def __init__(self, message: str, hint: str = "") -> None:
-        self.message = redact(message)
-        self.hint = redact(hint)
+        self.message = _line(message)
+        self.hint = _line(hint)
         super().__init__(self.message)
 
     def __str__(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ _SHIPPED = (
     Path(__file__).parents[1] / "_studies",  # in a wheel
     Path(__file__).parents[3] / "studies",  # in a checkout
 )
+
+_MOST_BYTES, _MOST_VALUES = 1_000_000, 50_000  # of a study file: a hundred times what the longest has
 
 
 class StudyLoader(yaml.SafeLoader):
@@ -140,9 +143,12 @@ def study_schema() -> dict[str, Any]:
 
 def _read(path: Path) -> tuple[dict[str, Any], yaml.Node | None]:
     try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"it has more than {_MOST_BYTES:,} bytes")
         text = path.read_text(encoding="utf-8")
         loader = StudyLoader(text)
         node = loader.get_single_node()
+        _check_size(node)
         tree = loader.construct_document(node) if node is not None else None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
@@ -156,6 +162,25 @@ def _read(path: Path) -> tuple[dict[str, Any], yaml.Node | None]:
             f"{path}: a study is a mapping with data, model, search.", "See a whole one: hpo show digits-mlp"
         )
     return tree, node
+
+
+def _check_size(node: yaml.Node | None) -> None:
+    """Refuse what a few lines of YAML can repeat a billion times, or for ever. Raises ValueError."""
+    sizes: dict[yaml.Node, int] = {}
+    above: set[yaml.Node] = set()
+
+    def size(place: yaml.Node) -> int:
+        if place in above:
+            raise ValueError("an alias stands inside what it names")
+        if place not in sizes:
+            above.add(place)
+            below = place.value if isinstance(place, yaml.CollectionNode) else ()
+            sizes[place] = 1 + sum(map(size, itertools.chain(*below) if isinstance(place, yaml.MappingNode) else below))
+            above.remove(place)
+        return sizes[place]
+
+    if node is not None and size(node) > _MOST_VALUES:
+        raise ValueError(f"it has more than {_MOST_VALUES:,} values, aliases counted")
 
 
 def _anchor_paths(tree: dict[str, Any], folder: Path) -> None:
@@ -175,7 +200,9 @@ def _parse_override(text: str) -> tuple[str, Any]:
         raise SpecError(f"--set {text}: not of the form place=value.", "Write for example: --set training.epochs=5")
     try:
         loader = StudyLoader(value)
-        return place.strip(), loader.get_single_data()
+        node = loader.get_single_node()
+        _check_size(node)
+        return place.strip(), loader.construct_document(node) if node is not None else None
     except (yaml.YAMLError, RecursionError, ValueError):
         raise SpecError(f"--set {text}: the value is not readable as YAML.", "Quote it.") from None
 
