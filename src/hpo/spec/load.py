@@ -42,8 +42,11 @@ def _mapping(loader: StudyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
 
 
 StudyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+# A spec is stored as JSON, which has none of these; a date is read as the text that it is.
+for _tag in ("binary", "timestamp", "set", "omap", "pairs"):
+    del StudyLoader.yaml_constructors[f"tag:yaml.org,2002:{_tag}"]
 StudyLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("bool", "timestamp")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 # As YAML 1.2 has it: `final: {on: all}` is a place of the study file, and a class may be called no.
