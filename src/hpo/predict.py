@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from hpo.track.store import load_mlflow
 
 AnyPath = str | Path
 _CHUNK_FILES = 256
+_LIST = "Take one that a study has registered: hpo models"
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,21 @@ class Classifier:
                 f"(n, {', '.join(map(str, self.image_shape))}).",
                 "Convert them, or give image files to hpo predict, which resizes.",
             )
-        return np.asarray(self._model.predict(images), dtype=np.float32)
+        found = np.asarray(self._model.predict(images), dtype=np.float32)
+        if found.shape != (len(images), len(self.class_names)):
+            raise ModelError(
+                f"{self.uri}: answers of shape {found.shape} for {len(images)} images and {len(self.class_names)} "
+                "classes.",
+                _LIST,
+            )
+        return found
 
     def predict(self, images: np.ndarray) -> list[str]:
         """Images as for predict_proba -> the name of the most probable class of each."""
         return [self.class_names[row] for row in self.predict_proba(images).argmax(axis=1)]
 
 
-def load_model(
-    model: AnyPath, *, home: AnyPath | Home | None = None, allow_pickle: bool = False
-) -> Classifier:
+def load_model(model: AnyPath, *, home: AnyPath | Home | None = None, allow_pickle: bool = False) -> Classifier:
     """Load a model: NAME (champion, else challenger), NAME@ALIAS, NAME/VERSION, models:/..., or a folder with MLmodel.
 
     home is a project's folder, by default the working directory. A model that hpo has logged is loaded as data: its
@@ -76,28 +81,27 @@ def _load(folder: Path, uri: str, allow_pickle: bool) -> Classifier:
     if allow_pickle:
         return _load_any(folder, uri)
     if not ours:
+        flavors = _flavors(folder)
+        if not flavors:
+            raise ModelError(f"{uri}: not a model of images that loads here: MLmodel names no flavor.", _LIST)
         raise ModelError(
-            f"{uri}: a model of MLflow flavor {_flavors(folder)}, which runs code of its maker when it is loaded.",
+            f"{uri}: a model of MLflow flavor {flavors}, which runs code of its maker when it is loaded.",
             "If you trust its maker: --allow-pickle (in Python: allow_pickle=True). Those of hpo need no such trust.",
         )
-    from hpo.learn.program import Program
+    from hpo.learn.program import Program, read_config
 
-    try:
-        config = json.loads((parts / "config.json").read_text(encoding="utf-8"))
-        height, width, channels = map(int, config["image_shape"])
-        names = tuple(map(str, config["class_names"]))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ModelError(f"{parts / 'config.json'}: damaged: {error}.", "Restore it from a copy.") from None
+    config = read_config(parts / "config.json")
+    height, width, channels = config["image_shape"]
     # The script beside it, which MLflow would run, is left alone.
-    return Classifier(uri, names, (height, width, channels), Program(parts / "net.pt2"))
+    return Classifier(uri, tuple(config["class_names"]), (height, width, channels), Program(parts / "net.pt2"))
 
 
 def _flavors(folder: Path) -> str:
     try:
         flavors = yaml.safe_load((folder / "MLmodel").read_text(encoding="utf-8"))["flavors"]
-        return ", ".join(sorted(map(str, flavors)))
+        return ", ".join(sorted(map(str, flavors or ())))
     except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError):
-        return "unknown"
+        return ""
 
 
 def _load_any(folder: Path, uri: str) -> Classifier:
@@ -110,7 +114,7 @@ def _load_any(folder: Path, uri: str) -> Classifier:
     except Exception as error:
         raise ModelError(
             f"{uri}: not a model of images that loads here: {str(error) or type(error).__name__}.",
-            "Take one that a study has registered: hpo models",
+            _LIST,
         ) from error
     return Classifier(uri, names, (height, width, channels), model)
 

@@ -155,7 +155,9 @@ def read_prepared(place: Path, file: str, damage: Callable[[bytearray, random.Ra
 
 def read_store(place: Path, file: str, damage: Callable[[bytearray, random.Random], bytearray], seed: int) -> None:
     home = place / f"store-{file}-{damage.__name__}-{seed}"
-    shutil.copytree(place / "mlruns", home / "mlruns", ignore=shutil.ignore_patterns("artifacts", "work", "*-wal", "*-shm"))
+    shutil.copytree(
+        place / "mlruns", home / "mlruns", ignore=shutil.ignore_patterns("artifacts", "work", "*-wal", "*-shm")
+    )
     for name in ("optuna.db", "mlflow.db"):
         with sqlite3.connect(place / "mlruns" / name) as source, sqlite3.connect(home / "mlruns" / name) as target:
             source.backup(target)

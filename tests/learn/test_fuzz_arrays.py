@@ -27,7 +27,11 @@ QUICK = settings(
     max_examples=120, deadline=timedelta(seconds=10), suppress_health_check=list(HealthCheck), derandomize=True
 )
 KINDS = st.one_of(
-    st.just(np.dtype("uint8")), hnp.integer_dtypes(), hnp.floating_dtypes(), hnp.unicode_string_dtypes(), hnp.boolean_dtypes()
+    st.just(np.dtype("uint8")),
+    hnp.integer_dtypes(),
+    hnp.floating_dtypes(),
+    hnp.unicode_string_dtypes(),
+    hnp.boolean_dtypes(),
 )
 COUNTS = st.integers(0, 12)
 
@@ -44,7 +48,9 @@ def arrays(draw: st.DrawFn) -> dict[str, np.ndarray[Any, Any]]:
         else:
             shape = draw(hnp.array_shapes(min_dims=0, max_dims=5, min_side=0, max_side=4))
             found[f"{part}_images"] = draw(hnp.arrays(draw(KINDS), shape))
-            found[f"{part}_labels"] = draw(hnp.arrays(draw(KINDS), draw(st.one_of(st.just((count,)), st.just((count, 1))))))
+            found[f"{part}_labels"] = draw(
+                hnp.arrays(draw(KINDS), draw(st.one_of(st.just((count,)), st.just((count, 1)))))
+            )
     if draw(st.booleans()):
         found["class_names"] = draw(hnp.arrays(draw(KINDS), hnp.array_shapes(min_dims=0, max_dims=2, min_side=0)))
     for key in draw(st.lists(st.sampled_from(list(found)), max_size=1)):

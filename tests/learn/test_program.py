@@ -129,7 +129,9 @@ HARMFUL: dict[str, Change] = {
     "a size that is code": size_expression,
     "a guard that is code": guard,
     "an operator of torch itself": in_graph("torch.ops.aten.relu.default", lambda _: "torch.hub.load"),
-    "an operator that reads files": in_graph("torch.ops.aten.relu.default", lambda _: "torch.ops.aten.from_file.default"),
+    "an operator that reads files": in_graph(
+        "torch.ops.aten.relu.default", lambda _: "torch.ops.aten.from_file.default"
+    ),
     "an operator of another library": in_graph("torch.ops.aten.relu.default", lambda _: "torch.ops.mylib.run.default"),
     "a name that is code": in_graph('"images"', lambda trap: f'"x=open({str(trap)!r},chr(119))"'),
     "a compiled library": extra_entry("data/aotinductor/model/run.so"),

@@ -113,7 +113,17 @@ def check_changed_bytes(data: st.DataObject, folder: Path) -> None:
 
 
 ODD_PIECES = [b"&a ", b"*a", b"!!python/object/apply:os.abort []", b"<<: ", b"? ", b"- ", b"\t", b"[" * 40, b"{" * 40]
-ODD_PIECES += [b"---\n", b"...\n", b"\xef\xbb\xbf", b"\xff\xfe", b"\x85", "\u2028".encode(), b"1_0:0:0", b"0o777", b"!!set "]
+ODD_PIECES += [
+    b"---\n",
+    b"...\n",
+    b"\xef\xbb\xbf",
+    b"\xff\xfe",
+    b"\x85",
+    "\u2028".encode(),
+    b"1_0:0:0",
+    b"0o777",
+    b"!!set ",
+]
 
 
 @QUICK

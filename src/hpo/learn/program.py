@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import re
 import zipfile
 from collections.abc import Iterator
@@ -41,7 +42,12 @@ _SIZE = re.compile(
     r"|\b\d{1,18}\b|[-+/(), ]|(?<!\*)\*(?!\*))*"
 )
 # Names become variables of generated Python; texts are quoted there.
-_OTHERS = {"target": _OPERATOR, "expr_str": _SIZE, "name": re.compile(r"\w{1,300}"), "as_string": re.compile(r"[\w .,:;<>=+*/()-]{0,300}")}
+_OTHERS = {
+    "target": _OPERATOR,
+    "expr_str": _SIZE,
+    "name": re.compile(r"\w{1,300}"),
+    "as_string": re.compile(r"[\w .,:;<>=+*/()-]{0,300}"),
+}
 _TREE_TYPE = re.compile(r'"type": (?!"builtins\.(?:tuple|list|dict)"|null)')
 _NOTES = {"stack_trace", "nn_module_stack", "torch_fn"}  # of a node: kept as text, never looked up
 _CALLING = {"as_custom_obj", "as_operator", "as_graph", "as_opaque_obj"}
@@ -61,10 +67,34 @@ def load_program(file: Path) -> Any:
             f"{file}: not a plain exported program: {found}, and loading that could run code.",
             "Export the model anew, with hpo. If you trust its maker: --allow-pickle",
         )
+    log = logging.getLogger("torch.export")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # else torch prints a traceback of what is told here in a line
     try:
         return torch.export.load(file)
     except Exception as error:  # noqa: BLE001
         raise _damaged(file, error) from None
+    finally:
+        log.setLevel(level)
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The config.json beside a program: class_names, a list of text, and image_shape, [height, width, channels].
+
+    What else is in it stays as it is. Raises ModelError where it is missing or damaged.
+    """
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        height, width, channels = map(int, config["image_shape"])
+        names = list(map(str, config["class_names"]))
+        if not names or min(height, width, channels) < 1:
+            raise ValueError("it has no classes, or images without pixels")
+        for name in {"mean", "std"} & config.keys():
+            if len(list(map(float, config[name]))) != channels:
+                raise ValueError(f"{name} has not one value for each of {channels} channels")
+        return {**config, "image_shape": [height, width, channels], "class_names": names}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ModelError(f"{file}: damaged or missing: {error}.", "Restore it from a copy.") from None
 
 
 def _damaged(file: Path, error: Exception) -> ModelError:
@@ -77,6 +107,10 @@ def _unsafe(file: Path) -> Iterator[str]:
     with zipfile.ZipFile(file) as archive:
         names = [name.partition("/")[2] for name in archive.namelist()]
         packed, unpacked = file.stat().st_size, sum(entry.file_size for entry in archive.infolist())
+        if unpacked > 2 * packed + 1_000_000:
+            yield f"{unpacked:,} bytes packed into {packed:,}"
+        elif broken := archive.testzip():
+            raise ValueError(f"{broken} has another checksum than it should")
     # torch's own reader: what it sees is what torch.export.load will see.
     reader = torch._C.PyTorchFileReader(str(file))
     records = reader.get_all_records()
@@ -85,8 +119,6 @@ def _unsafe(file: Path) -> Iterator[str]:
             yield f"an entry {name[:80]!r}"
     if sorted(names) != sorted(records) or len(set(names)) != len(names):
         yield "a list of entries that readers disagree on"
-    if unpacked > 2 * packed + 1_000_000:
-        yield f"{unpacked:,} bytes packed into {packed:,}"
     for name in _CONFIGS:
         for entry in json.loads(reader.get_record(name))["config"].values():
             if entry["use_pickle"] or not re.fullmatch(r"(weight|tensor)_\d+", entry["path_name"]):
@@ -125,15 +157,25 @@ class Program:
 
     def __init__(self, file: Path) -> None:
         """Load it as load_program does, and raise as that does."""
+        self._file = file
         self._net = load_program(file).module()
 
     def predict(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Images (n, height, width, channels) uint8 -> probabilities (n, classes) float32; n >= 0."""
-        with torch.inference_mode():
-            # A copy, because torch wants memory that may be written.
-            chunks = [
-                self._net(torch.from_numpy(np.array(images[start : start + _CHUNK_IMAGES], order="C")))
-                for start in range(0, len(images) or 1, _CHUNK_IMAGES)
-            ]
-        found: NDArray[np.float32] = torch.cat(chunks).numpy()
+        """Images (n, height, width, channels) uint8 -> probabilities (n, classes) float32; n >= 0.
+
+        Raises ModelError where the program does not take them.
+        """
+        try:
+            with torch.inference_mode():
+                # A copy, because torch wants memory that may be written.
+                chunks = [
+                    self._net(torch.from_numpy(np.array(images[start : start + _CHUNK_IMAGES], order="C")))
+                    for start in range(0, len(images) or 1, _CHUNK_IMAGES)
+                ]
+                found: NDArray[np.float32] = torch.cat(chunks).numpy()
+        except Exception as error:
+            raise ModelError(
+                f"{self._file}: fails for images of shape {images.shape}: {str(error).splitlines()[0]}.",
+                "The program and the config.json beside it do not fit: restore them from a copy.",
+            ) from error
         return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -47,13 +46,14 @@ def explain(
     outside the working directory. Raises ModelError, DataError for a file that is
     no image, and HpoError where folder cannot be written.
     """
+    from hpo.learn.program import read_config
     from hpo.learn.saliency import explain_images
     from hpo.predict import read_images
     from hpo.report.saliency_figure import saliency_figure
 
     target_folder = Path(folder)
     with _parts(model, home, trust=trust) as parts:
-        config = json.loads((parts / "config.json").read_text(encoding="utf-8"))
+        config = read_config(parts / "config.json")
         names = config["class_names"]
         target = None if class_name is None else _label(class_name, names)
         images = read_images(paths, tuple(config["image_shape"]))

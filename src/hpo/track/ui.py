@@ -21,7 +21,8 @@ def ui_command(home: Home, *, host: str = "127.0.0.1", port: int = 5000) -> tupl
     """
     if home.tracking_uri.startswith(("http://", "https://")):
         raise HpoError(
-            f"MLFLOW_TRACKING_URI={shown(home.tracking_uri)}: a server holds this store.", "Open that address in a browser."
+            f"MLFLOW_TRACKING_URI={shown(home.tracking_uri)}: a server holds this store.",
+            "Open that address in a browser.",
         )
     if not exists(home):
         raise HpoError(
