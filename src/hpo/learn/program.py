@@ -1,8 +1,8 @@
 """Load an exported program as data: no pickle, no expression and no code of its maker is run.
 
-torch.export.load alone would: it unpickles weights and constants that say they are pickled, evaluates the symbolic sizes
-of the graph as Python, compiles its guards, and looks operators up by name in all of torch. So the archive is read with
-torch's own reader first, and refused where it holds more than tensors, plain operators and names.
+torch.export.load alone would: it unpickles weights and constants that say they are pickled, evaluates the symbolic
+sizes of the graph as Python, compiles its guards, and looks operators up by name in all of torch. So the archive is
+read with torch's own reader first, and refused where it holds more than tensors, plain operators and names.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ _OPERATOR = re.compile(
 _WORD = re.compile(r"[\w.:+-]{0,300}")
 # Sizes such as 2*s34 or Max(1, s34): sympy runs them as Python, so no attribute, no power and no other call is let in.
 _SIZE = re.compile(
-    r"(?:Symbol\('\w+'(?:, \w+=(?:True|False))*\)|\b(?:[su]\d+|Max|Min|Mod|PythonMod|FloorDiv|CeilDiv|CleanDiv|TruncToInt)\b"
+    r"(?:Symbol\('\w+'(?:, \w+=(?:True|False))*\)"
+    r"|\b(?:[su]\d+|Max|Min|Mod|PythonMod|FloorDiv|CeilDiv|CleanDiv|TruncToInt)\b"
     r"|\b\d{1,18}\b|[-+/(), ]|(?<!\*)\*(?!\*))*"
 )
 # Names become variables of generated Python; texts are quoted there.

@@ -30,8 +30,10 @@ _IMAGE_ENDINGS = frozenset((".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".t
 _NPZ_PARTS = {"train": "train", "valid": "val", "test": "test"}
 _IDX_PARTS = {"train": "train", "test": "t10k"}
 # What numpy and zipfile raise on files that are cut off or overwritten.
-_DAMAGE = (ValueError, OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error, struct.error)
-_DAMAGE += (MemoryError,)  # for what a header promises
+_DAMAGE = (
+    *(ValueError, OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error, struct.error),
+    MemoryError,  # for what a header promises
+)
 _CIFAR10_BYTES = 1_000_000_000  # unpacked, at most: the official archive has 186 million
 
 
@@ -67,7 +69,7 @@ def read_npz(place: Path, _size: int | None = None) -> Parts:
             keys = ", ".join(file.files)
     except HpoError:
         raise
-    except Exception as error:  # numpy reads headers as Python literals, which fail in more ways than a list holds
+    except Exception as error:  # noqa: BLE001 - numpy reads headers as Python, which fails in ways no list holds
         if "allow_pickle" in str(error):
             raise DataError(
                 f"{place}: holds pickled Python objects, which could run code and are not opened.",

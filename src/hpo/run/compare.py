@@ -78,7 +78,8 @@ def compare(
     registered version of that number, else the trial. The images are those that all of them validate on; none of them
     trained on one. test=True: those that all have in their test part, which is opened and each opening written down.
     binarise=True: models of single classes answer for the groups (data.groups) that another one was trained on.
-    seed drives the bootstrap. trust allows data functions from outside the working directory. Raises HpoError for what cannot be compared.
+    seed drives the bootstrap. trust allows data functions from outside the working directory. Raises HpoError for what
+    cannot be compared.
     """
     place = Home.find(home)
     if len(models) < 2:

@@ -27,7 +27,8 @@ def explore(
 
     name is a data set (bloodmnist, npz, folder, package.module:function), divided as its publisher did, or a study, by
     name or file, divided as it says. path and size take the place of data.path and data.size. Of each class so many
-    training images are drawn, by seed. trust as in load_study. Raises DataError, and SpecError for a study that is not valid.
+    training images are drawn, by seed. trust as in load_study. Raises DataError, and SpecError for a study that is not
+    valid.
     """
     from hpo.learn.sources import NAMES
 

@@ -33,9 +33,9 @@ def promote(study: str, *, home: str | Path | None = None, trust: bool = False) 
     """Measure challenger and champion on the test part and move `champion` to the better one.
 
     Better is judged by the study's validation objective: the test part only measures what was chosen before. A version
-    that was measured on this data before is not measured again, so nothing is gained by asking twice. trust allows a data
-    function from outside the working directory. Raises
-    ModelError where there is no challenger, DataError where the data is not the study's.
+    that was measured on this data before is not measured again, so nothing is gained by asking twice. trust allows a
+    data function from outside the working directory. Raises ModelError where there is no challenger, DataError where
+    the data is not the study's.
     """
     from hpo.search.storage import read_study
 

@@ -31,7 +31,7 @@ def module_file(function: str) -> Path | None:
         return Path(loaded).absolute()
     here = str(Path.cwd())
     places: list[str] | None = sys.path if {here, ""} & set(sys.path) else [*sys.path, here]
-    stem = ""
+    stem, spec = "", None
     for key in name.split("."):
         # Level by level: importlib.util.find_spec would import the packages above.
         stem = f"{stem}.{key}" if stem else key
@@ -42,7 +42,7 @@ def module_file(function: str) -> Path | None:
         if spec is None:
             return None
         places = list(spec.submodule_search_locations or ())
-    return Path(spec.origin).absolute() if spec.origin else None
+    return Path(spec.origin).absolute() if spec is not None and spec.origin else None
 
 
 def is_inside(file: Path) -> bool:
