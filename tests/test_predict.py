@@ -152,3 +152,39 @@ def test_an_unknown_name_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(ModelError, match="no registered model named 'nothing'"):
         load_model("nothing", home=tmp_path)
+
+
+def test_a_model_that_unpickles_is_refused_unless_it_is_asked_for(tmp_path: Path) -> None:
+    import mlflow
+    from sklearn.linear_model import LogisticRegression
+
+    fitted = LogisticRegression().fit(np.arange(8.0).reshape(4, 2), [0, 1, 0, 1])
+    mlflow.sklearn.save_model(fitted, tmp_path / "model", serialization_format="pickle", pip_requirements=[])
+    with pytest.raises(ModelError, match=r"runs code of its maker when it is loaded.*--allow-pickle"):
+        load_model(tmp_path / "model")
+    with pytest.raises(ModelError, match="not a model of images"):
+        load_model(tmp_path / "model", allow_pickle=True)
+
+
+def test_a_python_model_with_code_is_refused_and_not_imported(tmp_path: Path) -> None:
+    import mlflow
+
+    (tmp_path / "code.py").write_text(
+        f"import mlflow\nopen({str(tmp_path / 'trap')!r}, 'a').write('x')\n"
+        "class M(mlflow.pyfunc.PythonModel):\n    def predict(self, model_input): return model_input\n"
+        "mlflow.models.set_model(M())\n"
+    )
+    mlflow.pyfunc.save_model(tmp_path / "model", python_model=str(tmp_path / "code.py"), pip_requirements=[])
+    (tmp_path / "trap").unlink()
+    with pytest.raises(ModelError, match=r"python_function.*--allow-pickle"):
+        load_model(tmp_path / "model")
+    assert not (tmp_path / "trap").exists()
+
+
+def test_the_script_inside_a_model_of_hpo_is_not_run(model: Classifier, tmp_path: Path) -> None:
+    import shutil
+
+    copy = shutil.copytree(model.uri, tmp_path / "model")
+    (copy / "pyfunc_model.py").write_text("raise SystemExit('it was run')")
+    images = np.zeros((1, *SHAPE), np.uint8)
+    np.testing.assert_array_equal(load_model(copy).predict_proba(images), model.predict_proba(images))

@@ -3,21 +3,60 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+_SECRET_NAME = re.compile(r"PASSWORD|PASSWD|SECRET|TOKEN|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE_KEY", re.IGNORECASE)
+_STORE_URLS = ("HPO_STORAGE", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_BACKEND_STORE_URI")
+_LOGIN = re.compile(r"(?<=://)([^\s:/@]*):([^\s/]*)@")
+_LONGEST = 2000
+_SHORTEST = 6  # shorter values are words such as "true", and hiding them would garble every text
+
+
+def redact(text: str) -> str:
+    """text without the passwords of any address in it and without the secrets that the environment holds.
+
+    Those are the values of variables named like a password, a secret, a token or a key, and what the addresses of the
+    stores hold. A secret that is given in no such place is not known here.
+    """
+    for secret in sorted(_secrets(), key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return _LOGIN.sub(r"\1:***@", text)
+
+
+def _secrets() -> set[str]:
+    found = {value for name, value in os.environ.items() if _SECRET_NAME.search(name) and "://" not in value}
+    for url in filter(None, map(os.environ.get, _STORE_URLS)):
+        try:
+            parts = urlsplit(url)
+            options = [value for name, value in parse_qsl(parts.query) if _SECRET_NAME.search(name)]
+            found |= {parts.password or "", unquote(parts.password or ""), *options}
+        except ValueError:
+            found.add(url)  # not an address, so any part of it may be the password
+    return {secret for secret in found if len(secret) >= _SHORTEST}
+
+
+def _line(text: str) -> str:
+    """text as a terminal may show it: without secrets, and what a file has put into it neither steers nor floods it."""
+    cut = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return redact("".join(letter if letter.isprintable() else " " for letter in cut))
 
 
 class HpoError(Exception):
     """A mistake or a fault that its reader can mend.
 
     message says where and what (place and value), hint says what to do next.
-    The command line prints both and exits with `exit_code`; Python users catch the class.
+    The command line prints both and exits with `exit_code`; Python users catch the class. Secrets in them are hidden:
+    see redact.
     """
 
     exit_code = 2
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = _line(message)
+        self.hint = _line(hint)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return f"{self.message} {self.hint}".strip()

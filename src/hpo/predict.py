@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from hpo.errors import DataError, ModelError
 from hpo.home import Home
@@ -18,6 +19,7 @@ from hpo.track.store import load_mlflow
 
 AnyPath = str | Path
 _CHUNK_FILES = 256
+_LIST = "Take one that a study has registered: hpo models"
 
 
 @dataclass(frozen=True)
@@ -42,30 +44,67 @@ class Classifier:
                 f"(n, {', '.join(map(str, self.image_shape))}).",
                 "Convert them, or give image files to hpo predict, which resizes.",
             )
-        return np.asarray(self._model.predict(images), dtype=np.float32)
+        found = np.asarray(self._model.predict(images), dtype=np.float32)
+        if found.shape != (len(images), len(self.class_names)):
+            raise ModelError(
+                f"{self.uri}: answers of shape {found.shape} for {len(images)} images and {len(self.class_names)} "
+                "classes.",
+                _LIST,
+            )
+        return found
 
     def predict(self, images: np.ndarray) -> list[str]:
         """Images as for predict_proba -> the name of the most probable class of each."""
         return [self.class_names[row] for row in self.predict_proba(images).argmax(axis=1)]
 
 
-def load_model(model: AnyPath, *, home: AnyPath | Home | None = None) -> Classifier:
+def load_model(model: AnyPath, *, home: AnyPath | Home | None = None, allow_pickle: bool = False) -> Classifier:
     """Load a model: NAME (champion, else challenger), NAME@ALIAS, NAME/VERSION, models:/..., or a folder with MLmodel.
 
-    home is a project's folder, by default the working directory. Raises ModelError where there is no such model or it
-    is none that takes images.
+    home is a project's folder, by default the working directory. A model that hpo has logged is loaded as data: its
+    program, class names and image shape. Any other may run code of its maker when it is loaded (pickles, scripts), so
+    it is refused unless allow_pickle is True. Raises ModelError where there is no such model or it takes no images.
     """
     if Path(model, "MLmodel").is_file():
-        return _load(Path(model), str(model))
+        return _load(Path(model), str(model), allow_pickle)
     if isinstance(model, Path):
         raise ModelError(f"{model}: there is no file MLmodel in it.", "Give a model's folder, or a name: hpo models")
     home = home if isinstance(home, Home) else Home.find(home)
     version = resolve(home, model)
     with tempfile.TemporaryDirectory() as folder:
-        return _load(fetch(home, version, Path(folder)), version.model_uri)
+        return _load(fetch(home, version, Path(folder)), version.model_uri, allow_pickle)
 
 
-def _load(folder: Path, uri: str) -> Classifier:
+def _load(folder: Path, uri: str, allow_pickle: bool) -> Classifier:
+    parts = folder / "artifacts"
+    ours = (parts / "net.pt2").is_file() and (parts / "config.json").is_file()
+    if allow_pickle:
+        return _load_any(folder, uri)
+    if not ours:
+        flavors = _flavors(folder)
+        if not flavors:
+            raise ModelError(f"{uri}: not a model of images that loads here: MLmodel names no flavor.", _LIST)
+        raise ModelError(
+            f"{uri}: a model of MLflow flavor {flavors}, which runs code of its maker when it is loaded.",
+            "If you trust its maker: --allow-pickle (in Python: allow_pickle=True). Those of hpo need no such trust.",
+        )
+    from hpo.learn.program import Program, read_config
+
+    config = read_config(parts / "config.json")
+    height, width, channels = config["image_shape"]
+    # The script beside it, which MLflow would run, is left alone.
+    return Classifier(uri, tuple(config["class_names"]), (height, width, channels), Program(parts / "net.pt2"))
+
+
+def _flavors(folder: Path) -> str:
+    try:
+        flavors = yaml.safe_load((folder / "MLmodel").read_text(encoding="utf-8"))["flavors"]
+        return ", ".join(sorted(map(str, flavors or ())))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError):
+        return ""
+
+
+def _load_any(folder: Path, uri: str) -> Classifier:
     mlflow = load_mlflow()
     try:
         model = mlflow.pyfunc.load_model(str(folder))
@@ -75,7 +114,7 @@ def _load(folder: Path, uri: str) -> Classifier:
     except Exception as error:
         raise ModelError(
             f"{uri}: not a model of images that loads here: {str(error) or type(error).__name__}.",
-            "Take one that a study has registered: hpo models",
+            _LIST,
         ) from error
     return Classifier(uri, names, (height, width, channels), model)
 

@@ -30,6 +30,7 @@ from hpo.cli.options import (
     Settings,
     Study,
     Trials,
+    Trust,
     read_duration,
     study_name,
 )
@@ -80,6 +81,7 @@ def run(
     ] = None,
     device: DeviceName = "auto",
     settings: Settings = None,
+    trust: Trust = False,
     home: HomeFolder = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew, beside what there is.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed trials again.")] = False,
@@ -103,8 +105,8 @@ def run(
     from hpo.cli.tally import NextCommands
     from hpo.spec.load import load_study
 
-    spec = load_study(study, overrides=settings or [])
-    options = [part for setting in settings or [] for part in ("--set", setting)]
+    spec = load_study(study, overrides=settings or [], trust=trust)
+    options = [part for setting in settings or [] for part in ("--set", setting)] + ["--trust"] * trust
     place = f" --home {shlex.quote(str(home))}" if home else ""
     more = shlex.join(["hpo", "run", study, *options]) + place
     again = f"{more} --trials {trials}" if trials else more
@@ -143,13 +145,14 @@ def preview(
     images: Annotated[int, typer.Option(min=1, max=100, help="Rows: training images, classes in turn.")] = 8,
     copies: Annotated[int, typer.Option(min=1, max=50, help="Changes of each, beside the image itself.")] = 7,
     settings: Settings = None,
+    trust: Trust = False,
     _debug: Debug = False,
 ) -> None:
     """Draw training images as the study's augmentation changes them."""
     from hpo.run.check import preview_study
     from hpo.spec.load import load_study
 
-    spec = load_study(study, overrides=settings or [])
+    spec = load_study(study, overrides=settings or [], trust=trust)
     output.print_text(str(preview_study(spec, target, images=images, copies=copies)))
 
 
@@ -159,13 +162,14 @@ def check(
     trials: Trials = None,
     device: DeviceName = "auto",
     settings: Settings = None,
+    trust: Trust = False,
     as_json: AsJson = False,
     _debug: Debug = False,
 ) -> None:
     """Validate a study, try one batch, and estimate time and disk."""
     from hpo.spec.load import load_study
 
-    spec = load_study(study, overrides=settings or [])
+    spec = load_study(study, overrides=settings or [], trust=trust)
     from hpo.run.check import check_study
 
     report = check_study(spec, trials=trials, device=device)
@@ -284,7 +288,7 @@ def show(study: Study, settings: Settings = None, as_json: AsJson = False, _debu
     """Print a study with all its defaults, and the size of its search space."""
     from hpo.spec.load import dump_study, load_study
 
-    spec = load_study(study, overrides=settings or [])
+    spec = load_study(study, overrides=settings or [], trust=True)
     size = spec.search.space.size(spec.fixed())
     if as_json:
         output.print_json({"spec": spec.model_dump(mode="json"), "parameters": len(spec.search.space), "size": size})
@@ -311,8 +315,10 @@ def ui(
 ) -> None:
     """Open the MLflow UI on this project's runs and models."""
     from hpo.home import Home
-    from hpo.track.ui import open_ui
+    from hpo.track.ui import is_local, open_ui
 
+    if not is_local(host):
+        output.print_warning(f"whoever reaches {host}:{port} can read and change everything: MLflow asks no password.")
     typer.echo(f"MLflow starts at http://{host}:{port} in half a minute; Ctrl-C ends it.", err=True)
     raise typer.Exit(open_ui(Home.find(home), host=host, port=port))
 

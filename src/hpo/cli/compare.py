@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from hpo.cli import output
-from hpo.cli.options import AsJson, Debug, HomeFolder, complete_study
+from hpo.cli.options import AsJson, Debug, HomeFolder, Trust, complete_study
 
 
 def compare(
@@ -34,6 +34,7 @@ def compare(
         Path | None, typer.Option("--out", "-o", metavar="FOLDER", help="Write comparison.md and roc.png there.")
     ] = None,
     home: HomeFolder = None,
+    trust: Trust = False,
     as_json: AsJson = False,
     _debug: Debug = False,
 ) -> None:
@@ -44,7 +45,7 @@ def compare(
 
     if out is not None:
         make_folder(out)  # before the test part is opened for nothing
-    comparison = run_comparison(models, test=test, binarise=binarise, home=home)
+    comparison = run_comparison(models, test=test, binarise=binarise, home=home, trust=trust)
     written = write_comparison(comparison, out) if out is not None else []
     if as_json:
         # The points of the curves are for the figure: their areas stay.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hpo.cli import output
-from hpo.cli.options import AsJson, Command, Debug
+from hpo.cli.options import AsJson, Command, Debug, Trust
 
 if TYPE_CHECKING:
     from hpo.report.data_page import DataFacts
@@ -33,6 +33,7 @@ def show(
     ] = None,
     images: Annotated[int, typer.Option(min=0, max=100, help="Training images of each class to show.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="Which of them are drawn.")] = 0,
+    trust: Trust = False,
     as_json: AsJson = False,
     _debug: Debug = False,
 ) -> None:
@@ -43,7 +44,7 @@ def show(
     """
     from hpo.run.explore import explore, write_page
 
-    facts, pictures = explore(name, path=path, size=size, images=images, seed=seed)
+    facts, pictures = explore(name, path=path, size=size, images=images, seed=seed, trust=trust)
     if page is not None or not as_json:
         stem = Path(name).stem if name.endswith((".yaml", ".yml")) else name.replace(":", "-")
         page = write_page(facts, pictures, page or Path(f"data-{stem}.html"))

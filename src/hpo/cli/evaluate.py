@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from hpo.cli import output
-from hpo.cli.options import AsJson, Debug, HomeFolder, complete_study
+from hpo.cli.options import AsJson, Debug, HomeFolder, Trust, complete_study
 
 
 def evaluate(
@@ -20,6 +20,7 @@ def evaluate(
             show_default=False,
         ),
     ],
+    trust: Trust = False,
     home: HomeFolder = None,
     as_json: AsJson = False,
     _debug: Debug = False,
@@ -31,7 +32,7 @@ def evaluate(
     """
     from hpo.run.evaluate import evaluate as measure
 
-    found = measure(models, home=home)
+    found = measure(models, home=home, trust=trust)
     if as_json:
         output.print_json(found)
         return

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from hpo.cli import output
-from hpo.cli.options import AsJson, Debug, HomeFolder
+from hpo.cli.options import AsJson, Debug, HomeFolder, Trust
 
 
 class Method(StrEnum):
@@ -40,6 +40,7 @@ def explain(
         "explained"
     ),
     home: HomeFolder = None,
+    trust: Trust = False,
     as_json: AsJson = False,
     _debug: Debug = False,
 ) -> None:
@@ -52,9 +53,9 @@ def explain(
         raise HpoError("hpo explain needs image files, or --mistakes.", f"For example: hpo explain {model} --mistakes")
     chosen = [str(method) for method in methods or ()]
     if mistakes:
-        rows = explain_mistakes(model, folder=folder, methods=chosen, home=home)
+        rows = explain_mistakes(model, folder=folder, methods=chosen, home=home, trust=trust)
     else:
-        rows = draw(model, images or [], folder=folder, methods=chosen, class_name=class_name, home=home)
+        rows = draw(model, images or [], folder=folder, methods=chosen, class_name=class_name, home=home, trust=trust)
     if as_json:
         output.print_json(rows)
         return

@@ -58,6 +58,12 @@ HomeFolder = Annotated[
     Path | None,
     typer.Option("--home", metavar="DIR", help="The folder that holds mlruns.", show_default="$HPO_HOME, or here"),
 ]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Import the functions that a study from elsewhere names: read them first.")
+]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Load a model that can run code of its maker: only of those you trust.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
@@ -68,4 +74,4 @@ def study_name(study: str) -> str:
         return study
     from hpo.spec.load import load_study
 
-    return load_study(study).name
+    return load_study(study, trust=True).name

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hpo.errors import HpoError
+from hpo.errors import HpoError, redact
 
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
@@ -143,13 +143,13 @@ def fail(error: BaseException, *, as_json: bool = False, debug: bool = False) ->
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     if debug:
-        traceback.print_exception(error)
+        sys.stderr.write(redact("".join(traceback.format_exception(error))))
     if isinstance(error, KeyboardInterrupt):
         message, hint, code = "interrupted", "", INTERRUPTED
     elif isinstance(error, HpoError):
         message, hint, code = error.message, error.hint, error.exit_code
     else:
-        message = f"unexpected error {type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
+        message = f"unexpected error {type(error).__name__}: {' '.join(redact(str(error)).split())}".rstrip(": ")
         hint, code = ("" if debug else "Run again with --debug for the traceback."), 1
     if as_json:
         sys.stderr.write(json.dumps({"error": message, "hint": hint}) + "\n")

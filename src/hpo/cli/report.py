@@ -31,7 +31,7 @@ def report(
     from hpo.run.report import write_report
     from hpo.spec.load import load_study
 
-    name = load_study(study).name if study.endswith((".yaml", ".yml")) else study
+    name = load_study(study, trust=True).name if study.endswith((".yaml", ".yml")) else study
     path = write_report(name, home=home, out=target, saliency=saliency)
     if as_json:
         output.print_json({"path": str(path)})

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hpo.cli import output
-from hpo.cli.options import AsJson, Debug, HomeFolder
+from hpo.cli.options import AsJson, Debug, HomeFolder, Trust
 
 if TYPE_CHECKING:
     from hpo.run.rerun import EpochCheck
@@ -22,6 +22,7 @@ def rerun(
         str | None,
         typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:N or mps.", show_default="the trial's"),
     ] = None,
+    trust: Trust = False,
     home: HomeFolder = None,
     as_json: AsJson = False,
     _debug: Debug = False,
@@ -33,7 +34,8 @@ def rerun(
     from hpo.run.rerun import Agreement
     from hpo.run.rerun import rerun as train_again
 
-    found = train_again(trial, tolerance=tolerance, device=device, home=home, watch=None if as_json else _show)
+    watch = None if as_json else _show
+    found = train_again(trial, tolerance=tolerance, device=device, home=home, trust=trust, watch=watch)
     if as_json:
         output.print_json(found)
     else:

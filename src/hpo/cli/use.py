@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from hpo.cli import output
-from hpo.cli.options import AsJson, Debug, HomeFolder, Study, study_name
+from hpo.cli.options import AllowPickle, AsJson, Debug, HomeFolder, Study, Trust, study_name
 
 
 def promote(
@@ -26,6 +26,7 @@ def promote(
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Promote although a gate refuses; that is recorded.")] = False,
+    trust: Trust = False,
     home: HomeFolder = None,
     as_json: AsJson = False,
     _debug: Debug = False,
@@ -39,7 +40,7 @@ def promote(
         return
     from hpo.run.promote import promote as decide
 
-    promotion = decide(study_name(study), home=home, force=force)
+    promotion = decide(study_name(study), home=home, force=force, trust=trust)
     if as_json:
         output.print_json(promotion)
         raise typer.Exit(1 if promotion.refused else 0)
@@ -150,12 +151,13 @@ def predict(
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write there.", show_default="the terminal")
     ] = None,
     home: HomeFolder = None,
+    allow_pickle: AllowPickle = False,
     _debug: Debug = False,
 ) -> None:
     """Classify image files with a registered model."""
     from hpo.predict import load_model, predict_files
 
-    rows = predict_files(load_model(model, home=home), images)
+    rows = predict_files(load_model(model, home=home, allow_pickle=allow_pickle), images)
     if form is Format.TABLE and target is None:
         output.print_table(
             [[row["file"], row["class"], output.show_score(row["probability"])] for row in rows],

@@ -182,7 +182,14 @@ def _checked(parts: Parts, sides: Sequence[int], origin: str) -> tuple[dict[str,
                 "Save all parts at one size.",
             )
     labels = np.concatenate([labels for _, labels in pairs.values()])
+    if not len(labels) or labels.max() >= max(len(labels), len(parts.class_names)):
+        raise DataError(
+            f"{origin}: {len(labels)} labels, the highest {labels.max() if len(labels) else 'missing'}.",
+            "Number the classes 0, 1, 2, ... without gaps.",
+        )
     class_names = parts.class_names or tuple(map(str, range(int(labels.max()) + 1)))
+    if len(set(class_names)) < len(class_names):
+        raise DataError(f"{origin}: two classes have one name: {', '.join(class_names)}.", "Name each differently.")
     if labels.min() < 0 or labels.max() >= len(class_names):
         wrong = int(labels.min()) if labels.min() < 0 else int(labels.max())
         raise DataError(

@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from hpo.errors import ModelError
 from hpo.learn.data import TrialData
 from hpo.learn.models import build_model
+from hpo.learn.program import load_program, read_config
 from hpo.learn.train import normalisation, to_input
 from hpo.spec.study import Setup
 
@@ -60,8 +62,9 @@ def load_trained(folder: Path, *, weights: bool = True) -> tuple[nn.Module, dict
     A folder that holds the exported program in place of the weights, as a logged model's does, gives the same. With
     weights=False the network is fresh.
     """
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    setup = Setup.model_validate_json((folder / SETUP).read_bytes())
+    config, setup = read_config(folder / CONFIG), _setup(folder / SETUP)
+    if not {"mean", "std"} <= config.keys():
+        raise ModelError(f"{folder / CONFIG}: mean or std is missing.", "Restore it from a copy.")
     shape = tuple(config["image_shape"])
     classes, binary = len(config["class_names"]), setup.task == "binary"
     net = build_model(setup.model, image_shape=shape, classes=classes, seed=0, binary=binary, loaded=False)
@@ -70,11 +73,19 @@ def load_trained(folder: Path, *, weights: bool = True) -> tuple[nn.Module, dict
     return net.eval(), config
 
 
+def _setup(file: Path) -> Setup:
+    try:
+        return Setup.model_validate_json(file.read_bytes())
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{file}: damaged or missing: {reason}.", "Restore it from a copy.") from None
+
+
 def _weights(folder: Path) -> dict[str, Tensor]:
     if (folder / WEIGHTS).is_file():
         weights: dict[str, Tensor] = load_file(folder / WEIGHTS)
         return weights
-    state = torch.export.load(folder / PROGRAM).state_dict
+    state = load_program(folder / PROGRAM).state_dict
     return {name.removeprefix("net."): tensor for name, tensor in state.items() if name.startswith("net.")}
 
 

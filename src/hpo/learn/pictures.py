@@ -32,8 +32,7 @@ def read_picture(
         with file.open("rb") as stream, Image.open(stream) as opened:
             grey = opened.mode in _GREY or opened.mode.startswith("I")
             image = _opaque(ImageOps.exif_transpose(opened)).convert(mode or ("L" if grey else "RGB"))
-    # Pillow's decoders raise all of these for damaged files.
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, Image.DecompressionBombError) as error:
+    except Exception as error:  # noqa: BLE001 - what Pillow's decoders and archives raise for damaged files is no list
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise DataError(
             f"{file}: not an image that can be read: {reason}.", "Check the file, or leave it out."

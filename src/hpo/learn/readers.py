@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import math
+import os
 import struct
 import tarfile
 import tempfile
@@ -28,7 +30,11 @@ _IMAGE_ENDINGS = frozenset((".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".t
 _NPZ_PARTS = {"train": "train", "valid": "val", "test": "test"}
 _IDX_PARTS = {"train": "train", "test": "t10k"}
 # What numpy and zipfile raise on files that are cut off or overwritten.
-_DAMAGE = (ValueError, OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error, struct.error)
+_DAMAGE = (
+    *(ValueError, OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error, struct.error),
+    MemoryError,  # for what a header promises
+)
+_CIFAR10_BYTES = 1_000_000_000  # unpacked, at most: the official archive has 186 million
 
 
 @dataclass(frozen=True)
@@ -58,9 +64,12 @@ def read_npz(place: Path, _size: int | None = None) -> Parts:
     wanted = {f"{prefix}_{kind}" for prefix in _NPZ_PARTS.values() for kind in ("images", "labels")} | {"class_names"}
     try:
         with np.load(place, allow_pickle=False) as file:
+            _check_room(place, file.zip)
             arrays = {key: file[key] for key in file.files if key in wanted}
             keys = ", ".join(file.files)
-    except _DAMAGE as error:
+    except HpoError:
+        raise
+    except Exception as error:  # noqa: BLE001 - numpy reads headers as Python, which fails in ways no list holds
         if "allow_pickle" in str(error):
             raise DataError(
                 f"{place}: holds pickled Python objects, which could run code and are not opened.",
@@ -68,6 +77,17 @@ def read_npz(place: Path, _size: int | None = None) -> Parts:
             ) from None
         raise DataError(f"{place}: the npz is damaged: {error}.", "Copy or write it again.") from None
     return _parts(arrays, place, keys)
+
+
+def _check_room(place: Path, archive: zipfile.ZipFile) -> None:
+    """Refuse what says it is larger, unpacked, than this machine's memory. Raises DataError."""
+    unpacked = sum(entry.file_size for entry in archive.infolist())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else unpacked
+    if unpacked > memory:
+        raise DataError(
+            f"{place}: unpacked it has {unpacked / 1e9:,.1f} GB, and this machine {memory / 1e9:,.1f} GB of memory.",
+            "Take smaller images or fewer of them, or a larger machine.",
+        )
 
 
 def read_own(dotted: str, _place: Path, size: int | None = None) -> Parts:
@@ -122,11 +142,13 @@ def _idx(folder: Path, name: str, dims: int) -> NDArray[np.uint8]:
     if path is None:
         raise DataError(f"{folder}: {name}.gz is missing there.", "Name a folder that holds all four idx files.")
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        if raw[:4] != bytes((0, 0, 8, dims)):
-            raise ValueError(f"it does not begin as uint8 idx of {dims} dimensions")
-        shape = struct.unpack_from(f">{dims}I", raw, 4)
-        return np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape)
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            if file.read(4) != bytes((0, 0, 8, dims)):
+                raise ValueError(f"it does not begin as uint8 idx of {dims} dimensions")
+            shape = struct.unpack(f">{dims}I", file.read(4 * dims))
+            # One more than is due: a file that unpacks to more is told, not unpacked.
+            values = file.read(math.prod(shape) + 1)
+        return np.frombuffer(values, np.uint8).reshape(shape)
     except _DAMAGE as error:
         raise DataError(f"{path}: the idx file is damaged: {error}.", "Copy or download it again.") from None
 
@@ -144,8 +166,14 @@ def read_cifar10(place: Path, _size: int | None = None) -> Parts:
         else:
             try:
                 with tarfile.open(place) as archive:
+                    unpacked = 0
+                    for member in archive:
+                        unpacked += member.size
+                        if unpacked > _CIFAR10_BYTES:
+                            raise tarfile.TarError(f"it unpacks to more than {_CIFAR10_BYTES:,} bytes")
+                    # The filter lets nothing out of the folder: no path upwards, no link to elsewhere, no device.
                     archive.extractall(root, filter="data")
-            except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+            except (tarfile.TarError, *_DAMAGE) as error:
                 raise DataError(f"{place}: the archive is damaged: {error}.", "Copy or download it again.") from None
         try:
             # The batches are pickles: torchvision opens them only after it has compared their published checksums.
@@ -165,6 +193,7 @@ def read_eurosat(place: Path, size: int | None = None) -> Parts:
         return read_folder(place / "2750" if (place / "2750").is_dir() else place, size)
     try:
         with zipfile.ZipFile(place) as archive:
+            _check_room(place, archive)
             # Read inside the archive: what is never extracted cannot escape.
             root = zipfile.Path(archive)
             return read_folder(root / "2750" if (root / "2750").is_dir() else root, size)

@@ -65,7 +65,13 @@ class Entrant:
 
 
 def compare(
-    models: Sequence[str], *, test: bool = False, binarise: bool = False, seed: int = 0, home: str | Path | None = None
+    models: Sequence[str],
+    *,
+    test: bool = False,
+    binarise: bool = False,
+    seed: int = 0,
+    home: str | Path | None = None,
+    trust: bool = False,
 ) -> Comparison:
     """Scores, differences to the first, McNemar's test and ROC curves of at least two models on the same images.
 
@@ -73,12 +79,13 @@ def compare(
     registered version of that number, else the trial. The images are those that all of them validate on; none of them
     trained on one. test=True: those that all have in their test part, which is opened and each opening written down.
     binarise=True: models of single classes answer for the groups (data.groups) that another one was trained on.
-    seed drives the bootstrap. Raises HpoError for what cannot be compared.
+    seed drives the bootstrap. trust allows data functions from outside the working directory. Raises HpoError for what
+    cannot be compared.
     """
     place = Home.find(home)
     if len(models) < 2:
         raise HpoError(f"{' '.join(models)}: that is one model.", "Name at least two: hpo compare A B")
-    entrants = [find_entrant(place, asked) for asked in models]
+    entrants = [find_entrant(place, asked, trust=trust) for asked in models]
     _check_different(entrants)
     groups = _groups(entrants) if binarise else {}
     class_names = tuple(groups) or _class_names(entrants)
@@ -127,7 +134,7 @@ def _unwritable(folder: Path, error: OSError) -> HpoError:
     return HpoError(f"{folder}: cannot be written: {error.strerror}.", "Choose another: --out FOLDER")
 
 
-def find_entrant(home: Home, asked: str) -> Entrant:
+def find_entrant(home: Home, asked: str, *, trust: bool = False) -> Entrant:
     """The trial that a name means; see compare. Raises HpoError where there is none or its data is not at hand."""
     from hpo.search.storage import read_study
     from hpo.track.registry import resolve, versions
@@ -144,7 +151,7 @@ def find_entrant(home: Home, asked: str) -> Entrant:
             raise ModelError(f"{asked}: it was copied from {version.origin}, where its study is.", hint)
         name, mark, number = version.generation, "#", str(version.trial)
     study = read_study(home, name)
-    spec = parse_study(study.spec)
+    spec = parse_study(study.spec, trust=trust)
     card = study_data(study, spec)
     trial = find_trial(study, number, (TrialState.COMPLETE,)) if mark else _winner(spec, study, card)
     return Entrant(asked, study, spec, trial, card, version or _version(home, study, trial))

@@ -123,7 +123,7 @@ def _study_cases(scene: Scene, study: StudyResult, found: _Projection) -> Iterat
 def _project(home: Home, title: str) -> None:
     """Bring MLflow in line with the storage as it is now, as every hpo run does at its start."""
     study = next(one.study for one in look(home) if one.study.title == title)
-    spec, tracker = parse_study(study.spec), Tracker(home)
+    spec, tracker = parse_study(study.spec, trust=True), Tracker(home)
     if not _has_parent(home, study):
         from hpo.learn.split import split_card
         from hpo.run.data import study_data

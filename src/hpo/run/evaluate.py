@@ -30,14 +30,14 @@ class Evaluation:
     openings: int
 
 
-def evaluate(models: Sequence[str], *, home: str | Path | None = None) -> list[Evaluation]:
+def evaluate(models: Sequence[str], *, home: str | Path | None = None, trust: bool = False) -> list[Evaluation]:
     """Test scores of models that are named as for run.compare: STUDY, STUDY#22, NAME/1, NAME@ALIAS.
 
     The test part is opened for those that nobody has measured, once all of them are known to have a model, and each
-    opening is written down. Raises HpoError for a model that was not kept or is unknown; then none is opened.
+    opening is written down. trust allows data functions from outside the working directory. Raises HpoError for a model that was not kept or is unknown; then none is opened.
     """
     place = Home.find(home)
-    entrants = [find_entrant(place, asked) for asked in models]
+    entrants = [find_entrant(place, asked, trust=trust) for asked in models]
     for entrant in entrants:
         entrant.kept("the test part asks for it")
     measured = [measure(place, entrant, purpose="evaluate") for entrant in entrants]

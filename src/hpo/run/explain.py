@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from hpo.errors import HpoError, ModelError
 from hpo.home import Home
+from hpo.run.standing import check_setup
 
 AnyPath = str | Path
 
@@ -37,20 +37,23 @@ def explain(
     methods: Sequence[str] = (),
     class_name: str | None = None,
     home: AnyPath | Home | None = None,
+    trust: bool = False,
 ) -> list[Explained]:
     """Draw one PNG for each image file into folder: the image, a map for each method, class probabilities.
 
     model is as in predict.load_model. methods are of gradient, integrated and gradcam; none means all that suit the
-    network. class_name None explains each image's most probable class. Raises ModelError, DataError for a file that is
+    network. class_name None explains each image's most probable class. trust allows a network that is a function from
+    outside the working directory. Raises ModelError, DataError for a file that is
     no image, and HpoError where folder cannot be written.
     """
+    from hpo.learn.program import read_config
     from hpo.learn.saliency import explain_images
     from hpo.predict import read_images
     from hpo.report.saliency_figure import saliency_figure
 
     target_folder = Path(folder)
-    with _parts(model, home) as parts:
-        config = json.loads((parts / "config.json").read_text(encoding="utf-8"))
+    with _parts(model, home, trust=trust) as parts:
+        config = read_config(parts / "config.json")
         names = config["class_names"]
         target = None if class_name is None else _label(class_name, names)
         images = read_images(paths, tuple(config["image_shape"]))
@@ -82,7 +85,12 @@ def explain(
 
 
 def explain_mistakes(
-    model: str, *, folder: AnyPath, methods: Sequence[str] = (), home: AnyPath | Home | None = None
+    model: str,
+    *,
+    folder: AnyPath,
+    methods: Sequence[str] = (),
+    home: AnyPath | Home | None = None,
+    trust: bool = False,
 ) -> list[Explained]:
     """explain for the validation images that the model got wrong most surely, five at most.
 
@@ -109,13 +117,13 @@ def explain_mistakes(
             name = "".join(letter if letter.isalnum() else "-" for letter in findings.class_names[mistake.true])
             files.append(Path(scratch) / f"mistake-{number}-{name}.png")
             files[-1].write_bytes(to_png(answers.images[mistake.position]))
-        rows = explain(model, files, folder=folder, methods=methods, home=place) if files else []
+        rows = explain(model, files, folder=folder, methods=methods, home=place, trust=trust) if files else []
     return [replace(row, file=Path(row.file).stem) for row in rows]
 
 
 @contextmanager
-def _parts(model: AnyPath, home: AnyPath | Home | None) -> Iterator[Path]:
-    """The folder in a logged model with its program, config and setup."""
+def _parts(model: AnyPath, home: AnyPath | Home | None, *, trust: bool) -> Iterator[Path]:
+    """The folder in a logged model with its program, config and setup, whose functions may be imported."""
     from hpo.track.registry import fetch, resolve
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -126,6 +134,7 @@ def _parts(model: AnyPath, home: AnyPath | Home | None) -> Iterator[Path]:
             place = fetch(found, resolve(found, str(model)), Path(scratch))
         if not (place / "artifacts" / "config.json").is_file():
             raise ModelError(f"{model}: not a model that a study has logged.", "List those that are: hpo models")
+        check_setup(place / "artifacts" / "setup.json", trust=trust)
         yield place / "artifacts"
 
 

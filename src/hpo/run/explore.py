@@ -15,13 +15,20 @@ AnyPath = str | Path
 
 
 def explore(
-    name: str, *, path: AnyPath | None = None, size: int | None = None, images: int = 8, seed: int = 0
+    name: str,
+    *,
+    path: AnyPath | None = None,
+    size: int | None = None,
+    images: int = 8,
+    seed: int = 0,
+    trust: bool = False,
 ) -> tuple[DataFacts, Mapping[int, bytes]]:
     """Facts of a data set, or of a study's, and the images that a page of them shows: row -> PNG.
 
     name is a data set (bloodmnist, npz, folder, package.module:function), divided as its publisher did, or a study, by
     name or file, divided as it says. path and size take the place of data.path and data.size. Of each class so many
-    training images are drawn, by seed. Raises DataError, and SpecError for a study that is not valid.
+    training images are drawn, by seed. trust as in load_study. Raises DataError, and SpecError for a study that is not
+    valid.
     """
     from hpo.learn.sources import NAMES
 
@@ -35,7 +42,7 @@ def explore(
         close = difflib.get_close_matches(name, [*NAMES, *studies], n=1)
         hint = f"Did you mean {close[0]}?" if close else f"Data sets: {', '.join(NAMES)}. Studies: hpo studies."
         raise DataError(f"there is neither a data set nor a study named {name!r}.", hint)
-    spec = load_study(name, overrides={f"data.{place}": value for place, value in given.items()})
+    spec = load_study(name, overrides={f"data.{place}": value for place, value in given.items()}, trust=trust)
     return explore_data(spec.data, spec.split, images=images, seed=seed)
 
 

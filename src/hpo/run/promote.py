@@ -44,20 +44,21 @@ class Promotion:
         return not self.promoted and not all(gate.passed for gate in self.gates)
 
 
-def promote(study: str, *, home: str | Path | None = None, force: bool = False) -> Promotion:
+def promote(study: str, *, home: str | Path | None = None, force: bool = False, trust: bool = False) -> Promotion:
     """Let the challenger of a study pass the gates, measure it on the test part, and point `champion` at it.
 
     The gates (see run.gates) look at development images only: the test part measures what was chosen before, and is not
     opened for a challenger that is refused. force=True promotes it nevertheless, and the registry remembers that. Who
-    was measured before is not measured again, so nothing is gained by asking twice. Raises ModelError where there is no
-    challenger, DataError where the data is not the study's.
+    was measured before is not measured again, so nothing is gained by asking twice. trust allows a data function from
+    outside the working directory. Raises ModelError where there is no challenger, DataError where the data is not the
+    study's.
     """
     from hpo.predict import load_model
     from hpo.search.storage import read_study
 
     place = Home.find(home)
     record = read_study(place, study)
-    name = parse_study(record.spec).name
+    name = parse_study(record.spec, trust=trust).name
     by_alias = {alias: version for version in versions(place, name) for alias in version.aliases}
     challenger, champion = by_alias.get("challenger"), by_alias.get("champion")
     if challenger is None:
@@ -65,8 +66,8 @@ def promote(study: str, *, home: str | Path | None = None, force: bool = False) 
     if champion is not None and champion.version == challenger.version:
         known, count = test_scores(champion.scores), len(openings(place, record))
         return Promotion(False, "the challenger is the champion already", challenger, champion, known, known, count)
-    new = find_entrant(place, f"{name}/{challenger.version}")
-    old, why = _trained(place, champion)
+    new = find_entrant(place, f"{name}/{challenger.version}", trust=trust)
+    old, why = _trained(place, champion, trust=trust)
     model = load_model(challenger.model_uri, home=place)
     gates = tuple(verdicts(place, new, model, champion, old, why))
     failed = [gate for gate in gates if not gate.passed]
@@ -88,12 +89,12 @@ def promote(study: str, *, home: str | Path | None = None, force: bool = False) 
     return Promotion(True, reason, challenger, champion, scores, before, count, gates, forced=bool(failed))
 
 
-def _trained(home: Home, champion: ModelVersion | None) -> tuple[Entrant | None, str]:
+def _trained(home: Home, champion: ModelVersion | None, *, trust: bool) -> tuple[Entrant | None, str]:
     """The champion's training; None where there is no champion, or where it cannot be found: why not."""
     if champion is None:
         return None, ""
     try:
-        return find_entrant(home, f"{champion.name}/{champion.version}"), ""
+        return find_entrant(home, f"{champion.name}/{champion.version}", trust=trust), ""
     except HpoError as error:
         return None, f"the champion's training is not at hand: {error.message}"
 

@@ -92,12 +92,13 @@ def rerun(
     tolerance: float = TOLERANCE,
     device: str | None = None,
     home: str | Path | None = None,
+    trust: bool = False,
     watch: Callable[[EpochCheck], None] | None = None,
 ) -> Rerun:
     """Train the trial STUDY/NUMBER again, with its setup, seed, data, precision and number of threads.
 
     tolerance is the largest difference of a score that still counts as close; device is the trial's unless given. watch
-    hears of each epoch. The training runs in this process; the trial stays as it is, and no store is written to. Raises
+    hears of each epoch. trust allows functions from outside the working directory. The training runs in this process; the trial stays as it is, and no store is written to. Raises
     HpoError where the trial is not finished, or its data or its device is not here.
     """
     match = re.fullmatch(r"(.+)[/#]([0-9]+)", asked)
@@ -110,7 +111,7 @@ def rerun(
 
     place = Home.find(home)
     study = read_study(place, match[1])
-    spec = with_model(parse_study(study.spec), place)
+    spec = with_model(parse_study(study.spec, trust=trust), place)
     trial = find_trial(study, match[2], (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAILED))
     before = trial.result or TrialResult(trial.number, trial.state)
     if before.state is TrialState.COMPLETE and not before.epochs:

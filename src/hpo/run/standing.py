@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,6 +15,18 @@ from hpo.home import Home
 from hpo.learn.data import models_folder
 from hpo.spec.pretrained import TransferSpec
 from hpo.spec.study import StudySpec
+from hpo.spec.trust import check_stored
+
+
+def check_setup(file: Path, *, trust: bool = False) -> None:
+    """Refuse a logged model whose network is a function from outside the working directory. Raises SpecError.
+
+    A model without a setup names none; a damaged setup is told by whoever reads it.
+    """
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        setup = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(setup, dict):
+            check_stored(setup, trust=trust, origin=str(file))
 
 
 def with_model(spec: StudySpec, home: Home) -> StudySpec:
@@ -36,6 +49,7 @@ def with_model(spec: StudySpec, home: Home) -> StudySpec:
                 f"model.from_model: {spec.model.from_model} was logged by an earlier version of hpo.",
                 f"Run its study again: hpo run {version.study} --fresh",
             )
+        check_setup(found / "artifacts" / "setup.json")
         if not folder.is_dir():
             shutil.copytree(found / "artifacts", Path(scratch) / "whole")
             with contextlib.suppress(OSError):  # another process was faster

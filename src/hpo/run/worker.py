@@ -9,7 +9,7 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from hpo.errors import DataError, HpoError, NotFiniteError, disk_full
+from hpo.errors import DataError, HpoError, NotFiniteError, disk_full, redact
 from hpo.records import DataCard, Epoch, EpochEnded, FailureKind, TrialEnded, TrialResult, TrialState
 from hpo.spec.models import OwnModelSpec
 from hpo.spec.study import Setup
@@ -102,9 +102,10 @@ def _attempt(task: Task, device_name: str) -> Generator[EpochEnded, bool, TrialR
         if disk_full(error):
             return replace(_without_room(task), epochs=tuple(epochs))
         reason = str(error) if isinstance(error, HpoError) else f"{type(error).__name__}: {error}"
-        told = traceback.format_exc()
+        # Both are stored: what a model of the user's own raises may name the environment.
+        told = redact(traceback.format_exc())
         kind = _kind(error, own=isinstance(task.setup.model, OwnModelSpec))
-        result = TrialResult(task.number, TrialState.FAILED, reason=reason, traceback=told, failure=kind)
+        result = TrialResult(task.number, TrialState.FAILED, reason=redact(reason), traceback=told, failure=kind)
     return replace(result, epochs=tuple(epochs))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,11 +15,14 @@ from pydantic import ValidationError
 from hpo.errors import SpecError
 from hpo.spec.models import KINDS
 from hpo.spec.study import StudySpec, set_place
+from hpo.spec.trust import check_file, check_stored
 
 _SHIPPED = (
     Path(__file__).parents[1] / "_studies",  # in a wheel
     Path(__file__).parents[3] / "studies",  # in a checkout
 )
+
+_MOST_BYTES, _MOST_VALUES = 1_000_000, 50_000  # of a study file: a hundred times what the longest has
 
 
 class StudyLoader(yaml.SafeLoader):
@@ -38,8 +42,11 @@ def _mapping(loader: StudyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
 
 
 StudyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+# A spec is stored as JSON, which has none of these; a date is read as the text that it is.
+for _tag in ("binary", "timestamp", "set", "omap", "pairs"):
+    del StudyLoader.yaml_constructors[f"tag:yaml.org,2002:{_tag}"]
 StudyLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("bool", "timestamp")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 # As YAML 1.2 has it: `final: {on: all}` is a place of the study file, and a class may be called no.
@@ -80,7 +87,9 @@ def find_study(study: str | Path) -> Path:
     return found[text]
 
 
-def load_study(study: str | Path, *, overrides: Mapping[str, Any] | Iterable[str] = ()) -> StudySpec:
+def load_study(
+    study: str | Path, *, overrides: Mapping[str, Any] | Iterable[str] = (), trust: bool = False
+) -> StudySpec:
     """Read, override and validate a study.
 
     study is a name (`digits-mlp`) or the path of a YAML file. overrides are dotted paths with values, as a mapping or
@@ -98,17 +107,26 @@ def load_study(study: str | Path, *, overrides: Mapping[str, Any] | Iterable[str
     _anchor_paths(tree, Path())
     tree.setdefault("name", path.stem)
     try:
-        return StudySpec.model_validate(tree)
+        spec = StudySpec.model_validate(tree)
     except ValidationError as error:
         raise _explain(error, path, node, set_places) from None
+    if path.parent not in _SHIPPED:
+        check_file(tree, path, trust=trust)
+    return spec
 
 
-def parse_study(tree: Mapping[str, Any]) -> StudySpec:
-    """A StudySpec from plain data, such as one that was stored with its study. Raises SpecError."""
+def parse_study(tree: Mapping[str, Any], *, trust: bool = False) -> StudySpec:
+    """A StudySpec from plain data that was stored with its study. Raises SpecError.
+
+    One that names functions from outside the working directory is refused unless trust is True: because the user
+    allows them, or because the caller imports nothing.
+    """
     try:
-        return StudySpec.model_validate(tree)
+        spec = StudySpec.model_validate(tree)
     except ValidationError as error:
         raise _explain(error, Path(str(tree.get("name", "study"))), None, []) from None
+    check_stored(tree, trust=trust, origin=spec.name)
+    return spec
 
 
 def dump_study(spec: StudySpec) -> str:
@@ -128,9 +146,12 @@ def study_schema() -> dict[str, Any]:
 
 def _read(path: Path) -> tuple[dict[str, Any], yaml.Node | None]:
     try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"it has more than {_MOST_BYTES:,} bytes")
         text = path.read_text(encoding="utf-8")
         loader = StudyLoader(text)
         node = loader.get_single_node()
+        _check_size(node)
         tree = loader.construct_document(node) if node is not None else None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
@@ -144,6 +165,25 @@ def _read(path: Path) -> tuple[dict[str, Any], yaml.Node | None]:
             f"{path}: a study is a mapping with data, model, search.", "See a whole one: hpo show digits-mlp"
         )
     return tree, node
+
+
+def _check_size(node: yaml.Node | None) -> None:
+    """Refuse what a few lines of YAML can repeat a billion times, or for ever. Raises ValueError."""
+    sizes: dict[yaml.Node, int] = {}
+    above: set[yaml.Node] = set()
+
+    def size(place: yaml.Node) -> int:
+        if place in above:
+            raise ValueError("an alias stands inside what it names")
+        if place not in sizes:
+            above.add(place)
+            below = place.value if isinstance(place, yaml.CollectionNode) else ()
+            sizes[place] = 1 + sum(map(size, itertools.chain(*below) if isinstance(place, yaml.MappingNode) else below))
+            above.remove(place)
+        return sizes[place]
+
+    if node is not None and size(node) > _MOST_VALUES:
+        raise ValueError(f"it has more than {_MOST_VALUES:,} values, aliases counted")
 
 
 def _anchor_paths(tree: dict[str, Any], folder: Path) -> None:
@@ -163,7 +203,9 @@ def _parse_override(text: str) -> tuple[str, Any]:
         raise SpecError(f"--set {text}: not of the form place=value.", "Write for example: --set training.epochs=5")
     try:
         loader = StudyLoader(value)
-        return place.strip(), loader.get_single_data()
+        node = loader.get_single_node()
+        _check_size(node)
+        return place.strip(), loader.construct_document(node) if node is not None else None
     except (yaml.YAMLError, RecursionError, ValueError):
         raise SpecError(f"--set {text}: the value is not readable as YAML.", "Quote it.") from None
 

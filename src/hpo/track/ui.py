@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import os
 import socket
 import subprocess
@@ -10,7 +11,7 @@ import sys
 
 from hpo.errors import HpoError
 from hpo.home import Home
-from hpo.track.store import SWITCHES, exists
+from hpo.track.store import SWITCHES, exists, shown
 
 
 def ui_command(home: Home, *, host: str = "127.0.0.1", port: int = 5000) -> tuple[list[str], dict[str, str]]:
@@ -20,7 +21,8 @@ def ui_command(home: Home, *, host: str = "127.0.0.1", port: int = 5000) -> tupl
     """
     if home.tracking_uri.startswith(("http://", "https://")):
         raise HpoError(
-            f"MLFLOW_TRACKING_URI={home.tracking_uri}: a server holds this store.", "Open that address in a browser."
+            f"MLFLOW_TRACKING_URI={shown(home.tracking_uri)}: a server holds this store.",
+            "Open that address in a browser.",
         )
     if not exists(home):
         raise HpoError(
@@ -30,11 +32,21 @@ def ui_command(home: Home, *, host: str = "127.0.0.1", port: int = 5000) -> tupl
     if not _free(host, port):
         following = next((other for other in range(port + 1, 65536) if _free(host, other)), 0)
         raise HpoError(f"port {port} on {host} is in use.", f"Take the next free one: --port {following}")
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", home.tracking_uri]
+    command = [sys.executable, "-m", "mlflow", "ui"]
     command += ["--default-artifact-root", home.artifacts.as_uri()] if home.embedded else []
     # One worker and no job runner: half the time to the first page, and nothing here needs more.
     command += ["--host", host, "--port", str(port), "--workers", "1"]
-    return command, {**SWITCHES, **os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    # The store goes by the environment: every user of the machine can read the words of a command.
+    own = {"MLFLOW_BACKEND_STORE_URI": home.tracking_uri, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    return command, {**SWITCHES, **os.environ, **own}
+
+
+def is_local(host: str) -> bool:
+    """Whether a server at host answers this machine only."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def open_ui(home: Home, *, host: str = "127.0.0.1", port: int = 5000) -> int:

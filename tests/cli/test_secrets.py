@@ -1,0 +1,116 @@
+"""No password, key or token of the environment or of a store's address is printed, stored or shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from hpo.cli.app import app
+from hpo.errors import HpoError, redact
+from hpo.home import Home
+from hpo.track.ui import ui_command
+
+runner = CliRunner()
+SECRET, CODED = "xyzzy-plugh-42", "xyzzy%2Dplugh%2D42"
+TELLING_MODEL = """
+import os
+from torch import nn
+
+def build(*, image_shape, classes, width=1):
+    if width == 2:
+        raise ValueError(f"{dict(os.environ)} {os.environ['OWN_TOKEN']!r}")
+    height, wide, channels = image_shape
+    return nn.Sequential(nn.Flatten(), nn.Linear(height * wide * channels, classes))
+"""
+STUDY = """
+data: {name: digits}
+split: {kind: holdout}
+model: {kind: telling_net:build, options: {width: 1}}
+training: {epochs: 1, precision: float32}
+search:
+  objective: valid_accuracy
+  trials: 2
+  sampler: grid
+  space: {model.options.width: {choice: [1, 2]}}
+"""
+
+
+@pytest.fixture
+def secretive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("HPO_HOME", "HPO_STORAGE", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "OWN_TOKEN"):
+        monkeypatch.setenv(name, SECRET)
+    monkeypatch.setenv("HPO_DATA", str(tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_neither_a_store_nor_a_page_nor_a_message_holds_a_secret(secretive: Path) -> None:
+    (secretive / "telling_net.py").write_text(TELLING_MODEL)
+    (secretive / "telling.yaml").write_text(STUDY)
+    commands = ["run telling.yaml --workers 0 --debug", "trials telling", "trials telling --json", "report telling"]
+    commands += ["models --json", "promote telling --debug", "run telling.yaml --retry-failed --workers 0 --json"]
+    said = "".join(runner.invoke(app, command.split()).output for command in commands)
+    assert "ValueError" in said
+    assert "promoted" in said or "champion" in said
+    assert SECRET not in said
+    holding = [file for file in secretive.rglob("*") if file.is_file() and SECRET.encode() in file.read_bytes()]
+    assert holding == []
+
+
+@pytest.mark.parametrize(
+    "command", ["trials digits-mlp", "models", "run digits-mlp --trials 1", "ui", "report digits-mlp"]
+)
+@pytest.mark.parametrize(
+    ("name", "url"),
+    [
+        ("HPO_STORAGE", f"postgresql+psycopg2://me:{SECRET}@127.0.0.1:1/x"),
+        ("HPO_STORAGE", f"postgresql+psycopg2://127.0.0.1:1/x?user=me&password={SECRET}"),
+        ("HPO_STORAGE", f"postgresql+nodriver://me:{CODED}@127.0.0.1:1/x"),
+        ("HPO_STORAGE", f"no address {SECRET}"),
+        ("MLFLOW_TRACKING_URI", f"http://me:{SECRET}@127.0.0.1:1"),
+        ("MLFLOW_TRACKING_URI", f"postgresql+psycopg2://me:{SECRET}@127.0.0.1:1/x"),
+    ],
+)
+def test_an_address_is_told_without_its_password(
+    secretive: Path, monkeypatch: pytest.MonkeyPatch, name: str, url: str, command: str
+) -> None:
+    if command == "ui" and not url.startswith("http"):
+        pytest.skip("it would start a server")
+    if command.startswith("run") and "digits" in command and name == "MLFLOW_TRACKING_URI":
+        pytest.skip("a study goes on without its tracking server")
+    monkeypatch.setenv(name, url)
+    result = runner.invoke(app, [*command.split(), "--debug"])
+    assert SECRET not in result.output
+    assert CODED not in result.output
+
+
+def test_the_ui_hands_its_store_on_where_other_users_cannot_read_it(
+    secretive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"postgresql://me:{SECRET}@127.0.0.1:1/x")
+    command, environment = ui_command(Home.find(secretive), port=5999)
+    assert not any(SECRET in word for word in command)
+    assert environment["MLFLOW_BACKEND_STORE_URI"].endswith(f"{SECRET}@127.0.0.1:1/x")
+
+
+@pytest.mark.parametrize(
+    ("host", "warned"), [("::", True), ("10.0.0.1", True), ("127.0.0.1", False), ("localhost", False)]
+)
+def test_a_server_for_others_is_warned_of_in_a_line(
+    secretive: Path, monkeypatch: pytest.MonkeyPatch, host: str, warned: bool
+) -> None:
+    monkeypatch.setattr("hpo.track.ui.open_ui", lambda home, *, host, port: 0)
+    result = runner.invoke(app, ["ui", "--host", host])
+    assert (result.stderr.count("warning: whoever reaches") == 1) is warned
+
+
+def test_an_error_hides_secrets_and_what_would_steer_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_API_KEY", SECRET)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    error = HpoError(f"a\n\x1b[31m{SECRET} false", "postgresql://me:pw@host/x")
+    assert (error.message, error.hint) == ("a  [31m*** false", "postgresql://me:***@host/x")
+    assert redact("http://host/a:b@c and me@host: https://x") == "http://host/a:b@c and me@host: https://x"

@@ -1,0 +1,130 @@
+"""Code that a study names runs unasked only where the file, or a stored study's code, lies in the working directory."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from hpo.cli.app import app
+from hpo.errors import SpecError
+from hpo.spec.load import load_study, parse_study
+from hpo.spec.trust import module_file, named_functions
+
+runner = CliRunner()
+STUDY = """
+data: {name: %s}
+split: {kind: holdout}
+model: {kind: %s}
+search: {objective: valid_accuracy, trials: 1, space: {training.optimizer.lr: {float: [1.0e-3, 1.0e-2]}}}
+"""
+TRAP = "from pathlib import Path\nPath({trap!r}).touch()\ndef build(**options):\n    raise ValueError\n"
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path, Path]:
+    """Working directory, a folder elsewhere on the module path, and the file that importing code from it makes."""
+    here, away, trap = tmp_path / "here", tmp_path / "away", tmp_path / "trap"
+    for folder in (here, away):
+        (folder / "deep").mkdir(parents=True)
+        (folder / "deep" / "__init__.py").write_text(TRAP.format(trap=str(trap)))
+        (folder / "deep" / "nets.py").write_text(TRAP.format(trap=str(trap)))
+    (here / "deep").rename(here / "mine")
+    monkeypatch.chdir(here)
+    monkeypatch.syspath_prepend(away)
+    monkeypatch.setenv("HPO_DATA", str(tmp_path / "data"))
+    return here, away, trap
+
+
+def study(folder: Path, *, data: str = "digits", model: str = "mlp") -> Path:
+    file = folder / "own.yaml"
+    file.write_text(STUDY % (data, model), encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize("names", [{"data": "deep.nets:build"}, {"model": "deep.nets:build"}])
+@pytest.mark.parametrize("words", [["run"], ["check"], ["preview"], ["data", "show"]], ids=" ".join)
+def test_a_study_from_elsewhere_imports_nothing_unasked(
+    folders: tuple[Path, Path, Path], words: list[str], names: dict[str, str]
+) -> None:
+    _, away, trap = folders
+    result = runner.invoke(app, [*words, str(study(away, **names))])
+    assert result.exit_code == 2
+    assert f"deep.nets:build ({away / 'deep' / 'nets.py'})" in result.stderr
+    assert "--trust" in result.stderr
+    assert not trap.exists()
+    assert "deep" not in sys.modules
+
+
+@pytest.mark.parametrize("words", [["check"], ["preview"], ["data", "show"]], ids=" ".join)
+def test_trust_lets_it_run(folders: tuple[Path, Path, Path], words: list[str]) -> None:
+    _, away, trap = folders
+    result = runner.invoke(app, [*words, str(study(away, data="deep.nets:build")), "--trust"])
+    assert "the function fails: ValueError" in result.stderr
+    assert trap.exists()
+    for name in ("deep", "deep.nets"):
+        sys.modules.pop(name)
+
+
+def test_studies_of_the_working_directory_and_plain_ones_need_no_trust(folders: tuple[Path, Path, Path]) -> None:
+    here, away, _ = folders
+    assert load_study(study(here, model="deep.nets:build")).model.kind == "deep.nets:build"
+    assert load_study(study(away)).model.kind == "mlp"
+    assert load_study("digits-mlp").model.kind == "mlp"
+
+
+def test_looking_at_a_study_from_elsewhere_needs_no_trust(folders: tuple[Path, Path, Path]) -> None:
+    _, away, trap = folders
+    result = runner.invoke(app, ["show", str(study(away, model="deep.nets:build"))])
+    assert result.exit_code == 0
+    assert "deep.nets:build" in result.stdout
+    assert not trap.exists()
+
+
+def test_a_link_into_the_working_directory_is_a_file_from_elsewhere(folders: tuple[Path, Path, Path]) -> None:
+    here, away, _ = folders
+    (here / "own.yaml").symlink_to(study(away, model="mine.nets:build"))
+    with pytest.raises(SpecError, match="--trust"):
+        load_study("own.yaml")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"search": {"space": {"model.kind": {"choice": ["a.b:c"]}}}},
+        {"final": {"set": {"model.kind": "a.b:c"}}},
+        {"search": {"start": [{"data.name": "a.b:c"}]}},
+        {"data": {"name": "a.b:c"}},
+    ],
+)
+def test_a_function_is_found_wherever_a_study_may_name_it(change: dict[str, Any]) -> None:
+    assert named_functions(change) == ["a.b:c"]
+    assert (
+        named_functions({"question": "a:b", "keep": {"models": "best:3"}, "model": {"from_model": "models:/m/1"}}) == []
+    )
+
+
+def test_a_stored_study_is_judged_by_where_its_code_lies(folders: tuple[Path, Path, Path]) -> None:
+    here, _, trap = folders
+    plain = load_study(study(here)).model_dump(mode="json")
+    for name, right in {"mine.nets:build": True, "deep.nets:build": False, "os:system": False, "gone:x": False}.items():
+        stored = {**plain, "data": {**plain["data"], "name": name}}
+        assert parse_study(stored, trust=True).data.name == name
+        if right:
+            parse_study(stored)
+        else:
+            with pytest.raises(SpecError, match=f"outside the working directory: {name} .*--trust"):
+                parse_study(stored)
+    assert not trap.exists()
+
+
+def test_the_file_of_a_module_is_found_without_importing_it(folders: tuple[Path, Path, Path]) -> None:
+    here, away, trap = folders
+    assert module_file("deep.nets:build") == away / "deep" / "nets.py"
+    assert module_file("mine:build") == here / "mine" / "__init__.py"
+    assert module_file("sys:exit") is None
+    assert module_file("..:x") is None
+    assert not trap.exists()
