@@ -98,8 +98,9 @@ def rerun(
     """Train the trial STUDY/NUMBER again, with its setup, seed, data, precision and number of threads.
 
     tolerance is the largest difference of a score that still counts as close; device is the trial's unless given. watch
-    hears of each epoch. trust allows functions from outside the working directory. The training runs in this process; the trial stays as it is, and no store is written to. Raises
-    HpoError where the trial is not finished, or its data or its device is not here.
+    hears of each epoch. trust allows functions from outside the working directory. The training runs in this process;
+    the trial stays as it is, and no store is written to. Raises HpoError where the trial is not finished, or its data
+    or its device is not here.
     """
     match = re.fullmatch(r"(.+)[/#]([0-9]+)", asked)
     if match is None:
