@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from pathlib import Path
 import yaml
 
 from agreement import Findings, check
+from faults import Life
 from hpo.home import Home
 from hpo.search.storage import list_studies
 
@@ -44,53 +46,49 @@ def write_study(folder: Path, name: str, *, trials: int) -> Path:
 
 
 def crowd(folder: Path, *, trials: int, seconds: float | None = None) -> Findings:
-    """Let all of them loose until every study has its trials, or for so long; what went wrong."""
+    """Let all of them loose until every study has its trials, or for so long once all train; what went wrong."""
     environment = {**os.environ, "HPO_DATA": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     for name in ("HPO_HOME", "HPO_STORAGE", "MLFLOW_TRACKING_URI"):
         environment.pop(name, None)
-    findings, over = Findings(), threading.Event()
-    options = ["--workers", "1", *(["--timeout", f"{seconds:.0f}s"] if seconds else [])]
+    findings, over, reads = Findings(), threading.Event(), 0
 
-    def hpo(*arguments: str) -> tuple[int, str]:
-        command = [sys.executable, "-m", "hpo", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, check=False)
-        said = done.stdout + done.stderr
-        if "locked" in said or "Traceback" in said:
-            findings.add("runs that ended badly", f"hpo {arguments[0]}: {said[-2000:]}")
-        return done.returncode, said
-
-    def write(study: Path) -> None:
-        code, said = hpo("run", str(study), *options)
-        if code != 0 or "tracking" in said:
-            findings.add("runs that ended badly", f"hpo run {study.stem}: exit code {code}: {said[-2000:]}")
+    def judge(what: str, code: int, expected: int, said: str) -> None:
+        if code != expected or any(word in said for word in ("locked", "Traceback", "tracking")):
+            findings.add("runs that ended badly", f"hpo {what}: exit code {code}: {said[-2000:]}")
 
     def read(*arguments: str) -> None:
+        nonlocal reads
         while not over.is_set():
-            code, said = hpo(*arguments)
-            if code != 0 and "has run here" not in said:
-                findings.add("runs that ended badly", f"hpo {arguments[0]}: exit code {code}: {said[-2000:]}")
-            reads.append(arguments[0])
+            command = [sys.executable, "-m", "hpo", *arguments]
+            done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, check=False)
+            said = done.stdout + done.stderr
+            judge(arguments[0], done.returncode, 2 if "has run here" in said else 0, said)
+            reads += 1
 
-    reads: list[str] = []
     studies = {name: write_study(folder, name, trials=trials) for name in WRITERS}
-    writers = [threading.Thread(target=write, args=(studies[name],)) for name in WRITERS]
+    writers = [Life(studies[name], folder, environment, workers=1) for name in WRITERS]
     readers = [threading.Thread(target=read, args=arguments) for arguments in READERS]
-    for thread in (*writers, *readers):
-        thread.start()
-    for thread in writers:
-        thread.join()
+    for reader in readers:
+        reader.start()
+    if seconds is not None:
+        for writer in writers:
+            writer.wait_for("epoch_ended", timeout=600)
+        time.sleep(seconds)
+        for writer in writers:
+            writer.process.send_signal(signal.SIGINT)
+    for name, writer in zip(WRITERS, writers, strict=True):
+        code = writer.join(600)
+        judge(f"run {name}", code, 130 if seconds else 0, "\n".join([writer.said(), *writer.troubles]))
     over.set()
-    for thread in readers:
-        thread.join()
+    for reader in readers:
+        reader.join()
     home = Home.find(folder)
     found = list_studies(home)
     if sorted(study.title for study in found) != sorted(set(WRITERS)):
         findings.add("runs that ended badly", f"studies {[study.title for study in found]}")
     for study in found:
         check(home, study, {}, findings, budget=None if seconds else trials)
-    print(
-        f"{len(writers)} runs of {len(found)} studies, {findings.trials} trials, {len(reads)} reads by {len(readers)}"
-    )
+    print(f"{len(writers)} runs of {len(found)} studies, {findings.trials} trials, {reads} reads by {len(readers)}")
     return findings
 
 
@@ -104,7 +102,7 @@ def main() -> None:
         findings = crowd(Path(folder), trials=100_000, seconds=options.seconds)
     print(findings.table())
     locked = sum("locked" in sentence for sentence in findings.sentences)
-    print(f"{locked} times 'database is locked' in {time.monotonic() - began:.0f} s")
+    print(f"{locked} times 'database is locked' in {time.monotonic() - began:.0f} s from start to end")
     for sentence in findings.sentences:
         print(sentence)
     sys.exit(bool(findings.wrong))

@@ -34,7 +34,8 @@ def evaluate(models: Sequence[str], *, home: str | Path | None = None, trust: bo
     """Test scores of models that are named as for run.compare: STUDY, STUDY#22, NAME/1, NAME@ALIAS.
 
     The test part is opened for those that nobody has measured, once all of them are known to have a model, and each
-    opening is written down. trust allows data functions from outside the working directory. Raises HpoError for a model that was not kept or is unknown; then none is opened.
+    opening is written down. trust allows data functions from outside the working directory. Raises HpoError for a model
+    that was not kept or is unknown; then none is opened.
     """
     place = Home.find(home)
     entrants = [find_entrant(place, asked, trust=trust) for asked in models]
