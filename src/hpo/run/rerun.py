@@ -112,7 +112,7 @@ def rerun(
 
     place = Home.find(home)
     study = read_study(place, match[1])
-    spec = with_model(parse_study(study.spec, trust=trust), place)
+    spec = with_model(parse_study(study.spec, trust=trust), place, trust=trust)
     trial = find_trial(study, match[2], (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAILED))
     before = trial.result or TrialResult(trial.number, trial.state)
     if before.state is TrialState.COMPLETE and not before.epochs:

@@ -29,10 +29,11 @@ def check_setup(file: Path, *, trust: bool = False) -> None:
             check_stored(setup, trust=trust, origin=str(file))
 
 
-def with_model(spec: StudySpec, home: Home) -> StudySpec:
+def with_model(spec: StudySpec, home: Home, *, trust: bool = False) -> StudySpec:
     """The spec with model.from_model as the id of the model that it means now; its files are there afterwards.
 
-    A study remembers the id, so an alias that has moved on is another study. Raises ModelError.
+    A study remembers the id, so an alias that has moved on is another study. trust as in check_setup. Raises
+    ModelError, and SpecError as check_setup does.
     """
     if not isinstance(spec.model, TransferSpec):
         return spec
@@ -49,7 +50,7 @@ def with_model(spec: StudySpec, home: Home) -> StudySpec:
                 f"model.from_model: {spec.model.from_model} was logged by an earlier version of hpo.",
                 f"Run its study again: hpo run {version.study} --fresh",
             )
-        check_setup(found / "artifacts" / "setup.json")
+        check_setup(found / "artifacts" / "setup.json", trust=trust)
         if not folder.is_dir():
             shutil.copytree(found / "artifacts", Path(scratch) / "whole")
             with contextlib.suppress(OSError):  # another process was faster
