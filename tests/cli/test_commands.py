@@ -268,7 +268,7 @@ def predictions(monkeypatch: pytest.MonkeyPatch) -> None:
         shares = {"a, b": 0.25, "c": 0.75}
         return [{"file": str(path), "class": "c", "probability": 0.75, "probabilities": shares} for path in paths]
 
-    room(monkeypatch, "hpo.predict", predict_files=predict_files, load_model=lambda model, home: model)
+    room(monkeypatch, "hpo.predict", predict_files=predict_files, load_model=lambda model, **options: model)
 
 
 @pytest.mark.usefixtures("predictions")
@@ -292,7 +292,7 @@ def test_predict_into_a_file_prints_nothing(project: Path) -> None:
 
 def test_ui_opens_on_this_machine_only_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    room(monkeypatch, "hpo.track.ui", open_ui=lambda home, **options: asked.append(options) or 0)
+    monkeypatch.setattr("hpo.track.ui.open_ui", lambda home, **options: asked.append(options) or 0)
     assert runner.invoke(app, ["ui", "--port", "5055"]).exit_code == 0
     assert asked == [{"host": "127.0.0.1", "port": 5055}]
 

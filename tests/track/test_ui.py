@@ -32,7 +32,7 @@ def free_port() -> int:
 def test_the_ui_shows_this_home_on_this_machine_only(home: Home) -> None:
     command, environment = ui_command(home, port=free_port())
     text = " ".join(command)
-    assert f"--backend-store-uri {home.tracking_uri}" in text
+    assert environment["MLFLOW_BACKEND_STORE_URI"] == home.tracking_uri
     assert f"--default-artifact-root {home.artifacts.as_uri()}" in text
     assert "--host 127.0.0.1" in text
     assert environment["MLFLOW_DISABLE_TELEMETRY"] == "true"
