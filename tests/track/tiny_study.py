@@ -33,7 +33,7 @@ def export_net(folder: Path, shape: tuple[int, int, int] = SHAPE) -> Path:
     program = torch.export.export(net, (example,), dynamic_shapes=({0: torch.export.Dim("images")},))
     folder.mkdir(parents=True, exist_ok=True)
     torch.export.save(program, folder / "net.pt2")
-    config = {"class_names": CLASSES, "image_shape": shape, "mean": [0.5], "std": [1.0]}
+    config = {"class_names": CLASSES, "image_shape": shape, "mean": [0.5] * shape[2], "std": [1.0] * shape[2]}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "setup.json").write_text("{}")
     return folder

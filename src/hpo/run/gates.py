@@ -53,7 +53,7 @@ def verdicts(
 ) -> Iterator[Verdict]:
     """The verdicts on a challenger in order, the ones on its champion first; without one they fall away.
 
-    model is the challenger as loaded through MLflow just now. old is the champion's training, None where it cannot be
+    model is the challenger as fetched from MLflow just now. old is the champion's training, None where it cannot be
     found, which why explains. Only development images are looked at. Raises HpoError.
     """
     if champion is not None:
@@ -230,7 +230,7 @@ def limits(home: Home, new: Entrant, model: Classifier) -> Iterator[Verdict]:
 
 
 def latency_ms(model: Classifier, *, repeats: int = _REPEATS) -> float:
-    """Milliseconds from one image to its probabilities through MLflow, here and now: the median of `repeats` calls."""
+    """Milliseconds from one image to its probabilities by the logged program, here and now: the median of `repeats` calls."""
     image = np.zeros((1, *model.image_shape), np.uint8)
     seconds = []
     for _ in range(3 + repeats):  # the first three warm up

@@ -77,7 +77,8 @@ def run_study(
         prepared = _await(job, helper, say, interrupted)
         study = open_study(place, spec, data_digest=prepared.data.digest, fresh=fresh)
         cleanup.callback(study.close)
-        cleanup.callback(background.join)  # before the lease is given up: others leave our runs alone until then
+        # Before the lease is given up: others leave our runs alone until then.
+        cleanup.callback(background.join, patience=5.0)
         study.reap()
         if retry_failed:
             study.retry_failed()
@@ -122,13 +123,13 @@ def run_study(
         )
         reason = supervisor.run()
         patience = 5.0 if reason in ("interrupted", "stopped") else PATIENCE
-        background.settle(patience=patience, hear=tell)
         attended, after = study.attended(), study.result()
         pictures = pictures_folder(work, study)
         drawing = helper.submit(draw_study, after, pictures)
         # What other runs of the study have left since this one began.
         background.submit(tracker.reconcile, after, spec, leave=attended)
         keeper.resume(after, background.submit(tracker.kept_models, after), leave=attended)
+        background.settle(patience=patience, hear=tell)
         keeper.collect(wait=True)
         orderly = reason in ("budget", "exhausted", "timeout")
         outcome = race(spec, after, data=prepared.data)

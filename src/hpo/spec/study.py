@@ -104,7 +104,7 @@ class PromoteSpec(Part):
     """What a logged model must keep to become champion, measured when it is promoted, on the machine that does it."""
 
     latency_ms: Annotated[float, Field(gt=0.0)] | None = None
-    """Milliseconds from one image to its probabilities through MLflow, on the CPU, at most; the median of 30."""
+    """Milliseconds from one image to its probabilities by the logged program, on the CPU, at most; the median of 30."""
     size_mb: Annotated[float, Field(gt=0.0)] | None = None
     """All files of the model, in millions of bytes, at most."""
 
