@@ -230,7 +230,7 @@ def limits(home: Home, new: Entrant, model: Classifier) -> Iterator[Verdict]:
 
 
 def latency_ms(model: Classifier, *, repeats: int = _REPEATS) -> float:
-    """Milliseconds from one image to its probabilities by the logged program, here and now; median of `repeats` calls."""
+    """Milliseconds from one image to its probabilities by the logged program, here, now; median of `repeats` calls."""
     image = np.zeros((1, *model.image_shape), np.uint8)
     seconds = []
     for _ in range(3 + repeats):  # the first three warm up
