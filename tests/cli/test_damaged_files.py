@@ -202,7 +202,7 @@ def test_a_damaged_file_is_told_in_a_line(whole: Path, read: Callable[..., None]
         read(whole, file, damage, 1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("read", "file"), CASES, ids=FILES)
 def test_a_file_damaged_in_many_ways_is_told_in_a_line(whole: Path, read: Callable[..., None], file: str) -> None:

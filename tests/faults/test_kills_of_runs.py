@@ -18,7 +18,7 @@ from hpo.home import Home
 from hpo.records import TrialState
 from hpo.search.storage import read_study
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 HPO = [sys.executable, "-m", "hpo"]
 
 DEADLY = """

@@ -259,7 +259,7 @@ def test_options_of_an_own_network_can_be_searched():
         "model": {"kind": "somewhere.models:build", "options": {"width": 4, "deep": {"skip": False}}},
         "search": {"space": {"model.options.width": {"int": [4, 64]}, "model.options.deep.skip": {"choice": [True]}}},
     }
-    setup = parse_study(study).with_values({"model.options.width": 9, "model.options.deep.skip": True})
+    setup = parse_study(study, trust=True).with_values({"model.options.width": 9, "model.options.deep.skip": True})
     assert setup.model.options == {"width": 9, "deep": {"skip": True}}
     study["search"]["space"] = {"model.options.height": {"int": [4, 64]}}
     with pytest.raises(SpecError, match="no 'height' there \\(known: width, deep\\)"):

@@ -204,7 +204,7 @@ def test_kind_reason_and_traceback_are_on_the_trial_and_on_its_run(tmp_path, car
         "training: {epochs: 1, precision: float32}\nkeep: {models: none}\n"
         "search: {trials: 2, sampler: grid, space: {model.options.how: {choice: [never, segfault]}}}\n"
     )
-    study = run_study(load_study(path), workers=1, home=tmp_path)
+    study = run_study(load_study(path, trust=True), workers=1, home=tmp_path)
     by_state = {trial.state: trial for trial in study.trials}
     assert by_state.keys() == {TrialState.COMPLETE, TrialState.STOPPED, TrialState.FAILED}
     failed = by_state[TrialState.FAILED].result

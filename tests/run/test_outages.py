@@ -23,7 +23,7 @@ from hpo.home import Home
 from hpo.records import TrialState
 from hpo.search.storage import read_study
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 HPO = [sys.executable, "-m", "hpo"]
 QUICK = ["--set", "search.pruner=none", "--set", "search.sampler=random", "--workers", "1", "--json"]

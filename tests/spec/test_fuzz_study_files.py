@@ -195,14 +195,14 @@ def test_odd_files_are_refused_soon(text: str | bytes, folder: Path) -> None:
     assert ends_well(text, folder) is None
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @LONG
 @given(tree=mutated())
 def test_ten_thousand_changed_studies(tree: Any, folder: Path) -> None:
     check_mutated(tree, folder)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @LONG
 @given(data=st.data())
 def test_ten_thousand_studies_with_changed_bytes(data: st.DataObject, folder: Path) -> None:

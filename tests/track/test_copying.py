@@ -101,7 +101,7 @@ def test_what_cannot_be_copied_says_why(home: Home, tracker: Tracker, folder: Pa
         copy_champion("tiny", to=home.root.parent / "elsewhere", home=home.root.parent)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_copy_reaches_a_real_server_once(
     server: Home,  # noqa: F811 - the fixture
     template: Path,
