@@ -78,6 +78,12 @@ def test_a_batch_of_one_image_does_not_stop_batch_norm(digits):
     assert len(epochs) == 1
 
 
+def test_batches_of_one_image_train_where_they_are_asked_for(digits):
+    few = replace(digits, train=digits.train[:60])
+    _, epochs = _run(few, TrainingSpec(epochs=2, batch_size=1, optimizer=OptimizerSpec(lr=1e-3)))
+    assert epochs[1].scores["train_loss"] < epochs[0].scores["train_loss"]
+
+
 def test_bfloat16_trains_as_well(digits):
     model = CnnSpec(kind="cnn", filters=8)
     _, epochs = _run(digits, TrainingSpec(epochs=3), model=model, precision="bfloat16")

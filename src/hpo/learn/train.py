@@ -177,7 +177,7 @@ def _epochs(
                 spec.schedule, step=step, steps=spec.epochs * batches_per_epoch, steps_per_epoch=batches_per_epoch
             )
             step += 1
-            if len(rows) == 1 and len(order) > 1:
+            if len(rows) == 1 < spec.batch_size and len(order) > 1:
                 continue  # batch norm cannot learn from a single image
             rate = spec.optimizer.lr * factor
             for group in optimizer.param_groups:
