@@ -64,7 +64,7 @@ def check(home: Home, study: StudyResult, seen: Seen, findings: Findings, *, bud
         if now.get(number) != then:
             findings.add("finished trials lost or changed", f"{folder}: trial {number}: {then} -> {now.get(number)}")
     _check_budget(folder, study, findings, budget=budget)
-    _check_tracking(folder, home, study, findings)
+    _check_tracking(folder, home, study, findings, ended=budget is not None)
     _check_disk(home, study, findings)
 
 
@@ -96,7 +96,7 @@ def _is_final(trial: Any) -> bool:
     return bool(trial.candidate.stage == FINAL)
 
 
-def _check_tracking(folder: str, home: Home, study: StudyResult, findings: Findings) -> None:
+def _check_tracking(folder: str, home: Home, study: StudyResult, findings: Findings, *, ended: bool) -> None:
     client = connect(home)
     (experiment,) = client.search_experiments(filter_string=f"name = '{study.name}'")
     every = list(client.search_runs([experiment.experiment_id], max_results=1000))
@@ -140,10 +140,14 @@ def _check_tracking(folder: str, home: Home, study: StudyResult, findings: Findi
         for name in ("objective", "duration_seconds"):
             if len(client.get_metric_history(run.info.run_id, name)) > 1:
                 findings.add("epochs missing or doubled", f"{where}: {name} is written twice")
-    _check_models(folder, home, study, experiment.experiment_id, {n: found[0] for n, found in mine.items()}, findings)
+    firsts = {number: found[0] for number, found in mine.items()}
+    _check_models(folder, home, study, experiment.experiment_id, firsts, findings, ended=ended)
 
 
-def _check_models(folder: str, home: Home, study: StudyResult, experiment: str, mine: Any, findings: Findings) -> None:
+def _check_models(
+    folder: str, home: Home, study: StudyResult, experiment: str, mine: Any, findings: Findings, *, ended: bool
+) -> None:
+    """A study that was stopped before its end has no winner yet, so nothing of it is registered."""
     kind, client = "models or versions too many or too few", connect(home)
     policy = study.spec["keep"]["models"]
     most = 0 if policy == "none" else int(policy.removeprefix("best:"))
@@ -161,7 +165,7 @@ def _check_models(folder: str, home: Home, study: StudyResult, experiment: str, 
         if str(model.status) not in ("READY", "LoggedModelStatus.READY"):
             findings.add(kind, f"{folder}: {model.name} is {model.status}")
     versions = client.search_model_versions(f"name = '{study.name}'")
-    best = most and bool(study.ranked(FINAL) if study.spec["final"] else study.ranked())
+    best = ended and most and bool(study.ranked(FINAL) if study.spec["final"] else study.ranked())
     aliases = client.get_registered_model(study.name).aliases if versions else {}
     if len(versions) != bool(best) or (best and aliases != {"challenger": versions[0].version}):
         findings.add(kind, f"{folder}: versions {[version.version for version in versions]}, aliases {aliases}")

@@ -16,7 +16,8 @@ from hpo.run.background import Background
 from hpo.run.engines import InProcess
 from hpo.run.keep import Keeper
 from hpo.run.supervise import Supervisor
-from hpo.search.ask import Study, open_study
+from hpo.search.ask import Study
+from hpo.search.open import open_study
 from hpo.track.mend import move_places
 
 

@@ -13,8 +13,9 @@ from hpo.home import Home
 from hpo.learn.data import prepare
 from hpo.learn.split import split_card
 from hpo.records import Epoch, StudyResult, TrialResult, TrialState
-from hpo.search.ask import Study, open_study
+from hpo.search.ask import Study
 from hpo.search.look import look
+from hpo.search.open import open_study
 from hpo.spec.study import SplitSpec, StudySpec
 from hpo.track.store import connect
 from hpo.track.tracker import Tracker

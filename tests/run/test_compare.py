@@ -48,7 +48,7 @@ def _train(home: Home, name: str) -> None:
     from hpo.learn.data import prepare
     from hpo.learn.export import export_program
     from hpo.learn.split import split_card
-    from hpo.search.ask import open_study
+    from hpo.search.open import open_study
     from hpo.track.tracker import Tracker
 
     plain = {

@@ -20,7 +20,7 @@ from hpo.run.engines import LocalProcesses, WorkerLost, process_context
 from hpo.run.helper import Helper
 from hpo.run.leftovers import pictures_folder, sweep
 from hpo.run.worker import Task
-from hpo.search.ask import open_study
+from hpo.search.open import open_study
 
 FORK = multiprocessing.get_context("fork")
 

@@ -14,7 +14,7 @@ from formula import FINITE, FINITE_CELLS, MIXED, NUMERIC, objective, run_all, se
 
 from hpo.errors import SpecError
 from hpo.records import TrialResult, TrialState
-from hpo.search.ask import open_study
+from hpo.search.open import open_study
 from hpo.search.storage import RESULT, read_study
 
 FORK = multiprocessing.get_context("fork")

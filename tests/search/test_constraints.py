@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from hpo.errors import SpecError
 from hpo.records import FINAL, Candidate, StudyResult, Trial, TrialResult, TrialState
-from hpo.search.ask import open_study
 from hpo.search.constraints import aims, judge, most_parameters, needs_latency, parse_constraint, violation
+from hpo.search.open import open_study
 
 LR = {"training.optimizer.lr": NUMERIC["training.optimizer.lr"]}
 WIDTH = {"model.hidden": {"int": [1, 1000]}}

@@ -14,7 +14,7 @@ from formula import FINITE, FINITE_CELLS, run_all, sequence, train
 from test_stages import STAGES, worth
 
 from hpo.records import FINAL, TrialResult, TrialState
-from hpo.search.ask import open_study
+from hpo.search.open import open_study
 from hpo.search.stages import key_of
 from hpo.search.storage import read_study
 

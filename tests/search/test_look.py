@@ -12,10 +12,10 @@ from formula import run_all, train
 
 from hpo.errors import StoreError
 from hpo.records import TrialResult, TrialState
-from hpo.search.ask import open_study
 from hpo.search.lease import holders
 from hpo.search.look import look
 from hpo.search.mend import ask_to_stop, reap
+from hpo.search.open import open_study
 from hpo.search.storage import list_studies
 
 

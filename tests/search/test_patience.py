@@ -14,7 +14,7 @@ from sqlalchemy.exc import OperationalError
 from hpo.errors import StoreError
 from hpo.records import Epoch, TrialResult, TrialState
 from hpo.search import patience, storage, untold
-from hpo.search.ask import open_study
+from hpo.search.open import open_study
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hpo.errors import SpecError
 from hpo.records import Candidate, StudyResult, Trial, TrialResult, TrialState
-from hpo.search.ask import open_study
+from hpo.search.open import open_study
 from hpo.search.refine import fits, refined
 from hpo.search.stages import stage_warnings, total_trials
 from hpo.spec.space import Space

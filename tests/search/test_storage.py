@@ -13,7 +13,7 @@ from sqlalchemy.engine import Engine
 from hpo.errors import StoreError
 from hpo.records import Epoch, TrialResult, TrialState
 from hpo.search import storage
-from hpo.search.ask import open_study
+from hpo.search.open import open_study
 from hpo.search.storage import list_studies, read_study
 from hpo.spec.load import parse_study
 

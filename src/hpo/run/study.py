@@ -72,7 +72,7 @@ def run_study(
         cleanup.callback(helper.close)
         job = helper.submit(prepare, spec.data, spec.split, device)
         background.submit(load_mlflow)  # mlflow's import takes seconds: it goes on beside the preparation
-        from hpo.search.ask import open_study  # and so does optuna's
+        from hpo.search.open import open_study  # and so does optuna's
 
         prepared = _await(job, helper, say, interrupted)
         study = open_study(place, spec, data_digest=prepared.data.digest, fresh=fresh)

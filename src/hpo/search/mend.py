@@ -7,9 +7,10 @@ from contextlib import contextmanager
 
 from hpo.errors import StoreError
 from hpo.home import Home
-from hpo.search.ask import Study, lease_of
+from hpo.search.ask import Study
 from hpo.search.lease import clean_leases, locked
 from hpo.search.look import STOP
+from hpo.search.open import lease_of
 from hpo.search.storage import open_storage, store_errors
 from hpo.spec.load import parse_study
 

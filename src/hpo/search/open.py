@@ -1,0 +1,43 @@
+"""Open a study to run it: a new one, or its newest generation, with a lease of one's own."""
+
+from __future__ import annotations
+
+import warnings
+
+import optuna
+
+from hpo.home import Home
+from hpo.search import untold
+from hpo.search.ask import Study
+from hpo.search.enter import enter_study
+from hpo.search.lease import Lease, clean_leases, locked
+from hpo.search.storage import is_sqlite, open_storage, store_errors
+from hpo.spec.study import StudySpec
+
+
+def lease_of(home: Home, title: str) -> Lease:
+    """A new lease of a supervisor of this study."""
+    return Lease(home.locks, shared=not is_sqlite(home), title=title)
+
+
+def open_study(home: Home, spec: StudySpec, *, data_digest: str, fresh: bool = False) -> Study:
+    """Start a study, or go on with its newest generation; fresh starts a new generation.
+
+    data_digest is that of the images the trials will see. Raises SpecError where the spec or the data differ from what
+    the study's trials were run with (space, sampler, pruner and budget may change, options of a choice may not), or
+    where it cannot be searched, and StoreError where the storage refuses.
+    """
+    # What Optuna has to say about its experimental parts is not for our users. Filtered once: catch_warnings around
+    # every call is not safe while the tracker's thread uses it too.
+    warnings.filterwarnings("ignore", module="optuna")
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    storage = open_storage(home)
+    try:
+        untold.keep_reserve(home)
+        with store_errors(home), locked(home.locks / "studies.lock"):
+            title, notes = enter_study(storage, spec, data_digest=data_digest, fresh=fresh)
+            clean_leases(home.locks)
+            return Study(home, spec, storage, title, lease_of(home, title), notes)
+    except BaseException:
+        storage.close()
+        raise
