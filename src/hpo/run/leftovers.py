@@ -5,9 +5,18 @@ from __future__ import annotations
 import contextlib
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from hpo.records import FINAL, TrialState
-from hpo.search.ask import Study
+from hpo.records import FINAL, StudyResult, TrialState
+
+if TYPE_CHECKING:
+    from hpo.search.ask import Study
+
+
+def wanted(study: StudyResult) -> set[int]:
+    """Trials whose folder of work is still needed: those under way, and those that a model is still to be made of."""
+    under_way = {t.number for t in study.trials if t.state in (TrialState.WAITING, TrialState.RUNNING)}
+    return under_way | {trial.number for trial in [*study.ranked(), *study.ranked(FINAL)]}
 
 
 def pictures_folder(work: Path, study: Study) -> Path:
@@ -22,12 +31,10 @@ def sweep(work: Path, study: Study) -> None:
     """
     # Listed before the trials are read: a folder is made after its trial is written down.
     found = list(work.iterdir()) if work.is_dir() else []
-    result, attended = study.result(), study.attended()
-    wanted = {trial.number for trial in [*result.ranked(), *result.ranked(FINAL)]}
-    unfinished = {t.number for t in result.trials if t.state in (TrialState.WAITING, TrialState.RUNNING)}
+    needed = wanted(study.result()) | study.attended()
     for path in found:
         dead = path.name.startswith("lease-") and not study.lease.alive(f"{path.name}.lock")
-        if dead or (path.name.isdecimal() and int(path.name) not in attended | wanted | unfinished):
+        if dead or (path.name.isdecimal() and int(path.name) not in needed):
             shutil.rmtree(path, ignore_errors=True)
     for folder in (work / "checkpoints", work):
         with contextlib.suppress(OSError):  # there is something in it, or there is none

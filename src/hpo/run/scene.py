@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hpo.errors import StoreError
 from hpo.home import Home
-from hpo.records import Trial, TrialState
+from hpo.run.leftovers import wanted
 from hpo.search.lease import seen_held
 from hpo.search.look import Look
 from hpo.search.look import look as look_at_storage
@@ -123,8 +123,8 @@ def _stale_leases(home: Home) -> list[Path]:
 def leftovers(scene: Scene) -> list[tuple[str, Path]]:
     """(study's title or "", folder) of work that nobody will take up again: of trials that are over, or of no study.
 
-    What a complete trial left is wanted until its model is logged, what a stopped one left until its retry is over, and
-    checkpoints until their training is. A result that the storage has not taken yet is never counted as left over.
+    Which are needed is the rule by which runs tidy up themselves. Checkpoints, and results that the storage has not
+    taken yet, are never counted as left over.
     """
     if not scene.storage_read:
         return []
@@ -136,24 +136,14 @@ def leftovers(scene: Scene) -> list[tuple[str, Path]]:
         if one is None:
             found += [("", folder)] if not _holds_result(folder) else []
             continue
-        wanted = {str(trial.number) for trial in one.study.trials if _wanted(trial, one)}
-        scrap = [path for path in sorted(folder.iterdir()) if _SCRAP.fullmatch(path.name) and path.name not in wanted]
+        needed = set(map(str, wanted(one.study)))
+        scrap = [path for path in sorted(folder.iterdir()) if _SCRAP.fullmatch(path.name) and path.name not in needed]
         found += [(folder.name, path) for path in scrap if not _holds_result(path)]
     return found
 
 
 def _holds_result(folder: Path) -> bool:
     return any(folder.rglob("result.json"))
-
-
-def _wanted(trial: Trial, one: Look) -> bool:
-    if trial.state is TrialState.COMPLETE:
-        return trial.result is not None and bool(trial.result.folder)
-    if trial.state is TrialState.STOPPED:
-        place = (trial.candidate.stage, trial.candidate.ordinal)
-        tries = [t for t in one.study.trials if (t.candidate.stage, t.candidate.ordinal) == place]
-        return not any(other.state.finished for other in tries)
-    return trial.state is TrialState.RUNNING
 
 
 def size_of(path: Path) -> int:
