@@ -77,32 +77,55 @@ class Proxy:
             target.shutdown(socket.SHUT_WR)
 
 
+class Server:
+    """An MLflow server that keeps the artifacts too, to be killed and started again at the same port."""
+
+    def __init__(self, place: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self._place = place
+        self._process: subprocess.Popen | None = None
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri"]
+        command += [f"sqlite:///{self._place / 'mlflow.db'}", "--artifacts-destination", str(self._place / "artifacts")]
+        command += ["--port", str(self.port), "--workers", "1"]
+        quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        environment = {**os.environ, **quiet}
+        self._process = subprocess.Popen(
+            command,
+            env=environment,
+            cwd=self._place,
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5).close()
+                return
+            time.sleep(0.5)
+        raise AssertionError("the server does not answer")
+
+    def kill(self) -> None:
+        assert self._process is not None
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """The port of an MLflow server that keeps the artifacts too."""
-    place = tmp_path_factory.mktemp("server")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{place / 'mlflow.db'}"]
-    command += ["--artifacts-destination", str(place / "artifacts"), "--port", str(port), "--workers", "1"]
-    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    with subprocess.Popen(command, env={**os.environ, **quiet}, cwd=place, start_new_session=True) as process:
-        try:
-            deadline = time.monotonic() + 300
-            while time.monotonic() < deadline:
-                with contextlib.suppress(OSError):
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                    break
-                time.sleep(0.5)
-            yield port
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.kill()
 
 
 @pytest.fixture
-def proxy(server: int, monkeypatch: pytest.MonkeyPatch) -> Proxy:
-    proxy = Proxy(server)
+def proxy(server: Server, monkeypatch: pytest.MonkeyPatch) -> Proxy:
+    proxy = Proxy(server.port)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{proxy.port}")
     return proxy
 
@@ -222,6 +245,21 @@ def test_a_server_that_goes_away_and_comes_back_gets_every_record_once(project, 
     assert told(running, "tracking waits") == told(running, "tracking is back") == 1, running.notices
     assert running.model is not None
     check_all_is_there_once(project, "away", 5)
+
+
+def test_a_server_killed_and_started_again_gets_every_record_once(project, server, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.port}")
+    slowly = ("--set", "training.batch_size=1")  # so that the study outlasts the server's start
+    running = Running("restarted", trials=10, options=slowly)
+    running.wait_for("trial_ended", count=2)
+    server.kill()
+    running.wait_for("notice", "tracking waits")
+    running.wait_for("epoch_ended")
+    server.start()
+    running.wait_for("notice", "tracking is back")
+    running.end(0)
+    assert running.model is not None
+    check_all_is_there_once(project, "restarted", 10)
 
 
 def test_answers_that_are_late_or_lost_double_nothing(project, proxy):
