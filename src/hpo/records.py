@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
+from hpo.profile import Profile, StudyProfiled
+
 # The stage of trials that train the winner again after the search: samplers never see them.
 FINAL = "final"
 
@@ -102,7 +104,8 @@ class TrialResult:
     epoch. feasible is False where a constraint of the search is broken or the memory does not suffice. failure is why a
     trial did not come to its end, None where it did. predicted holds the predicted classes of the validation images, in
     the order of their rows (see pack_classes): comparisons need no model then. ended is when, in seconds since 1970
-    (0.0: not known): what is written twice about it carries the same time, and is there once.
+    (0.0: not known): what is written twice about it carries the same time, and is there once. profile is None where the
+    run was not profiled.
     """
 
     number: int
@@ -124,6 +127,7 @@ class TrialResult:
     predicted: str = ""
     failure: FailureKind | None = None
     ended: float = 0.0
+    profile: Profile | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types; from_json takes it back."""
@@ -139,6 +143,7 @@ class TrialResult:
         known["values"] = tuple(known.get("values", ()))
         known["folds"] = tuple(known.get("folds", ()))
         known["confusion"] = tuple(tuple(row) for row in known.get("confusion", ()))
+        known["profile"] = Profile(**known["profile"]) if known.get("profile") else None
         return cls(**known)
 
 
@@ -377,4 +382,4 @@ class StudyEnded:
     model: ModelVersion | None = None
 
 
-Event = Notice | StudyOpened | TrialStarted | EpochEnded | TrialEnded | StudyEnded
+Event = Notice | StudyOpened | TrialStarted | EpochEnded | TrialEnded | StudyProfiled | StudyEnded

@@ -20,6 +20,7 @@ from hpo.learn.checkpoint import Checkpoint, Saved
 from hpo.learn.data import TrialData, cache_folder, open_trial
 from hpo.learn.export import save_trained
 from hpo.learn.features import cached_views, features_of
+from hpo.learn.meter import NO_METER, Meter
 from hpo.learn.metrics import confusion_matrix
 from hpo.learn.models import build_model, parameter_count
 from hpo.learn.models.binary import OneLogit
@@ -61,6 +62,7 @@ def train_trial(
     most_parameters: float = float("inf"),
     latency: bool = False,
     checkpoint: Path | None = None,
+    profile: bool = False,
 ) -> Generator[Epoch, bool, TrialResult]:
     """Yield each epoch, to be answered with whether to go on, and return how the trial ended.
 
@@ -73,8 +75,10 @@ def train_trial(
 
     With training.checkpoint the state is saved in the file checkpoint, which is the caller's to delete. Where one is
     found the training goes on from it: its epochs are yielded again first, and the end is that of a training in one go.
+    With profile=True the result says where the time went.
     """
     spec = setup.training
+    meter = Meter(device_name) if profile else NO_METER
     keep = Checkpoint(checkpoint if spec.checkpoint else None, setup, card, seed=seed, device_name=device_name)
     saved = keep.load()
     precisions = {**precisions, **saved.precisions}
@@ -93,21 +97,33 @@ def train_trial(
         earlier = saved.of(fold)
         ended = bool(earlier) and earlier[-1].last
         epochs: list[Epoch] = []
+        meter.built(made.net, made.data, spec, precision=made.precision)
 
         def save(epoch: Epoch, state: Mapping[str, Any]) -> None:
             keep.save([*before, *epochs, replace(epoch, fold=fold)], precisions, state)  # noqa: B023 - called at once
 
         fit_seed = (seed if spec.seed is None else spec.seed) + fold
         resume = saved.state if earlier and not ended else None
-        fit = train(made.net, made.data, spec, seed=fit_seed, precision=made.precision, resume=resume, save=save)
+        fit = train(
+            made.net,
+            made.data,
+            spec,
+            seed=fit_seed,
+            precision=made.precision,
+            resume=resume,
+            save=save,
+            clock=meter.clock,
+        )
         for epoch in chain(earlier, () if ended else fit):
             epochs.append(replace(epoch, fold=fold))
             go_on = yield epochs[-1]
+            meter.clock.lap("wait")
             # A verdict on the very last epoch comes too late to save anything.
             complete = go_on or (epoch.last and fold == folds - 1)
             if not complete:
                 fit.close()
                 break
+        meter.trained(epochs=len(epochs) - len(earlier))
         best.append(best_of(tuple(epochs), spec.monitor))
         if not complete:
             break
@@ -117,6 +133,7 @@ def train_trial(
     scores = {**_means(best), "parameters": float(made.parameters)}
     if latency:
         scores["latency_ms"] = latency_ms(made.whole, made.pixels)
+        meter.clock.lap("evaluate")
     result = TrialResult(
         number=number,
         state=TrialState.COMPLETE if complete else TrialState.PRUNED,
@@ -131,7 +148,10 @@ def train_trial(
             "threads": str(torch.get_num_threads()),
         },
     )
-    return _left(result, made, setup, folder) if complete and folds == 1 else result
+    if complete and folds == 1:
+        result = _left(result, made, setup, folder)
+    meter.clock.lap("save")
+    return replace(result, profile=meter.profile())
 
 
 @lru_cache(maxsize=4)

@@ -84,6 +84,7 @@ class Supervisor:
         keeper: Keeper,
         work: Path,
         watch: Watch,
+        profile: bool = False,
     ) -> None:
         self._spec = spec
         self._study = study
@@ -97,6 +98,7 @@ class Supervisor:
         self._keeper = keeper
         self._folder = work
         self._watch = watch
+        self._profile = profile
         self._prunes = spec.search.pruner.name != "none"
         self._running: dict[int, _Running] = {}
         self._precisions: dict[str, str] = {}
@@ -199,6 +201,7 @@ class Supervisor:
                 latency=needs_latency(self._spec),
                 wait=self._prunes and not final,
                 checkpoint=str(checkpoint_file(self._folder, candidate)),
+                profile=self._profile,
             )
             self._engine.submit(slot, task)
             self._running[slot] = _Running(candidate, setup, time.monotonic(), self._searched(candidate))

@@ -25,8 +25,8 @@ class Task:
     """All that a worker needs to train one candidate.
 
     data never leads to the test part, whatever card is given. folder is where weights and validation probabilities are
-    left; checkpoint is the file that the training is saved in and goes on from ("": none). precisions, most_parameters
-    and latency are those of hpo.learn.trial.train_trial. wait says whether every epoch waits for a verdict.
+    left; checkpoint is the file that the training is saved in and goes on from ("": none). precisions, most_parameters,
+    latency and profile are those of hpo.learn.trial.train_trial. wait says whether every epoch waits for a verdict.
     """
 
     number: int
@@ -39,6 +39,7 @@ class Task:
     latency: bool = False
     wait: bool = False
     checkpoint: str = ""
+    profile: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", self.data.sealed)  # here, so that no maker of tasks can forget it
@@ -89,6 +90,7 @@ def _attempt(task: Task, device_name: str) -> Generator[EpochEnded, bool, TrialR
             most_parameters=task.most_parameters,
             latency=task.latency,
             checkpoint=Path(task.checkpoint) if task.checkpoint else None,
+            profile=task.profile,
         )
         go_on: bool | None = None
         try:
