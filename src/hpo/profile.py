@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
+_FAR = 0.25  # of the roof
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,19 @@ class Limit:
         return self.flops / self.traffic
 
     @property
+    def roof(self) -> float:
+        """FLOP/s that the slower of the two, arithmetic and memory, would allow (Williams et al. 2009)."""
+        return min(self.peak_flops, self.intensity * self.peak_traffic)
+
+    @property
     def bound(self) -> str:
-        """arithmetic or memory: which of the two would end sooner what the other has done with (Williams et al. 2009)."""
-        return "arithmetic" if self.flops / self.peak_flops >= self.traffic / self.peak_traffic else "memory"
+        """arithmetic or memory, whichever makes the roof; calls where the network stays far below it.
+
+        Small networks do: what their operators compute takes less time than calling them.
+        """
+        if self.flops < _FAR * self.roof:
+            return "calls"
+        return "arithmetic" if self.roof == self.peak_flops else "memory"
 
 
 @dataclass(frozen=True)

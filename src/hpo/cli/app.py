@@ -27,6 +27,7 @@ from hpo.cli.options import (
     Debug,
     DeviceName,
     HomeFolder,
+    PrecisionName,
     Settings,
     Study,
     Trials,
@@ -92,6 +93,8 @@ def run(
         str | None,
         typer.Option(metavar="all|best:K|none", help="Whose models stay on disk.", show_default="the study's, best:10"),
     ] = None,
+    precision: PrecisionName = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Say where the time went.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object an event a line; the last is the result.")
     ] = False,
@@ -107,6 +110,7 @@ def run(
 
     spec = load_study(study, overrides=settings or [], trust=trust)
     options = [part for setting in settings or [] for part in ("--set", setting)] + ["--trust"] * trust
+    options += ["--precision", precision] if precision else []  # a study goes on as it began
     place = f" --home {shlex.quote(str(home))}" if home else ""
     more = shlex.join(["hpo", "run", study, *options]) + place
     again = f"{more} --trials {trials}" if trials else more
@@ -125,6 +129,8 @@ def run(
             retry_failed=retry_failed,
             timeout=timeout,
             keep_models=keep_models,
+            precision=precision,
+            profile=profile,
             watch=watch,
         )
     raise typer.Exit(watch.exit_code)

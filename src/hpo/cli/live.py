@@ -24,7 +24,9 @@ from hpo.cli.output import (
     show_score,
     show_seconds,
 )
+from hpo.cli.profiled import profile_report
 from hpo.cli.tally import NextCommands, RunningTrial, Tally, closing, next_steps, opening
+from hpo.profile import StudyProfiled
 from hpo.records import FINAL, Event, Notice, StudyEnded, StudyOpened, TrialEnded, TrialResult, TrialState
 
 FRAMES_PER_SECOND = 4  # calm to look at, and cheap beside the training
@@ -136,6 +138,8 @@ class PlainLines(Watcher):
                 self.line(self._trial(result, best=best))
                 if self.debug and result.traceback:
                     self.line(result.traceback)
+            case StudyProfiled():
+                self.console.print(profile_report(event))
             case StudyEnded():
                 for label, words in closing(self.tally):
                     self.line(f"{label:<{LABEL}}{words}")
@@ -205,6 +209,8 @@ class LiveDisplay(Watcher):
                 self.console.print(Text(facts, "dim"))
             case TrialEnded(result, best):
                 self._end_trial(result, best=best)
+            case StudyProfiled():
+                self.console.print(profile_report(event))
             case StudyEnded():
                 self._live.stop()
                 self._close()

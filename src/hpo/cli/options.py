@@ -54,6 +54,10 @@ Trials = Annotated[
     int | None, typer.Option(min=1, help="The study's total, all runs together.", show_default="the study's")
 ]
 DeviceName = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.")]
+PrecisionName = Annotated[
+    str | None,
+    typer.Option("--precision", metavar="auto|float32|bfloat16", help="To compute with.", show_default="the study's"),
+]
 HomeFolder = Annotated[
     Path | None,
     typer.Option("--home", metavar="DIR", help="The folder that holds mlruns.", show_default="$HPO_HOME, or here"),

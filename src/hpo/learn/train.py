@@ -173,8 +173,9 @@ def _epochs(
         if standing is not None:
             standing.begin_epoch(number)
         net.train()
-        totals = torch.zeros(2, dtype=torch.float64, device=device)  # loss summed over images, hits
-        seen = 0
+        losses: list[Tensor] = []
+        hits: list[Tensor] = []
+        counts: list[int] = []  # images in each batch
         order = data.train[torch.randperm(len(data.train), generator=generator).to(device)]
         rate = 0.0
         for rows in torch.split(order, spec.batch_size):
@@ -202,12 +203,15 @@ def _epochs(
             if averaged is not None:
                 averaged.update_parameters(net)
             clock.lap("optimizer")
-            totals += torch.stack([loss.double() * len(rows), (logits.argmax(1) == labels).sum().double()])
-            seen += len(rows)
+            losses.append(loss)
+            hits.append((logits.argmax(1) == labels).sum())
+            counts.append(len(rows))
             clock.lap("evaluate")
 
-        loss_sum, hits = totals.tolist()
-        measured = {"train_loss": loss_sum / seen, "train_accuracy": hits / seen}
+        # Added up once an epoch, in one transfer from the device.
+        shares = torch.tensor(counts, dtype=torch.float64, device=device) / sum(counts)
+        totals = torch.stack([torch.stack(losses).double() @ shares, torch.stack(hits).sum() / sum(counts)]).tolist()
+        measured = dict(zip(("train_loss", "train_accuracy"), totals, strict=True))
         if len(data.valid):
             logits = predict_logits(judged, data, data.valid, precision=precision, micro_batch=spec.micro_batch)
             measured |= {f"valid_{name}": value for name, value in scores(logits, valid_labels).items()}

@@ -9,24 +9,27 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
 from hpo.errors import HpoError, SpecError
 from hpo.home import Home
+from hpo.profile import NO_CLOCK, Clock, timed
 from hpo.records import Event, Notice, StudyEnded, StudyOpened, StudyResult
 from hpo.report.summary import study_summary
 from hpo.run.background import PATIENCE, Background
 from hpo.run.engines import Engine, InProcess, LocalProcesses, cores, process_context
 from hpo.run.finals import finalists, race
-from hpo.run.helper import Helper, Job, Prepared, draw_study, prepare
+from hpo.run import profiling
+from hpo.run.helper import Helper, Job, Prepared, draw_study, prepare, spent
 from hpo.run.keep import Keeper
 from hpo.run.leftovers import pictures_folder, sweep
 from hpo.run.standing import with_model
 from hpo.run.supervise import Supervisor, Watch
 from hpo.search.stages import stage_warnings, total_trials
 from hpo.spec.study import KeepSpec, StudySpec
+from hpo.spec.training import TrainingSpec
 from hpo.track.store import knock, load_mlflow
 from hpo.track.tracker import Tracker
 
@@ -42,6 +45,8 @@ def run_study(
     retry_failed: bool = False,
     timeout: float | None = None,
     keep_models: str | None = None,
+    precision: str | None = None,
+    profile: bool = False,
     watch: Watch | None = None,
 ) -> StudyResult:
     """Run or continue a study until it has `trials` trials in all, and register its best model as challenger.
@@ -49,24 +54,26 @@ def run_study(
     workers is the number of processes that train (default: one for each core, or for each GPU); 0 trains in this
     process. device is auto, cpu, cuda, cuda:N or mps. home is the folder that holds `mlruns`. fresh starts the study
     anew beside what there is; retry_failed tries failed trials again. timeout is in seconds. keep_models is all, none
-    or best:K. watch is called with every event. Ctrl-C ends the run cleanly: what was running is recorded as stopped
+    or best:K; precision auto, float32 or bfloat16. With profile the last event but one is a StudyProfiled, which
+    says where the time went. watch is called with every event. Ctrl-C ends the run cleanly: what was running is recorded as stopped
     and tried again by the next run. Raises HpoError for whatever the user can mend.
     """
     place = Home.find(home).create()
     knock(place)  # an outage later on is waited for; at the start it is more likely a wrong address
-    spec = with_model(_with_options(spec, trials=trials, keep_models=keep_models), place)
+    spec = with_model(_with_options(spec, trials=trials, keep_models=keep_models, precision=precision), place)
     if workers is not None and workers < 0:
         raise HpoError(f"--workers {workers}: is negative.", "Give 1 or more, or 0 to train in this process.")
     deadline = time.monotonic() + timeout if timeout is not None else float("inf")
     say: Watch = watch or _ignore
     context = process_context()
+    clock = Clock() if profile else NO_CLOCK
 
     def tell(text: str) -> None:
         say(Notice(text))
 
     with contextlib.ExitStack() as cleanup:
         interrupted = cleanup.enter_context(_interruptible())
-        tracker, background = Tracker(place), Background()
+        tracker, background = timed(Tracker(place), clock, **profiling.TRACKER), Background()
         cleanup.callback(background.join, patience=5.0)
         helper = Helper(context)
         cleanup.callback(helper.close)
@@ -76,6 +83,7 @@ def run_study(
 
         prepared = _await(job, helper, say, interrupted)
         study = open_study(place, spec, data_digest=prepared.data.digest, fresh=fresh)
+        study = timed(study, clock, **profiling.STUDY)
         cleanup.callback(study.close)
         # Before the lease is given up: others leave our runs alone until then.
         cleanup.callback(background.join, patience=5.0)
@@ -105,8 +113,14 @@ def run_study(
             say(Notice(note))
         keeper = Keeper(tracker, background, helper, spec, data=prepared.data, watch=say)
         keeper.resume(before, kept, leave=attended)
+        profiler = profiling.Profiler()
         engine = _engine(workers, devices, context)
         cleanup.callback(engine.close)
+
+        def hear(event: Event) -> None:
+            profiler.hear(event)
+            say(event)
+
         supervisor = Supervisor(
             spec,
             study,
@@ -119,9 +133,11 @@ def run_study(
             background=background,
             keeper=keeper,
             work=work,
-            watch=say,
+            watch=hear,
+            profile=profile,
         )
         reason = supervisor.run()
+        profiler.stop()
         patience = 5.0 if reason in ("interrupted", "stopped") else PATIENCE
         attended, after = study.attended(), study.result()
         pictures = pictures_folder(work, study)
@@ -143,6 +159,11 @@ def run_study(
         text = study_summary(after, winner=winner, model=after.name if registered else "", remarks=remarks)
         status, figures = "FINISHED" if orderly else "KILLED", _drawn(drawing, say)
         background.submit(tracker.close_study, after, status=status, summary=text, figures=figures)
+        if profile:
+            beside = [(clock.seconds, clock.cpu_seconds), helper.submit(spent).result()]
+            profiled = profiler.sum_up(workers=len(devices), beside=beside)
+            background.submit(tracker.log_profile, after, profiled)
+            say(profiled)
         background.join(patience=patience, hear=tell)
         shutil.rmtree(pictures, ignore_errors=True)
         sweep(work, study)
@@ -158,7 +179,7 @@ def _ignore(event: Event) -> None:
     """Nobody watches."""
 
 
-def _with_options(spec: StudySpec, *, trials: int | None, keep_models: str | None) -> StudySpec:
+def _with_options(spec: StudySpec, *, trials: int | None, keep_models: str | None, precision: str | None) -> StudySpec:
     """The spec with what the command line says instead of the file. Raises SpecError."""
     if trials is not None:
         if trials < 1:
@@ -169,6 +190,11 @@ def _with_options(spec: StudySpec, *, trials: int | None, keep_models: str | Non
             spec = spec.model_copy(update={"keep": KeepSpec(models=keep_models, figures=spec.keep.figures)})
         except ValidationError:
             raise SpecError(f"--keep-models {keep_models}: unknown policy.", "Give all, none or best:K.") from None
+    if precision is not None:
+        known = get_args(TrainingSpec.model_fields["precision"].annotation)
+        if precision not in known:
+            raise SpecError(f"--precision {precision}: is unknown.", f"Choose one of: {', '.join(known)}.")
+        spec = spec.model_copy(update={"training": spec.training.model_copy(update={"precision": precision})})
     return spec
 
 

@@ -131,6 +131,8 @@ def result_metrics(result: TrialResult, ended: float) -> list[Any]:
         values["parameter_count"] = result.parameter_count
     if result.value is not None:
         values["objective"] = result.value
+    if result.profile is not None:
+        values |= {f"profile.{phase}_seconds": seconds for phase, seconds in result.profile.seconds.items()}
     return metrics(values, ended)
 
 

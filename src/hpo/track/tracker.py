@@ -10,6 +10,7 @@ from typing import Any
 
 from hpo.errors import ModelError, StoreError
 from hpo.home import Home
+from hpo.profile import StudyProfiled
 from hpo.records import (
     Candidate,
     DataCard,
@@ -177,6 +178,11 @@ class Tracker:
         for path in figures:
             client.log_artifact(run_id, str(path), _FIGURES)
         client.set_terminated(run_id, status)
+
+    @told
+    def log_profile(self, study: StudyResult, profile: StudyProfiled) -> None:
+        """Write where a run's time went to profile.json of the study's run."""
+        self._client.log_dict(self._parent_of(study).info.run_id, asdict(profile), "profile.json")
 
     @told
     def reconcile(self, study: StudyResult, spec: StudySpec, *, leave: Collection[int] = ()) -> None:
