@@ -51,7 +51,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 def test_run_hands_every_option_on(calls: list[dict[str, Any]]) -> None:
     numbers = "run digits-mlp --trials 5 --workers 3 --timeout 1h30m --keep-models best:2"
-    words = "--device cpu --home x --fresh --retry-failed"
+    words = "--device cpu --home x --fresh --retry-failed --precision float32 --profile"
     result = runner.invoke(
         app, [*numbers.split(), *words.split(), "--set", "training.epochs=7", "--set", "data.size=8"]
     )
@@ -68,6 +68,8 @@ def test_run_hands_every_option_on(calls: list[dict[str, Any]]) -> None:
         "retry_failed": True,
         "timeout": 5400.0,
         "keep_models": "best:2",
+        "precision": "float32",
+        "profile": True,
     }
 
 

@@ -13,6 +13,7 @@ from told_study import STORY, ended, opened, study, trial_events, trial_result, 
 
 from hpo.cli.live import JsonLines, LiveDisplay, PlainLines, Quiet, Watcher
 from hpo.cli.tally import NextCommands, Tally
+from hpo.profile import Limit, StudyProfiled
 from hpo.records import EpochEnded, Event, Notice, StudyOpened, TrialEnded, TrialState
 
 COMMANDS = NextCommands(
@@ -128,6 +129,37 @@ def test_json_lines_accept_numpy_numbers_and_nan(capsys: pytest.CaptureFixture[s
     odd = type(epoch)(np.int64(1), {"a": np.float32(0.5), "b": float("nan"), "c": np.float64("inf")}, 0.1, 0.1)
     told(JsonLines(COMMANDS, console=terminal), EpochEnded(0, odd))
     assert json.loads(capsys.readouterr().out)["epoch"]["scores"] == {"a": 0.5, "b": None, "c": None}
+
+
+PROFILED = StudyProfiled(
+    trials=2,
+    workers=2,
+    seconds=5.0,
+    phases={"load": (1.0, 0.5), "forward": (3.0, 2.0), "idle": (4.0, 0.0)},
+    beside={"ask": (0.2, 0.1)},
+    limits=(
+        Limit("cpu", "float32", "1", 72.3e9, 95e9, 3.1e9, 27e9),
+        Limit("cuda:0", "bfloat16", "8", 1e12, 4e14, 1e11, 4e12),
+    ),
+)
+
+
+@pytest.mark.parametrize("kind", [PlainLines, LiveDisplay])
+def test_a_profile_says_shares_and_limits(kind: type[Watcher], terminal: Console) -> None:
+    terminal.width = 200
+    text = told(kind(COMMANDS, console=terminal), *whole_story(), PROFILED)
+    rows = [line.split() for line in text.splitlines()]
+    assert ["forward", "3.0", "s", "37.5%", "2.0", "s", "1.5", "s"] in rows
+    assert ["beside:", "ask", "0.2", "s", "0.1", "s", "0.1", "s"] in rows
+    assert "72.3 of 95 GFLOP/s (76%), 3.1 of 27 GB/s (11%), 23.3 FLOP a byte: arithmetic limits it" in text
+    assert "bfloat16, cuda:0: 1 of 400 TFLOP/s (0%), 0.1 of 4 TB/s (2%), 10.0 FLOP a byte: too small" in text
+
+
+def test_a_profile_is_an_event_in_json(capsys: pytest.CaptureFixture[str], terminal: Console) -> None:
+    told(JsonLines(COMMANDS, console=terminal), PROFILED)
+    line = json.loads(capsys.readouterr().out)
+    assert (line["event"], line["phases"]["forward"]) == ("study_profiled", [3.0, 2.0])
+    assert line["limits"][0]["peak_flops"] == 95e9
 
 
 def test_quiet_prints_one_line(terminal: Console) -> None:

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from torch.nn import functional
 
 from hpo.errors import TrainingError
-from hpo.learn.augment import build_augment, erase, mix_batch, preview, recolour, rotate90, warp
+from hpo.learn.augment import build_augment, erase, mix_batch, preview, recolour, warp
 from hpo.spec.training import AugmentSpec
 
 STEPS = [
@@ -111,7 +111,7 @@ def test_right_angles_are_equally_likely():
 
 def test_right_angles_of_oblong_images_are_refused():
     with pytest.raises(TrainingError, match="square images, got 8x14"):
-        rotate90(_images(height=8, width=14), _generator())
+        _augmented(_images(height=8, width=14), rotate90=True)
 
 
 @pytest.mark.parametrize("turns", [-1, 1, 2])

@@ -27,7 +27,15 @@ def run_formula(tmp_path: Path):
     studies: list[Study] = []
 
     def run(
-        spec=None, *, trainer=formula, trials=None, deadline=float("inf"), engine=None, watch=None, interrupted=None
+        spec=None,
+        *,
+        trainer=formula,
+        trials=None,
+        deadline=float("inf"),
+        engine=None,
+        watch=None,
+        interrupted=None,
+        profile=False,
     ):
         spec = spec or formula_spec()
         for earlier in studies:
@@ -57,6 +65,7 @@ def run_formula(tmp_path: Path):
             keeper=keeper,
             work=tmp_path / "work",
             watch=hear,
+            profile=profile,
         )
         try:
             reason = supervisor.run()

@@ -51,4 +51,6 @@ _BOUNDS = {
 def _share(reached: float, peak: float, unit: str) -> str:
     power = min(max(0, int(math.log10(peak)) // 3), 4)
     scale = 1000.0**power
-    return f"{reached / scale:.3g} of {peak / scale:.3g} {'kMGT'[power - 1] if power else ''}{unit} ({reached / peak:.0%})"
+    return (
+        f"{reached / scale:.3g} of {peak / scale:.3g} {'kMGT'[power - 1] if power else ''}{unit} ({reached / peak:.0%})"
+    )

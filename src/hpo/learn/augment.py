@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hpo.errors import TrainingError
+from hpo.learn.turns import Turns
 from hpo.spec.training import AugmentSpec
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
@@ -43,44 +43,6 @@ _GREY = np.array([_LUMA] * 3)  # (red, green, blue) -> its grey, three times
 _YIQ = np.array([_LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])  # -> brightness, and the plane of colours
 # A quarter turn in the plane of colours. A turn by any angle is grey + cos * (1 - grey) + sin * this.
 _QUARTER = np.linalg.inv(_YIQ) @ [[0, 0, 0], [0, 0, -1], [0, 1, 0]] @ _YIQ
-
-
-def turn(
-    images: Tensor, generator: torch.Generator, *, horizontal: bool, vertical: bool, rotate90: bool
-) -> Tensor:
-    """images (n, height, width, channels): half of them mirrored left to right, half upside down, each as it is asked.
-
-    With rotate90 each is then turned by 0, 90, 180 or 270 degrees. Raises TrainingError where those are not square.
-    """
-    if rotate90 and images.shape[1] != images.shape[2]:
-        raise TrainingError(f"rotate90 needs square images, got {images.shape[1]}x{images.shape[2]}.", "Turn it off.")
-    # Half a turn for half of the images, then a quarter turn for half of them: all four are equally likely.
-    across, down, half, quarter = (
-        torch.rand(len(images), generator=generator) < 0.5 if wanted else torch.zeros(len(images), dtype=torch.bool)
-        for wanted in (horizontal, vertical, rotate90, rotate90)
-    )
-    # Half a turn is both mirrors, a quarter is a mirror and the exchange of rows and columns: at most three changes, each
-    # of half of the images only, take a fifth of the time of one after the other over all.
-    images = _changed(images, across ^ half ^ quarter, _mirror)
-    images = _changed(images, down ^ half, lambda some: some.flip(1))
-    return _changed(images, quarter, lambda some: some.transpose(1, 2))
-
-
-def _mirror(images: Tensor) -> Tensor:
-    """Left to right; torch is quick at it where it sees that the channels come last."""
-    return images.permute(0, 3, 1, 2).flip(3).permute(0, 2, 3, 1)
-
-
-def _changed(images: Tensor, chosen: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """images, those changed that chosen (n,) bool, on the CPU, says."""
-    rows = chosen.nonzero().squeeze(1)
-    if not len(rows):
-        return images
-    order = torch.arange(len(images))
-    order[rows] = torch.arange(len(images), len(images) + len(rows))
-    # Whole images are gathered twenty times faster than they are written to chosen places.
-    both = torch.cat([images, change(images.index_select(0, rows.to(images.device)))])
-    return both.index_select(0, order.to(images.device))
 
 
 def warp(planes: Tensor, amounts: Mapping[str, Tensor], *, fill: str = "reflect") -> Tensor:
@@ -194,19 +156,20 @@ def _draw(spec: AugmentSpec, images: Tensor, generator: torch.Generator) -> dict
     return dict(zip(amounts, moved, strict=True))
 
 
-def build_augment(spec: AugmentSpec) -> Augment | None:
+def build_augment(spec: AugmentSpec, *, turned: bool = False) -> Augment | None:
     """All that the spec asks for as one function of (uint8 images (n, height, width, channels), generator); or None.
 
-    The generator is the CPU's. mixup and cutmix are not in it, for they change labels: see mix_batch.
+    turned says that the images are mirrored and turned already. The generator is the CPU's. mixup and cutmix are not in
+    it, for they change labels: see mix_batch.
     """
-    turns = {"horizontal": spec.flip_horizontal, "vertical": spec.flip_vertical, "rotate90": spec.rotate90}
+    turns = None if turned else Turns.of(spec)
     amounts = (spec.rotate, spec.shift, spec.crop, spec.zoom, spec.randaugment, *(getattr(spec, c) for c in _COLOURS))
-    if not any(turns.values()) and not any(amounts) and not spec.erase:
+    if not turns and not any(amounts) and not spec.erase:
         return None
 
     def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-        if any(turns.values()):
-            images = turn(images, generator, **turns)
+        if turns:
+            images = turns.of_batch(images, generator)
         drawn = _draw(spec, images, generator)
         if drawn:
             planes = images.permute(0, 3, 1, 2).contiguous().float()

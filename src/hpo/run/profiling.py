@@ -38,7 +38,8 @@ class Profiler:
     def sum_up(self, *, workers: int, beside: Iterable[tuple[Times, Times]]) -> StudyProfiled:
         """What it all comes to; beside holds seconds and CPU seconds by phase of other processes and threads.
 
-        What the profile itself took, which no other run pays, is told beside them."""
+        What the profile itself took, which no other run pays, is told beside them.
+        """
         phases = _sum((one.seconds, one.cpu_seconds) for _, one in self._profiles())
         itself = {"profile": phases.pop("profile")} if "profile" in phases else {}
         idle = workers * self._seconds - sum(result.seconds for result in self._results)

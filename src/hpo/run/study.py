@@ -18,10 +18,10 @@ from hpo.home import Home
 from hpo.profile import NO_CLOCK, Clock, timed
 from hpo.records import Event, Notice, StudyEnded, StudyOpened, StudyResult
 from hpo.report.summary import study_summary
+from hpo.run import profiling
 from hpo.run.background import PATIENCE, Background
 from hpo.run.engines import Engine, InProcess, LocalProcesses, cores, process_context
 from hpo.run.finals import finalists, race
-from hpo.run import profiling
 from hpo.run.helper import Helper, Job, Prepared, draw_study, prepare, spent
 from hpo.run.keep import Keeper
 from hpo.run.leftovers import pictures_folder, sweep
@@ -55,8 +55,8 @@ def run_study(
     process. device is auto, cpu, cuda, cuda:N or mps. home is the folder that holds `mlruns`. fresh starts the study
     anew beside what there is; retry_failed tries failed trials again. timeout is in seconds. keep_models is all, none
     or best:K; precision auto, float32 or bfloat16. With profile the last event but one is a StudyProfiled, which
-    says where the time went. watch is called with every event. Ctrl-C ends the run cleanly: what was running is recorded as stopped
-    and tried again by the next run. Raises HpoError for whatever the user can mend.
+    says where the time went. watch is called with every event. Ctrl-C ends the run cleanly: what was running is
+    recorded as stopped and tried again by the next run. Raises HpoError for whatever the user can mend.
     """
     place = Home.find(home).create()
     knock(place)  # an outage later on is waited for; at the start it is more likely a wrong address
