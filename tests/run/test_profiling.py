@@ -11,6 +11,7 @@ from hpo.profile import Clock, Limit, Profile, StudyProfiled, timed
 from hpo.records import TrialEnded
 from hpo.run import profiling
 from hpo.run.study import _with_options, run_study
+from hpo.spec.study import SplitSpec
 
 SECONDS = {"load": 1.0, "forward": 3.0, "backward": 5.0, "profile": 2.0}
 CPU = {"load": 0.5, "forward": 2.0, "backward": 4.0, "profile": 1.0}
@@ -93,6 +94,7 @@ def test_a_profiled_run_tells_its_profile_last_but_one_and_keeps_it(tmp_path, mo
     monkeypatch.setenv("HPO_DATA", str(tmp_path / "data"))
     events = []
     spec = formula_spec(trials=1, space={"model.hidden": {"int": [8, 16]}})
+    spec = spec.model_copy(update={"split": SplitSpec(kind="holdout")})
     result = run_study(spec, workers=0, home=tmp_path, precision="float32", profile=True, watch=events.append)
     assert isinstance(events[-2], StudyProfiled)
     assert {"forward", "backward", "optimizer", "idle"} < events[-2].phases.keys()
