@@ -19,11 +19,13 @@ def macro_auc(logits: Tensor, labels: Tensor) -> Tensor:
     negative image are left out; nan if all are.
     """
     probabilities = logits.double().softmax(1).t().contiguous()
-    ordered = probabilities.sort(dim=1).values
-    below = torch.searchsorted(ordered, probabilities)
-    upto = torch.searchsorted(ordered, probabilities, right=True)
-    ranks = (below + upto + 1).double() / 2
-    positive = functional.one_hot(labels, probabilities.shape[0]).t().double()
+    ordered, order = probabilities.sort(dim=1)
+    rises, place = ordered.diff(dim=1) != 0, torch.arange(len(labels), device=labels.device)
+    # The places of the first and the last of equal values, without a search for each.
+    first = functional.pad(torch.where(rises, place[1:], 0), (1, 0)).cummax(1).values
+    last = functional.pad(torch.where(rises, place[:-1], len(labels) - 1), (0, 1), value=len(labels) - 1)
+    ranks = (first + last.flip(1).cummin(1).values.flip(1)).double() / 2 + 1
+    positive = (labels[order] == torch.arange(len(order), device=labels.device).unsqueeze(1)).double()
     positives = positive.sum(1)
     negatives = len(labels) - positives
     areas = ((ranks * positive).sum(1) - positives * (positives + 1) / 2) / (positives * negatives)

@@ -51,15 +51,21 @@ class Turns:
         across, down = self.horizontal or self.rotate90, self.vertical or self.rotate90
         return (_mirror,) * across + (_upside_down,) * down + (_exchange,) * self.rotate90
 
-    def draw(self, count: int, generator: torch.Generator) -> list[Tensor]:
-        """For each of changes, which of `count` images get it, bool (count,) on the CPU."""
-        # Half a turn for half of the images, then a quarter turn for half of them: all four are equally likely.
-        across, down, half, quarter = (
-            torch.rand(count, generator=generator) < 0.5 if wanted else torch.zeros(count, dtype=torch.bool)
-            for wanted in (self.horizontal, self.vertical, self.rotate90, self.rotate90)
-        )
-        drawn: dict[Change, Tensor] = {_mirror: across ^ half ^ quarter, _upside_down: down ^ half, _exchange: quarter}
-        return [drawn[change] for change in self.changes]
+    @cached_property
+    def _parity(self) -> Tensor:
+        """(changes, draws) of 0 and 1: an image gets a change where an odd number of its draws ask for it.
+
+        A right angle is two draws: half a turn, which is both mirrors, then a quarter, a mirror and an exchange. Each
+        half of the time: all four angles are equally likely.
+        """
+        draws = [(_mirror,)] * self.horizontal + [(_upside_down,)] * self.vertical
+        draws += [(_mirror, _upside_down), (_mirror, _exchange)] * self.rotate90
+        return torch.tensor([[change in draw for draw in draws] for change in self.changes]).long()
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Which of changes each of `count` images gets: (changes, count) int64 of 0 and 1, on the CPU."""
+        drawn = torch.rand(self._parity.shape[1], count, generator=generator) < 0.5
+        return self._parity @ drawn.long() % 2
 
     def of_batch(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """images (n, height, width, channels), each changed by chance. Raises TrainingError for oblong ones."""
@@ -82,9 +88,8 @@ class Turns:
 
     def rows_of(self, rows: Tensor, total: int, generator: torch.Generator) -> Tensor:
         """Where of_all of `total` images has the images of these rows, each changed by chance as by of_batch."""
-        drawn = self.draw(len(rows), generator)
-        change = sum(chosen.long() << place for place, chosen in enumerate(drawn))
-        return rows + total * torch.as_tensor(change).to(rows.device)
+        steps = total << torch.arange(len(self.changes))
+        return rows + (steps @ self.draw(len(rows), generator)).to(rows.device)
 
     def _check(self, images: Tensor) -> None:
         height, width = images.shape[1:3]
