@@ -15,8 +15,9 @@ IMAGES = torch.randint(0, 256, (200, 6, 6, 3), dtype=torch.uint8, generator=torc
 def _taken(spec, monkeypatch, most):
     monkeypatch.setattr(take, "_MOST_BYTES", most)
     generator = torch.Generator().manual_seed(2)
-    taken = take.build_take(IMAGES, spec)
-    return [taken(rows, generator) for rows in torch.randperm(200).split(64)], generator.get_state()
+    taken = take.Take(IMAGES, spec)
+    places = taken.places(torch.randperm(200), 64, generator)
+    return [taken(some, generator) for some in places.split(64)], generator.get_state()
 
 
 @pytest.mark.parametrize("flags", list(itertools.product((False, True), repeat=3)))
@@ -34,7 +35,8 @@ def test_kept_turns_are_those_made_batch_by_batch(flags, more, monkeypatch):
 def test_turns_draw_what_one_change_after_the_other_drew():
     """Seeds of earlier studies give the trainings that they gave."""
     spec, generator = AugmentSpec(**dict.fromkeys(FLAGS, True)), torch.Generator().manual_seed(3)
-    new = take.build_take(IMAGES, spec)(torch.arange(200), generator)
+    taken = take.Take(IMAGES, spec)
+    new = taken(taken.places(torch.arange(200), 200, generator), generator)
     chance = torch.Generator().manual_seed(3)
     old = IMAGES
     for change in (
@@ -50,13 +52,13 @@ def test_turns_draw_what_one_change_after_the_other_drew():
 
 def test_turned_images_of_a_data_set_are_made_once():
     spec = AugmentSpec(flip_horizontal=True)
-    take.build_take(IMAGES, spec)
+    take.Take(IMAGES, spec)
     before = take._all_turned.cache_info().misses
-    take.build_take(IMAGES, spec)
+    take.Take(IMAGES, spec)
     assert take._all_turned.cache_info().misses == before
 
 
 def test_features_are_taken_as_they_are():
     features = torch.randn(200, 5)
-    taken = take.build_take(features, AugmentSpec(flip_horizontal=True))
+    taken = take.Take(features, AugmentSpec(flip_horizontal=True))
     assert torch.equal(taken(torch.tensor([3, 1]), torch.Generator()), features[[3, 1]])

@@ -20,14 +20,14 @@ from hpo.learn.data import TrialData
 from hpo.learn.metrics import scores
 from hpo.learn.models.transfer import standing_of
 from hpo.learn.optimizers import build_optimizer, learning_rate_factor
-from hpo.learn.take import build_take
+from hpo.learn.take import Take
 from hpo.profile import NO_CLOCK, Clock
 from hpo.records import Epoch
 from hpo.spec.scores import SCORES
 from hpo.spec.training import TrainingSpec
 
 # On a CPU, batches that its caches hold: with 1024 a network of one convolution takes twice the time.
-_EVALUATION_BATCH, _CPU_EVALUATION_BATCH = 1024, 128
+EVALUATION_BATCH, CPU_EVALUATION_BATCH = 1024, 128
 # What memory holds one piece of a training batch with all that its gradient needs, holds so many pieces without.
 _PIECES = 4
 
@@ -88,7 +88,7 @@ def predict_logits(
     device = data.images.device
     normalise = input_of(data)
     # Backbones resize images, and their maps are larger than the images.
-    usual = _CPU_EVALUATION_BATCH if device.type == "cpu" else _EVALUATION_BATCH
+    usual = CPU_EVALUATION_BATCH if device.type == "cpu" else EVALUATION_BATCH
     batch = 64 if standing_of(net) is not None else usual
     batch = min(batch, _PIECES * micro_batch) if micro_batch else batch
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
@@ -144,7 +144,7 @@ def _epochs(
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     optimizer = build_optimizer(spec.optimizer, net)
-    take = build_take(data.images, spec.augment)
+    take = Take(data.images, spec.augment)
     normalise = input_of(data)
     averaged = _moving_average(net, spec.ema) if spec.ema else None
     judged = net if averaged is None else averaged.module
@@ -181,19 +181,20 @@ def _epochs(
         counts: list[int] = []  # images in each batch
         order = data.train[torch.randperm(len(data.train), generator=generator).to(device)]
         rate = 0.0
-        for rows in torch.split(order, spec.batch_size):
+        single = len(order) % spec.batch_size == 1 < min(spec.batch_size, len(order))
+        order = order[:-1] if single else order  # batch norm cannot learn from a single image
+        places = take.places(order, spec.batch_size, generator)
+        for rows, place in zip(*(torch.split(part, spec.batch_size) for part in (order, places)), strict=True):
             factor = learning_rate_factor(
                 spec.schedule, step=step, steps=spec.epochs * batches_per_epoch, steps_per_epoch=batches_per_epoch
             )
             step += 1
-            if len(rows) == 1 < spec.batch_size and len(order) > 1:
-                continue  # batch norm cannot learn from a single image
             rate = spec.optimizer.lr * factor
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
             labels = data.labels.index_select(0, rows)
             clock.lap("batch")
-            images = take(rows, generator)
+            images = take(place, generator)
             inputs, labels, others, share = mix_batch(normalise(images), labels, spec.augment, generator)
             clock.lap("augment")
             optimizer.zero_grad(set_to_none=True)
@@ -209,6 +210,7 @@ def _epochs(
             counts.append(len(rows))
             clock.lap("evaluate")
 
+        step += single
         # Added up once an epoch, in one transfer from the device.
         seen = sum(counts)
         weighted = torch.stack(batch_losses).double() @ torch.tensor(counts, dtype=torch.float64, device=device)

@@ -58,14 +58,23 @@ class Turns:
         A right angle is two draws: half a turn, which is both mirrors, then a quarter, a mirror and an exchange. Each
         half of the time: all four angles are equally likely.
         """
-        draws = [(_mirror,)] * self.horizontal + [(_upside_down,)] * self.vertical
+        draws: list[tuple[Change, ...]] = [(_mirror,)] * self.horizontal + [(_upside_down,)] * self.vertical
         draws += [(_mirror, _upside_down), (_mirror, _exchange)] * self.rotate90
         return torch.tensor([[change in draw for draw in draws] for change in self.changes]).long()
 
-    def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Which of changes each of `count` images gets: (changes, count) int64 of 0 and 1, on the CPU."""
-        drawn = torch.rand(self._parity.shape[1], count, generator=generator) < 0.5
-        return self._parity @ drawn.long() % 2
+    def draw(self, count: int, generator: torch.Generator, *, batch: int | None = None) -> Tensor:
+        """Which of changes each of `count` images gets: (changes, count) int64 of 0 and 1, on the CPU.
+
+        With batch, as if so many at a time were drawn for, one after the other.
+        """
+        batch, width = batch or count, self._parity.shape[1]
+        drawn = (torch.rand(width * count, generator=generator) < 0.5).long()
+        tail = count % batch
+        parts = (
+            drawn[: width * (count - tail)].view(-1, width, batch),
+            drawn[width * (count - tail) :].view(1, width, -1),
+        )
+        return torch.cat([(self._parity @ part % 2).transpose(0, 1).flatten(1) for part in parts], dim=1)
 
     def of_batch(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """images (n, height, width, channels), each changed by chance. Raises TrainingError for oblong ones."""
@@ -86,10 +95,10 @@ class Turns:
             images = torch.cat([images, change(images)])
         return images
 
-    def rows_of(self, rows: Tensor, total: int, generator: torch.Generator) -> Tensor:
-        """Where of_all of `total` images has the images of these rows, each changed by chance as by of_batch."""
+    def rows_of(self, rows: Tensor, total: int, generator: torch.Generator, *, batch: int | None = None) -> Tensor:
+        """Where of_all of `total` images has the images of these rows, each changed by chance; batch as in draw."""
         steps = total << torch.arange(len(self.changes))
-        return rows + (steps @ self.draw(len(rows), generator)).to(rows.device)
+        return rows + (steps @ self.draw(len(rows), generator, batch=batch)).to(rows.device)
 
     def _check(self, images: Tensor) -> None:
         height, width = images.shape[1:3]
