@@ -212,9 +212,9 @@ def _epochs(
 
         step += single
         # Added up once an epoch, in one transfer from the device.
-        seen = sum(counts)
-        weighted = torch.stack(batch_losses).double() @ torch.tensor(counts, dtype=torch.float64, device=device)
-        loss_sum, hits = torch.stack([weighted, torch.stack(batch_hits).sum().double()]).tolist()
+        seen, images_in = sum(counts), torch.tensor(counts, dtype=torch.float64)
+        each = torch.stack([torch.stack(batch_losses), torch.stack(batch_hits).float()]).cpu().double()
+        loss_sum, hits = float(each[0] @ images_in), float(each[1].sum())
         measured = {"train_loss": loss_sum / seen, "train_accuracy": hits / seen}
         if len(data.valid):
             logits = predict_logits(judged, data, data.valid, precision=precision, micro_batch=spec.micro_batch)

@@ -58,7 +58,9 @@ class Turns:
         A right angle is two draws: half a turn, which is both mirrors, then a quarter, a mirror and an exchange. Each
         half of the time: all four angles are equally likely.
         """
-        draws: list[tuple[Change, ...]] = [(_mirror,)] * self.horizontal + [(_upside_down,)] * self.vertical
+        draws: list[tuple[Change, ...]] = []
+        draws += [(_mirror,)] * self.horizontal
+        draws += [(_upside_down,)] * self.vertical
         draws += [(_mirror, _upside_down), (_mirror, _exchange)] * self.rotate90
         return torch.tensor([[change in draw for draw in draws] for change in self.changes]).long()
 
