@@ -90,8 +90,9 @@ def _device(name: str, threads: int, only: str) -> None:
             print(f"{family:34}{precision:10}{_row(FAMILIES[family], name, precision)}", flush=True)
 
 
-def _row(family: Family, name: str, precision: str) -> str:
-    device, count = torch.device(name), family.batch * family.steps
+def build(family: Family, name: str, batch: int) -> tuple[nn.Module, TrialData]:
+    """A network on the device of this name, and random data for an epoch of it."""
+    device, count = torch.device(name), batch * family.steps
     generator = torch.Generator().manual_seed(0)
     if family.model is None:
         images = torch.randn(count, FEATURES, generator=generator)
@@ -101,27 +102,29 @@ def _row(family: Family, name: str, precision: str) -> str:
         spec = TypeAdapter(ModelSpec).validate_python(family.model)
         net = build_model(spec, image_shape=(SIDE, SIDE, 3), classes=CLASSES, seed=0)
     labels, rows = torch.randint(CLASSES, (count,), generator=generator), torch.arange(count)
+    images, labels, rows = (part.to(device) for part in (images, labels, rows))
     names = tuple(map(str, range(CLASSES)))
-    data = TrialData(images, labels, rows, rows[:0], names, (0.5,) * 3, (0.25,) * 3)
-    data = TrialData(*(part.to(device) if isinstance(part, torch.Tensor) else part for part in vars(data).values()))
-    training = TrainingSpec(epochs=EPOCHS, batch_size=family.batch, optimizer=OptimizerSpec(name="adamw"))
-    meter = Meter(name)
-    meter.built(net.to(device), data, training, precision=precision)
+    return net.to(device), TrialData(images, labels, rows, rows[:0], names, (0.5,) * 3, (0.25,) * 3)
+
+
+def training(batch: int, epochs: int) -> TrainingSpec:
+    """AdamW, nothing else."""
+    return TrainingSpec(epochs=epochs, batch_size=batch, optimizer=OptimizerSpec(name="adamw"))
+
+
+def _row(family: Family, name: str, precision: str) -> str:
+    net, data = build(family, name, family.batch)
+    spec, meter = training(family.batch, EPOCHS), Meter(name)
+    meter.built(net, data, spec, precision=precision)
     meter.trained(epochs=1)
     work = meter.profile()
     assert work is not None
-    fastest = _fastest_epoch(net, data, training, precision, meter.clock)
+    fastest = _fastest_epoch(net, data, spec, precision, meter.clock)
     passes = fastest["forward"] + fastest["backward"]
     whole = sum(fastest.values())
-    limit = Limit(
-        name,
-        precision,
-        str(torch.get_num_threads()),
-        work.flops / passes,
-        work.peak_flops,
-        work.traffic / passes,
-        work.peak_traffic,
-    )
+    threads = str(torch.get_num_threads())
+    rates = work.flops / passes, work.peak_flops, work.traffic / passes, work.peak_traffic
+    limit = Limit(name, precision, threads, *rates)
     return (
         f"{1e3 * whole / family.steps:10.1f}{limit.flops / 1e9:9.1f}{limit.flops / limit.roof:9.0%}"
         f"{limit.intensity:8.1f}  {limit.bound:11}{1 - (passes + fastest['optimizer']) / whole:9.1%}"

@@ -23,6 +23,15 @@ def has_bfloat16(device: torch.device) -> bool:
     return False
 
 
+def layout(device: torch.device, precision: str) -> str:
+    """channels_last or contiguous: how a network's weights are to lie in memory; images always come channels-last.
+
+    In bfloat16 on a CPU convolutions are about a tenth faster so, in float32 it makes no difference. A GPU would else
+    lay the weights out anew in every step.
+    """
+    return "channels_last" if precision == "bfloat16" or device.type == "cuda" else "contiguous"
+
+
 def faster_precision(net: nn.Module, images: Tensor, labels: Tensor) -> str:
     """float32 or bfloat16, for one step of net on images (n, channels, height, width) and labels (n,).
 

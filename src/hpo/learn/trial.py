@@ -25,7 +25,7 @@ from hpo.learn.metrics import confusion_matrix
 from hpo.learn.models import build_model, parameter_count
 from hpo.learn.models.binary import OneLogit
 from hpo.learn.models.transfer import standing_of
-from hpo.learn.precision import faster_precision
+from hpo.learn.precision import faster_precision, layout
 from hpo.learn.train import input_of, predict_logits, train
 from hpo.records import DataCard, Epoch, TrialResult, TrialState, best_of, pack_classes
 from hpo.spec.study import Setup, SplitSpec
@@ -145,6 +145,7 @@ def train_trial(
             "device": device_name,
             "precision": made.precision,
             "precision_key": made.key,
+            "layout": layout(torch.device(device_name), made.precision),
             "threads": str(torch.get_num_threads()),
         },
     )
