@@ -58,12 +58,13 @@ class Limit:
 
     @property
     def bound(self) -> str:
-        """arithmetic or memory, whichever makes the roof; calls where the network stays far below it.
+        """arithmetic or memory, whichever makes the roof; neither where the network stays far below it.
 
-        Small networks do: what their operators compute takes less time than calling them.
+        Small networks do, whose operators take longer to call than to compute, and those of operators that suit the
+        device badly.
         """
         if self.flops < _FAR * self.roof:
-            return "calls"
+            return "neither"
         return "arithmetic" if self.roof == self.peak_flops else "memory"
 
 

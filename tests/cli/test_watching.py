@@ -152,7 +152,9 @@ def test_a_profile_says_shares_and_limits(kind: type[Watcher], terminal: Console
     assert ["forward", "3.0", "s", "37.5%", "2.0", "s", "1.5", "s"] in rows
     assert ["beside:", "ask", "0.2", "s", "0.1", "s", "0.1", "s"] in rows
     assert "72.3 of 95 GFLOP/s (76%), 3.1 of 27 GB/s (11%), 23.3 FLOP a byte: arithmetic limits it" in text
-    assert "bfloat16, cuda:0: 1 of 400 TFLOP/s (0%), 0.1 of 4 TB/s (2%), 10.0 FLOP a byte: too small" in text
+    assert (
+        "bfloat16, cuda:0: 1 of 400 TFLOP/s (0%), 0.1 of 4 TB/s (2%), 10.0 FLOP a byte: far below either limit" in text
+    )
 
 
 def test_a_profile_is_an_event_in_json(capsys: pytest.CaptureFixture[str], terminal: Console) -> None:

@@ -82,6 +82,14 @@ def test_counting_work_leaves_network_and_chance_as_they_were():
     assert torch.equal(torch.get_rng_state(), chance)
 
 
+@pytest.mark.parametrize("groups", [1, 4])
+def test_each_gradient_of_a_convolution_takes_what_the_convolution_takes(groups):
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 16, 3, groups=groups), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    flops, _ = work_of(net, torch.ones(2, 3, 10, 10), torch.zeros(2, dtype=torch.long), precision="float32")
+    # The first has no image to hand a gradient to.
+    assert flops == 2 * 2 * (2 * 100 * 8 * 3 + 3 * 64 * 16 * 8 // groups * 9)
+
+
 def test_a_network_that_refuses_to_be_watched_trains_without_figures(digits_card, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise RuntimeError("not under a dispatch mode")

@@ -61,7 +61,7 @@ def test_a_run_without_profiled_trials_has_an_empty_profile(run_formula):
 
 @pytest.mark.parametrize(
     ("flops", "traffic", "bound"),
-    [(50e9, 1e9, "arithmetic"), (5e9, 5e9, "memory"), (1e9, 0.1e9, "calls"), (100e9, 10e9, "arithmetic")],
+    [(50e9, 1e9, "arithmetic"), (5e9, 5e9, "memory"), (1e9, 0.1e9, "neither"), (100e9, 10e9, "arithmetic")],
 )
 def test_the_lower_roof_limits_unless_the_network_stays_far_below_it(flops, traffic, bound):
     assert Limit("cpu", "float32", "1", flops, 100e9, traffic, 10e9).bound == bound

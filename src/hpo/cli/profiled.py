@@ -44,7 +44,7 @@ def limit_line(limit: Limit) -> str:
 _BOUNDS = {
     "arithmetic": "arithmetic limits it",
     "memory": "memory limits it",
-    "calls": "too small for either limit, the calls take the time",
+    "neither": "far below either limit",
 }
 
 

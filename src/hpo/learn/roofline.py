@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _SECONDS = 0.15  # that one measurement may take
@@ -88,6 +88,22 @@ class _Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's o
         return given
 
 
+def _convolution_backward(
+    grad_shape: list[int],
+    images_shape: list[int],
+    weight_shape: list[int],
+    *details: Any,
+    out_shape: Any = None,  # noqa: ARG001 - handed in by name
+) -> int:
+    """Each of the two gradients takes what the convolution takes; torch's own count forgets that it may have groups."""
+    transposed, wanted = details[4], details[7]
+    once = conv_flop_count(images_shape, weight_shape, grad_shape, transposed=transposed)
+    return int((wanted[0] + wanted[1]) * once)
+
+
+_COUNTS = {torch.ops.aten.convolution_backward: _convolution_backward}
+
+
 def work_of(net: nn.Module, images: Tensor, labels: Tensor, *, precision: str) -> tuple[float, float]:
     """(FLOP, bytes) of one training step's forward and backward pass, without the optimizer, on a copy of net.
 
@@ -97,7 +113,7 @@ def work_of(net: nn.Module, images: Tensor, labels: Tensor, *, precision: str) -
     device = images.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         copied = copy.deepcopy(net).train()
-        with FlopCounterMode(display=False) as counter, _Traffic() as traffic:
+        with FlopCounterMode(display=False, custom_mapping=_COUNTS) as counter, _Traffic() as traffic:
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
                 logits = copied(images)
             torch.autograd.backward(functional.cross_entropy(logits.float(), labels))
