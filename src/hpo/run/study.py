@@ -159,11 +159,12 @@ def run_study(
         text = study_summary(after, winner=winner, model=after.name if registered else "", remarks=remarks)
         status, figures = "FINISHED" if orderly else "KILLED", _drawn(drawing, say)
         background.submit(tracker.close_study, after, status=status, summary=text, figures=figures)
+        last: list[Event] = []
         if profile:
             beside = [(clock.seconds, clock.cpu_seconds), helper.submit(spent).result()]
             profiled = profiler.sum_up(workers=len(devices), beside=beside)
             background.submit(tracker.log_profile, after, profiled)
-            say(profiled)
+            last.append(profiled)
         background.join(patience=patience, hear=tell)
         shutil.rmtree(pictures, ignore_errors=True)
         sweep(work, study)
@@ -171,7 +172,8 @@ def run_study(
             say(notice)
         known = registered is not None and registered.done() and registered.exception() is None
         model = registered.result() if registered is not None and known else None
-        say(StudyEnded(after, reason, model))
+        for event in (*last, StudyEnded(after, reason, model)):
+            say(event)
         return after
 
 
