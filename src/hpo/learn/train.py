@@ -139,7 +139,7 @@ def _epochs(
     optimizer = build_optimizer(spec.optimizer, net)
     augment = build_augment(spec.augment) if data.images.dtype == torch.uint8 else pick_view
     normalise = input_of(data)
-    averaged = _moving_average(net, spec.ema) if spec.ema else None
+    averaged = moving_average(net, spec.ema) if spec.ema else None
     judged = net if averaged is None else averaged.module
     standing = standing_of(net)
     valid_labels = data.labels[data.valid]
@@ -267,7 +267,7 @@ def _weight(part: Tensor, whole: Tensor, loss_of: partial[Tensor]) -> Tensor | f
     return share
 
 
-def _moving_average(net: nn.Module, keep: float) -> AveragedModel:
+def moving_average(net: nn.Module, keep: float) -> AveragedModel:
     """A copy of net whose weights and running means follow it, keeping `keep` of themselves in every step.
 
     In step n at most (1 + n) / (10 + n), so that the first weights are soon forgotten.
