@@ -45,6 +45,7 @@ class Member:
     best_epoch: int = 0
     best_state: dict[str, Tensor] | None = None
     optimizer: torch.optim.Optimizer | None = None
+    group: dict[str, Any] = field(default_factory=dict)
     weights: list[nn.Parameter] = field(default_factory=list)
     order: Tensor = field(default_factory=lambda: torch.empty(0))
     rate: float = 0.0
@@ -122,13 +123,19 @@ class Stack:
     def _form(self, members: list[Member]) -> StackedNets:
         members.sort(key=lambda member: sort_key(member.net))
         stacked = StackedNets([member.net for member in members])
+        optimizers: dict[str, torch.optim.Optimizer] = {}
         for row, member in enumerate(members):
             weights = stacked.weights_of(row)
             spec = member.spec.optimizer
             optimizer = OPTIMIZERS[spec.name](weights, spec, fused=weights[0].device.type in ("cpu", "cuda"))
-            if member.optimizer is not None:
-                _carry_over(member.optimizer, member.weights, optimizer, weights)
-            member.optimizer, member.weights = optimizer, weights
+            _carry_over(member, optimizer, weights)
+            member.weights, member.group = weights, optimizer.param_groups[0]
+            # One optimizer for all of a kind, each member with a group of its own, steps in half the time.
+            member.optimizer = optimizers.setdefault(spec.name, optimizer)
+            if member.optimizer is not optimizer:
+                member.optimizer.add_param_group(member.group)
+                member.optimizer.state.update(optimizer.state)
+        self._optimizers = list(optimizers.values())
         return stacked
 
     def _train_epoch(self, members: list[Member]) -> None:
@@ -209,25 +216,21 @@ class Stack:
             # Fused optimizers read memory in order, whatever the strides of a gradient say.
             gradients = [found.contiguous() for found in torch.autograd.grad(losses.sum(), parameters)]
             for row, member in enumerate(members):
-                self._follow(member, [gradient[row] for gradient in gradients])
+                member.group["lr"] = member.rate
+                for weight, gradient in zip(member.weights, gradients, strict=True):
+                    weight.grad = gradient[row]
+                if member.spec.clip_norm is not None:
+                    nn.utils.clip_grad_norm_(member.weights, member.spec.clip_norm)
+            for optimizer in self._optimizers:
+                optimizer.step()
+            for member in members:
+                if member.averaged is not None:
+                    member.averaged.update_parameters(member.net)
             with torch.no_grad():
                 hits = (logits.argmax(2) == labels).sum(1)
                 totals += torch.stack([losses.double() * count, hits.double()], dim=1)
             seen += count
         return [[loss, hits, seen] for loss, hits in totals.tolist()]
-
-    def _follow(self, member: Member, gradients: list[Tensor]) -> None:
-        """One step of a member's own optimizer along its gradients."""
-        assert member.optimizer is not None
-        for weight, gradient in zip(member.weights, gradients, strict=True):
-            weight.grad = gradient
-        for group in member.optimizer.param_groups:
-            group["lr"] = member.rate
-        if member.spec.clip_norm is not None:
-            nn.utils.clip_grad_norm_(member.weights, member.spec.clip_norm)
-        member.optimizer.step()
-        if member.averaged is not None:
-            member.averaged.update_parameters(member.net)
 
     def _judge(self, member: Member, loss: float, accuracy: float) -> Epoch | TrainingError:
         """Evaluate a member after an epoch, and note its best weights."""
@@ -264,21 +267,18 @@ def cross_entropies(logits: Tensor, labels: Tensor, smoothing: Tensor, weights: 
     return (1 - smoothing) * hard + smoothing * soft
 
 
-def _carry_over(
-    earlier: torch.optim.Optimizer,
-    before: list[nn.Parameter],
-    later: torch.optim.Optimizer,
-    after: list[nn.Parameter],
-) -> None:
-    """Moments of an optimizer for weights that are padded otherwise now; padding is 0, in moments too."""
-    for old, new in zip(before, after, strict=True):
-        for name, value in earlier.state.get(old, {}).items():
+def _carry_over(member: Member, optimizer: torch.optim.Optimizer, weights: list[nn.Parameter]) -> None:
+    """Give a member's new optimizer the moments of its last one; the padding, of 0s, may be another now."""
+    if member.optimizer is None:
+        return
+    for old, new in zip(member.weights, weights, strict=True):
+        for name, value in member.optimizer.state.get(old, {}).items():
             if isinstance(value, Tensor) and value.shape == old.shape:
                 moved = torch.zeros_like(new)
                 region = tuple(slice(min(pair)) for pair in zip(old.shape, new.shape, strict=True))
                 moved[region] = value[region]
                 value = moved
-            later.state[new][name] = value
+            optimizer.state[new][name] = value
 
 
 def _timed(epoch: Epoch, seconds: float) -> Epoch:
