@@ -6,7 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from hpo.learn.data import TrialData
 from hpo.learn.features import pick_view
 from hpo.learn.metrics import scores
 from hpo.learn.optimizers import OPTIMIZERS, learning_rate_factor
-from hpo.learn.stack_layers import StackedNets, Unstackable, shape_of, sort_key
+from hpo.learn.stack_layers import StackedNets, UnstackableError, shape_of, sort_key
 from hpo.learn.train import class_weights, input_of, moving_average, predict_logits
 from hpo.records import Epoch
 from hpo.spec.scores import SCORES
@@ -58,11 +58,11 @@ class Member:
 
 
 def key_of(net: nn.Module, data: TrialData, spec: TrainingSpec, precision: str) -> tuple[Any, ...]:
-    """Trainings with the same key can share a stack. Raises Unstackable, with the reason."""
+    """Trainings with the same key can share a stack. Raises UnstackableError, with the reason."""
     if spec.micro_batch is not None:
-        raise Unstackable("micro-batches")
+        raise UnstackableError("micro-batches")
     if spec.optimizer.layer_decay != 1:
-        raise Unstackable("layer_decay")
+        raise UnstackableError("layer_decay")
     place = (data.images.data_ptr(), data.images.shape, len(data.train), data.mean, data.std)
     return (*shape_of(net), place, str(data.images.device), spec.batch_size, spec.class_weights, precision)
 
@@ -78,10 +78,10 @@ class Stack:
         self._precision = precision
         self._members: list[Member] = []
         self._stacked: StackedNets | None = None
+        self._in_stack: list[Member] = []  # in the order of its rows
+        self._optimizers: list[torch.optim.Optimizer] = []
 
-    def join(
-        self, net: nn.Module, data: TrialData, spec: TrainingSpec, *, seed: int
-    ) -> Iterator[Epoch | None]:
+    def join(self, net: nn.Module, data: TrialData, spec: TrainingSpec, *, seed: int) -> Iterator[Epoch | None]:
         """The epochs of one training, as train() gives them, with a None before each."""
         net.to(data.images.device)
         member = Member(
@@ -148,28 +148,27 @@ class Stack:
         torch.set_flush_denormal(True)
         try:
             totals = self._steps(self._stacked, members)
-            for member, (loss, hits, seen) in zip(members, totals, strict=True):
-                member.ready.append(self._judge(member, loss / seen, hits / seen))
         finally:
             torch.set_flush_denormal(False)
-        # What each of them would have to wait for alone is unknown: they share the time.
+        judged = [self._judge(member, *total) for member, total in zip(members, totals, strict=True)]
+        # What each of them would have taken alone is unknown: they share the time.
         seconds = (time.perf_counter() - started) / len(members)
-        for member in members:
-            member.ready = deque(
-                epoch if isinstance(epoch, TrainingError) else _timed(epoch, seconds) for epoch in member.ready
-            )
+        for member, epoch in zip(members, judged, strict=True):
+            member.ready.append(replace(epoch, seconds=seconds) if isinstance(epoch, Epoch) else epoch)
 
-    def _steps(self, stacked: StackedNets, members: list[Member]) -> list[list[float]]:
-        """The batches of an epoch; loss summed over images, hits and images seen, of each member."""
+    def _steps(self, stacked: StackedNets, members: list[Member]) -> list[tuple[float, float]]:
+        """The batches of an epoch; mean loss and accuracy over them, of each member."""
         data, spec = members[0].data, members[0].spec
         device = data.images.device
         normalise = input_of(data)
-        weights = class_weights(data.labels[data.train], len(data.class_names)) if spec.class_weights == "balanced" else None
+        weights = (
+            class_weights(data.labels[data.train], len(data.class_names)) if spec.class_weights == "balanced" else None
+        )
         smoothing = torch.tensor([member.spec.label_smoothing for member in members], device=device)
         noises = [member.noise for member in members]
         parameters = list(stacked.parameters())
-        plain = data.images.dtype == torch.uint8
-        augments = [build_augment(member.spec.augment) if plain else pick_view for member in members]
+        pixels = data.images.dtype == torch.uint8
+        augments = [build_augment(member.spec.augment) if pixels else pick_view for member in members]
         mixes = any(member.spec.augment.mixup or member.spec.augment.cutmix for member in members)
         # Images that nobody changes are gathered and normalised in one go.
         together = not mixes and not any(augments)
@@ -180,7 +179,7 @@ class Stack:
             member.epoch += 1
             member.order = data.train[torch.randperm(len(data.train), generator=member.generator).to(device)]
         orders = torch.stack([member.order for member in members])
-        for rows in orders.split(spec.batch_size, dim=1):
+        for rows in torch.split(orders, spec.batch_size, dim=1):
             count = rows.shape[1]
             for member in members:
                 factor = learning_rate_factor(
@@ -230,7 +229,7 @@ class Stack:
                 hits = (logits.argmax(2) == labels).sum(1)
                 totals += torch.stack([losses.double() * count, hits.double()], dim=1)
             seen += count
-        return [[loss, hits, seen] for loss, hits in totals.tolist()]
+        return [(loss / seen, hits / seen) for loss, hits in totals.tolist()]
 
     def _judge(self, member: Member, loss: float, accuracy: float) -> Epoch | TrainingError:
         """Evaluate a member after an epoch, and note its best weights."""
@@ -279,9 +278,3 @@ def _carry_over(member: Member, optimizer: torch.optim.Optimizer, weights: list[
                 moved[region] = value[region]
                 value = moved
             optimizer.state[new][name] = value
-
-
-def _timed(epoch: Epoch, seconds: float) -> Epoch:
-    from dataclasses import replace
-
-    return replace(epoch, seconds=seconds) if not epoch.seconds else epoch

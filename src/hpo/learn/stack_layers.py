@@ -13,10 +13,8 @@ from torch.nn import functional
 from hpo.learn.models.basic import ACTIVATIONS
 from hpo.learn.models.binary import OneLogit
 
-_ACTIVATIONS = tuple(ACTIVATIONS[name] for name in ACTIVATIONS)
 
-
-class Unstackable(Exception):
+class UnstackableError(Exception):
     """Why a network cannot share its computation with others."""
 
 
@@ -31,10 +29,10 @@ class Segment:
 
 
 def segments(net: nn.Module) -> list[Segment]:
-    """The dense layers of a perceptron, or of the head of a frozen backbone. Raises Unstackable for any other net."""
+    """The dense layers of a perceptron, or of the head of a frozen backbone. Raises UnstackableError for others."""
     inner = net.net if isinstance(net, OneLogit) else net
     if not isinstance(inner, nn.Sequential):
-        raise Unstackable(f"{type(inner).__name__} is not a plain row of layers")
+        raise UnstackableError(f"{type(inner).__name__} is not a plain row of layers")
     found: list[Segment] = []
     norm: nn.BatchNorm1d | None = None
     activation: nn.Module | None = None
@@ -42,7 +40,7 @@ def segments(net: nn.Module) -> list[Segment]:
     for layer in inner:
         if isinstance(layer, nn.BatchNorm1d) and activation is None and not dropout:
             norm = layer
-        elif isinstance(layer, _ACTIVATIONS) and activation is None and not dropout:
+        elif type(layer) in ACTIVATIONS.values() and activation is None and not dropout:
             activation = layer
         elif isinstance(layer, nn.Dropout) and not dropout:
             dropout = layer.p
@@ -50,9 +48,9 @@ def segments(net: nn.Module) -> list[Segment]:
             found.append(Segment(norm, activation, dropout, layer))
             norm, activation, dropout = None, None, 0.0
         elif not (isinstance(layer, nn.Flatten) and not found):
-            raise Unstackable(f"it has a layer {type(layer).__name__}")
+            raise UnstackableError(f"it has a layer {type(layer).__name__}")
     if not found or norm is not None or activation is not None or dropout:
-        raise Unstackable("it does not end in a dense layer")
+        raise UnstackableError("it does not end in a dense layer")
     return found
 
 
@@ -67,31 +65,49 @@ def shape_of(net: nn.Module) -> tuple[object, ...]:
     )
 
 
+class _Norm(nn.Module):
+    """Batch norm of all networks side by side, as channels: exactly what each computes alone."""
+
+    def __init__(self, like: nn.BatchNorm1d, count: int, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(like.weight.new_zeros(count, width))
+        self.shift = nn.Parameter(like.weight.new_zeros(count, width))
+        self.mean = like.weight.new_zeros(count, width).detach()
+        self.variance = like.weight.new_ones(count, width).detach()
+        self.momentum, self.eps = like.momentum or 0.0, like.eps
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """inputs (networks, n, width), normalised over the n images of each."""
+        count, images, width = inputs.shape
+        flat = functional.batch_norm(
+            inputs.transpose(0, 1).reshape(images, count * width),
+            self.mean.view(-1),
+            self.variance.view(-1),
+            self.scale.view(-1),
+            self.shift.view(-1),
+            training=True,
+            momentum=self.momentum,
+            eps=self.eps,
+        )
+        return flat.reshape(images, count, width).transpose(0, 1)
+
+
 class _Layer(nn.Module):
     """One segment of all networks, the narrower ones filled up with neurons that are always 0.
 
-    A padded neuron's activation is multiplied by 0: whatever its activation function makes of 0, it gives nothing to the
-    next layer, and gets no gradient back. Its own weights begin at 0 and, without a gradient, stay there under every
-    optimizer here: decay and momentum of 0 are 0.
+    A padded neuron's activation is multiplied by 0: whatever its activation function makes of 0, it gives nothing to
+    the next layer, and gets no gradient back. Its own weights begin at 0 and, without a gradient, stay there under
+    every optimizer here: decay and momentum of 0 are 0.
     """
 
     def __init__(self, parts: Sequence[Segment], fan_in: int) -> None:
         super().__init__()
-        first = parts[0].dense.weight
+        first, norm = parts[0].dense.weight, parts[0].norm
         wide = max(part.dense.out_features for part in parts)
         # The other way round than in nn.Linear: so the product needs no transposed copy, and gradients are contiguous.
         self.weight = nn.Parameter(first.new_zeros(len(parts), fan_in, wide))
         self.bias = nn.Parameter(first.new_zeros(len(parts), wide))
-        self.scale = self.shift = None
-        self.mean: Tensor | None = None
-        self.variance: Tensor | None = None
-        self.momentum, self.eps = 0.0, 0.0
-        norm = parts[0].norm
-        if norm is not None:
-            self.scale = nn.Parameter(first.new_zeros(len(parts), fan_in))
-            self.shift = nn.Parameter(first.new_zeros(len(parts), fan_in))
-            self.mean, self.variance = first.new_zeros(len(parts), fan_in), first.new_ones(len(parts), fan_in)
-            self.momentum, self.eps = norm.momentum or 0.0, norm.eps
+        self.norm = _Norm(norm, len(parts), fan_in) if norm is not None else None
         # Networks are sorted by activation, so that each is one call on a slice.
         self.activations = [(next(group), len(list(group)) + 1) for _, group in groupby(parts, _activation)]
         self.dropouts = [part.dropout for part in parts]
@@ -104,25 +120,10 @@ class _Layer(nn.Module):
 
     def forward(self, inputs: Tensor, noises: Sequence[torch.Generator]) -> Tensor:
         """inputs (networks, n, fan in) -> (networks, n, fan out); each network's dropout draws from its own noise."""
-        if self.mean is not None and self.variance is not None:
-            count, images, width = inputs.shape
-            # Side by side as channels: exactly what each network's own batch norm computes.
-            flat = inputs.transpose(0, 1).reshape(images, count * width)
-            scale, shift = self.scale, self.shift
-            assert scale is not None and shift is not None
-            flat = functional.batch_norm(
-                flat,
-                self.mean.view(-1),
-                self.variance.view(-1),
-                scale.view(-1),
-                shift.view(-1),
-                training=True,
-                momentum=self.momentum,
-                eps=self.eps,
-            )
-            inputs = flat.reshape(images, count, width).transpose(0, 1)
+        if self.norm is not None:
+            inputs = self.norm(inputs)
         if any(part.activation is not None for part, _ in self.activations):
-            pieces = inputs.split([count for _, count in self.activations])
+            pieces = torch.split(inputs, [count for _, count in self.activations])
             done = [_activate(part, piece) for (part, _), piece in zip(self.activations, pieces, strict=True)]
             inputs = torch.cat(done) if len(done) > 1 else done[0]
         if any(self.dropouts):
@@ -155,7 +156,7 @@ def _activate(part: Segment, inputs: Tensor) -> Tensor:
 class StackedNets(nn.Module):
     """Perceptrons of one depth as one module, in training mode: images of each in, logits of each out.
 
-    While it lives, the weights of `nets` are views of its own: what it learns they know. order sorts networks for it.
+    While it lives, the weights of `nets` are views of its own: what it learns they know. See sort_key for their order.
     """
 
     def __init__(self, nets: Sequence[nn.Module]) -> None:
@@ -186,7 +187,7 @@ class StackedNets(nn.Module):
     def release(self) -> None:
         """Give the networks weights of their own again, as they are now."""
         for _, theirs in self._pairs():
-            theirs.data = theirs.detach().clone()
+            theirs.data = theirs.detach().clone(memory_format=torch.contiguous_format)
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Each network's own tensors beside their places in the stack."""
@@ -196,13 +197,13 @@ class StackedNets(nn.Module):
                 yield layer.weight[row, :wide, :high].T, part.dense.weight
                 yield layer.bias[row, :high], part.dense.bias
                 if part.norm is not None:
-                    for name, theirs in (
-                        ("scale", part.norm.weight),
-                        ("shift", part.norm.bias),
-                        ("mean", part.norm.running_mean),
-                        ("variance", part.norm.running_var),
+                    for own, theirs in (
+                        (layer.norm.scale, part.norm.weight),
+                        (layer.norm.shift, part.norm.bias),
+                        (layer.norm.mean, part.norm.running_mean),
+                        (layer.norm.variance, part.norm.running_var),
                     ):
-                        yield getattr(layer, name)[row, :wide], theirs
+                        yield own[row, :wide], theirs
 
 
 def sort_key(net: nn.Module) -> tuple[str, ...]:
