@@ -9,8 +9,9 @@ from hpo.errors import TrainingError
 from hpo.learn.models import build_model
 from hpo.learn.models.basic import ACTIVATIONS
 from hpo.learn.optimizers import OPTIMIZERS
-from hpo.learn.stack import Stack, key_of
+from hpo.learn.stack import Stack, Stacks, key_of
 from hpo.learn.stack_layers import StackedNets, UnstackableError, segments
+from hpo.learn.stack_speed import step_seconds
 from hpo.learn.train import predict_logits, train
 from hpo.spec.models import CnnSpec, MlpSpec
 from hpo.spec.training import AugmentSpec, OptimizerSpec, ScheduleSpec, TrainingSpec
@@ -40,9 +41,9 @@ def _alone(makers, data):
     return found
 
 
-def _stacked(makers, data, *, joins=None):
+def _stacked(makers, data, *, joins=None, precision="float32"):
     """The same from one stack; joins says in which round each member comes in."""
-    stack = Stack(precision="float32")
+    stack = Stack(precision=precision)
     nets = [make(seed) for seed, (make, _) in enumerate(makers)]
     members = [
         stack.join(net, data, spec, seed=seed) for seed, (net, (_, spec)) in enumerate(zip(nets, makers, strict=True))
@@ -186,10 +187,11 @@ def test_what_cannot_be_stacked_says_why(few):
     cnn = build_model(CnnSpec(kind="cnn", filters=4), image_shape=(8, 8, 1), classes=10, seed=0)
     with pytest.raises(UnstackableError, match="a layer Conv2d"):
         segments(cnn)
-    with pytest.raises(UnstackableError, match="micro-batches"):
+    with pytest.raises(UnstackableError, match="in pieces"):
         key_of(_net(0), few, _spec(micro_batch=8), "float32")
     same = key_of(_net(0, hidden=8), few, _spec(), "float32")
-    assert same == key_of(_net(1, hidden=99, activation="tanh"), few, _spec(epochs=9), "float32")
+    assert same == key_of(_net(1, hidden=15, activation="tanh"), few, _spec(epochs=9), "float32")
+    assert same != key_of(_net(0, hidden=16), few, _spec(), "float32")  # half of each product would be padding
     assert same != key_of(_net(0, hidden=[8, 8]), few, _spec(), "float32")
     assert same != key_of(_net(0, hidden=8), few, _spec(batch_size=16), "float32")
 
@@ -202,3 +204,45 @@ def test_networks_own_their_weights_again_when_a_stack_is_gone():
         assert all(
             value.is_contiguous() and torch.equal(value, expected[name]) for name, value in net.state_dict().items()
         )
+
+
+def test_bfloat16_stacks_learn_as_float32_ones_do(few):
+    makers = [(lambda seed: _net(seed, hidden=24), _spec(epochs=3)) for _ in range(3)]
+    plain, half = _stacked(makers, few), _stacked(makers, few, precision="bfloat16")
+    for (expected, _), (found, _) in zip(plain, half, strict=True):
+        assert found[-1].scores["train_loss"] != expected[-1].scores["train_loss"]
+        assert found[-1].scores["train_loss"] == pytest.approx(expected[-1].scores["train_loss"], rel=0.03)
+        assert found[-1].scores["valid_accuracy"] == pytest.approx(expected[-1].scores["valid_accuracy"], abs=0.05)
+
+
+def test_a_failure_in_the_shared_computation_is_told_to_each(few, monkeypatch):
+    stack = Stack(precision="float32")
+    members = [stack.join(_net(seed), few, _spec(), seed=seed) for seed in range(2)]
+    assert [next(member) for member in members] == [None, None]
+    monkeypatch.setattr(StackedNets, "forward", lambda *_, **__: (_ for _ in ()).throw(MemoryError("no room")))
+    for member in members:
+        with pytest.raises(MemoryError, match="no room"):
+            next(member)
+    assert stack.members == []
+
+
+def test_trainings_of_a_process_find_each_other_and_say_why_they_do_not(few):
+    stacks = Stacks(4)
+    begun = []
+    for seed, spec in enumerate([_spec(), _spec(), _spec(checkpoint=1), _spec(batch_size=16)]):
+        how, fit = stacks.fit(_net(seed), few, spec, seed=seed, precision="float32")
+        begun.append((how, fit, next(fit) is None))
+    assert [how for how, _, _ in begun] == ["shared", "shared", "alone: it is saved every so many epochs", "shared"]
+    assert [waits for _, _, waits in begun] == [True, True, False, True]
+    first, second, _, other = (next(fit).seconds for _, fit, _ in begun)
+    assert first == second != other  # one computation
+
+
+def test_measuring_a_step_leaves_the_network_and_chance_as_they_were(few):
+    net, spec = _net(0), _spec()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    state = torch.get_rng_state()
+    seconds = [step_seconds(net, few, spec, together=count, precision="float32") for count in (1, 4)]
+    assert all(0 < each < 1 for each in seconds)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())

@@ -25,9 +25,10 @@ from hpo.records import Epoch
 from hpo.spec.scores import SCORES
 from hpo.spec.training import TrainingSpec
 
-_EVALUATION_BATCH = 1024
+EVALUATION_BATCH = 1024
 # What memory holds one piece of a training batch with all that its gradient needs, holds so many pieces without.
 _PIECES = 4
+DIVERGED = "It diverged: a lower learning rate usually helps."
 
 # Takes an epoch and the state after it, plain enough for torch.load(weights_only=True).
 Save = Callable[[Epoch, Mapping[str, Any]], None]
@@ -85,7 +86,7 @@ def predict_logits(
     device = data.images.device
     normalise = input_of(data)
     # Backbones resize images, and their maps are larger than the images.
-    batch = 64 if standing_of(net) is not None else _EVALUATION_BATCH
+    batch = 64 if standing_of(net) is not None else EVALUATION_BATCH
     batch = min(batch, _PIECES * micro_batch) if micro_batch else batch
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         parts = [net(normalise(data.images.index_select(0, part))).float() for part in torch.split(rows, batch)]
@@ -205,7 +206,7 @@ def _epochs(
         losses = {name: value for name, value in measured.items() if name.endswith("_loss")}
         if not all(map(math.isfinite, losses.values())):
             shown = ", ".join(f"{name} {value}" for name, value in losses.items())
-            raise NotFiniteError(f"epoch {number}: {shown}.", "It diverged: a lower learning rate usually helps.")
+            raise NotFiniteError(f"epoch {number}: {shown}.", DIVERGED)
         if len(data.valid) and sign * measured[spec.monitor] > best_score:
             best_score, best_epoch = sign * measured[spec.monitor], number
             best_state = {name: tensor.clone() for name, tensor in judged.state_dict().items()}
