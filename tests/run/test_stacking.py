@@ -46,14 +46,12 @@ def test_the_measurement_chooses_a_number_within_the_limit(card):
     ("settings", "most", "reason"),
     [
         ((), 1, "too few trials are left"),
-        (("model.kind=cnn", "model.filters=4"), 8, "a layer Conv2d"),
+        (("model={kind: cnn, filters: 4}",), 8, "a layer Conv2d"),
         (("training.checkpoint=2",), 8, "it is saved every so many epochs"),
-        (("model.kind=own", "model.name=nowhere:net"), 8, "a network of your own"),
     ],
 )
 def test_what_cannot_share_says_why(card, settings, most, reason):
-    places = measure_places(
-        _spec("search.space={training.optimizer.lr: {choice: [0.1]}}", *settings), card, "cpu", threads=1, most=most
-    )
+    spec = _spec("search.space={training.optimizer.lr: {choice: [0.1]}}", *settings)
+    places = measure_places(spec, card, "cpu", threads=1, most=most)
     assert places.count == 1
     assert reason in places.reason
