@@ -15,11 +15,12 @@ def _spec(*settings):
     [
         ("random", 40, 2, True, 20),
         ("grid", 40, 2, True, 20),
-        ("random", 40, 1, False, 40),
+        ("random", 40, 1, True, 40),
+        ("random", 40, 1, False, 1),  # asked for one worker: nothing depends on a clock
         ("tpe", 40, 2, True, 4),  # a fifth of what is left is under way
         ("tpe", 40, 2, False, 4),
         ("tpe", 40, 1, True, 8),
-        ("tpe", 40, 1, False, 1),  # asked for one worker: candidates depend on no clock
+        ("tpe", 40, 1, False, 1),
         ("tpe", 3, 2, True, 1),
     ],
 )
@@ -45,7 +46,7 @@ def test_the_measurement_chooses_a_number_within_the_limit(card):
 @pytest.mark.parametrize(
     ("settings", "most", "reason"),
     [
-        ((), 1, "too few trials are left"),
+        ((), 1, "few trials are left"),
         (("model={kind: cnn, filters: 4}",), 8, "a layer Conv2d"),
         (("training.checkpoint=2",), 8, "it is saved every so many epochs"),
     ],

@@ -90,7 +90,8 @@ def _complete(body: Backbone, images: Tensor, augment: AugmentSpec, views: int, 
             part = scratch / f"{start:09}.npy"
             try:
                 with filelock.FileLock(f"{part}.lock", timeout=-1 if wait else 0):
-                    if _read(part, min(_CHUNK, len(images) - start), views) is None:
+                    # Put together and tidied up since the look above, perhaps: then there is nothing to do either.
+                    if _read(part, min(_CHUNK, len(images) - start), views) is None and not intact(folder):
                         _compute(body, images[start : start + _CHUNK], augment, views, seed=start, file=part)
             except (filelock.Timeout, FileNotFoundError):
                 continue  # another works on it, or has put the whole together and tidied up

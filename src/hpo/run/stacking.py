@@ -24,21 +24,21 @@ class Places:
 def most_places(spec: StudySpec, *, left: int, workers: int, by_default: bool) -> int:
     """The most trainings that a worker should have at a time, with so many trials left.
 
-    by_default says that nobody asked for a number of workers. Who asks for one, and for a sampler that learns, gets
-    a sequence of candidates that depends on no clock: one training at a time.
+    by_default says that nobody asked for a number of workers. Who asks for one gets one training at a time, so that
+    nothing depends on a clock.
     """
+    if workers == 1 and not by_default:
+        return 1
     samplers = [spec.search.sampler, *(stage.sampler for stage in spec.search.stages if stage.sampler)]
     if not any(sampler.name in _LEARNING for sampler in samplers):
         return max(1, left // workers)
-    if workers == 1 and not by_default:
-        return 1
     return max(1, left // _IN_FLIGHT // workers)
 
 
 def measure_places(spec: StudySpec, card: DataCard, device_name: str, *, threads: int, most: int) -> Places:
     """The number at which the smallest and the largest candidates, together, train fastest; for the helper process."""
     if most < 2:
-        return Places(1, "too few trials are left to share")
+        return Places(1, "one worker was asked for, or few trials are left")
     from hpo.learn.device import threads as with_threads
     from hpo.learn.stack_choice import choose_places
 

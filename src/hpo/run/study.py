@@ -51,7 +51,7 @@ def run_study(
 
     workers is the number of processes that train (default: one for each core, or for each GPU); 0 trains in this
     process. stack is the number of trainings that share a worker and its computation; None: by a short measurement, 1
-    where it does not pay, or where workers=1 and the sampler learns from results, so that nothing depends on a clock.
+    where it does not pay, or where workers=1, so that nothing depends on a clock.
     device is auto, cpu, cuda, cuda:N or mps. home is the folder that holds `mlruns`. fresh starts the study
     anew beside what there is; retry_failed tries failed trials again. timeout is in seconds. keep_models is all, none
     or best:K. watch is called with every event. Ctrl-C ends the run cleanly: what was running is recorded as stopped
