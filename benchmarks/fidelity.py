@@ -1,0 +1,205 @@
+"""Count the epochs that a search spends until it first sees a given validation score, pruner by pruner.
+
+Every cell of a small grid of perceptrons is trained once to the end, and once more with `training.data_growth`; what
+the validation part said after each epoch is kept in a file of the cache folder. Searches then replay these curves
+through real studies of the platform: its storage, samplers and pruners, one worker. That is honest, since the
+curve of a pruned training is the beginning of its whole curve; the curves of growing data are those of that schedule.
+Epochs are counted in full passes over the training images: one over a tenth of them is a tenth. Seeds are those of
+samplers: a search with another pruner and the same seed of a random sampler draws the same candidates. The test part
+is never read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hpo.home import Home
+from hpo.records import TrialResult, TrialState
+from hpo.search.open import open_study
+from hpo.spec.load import parse_study
+from hpo.spec.study import StudySpec
+
+EPOCHS, GROWTH = 27, 1 / 9
+# data -> part of the study, and how many of its training and validation images take part (None: all).
+DATA: Mapping[str, tuple[dict[str, Any], int | None, int | None]] = {
+    "digits": ({"data": {"name": "digits"}, "split": {"kind": "holdout"}}, None, None),
+    "fashionmnist": (
+        {"data": {"name": "fashionmnist"}, "split": {"kind": "holdout", "share": 1 / 6, "by": "order"}},
+        10_000,
+        5_000,
+    ),
+}
+SPACE = {
+    "training.optimizer.lr": {"choice": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]},
+    "training.optimizer.name": {"choice": ["sgd", "adam"]},
+    "model.hidden": {"choice": [32, 128, 256]},
+    "model.dropout": {"choice": [0.0, 0.4]},
+}
+HALVING = {"name": "successive_halving", "min_epochs": 1, "reduction_factor": 3}
+# name -> (sampler, pruner, whether the data grow)
+METHODS: Mapping[str, tuple[str, Any, bool]] = {
+    "random": ("random", "none", False),
+    "random, growing data": ("random", "none", True),
+    "random + median": ("random", {"name": "median", "warmup_epochs": 1}, False),
+    "random + ASHA": ("random", HALVING, False),
+    "random + ASHA, growing data": ("random", HALVING, True),
+    "random + hyperband": ("random", {**HALVING, "name": "hyperband"}, False),
+    "random + curve": ("random", "curve", False),
+    "random + curve, growing data": ("random", "curve", True),
+    "tpe": ("tpe", "none", False),
+    "tpe + ASHA": ("tpe", HALVING, False),
+    "tpe + ASHA, growing data": ("tpe", HALVING, True),
+    "tpe + curve": ("tpe", "curve", False),
+}
+Table = Mapping[str, list[float]]
+
+
+def spec_of(data: str, sampler: str = "random", pruner: Any = "none", *, growing: bool = False, seed: int = 0) -> Any:
+    search = {"sampler": sampler, "pruner": pruner, "space": SPACE, "duplicates": "reject", "trials": 1000}
+    training = {"epochs": EPOCHS, "batch_size": 64, "precision": "float32", "data_growth": GROWTH if growing else 1.0}
+    plain = {"name": data, **DATA[data][0], "model": {"kind": "mlp"}, "training": training, "search": search}
+    return parse_study({**plain, "seed": seed})
+
+
+def key_of(parameters: Mapping[str, Any]) -> str:
+    return json.dumps({path: parameters[path] for path in SPACE})
+
+
+def table_of(data: str, *, growing: bool, cache: Path) -> Table:
+    """Cell of the grid -> validation accuracy after each epoch; cells that the cache lacks are trained first."""
+    file = cache / f"{data}-{'growing' if growing else 'whole'}.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    known: dict[str, list[float]] = {line["cell"]: line["values"] for line in lines}
+    lacking = [cell for cell in spec_of(data).search.space.cells({}) if key_of(cell) not in known]
+    if not lacking:
+        return known
+    from dataclasses import replace
+
+    from hpo.errors import NotFiniteError
+    from hpo.learn.data import prepare
+    from hpo.learn.fidelity import stratified_order
+    from hpo.learn.train import train
+    from hpo.learn.trial import build
+
+    spec: StudySpec = spec_of(data, growing=growing)
+    card = prepare(spec.data, spec.split)
+    _, most, judges = DATA[data]
+    for count, cell in enumerate(lacking, 1):
+        started = time.perf_counter()
+        setup = spec.with_values(cell)
+        made = build(setup, card, seed=0, device_name="cpu")
+        rows = {"train": most, "valid": judges}
+        parts = {
+            name: part[stratified_order(made.data.labels[part], seed=0)[:limit]].sort().values
+            for name, limit in rows.items()
+            for part in [getattr(made.data, name)]
+        }
+        values: list[float] = []
+        try:
+            for epoch in train(made.net, replace(made.data, **parts), setup.training, seed=0, precision="float32"):
+                values.append(epoch.scores["valid_accuracy"])
+        except NotFiniteError:
+            pass  # it fails in that epoch
+        line = {"cell": key_of(cell), "values": values, "seconds": time.perf_counter() - started}
+        with file.open("a") as out:
+            out.write(json.dumps(line) + "\n")
+        known[line["cell"]] = values
+        print(f"{file.name}: {count} of {len(lacking)}, {line['seconds']:.1f} s", end="\r", flush=True)
+    print()
+    return known
+
+
+def spent(spec: StudySpec, table: Table, target: float, folder: Path) -> float:
+    """Epochs until a training of this search first sees the target; inf where none does."""
+    home = Home.at(folder)
+    total = 0.0
+    study = open_study(home, spec, data_digest="curves")
+    try:
+        while candidate := study.ask(budget=spec.search.trials, worker="replay"):
+            curve = table[key_of(candidate.parameters)]
+            state = TrialState.COMPLETE if len(curve) == EPOCHS else TrialState.FAILED
+            for number, value in enumerate(curve, 1):
+                total += spec.training.share(number)
+                if value >= target:
+                    return total
+                if study.report(candidate.number, number, value) and number < EPOCHS:
+                    state = TrialState.PRUNED
+                    break
+            value = max(curve[:number]) if curve else None
+            study.tell(TrialResult(candidate.number, state, value, number if curve else 0))
+        return math.inf
+    finally:
+        study.close()
+        shutil.rmtree(home.root)
+
+
+def ratio(method: list[float], random: list[float]) -> tuple[float, float, float]:
+    """Geometric mean over seeds of epochs of random / epochs of the method, with its 95 % bootstrap interval.
+
+    Searches that never saw the target count as infinite: they are left out, and the share of seeds tells of them.
+    """
+    logs = np.array([math.log(r / m) for m, r in zip(method, random, strict=True) if math.isfinite(m)])
+    drawn = np.random.default_rng(0).choice(logs, (10_000, len(logs))).mean(1)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return math.exp(logs.mean()), math.exp(low), math.exp(high)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--top", type=float, default=0.05, help="the target is what this share of the grid reaches")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "hpo-fidelity")
+    parser.add_argument("--train-only", action="store_true")
+    asked = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(1)
+    asked.cache.mkdir(parents=True, exist_ok=True)
+    print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
+    memory = Path("/dev/shm")  # noqa: S108 - the same storage, without waiting for a disk
+    for data in asked.data:
+        tables = {growing: table_of(data, growing=growing, cache=asked.cache) for growing in (False, True)}
+        if asked.train_only:
+            continue
+        finals = sorted((max(curve, default=0.0) for curve in tables[False].values()), reverse=True)
+        target = finals[max(0, round(asked.top * len(finals)) - 1)]
+        print(f"\n{data}: {len(finals)} candidates of {EPOCHS} epochs, {asked.seeds} seeds; validation accuracy")
+        print(f"best {finals[0]:.4f}, median {statistics.median(finals):.4f}, target {target:.4f}\n")
+        print("| search | epochs: median | quartiles | seeds that got there | random / this (95 %) |")
+        print("|---|---|---|---|---|")
+        random: list[float] = []
+        for name in asked.methods:
+            sampler, pruner, growing = METHODS[name]
+            results = []
+            for seed in range(asked.seeds):
+                spec = spec_of(data, sampler, pruner, growing=growing, seed=seed)
+                with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+                    results.append(spent(spec, tables[growing], target, Path(folder)))
+            random = random or results
+            low, middle, high = np.quantile(results, [0.25, 0.5, 0.75], method="inverted_cdf")
+            there = sum(map(math.isfinite, results))
+            mean, least, most = ratio(results, random)
+            print(
+                f"| {name} | {middle:.1f} | {low:.1f} to {high:.1f} | {there} of {len(results)} "
+                f"| {mean:.2f} ({least:.2f} to {most:.2f}) |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
