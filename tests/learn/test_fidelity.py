@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def test_the_images_of_an_epoch_are_among_those_of_every_later_one(digits):
     rows = GrowingRows(digits, spec, seed=1)
     parts = [set(rows.of(epoch).tolist()) for epoch in range(1, 6)]
     assert [len(part) for part in parts] == [round(share * len(digits.train)) for share in (0.3, 0.6, 0.9, 1, 1)]
-    assert all(first <= second for first, second in zip(parts, parts[1:], strict=False))
+    assert all(first <= second for first, second in itertools.pairwise(parts))
     assert parts[-1] == set(digits.train.tolist())
     assert set(GrowingRows(digits, spec, seed=1).of(1).tolist()) == parts[0]
     assert set(GrowingRows(digits, spec, seed=2).of(1).tolist()) != parts[0]

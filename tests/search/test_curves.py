@@ -6,7 +6,7 @@ import pytest
 from formula import NUMERIC, objective, run_all
 
 from hpo.records import TrialResult, TrialState
-from hpo.search.curves import CurvePruner, chance_to_beat, running_best
+from hpo.search.curves import CurvePruner, chance_to_beat, running_best, standing
 from hpo.search.open import open_study
 
 EPOCHS = 10
@@ -23,7 +23,12 @@ def _curves(count=12, *, seed=0):
 def _chance(curve, *, best=None, epochs=4):
     curves = _curves()
     finals = curves[:, -1]
-    return chance_to_beat(finals.max() if best is None else best, curve[:epochs], curves[:, :epochs], finals)
+    return _forecast(finals.max() if best is None else best, curve, curves, finals, epochs=epochs)
+
+
+def _forecast(best, curve, curves, finals, *, epochs):
+    earlier = np.array([standing(other, epochs) for other in curves])
+    return chance_to_beat(best, np.array(standing(curve, epochs)), earlier, finals)
 
 
 def test_a_curve_above_all_others_will_beat_the_best_and_one_below_will_not():
@@ -46,22 +51,21 @@ def test_a_steeper_curve_at_the_same_level_has_the_better_chance():
     curves = np.array([[0.5 - rise, 0.5 - rise, 0.5] for rise in steep])
     finals = 0.5 + steep
     flat, rising = np.array([0.5, 0.5, 0.5]), np.array([0.2, 0.2, 0.5])
-    assert chance_to_beat(0.7, flat, curves, finals) < 0.05 < 0.9 < chance_to_beat(0.7, rising, curves, finals)
+    chances = [_forecast(0.7, curve, curves, finals, epochs=3) for curve in (flat, rising)]
+    assert chances[0] < 0.05 < 0.9 < chances[1]
 
 
 def test_few_trials_forecast_with_less_confidence_than_many():
     curve = min(_curves(), key=lambda curve: curve[-1])
     few, many = _curves(3, seed=1), _curves(200, seed=1)
-    wide, narrow = (
-        chance_to_beat(curve[-1] + 0.05, curve[:4], part[:, :4], part[:, -1]) for part in (few, many)
-    )
+    wide, narrow = (_forecast(curve[-1] + 0.05, curve, part, part[:, -1], epochs=4) for part in (few, many))
     assert narrow < wide
 
 
 def test_trials_that_ended_all_alike_are_no_reason_to_fail():
     curves = np.full((4, 3), 0.1)
-    assert chance_to_beat(0.1, curves[0], curves, curves[:, -1]) == 0.0
-    assert chance_to_beat(0.1, np.array([0.1, 0.1, 0.9]), curves, curves[:, -1]) > 0.5
+    assert _forecast(0.1, curves[0], curves, curves[:, -1], epochs=3) == 0.0
+    assert _forecast(0.1, np.array([0.1, 0.1, 0.9]), curves, curves[:, -1], epochs=3) > 0.5
 
 
 def test_what_a_trial_reported_becomes_its_best_so_far():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import optuna
@@ -18,34 +19,58 @@ _LEAST = 3  # finished trials that a line through them says something about
 _PRIOR = 1.0  # weight of "nothing is known of the slopes", in trials
 
 
-def chance_to_beat(best: float, curve: Floats, earlier: Floats, finals: Floats) -> float:
+def chance_to_beat(best: float, own: Floats, earlier: Floats, finals: Floats) -> float:
     """The chance in [0, 1] that a trial ends above best, from how trials that stood like it have ended.
 
-    curve (epochs,) is its best score so far after each epoch; earlier (n, epochs) those of finished trials after the
-    same epochs and finals (n,) what they ended with, n > 1; more is better. What a trial still gains is regressed on
-    its level and on what it gained in the later half of its epochs (after Baker et al. 2017, "Accelerating Neural
-    Architecture Search using Performance Prediction"), by a Bayesian linear regression with conjugate priors (Bishop
-    2006, ch. 3.3), so that few trials make a wide forecast: a Student t. Trials at a like level count most.
+    own (2,) is the standing of the trial, earlier (n, 2) those of finished trials after the same epoch and finals (n,)
+    what they ended with, n > 1; more is better. What a trial still gains is regressed on its standing (after Baker et
+    al. 2017, "Accelerating Neural Architecture Search using Performance Prediction") by a Bayesian linear regression
+    with conjugate priors (Bishop 2006, ch. 3.3), so that few trials make a wide forecast: a Student t. Trials at a like
+    level count most.
     """
     from scipy.special import stdtr
 
-    curves = np.vstack([earlier, curve])
-    level = curves[:, -1]
-    features = np.column_stack([level, level - curves[:, (curves.shape[1] - 1) // 2]])
-    center, spread = features[:-1].mean(0), features[:-1].std(0)
-    features = (features - center) / np.where(spread > 0, spread, 1.0)
-    known = np.column_stack([np.ones(len(features)), features])
-    past, own = known[:-1], known[-1]
-    like = np.exp(-0.5 * (features[:-1, 0] - features[-1, 0]) ** 2)
-    gains = finals - level[:-1]
+    center, spread = earlier.mean(0), earlier.std(0)
+    spread[spread == 0] = 1.0
+    past = np.column_stack([np.ones(len(earlier)), (earlier - center) / spread])
+    now = np.array([1.0, *(own - center) / spread])
+    like = np.exp(-0.5 * (past[:, 1] - now[1]) ** 2)
+    gains = finals - earlier[:, 0]
     precision = (past.T * like) @ past + np.diag([1e-3, _PRIOR, _PRIOR])
     weights = np.linalg.solve(precision, (past.T * like) @ gains)
     # One trial's worth of belief that forecasts err by a tenth of what separates the trials.
     freedom = 1.0 + like.sum()
     noise = ((0.1 * finals.std()) ** 2 + like @ (gains - past @ weights) ** 2) / freedom
-    scale = np.sqrt(noise * (1 + own @ np.linalg.solve(precision, own)))
-    lead = level[-1] + own @ weights - best
+    scale = np.sqrt(noise * (1 + now @ np.linalg.solve(precision, now)))
+    lead = own[0] + now @ weights - best
     return float(stdtr(freedom, lead / scale)) if scale > 0 else float(lead > 0)
+
+
+def standing(curve: Floats, epoch: int) -> tuple[float, float]:
+    """How a trial stands after an epoch: its best score so far, and how much of that the later half of its epochs gave.
+
+    curve is that of running_best; a trial that ended before stays where it was.
+    """
+    last = len(curve) - 1
+    level = curve[min(epoch - 1, last)]
+    return level, level - curve[min((epoch - 1) // 2, last)]
+
+
+def running_best(reported: Mapping[int, float], sign: float) -> Floats:
+    """Step (from 1) -> value, as (steps,) the best of sign * value so far; steps without a number repeat the last.
+
+    -inf before the first number.
+    """
+    values = np.full(max(reported), -np.inf)
+    for step, value in reported.items():
+        values[step - 1] = sign * value
+    return np.fmax.accumulate(values)
+
+
+class _Finished(NamedTuple):
+    curve: Floats
+    final: float
+    feasible: bool
 
 
 class CurvePruner(optuna.pruners.BasePruner):  # type: ignore[misc]
@@ -58,7 +83,7 @@ class CurvePruner(optuna.pruners.BasePruner):  # type: ignore[misc]
         self._least = max(startup_trials, _LEAST)
         self._warmup = warmup_epochs
         self._threshold = threshold
-        self._curves: dict[int, Floats] = {}  # those of finished trials do not change
+        self._finished: dict[int, _Finished] = {}  # by number: these do not change any more
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         """Whether to end the trial after what it has reported."""
@@ -66,36 +91,20 @@ class CurvePruner(optuna.pruners.BasePruner):  # type: ignore[misc]
         if step is None or step <= self._warmup:
             return False
         sign = 1.0 if study.direction == StudyDirection.MAXIMIZE else -1.0
-        done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        done = [other for other in done if other.intermediate_values]  # one that was not trained has no curve
-        values = [sign * other.value for other in done if _feasible(other)]
-        if len(done) < self._least or not values:
+        trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        # One that was answered with an earlier result has no curve.
+        done = [self._known(other, sign) for other in trials if other.intermediate_values]
+        best = max((other.final for other in done if other.feasible), default=np.inf)
+        own = standing(running_best(trial.intermediate_values, sign), step)
+        known = [(*standing(other.curve, step), other.final) for other in done]
+        past = np.array([row for row in known if np.isfinite(row).all()])
+        if len(past) < self._least or not np.isfinite([best, *own]).all():
             return False
-        for other in done:
-            if other.number not in self._curves:
-                self._curves[other.number] = running_best(other.intermediate_values, sign)
-        # One that ended early stays where it was.
-        steps = np.arange(step)
-        earlier = np.array([curve[np.minimum(steps, len(curve) - 1)] for curve in map(self._of, done)])
-        curve, finals = running_best(trial.intermediate_values, sign), np.array([sign * other.value for other in done])
-        if not np.isfinite(curve).all():
-            return False
-        return chance_to_beat(max(values), curve, earlier, finals) < self._threshold
+        return chance_to_beat(best, np.array(own), past[:, :2], past[:, 2]) < self._threshold
 
-    def _of(self, trial: FrozenTrial) -> Floats:
-        return self._curves[trial.number]
-
-
-def running_best(reported: dict[int, float], sign: float) -> Floats:
-    """Step (from 1) -> value, as (steps,) the best of sign * value so far; steps without a number repeat the last.
-
-    -inf before the first number.
-    """
-    values = np.full(max(reported), -np.inf)
-    for step, value in reported.items():
-        values[step - 1] = sign * value
-    return np.fmax.accumulate(values)
-
-
-def _feasible(trial: FrozenTrial) -> Any:
-    return trial.user_attrs.get(RESULT, {}).get("feasible", True)
+    def _known(self, trial: FrozenTrial, sign: float) -> _Finished:
+        if trial.number not in self._finished:
+            curve = running_best(trial.intermediate_values, sign)
+            feasible = trial.user_attrs.get(RESULT, {}).get("feasible", True)
+            self._finished[trial.number] = _Finished(curve, sign * trial.value, feasible)
+        return self._finished[trial.number]

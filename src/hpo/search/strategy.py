@@ -277,9 +277,7 @@ def _wilcoxon(spec: StudySpec) -> Any:
 
 def _curve(spec: StudySpec) -> Any:
     part = spec.search.pruner
-    return CurvePruner(
-        startup_trials=part.startup_trials, warmup_epochs=part.warmup_epochs, threshold=part.p_threshold
-    )
+    return CurvePruner(startup_trials=part.startup_trials, warmup_epochs=part.warmup_epochs, threshold=part.p_threshold)
 
 
 PRUNERS: Mapping[str, Callable[[StudySpec], Any]] = {
