@@ -144,7 +144,7 @@ def table_of(data: str, *, growing: bool, cache: Path) -> Table:
 
 
 class Memory(optuna.storages.InMemoryStorage):
-    """hpo.search.storage.Storage without a database: a replay asks a thousand times."""
+    """hpo.search.storage.Storage without a database, to the same numbers: a replay asks a thousand times."""
 
     stage: str | None = None
 
