@@ -18,6 +18,7 @@ from hpo.learn.augment import build_augment, mix_batch
 from hpo.learn.checkpoint import get_chance, set_chance
 from hpo.learn.data import TrialData
 from hpo.learn.features import pick_view
+from hpo.learn.fidelity import GrowingRows
 from hpo.learn.metrics import scores
 from hpo.learn.models.transfer import standing_of
 from hpo.learn.optimizers import build_optimizer, learning_rate_factor
@@ -147,7 +148,8 @@ def _epochs(
     classes = len(data.class_names)
     weights = class_weights(data.labels[data.train], classes) if spec.class_weights == "balanced" else None
     loss_of = partial(functional.cross_entropy, weight=weights, label_smoothing=spec.label_smoothing)
-    batches_per_epoch = -(-len(data.train) // spec.batch_size)
+    growing = GrowingRows(data, spec, seed=seed)
+    steps, steps_per_epoch = growing.batches(spec.epochs), -(-len(data.train) // spec.batch_size)
     sign = 1.0 if SCORES[spec.monitor] == "maximize" else -1.0
     best_score, best_epoch, best_state = -float("inf"), 0, None
     first = 1
@@ -159,7 +161,7 @@ def _epochs(
         set_chance(resume["chance"], generator, device)
         best_score, best_epoch, best_state = resume["best"]
         first = resume["epoch"] + 1
-    step = (first - 1) * batches_per_epoch
+    step = growing.batches(first - 1)
 
     for number in range(first, spec.epochs + 1):
         started = time.perf_counter()
@@ -171,12 +173,11 @@ def _epochs(
         net.train()
         totals = torch.zeros(2, dtype=torch.float64, device=device)  # loss summed over images, hits
         seen = 0
-        order = data.train[torch.randperm(len(data.train), generator=generator).to(device)]
+        taking_part = growing.of(number)
+        order = taking_part[torch.randperm(len(taking_part), generator=generator).to(device)]
         rate = 0.0
         for rows in torch.split(order, spec.batch_size):
-            factor = learning_rate_factor(
-                spec.schedule, step=step, steps=spec.epochs * batches_per_epoch, steps_per_epoch=batches_per_epoch
-            )
+            factor = learning_rate_factor(spec.schedule, step=step, steps=steps, steps_per_epoch=steps_per_epoch)
             step += 1
             if len(rows) == 1 < spec.batch_size and len(order) > 1:
                 continue  # batch norm cannot learn from a single image

@@ -160,6 +160,11 @@ class StudySpec(Part):
                 _place(plain, asked, f"search.space.{path}.when.{asked}")
             for value in parameter.ends():
                 _validated(self, {path: value}, f"search.space.{path}")
+        if "training.data_growth" in self.search.whole_space and self.search.pruner.name != "none":
+            raise ValueError(
+                "search.space.training.data_growth: a pruner compares trials at one epoch, and theirs would cost "
+                "different amounts. Fix it, or write pruner: none"
+            )
         return self
 
     def fixed(self) -> dict[str, Any]:
