@@ -65,6 +65,7 @@ def key_of(net: nn.Module, data: TrialData, spec: TrainingSpec, precision: str) 
         ("its batches are computed in pieces", spec.micro_batch is not None),
         ("its layers learn at rates of their own", spec.optimizer.layer_decay != 1),
         ("it is saved every so many epochs", spec.checkpoint is not None),
+        ("its epochs grow", spec.data_growth < 1),
     ):
         if applies:
             raise UnstackableError(reason)

@@ -190,6 +190,9 @@ class StudySpec(Part):
         plain["data"].pop("path")
         # How often a training is saved makes no difference to what comes out of it.
         plain["training"].pop("checkpoint")
+        # Younger than some studies: without it all images took part.
+        if plain["training"]["data_growth"] == 1:
+            plain["training"].pop("data_growth")
         kept = {part: plain[part] for part in ("data", "split", "model", "training", "task", "seed")}
         aims = [f"{aim.better} {aim.score}" for aim in self.search.objectives]
         return {**kept, "objective": aims or [f"{self.search.better} {self.search.objective}"]}
