@@ -116,7 +116,7 @@ def _row(family: Family, name: str, precision: str) -> str:
     net, data = build(family, name, family.batch)
     spec, meter = training(family.batch, EPOCHS), Meter(name)
     meter.built(net, data, spec, precision=precision)
-    meter.trained(epochs=1)
+    meter.trained([1])
     work = meter.profile()
     assert work is not None
     fastest = _fastest_epoch(net, data, spec, precision, meter.clock)

@@ -335,7 +335,11 @@ class Notice:
 
 @dataclass(frozen=True)
 class StudyOpened:
-    """The study is ready to hand out trials. budget is the study's total; finished counts those done before."""
+    """The study is ready to hand out trials. budget is the study's total; finished counts those done before.
+
+    stack is the number of trainings that each worker does side by side; alone says why that is 1, where that was
+    measured.
+    """
 
     study: StudyResult
     data: DataCard
@@ -344,6 +348,8 @@ class StudyOpened:
     finished: int
     workers: int
     device: str
+    stack: int = 1
+    alone: str = ""
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ import hpo.run.supervise
 from hpo.errors import HpoError
 from hpo.home import Home
 from hpo.records import TrialEnded, TrialResult, TrialState
-from hpo.run.engines import LocalProcesses, WorkerLost, process_context
+from hpo.run.engines import LocalProcesses, WorkerLost
 from hpo.run.helper import Helper
 from hpo.run.leftovers import pictures_folder, sweep
+from hpo.run.process import process_context
 from hpo.run.worker import Task
 from hpo.search.open import open_study
 

@@ -5,14 +5,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from hpo.records import EpochEnded, TrialEnded, TrialState
-from hpo.run.engines import InProcess, LocalProcesses, WorkerLost, process_context
+from hpo.run.engines import InProcess, LocalProcesses, WorkerLost
 from hpo.run.helper import Helper
 from hpo.run.helper import prepare as prepare_in_helper
+from hpo.run.process import process_context
 from hpo.run.worker import Task
 from hpo.spec.load import load_study
 from hpo.spec.models import CnnSpec
@@ -117,3 +119,72 @@ def test_workers_import_neither_mlflow_nor_optuna():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["torch"]
+
+
+@pytest.fixture(scope="module")
+def stacked():
+    engine = LocalProcesses(["cpu"], threads=1, places=3)
+    yield engine
+    engine.close()
+
+
+def _all_ends(engine, count, *, verdict=None, seconds=60):
+    results, deadline = {}, time.monotonic() + seconds
+    while len(results) < count and time.monotonic() < deadline:
+        for slot, message in engine.poll(0.5):
+            if isinstance(message, EpochEnded) and verdict is not None:
+                engine.verdict(slot, go_on=verdict(message))
+            if isinstance(message, TrialEnded):
+                results[slot] = message.result
+    return results
+
+
+def test_trials_side_by_side_share_a_computation_and_learn_as_they_do_alone(stacked, processes, card, tmp_path):
+    tasks = [replace(_task(card, tmp_path, number), seed=number) for number in range(3)]
+    for slot, task in enumerate(tasks):
+        stacked.submit(slot, task)
+    together = _all_ends(stacked, 3)
+    for number, task in enumerate(tasks):
+        assert together[number].settings["stack"] == "shared"
+        processes.submit(0, replace(task, folder=str(tmp_path / f"alone{number}")))
+        alone = _until_end(processes)[-1][1].result
+        assert together[number].number == alone.number == number
+        for one, other in zip(together[number].epochs, alone.epochs, strict=True):
+            assert one.scores["valid_loss"] == pytest.approx(other.scores["valid_loss"], abs=1e-3)
+    # One epoch is one computation: its time is shared.
+    assert len({result.epochs[1].seconds for result in together.values()}) == 1
+
+
+def test_a_pruned_trial_leaves_the_others_to_train_on(stacked, card, tmp_path):
+    for slot in range(3):
+        stacked.submit(slot, _task(card, tmp_path, slot, wait=True))
+    ends = _all_ends(stacked, 3, verdict=lambda message: message.number != 1)
+    assert [ends[slot].state for slot in range(3)] == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.COMPLETE]
+    assert [len(ends[slot].epochs) for slot in range(3)] == [3, 1, 3]
+
+
+def test_a_task_that_is_to_train_alone_does_so_beside_a_stack(stacked, card, tmp_path):
+    for slot in range(2):
+        stacked.submit(slot, replace(_task(card, tmp_path, slot), alone=slot == 1))
+    ends = _all_ends(stacked, 2)
+    assert ends[0].settings["stack"] == "shared"
+    assert "stack" not in ends[1].settings
+
+
+def test_all_trials_of_a_worker_that_dies_are_lost_and_its_places_free_again(card, tmp_path):
+    engine = LocalProcesses(["cpu"], threads=1, places=2)
+    try:
+        setup = SPEC.with_values({"training.epochs": 10000})
+        for slot in range(2):
+            engine.submit(slot, _task(card, tmp_path, slot, setup=setup))
+        while not engine.poll(0.5):
+            pass
+        engine._workers[0].process.kill()
+        lost = {}
+        while len(lost) < 2:
+            lost |= {slot: message for slot, message in engine.poll(0.5) if isinstance(message, WorkerLost)}
+        assert {slot: message.exitcode for slot, message in lost.items()} == {0: -9, 1: -9}
+        engine.submit(1, _task(card, tmp_path, 7))
+        assert _until_end(engine)[-1][1].result.state is TrialState.COMPLETE
+    finally:
+        engine.close()

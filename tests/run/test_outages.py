@@ -249,13 +249,14 @@ def test_a_server_that_goes_away_and_comes_back_gets_every_record_once(project, 
 
 def test_a_server_killed_and_started_again_gets_every_record_once(project, server, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.port}")
-    slowly = ("--set", "training.batch_size=1")  # so that the study outlasts the server's start
-    running = Running("restarted", trials=10, options=slowly)
+    running = Running("restarted", trials=10, options=("--set", "training.batch_size=8"))
     running.wait_for("trial_ended", count=2)
     server.kill()
     running.wait_for("notice", "tracking waits")
     running.wait_for("epoch_ended")
+    os.killpg(running.process.pid, signal.SIGSTOP)  # or the study would be over before the server has started
     server.start()
+    os.killpg(running.process.pid, signal.SIGCONT)
     running.wait_for("notice", "tracking is back")
     running.end(0)
     assert running.model is not None

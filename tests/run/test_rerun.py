@@ -82,9 +82,18 @@ def test_the_command_shows_each_epoch_and_ends_with_0_where_they_agree(home):
     assert "all 3 epochs agree bit for bit. 0 of 288 validation images have another answer." in told.output
 
 
+def test_a_trial_that_shared_its_computation_repeats_closely(tmp_path, monkeypatch):
+    monkeypatch.setenv("HPO_DATA", str(tmp_path / "cache"))
+    settings = {"training.epochs": 3, "model.dropout": 0.2, "keep.models": "none", "search.sampler": "random"}
+    study = run_study(load_study("digits-mlp", overrides=settings), trials=3, workers=1, stack=3, home=tmp_path)
+    assert {trial.result.settings["stack"] for trial in study.trials} == {"shared"}
+    again = rerun(f"digits-mlp/{study.best.number}", home=tmp_path)
+    assert again.agreement in (Agreement.EQUAL, Agreement.CLOSE), str(again)
+
+
 def test_the_command_ends_with_1_where_they_differ(home, monkeypatch):
-    def otherwise(task, device):
-        training = train_task(task, device)
+    def otherwise(task, device, stacks):
+        training = train_task(task, device, stacks)
         message = next(training)
         while isinstance(message, EpochEnded):
             scores = {

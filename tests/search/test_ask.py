@@ -34,6 +34,7 @@ def report_all(study, candidate, curve):
         ("tpe", "median", NUMERIC),
         ("tpe", "successive_halving", NUMERIC),
         ("tpe", "hyperband", NUMERIC),
+        ("tpe", "curve", NUMERIC),
         ("cmaes", "none", NUMERIC),
         ("gp", "none", NUMERIC),
         ("qmc", "none", MIXED),

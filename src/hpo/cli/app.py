@@ -33,6 +33,7 @@ from hpo.cli.options import (
     Trials,
     Trust,
     read_duration,
+    read_stack,
     study_name,
 )
 from hpo.cli.report import report
@@ -80,6 +81,10 @@ def run(
     workers: Annotated[
         int | None, typer.Option(min=0, help="Processes that train.", show_default="one a core or GPU")
     ] = None,
+    stack: Annotated[
+        str,
+        typer.Option(metavar="auto|N", help="Small networks that a worker trains side by side, in one computation."),
+    ] = "auto",
     device: DeviceName = "auto",
     settings: Settings = None,
     trust: Trust = False,
@@ -123,6 +128,7 @@ def run(
             spec,
             trials=trials,
             workers=workers,
+            stack=read_stack(stack),
             device=device,
             home=home,
             fresh=fresh,
@@ -354,7 +360,7 @@ def main() -> None:
         if "mlflow" not in sys.modules:
             raise
         # Taking down the modules of mlflow and optuna one by one takes two seconds that nobody needs.
-        from hpo.run.engines import end_fork_server
+        from hpo.run.process import end_fork_server
 
         atexit._run_exitfuncs()
         end_fork_server()

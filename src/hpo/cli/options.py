@@ -40,6 +40,13 @@ def read_duration(text: str) -> float:
         raise typer.BadParameter(str(error)) from None
 
 
+def read_stack(text: str) -> int | None:
+    """The number in the text of --stack, or None for auto."""
+    if text != "auto" and not text.isdecimal():
+        raise typer.BadParameter(f"{text}: write auto, or a number from 1", param_hint="--stack")
+    return None if text == "auto" else int(text)
+
+
 Study = Annotated[
     str,
     typer.Argument(

@@ -155,6 +155,7 @@ def opening(event: StudyOpened) -> tuple[str, str]:
     data, split = event.data, event.split
     parts = ", ".join(f"{split.counts[part]:,} {part}" for part in ("train", "valid") if part in split.counts)
     workers = f"{event.workers} worker{'s' if event.workers > 1 else ''}" if event.workers else "in this process"
+    workers += f", {event.stack} trials side by side in each" if event.stack > 1 else ""
     facts = [f"{data.name} {data.digest.removeprefix('sha256:')[:8]}", parts, event.device, workers]
     if event.finished:
         facts.append(f"{event.finished} of {event.budget} done")

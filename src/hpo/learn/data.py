@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -316,16 +317,25 @@ def open_trial(card: DataCard, split: SplitSpec, *, device: torch.device, fold: 
 
 
 def load_tensor(path: Path, device: torch.device) -> Tensor:
-    """The array of an npy file on the device, memory-mapped where the device is the CPU."""
-    import torch
+    """The array of an npy file on the device, memory-mapped where the device is the CPU.
 
+    Remembered while the file stays as it is: folds and candidates share it, and may train side by side then.
+    """
     try:
-        # Mode "c" (copy on write) shares the pages as "r" does, but torch takes it without a warning.
-        return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False)).to(device)
+        seen = path.stat()
+        return _mapped(path, device, (seen.st_ino, seen.st_size, seen.st_mtime_ns))
     except (OSError, ValueError) as error:
         raise DataError(
             f"{path}: the prepared data cannot be read: {error}.", "Run again: it is prepared anew."
         ) from None
+
+
+@lru_cache(maxsize=4)
+def _mapped(path: Path, device: torch.device, _version: tuple[int, int, int]) -> Tensor:
+    import torch
+
+    # Mode "c" (copy on write) shares the pages as "r" does, but torch takes it without a warning.
+    return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False)).to(device)
 
 
 def _statistics(images: Tensor, rows: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

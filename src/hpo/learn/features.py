@@ -46,13 +46,16 @@ def features_of(net: Transfer, setup: Setup, data: TrialData, *, digest: str, ca
     each gets all of it.
     """
     views, augment = cached_views(setup) or 0, setup.training.augment
-    parts = [
-        load_tensor(_complete(body, data.images, augment, views, digest, cache), data.images.device)
-        for body in net.bodies
-        if isinstance(body, Backbone)
-    ]
-    features = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-    return replace(data, images=features)
+    bodies = [body for body in net.bodies if isinstance(body, Backbone)]
+    files = tuple(_complete(body, data.images, augment, views, digest, cache) for body in bodies)
+    parts = tuple(load_tensor(file, data.images.device) for file in files)
+    return replace(data, images=parts[0] if len(parts) == 1 else _beside(parts))
+
+
+@lru_cache(maxsize=1)
+def _beside(parts: tuple[Tensor, ...]) -> Tensor:
+    """Features of several bodies in one tensor; remembered, for the candidates of a study nearly always share them."""
+    return torch.cat(parts, dim=-1)
 
 
 def pick_view(features: Tensor, generator: torch.Generator) -> Tensor:
@@ -87,7 +90,8 @@ def _complete(body: Backbone, images: Tensor, augment: AugmentSpec, views: int, 
             part = scratch / f"{start:09}.npy"
             try:
                 with filelock.FileLock(f"{part}.lock", timeout=-1 if wait else 0):
-                    if _read(part, min(_CHUNK, len(images) - start), views) is None:
+                    # Put together and tidied up since the look above, perhaps: then there is nothing to do either.
+                    if _read(part, min(_CHUNK, len(images) - start), views) is None and not intact(folder):
                         _compute(body, images[start : start + _CHUNK], augment, views, seed=start, file=part)
             except (filelock.Timeout, FileNotFoundError):
                 continue  # another works on it, or has put the whole together and tidied up

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from hpo.learn.data import TrialData
+from hpo.learn.fidelity import GrowingRows
 from hpo.learn.roofline import peaks, synchronise, work_of
 from hpo.learn.train import input_of
 from hpo.profile import NO_CLOCK, Clock, Profile
@@ -28,15 +30,19 @@ class Meter:
         self.clock.lap("load")
         rows = data.train[: spec.micro_batch or spec.batch_size]
         batches = len(data.train) / len(rows)
+        self._growing = GrowingRows(data, spec, seed=0)
+        self._whole = -(-len(data.train) // spec.batch_size)
         with contextlib.suppress(Exception):  # a network of the user's own may refuse to be watched: it has no figures
             work = work_of(net, input_of(data)(data.images[rows]), data.labels[rows], precision=precision)
             self._epoch = batches * work[0], batches * work[1]
             self._peaks = peaks(self._device_name, precision, torch.get_num_threads())
         self.clock.lap("profile")
 
-    def trained(self, *, epochs: int) -> None:
-        """So many epochs of the network that was built last are over."""
-        self._done = self._done[0] + epochs * self._epoch[0], self._done[1] + epochs * self._epoch[1]
+    def trained(self, epochs: Sequence[int]) -> None:
+        """Epochs of these numbers of the network that was built last are over."""
+        steps = self._growing.batches
+        shares = sum(steps(number) - steps(number - 1) for number in epochs) / self._whole
+        self._done = self._done[0] + shares * self._epoch[0], self._done[1] + shares * self._epoch[1]
 
     def profile(self) -> Profile | None:
         """What there is to say of the trial so far."""
@@ -52,7 +58,7 @@ class _Off(Meter):
     def built(self, net: nn.Module, data: TrialData, spec: TrainingSpec, *, precision: str) -> None:
         """Nobody asks."""
 
-    def trained(self, *, epochs: int) -> None:
+    def trained(self, epochs: Sequence[int]) -> None:
         """Nobody asks."""
 
     def profile(self) -> Profile | None:

@@ -17,6 +17,7 @@ from hpo.errors import NotFiniteError
 from hpo.learn.augment import mix_batch
 from hpo.learn.checkpoint import get_chance, set_chance
 from hpo.learn.data import TrialData
+from hpo.learn.fidelity import GrowingRows
 from hpo.learn.metrics import scores
 from hpo.learn.models.transfer import standing_of
 from hpo.learn.optimizers import build_optimizer, learning_rate_factor
@@ -31,6 +32,7 @@ from hpo.spec.training import TrainingSpec
 EVALUATION_BATCH, CPU_EVALUATION_BATCH = 1024, 128
 # What memory holds one piece of a training batch with all that its gradient needs, holds so many pieces without.
 _PIECES = 4
+DIVERGED = "It diverged: a lower learning rate usually helps."
 
 # Takes an epoch and the state after it, plain enough for torch.load(weights_only=True).
 Save = Callable[[Epoch, Mapping[str, Any]], None]
@@ -146,14 +148,15 @@ def _epochs(
     optimizer = build_optimizer(spec.optimizer, net)
     take = Take(data.images, spec.augment)
     normalise = input_of(data)
-    averaged = _moving_average(net, spec.ema) if spec.ema else None
+    averaged = moving_average(net, spec.ema) if spec.ema else None
     judged = net if averaged is None else averaged.module
     standing = standing_of(net)
     valid_labels = data.labels[data.valid]
     classes = len(data.class_names)
     weights = class_weights(data.labels[data.train], classes) if spec.class_weights == "balanced" else None
     loss_of = partial(functional.cross_entropy, weight=weights, label_smoothing=spec.label_smoothing)
-    batches_per_epoch = -(-len(data.train) // spec.batch_size)
+    growing = GrowingRows(data, spec, seed=seed)
+    steps, steps_per_epoch = growing.batches(spec.epochs), -(-len(data.train) // spec.batch_size)
     sign = 1.0 if SCORES[spec.monitor] == "maximize" else -1.0
     best_score, best_epoch, best_state = -float("inf"), 0, None
     first = 1
@@ -165,7 +168,7 @@ def _epochs(
         set_chance(resume["chance"], generator, device)
         best_score, best_epoch, best_state = resume["best"]
         first = resume["epoch"] + 1
-    step = (first - 1) * batches_per_epoch
+    step = growing.batches(first - 1)
     clock.lap("load")
 
     for number in range(first, spec.epochs + 1):
@@ -179,15 +182,14 @@ def _epochs(
         batch_losses: list[Tensor] = []
         batch_hits: list[Tensor] = []
         counts: list[int] = []  # images in each batch
-        order = data.train[torch.randperm(len(data.train), generator=generator).to(device)]
+        taking_part = growing.of(number)
+        order = taking_part[torch.randperm(len(taking_part), generator=generator).to(device)]
         rate = 0.0
         single = len(order) % spec.batch_size == 1 < min(spec.batch_size, len(order))
         order = order[:-1] if single else order  # batch norm cannot learn from a single image
         places = take.places(order, spec.batch_size, generator)
         for rows, place in zip(*(torch.split(part, spec.batch_size) for part in (order, places)), strict=True):
-            factor = learning_rate_factor(
-                spec.schedule, step=step, steps=spec.epochs * batches_per_epoch, steps_per_epoch=batches_per_epoch
-            )
+            factor = learning_rate_factor(spec.schedule, step=step, steps=steps, steps_per_epoch=steps_per_epoch)
             step += 1
             rate = spec.optimizer.lr * factor
             for group in optimizer.param_groups:
@@ -222,7 +224,7 @@ def _epochs(
         losses = {name: value for name, value in measured.items() if name.endswith("_loss")}
         if not all(map(math.isfinite, losses.values())):
             shown = ", ".join(f"{name} {value}" for name, value in losses.items())
-            raise NotFiniteError(f"epoch {number}: {shown}.", "It diverged: a lower learning rate usually helps.")
+            raise NotFiniteError(f"epoch {number}: {shown}.", DIVERGED)
         if len(data.valid) and sign * measured[spec.monitor] > best_score:
             best_score, best_epoch = sign * measured[spec.monitor], number
             best_state = {name: tensor.clone() for name, tensor in judged.state_dict().items()}
@@ -289,7 +291,7 @@ def _weight(part: Tensor, whole: Tensor, loss_of: partial[Tensor]) -> Tensor | f
     return share
 
 
-def _moving_average(net: nn.Module, keep: float) -> AveragedModel:
+def moving_average(net: nn.Module, keep: float) -> AveragedModel:
     """A copy of net whose weights and running means follow it, keeping `keep` of themselves in every step.
 
     In step n at most (1 + n) / (10 + n), so that the first weights are soon forgotten.

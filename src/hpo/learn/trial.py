@@ -26,6 +26,8 @@ from hpo.learn.models import build_model, parameter_count
 from hpo.learn.models.binary import OneLogit
 from hpo.learn.models.transfer import standing_of
 from hpo.learn.precision import faster_precision, layout
+from hpo.learn.stack import Stacks, why_alone
+from hpo.learn.stack_speed import shared_precision
 from hpo.learn.train import input_of, predict_logits, train
 from hpo.records import DataCard, Epoch, TrialResult, TrialState, best_of, pack_classes
 from hpo.spec.study import Setup, SplitSpec
@@ -62,8 +64,9 @@ def train_trial(
     most_parameters: float = float("inf"),
     latency: bool = False,
     checkpoint: Path | None = None,
+    stacks: Stacks | None = None,
     profile: bool = False,
-) -> Generator[Epoch, bool, TrialResult]:
+) -> Generator[Epoch | None, bool, TrialResult]:
     """Yield each epoch, to be answered with whether to go on, and return how the trial ended.
 
     With kfold, fold after fold is trained from fresh weights; scores are then means over folds, with <score>_std beside
@@ -75,7 +78,9 @@ def train_trial(
 
     With training.checkpoint the state is saved in the file checkpoint, which is the caller's to delete. Where one is
     found the training goes on from it: its epochs are yielded again first, and the end is that of a training in one go.
-    With profile=True the result says where the time went.
+
+    With stacks it shares its computation with others of them where it can, and yields None before each shared epoch.
+    With profile=True the result says where the time went, and stacks are left alone.
     """
     spec = setup.training
     meter = Meter(device_name) if profile else NO_METER
@@ -87,7 +92,10 @@ def train_trial(
     before: tuple[Epoch, ...] = ()  # of earlier folds
     complete = True
     for fold in range(folds):
-        made = build(setup, card, seed=seed + fold, fold=fold, device_name=device_name, precisions=precisions)
+        places = stacks.places if stacks else 1
+        made = build(
+            setup, card, seed=seed + fold, fold=fold, device_name=device_name, precisions=precisions, places=places
+        )
         if made.parameters > most_parameters:
             reason = f"{made.parameters} parameters, and the search allows {most_parameters:g}"
             costs = {"parameters": float(made.parameters)}
@@ -104,17 +112,27 @@ def train_trial(
 
         fit_seed = (seed if spec.seed is None else spec.seed) + fold
         resume = saved.state if earlier and not ended else None
-        fit = train(
-            made.net,
-            made.data,
-            spec,
-            seed=fit_seed,
-            precision=made.precision,
-            resume=resume,
-            save=save,
-            clock=meter.clock,
-        )
+        how: dict[str, str] = {}
+        fit: Generator[Epoch | None, None, None]
+        if stacks is None or profile:
+            fit = train(
+                made.net,
+                made.data,
+                spec,
+                seed=fit_seed,
+                precision=made.precision,
+                resume=resume,
+                save=save,
+                clock=meter.clock,
+            )
+        else:
+            how["stack"], fit = stacks.fit(
+                made.net, made.data, spec, seed=fit_seed, precision=made.precision, resume=resume, save=save
+            )
         for epoch in chain(earlier, () if ended else fit):
+            if epoch is None:
+                yield None
+                continue
             epochs.append(replace(epoch, fold=fold))
             go_on = yield epochs[-1]
             meter.clock.lap("wait")
@@ -123,7 +141,7 @@ def train_trial(
             if not complete:
                 fit.close()
                 break
-        meter.trained(epochs=len(epochs) - len(earlier))
+        meter.trained([epoch.number for epoch in epochs[len(earlier) :]])
         best.append(best_of(tuple(epochs), spec.monitor))
         if not complete:
             break
@@ -147,6 +165,7 @@ def train_trial(
             "precision_key": made.key,
             "layout": layout(torch.device(device_name), made.precision),
             "threads": str(torch.get_num_threads()),
+            **how,
         },
     )
     if complete and folds == 1:
@@ -188,8 +207,12 @@ def build(
     device_name: str,
     fold: int = 0,
     precisions: Mapping[str, str] = MappingProxyType({}),
+    places: int = 1,
 ) -> Built:
-    """The network of a candidate and what it learns from; features of frozen backbones are computed if need be."""
+    """The network of a candidate and what it learns from; features of frozen backbones are computed if need be.
+
+    places is how many trainings share its process: an automatic precision is the faster one of such a stack then.
+    """
     whole, pixels = build_whole(setup, card, seed=seed, device_name=device_name, fold=fold)
     net, data = whole, pixels
     standing = standing_of(whole)
@@ -198,9 +221,17 @@ def build(
         net = OneLogit(standing.head) if setup.task == "binary" else standing.head
     parameters, batch_size = parameter_count(whole), setup.training.batch_size
     key = f"{device_name} {setup.model.kind} 2^{parameters.bit_length()} batch {batch_size}"
+    stacked = places > 1 and why_alone(net, data, setup.training) == ""
+    key += f" x {places}" * stacked
     precision: str = setup.training.precision
-    if precision == "auto":
-        precision = precisions.get(key) or measured_precision(net, data, batch_size)
+    if precision == "auto" and key in precisions:
+        precision = precisions[key]
+    elif precision == "auto":
+        precision = (
+            shared_precision(net, data, setup.training, together=places)
+            if stacked
+            else measured_precision(net, data, batch_size)
+        )
     return Built(net, data, whole, pixels, parameters, precision, key)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hpo.home import Home
 from hpo.records import DataCard, SplitCard
-from hpo.run.engines import cores
+from hpo.run.process import cores
 from hpo.run.standing import with_model
 from hpo.search.stages import total_trials
 from hpo.spec.study import StudySpec

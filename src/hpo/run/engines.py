@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import faulthandler
-import multiprocessing
 import os
 import signal
-import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
+from operator import itemgetter
 from typing import Any, Protocol
 
 from hpo.records import EpochEnded, TrialEnded
+from hpo.run.process import hidden_main, process_context
+from hpo.run.serve import serve
 from hpo.run.worker import Task, Training, train_task
 
 Trainer = Callable[[Task, str], Training]
@@ -95,6 +94,8 @@ class InProcess:
             return []
         message = next(self._training) if self._go_on is None else self._training.send(self._go_on)
         self._go_on = True
+        if message is None:
+            return []
         if isinstance(message, TrialEnded):
             self._training.close()
             self._training = None
@@ -111,150 +112,80 @@ class InProcess:
             self._training = None
 
 
-def process_context() -> BaseContext:
-    """Processes forked from a server that has imported torch: 0.03 s each instead of 5 s; spawned where none is."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hpo.learn.preload", "hpo.run.worker"])
-    return context
-
-
-def end_fork_server() -> None:
-    """Kill the fork server of this process, if it has one; it has no other way to be ended before its interpreter.
-
-    Left alone it takes seconds to take torch down, and whoever reads our output through a pipe waits for it.
-    """
-    server = getattr(sys.modules.get("multiprocessing.forkserver"), "_forkserver", None)
-    pid = getattr(server, "_forkserver_pid", None)
-    if pid is not None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
-@contextlib.contextmanager
-def hidden_main() -> Iterator[None]:
-    """Start processes inside: they do not import the user's script again, which needs no `if __name__` guard then."""
-    main = sys.modules["__main__"]
-    kept = {name: getattr(main, name) for name in ("__file__", "__spec__") if hasattr(main, name)}
-    main.__spec__ = None
-    main.__dict__.pop("__file__", None)
-    try:
-        yield
-    finally:
-        for name, value in kept.items():
-            setattr(main, name, value)
-
-
-def follow_supervisor(environment: Mapping[str, str], connection: Connection | None = None) -> None:
-    """Called in a process of ours: it leaves Ctrl-C to its supervisor, and ends at once when that dies.
-
-    environment is the supervisor's: the fork server keeps the one that it was started with, and a notebook may have
-    changed its own since. With a connection on which nothing is sent this way, the process also ends when the
-    supervisor closes that.
-    """
-    os.environ.clear()
-    os.environ.update(environment)
-    # Ctrl-C reaches the whole terminal group; the supervisor alone decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    supervisor = multiprocessing.parent_process()
-    if supervisor is not None:
-        signs = [supervisor.sentinel, *([connection] if connection else [])]
-        threading.Thread(target=_end_with, args=(signs,), daemon=True).start()
-
-
-def _end_with(signs: list[Any]) -> None:
-    wait(signs)
-    os._exit(0)
-
-
-def _serve(
-    connection: Connection, crashes: Connection, device: str, threads: int, environment: Mapping[str, str]
-) -> None:
-    """A worker process: a task in, its messages out, until the supervisor closes the connection or dies."""
-    follow_supervisor(environment)
-    if os.name == "posix":
-        # Where Python was when native code crashed; all that a dead process can still say.
-        faulthandler.enable(crashes.fileno(), all_threads=False)
-    from hpo.learn.device import use_threads
-
-    use_threads(threads)
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        while True:
-            task: Task = connection.recv()
-            training = train_task(task, device)
-            message = next(training)
-            while not isinstance(message, TrialEnded):
-                connection.send(message)
-                message = training.send(connection.recv() if task.wait else True)
-            connection.send(message)
-
-
 @dataclass
-class _Slot:
+class _Worker:
     device: str
     process: BaseProcess
     connection: Connection
     crashes: Connection
-    busy: bool = False
+    busy: set[int] = field(default_factory=set)  # slots
 
 
 class LocalProcesses:
-    """One process for each of `devices`, each with its share of the torch threads."""
+    """One process for each of `devices`, each with its share of the torch threads and `places` slots of its own.
 
-    def __init__(self, devices: Sequence[str], *, threads: int, context: BaseContext | None = None) -> None:
+    Slots go round the processes, so that the first few tasks are spread over all of them.
+    """
+
+    def __init__(
+        self, devices: Sequence[str], *, threads: int, places: int = 1, context: BaseContext | None = None
+    ) -> None:
         self._context: Any = context or process_context()
         self._threads = threads
+        self._places = places
         self._workers = [self._start(device) for device in devices]
-        self.slots = len(devices)
+        self.slots = len(devices) * places
 
-    def _start(self, device: str) -> _Slot:
+    def _start(self, device: str) -> _Worker:
         ours, theirs = self._context.Pipe()
         crashes, last_words = self._context.Pipe(duplex=False)
-        arguments = (theirs, last_words, device, self._threads, dict(os.environ))
-        process = self._context.Process(target=_serve, args=arguments, daemon=True)
+        arguments = (theirs, last_words, device, self._threads, self._places, dict(os.environ))
+        process = self._context.Process(target=serve, args=arguments, daemon=True)
         with hidden_main():
             process.start()
         theirs.close()
         last_words.close()
-        return _Slot(device, process, ours, crashes)
+        return _Worker(device, process, ours, crashes)
 
     def submit(self, slot: int, task: Task) -> None:
         """Send the task; a worker that died idle is replaced first."""
-        if not self._workers[slot].process.is_alive():
-            self._replace(slot)
-        self._workers[slot].busy = True
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it died just now: the next poll says so
-            self._workers[slot].connection.send(task)
-
-    def poll(self, timeout: float) -> list[tuple[int, Message]]:
-        """Messages of all slots that have one, in slot order."""
-        open_slots = {worker.connection: slot for slot, worker in enumerate(self._workers) if worker.busy}
-        ready = wait(list(open_slots), timeout) if open_slots else []
-        return sorted(
-            ((open_slots[connection], self._receive(open_slots[connection])) for connection in ready),  # type: ignore[index]
-            key=lambda item: item[0],
-        )
-
-    def _receive(self, slot: int) -> Message:
-        worker = self._workers[slot]
-        try:
-            message: Message = worker.connection.recv()
-        except (EOFError, ConnectionResetError, OSError):
-            return self._replace(slot)
-        if isinstance(message, TrialEnded):
-            worker.busy = False
-        return message
+        place = slot % len(self._workers)
+        if not self._workers[place].busy and not self._workers[place].process.is_alive():
+            self._replace(place)
+        self._workers[place].busy.add(slot)
+        self._send(slot, task)
 
     def verdict(self, slot: int, *, go_on: bool) -> None:
-        """Send the verdict; a worker that died meanwhile is noticed by the next poll."""
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self._workers[slot].connection.send(go_on)
+        """Send the verdict."""
+        self._send(slot, go_on)
 
-    def _replace(self, slot: int) -> WorkerLost:
-        worker = self._workers[slot]
+    def _send(self, slot: int, said: Task | bool) -> None:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it died just now: the next poll says so
+            self._workers[slot % len(self._workers)].connection.send((slot, said))
+
+    def poll(self, timeout: float) -> list[tuple[int, Message]]:
+        """Messages of all workers that have one, in the order of slots."""
+        open_workers = {worker.connection: place for place, worker in enumerate(self._workers) if worker.busy}
+        ready = wait(list(open_workers), timeout) if open_workers else []
+        messages = [told for connection in ready for told in self._receive(open_workers[connection])]  # type: ignore[index]
+        return sorted(messages, key=itemgetter(0))
+
+    def _receive(self, place: int) -> list[tuple[int, Message]]:
+        """The next message of a worker; if it died, one for each of its candidates."""
+        worker = self._workers[place]
+        try:
+            slot, message = worker.connection.recv()
+        except (EOFError, ConnectionResetError, OSError):
+            lost = self._replace(place)
+            return [(slot, lost) for slot in worker.busy]
+        if isinstance(message, TrialEnded):
+            worker.busy.discard(slot)
+        return [(slot, message)]
+
+    def _replace(self, place: int) -> WorkerLost:
+        worker = self._workers[place]
         _end(worker)
-        self._workers[slot] = self._start(worker.device)
+        self._workers[place] = self._start(worker.device)
         told = _last_words(worker.crashes)
         return WorkerLost(worker.process.exitcode, told)
 
@@ -264,7 +195,7 @@ class LocalProcesses:
             _end(worker)
 
 
-def _end(worker: _Slot) -> None:
+def _end(worker: _Worker) -> None:
     if worker.process.is_alive():
         worker.process.kill()
     worker.process.join(5)
@@ -280,8 +211,3 @@ def _last_words(crashes: Connection) -> str:
         with contextlib.suppress(BlockingIOError):
             return os.read(crashes.fileno(), 65536).decode(errors="replace")
     return ""
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

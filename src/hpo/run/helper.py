@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from hpo.errors import HpoError
 from hpo.profile import Clock
 from hpo.records import DataCard, Notice, SplitCard, StudyResult, TrialResult
-from hpo.run.engines import follow_supervisor, hidden_main
-from hpo.spec.study import DataSpec, SplitSpec
+from hpo.run.process import follow_supervisor, hidden_main
+from hpo.run.stacking import Places, measure_places
+from hpo.spec.study import DataSpec, SplitSpec, StudySpec
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -148,6 +149,11 @@ def prepare(data: DataSpec, split: SplitSpec, device: str) -> Prepared:
     devices = resolve_devices(device)
     card = prepare_data(data, split, progress=_say)
     return Prepared(card, split_card(card, split), tuple(devices))
+
+
+def measure_stack(spec: StudySpec, data: DataCard, device: str, threads: int, most: int) -> Places:
+    """How many trainings each worker should do side by side, `most` at most."""
+    return measure_places(spec, data, device, threads=threads, most=most)
 
 
 def draw_study(study: StudyResult, folder: Path) -> list[Path]:

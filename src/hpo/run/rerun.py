@@ -9,16 +9,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from hpo.errors import HpoError, StoreError
 from hpo.home import Home
-from hpo.records import Epoch, EpochEnded, TrialResult, TrialState, unpack_classes
+from hpo.records import Epoch, TrialEnded, TrialResult, TrialState, unpack_classes
 from hpo.run.compare import Entrant, find_trial
 from hpo.run.data import study_data
 from hpo.run.standing import with_model
 from hpo.run.worker import Task, Training, train_task
 from hpo.spec.load import parse_study
 from hpo.spec.study import Setup
+
+if TYPE_CHECKING:
+    from hpo.learn.stack import Stacks
 
 TOLERANCE = 1e-3
 
@@ -129,10 +133,8 @@ def rerun(
             seed=trial.candidate.seed,
             data=card,
             folder=folder,
-            # An automatic precision was measured then, on a machine as busy as it was.
-            precisions=_precision(before),
         )
-        training = train_task(task, name)
+        training = train_task(task, name, _stacks(before))
         result = _follow(training, before, study.objective, tolerance, checks, watch or _ignore)
     images, changed = _answers(before, result)
     ended, again = _end(before), _end(result)
@@ -161,22 +163,28 @@ def _ignore(check: EpochCheck) -> None:
 
 
 def _as_it_was(setup: Setup, before: TrialResult) -> Setup:
-    """The setup with the pieces that its training was left with where memory was short, and without a checkpoint."""
-    changes: dict[str, int | None] = {"checkpoint": None}
+    """The setup with the precision that was chosen, and the pieces where memory was short; without a checkpoint."""
+    changes: dict[str, Any] = {"checkpoint": None}
+    if precision := before.settings.get("precision"):
+        changes["precision"] = precision
     if pieces := before.settings.get("micro_batch"):
         changes["micro_batch"] = int(pieces)
     return setup.model_copy(update={"training": setup.training.model_copy(update=changes)})
+
+
+def _stacks(before: TrialResult) -> Stacks | None:
+    """A stack for a trial that was trained in one: the same arithmetic, whoever else is in it."""
+    if before.settings.get("stack") != "shared":
+        return None
+    from hpo.learn.stack import Stacks
+
+    return Stacks(1)
 
 
 def _device(asked: str) -> str:
     from hpo.learn.device import resolve_devices
 
     return resolve_devices(asked)[0]
-
-
-def _precision(before: TrialResult) -> dict[str, str]:
-    known = before.settings
-    return {known["precision_key"]: known["precision"]} if "precision_key" in known else {}
 
 
 def _follow(
@@ -195,8 +203,9 @@ def _follow(
         watch(checks[-1])
 
     message = next(training)
-    while isinstance(message, EpochEnded):
-        note((message.epoch.fold, message.epoch.number), message.epoch)
+    while not isinstance(message, TrialEnded):
+        if message is not None:  # a shared epoch is about to begin
+            note((message.epoch.fold, message.epoch.number), message.epoch)
         message = training.send(bool(recorded) or before.state is not TrialState.PRUNED)
     for place in list(recorded):
         note(place, None)

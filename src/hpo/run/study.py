@@ -20,11 +20,13 @@ from hpo.records import Event, Notice, StudyEnded, StudyOpened, StudyResult
 from hpo.report.summary import study_summary
 from hpo.run import profiling
 from hpo.run.background import PATIENCE, Background
-from hpo.run.engines import Engine, InProcess, LocalProcesses, cores, process_context
+from hpo.run.engines import Engine, InProcess, LocalProcesses
 from hpo.run.finals import finalists, race
-from hpo.run.helper import Helper, Job, Prepared, draw_study, prepare, spent
+from hpo.run.helper import Helper, Job, Prepared, draw_study, measure_stack, prepare, spent
 from hpo.run.keep import Keeper
 from hpo.run.leftovers import pictures_folder, sweep
+from hpo.run.process import cores, process_context
+from hpo.run.stacking import Places, most_places
 from hpo.run.standing import with_model
 from hpo.run.supervise import Supervisor, Watch
 from hpo.search.stages import stage_warnings, total_trials
@@ -39,6 +41,7 @@ def run_study(
     *,
     trials: int | None = None,
     workers: int | None = None,
+    stack: int | None = None,
     device: str = "auto",
     home: str | Path | None = None,
     fresh: bool = False,
@@ -52,17 +55,21 @@ def run_study(
     """Run or continue a study until it has `trials` trials in all, and register its best model as challenger.
 
     workers is the number of processes that train (default: one for each core, or for each GPU); 0 trains in this
-    process. device is auto, cpu, cuda, cuda:N or mps. home is the folder that holds `mlruns`. fresh starts the study
+    process. stack is the number of trainings that share a worker and its computation; None: by a short measurement, 1
+    where it does not pay, or where workers=1, so that nothing depends on a clock.
+    device is auto, cpu, cuda, cuda:N or mps. home is the folder that holds `mlruns`. fresh starts the study
     anew beside what there is; retry_failed tries failed trials again. timeout is in seconds. keep_models is all, none
-    or best:K; precision auto, float32 or bfloat16. With profile the last event but one is a StudyProfiled, which
-    says where the time went. watch is called with every event. Ctrl-C ends the run cleanly: what was running is
-    recorded as stopped and tried again by the next run. Raises HpoError for whatever the user can mend.
+    or best:K; precision auto, float32 or bfloat16. With profile trainings share nothing, and the last event but one is
+    a StudyProfiled, which says where the time went. watch is called with every event. Ctrl-C ends the run cleanly: what
+    was running is recorded as stopped and tried again by the next run. Raises HpoError for whatever the user can mend.
     """
     place = Home.find(home).create()
     knock(place)  # an outage later on is waited for; at the start it is more likely a wrong address
     spec = with_model(_with_options(spec, trials=trials, keep_models=keep_models, precision=precision), place)
     if workers is not None and workers < 0:
         raise HpoError(f"--workers {workers}: is negative.", "Give 1 or more, or 0 to train in this process.")
+    if stack is not None and stack < 1:
+        raise HpoError(f"--stack {stack}: is not positive.", "Give 1 or more, or auto.")
     deadline = time.monotonic() + timeout if timeout is not None else float("inf")
     say: Watch = watch or _ignore
     context = process_context()
@@ -81,7 +88,7 @@ def run_study(
         background.submit(load_mlflow)  # mlflow's import takes seconds: it goes on beside the preparation
         from hpo.search.open import open_study  # and so does optuna's
 
-        prepared = _await(job, helper, say, interrupted)
+        prepared: Prepared = _await(job, helper, say, interrupted)
         study = open_study(place, spec, data_digest=prepared.data.digest, fresh=fresh)
         study = timed(study, clock, **profiling.STUDY)
         cleanup.callback(study.close)
@@ -98,7 +105,15 @@ def run_study(
         kept = background.submit(tracker.kept_models, before)
         finished = sum(trial.state.finished for trial in before.counted)
         budget = min(spec.search.trials, total_trials(spec)) if trials is not None else total_trials(spec)
-        devices = _assign(workers, prepared.devices, most=max(1, budget - finished, len(finalists(spec, before))))
+        left = max(1, budget - finished, len(finalists(spec, before)))
+        devices = _assign(workers, prepared.devices, most=left)
+        threads = max(1, cores() // len(devices))
+        # Of trainings that share their computation nobody could say whose time is whose.
+        places = Places(1 if workers == 0 or profile else stack or 1)
+        if stack is None and workers != 0 and not profile:
+            most = most_places(spec, left=left, workers=len(devices), by_default=workers is None)
+            job = helper.submit(measure_stack, spec, prepared.data, devices[0], threads, most)
+            places = _await(job, helper, say, interrupted)
         opened = StudyOpened(
             study=before,
             data=prepared.data,
@@ -107,6 +122,8 @@ def run_study(
             finished=finished,
             workers=len(devices),
             device=", ".join(dict.fromkeys(devices)),
+            stack=places.count,
+            alone=places.reason,
         )
         say(opened)
         for note in study.notes:
@@ -114,7 +131,11 @@ def run_study(
         keeper = Keeper(tracker, background, helper, spec, data=prepared.data, watch=say)
         keeper.resume(before, kept, leave=attended)
         profiler = profiling.Profiler()
-        engine = _engine(workers, devices, context)
+        engine: Engine = (
+            InProcess(devices[0])
+            if workers == 0
+            else LocalProcesses(devices, threads=threads, places=places.count, context=context)
+        )
         cleanup.callback(engine.close)
 
         def hear(event: Event) -> None:
@@ -207,13 +228,7 @@ def _assign(workers: int | None, devices: Sequence[str], *, most: int) -> list[s
     return [devices[slot % len(devices)] for slot in range(max(1, min(workers, most)))]
 
 
-def _engine(workers: int | None, devices: list[str], context: Any) -> Engine:
-    if workers == 0:
-        return InProcess(devices[0])
-    return LocalProcesses(devices, threads=max(1, cores() // len(devices)), context=context)
-
-
-def _await(job: Job, helper: Helper, say: Watch, interrupted: threading.Event) -> Prepared:
+def _await(job: Job, helper: Helper, say: Watch, interrupted: threading.Event) -> Any:
     """The helper's answer; what it says meanwhile is passed on."""
     while True:
         for notice in helper.notices():
@@ -221,8 +236,7 @@ def _await(job: Job, helper: Helper, say: Watch, interrupted: threading.Event) -
         if interrupted.is_set():
             raise KeyboardInterrupt
         with contextlib.suppress(TimeoutError):
-            prepared: Prepared = job.result(timeout=0.1)
-            return prepared
+            return job.result(timeout=0.1)
 
 
 def _drawn(drawing: Job, say: Watch) -> list[Path]:

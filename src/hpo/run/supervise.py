@@ -202,6 +202,8 @@ class Supervisor:
                 wait=self._prunes and not final,
                 checkpoint=str(checkpoint_file(self._folder, candidate)),
                 profile=self._profile,
+                # Whoever has taken others down with it, or may have, is not put beside others again.
+                alone=candidate.attempt > 1,
             )
             self._engine.submit(slot, task)
             self._running[slot] = _Running(candidate, setup, time.monotonic(), self._searched(candidate))

@@ -8,14 +8,19 @@ import traceback
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hpo.errors import DataError, HpoError, NotFiniteError, disk_full, redact
 from hpo.records import DataCard, Epoch, EpochEnded, FailureKind, TrialEnded, TrialResult, TrialState
 from hpo.spec.models import OwnModelSpec
 from hpo.spec.study import Setup
 
-# A verdict is what an epoch is answered with: go on (True) or end as pruned (False).
-Training = Generator[EpochEnded | TrialEnded, bool, None]
+if TYPE_CHECKING:
+    from hpo.learn.stack import Stacks
+
+# A verdict is what an epoch is answered with: go on (True) or end as pruned (False). None comes from trainings that
+# share their computation: all of them are to be asked once before the first of them trains.
+Training = Generator[EpochEnded | TrialEnded | None, bool, None]
 
 _HALVINGS = 2  # how often a training that runs out of memory begins again with less
 
@@ -26,7 +31,8 @@ class Task:
 
     data never leads to the test part, whatever card is given. folder is where weights and validation probabilities are
     left; checkpoint is the file that the training is saved in and goes on from ("": none). precisions, most_parameters,
-    latency and profile are those of hpo.learn.trial.train_trial. wait says whether every epoch waits for a verdict.
+    latency and profile are those of hpo.learn.trial.train_trial. wait says whether every epoch waits for a verdict;
+    alone, that it shares its computation with no other.
     """
 
     number: int
@@ -40,13 +46,16 @@ class Task:
     wait: bool = False
     checkpoint: str = ""
     profile: bool = False
+    alone: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", self.data.sealed)  # here, so that no maker of tasks can forget it
 
 
-def train_task(task: Task, device_name: str) -> Training:
+def train_task(task: Task, device_name: str, stacks: Stacks | None = None) -> Training:
     """Yield EpochEnded after each epoch, answered with a verdict, and TrialEnded at the end, whatever happens.
+
+    stacks are those of the process: with them it also yields None before each epoch that it shares with others.
 
     Where memory does not suffice the training begins again, twice at most, with half as many images at once in the
     network and the same effective batch (its epochs are yielded again then). After that the candidate is infeasible:
@@ -56,14 +65,14 @@ def train_task(task: Task, device_name: str) -> Training:
     from hpo.learn.memory import free_memory, halved
 
     started, asked = time.perf_counter(), task.setup
-    result = yield from _attempt(task, device_name)
+    result = yield from _attempt(task, device_name, stacks)
     for _ in range(_HALVINGS):
         smaller = halved(task.setup)
         if result.failure is not FailureKind.OUT_OF_MEMORY or smaller is None:
             break
         free_memory()
         task = replace(task, setup=smaller)
-        result = yield from _attempt(task, device_name)
+        result = yield from _attempt(task, device_name, stacks)
     if task.setup is not asked:
         result = replace(result, settings={**result.settings, "micro_batch": str(task.setup.training.micro_batch)})
     if result.failure is FailureKind.OUT_OF_MEMORY:
@@ -73,7 +82,7 @@ def train_task(task: Task, device_name: str) -> Training:
     yield TrialEnded(replace(result, seconds=time.perf_counter() - started))
 
 
-def _attempt(task: Task, device_name: str) -> Generator[EpochEnded, bool, TrialResult]:
+def _attempt(task: Task, device_name: str, stacks: Stacks | None) -> Generator[EpochEnded | None, bool, TrialResult]:
     """Train once; the result has its epochs."""
     from hpo.learn.trial import train_trial
 
@@ -91,11 +100,15 @@ def _attempt(task: Task, device_name: str) -> Generator[EpochEnded, bool, TrialR
             latency=task.latency,
             checkpoint=Path(task.checkpoint) if task.checkpoint else None,
             profile=task.profile,
+            stacks=None if task.alone else stacks,
         )
         go_on: bool | None = None
         try:
             while True:
                 epoch = next(training) if go_on is None else training.send(go_on)
+                if epoch is None:
+                    go_on = yield None
+                    continue
                 epochs.append(epoch)
                 go_on = yield EpochEnded(task.number, epoch)
         except StopIteration as end:

@@ -15,6 +15,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial
 
+from hpo.search.curves import CurvePruner
 from hpo.search.stages import Stage, key_of
 from hpo.search.storage import start_of
 from hpo.spec.space import Choice, Float, Int, holds
@@ -274,6 +275,11 @@ def _wilcoxon(spec: StudySpec) -> Any:
     return optuna.pruners.WilcoxonPruner(p_threshold=part.p_threshold, n_startup_steps=part.startup_trials)
 
 
+def _curve(spec: StudySpec) -> Any:
+    part = spec.search.pruner
+    return CurvePruner(startup_trials=part.startup_trials, warmup_epochs=part.warmup_epochs, threshold=part.p_threshold)
+
+
 PRUNERS: Mapping[str, Callable[[StudySpec], Any]] = {
     "none": lambda _spec: optuna.pruners.NopPruner(),
     "median": _median,
@@ -282,6 +288,7 @@ PRUNERS: Mapping[str, Callable[[StudySpec], Any]] = {
     # Optuna looks at one epoch more than its patience says.
     "patient": lambda spec: optuna.pruners.PatientPruner(None, patience=spec.search.pruner.patience - 1),
     "wilcoxon": _wilcoxon,
+    "curve": _curve,
 }
 
 

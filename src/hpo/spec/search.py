@@ -21,7 +21,7 @@ def _by_score(value: Any) -> Any:
 
 
 SamplerName = Literal["random", "grid", "tpe", "cmaes", "gp", "qmc"]
-PrunerName = Literal["none", "median", "successive_halving", "hyperband", "patient", "wilcoxon"]
+PrunerName = Literal["none", "median", "successive_halving", "hyperband", "patient", "wilcoxon", "curve"]
 
 
 class SamplerSpec(Part):
@@ -37,9 +37,9 @@ class PrunerSpec(Part):
 
     name: PrunerName = "none"
     startup_trials: Annotated[int, Field(ge=0)] = 5
-    """median: finished trials before any is pruned; wilcoxon: epochs before one is."""
+    """median, curve: finished trials before any is pruned; wilcoxon: epochs before one is."""
     warmup_epochs: Annotated[int, Field(ge=0)] = 0
-    """median: no pruning in these first epochs."""
+    """median, curve: no pruning in these first epochs."""
     min_epochs: Positive = 1
     """successive_halving, hyperband: epochs of the first rung."""
     reduction_factor: Annotated[int, Field(ge=2)] = 3
@@ -47,7 +47,8 @@ class PrunerSpec(Part):
     patience: Positive = 5
     """patient: epochs without a better value before a trial is pruned."""
     p_threshold: Share = 0.1
-    """wilcoxon: prune when the trial is worse than the best one at this level."""
+    """wilcoxon: prune when the trial is worse than the best one at this level. curve: when its chance to beat the best
+    one, judged by how the curves of finished trials went on, is less than this."""
 
 
 class StageSpec(Part):

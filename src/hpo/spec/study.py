@@ -160,6 +160,11 @@ class StudySpec(Part):
                 _place(plain, asked, f"search.space.{path}.when.{asked}")
             for value in parameter.ends():
                 _validated(self, {path: value}, f"search.space.{path}")
+        if "training.data_growth" in self.search.whole_space and self.search.pruner.name != "none":
+            raise ValueError(
+                "search.space.training.data_growth: a pruner compares trials at one epoch, and theirs would cost "
+                "different amounts. Fix it, or write pruner: none"
+            )
         return self
 
     def fixed(self) -> dict[str, Any]:
@@ -185,6 +190,9 @@ class StudySpec(Part):
         plain["data"].pop("path")
         # How often a training is saved makes no difference to what comes out of it.
         plain["training"].pop("checkpoint")
+        # Younger than some studies: without it all images took part.
+        if plain["training"]["data_growth"] == 1:
+            plain["training"].pop("data_growth")
         kept = {part: plain[part] for part in ("data", "split", "model", "training", "task", "seed")}
         aims = [f"{aim.better} {aim.score}" for aim in self.search.objectives]
         return {**kept, "objective": aims or [f"{self.search.better} {self.search.objective}"]}

@@ -95,6 +95,9 @@ class TrainingSpec(Part):
 
     epochs: Positive = 20
     """The most; early stopping may end it sooner."""
+    data_growth: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """The first epoch goes through this share of the training images, each further one through as much more, until all
+    take part: poor candidates are told by short epochs. The classes keep their shares. 1: always all."""
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 64
     optimizer: OptimizerSpec = OptimizerSpec()
     schedule: ScheduleSpec = ScheduleSpec()
@@ -121,3 +124,7 @@ class TrainingSpec(Part):
     """auto: the faster of the two for this network, batch and device, by a short measurement."""
     seed: Seed | None = None
     """Initialisation, data order and dropout; null: a seed of its own for each trial, from the study's seed."""
+
+    def share(self, epoch: int) -> float:
+        """How much of the training images an epoch, counted from 1, goes through: what it costs, in full epochs."""
+        return min(1.0, epoch * self.data_growth)

@@ -1,0 +1,121 @@
+"""How long an epoch of a perceptron takes, alone and side by side with others.
+
+    OMP_NUM_THREADS=1 uv run python benchmarks/stacks.py                    # 784-128-10, batches of 64, Fashion-MNIST
+    OMP_NUM_THREADS=1 uv run python benchmarks/stacks.py --hidden 512 --batch 128
+
+Alone is the platform's own training loop, and beside it the loop that people write: torch.optim.Adam, cross_entropy, a
+tensor of float images, shuffled. One thread on a CPU; each line is the least of --repeats, which take turns, so that
+all lines see the same noise. An epoch is that of one network: what a stack takes is divided by its members.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch.nn import functional
+
+from hpo.learn.data import TrialData, open_trial, prepare
+from hpo.learn.models import build_model
+from hpo.learn.precision import has_bfloat16
+from hpo.learn.stack import Stack
+from hpo.learn.train import input_of, predict_logits, train
+from hpo.spec.models import MlpSpec
+from hpo.spec.study import DataSpec, SplitSpec
+from hpo.spec.training import TrainingSpec
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", default="fashionmnist", help="a name that hpo data lists")
+    parser.add_argument("--images", type=int, default=12_800, help="training images of an epoch")
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=5)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    device = torch.device(given.device)
+    data = _data(given.data, device, images=given.images)
+    spec = TrainingSpec(epochs=3, batch_size=given.batch)
+    sizes = (2, 4, 8, 16) if device.type == "cpu" else (8, 32, 128)
+    ways: dict[str, Callable[[], float]] = {"plain loop": lambda: _plain(_net(data, 0, given.hidden), data, spec)}
+    for precision in ["float32"] + ["bfloat16"] * has_bfloat16(device):
+        ways[f"alone, {precision}"] = lambda p=precision: _alone(_net(data, 0, given.hidden), data, spec, p)
+        for size in sizes:
+            ways[f"{size} in a stack, {precision}"] = lambda p=precision, k=size: _stacked(
+                [_net(data, seed, given.hidden) for seed in range(k)], data, spec, p
+            )
+    seconds = {name: float("inf") for name in ways}
+    for _ in range(given.repeats):
+        for name, way in ways.items():
+            seconds[name] = min(seconds[name], way())
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "one thread of the CPU"
+    steps = -(-len(data.train) // given.batch)
+    print(f"{_shape(data, given.hidden)}, batches of {given.batch}, {len(data.train)} images, {name}")
+    print(f"{'':28}{'ms a step':>10}{'times alone':>13}")
+    for way, took in seconds.items():
+        print(f"{way:28}{1000 * took / steps:10.3f}{seconds['alone, float32'] / took:13.2f}")
+    if device.type == "cpu":
+        print("no GPU here: its rows are not measured")
+
+
+def _data(name: str, device: torch.device, *, images: int) -> TrialData:
+    split = SplitSpec(kind="holdout")
+    data = open_trial(prepare(DataSpec(name=name), split), split, device=device)
+    return replace(data, train=data.train[:images], valid=data.valid[:2000])
+
+
+def _shape(data: TrialData, hidden: int) -> str:
+    return f"{data.images[0].numel()}-{hidden}-{len(data.class_names)}"
+
+
+def _net(data: TrialData, seed: int, hidden: int) -> torch.nn.Module:
+    height, width, channels = data.images.shape[1:]
+    shape = (height, width, channels)
+    net = build_model(MlpSpec(kind="mlp", hidden=hidden), image_shape=shape, classes=len(data.class_names), seed=seed)
+    return net.to(data.images.device)
+
+
+def _plain(net: torch.nn.Module, data: TrialData, spec: TrainingSpec) -> float:
+    inputs = torch.cat([input_of(data)(part) for part in torch.split(data.images, 1024)])
+    optimizer = torch.optim.Adam(net.parameters())
+    best = float("inf")
+    for _ in range(spec.epochs):
+        started = time.perf_counter()
+        loss_sum = 0.0
+        for rows in data.train[torch.randperm(len(data.train))].split(spec.batch_size):
+            optimizer.zero_grad()
+            loss = functional.cross_entropy(net(inputs[rows]), data.labels[rows])
+            loss.backward()
+            optimizer.step()
+            loss_sum += loss.item()
+        predict_logits(net, data, data.valid, precision="float32")
+        net.train()
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def _alone(net: torch.nn.Module, data: TrialData, spec: TrainingSpec, precision: str) -> float:
+    return min(epoch.seconds for epoch in train(net, data, spec, seed=0, precision=precision))
+
+
+def _stacked(nets: list[torch.nn.Module], data: TrialData, spec: TrainingSpec, precision: str) -> float:
+    stack = Stack(precision=precision)
+    members = [stack.join(net, data, spec, seed=seed) for seed, net in enumerate(nets)]
+    seconds = []
+    for _ in range(spec.epochs):
+        for member in members:
+            next(member)
+        seconds += [epoch.seconds for member in members if (epoch := next(member)) is not None]
+    for member in members:
+        member.close()
+    return min(seconds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,348 @@
+"""Several trainings in one loop: each with its own rates, order of images and end, all with one computation."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Generator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel
+
+from hpo.errors import NotFiniteError
+from hpo.learn.augment import build_augment, mix_batch
+from hpo.learn.data import TrialData
+from hpo.learn.features import pick_view
+from hpo.learn.metrics import scores
+from hpo.learn.optimizers import OPTIMIZERS, learning_rate_factor
+from hpo.learn.stack_layers import StackedNets, UnstackableError, shape_of, sort_key
+from hpo.learn.train import DIVERGED, EVALUATION_BATCH, class_weights, input_of, moving_average, train
+from hpo.records import Epoch
+from hpo.spec.scores import SCORES
+from hpo.spec.training import TrainingSpec
+
+
+@dataclass
+class Member:
+    """One training of a stack: what train() knows in its local variables."""
+
+    net: nn.Module
+    data: TrialData
+    spec: TrainingSpec
+    generator: torch.Generator  # data order and augmentation
+    noise: torch.Generator  # dropout
+    averaged: AveragedModel | None
+    ready: deque[Epoch | Exception] = field(default_factory=deque)
+    waits: bool = False
+    epoch: int = 0
+    step: int = 0
+    best_score: float = -float("inf")
+    best_epoch: int = 0
+    best_state: dict[str, Tensor] | None = None
+    optimizer: torch.optim.Optimizer | None = None
+    group: dict[str, Any] = field(default_factory=dict)
+    weights: list[nn.Parameter] = field(default_factory=list)
+    rate: float = 0.0
+
+    @property
+    def judged(self) -> nn.Module:
+        """The network that is evaluated and kept."""
+        kept: nn.Module = self.net if self.averaged is None else self.averaged.module
+        return kept
+
+
+def key_of(net: nn.Module, data: TrialData, spec: TrainingSpec, precision: str) -> tuple[Any, ...]:
+    """Trainings with the same key can share a stack. Raises UnstackableError, with the reason.
+
+    Networks of less than half the width of the widest would mostly compute with padding, and stand in another stack.
+    """
+    for reason, applies in (
+        ("its batches are computed in pieces", spec.micro_batch is not None),
+        ("its layers learn at rates of their own", spec.optimizer.layer_decay != 1),
+        ("it is saved every so many epochs", spec.checkpoint is not None),
+        ("its epochs grow", spec.data_growth < 1),
+    ):
+        if applies:
+            raise UnstackableError(reason)
+    place = (id(data.images), len(data.train), len(data.valid), data.mean, data.std)
+    return (*shape_of(net), place, str(data.images.device), spec.batch_size, spec.class_weights, precision)
+
+
+def why_alone(net: nn.Module, data: TrialData, spec: TrainingSpec) -> str:
+    """Why a training can share its computation with no other; "" where it can."""
+    try:
+        key_of(net, data, spec, "")
+    except UnstackableError as reason:
+        return str(reason)
+    return ""
+
+
+class Stacks:
+    """The stacks of a process in which so many trainings have a place."""
+
+    def __init__(self, places: int) -> None:
+        self.places = places
+        self._stacks: dict[tuple[Any, ...], Stack] = {}
+
+    def fit(
+        self, net: nn.Module, data: TrialData, spec: TrainingSpec, *, seed: int, precision: str, **saving: Any
+    ) -> tuple[str, Generator[Epoch | None, None, None]]:
+        """How this is trained, "shared" or "alone: " with the reason, and its epochs; saving is for train() alone."""
+        if reason := why_alone(net, data, spec):
+            return f"alone: {reason}", train(net, data, spec, seed=seed, precision=precision, **saving)
+        key = key_of(net, data, spec, precision)
+        # Those without members would keep data that nobody needs.
+        self._stacks = {other: stack for other, stack in self._stacks.items() if stack.members}
+        stack = self._stacks.setdefault(key, Stack(precision=precision))
+        return "shared", stack.join(net, data, spec, seed=seed)
+
+
+class Stack:
+    """Trainings of one key. They join and leave between epochs; each is iterated by its own trial.
+
+    An iteration of a member gives None once in each epoch, for "everyone is to be asked before I train", and then the
+    Epoch: so a worker asks all its trials once, and those that gave None again.
+    """
+
+    def __init__(self, *, precision: str) -> None:
+        self.members: list[Member] = []
+        self._precision = precision
+        self._stacked: StackedNets | None = None
+        self._in_stack: list[Member] = []  # in the order of its rows
+        self._optimizers: list[torch.optim.Optimizer] = []
+
+    def join(
+        self, net: nn.Module, data: TrialData, spec: TrainingSpec, *, seed: int
+    ) -> Generator[Epoch | None, None, None]:
+        """The epochs of one training, as train() gives them, with a None before each."""
+        net.to(data.images.device)
+        member = Member(
+            net=net,
+            data=data,
+            spec=spec,
+            generator=torch.Generator().manual_seed(seed),
+            noise=torch.Generator(data.images.device).manual_seed(seed),
+            averaged=moving_average(net, spec.ema) if spec.ema else None,
+        )
+        self._dissolve()
+        self.members.append(member)
+        try:
+            while True:
+                member.waits = True
+                yield None
+                if not member.ready:
+                    self._train_epoch([each for each in self.members if each.waits])
+                member.waits = False
+                epoch = member.ready.popleft()
+                if isinstance(epoch, Exception):
+                    raise epoch
+                yield epoch
+                if epoch.last:
+                    return
+        finally:
+            self._dissolve()
+            self.members.remove(member)
+            if member.best_state is not None or member.averaged is not None:
+                net.load_state_dict(member.best_state or member.judged.state_dict())
+
+    def _dissolve(self) -> None:
+        """Give every member its own weights and optimizer state, before another stack is made of others."""
+        if self._stacked is None:
+            return
+        self._stacked.release()
+        self._stacked, self._in_stack, self._optimizers = None, [], []
+
+    def _form(self, members: list[Member]) -> StackedNets:
+        members.sort(key=lambda member: sort_key(member.net))
+        stacked = StackedNets([member.net for member in members])
+        optimizers: dict[str, torch.optim.Optimizer] = {}
+        for row, member in enumerate(members):
+            weights = stacked.weights_of(row)
+            spec = member.spec.optimizer
+            optimizer = OPTIMIZERS[spec.name](weights, spec, fused=weights[0].device.type in ("cpu", "cuda"))
+            _carry_over(member, optimizer, weights)
+            member.weights, member.group = weights, optimizer.param_groups[0]
+            # One optimizer for all of a kind, each member with a group of its own, steps in half the time.
+            member.optimizer = optimizers.setdefault(spec.name, optimizer)
+            if member.optimizer is not optimizer:
+                member.optimizer.add_param_group(member.group)
+                member.optimizer.state.update(optimizer.state)
+        self._optimizers = list(optimizers.values())
+        return stacked
+
+    def _train_epoch(self, members: list[Member]) -> None:
+        """Train one epoch of all of these and leave each its Epoch, or what went wrong."""
+        started = time.perf_counter()
+        if self._stacked is None or len(members) != len(self._in_stack):
+            self._dissolve()
+            self._stacked, self._in_stack = self._form(members), members
+        members = self._in_stack
+        torch.set_flush_denormal(True)
+        try:
+            totals = self._steps(self._stacked, members)
+            logits = self._validate(members)
+        except Exception as error:  # noqa: BLE001 - whose fault it is cannot be told
+            for member in members:
+                member.ready.append(error)
+            return
+        finally:
+            torch.set_flush_denormal(False)
+        judged = [_judge(*each) for each in zip(members, totals, logits, strict=True)]
+        # What each of them would have taken alone is unknown: they share the time.
+        seconds = (time.perf_counter() - started) / len(members)
+        for member, epoch in zip(members, judged, strict=True):
+            member.ready.append(replace(epoch, seconds=seconds) if isinstance(epoch, Epoch) else epoch)
+
+    def _steps(self, stacked: StackedNets, members: list[Member]) -> list[tuple[float, float]]:
+        """The batches of an epoch; mean loss and accuracy over them, of each member."""
+        data, spec = members[0].data, members[0].spec
+        device = data.images.device
+        balanced = spec.class_weights == "balanced"
+        weights = class_weights(data.labels[data.train], len(data.class_names)) if balanced else None
+        smoothing = torch.tensor([member.spec.label_smoothing for member in members], device=device)
+        smoothed = smoothing if any(member.spec.label_smoothing for member in members) else None
+        noises = [member.noise for member in members]
+        inputs_of = _Inputs(members)
+        batches = -(-len(data.train) // spec.batch_size)
+        totals = torch.zeros(2, len(members), dtype=torch.float64, device=device)
+        seen = 0
+        for member in members:
+            member.epoch += 1
+        orders = torch.stack(
+            [data.train[torch.randperm(len(data.train), generator=each.generator).to(device)] for each in members]
+        )
+        for rows in torch.split(orders, spec.batch_size, dim=1):
+            count = rows.shape[1]
+            for member in members:
+                factor = learning_rate_factor(
+                    member.spec.schedule, step=member.step, steps=member.spec.epochs * batches, steps_per_epoch=batches
+                )
+                member.step += 1
+                member.rate = member.group["lr"] = member.spec.optimizer.lr * factor
+            if count == 1 < spec.batch_size and len(data.train) > 1:
+                continue  # batch norm cannot learn from a single image
+            inputs, labels, others, shares = inputs_of(rows)
+            logits = stacked(inputs, noises, half=self._precision == "bfloat16")
+            losses = cross_entropies(logits, labels, smoothed, weights)
+            if shares is not None:
+                losses = shares * losses + (1 - shares) * cross_entropies(logits, others, smoothed, weights)
+            stacked.forget()
+            torch.autograd.backward(losses.sum())
+            for member in members:
+                if member.spec.clip_norm is not None:
+                    nn.utils.clip_grad_norm_(member.weights, member.spec.clip_norm)
+            for optimizer in self._optimizers:
+                optimizer.step()
+            for member in members:
+                if member.averaged is not None:
+                    member.averaged.update_parameters(member.net)
+            totals[0] += losses.detach().double() * count
+            totals[1] += (logits.detach().argmax(2) == labels).sum(1)
+            seen += count
+        return [(loss / seen, hits / seen) for loss, hits in totals.t().tolist()]
+
+    def _validate(self, members: list[Member]) -> list[Tensor]:
+        """Logits (validation images, classes) of each member, from batches that all of them share."""
+        data = members[0].data
+        normalise = input_of(data)
+        judged = [member.judged.eval() for member in members]
+        parts: list[list[Tensor]] = [[] for _ in members]
+        half = self._precision == "bfloat16"
+        with torch.inference_mode(), torch.autocast(data.images.device.type, torch.bfloat16, enabled=half):
+            for rows in torch.split(data.valid, EVALUATION_BATCH):
+                inputs = normalise(data.images.index_select(0, rows))
+                for part, net in zip(parts, judged, strict=True):
+                    part.append(net(inputs).float())
+        for member in members:
+            member.net.train()
+        return [torch.cat(part) if part else torch.empty(0) for part in parts]
+
+
+class _Inputs:
+    """What the members of a stack learn from in a step."""
+
+    def __init__(self, members: list[Member]) -> None:
+        self._members, self._data = members, members[0].data
+        self._normalise = input_of(self._data)
+        pixels = self._data.images.dtype == torch.uint8
+        self._augments = [build_augment(member.spec.augment) if pixels else pick_view for member in members]
+        self._mixes = any(member.spec.augment.mixup or member.spec.augment.cutmix for member in members)
+        # Images that nobody changes are gathered and normalised in one go.
+        self._together = not self._mixes and (not any(self._augments) or self._data.images.ndim == 2)
+
+    def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """rows (members, n) -> inputs (members, n, features), labels, other labels, and the share of the first.
+
+        Labels are (members, n), shares (members,), or None where nothing is mixed.
+        """
+        data, flat = self._data, rows.flatten()
+        labels = data.labels.index_select(0, flat).view(rows.shape)
+        if self._together:
+            inputs = self._normalise(data.images.index_select(0, flat))
+            return inputs.reshape(*rows.shape, -1), labels, labels, None
+        parts = [self._changed(*each) for each in zip(self._members, self._augments, rows, labels, strict=True)]
+        inputs = torch.stack([part for part, _, _ in parts])
+        if not self._mixes:
+            return inputs, labels, labels, None
+        shares = torch.tensor([share for _, _, share in parts], device=labels.device)
+        return inputs, labels, torch.stack([other for _, other, _ in parts]), shares
+
+    def _changed(self, member: Member, augment: Any, rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, float]:
+        images = self._data.images.index_select(0, rows)
+        if augment is not None:
+            images = augment(images, member.generator)
+        inputs, _, others, share = mix_batch(self._normalise(images), labels, member.spec.augment, member.generator)
+        return inputs.flatten(1), others, share
+
+
+def _judge(member: Member, total: tuple[float, float], logits: Tensor) -> Epoch | NotFiniteError:
+    """A member's epoch from its training loss and accuracy and its validation logits; its best weights are noted."""
+    spec, data = member.spec, member.data
+    measured = {"train_loss": total[0], "train_accuracy": total[1]}
+    if len(data.valid):
+        measured |= {f"valid_{name}": value for name, value in scores(logits, data.labels[data.valid]).items()}
+    losses = {name: value for name, value in measured.items() if name.endswith("_loss")}
+    if not all(map(math.isfinite, losses.values())):
+        shown = ", ".join(f"{name} {value}" for name, value in losses.items())
+        return NotFiniteError(f"epoch {member.epoch}: {shown}.", DIVERGED)
+    sign = 1.0 if SCORES[spec.monitor] == "maximize" else -1.0
+    if len(data.valid) and sign * measured[spec.monitor] > member.best_score:
+        member.best_score, member.best_epoch = sign * measured[spec.monitor], member.epoch
+        member.best_state = {name: tensor.clone() for name, tensor in member.judged.state_dict().items()}
+    stale = spec.patience is not None and member.epoch - member.best_epoch >= spec.patience and len(data.valid) > 0
+    last = stale or member.epoch == spec.epochs
+    return Epoch(number=member.epoch, scores=measured, learning_rate=member.rate, seconds=0.0, last=last)
+
+
+def cross_entropies(logits: Tensor, labels: Tensor, smoothing: Tensor | None, weights: Tensor | None) -> Tensor:
+    """functional.cross_entropy of each network: logits (networks, n, classes), labels (networks, n) -> (networks,).
+
+    smoothing is (networks,), None where there is none; weights are those of the classes.
+    """
+    whole = labels.shape[1] if weights is None else weights[labels].sum(1)
+    hard = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), weight=weights, reduction="none")
+    losses = hard.view(labels.shape).sum(1) / whole
+    if smoothing is None:
+        return losses
+    logs = functional.log_softmax(logits, dim=2)
+    soft = -(logs if weights is None else logs * weights).sum((1, 2)) / (logits.shape[2] * whole)
+    return (1 - smoothing) * losses + smoothing * soft
+
+
+def _carry_over(member: Member, optimizer: torch.optim.Optimizer, weights: list[nn.Parameter]) -> None:
+    """Give a member's new optimizer the moments of its last one; the padding, of 0s, may be another now."""
+    if member.optimizer is None:
+        return
+    for old, new in zip(member.weights, weights, strict=True):
+        for name, value in member.optimizer.state.get(old, {}).items():
+            if isinstance(value, Tensor) and value.shape == old.shape:
+                moved = torch.zeros_like(new)
+                region = tuple(slice(min(pair)) for pair in zip(old.shape, new.shape, strict=True))
+                moved[region] = value[region]
+                value = moved
+            optimizer.state[new][name] = value

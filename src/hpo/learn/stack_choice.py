@@ -1,0 +1,80 @@
+"""How many trainings a worker does side by side, and in which precision: by a short measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+from torch import float32, nn
+
+from hpo.learn.data import TrialData
+from hpo.learn.features import cached_views
+from hpo.learn.models.binary import OneLogit
+from hpo.learn.models.transfer import standing_of
+from hpo.learn.stack import key_of
+from hpo.learn.stack_layers import UnstackableError
+from hpo.learn.stack_speed import shared_seconds, step_seconds
+from hpo.learn.trial import build_whole, measured_precision
+from hpo.records import DataCard
+from hpo.spec.models import OwnModelSpec
+from hpo.spec.study import Setup
+from hpo.spec.training import TrainingSpec
+
+_SIZES = (4, 8, 16, 32, 64)
+_WORTH = 1.15  # a stack must be faster by this: below it noise decides, and alone is plainer
+_MORE = 1.05  # and a larger stack than a smaller one by this
+
+
+@dataclass(frozen=True)
+class StackChoice:
+    """places: how many trainings share a worker; factor: how much faster than alone each is; reason: why not more."""
+
+    places: int
+    factor: float = 1.0
+    reason: str = ""
+
+
+def choose_places(setups: Sequence[Setup], card: DataCard, *, device_name: str, most: int) -> StackChoice:
+    """The size of stack at which these setups, together, train fastest; 1 where none wins or one cannot be stacked."""
+    if most < 2:
+        return StackChoice(1, reason="there are no trials to share with")
+    try:
+        made = [_made(setup, card, device_name) for setup in setups]
+    except UnstackableError as why:
+        return StackChoice(1, reason=str(why))
+    alone = [step_seconds(*each, together=1, precision=_alone(*each)) for each in made]
+    places, factor = 1, 1.0
+    for size in [size for size in _SIZES if size <= most] or [most]:
+        shared = [min(shared_seconds(*each, together=size).values()) for each in made]
+        gain = fmean(one / other for one, other in zip(alone, shared, strict=True))
+        if gain < _MORE * factor:
+            break
+        places, factor = size, gain
+    if factor < _WORTH:
+        return StackChoice(1, reason=f"side by side each is {factor:.2f} times as fast as alone here")
+    return StackChoice(places, factor)
+
+
+def _alone(net: nn.Module, data: TrialData, spec: TrainingSpec) -> str:
+    return spec.precision if spec.precision != "auto" else measured_precision(net, data, spec.batch_size)
+
+
+def _made(setup: Setup, card: DataCard, device_name: str) -> tuple[nn.Module, TrialData, TrainingSpec]:
+    """The part of a network that learns, and what it learns from: features, where a frozen backbone is to see images.
+
+    Those are not computed for this: any numbers take the same time. Raises UnstackableError.
+    """
+    if isinstance(setup.model, OwnModelSpec):
+        raise UnstackableError("it is a network of your own")
+    net, data = build_whole(setup, card, seed=0, device_name=device_name)
+    standing = standing_of(net)
+    if standing is not None:
+        if cached_views(setup) is None:
+            raise UnstackableError("it has a backbone")
+        net = OneLogit(standing.head) if setup.task == "binary" else standing.head
+        first = next(layer for layer in standing.head.modules() if isinstance(layer, nn.Linear))
+        features = data.images.new_zeros(1, dtype=float32).expand(len(data.images), first.in_features)
+        data = replace(data, images=features)
+    key_of(net, data, setup.training, "float32")
+    return net, data, setup.training
