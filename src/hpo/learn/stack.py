@@ -15,13 +15,13 @@ from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel
 
 from hpo.errors import NotFiniteError
-from hpo.learn.augment import build_augment, mix_batch
+from hpo.learn.augment import mix_batch
 from hpo.learn.data import TrialData
-from hpo.learn.features import pick_view
 from hpo.learn.metrics import scores
 from hpo.learn.optimizers import OPTIMIZERS, learning_rate_factor
 from hpo.learn.stack_layers import StackedNets, UnstackableError, shape_of, sort_key
-from hpo.learn.train import DIVERGED, EVALUATION_BATCH, class_weights, input_of, moving_average, train
+from hpo.learn.take import Take
+from hpo.learn.train import DIVERGED, class_weights, evaluation_batch, input_of, moving_average, train
 from hpo.records import Epoch
 from hpo.spec.scores import SCORES
 from hpo.spec.training import TrainingSpec
@@ -36,6 +36,7 @@ class Member:
     spec: TrainingSpec
     generator: torch.Generator  # data order and augmentation
     noise: torch.Generator  # dropout
+    take: Take
     averaged: AveragedModel | None
     ready: deque[Epoch | Exception] = field(default_factory=deque)
     waits: bool = False
@@ -127,6 +128,7 @@ class Stack:
             spec=spec,
             generator=torch.Generator().manual_seed(seed),
             noise=torch.Generator(data.images.device).manual_seed(seed),
+            take=Take(data.images, spec.augment),
             averaged=moving_average(net, spec.ema) if spec.ema else None,
         )
         self._dissolve()
@@ -208,25 +210,27 @@ class Stack:
         smoothed = smoothing if any(member.spec.label_smoothing for member in members) else None
         noises = [member.noise for member in members]
         inputs_of = _Inputs(members)
-        batches = -(-len(data.train) // spec.batch_size)
+        steps_per_epoch, count = -(-len(data.train) // spec.batch_size), len(data.train)
+        single = count % spec.batch_size == 1 < min(spec.batch_size, count)
         totals = torch.zeros(2, len(members), dtype=torch.float64, device=device)
-        seen = 0
+        orders, places = [], []
         for member in members:
             member.epoch += 1
-        orders = torch.stack(
-            [data.train[torch.randperm(len(data.train), generator=each.generator).to(device)] for each in members]
-        )
-        for rows in torch.split(orders, spec.batch_size, dim=1):
-            count = rows.shape[1]
+            order = data.train[torch.randperm(count, generator=member.generator).to(device)]
+            orders.append(order[:-1] if single else order)  # batch norm cannot learn from a single image
+            places.append(member.take.places(orders[-1], spec.batch_size, member.generator))
+        batches = [torch.split(torch.stack(each), spec.batch_size, dim=1) for each in (orders, places)]
+        for rows, taken in zip(*batches, strict=True):
             for member in members:
                 factor = learning_rate_factor(
-                    member.spec.schedule, step=member.step, steps=member.spec.epochs * batches, steps_per_epoch=batches
+                    member.spec.schedule,
+                    step=member.step,
+                    steps=member.spec.epochs * steps_per_epoch,
+                    steps_per_epoch=steps_per_epoch,
                 )
                 member.step += 1
                 member.rate = member.group["lr"] = member.spec.optimizer.lr * factor
-            if count == 1 < spec.batch_size and len(data.train) > 1:
-                continue  # batch norm cannot learn from a single image
-            inputs, labels, others, shares = inputs_of(rows)
+            inputs, labels, others, shares = inputs_of(rows, taken)
             logits = stacked(inputs, noises, half=self._precision == "bfloat16")
             losses = cross_entropies(logits, labels, smoothed, weights)
             if shares is not None:
@@ -241,10 +245,11 @@ class Stack:
             for member in members:
                 if member.averaged is not None:
                     member.averaged.update_parameters(member.net)
-            totals[0] += losses.detach().double() * count
+            totals[0] += losses.detach().double() * rows.shape[1]
             totals[1] += (logits.detach().argmax(2) == labels).sum(1)
-            seen += count
-        return [(loss / seen, hits / seen) for loss, hits in totals.t().tolist()]
+        for member in members:
+            member.step += single
+        return [(loss / (count - single), hits / (count - single)) for loss, hits in totals.t().tolist()]
 
     def _validate(self, members: list[Member]) -> list[Tensor]:
         """Logits (validation images, classes) of each member, from batches that all of them share."""
@@ -254,7 +259,7 @@ class Stack:
         parts: list[list[Tensor]] = [[] for _ in members]
         half = self._precision == "bfloat16"
         with torch.inference_mode(), torch.autocast(data.images.device.type, torch.bfloat16, enabled=half):
-            for rows in torch.split(data.valid, EVALUATION_BATCH):
+            for rows in torch.split(data.valid, evaluation_batch(data.images.device)):
                 inputs = normalise(data.images.index_select(0, rows))
                 for part, net in zip(parts, judged, strict=True):
                     part.append(net(inputs).float())
@@ -269,34 +274,32 @@ class _Inputs:
     def __init__(self, members: list[Member]) -> None:
         self._members, self._data = members, members[0].data
         self._normalise = input_of(self._data)
-        pixels = self._data.images.dtype == torch.uint8
-        self._augments = [build_augment(member.spec.augment) if pixels else pick_view for member in members]
         self._mixes = any(member.spec.augment.mixup or member.spec.augment.cutmix for member in members)
-        # Images that nobody changes are gathered and normalised in one go.
-        self._together = not self._mixes and (not any(self._augments) or self._data.images.ndim == 2)
+        sources = [member.take.source for member in members]
+        # Where nothing is drawn for a batch, the images of all are gathered and normalised in one go.
+        together = not self._mixes and all(source is sources[0] for source in sources)
+        self._source = sources[0] if together else None
 
-    def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """rows (members, n) -> inputs (members, n, features), labels, other labels, and the share of the first.
+    def __call__(self, rows: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """rows (members, n), places likewise, see Take -> inputs (members, n, features), labels, others, shares.
 
-        Labels are (members, n), shares (members,), or None where nothing is mixed.
+        Labels and the others that they are mixed with are (members, n); shares of the first are (members,), None where
+        nothing is mixed.
         """
-        data, flat = self._data, rows.flatten()
-        labels = data.labels.index_select(0, flat).view(rows.shape)
-        if self._together:
-            inputs = self._normalise(data.images.index_select(0, flat))
+        labels = self._data.labels.index_select(0, rows.flatten()).view(rows.shape)
+        if self._source is not None:
+            inputs = self._normalise(self._source.index_select(0, places.flatten()))
             return inputs.reshape(*rows.shape, -1), labels, labels, None
-        parts = [self._changed(*each) for each in zip(self._members, self._augments, rows, labels, strict=True)]
+        parts = [self._mixed(*each) for each in zip(self._members, places, labels, strict=True)]
         inputs = torch.stack([part for part, _, _ in parts])
         if not self._mixes:
             return inputs, labels, labels, None
         shares = torch.tensor([share for _, _, share in parts], device=labels.device)
         return inputs, labels, torch.stack([other for _, other, _ in parts]), shares
 
-    def _changed(self, member: Member, augment: Any, rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, float]:
-        images = self._data.images.index_select(0, rows)
-        if augment is not None:
-            images = augment(images, member.generator)
-        inputs, _, others, share = mix_batch(self._normalise(images), labels, member.spec.augment, member.generator)
+    def _mixed(self, member: Member, places: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, float]:
+        images = self._normalise(member.take(places, member.generator))
+        inputs, _, others, share = mix_batch(images, labels, member.spec.augment, member.generator)
         return inputs.flatten(1), others, share
 
 

@@ -27,9 +27,15 @@ class Take:
         self._kept = pixels and bool(turns) and images.numel() << len(turns.changes) <= _MOST_BYTES
         self._turns, self._count = turns, len(images)
         self._source = _all_turned(images, turns) if self._kept else images
-        self._change = build_augment(spec, turned=self._kept) if pixels else pick_view
+        seen = pick_view if images.ndim == 3 else None  # features: of several views, or of one
+        self._change = build_augment(spec, turned=self._kept) if pixels else seen
         # Where nothing else is drawn between two batches the turns of all of them can be drawn at once.
         self._ahead = self._kept and self._change is None and not spec.mixup and not spec.cutmix
+
+    @property
+    def source(self) -> Tensor | None:
+        """What places are rows of where images of a batch are nothing but these; else None."""
+        return self._source if self._change is None and (self._ahead or not self._kept) else None
 
     def places(self, order: Tensor, batch: int, generator: torch.Generator) -> Tensor:
         """What to hand in for the rows of an epoch's batches, in their order (n,).
@@ -50,7 +56,7 @@ class Take:
         return self._turns.rows_of(rows, self._count, generator, batch=batch)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def _all_turned(images: Tensor, turns: Turns) -> Tensor:
     """Remembered: the candidates of a study nearly always share their data and their augmentation."""
     return turns.of_all(images)

@@ -28,8 +28,6 @@ from hpo.records import Epoch
 from hpo.spec.scores import SCORES
 from hpo.spec.training import TrainingSpec
 
-# On a CPU, batches that its caches hold: with 1024 a network of one convolution takes twice the time.
-EVALUATION_BATCH, CPU_EVALUATION_BATCH = 1024, 128
 # What memory holds one piece of a training batch with all that its gradient needs, holds so many pieces without.
 _PIECES = 4
 DIVERGED = "It diverged: a lower learning rate usually helps."
@@ -80,6 +78,14 @@ def class_weights(labels: Tensor, classes: int) -> Tensor:
     return len(labels) / (classes * counts.float())
 
 
+def evaluation_batch(device: torch.device) -> int:
+    """Images that go through a network at once where nothing is learnt.
+
+    On a CPU as many as its caches hold: with 1024 a network of one convolution takes twice the time.
+    """
+    return 128 if device.type == "cpu" else 1024
+
+
 def predict_logits(
     net: nn.Module, data: TrialData, rows: Tensor, *, precision: str, micro_batch: int | None = None
 ) -> Tensor:
@@ -91,8 +97,7 @@ def predict_logits(
     device = data.images.device
     normalise = input_of(data)
     # Backbones resize images, and their maps are larger than the images.
-    usual = CPU_EVALUATION_BATCH if device.type == "cpu" else EVALUATION_BATCH
-    batch = 64 if standing_of(net) is not None else usual
+    batch = 64 if standing_of(net) is not None else evaluation_batch(device)
     batch = min(batch, _PIECES * micro_batch) if micro_batch else batch
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         parts = [net(normalise(data.images.index_select(0, part))).float() for part in torch.split(rows, batch)]
