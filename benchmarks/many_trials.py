@@ -49,9 +49,11 @@ def spec_of(
     )
 
 
-def result_of(number: int, parameters: Mapping[str, Any], *, state: TrialState = TrialState.COMPLETE) -> TrialResult:
+def result_of(
+    number: int, parameters: Mapping[str, Any], *, state: TrialState = TrialState.COMPLETE, images: int = IMAGES
+) -> TrialResult:
     """A result with everything that a real one has; its value follows from the parameters, but for some noise."""
-    chance = random.Random(number)
+    chance = random.Random(number)  # noqa: S311
     lag = abs(math.log10(parameters.get("training.optimizer.lr", 1e-3)) + 3)
     best = 0.9 - lag / 10 - parameters.get("model.dropout", 0.2) / 10 + chance.gauss(0, 0.01)
     epochs = []
@@ -79,12 +81,12 @@ def result_of(number: int, parameters: Mapping[str, Any], *, state: TrialState =
         parameter_count=100_000,
         confusion=tuple(tuple(chance.randrange(200) for _ in range(CLASSES)) for _ in range(CLASSES)),
         settings={"device": "cpu", "precision": "float32", "threads": "1"},
-        predicted=pack_classes([chance.randrange(CLASSES) for _ in range(IMAGES)]),
+        predicted=pack_classes([chance.randrange(CLASSES) for _ in range(images)]),
         ended=1e9 + number,
     )
 
 
-def make_study(home: Home, spec: StudySpec, count: int) -> None:
+def make_study(home: Home, spec: StudySpec, count: int, *, images: int = IMAGES) -> None:
     """A study without stages, with this many trials that have ended: 17 of 20 complete, 2 pruned, 1 failed."""
     from optuna.storages._rdb import models
 
@@ -100,7 +102,7 @@ def make_study(home: Home, spec: StudySpec, count: int) -> None:
         tables["Report"] = models.TrialIntermediateValueModel.__table__
         with engine.begin() as connection:
             newest = connection.exec_driver_sql("SELECT COALESCE(MAX(trial_id), 0) FROM trials").scalar()
-            rows = _rows(spec, study._id, first=newest + 1, count=count)
+            rows = _rows(spec, study._id, first=newest + 1, count=count, images=images)
             while part := list(itertools.islice(rows, 500)):
                 for name, table in tables.items():
                     if found := [row for trial in part for kind, row in trial if kind == name]:
@@ -109,7 +111,9 @@ def make_study(home: Home, spec: StudySpec, count: int) -> None:
         study.close()
 
 
-def _rows(spec: StudySpec, study: int, *, first: int, count: int) -> Iterator[list[tuple[str, dict[str, Any]]]]:
+def _rows(
+    spec: StudySpec, study: int, *, first: int, count: int, images: int
+) -> Iterator[list[tuple[str, dict[str, Any]]]]:
     """The rows of each trial, with the names of their tables."""
     from optuna.distributions import distribution_to_json
 
@@ -123,12 +127,13 @@ def _rows(spec: StudySpec, study: int, *, first: int, count: int) -> Iterator[li
     cells = iter(proposer._cells if spec.search.sampler.name == "grid" else ())
     began = datetime.datetime(2026, 1, 1)
     for number in range(count):
-        chance, values, trial = random.Random(number), next(cells, None) or {}, first + number
+        chance = random.Random(number)  # noqa: S311
+        values, trial = dict(next(cells, (None, {}))[1]), first + number
         while active := proposer.active(values):
             path, parameter = active[0]
             values[path] = decode(parameter, _drawn(distribution(parameter), chance))
         state = [TrialState.FAILED, TrialState.PRUNED, TrialState.PRUNED, *[TrialState.COMPLETE] * 17][number % 20]
-        result = result_of(number, values, state=state)
+        result = result_of(number, values, state=state, images=images)
         start = Start(number, seed=spec.seed_of(number), parameters=values, worker="worker 0", lease="lease-0.lock")
         time = began + datetime.timedelta(seconds=3 * number)
         word = {"failed": "FAIL"}.get(state.value, state.name)

@@ -402,7 +402,7 @@ class Study:
 
     def _retry(self, trial: FrozenTrial, *, deaths: int) -> None:
         start = start_of(trial)
-        # What was enqueued stays so where the rest was never drawn; a retry that was killed early has not all of it yet.
+        # What was enqueued stays so where the rest was never drawn; a retry killed early has not all of it yet.
         fixed = {**trial.system_attrs.get("fixed_params", {}), **(trial.params if start.parameters is not None else {})}
         # What samplers noted about the candidate stays true; the rungs it reached do not.
         notes = {key: note for key, note in trial.system_attrs.items() if not key.startswith("completed_rung_")}
