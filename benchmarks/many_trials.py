@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import itertools
 import json
 import math
 import random
-from collections.abc import Iterator, Mapping
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hpo.home import Home
@@ -41,6 +43,7 @@ def spec_of(
         {
             "name": name,
             "data": {"name": "digits"},
+            "split": {"kind": "holdout"},
             "model": {"kind": "mlp"},
             "training": {"epochs": EPOCHS},
             "keep": {"models": "none"},
@@ -160,3 +163,34 @@ def _drawn(found: Any, chance: random.Random) -> Any:
     scale, back = (math.log, math.exp) if found.log else (float, float)
     value = back(chance.uniform(scale(found.low), scale(found.high)))
     return round(value) if isinstance(found.low, int) else min(max(value, found.low), found.high)
+
+
+def copy_runs(home: Home, states: Sequence[TrialState]) -> None:
+    """Give trials after the first, which must have its run in MLflow, a run each: copies of its rows, by these states.
+
+    For the embedded database of a home with one study.
+    """
+    status = {TrialState.FAILED: "FAILED"}
+    with contextlib.closing(sqlite3.connect(home.root / "mlflow.db")) as database, database:
+        (original,) = database.execute("SELECT run_uuid FROM tags WHERE key = 'hpo.trial' AND value = '0'").fetchone()
+        rows = {}
+        for table in ("runs", "tags", "params", "metrics", "latest_metrics"):
+            found = database.execute(f"SELECT * FROM {table} WHERE run_uuid = ?", (original,))  # noqa: S608
+            rows[table] = [dict(zip([name for name, *_ in found.description], row, strict=True)) for row in found]
+        found = database.execute("SELECT * FROM inputs WHERE destination_id = ?", (original,))
+        rows["inputs"] = [dict(zip([name for name, *_ in found.description], row, strict=True)) for row in found]
+        for number, state in enumerate(states[1:], start=1):
+            key = f"{number:032x}"
+            changed = {"hpo.trial": str(number), "hpo.state": state.value}
+            for table, all_rows in rows.items():
+                for row in all_rows:
+                    new = {name: key if value == original else value for name, value in row.items()}
+                    if table == "runs":
+                        new |= {"status": status.get(state, "FINISHED"), "start_time": row["start_time"] + number}
+                    elif table == "tags":
+                        new["value"] = changed.get(row["key"], row["value"])
+                    elif table == "inputs":
+                        new["input_uuid"] = key
+                    marks = ", ".join("?" * len(new))
+                    names = ", ".join(new)
+                    database.execute(f"INSERT INTO {table} ({names}) VALUES ({marks})", tuple(new.values()))  # noqa: S608

@@ -1,4 +1,4 @@
-"""A study of thousands of trials: asking costs what it costs in a short one, and what is asked does not depend on who."""
+"""A study of thousands of trials: asking costs what it costs in a short one, and asks the same whoever asks."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dataclasses import replace
 import optuna
 import pytest
 from formula import objective, train
-from many_trials import CONDITIONAL, GRID, SPACE, make_study
 
 from hpo.home import Home
 from hpo.search.books import BEST, LATEST, MOST, OTHERS, Shelf
 from hpo.search.look import list_trials
 from hpo.search.open import open_study
 from hpo.search.storage import read_study
+from many_trials import CONDITIONAL, GRID, SPACE, make_study
 
 SHORT, LONG = 510, 1500
 SEARCHES = {
