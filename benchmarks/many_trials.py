@@ -89,13 +89,13 @@ def result_of(
     )
 
 
-def make_study(home: Home, spec: StudySpec, count: int, *, images: int = IMAGES) -> None:
-    """A study without stages, with this many trials that have ended: 17 of 20 complete, 2 pruned, 1 failed."""
+def make_study(home: Home, spec: StudySpec, count: int, *, images: int = IMAGES, digest: str = "sha256:0") -> None:
+    """Give a study without stages so many more trials that have ended, 17 of 20 complete, 2 pruned, 1 failed."""
     from optuna.storages._rdb import models
 
     from hpo.search.open import open_study
 
-    study = open_study(home, spec, data_digest="sha256:0")
+    study = open_study(home, spec, data_digest=digest)
     try:
         engine: Any = study._storage._backend.engine
         tables = {
@@ -105,7 +105,8 @@ def make_study(home: Home, spec: StudySpec, count: int, *, images: int = IMAGES)
         tables["Report"] = models.TrialIntermediateValueModel.__table__
         with engine.begin() as connection:
             newest = connection.exec_driver_sql("SELECT COALESCE(MAX(trial_id), 0) FROM trials").scalar()
-            rows = _rows(spec, study._id, first=newest + 1, count=count, images=images)
+            known = len(study.result().trials)
+            rows = _rows(spec, study._id, first=newest + 1, numbers=range(known, known + count), images=images)
             while part := list(itertools.islice(rows, 500)):
                 for name, table in tables.items():
                     if found := [row for trial in part for kind, row in trial if kind == name]:
@@ -115,7 +116,7 @@ def make_study(home: Home, spec: StudySpec, count: int, *, images: int = IMAGES)
 
 
 def _rows(
-    spec: StudySpec, study: int, *, first: int, count: int, images: int
+    spec: StudySpec, study: int, *, first: int, numbers: range, images: int
 ) -> Iterator[list[tuple[str, dict[str, Any]]]]:
     """The rows of each trial, with the names of their tables."""
     from optuna.distributions import distribution_to_json
@@ -129,9 +130,9 @@ def _rows(
     names = {path: distribution_to_json(distribution(part)) for path, part in spec.search.space.items()}
     cells = iter(proposer._cells if spec.search.sampler.name == "grid" else ())
     began = datetime.datetime(2026, 1, 1)
-    for number in range(count):
+    for number in numbers:
         chance = random.Random(number)  # noqa: S311
-        values, trial = dict(next(cells, (None, {}))[1]), first + number
+        values, trial = dict(next(cells, (None, {}))[1]), first + number - numbers.start
         while active := proposer.active(values):
             path, parameter = active[0]
             values[path] = decode(parameter, _drawn(distribution(parameter), chance))
