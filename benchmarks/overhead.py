@@ -54,7 +54,7 @@ def run(folder: Path, spec: dict[str, Any], *, workers: int, keep: str) -> list[
     file = folder / "overhead.yaml"
     file.write_text(yaml.safe_dump(spec), encoding="utf-8")
     command = [sys.executable, "-m", "hpo", "run", str(file), "--home", str(folder), "--json"]
-    return lines_of([*command, "--workers", str(workers), "--keep-models", keep], folder)[0]
+    return lines_of([*command, "--workers", str(workers), "--stack", "1", "--keep-models", keep], folder)[0]
 
 
 def summary(events: Sequence[tuple[float, dict[str, Any]]], *, workers: int) -> dict[str, float]:

@@ -140,7 +140,7 @@ def platform(spec: dict[str, Any], folder: Path) -> dict[str, float]:
     file = folder / "ray-tune.yaml"
     file.write_text(yaml.safe_dump(spec), encoding="utf-8")
     command = [sys.executable, "-m", "hpo", "run", str(file), "--home", str(folder), "--json"]
-    events = lines_of([*command, "--workers", str(WORKERS), "--keep-models", "none"], folder)[0]
+    events = lines_of([*command, "--workers", str(WORKERS), "--stack", "1", "--keep-models", "none"], folder)[0]
     at = {event["event"]: when for when, event in events}
     results = [event["result"] for _, event in events if event["event"] == "trial_ended"]
     return {
