@@ -113,6 +113,7 @@ def ray_side(file: Path) -> None:
             scheduler=asha,
             num_samples=spec.search.trials,
             max_concurrent_trials=WORKERS,
+            reuse_actors=True,  # else every trial imports torch again
         ),
         run_config=tune.RunConfig(storage_path=str(file.parent / "ray"), verbose=0),
     )
