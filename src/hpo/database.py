@@ -38,6 +38,14 @@ class Reader:
         found: Sequence[Any] = self._connection.execute(text(query), values).all()
         return found
 
+    def json_without(self, column: str, keys: Sequence[str]) -> str:
+        """SQL for a column's JSON object, without these keys where the database can leave them out; else whole."""
+        if not keys or self._connection.dialect.name != "sqlite":
+            return column
+        # Python writes NaN and infinities, which SQLite does not take for JSON.
+        paths = ", ".join(f"'$.{key}'" for key in keys)
+        return f"CASE WHEN json_valid({column}) THEN json_remove({column}, {paths}) ELSE {column} END"
+
     def tables(self) -> set[str]:
         """The names of its tables."""
         from sqlalchemy import inspect

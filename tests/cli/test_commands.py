@@ -172,7 +172,7 @@ def test_check_prints_estimate_and_warnings(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def finished(monkeypatch: pytest.MonkeyPatch) -> None:
-    room(monkeypatch, "hpo.search.storage", read_study=lambda home, name: study(0, 1, 2, 3))
+    room(monkeypatch, "hpo.search.look", list_trials=lambda home, name: study(0, 1, 2, 3))
 
 
 @pytest.mark.usefixtures("finished")
@@ -198,7 +198,7 @@ def test_trials_json_holds_them_all() -> None:
 
 def test_trials_of_a_study_file_are_found_by_its_name(monkeypatch: pytest.MonkeyPatch, project: Path) -> None:
     asked = []
-    room(monkeypatch, "hpo.search.storage", read_study=lambda home, name: asked.append(name) or study(0))
+    room(monkeypatch, "hpo.search.look", list_trials=lambda home, name: asked.append(name) or study(0))
     (project / "mine.yaml").write_text(study_files()["digits-mlp"].read_text())
     runner.invoke(app, ["trials", "mine.yaml"])
     assert asked == ["mine"]

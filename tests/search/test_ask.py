@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import optuna
 import pytest
 from formula import FINITE, FINITE_CELLS, MIXED, NUMERIC, objective, run_all, sequence, train
 
@@ -211,6 +212,30 @@ def test_kill_between_stop_and_retry_makes_one_retry(home, make_spec, monkeypatc
     states = [trial.state for trial in two.result().trials]
     two.close()
     assert states == [TrialState.STOPPED, TrialState.WAITING]
+
+
+def test_candidate_of_a_grid_is_not_lost_where_its_retry_is_killed_while_it_is_taken_up(home, make_spec, monkeypatch):
+    study = open_study(home, make_spec("grid", space=FINITE), data_digest="d")
+    first = study.ask(budget=100, worker="w")
+    study.tell(TrialResult(first.number, TrialState.STOPPED))
+    suggest, names = optuna.Trial._suggest, []
+
+    def killed(trial, name, found):
+        names.append(name)
+        if len(names) > 1:
+            raise KeyboardInterrupt
+        return suggest(trial, name, found)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.Trial, "_suggest", killed)
+        with pytest.raises(KeyboardInterrupt):
+            study.ask(budget=100, worker="w")
+    study.close()
+    study = open_study(home, make_spec("grid", space=FINITE), data_digest="d")
+    assert study.reap() == [first.number + 1]
+    again = study.ask(budget=100, worker="w")
+    study.close()
+    assert (again.parameters, again.ordinal, again.attempt) == (first.parameters, first.ordinal, 3)
 
 
 def test_candidate_whose_process_dies_three_times_is_failed_but_ctrl_c_is_no_death(home, make_spec):

@@ -227,23 +227,26 @@ class Order(StrEnum):
 def trials(
     study: Study,
     sort: Annotated[Order, typer.Option(help="Best first, or as they were asked.")] = Order.NUMBER,
+    top: Annotated[int | None, typer.Option(min=1, help="Only so many, the best.", show_default="all")] = None,
     home: HomeFolder = None,
     as_json: AsJson = False,
     _debug: Debug = False,
 ) -> None:
     """List the trials of a study."""
     from hpo.home import Home
-    from hpo.search.storage import read_study
+    from hpo.search.look import list_trials
 
-    result = read_study(Home.find(home), study_name(study))
+    result = list_trials(Home.find(home), study_name(study))
     shown = list(result.trials)
     if sort is Order.VALUE:
         ranked = result.ranked()
         best_first = {trial.number: place for place, trial in enumerate(ranked)}
         shown.sort(key=lambda trial: (best_first.get(trial.number, len(ranked)), trial.number))
+    if top is not None:
+        best = {trial.number for trial in result.ranked()[:top]}
+        shown = [trial for trial in shown if trial.number in best]
     if as_json:
-        short = [replace(trial, result=replace(trial.result, epochs=())) if trial.result else trial for trial in shown]
-        output.print_json(replace(result, trials=tuple(short)))
+        output.print_json(replace(result, trials=tuple(shown)))
         return
     names = output.short_names({path for trial in shown for path in trial.candidate.parameters})
     columns = [">trial", "state", f">{result.objective}", ">epoch", ">time", "~parameters"]

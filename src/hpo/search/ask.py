@@ -19,10 +19,11 @@ from hpo.errors import StoreError
 from hpo.home import Home
 from hpo.records import FINAL, Candidate, FailureKind, StudyResult, TrialResult, TrialState
 from hpo.search import untold
+from hpo.search.books import Books
 from hpo.search.constraints import aims, violations
 from hpo.search.lease import Lease, clean_leases, locked
 from hpo.search.look import STOP
-from hpo.search.plan import Plan, Step, first_tries
+from hpo.search.plan import Plan, Step
 from hpo.search.stages import Stage, key_of, stage_names
 from hpo.search.storage import (
     RESULT,
@@ -168,10 +169,9 @@ class Study:
     def ask_final(self, *, worker: str) -> Candidate | None:
         """The next final training, interrupted ones included; None where none waits."""
         with self._locked():
-            finals = [state_of(trial) for trial in self._trials() if stage_of(trial) == FINAL]
-            waits = TrialState.WAITING in finals
-            self.blocked = not waits and TrialState.RUNNING in finals
-            if not waits:
+            tally = self._books().tally([FINAL])
+            self.blocked = not tally.waiting and tally.running > 0
+            if not tally.waiting:
                 return None
             trial = self._pop(FINAL, optuna.samplers.RandomSampler(seed=0))
             return self._sign(trial, Start(**trial.user_attrs[START]), worker)
@@ -206,7 +206,7 @@ class Study:
         trial = self._running[number]
         trial.report(value, epoch)
         stage = trial.user_attrs[START]["stage"]
-        self._storage.stage = stage
+        self._storage.show(stage)
         return stage != FINAL and self._spec.search.pruner.name != "none" and bool(trial.should_prune())
 
     def tell(self, result: TrialResult, *, died: bool = False) -> TrialResult:
@@ -259,12 +259,12 @@ class Study:
     @_guarded
     def result(self) -> StudyResult:
         """Everything that the storage holds of this study."""
-        return to_result(self._storage.get_study_user_attrs(self._id)[STUDY], self._trials())
+        return to_result(self._storage.get_study_user_attrs(self._id)[STUDY], self._storage.records(self._id))
 
     @_guarded
     def counted(self) -> int:
         """How many trials count against the budget: finished, running and waiting ones of the search."""
-        return len(self._plan.counted(self._trials()))
+        return self._plan.tally(self._books()).total
 
     @_guarded
     def stop_asked(self) -> bool:
@@ -288,6 +288,9 @@ class Study:
     def _trials(self) -> list[FrozenTrial]:
         return self._storage.every_trial(self._id)
 
+    def _books(self) -> Books:
+        return self._storage.books(self._id)
+
     def _abandoned(self, trial: FrozenTrial) -> bool:
         if trial.state is not optuna.trial.TrialState.RUNNING or START not in trial.user_attrs:
             return False
@@ -296,38 +299,37 @@ class Study:
         return trial.number not in self._running if lease == self._lease.name else not self._lease.alive(lease)
 
     def _next(self, budget: int, worker: str) -> Candidate | None:
-        trials = self._trials()
-        counted = self._plan.counted(trials)
-        states = [state_of(trial) for trial in counted]
-        waiting = states.count(TrialState.WAITING)
+        books = self._books()
+        tally = self._plan.tally(books)
         self.exhausted = self.blocked = False
-        if len(counted) - waiting >= budget:
+        if tally.running + tally.ended >= budget:
             # Final trainings follow once the last result is in.
-            self.blocked = self._spec.final is not None and TrialState.RUNNING in states
+            self.blocked = self._spec.final is not None and tally.running > 0
             return None
-        step = self._plan.current(counted)
+        step = self._plan.current(books)
         if step is None:
             self.exhausted = True
             return None
         stage, proposer = step.stage, step.proposer
-        if not any(trial.state is optuna.trial.TrialState.WAITING for trial in step.of(counted)):
-            if step.full(counted):
+        mine = books.tally([stage.name])
+        if not mine.waiting:
+            if step.full(mine):
                 self.exhausted = step.last
                 self.blocked = not step.last or self._spec.final is not None
                 return None
-            self._enqueue_next(step, trials)
+            self._enqueue_next(step, books)
         trial = self._pop(stage.name, proposer)
         known = trial.user_attrs.get(START)
-        start = Start(**known) if known else Start(ordinal=first_tries(trials, before=trial.number))
+        start = Start(**known) if known else Start(ordinal=books.first_tries(before=trial.number))
         parameters = stage.parameters(self._suggest(trial, stage, proposer))
         seed = parameters.get("training.seed", self._spec.training.seed)
         seed = self._spec.seed_of(start.ordinal) if seed is None else seed
         return self._sign(trial, replace(start, parameters=parameters, seed=seed), worker)
 
-    def _enqueue_next(self, step: Step, trials: list[FrozenTrial]) -> None:
+    def _enqueue_next(self, step: Step, books: Books) -> None:
         """A new candidate of the stage; its first ones have the values to start with."""
-        stage, place = step.stage, first_tries(step.of(trials))
-        start = Start(ordinal=first_tries(trials), stage=stage.name, lease=self._lease.name)
+        stage, place = step.stage, books.first_tries([step.stage.name])
+        start = Start(ordinal=books.first_tries(), stage=stage.name, lease=self._lease.name)
         values = stage.first[place] if place < len(stage.first) else {}
         if not step.proposer.takes(values):
             values = {}
@@ -335,7 +337,7 @@ class Study:
 
     def _pop(self, stage: str | None, sampler: Any) -> Any:
         """Start the stage's first waiting trial; there must be one."""
-        self._storage.stage = stage
+        self._storage.show(stage, brief=True)
         self._study.sampler = sampler
         return self._study.ask()
 
@@ -356,10 +358,9 @@ class Study:
         """The result that answers the candidate, where the spec says to reuse one."""
         if self._spec.search.duplicates != "reuse":
             return None
-        key = key_of(candidate.parameters)
-        complete = (trial for trial in self._trials() if state_of(trial) is TrialState.COMPLETE)
-        same = (trial for trial in complete if stage_of(trial) == candidate.stage)
-        return next((result_of(trial) for trial in same if key_of(start_of(trial).parameters or {}) == key), None)
+        same = self._books().shelf(candidate.stage).same(key_of(candidate.parameters))
+        complete = [trial for trial in same if state_of(trial) is TrialState.COMPLETE]
+        return result_of(min(complete, key=lambda trial: trial.number)) if complete else None
 
     def _settle(self, trial: FrozenTrial, result: TrialResult, *, died: bool = False) -> TrialResult:
         """Record, enqueue, close, in this order: killed between two of them, reap can do the rest."""
@@ -369,7 +370,7 @@ class Study:
             reason = f"interrupted {deaths} times: its process died each time; the last time: {result.reason}"
             result = replace(result, state=TrialState.FAILED, reason=reason, failure=FailureKind.WORKER_DIED)
         self._storage.set_trial_user_attr(trial._trial_id, RESULT, result.to_json())
-        if result.state is TrialState.STOPPED and not self._retried(trial.number):
+        if result.state is TrialState.STOPPED and trial.number not in self._books().again:
             self._retry(trial, deaths=deaths)
         if result.state in (TrialState.COMPLETE, TrialState.PRUNED) and stage_of(trial) != FINAL:
             for text, amount in violations(self._spec, result.scores).items():
@@ -399,13 +400,10 @@ class Study:
         """One value for each objective."""
         return [result.value] if len(self._aims) == 1 else list(result.values) or [None for _ in self._aims]
 
-    def _retried(self, number: int) -> bool:
-        return any(start_of(trial).retry_of == number for trial in self._trials())
-
     def _retry(self, trial: FrozenTrial, *, deaths: int) -> None:
         start = start_of(trial)
-        # What was enqueued stays so where the rest was never drawn.
-        fixed = trial.system_attrs.get("fixed_params", {}) if start.parameters is None else trial.params
+        # What was enqueued stays so where the rest was never drawn; a retry killed early has not all of it yet.
+        fixed = {**trial.system_attrs.get("fixed_params", {}), **(trial.params if start.parameters is not None else {})}
         # What samplers noted about the candidate stays true; the rungs it reached do not.
         notes = {key: note for key, note in trial.system_attrs.items() if not key.startswith("completed_rung_")}
         retry = replace(start, attempt=start.attempt + 1, deaths=deaths, retry_of=trial.number, worker="")

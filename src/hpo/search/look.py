@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from hpo.database import Reader, reading
+from hpo.database import Reader, engine_name, reading, sqlite_file
+from hpo.errors import StoreError
 from hpo.home import Home
 from hpo.records import FINAL, Candidate, StudyResult, Trial, TrialResult, TrialState
 from hpo.search.lease import Holder, holders, seen_held
@@ -65,16 +66,41 @@ def look(home: Home, *, results: bool = True) -> list[Look]:
     return sorted(found, key=lambda one: one.study.created)
 
 
-def _look(home: Home, reader: Reader, study: int, record: Mapping[str, Any], *, results: bool) -> Look:
-    rows = reader.rows(
+def list_trials(home: Home, name: str) -> StudyResult:
+    """A study, its newest generation or that of a title (name~1: the first), with results that lack their bulk.
+
+    That is their epochs and the predicted classes. Raises StoreError where there is no such study.
+    """
+    with reading(home.storage_url) as reader:
+        found: dict[str, tuple[int, Any]] = {}
+        if reader is not None and "trials" in reader.tables():
+            query = "SELECT study_id, value_json FROM study_user_attributes WHERE key = :key"
+            records = [(number, json.loads(text)) for number, text in reader.rows(query, key=STUDY)]
+            found = {_whole(record, ()).title: (number, record) for number, record in records}
+        generations = [title for title, (_, record) in found.items() if record["name"] == name]
+        title = max(generations, key=lambda one: found[one][1]["generation"], default=name.removesuffix("~1"))
+        if reader is None or title not in found:
+            raise StoreError(
+                f"{sqlite_file(home.storage_url) or engine_name(home.storage_url)}: no study {name!r} has run here "
+                f"(known: {', '.join(found) or 'none'}).",
+                f"Run it first: hpo run {name.partition('~')[0]}, or name its folder: --home DIR.",
+            )
+        number, record = found[title]
+        outcomes = _attributes(reader, number, RESULT, without=("epochs", "predicted"))
+        known = _attributes(reader, number, START)
+        return _whole(record, [_trial(row, known.get(row[0]), outcomes.get(row[0])) for row in _rows(reader, number)])
+
+
+def _rows(reader: Reader, study: int) -> Sequence[Any]:
+    return reader.rows(
         "SELECT trial_id, number, state, datetime_start, datetime_complete FROM trials WHERE study_id = :study "
         "ORDER BY number",
         study=study,
     )
-    known = _attributes(reader, study, START)
-    outcomes = _attributes(reader, study, RESULT, every=results)
-    trials = [_trial(row, known.get(row[0]), outcomes.get(row[0])) for row in rows]
-    whole = StudyResult(
+
+
+def _whole(record: Mapping[str, Any], trials: Iterable[Trial]) -> StudyResult:
+    return StudyResult(
         name=record["name"],
         generation=record["generation"],
         direction=record["direction"],
@@ -85,6 +111,14 @@ def _look(home: Home, reader: Reader, study: int, record: Mapping[str, Any], *, 
         created=record["created"],
         objectives=tuple(map(tuple, record.get("objectives", [(record["objective"], record["direction"])]))),
     )
+
+
+def _look(home: Home, reader: Reader, study: int, record: Mapping[str, Any], *, results: bool) -> Look:
+    rows = _rows(reader, study)
+    known = _attributes(reader, study, START)
+    outcomes = _attributes(reader, study, RESULT, every=results)
+    trials = [_trial(row, known.get(row[0]), outcomes.get(row[0])) for row in rows]
+    whole = _whole(record, trials)
     leases = {
         row[1]: known[row[0]].get("lease", "")
         for row, trial in zip(rows, trials, strict=True)
@@ -103,13 +137,19 @@ def _look(home: Home, reader: Reader, study: int, record: Mapping[str, Any], *, 
     )
 
 
-def _attributes(reader: Reader, study: int, key: str, *, every: bool = True) -> dict[int, Any]:
-    """Optuna's trial id -> our record, of every trial or of those that failed there."""
+def _attributes(
+    reader: Reader, study: int, key: str, *, every: bool = True, without: Sequence[str] = ()
+) -> dict[int, Any]:
+    """Optuna's trial id -> our record, of every trial or of those that failed there; without some of its parts."""
+    # Reading epochs only to drop them is most of the work for thousands of trials.
+    value = reader.json_without("a.value_json", without)
     query = (
-        "SELECT a.trial_id, a.value_json FROM trial_user_attributes a JOIN trials t ON t.trial_id = a.trial_id "
+        f"SELECT a.trial_id, {value} FROM trial_user_attributes a JOIN trials t ON t.trial_id = a.trial_id "  # noqa: S608
         "WHERE t.study_id = :study AND a.key = :key AND (t.state = 'FAIL' OR :every = 1)"
     )
-    return {number: json.loads(text) for number, text in reader.rows(query, study=study, key=key, every=int(every))}
+    rows = reader.rows(query, study=study, key=key, every=int(every))
+    records = ((number, json.loads(text)) for number, text in rows)
+    return {number: {part: it for part, it in record.items() if part not in without} for number, record in records}
 
 
 def _trial(row: Sequence[Any], start: Mapping[str, Any] | None, outcome: Mapping[str, Any] | None) -> Trial:

@@ -63,15 +63,15 @@ class Stage:
         """Everything that a condition of the step's space may ask for."""
         return {**self._fixed, **self._carried(values), **values}
 
-    def cells(self) -> list[dict[str, Any]]:
-        """The step's own values of every different candidate of a finite space; ValueError for a continuous one."""
+    def cells(self) -> dict[str, dict[str, Any]]:
+        """Key -> the step's own values, of every different candidate of a finite space; ValueError otherwise."""
         own = Space({path: parameter for path, parameter in self.space.items() if path != CARRIED})
         different: dict[str, dict[str, Any]] = {}
         for number in self.origins or [None]:
             start = {CARRIED: number} if CARRIED in self.space else {}
             for cell in own.cells(self.known(start)):
                 different.setdefault(key_of(self.parameters({**start, **cell})), {**start, **cell})
-        return list(different.values())
+        return different
 
     @cached_property
     def _fixed(self) -> dict[str, Any]:

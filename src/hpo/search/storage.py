@@ -5,112 +5,92 @@ from __future__ import annotations
 import copy
 import re
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.storages._cached_storage import _CachedStorage
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from hpo.errors import StoreError
 from hpo.home import Home
-from hpo.records import Candidate, StudyResult, Trial, TrialResult, TrialState
+from hpo.records import Candidate, StudyResult, Trial
+from hpo.search.books import Books
 from hpo.search.lease import locked
 from hpo.search.look import RESULT as RESULT
 from hpo.search.look import START as START
 from hpo.search.look import STUDY as STUDY
 from hpo.search.patience import Patient
+from hpo.search.start import Start as Start
+from hpo.search.start import result_of as result_of
+from hpo.search.start import stage_of as stage_of
+from hpo.search.start import start_of as start_of
+from hpo.search.start import state_of as state_of
 
 _BUSY_SECONDS = 60.0
-
-_STATES = {
-    optuna.trial.TrialState.WAITING: TrialState.WAITING,
-    optuna.trial.TrialState.RUNNING: TrialState.RUNNING,
-    optuna.trial.TrialState.COMPLETE: TrialState.COMPLETE,
-    optuna.trial.TrialState.PRUNED: TrialState.PRUNED,
-    optuna.trial.TrialState.FAIL: TrialState.FAILED,
-}
-
-
-@dataclass(frozen=True)
-class Start:
-    """What is known of a trial before it ends.
-
-    retry_of is the number of the interrupted or failed trial that this one repeats; deaths counts the tries so far
-    whose process died. parameters is None until they are drawn. lease names the supervisor that answers for the trial.
-    """
-
-    ordinal: int
-    attempt: int = 1
-    deaths: int = 0
-    retry_of: int | None = None
-    stage: str | None = None
-    seed: int = 0
-    parameters: Mapping[str, Any] | None = None
-    worker: str = ""
-    lease: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """A dict of JSON types."""
-        return asdict(self)
-
-
-def start_of(trial: FrozenTrial) -> Start:
-    """The start record of a trial; one that was added through Optuna itself gets what can be known."""
-    known = trial.user_attrs.get(START)
-    return Start(**known) if known else Start(ordinal=trial.number, parameters=trial.params or None)
-
-
-def stage_of(trial: FrozenTrial) -> str | None:
-    """The stage of a trial, without reading all of its record."""
-    stage: str | None = trial.user_attrs.get(START, {}).get("stage")
-    return stage
-
-
-def result_of(trial: FrozenTrial) -> TrialResult | None:
-    """The result record of a trial, once there is one."""
-    known = trial.user_attrs.get(RESULT)
-    return TrialResult.from_json(known) if known else None
-
-
-def state_of(trial: FrozenTrial) -> TrialState:
-    """Optuna knows no interrupted trials: they have failed there, and our record tells them apart."""
-    return TrialState.STOPPED if _stopped(trial) else _STATES[trial.state]
-
-
-def _stopped(trial: FrozenTrial) -> bool:
-    failed = trial.state is optuna.trial.TrialState.FAIL
-    return failed and bool(trial.user_attrs.get(RESULT, {}).get("state") == TrialState.STOPPED)
 
 
 class Storage(_CachedStorage):  # type: ignore[misc]
     """Optuna's cached storage, in which samplers and pruners see one stage only, and no interrupted trials.
 
-    The retries of interrupted trials count in their place. stage is the one that is seen; None: trials without one.
+    The retries of interrupted trials count in their place. show says which stage is seen; at first it is the trials
+    without one.
     """
 
-    stage: str | None = None
+    def __init__(self, backend: Any) -> None:
+        super().__init__(backend)
+        self._stage: str | None = None
+        self._brief = False
+        self._books: dict[int, Books] = {}
+        self._unread: dict[int, list[FrozenTrial]] = {}
+        self._records: dict[int, Trial] = {}  # by Optuna's id; of trials that have ended
+
+    def show(self, stage: str | None, *, brief: bool = False) -> None:
+        """Have a stage seen from now on; brief: only a part of it where it is long, see books."""
+        self._stage, self._brief = stage, brief
 
     def get_all_trials(self, study_id: int, deepcopy: bool = True, states: Any = None) -> list[FrozenTrial]:
         """The trials of the stage that are not stopped."""
-        seen = [trial for trial in super().get_all_trials(study_id, deepcopy=False, states=states) if self._sees(trial)]
+        books = self.books(study_id)
+        shelf = books.shelf(self._stage)
+        seen = [*(shelf.shown() if self._brief else shelf.ended), *books.under_way(self._stage)]
+        if states is not None:
+            seen = [trial for trial in seen if trial.state in states]
+        seen.sort(key=lambda trial: trial.number)
         return copy.deepcopy(seen) if deepcopy else seen
 
     def get_best_trial(self, study_id: int) -> FrozenTrial:
         """The best complete trial of the stage; ValueError where there is none."""
         return optuna.storages.BaseStorage.get_best_trial(self, study_id)
 
-    def _sees(self, trial: FrozenTrial) -> bool:
-        return stage_of(trial) == self.stage and not _stopped(trial)
-
     def every_trial(self, study_id: int) -> list[FrozenTrial]:
         """All trials by number, stopped ones too; not to be changed."""
         return list(super().get_all_trials(study_id, deepcopy=False))
+
+    def books(self, study_id: int) -> Books:
+        """All trials as they stand now, sorted; not to be changed."""
+        self._read_trials_from_remote_storage(study_id)
+        if study_id not in self._books:
+            directions = self.get_study_directions(study_id)
+            self._books[study_id] = Books([way is StudyDirection.MAXIMIZE for way in directions])
+        self._books[study_id].read(self._unread.pop(study_id, ()))
+        return self._books[study_id]
+
+    def records(self, study_id: int) -> list[Trial]:
+        """All trials by number as the rest of the house knows them; those that have ended are read once."""
+        for trial in (trials := self.every_trial(study_id)):
+            if trial.state.is_finished() and trial._trial_id not in self._records:
+                self._records[trial._trial_id] = to_trial(trial)
+        return [self._records.get(trial._trial_id) or to_trial(trial) for trial in trials]
+
+    def _add_trials_to_cache(self, study_id: int, trials: list[FrozenTrial]) -> None:
+        super()._add_trials_to_cache(study_id, trials)
+        self._unread.setdefault(study_id, []).extend(trials)
 
     def studies(self) -> dict[str, tuple[int, dict[str, Any]]]:
         """Title -> (Optuna's study id, our record), of the studies that are ours."""
@@ -209,14 +189,14 @@ def generations(storage: Storage, name: str) -> dict[int, str]:
     return {int(found[1] or 1): title for title, found in titles.items()}
 
 
-def to_result(record: Mapping[str, Any], trials: list[FrozenTrial]) -> StudyResult:
-    """The study's own record and its trials, as the rest of the house knows them."""
+def to_result(record: Mapping[str, Any], trials: Iterable[Trial]) -> StudyResult:
+    """The study's own record and its trials, as the rest of the house knows it."""
     return StudyResult(
         name=record["name"],
         generation=record["generation"],
         direction=record["direction"],
         objective=record["objective"],
-        trials=tuple(map(to_trial, trials)),
+        trials=tuple(trials),
         spec=record["spec"],
         data_digest=record["data_digest"],
         created=record["created"],
@@ -258,14 +238,14 @@ def read_study(home: Home, name: str) -> StudyResult:
                 f"Run it first: hpo run {name.partition('~')[0]}, or name its folder: --home DIR.",
             )
         number, record = studies[title]
-        return to_result(record, storage.every_trial(number))
+        return to_result(record, storage.records(number))
 
 
 def list_studies(home: Home) -> list[StudyResult]:
     """Every generation of every study in the storage, oldest first; none where there is no storage yet."""
     with _reading(home) as storage:
         found = storage.studies().values() if storage else ()
-        results = [to_result(record, storage.every_trial(number)) for number, record in found if storage]
+        results = [to_result(record, storage.records(number)) for number, record in found if storage]
     return sorted(results, key=lambda result: result.created)
 
 

@@ -7,14 +7,15 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Container, Mapping
+from itertools import chain, islice
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial
 
+from hpo.search.books import Books
 from hpo.search.curves import CurvePruner
 from hpo.search.stages import Stage, key_of
 from hpo.search.storage import start_of
@@ -116,20 +117,22 @@ SAMPLERS: Mapping[str, Callable[[Stage, int, int], Any]] = {
 class Proposer(optuna.samplers.BaseSampler):  # type: ignore[misc]
     """Draws whole candidates, each from a sampler of its own that is seeded by the study's seed and the ordinal.
 
-    So a study resumed in a new process draws what it would have drawn without the break. trials gives all trials of
-    the stage, interrupted ones too.
+    So a study resumed in a new process draws what it would have drawn without the break. books gives all trials of
+    the study as they stand.
     """
 
-    def __init__(self, stage: Stage, trials: Callable[[], Sequence[FrozenTrial]]) -> None:
+    def __init__(self, stage: Stage, books: Callable[[], Books]) -> None:
         self._stage = stage
-        self._trials = trials
+        self._books = books
         self._parameters = stage.space.ordered()
         cells = math.prod(_count(parameter) for _, parameter in self._parameters)
         self._finite = cells < math.inf
         self._grid = stage.spec.search.sampler.name == "grid"
+        self._rejects = stage.spec.search.duplicates == "reject"
         # Whoever trains no candidate twice has to know when there is no other.
         counts = cells <= _MOST_CELLS and stage.spec.search.duplicates != "reseed"
-        self._cells = stage.cells() if self._grid or counts else []
+        self._cells = list(stage.cells().items()) if self._grid or counts else []
+        self._spent = 0  # so many cells at the front are those of trials that have ended
         random.Random(stage.spec.seed).shuffle(self._cells)  # noqa: S311
 
     @property
@@ -140,10 +143,12 @@ class Proposer(optuna.samplers.BaseSampler):  # type: ignore[misc]
     def free_cell(self, fixed: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
         """A cell that was not handed out, of those that have the fixed values."""
         wanted = {path: key_of({path: value}) for path, value in (fixed or {}).items()}
-        taken = {key_of(start.parameters) for start in map(start_of, self._trials()) if start.parameters is not None}
-        for cell in self._cells:
-            fitting = all(path in cell and key_of({path: cell[path]}) == key for path, key in wanted.items())
-            if fitting and key_of(self._stage.parameters(cell)) not in taken:
+        shelf, running = self._books().shelf(self._stage.name), self._running()
+        while self._spent < len(self._cells) and shelf.same(self._cells[self._spent][0]):
+            self._spent += 1
+        for key, cell in islice(self._cells, self._spent, None):
+            fitting = all(path in cell and key_of({path: cell[path]}) == one for path, one in wanted.items())
+            if fitting and key not in running and not shelf.same(key):
                 return cell
         return None
 
@@ -169,17 +174,17 @@ class Proposer(optuna.samplers.BaseSampler):  # type: ignore[misc]
         ordinal = start_of(trial).ordinal
         fixed = self._fixed(trial)
         if self._grid:
-            cell = self.free_cell(fixed) or self.free_cell() or self._cells[ordinal % len(self._cells)]
+            cell = self.free_cell(fixed) or self.free_cell() or self._cells[ordinal % len(self._cells)][1]
             return self._encoded(cell)
         build = SAMPLERS[self._stage.spec.search.sampler.name]
         drawn = self._draw(study, trial, build(self._stage, self._seed(ordinal), ordinal), fixed)
-        if avoided := self._avoided(ordinal):
+        if self._rejects or self._finite:
+            running = self._running(but=ordinal)
             # A model that has made up its mind would propose the same again and again.
             chance = optuna.samplers.RandomSampler(seed=self._seed(ordinal))
             redrawn = (self._draw(study, trial, chance, fixed) for _ in range(_REDRAWS))
-            new = next((new for new in chain([drawn], redrawn) if self._key(new) not in avoided), None)
-            rejects = self._stage.spec.search.duplicates == "reject"
-            drawn = new or (self.free_cell(fixed) if rejects else None) or drawn
+            new = next((new for new in chain([drawn], redrawn) if not self._met(new, ordinal, running)), None)
+            drawn = new or (self.free_cell(fixed) if self._rejects else None) or drawn
         return self._encoded(drawn)
 
     def sample_independent(self, study: Any, trial: FrozenTrial, param_name: str, param_distribution: Any) -> Any:
@@ -211,19 +216,16 @@ class Proposer(optuna.samplers.BaseSampler):  # type: ignore[misc]
         space = self._stage.space
         return {self._stage.label(path): encode(space[path], value) for path, value in values.items()}
 
-    def _key(self, values: Mapping[str, Any]) -> str:
-        return key_of(self._stage.parameters(values))
+    def _running(self, *, but: int | None = None) -> set[str]:
+        """Keys of the candidates of the stage that have not ended, but for the one at this place."""
+        starts = map(start_of, self._books().under_way(self._stage.name))
+        return {key_of(one.parameters) for one in starts if one.parameters is not None and one.ordinal != but}
 
-    def _avoided(self, ordinal: int) -> set[str]:
-        """Candidates that another trial than the one at this place should not repeat."""
-        rejects = self._stage.spec.search.duplicates == "reject"
-        others = [
-            start.parameters
-            for trial in self._trials()
-            if (start := start_of(trial)).ordinal != ordinal
-            and (rejects or (self._finite and not trial.state.is_finished()))
-        ]
-        return {key_of(parameters) for parameters in others if parameters is not None}
+    def _met(self, values: Mapping[str, Any], ordinal: int, running: Container[str]) -> bool:
+        """Whether another trial than the one at this place has the candidate, so that it should not be repeated."""
+        key = key_of(self._stage.parameters(values))
+        ended = self._books().shelf(self._stage.name).same(key) if self._rejects else ()
+        return key in running or any(start_of(trial).ordinal != ordinal for trial in ended)
 
     def _seed(self, ordinal: int) -> int:
         digest = hashlib.sha256(f"{self._stage.spec.seed}/sampler/{ordinal}".encode()).digest()

@@ -43,7 +43,7 @@ def _best_elsewhere(spec: StudySpec, storage: Storage) -> tuple[list[dict[str, A
         )
     number, record = studies[title]
     different: dict[str, Mapping[str, Any]] = {}
-    for trial in to_result(record, storage.every_trial(number)).ranked():
+    for trial in to_result(record, storage.records(number)).ranked():
         different.setdefault(key_of(trial.candidate.parameters), trial.candidate.parameters)
     best, notes = [], []
     for parameters in list(different.values())[: wanted.best]:

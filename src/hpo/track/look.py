@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 from hpo.database import Reader, reading
 from hpo.home import Home
-from hpo.track.runs import PARENT
+from hpo.track.runs import PARENT, children
 from hpo.track.store import connect, told
 
 
@@ -81,6 +81,33 @@ def look(home: Home) -> Tracking | None:
         return _read(reader) if reader is not None else None
 
 
+@told
+def trial_runs(home: Home, parent: Any) -> list[Run]:
+    """The runs of a study's trials, the newest first; parent is its mlflow Run.
+
+    A database is asked for these few columns: MLflow itself takes four milliseconds a run.
+    """
+    if home.tracking_uri.startswith(("http://", "https://")):
+        return [_run(one) for one in children(connect(home), parent)]
+    with reading(home.tracking_uri) as reader:
+        if reader is None:
+            return []
+        tags: dict[str, dict[str, str]] = {}
+        query = (
+            "SELECT t.run_uuid, t.key, t.value FROM tags t JOIN tags p ON p.run_uuid = t.run_uuid "
+            "WHERE p.key = :key AND p.value = :parent"
+        )
+        for run, key, value in reader.rows(query, key=PARENT, parent=parent.info.run_id):
+            tags.setdefault(run, {})[key] = value
+        rows = reader.rows(
+            "SELECT run_uuid, status, artifact_uri FROM runs WHERE experiment_id = :experiment "
+            "AND lifecycle_stage = 'active' ORDER BY start_time DESC, run_uuid",
+            experiment=int(parent.info.experiment_id),
+        )
+    number = parent.info.experiment_id
+    return [Run(run, number, status, place or "", False, tags[run]) for run, status, place in rows if run in tags]
+
+
 def place_of(uri: str) -> Path | None:
     """The folder of a file: address or of a plain path; None for what lies elsewhere."""
     parts = urlsplit(uri)
@@ -139,16 +166,7 @@ def _ask(home: Home) -> Tracking:
     ]
     numbers = [one.key for one in experiments]
     runs = [
-        Run(
-            one.info.run_id,
-            one.info.experiment_id,
-            one.info.status,
-            one.info.artifact_uri,
-            one.info.lifecycle_stage == "deleted",
-            {name: text for name, text in one.data.tags.items() if name.startswith("hpo.") or name == PARENT},
-        )
-        for number in numbers
-        for one in _pages(client.search_runs, experiment_ids=[number], run_view_type=3)
+        _run(one) for number in numbers for one in _pages(client.search_runs, experiment_ids=[number], run_view_type=3)
     ]
     models = [
         Model(one.model_id, one.experiment_id, one.artifact_location, False, one.source_run_id or "")
@@ -170,6 +188,17 @@ def _ask(home: Home) -> Tracking:
         for one in _pages(client.search_model_versions)
     ]
     return Tracking(tuple(experiments), tuple(runs), tuple(models), tuple(versions))
+
+
+def _run(one: Any) -> Run:
+    return Run(
+        one.info.run_id,
+        one.info.experiment_id,
+        one.info.status,
+        one.info.artifact_uri,
+        one.info.lifecycle_stage == "deleted",
+        {name: text for name, text in one.data.tags.items() if name.startswith("hpo.") or name == PARENT},
+    )
 
 
 def _pages(search: Any, **wanted: Any) -> Iterator[Any]:

@@ -24,6 +24,7 @@ from hpo.records import (
 )
 from hpo.spec.study import Setup, StudySpec
 from hpo.track import models, registry, runs
+from hpo.track.look import trial_runs
 from hpo.track.store import connect, lock, told
 
 # Where tables and pictures lie among a run's artifacts, so that what is dropped or drawn again is found.
@@ -191,23 +192,23 @@ class Tracker:
         What a killed process had begun to log of a model is deleted. Trials that are waiting or running are left alone,
         and so are those in `leave`: another supervisor may be about to write them.
         """
-        found = {int(run.data.tags[runs.TRIAL]): run for run in runs.children(self._client, self._parent_of(study))}
-        self._runs.update({number: run.info.run_id for number, run in found.items()})
+        found = {int(run.tags[runs.TRIAL]): run for run in trial_runs(self.home, self._parent_of(study))}
+        self._runs.update({number: run.key for number, run in found.items()})
         ended: dict[str, str] = {}
         for trial in study.trials:
             run = found.pop(trial.number, None)
             if trial.state not in runs.STATUS or trial.number in leave:
                 continue
             if run is not None:
-                ended[run.info.run_id] = run.data.tags.get(runs.MODEL, "")
-            if run is None or run.info.status == "RUNNING" or run.data.tags.get(runs.STATE) != trial.state:
-                self._mend(trial, spec, run)
+                ended[run.key] = run.tags.get(runs.MODEL, "")
+            if run is None or run.status == "RUNNING" or run.tags.get(runs.STATE) != trial.state:
+                self._mend(trial, spec, self._client.get_run(run.key) if run else None)
         # Trials that the storage has not: newer than this record (left alone), or lost with an earlier storage.
         newest = max((trial.number for trial in study.trials), default=-1)
         for number, run in found.items():
-            if number <= newest and run.info.status == "RUNNING":
-                self._client.set_tag(run.info.run_id, runs.STATE, TrialState.STOPPED.value)
-                self._client.set_terminated(run.info.run_id, "KILLED")
+            if number <= newest and run.status == "RUNNING":
+                self._client.set_tag(run.key, runs.STATE, TrialState.STOPPED.value)
+                self._client.set_terminated(run.key, "KILLED")
         models.delete_unfinished(self._client, self._parent.info.experiment_id, ended)
 
     @told
