@@ -80,7 +80,8 @@ class Candidate:
 
     number is Optuna's; ordinal is the place in the study's own sequence (a retried candidate keeps the ordinal of its
     first try, so that a resumed study asks for the same candidates as an unbroken one). parameters maps dotted paths of
-    the spec to values. seed in [0, 2**31) drives initialisation, data order and dropout.
+    the spec to values. seed in [0, 2**31) drives initialisation, data order and dropout. deaths counts the tries so far
+    whose process died.
     """
 
     number: int
@@ -89,6 +90,7 @@ class Candidate:
     seed: int
     attempt: int = 1
     stage: str | None = None
+    deaths: int = 0
 
 
 @dataclass(frozen=True)

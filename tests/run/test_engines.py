@@ -163,12 +163,40 @@ def test_a_pruned_trial_leaves_the_others_to_train_on(stacked, card, tmp_path):
     assert [len(ends[slot].epochs) for slot in range(3)] == [3, 1, 3]
 
 
-def test_a_task_that_is_to_train_alone_does_so_beside_a_stack(stacked, card, tmp_path):
-    for slot in range(2):
-        stacked.submit(slot, replace(_task(card, tmp_path, slot), alone=slot == 1))
-    ends = _all_ends(stacked, 2)
-    assert ends[0].settings["stack"] == "shared"
-    assert "stack" not in ends[1].settings
+def test_a_task_that_is_to_be_alone_waits_for_its_process_and_keeps_it(card, tmp_path):
+    engine = LocalProcesses(["cpu"], threads=1, places=3)
+    try:
+        engine.submit(0, _task(card, tmp_path, 0, wait=True))
+        while not (told := engine.poll(0.5)):
+            pass
+        assert engine.accepts(1)
+        engine.submit(1, replace(_task(card, tmp_path, 1), alone=True))
+        assert not engine.accepts(2)
+        assert engine.poll(0.5) == []  # it waits
+        engine.verdict(0, go_on=False)
+        ends = _all_ends(engine, 2)
+        assert told[0][0] == 0
+        assert [ends[slot].state for slot in range(2)] == [TrialState.PRUNED, TrialState.COMPLETE]
+        assert engine.accepts(2)
+    finally:
+        engine.close()
+
+
+def test_a_task_that_waits_to_be_alone_outlives_the_worker_that_it_waits_for(card, tmp_path):
+    engine = LocalProcesses(["cpu"], threads=1, places=2)
+    try:
+        engine.submit(0, _task(card, tmp_path, 0, wait=True))
+        while not engine.poll(0.5):
+            pass
+        engine.submit(1, replace(_task(card, tmp_path, 1), alone=True))
+        engine._workers[0].process.kill()
+        messages = _until_end(engine)
+        assert [slot for slot, message in messages if isinstance(message, WorkerLost)] == [0]
+        messages += _until_end(engine)
+        assert messages[-1][0] == 1
+        assert messages[-1][1].result.state is TrialState.COMPLETE
+    finally:
+        engine.close()
 
 
 def test_all_trials_of_a_worker_that_dies_are_lost_and_its_places_free_again(card, tmp_path):

@@ -145,6 +145,9 @@ def test_a_study_whose_candidates_all_crash_stops_and_says_why(run_formula, card
     class Deadly:
         slots = 1
 
+        def accepts(self, slot):
+            return True
+
         def submit(self, slot, task):
             self.task = task
 

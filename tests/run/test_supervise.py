@@ -144,6 +144,9 @@ class _Dying:
         self.tasks = {}
         self.died = False
 
+    def accepts(self, slot):
+        return True
+
     def submit(self, slot, task):
         self.tasks[slot] = task
 

@@ -60,8 +60,11 @@ class Engine(Protocol):
 
     slots: int
 
+    def accepts(self, slot: int) -> bool:
+        """Whether an idle slot may be given a task now: one that is to be alone keeps others away."""
+
     def submit(self, slot: int, task: Task) -> None:
-        """Start the task in an idle slot."""
+        """Start the task in an idle slot that accepts it."""
 
     def poll(self, timeout: float) -> list[tuple[int, Message]]:
         """What has come in from the slots; waits at most timeout seconds for the first message."""
@@ -83,6 +86,10 @@ class InProcess:
         self._trainer = trainer
         self._training: Training | None = None
         self._go_on: bool | None = None  # None: the generator has not started
+
+    def accepts(self, slot: int) -> bool:  # noqa: ARG002 - there is one slot
+        """Always."""
+        return True
 
     def submit(self, slot: int, task: Task) -> None:  # noqa: ARG002 - there is one slot
         """Start the task."""
@@ -119,12 +126,15 @@ class _Worker:
     connection: Connection
     crashes: Connection
     busy: set[int] = field(default_factory=set)  # slots
+    lone: bool = False  # a task has the process for itself, or waits for that
+    held: tuple[int, Task] | None = None  # what waits for it
 
 
 class LocalProcesses:
     """One process for each of `devices`, each with its share of the torch threads and `places` slots of its own.
 
-    Slots go round the processes, so that the first few tasks are spread over all of them.
+    Slots go round the processes, so that the first few tasks are spread over all of them. A task that is to be alone
+    waits until its process is empty, and keeps it so.
     """
 
     def __init__(
@@ -147,13 +157,22 @@ class LocalProcesses:
         last_words.close()
         return _Worker(device, process, ours, crashes)
 
+    def accepts(self, slot: int) -> bool:
+        """Whether nothing has the slot's process for itself."""
+        return not self._workers[slot % len(self._workers)].lone
+
     def submit(self, slot: int, task: Task) -> None:
-        """Send the task; a worker that died idle is replaced first."""
+        """Send the task, or hold it until it can be alone; a worker that died idle is replaced first."""
         place = slot % len(self._workers)
         if not self._workers[place].busy and not self._workers[place].process.is_alive():
             self._replace(place)
-        self._workers[place].busy.add(slot)
-        self._send(slot, task)
+        worker = self._workers[place]
+        worker.lone = task.alone
+        if task.alone and worker.busy:
+            worker.held = slot, task
+        else:
+            self._send(slot, task)
+        worker.busy.add(slot)
 
     def verdict(self, slot: int, *, go_on: bool) -> None:
         """Send the verdict."""
@@ -177,10 +196,22 @@ class LocalProcesses:
             slot, message = worker.connection.recv()
         except (EOFError, ConnectionResetError, OSError):
             lost = self._replace(place)
-            return [(slot, lost) for slot in worker.busy]
+            waiting = {worker.held[0]} if worker.held else set()
+            now = self._workers[place]
+            now.busy, now.held, now.lone = set(waiting), worker.held, bool(waiting)
+            self._release(now)
+            return [(slot, lost) for slot in worker.busy - waiting]
         if isinstance(message, TrialEnded):
             worker.busy.discard(slot)
+            self._release(worker)
         return [(slot, message)]
+
+    def _release(self, worker: _Worker) -> None:
+        """Let in what waits for the process to be empty, if it is."""
+        if worker.held and worker.busy == {worker.held[0]}:
+            self._send(*worker.held)
+            worker.held = None
+        worker.lone = worker.lone and bool(worker.busy)
 
     def _replace(self, place: int) -> WorkerLost:
         worker = self._workers[place]

@@ -181,7 +181,7 @@ class Supervisor:
 
     def _hand_out(self, ask: Ask) -> None:
         for slot in range(self._engine.slots):
-            if slot in self._running:
+            if slot in self._running or not self._engine.accepts(slot):
                 continue
             worker = f"worker {slot}"
             candidate = ask(worker=worker)
@@ -202,8 +202,8 @@ class Supervisor:
                 wait=self._prunes and not final,
                 checkpoint=str(checkpoint_file(self._folder, candidate)),
                 profile=self._profile,
-                # Whoever has taken others down with it, or may have, is not put beside others again.
-                alone=candidate.attempt > 1,
+                # Whoever may have taken others down with it is not put beside others again.
+                alone=candidate.deaths > 0,
             )
             self._engine.submit(slot, task)
             self._running[slot] = _Running(candidate, setup, time.monotonic(), self._searched(candidate))

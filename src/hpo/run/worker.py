@@ -32,7 +32,8 @@ class Task:
     data never leads to the test part, whatever card is given. folder is where weights and validation probabilities are
     left; checkpoint is the file that the training is saved in and goes on from ("": none). precisions, most_parameters,
     latency and profile are those of hpo.learn.trial.train_trial. wait says whether every epoch waits for a verdict;
-    alone, that it shares its computation with no other.
+    alone, that it shares neither process nor
+    computation with another.
     """
 
     number: int

@@ -165,6 +165,7 @@ def _trial(row: Sequence[Any], start: Mapping[str, Any] | None, outcome: Mapping
             start.get("seed", 0),
             start.get("attempt", 1),
             start.get("stage"),
+            start.get("deaths", 0),
         ),
         state=TrialState.STOPPED if stopped else _STATES[state],
         result=TrialResult.from_json(outcome) if outcome is not None else None,

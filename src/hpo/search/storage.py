@@ -220,7 +220,9 @@ def to_trial(trial: FrozenTrial) -> Trial:
 
 def to_candidate(number: int, start: Start) -> Candidate:
     """The candidate of a start record."""
-    return Candidate(number, start.ordinal, start.parameters or {}, start.seed, start.attempt, start.stage)
+    return Candidate(
+        number, start.ordinal, start.parameters or {}, start.seed, start.attempt, start.stage, start.deaths
+    )
 
 
 def read_study(home: Home, name: str) -> StudyResult:
