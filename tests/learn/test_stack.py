@@ -9,7 +9,7 @@ from hpo.errors import TrainingError
 from hpo.learn.models import build_model
 from hpo.learn.models.basic import ACTIVATIONS
 from hpo.learn.optimizers import OPTIMIZERS
-from hpo.learn.stack import Stack, Stacks, key_of
+from hpo.learn.stack import Stack, Stacks, beside, key_of
 from hpo.learn.stack_layers import StackedNets, UnstackableError, segments
 from hpo.learn.stack_speed import step_seconds
 from hpo.learn.train import predict_logits, train
@@ -226,16 +226,28 @@ def test_a_failure_in_the_shared_computation_is_told_to_each(few, monkeypatch):
     assert stack.members == []
 
 
-def test_trainings_of_a_process_find_each_other_and_say_why_they_do_not(few):
+def test_trainings_of_a_process_find_each_other_and_folds_do_not(few):
     stacks = Stacks(4)
+    other = replace(few, train=few.train.flip(0))  # as many rows of the same images
     begun = []
-    for seed, spec in enumerate([_spec(), _spec(), _spec(checkpoint=1), _spec(batch_size=16)]):
-        how, fit = stacks.fit(_net(seed), few, spec, seed=seed, precision="float32")
-        begun.append((how, fit, next(fit) is None))
-    assert [how for how, _, _ in begun] == ["shared", "shared", "alone: it is saved every so many epochs", "shared"]
-    assert [waits for _, _, waits in begun] == [True, True, False, True]
-    first, second, _, other = (next(fit).seconds for _, fit, _ in begun)
-    assert first == second != other  # one computation
+    for seed, data in enumerate([few, few, other]):
+        member = stacks.join(_net(seed), data, _spec(), seed=seed, precision="float32")
+        begun.append((member, next(member)))
+    assert [waits for _, waits in begun] == [None, None, None]
+    seconds = [next(member).seconds for member, _ in begun]
+    assert seconds[0] == seconds[1] != seconds[2]  # one computation
+
+
+def test_a_training_beside_others_draws_what_it_draws_alone(few):
+    def fit(seed):
+        return train(_net(seed, dropout=0.5), few, _spec(epochs=3), seed=seed, precision="float32")
+
+    expected = [[epoch.scores for epoch in fit(seed)] for seed in range(2)]
+    state = torch.get_rng_state()
+    pair = [beside(fit(seed), torch.device("cpu")) for seed in range(2)]
+    found = list(zip(*pair, strict=True))
+    assert [[epoch.scores for epoch in one] for one in zip(*found, strict=True)] == expected
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_measuring_a_step_leaves_the_network_and_chance_as_they_were(few):

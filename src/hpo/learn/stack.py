@@ -16,12 +16,13 @@ from torch.optim.swa_utils import AveragedModel
 
 from hpo.errors import NotFiniteError
 from hpo.learn.augment import mix_batch
+from hpo.learn.checkpoint import get_chance, set_chance
 from hpo.learn.data import TrialData
 from hpo.learn.metrics import scores
 from hpo.learn.optimizers import OPTIMIZERS, learning_rate_factor
 from hpo.learn.stack_layers import StackedNets, UnstackableError, shape_of, sort_key
 from hpo.learn.take import Take
-from hpo.learn.train import DIVERGED, class_weights, evaluation_batch, input_of, moving_average, train
+from hpo.learn.train import DIVERGED, class_weights, evaluation_batch, input_of, moving_average
 from hpo.records import Epoch
 from hpo.spec.scores import SCORES
 from hpo.spec.training import TrainingSpec
@@ -48,7 +49,6 @@ class Member:
     optimizer: torch.optim.Optimizer | None = None
     group: dict[str, Any] = field(default_factory=dict)
     weights: list[nn.Parameter] = field(default_factory=list)
-    rate: float = 0.0
 
     @property
     def judged(self) -> nn.Module:
@@ -70,7 +70,7 @@ def key_of(net: nn.Module, data: TrialData, spec: TrainingSpec, precision: str) 
     ):
         if applies:
             raise UnstackableError(reason)
-    place = (id(data.images), len(data.train), len(data.valid), data.mean, data.std)
+    place = (id(data.images), id(data.train), id(data.valid), data.mean, data.std)
     return (*shape_of(net), place, str(data.images.device), spec.batch_size, spec.class_weights, precision)
 
 
@@ -84,23 +84,43 @@ def why_alone(net: nn.Module, data: TrialData, spec: TrainingSpec) -> str:
 
 
 class Stacks:
-    """The stacks of a process in which so many trainings have a place."""
+    """The stacks of a process in which so many trainings have a place.
+
+    precisions are the automatic ones that were measured here, by their kind and size of network: like trainings have to
+    agree, or they could not share.
+    """
 
     def __init__(self, places: int) -> None:
         self.places = places
+        self.precisions: dict[str, str] = {}
         self._stacks: dict[tuple[Any, ...], Stack] = {}
 
-    def fit(
-        self, net: nn.Module, data: TrialData, spec: TrainingSpec, *, seed: int, precision: str, **saving: Any
-    ) -> tuple[str, Generator[Epoch | None, None, None]]:
-        """How this is trained, "shared" or "alone: " with the reason, and its epochs; saving is for train() alone."""
-        if reason := why_alone(net, data, spec):
-            return f"alone: {reason}", train(net, data, spec, seed=seed, precision=precision, **saving)
+    def join(
+        self, net: nn.Module, data: TrialData, spec: TrainingSpec, *, seed: int, precision: str
+    ) -> Generator[Epoch | None, None, None]:
+        """The epochs of a training that shares its computation with those of its key; see Stack.join."""
         key = key_of(net, data, spec, precision)
         # Those without members would keep data that nobody needs.
         self._stacks = {other: stack for other, stack in self._stacks.items() if stack.members}
-        stack = self._stacks.setdefault(key, Stack(precision=precision))
-        return "shared", stack.join(net, data, spec, seed=seed)
+        return self._stacks.setdefault(key, Stack(precision=precision)).join(net, data, spec, seed=seed)
+
+
+def beside(fit: Generator[Epoch, None, None], device: torch.device) -> Generator[Epoch, None, None]:
+    """A training that shares its process, but not its computation: torch's global chance is its own while it trains."""
+    own: list[Any] = []
+    devices = [device] if device.type == "cuda" else []
+    try:
+        while True:
+            with torch.random.fork_rng(devices=devices):
+                if own:
+                    set_chance(own[0], torch.Generator(), device)
+                epoch = next(fit, None)
+                own[:] = [get_chance(torch.Generator(), device)]
+            if epoch is None:
+                return
+            yield epoch
+    finally:
+        fit.close()
 
 
 class Stack:
@@ -188,13 +208,13 @@ class Stack:
         try:
             totals = self._steps(self._stacked, members)
             logits = self._validate(members)
+            judged = [_judge(*each) for each in zip(members, totals, logits, strict=True)]
         except Exception as error:  # noqa: BLE001 - whose fault it is cannot be told
             for member in members:
                 member.ready.append(error)
             return
         finally:
             torch.set_flush_denormal(False)
-        judged = [_judge(*each) for each in zip(members, totals, logits, strict=True)]
         # What each of them would have taken alone is unknown: they share the time.
         seconds = (time.perf_counter() - started) / len(members)
         for member, epoch in zip(members, judged, strict=True):
@@ -229,7 +249,7 @@ class Stack:
                     steps_per_epoch=steps_per_epoch,
                 )
                 member.step += 1
-                member.rate = member.group["lr"] = member.spec.optimizer.lr * factor
+                member.group["lr"] = member.spec.optimizer.lr * factor
             inputs, labels, others, shares = inputs_of(rows, taken)
             logits = stacked(inputs, noises, half=self._precision == "bfloat16")
             losses = cross_entropies(logits, labels, smoothed, weights)
@@ -319,7 +339,7 @@ def _judge(member: Member, total: tuple[float, float], logits: Tensor) -> Epoch 
         member.best_state = {name: tensor.clone() for name, tensor in member.judged.state_dict().items()}
     stale = spec.patience is not None and member.epoch - member.best_epoch >= spec.patience and len(data.valid) > 0
     last = stale or member.epoch == spec.epochs
-    return Epoch(number=member.epoch, scores=measured, learning_rate=member.rate, seconds=0.0, last=last)
+    return Epoch(number=member.epoch, scores=measured, learning_rate=member.group["lr"], seconds=0.0, last=last)
 
 
 def cross_entropies(logits: Tensor, labels: Tensor, smoothing: Tensor | None, weights: Tensor | None) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean
 
 from torch import float32, nn
 
@@ -47,7 +46,7 @@ def choose_places(setups: Sequence[Setup], card: DataCard, *, device_name: str, 
     places, factor = 1, 1.0
     for size in [size for size in _SIZES if size <= most] or [most]:
         shared = [min(shared_seconds(*each, together=size).values()) for each in made]
-        gain = fmean(one / other for one, other in zip(alone, shared, strict=True))
+        gain = sum(alone) / sum(shared)
         if gain < _MORE * factor:
             break
         places, factor = size, gain

@@ -15,6 +15,7 @@ from hpo.learn.train import train
 from hpo.spec.training import TrainingSpec
 
 _STEPS = 4
+_SOME = 4  # networks, whose precision speaks for larger stacks
 
 
 def step_seconds(net: nn.Module, data: TrialData, spec: TrainingSpec, *, together: int, precision: str) -> float:
@@ -40,9 +41,11 @@ def step_seconds(net: nn.Module, data: TrialData, spec: TrainingSpec, *, togethe
     return min(epoch.seconds for epoch in epochs if epoch.number > 1) / -(-len(rows) // spec.batch_size)
 
 
-def shared_precision(net: nn.Module, data: TrialData, spec: TrainingSpec, *, together: int) -> str:
-    """float32 or bfloat16, whichever trains a stack of `together` networks like this one faster."""
-    seconds = shared_seconds(net, data, spec, together=together)
+def shared_precision(net: nn.Module, data: TrialData, spec: TrainingSpec) -> str:
+    """float32 or bfloat16, whichever trains a stack of networks like this one faster."""
+    if not has_bfloat16(data.images.device):
+        return "float32"
+    seconds = shared_seconds(net, data, spec, together=_SOME)
     return min(seconds, key=seconds.__getitem__)
 
 

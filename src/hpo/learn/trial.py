@@ -26,10 +26,11 @@ from hpo.learn.models import build_model, parameter_count
 from hpo.learn.models.binary import OneLogit
 from hpo.learn.models.transfer import standing_of
 from hpo.learn.precision import faster_precision, layout
-from hpo.learn.stack import Stacks, why_alone
+from hpo.learn.stack import Stacks, beside, why_alone
 from hpo.learn.stack_speed import shared_precision
 from hpo.learn.train import input_of, predict_logits, train
 from hpo.records import DataCard, Epoch, TrialResult, TrialState, best_of, pack_classes
+from hpo.spec.models import OwnModelSpec
 from hpo.spec.study import Setup, SplitSpec
 
 VALIDATION = "validation.npz"  # rows, labels, probabilities of the validation part at the best epoch
@@ -40,7 +41,7 @@ class Built:
     """A freshly built network on its device with its data, and how it will be computed.
 
     net learns from data. Where a frozen backbone has seen the images already, that is the head of `whole`, and data has
-    features in place of `pixels`.
+    features in place of `pixels`. alone says why it can share its computation with no other training, "" where it can.
     """
 
     net: nn.Module
@@ -50,6 +51,7 @@ class Built:
     parameters: int
     precision: str
     key: str
+    alone: str
 
 
 def train_trial(
@@ -80,7 +82,7 @@ def train_trial(
     found the training goes on from it: its epochs are yielded again first, and the end is that of a training in one go.
 
     With stacks it shares its computation with others of them where it can, and yields None before each shared epoch.
-    With profile=True the result says where the time went, and stacks are left alone.
+    With profile=True the result says where the time went; stacks are to be None then.
     """
     spec = setup.training
     meter = Meter(device_name) if profile else NO_METER
@@ -92,15 +94,23 @@ def train_trial(
     before: tuple[Epoch, ...] = ()  # of earlier folds
     complete = True
     for fold in range(folds):
-        places = stacks.places if stacks else 1
         made = build(
-            setup, card, seed=seed + fold, fold=fold, device_name=device_name, precisions=precisions, places=places
+            setup,
+            card,
+            seed=seed + fold,
+            fold=fold,
+            device_name=device_name,
+            precisions={**precisions, **(stacks.precisions if stacks else {})},
+            most_parameters=most_parameters,
+            places=stacks.places if stacks else 1,
         )
         if made.parameters > most_parameters:
             reason = f"{made.parameters} parameters, and the search allows {most_parameters:g}"
             costs = {"parameters": float(made.parameters)}
             return TrialResult(number, TrialState.PRUNED, scores=costs, parameter_count=made.parameters, reason=reason)
         precisions = {**precisions, made.key: made.precision}
+        if stacks is not None:
+            stacks.precisions[made.key] = made.precision
         saved = saved if saved.fits(made.net) else Saved()
         earlier = saved.of(fold)
         ended = bool(earlier) and earlier[-1].last
@@ -114,7 +124,10 @@ def train_trial(
         resume = saved.state if earlier and not ended else None
         how: dict[str, str] = {}
         fit: Generator[Epoch | None, None, None]
-        if stacks is None or profile:
+        if stacks is not None and not made.alone:
+            how["stack"] = "shared"
+            fit = stacks.join(made.net, made.data, spec, seed=fit_seed, precision=made.precision)
+        else:
             fit = train(
                 made.net,
                 made.data,
@@ -125,10 +138,8 @@ def train_trial(
                 save=save,
                 clock=meter.clock,
             )
-        else:
-            how["stack"], fit = stacks.fit(
-                made.net, made.data, spec, seed=fit_seed, precision=made.precision, resume=resume, save=save
-            )
+            if stacks is not None:
+                how["stack"], fit = f"alone: {made.alone}", beside(fit, made.data.images.device)
         for epoch in chain(earlier, () if ended else fit):
             if epoch is None:
                 yield None
@@ -174,7 +185,7 @@ def train_trial(
     return replace(result, profile=meter.profile())
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def trial_data(card: DataCard, split: SplitSpec, device_name: str, fold: int = 0) -> TrialData:
     """open_trial, remembered: the candidates of a study nearly always share their data, and it moves only once."""
     return open_trial(card, split, device=torch.device(device_name), fold=fold)
@@ -207,11 +218,13 @@ def build(
     device_name: str,
     fold: int = 0,
     precisions: Mapping[str, str] = MappingProxyType({}),
+    most_parameters: float = float("inf"),
     places: int = 1,
 ) -> Built:
     """The network of a candidate and what it learns from; features of frozen backbones are computed if need be.
 
-    places is how many trainings share its process: an automatic precision is the faster one of such a stack then.
+    places is how many trainings share its process: an automatic precision is the faster one of such a stack then. It is
+    not measured for more than most_parameters weights.
     """
     whole, pixels = build_whole(setup, card, seed=seed, device_name=device_name, fold=fold)
     net, data = whole, pixels
@@ -221,18 +234,18 @@ def build(
         net = OneLogit(standing.head) if setup.task == "binary" else standing.head
     parameters, batch_size = parameter_count(whole), setup.training.batch_size
     key = f"{device_name} {setup.model.kind} 2^{parameters.bit_length()} batch {batch_size}"
-    stacked = places > 1 and why_alone(net, data, setup.training) == ""
-    key += f" x {places}" * stacked
+    own = isinstance(setup.model, OwnModelSpec)
+    alone = "it is a network of your own" if own else why_alone(net, data, setup.training)
+    stacked = places > 1 and not alone
+    key += " in a stack" * stacked
     precision: str = setup.training.precision
-    if precision == "auto" and key in precisions:
-        precision = precisions[key]
+    if precision == "auto" and (key in precisions or parameters > most_parameters):
+        precision = precisions.get(key, "float32")
+    elif precision == "auto" and stacked:
+        precision = shared_precision(net, data, setup.training)
     elif precision == "auto":
-        precision = (
-            shared_precision(net, data, setup.training, together=places)
-            if stacked
-            else measured_precision(net, data, batch_size)
-        )
-    return Built(net, data, whole, pixels, parameters, precision, key)
+        precision = measured_precision(net, data, batch_size)
+    return Built(net, data, whole, pixels, parameters, precision, key, alone)
 
 
 def build_whole(

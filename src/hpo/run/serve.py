@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
-from hpo.records import TrialEnded
+from hpo.records import EpochEnded, TrialEnded
 from hpo.run.process import follow_supervisor
 from hpo.run.worker import Task, Training, train_task
 
@@ -34,7 +35,12 @@ def serve(
     stacks = Stacks(places) if places > 1 else None
     live: dict[int, _Live] = {}
     free = places  # places whose next candidate may be on its way
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+    # A thread sends: else both sides could wait for the other to read, each with more to say than a pipe holds.
+    with ThreadPoolExecutor(1) as outbox, contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+
+        def send(slot: int, message: EpochEnded | TrialEnded) -> None:
+            outbox.submit(connection.send, (slot, message))
+
         while True:
             while _has_to_wait(live) or connection.poll(_COURTESY if free else 0):
                 slot, said = connection.recv()
@@ -43,12 +49,12 @@ def serve(
                     free -= 1
                 else:
                     live[slot].take(verdict=said)
-            free = 0
+            before = len(live)
             # Those that share their computation give None first: then all of them have joined.
-            joined = [slot for slot in list(live) if not _advance(connection, slot, live)]
+            joined = [slot for slot in list(live) if not _advance(slot, live, send)]
             for slot in joined:
-                _advance(connection, slot, live)
-            free = places - len(live)
+                _advance(slot, live, send)
+            free = before - len(live) if live else places
 
 
 @dataclass
@@ -66,7 +72,7 @@ def _has_to_wait(live: Mapping[int, _Live]) -> bool:
     return not live or any(one.asks for one in live.values())
 
 
-def _advance(connection: Connection, slot: int, live: dict[int, _Live]) -> bool:
+def _advance(slot: int, live: dict[int, _Live], send: Callable[[int, EpochEnded | TrialEnded], None]) -> bool:
     """Let a training go on to its next message, and send that; False where there is none yet."""
     one = live[slot]
     message = next(one.training) if one.answer is None else one.training.send(one.answer)
@@ -76,5 +82,5 @@ def _advance(connection: Connection, slot: int, live: dict[int, _Live]) -> bool:
     if isinstance(message, TrialEnded):
         del live[slot]
     one.asks = one.waits
-    connection.send((slot, message))
+    send(slot, message)
     return True
