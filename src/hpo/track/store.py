@@ -203,8 +203,10 @@ def _try_file(path: Path) -> None:
     # As with servers: MLflow would retry for minutes.
     try:
         with closing(sqlite3.connect(path)) as database:
-            database.execute("PRAGMA schema_version").fetchone()
+            (version,) = database.execute("PRAGMA user_version").fetchone()
             database.execute("BEGIN IMMEDIATE")
+            # Only a write shows that the file is read-only. It changes nothing.
+            database.execute(f"PRAGMA user_version = {int(version)}")
             database.rollback()
     except sqlite3.Error as error:
         if "locked" in str(error):
