@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -23,6 +24,8 @@ from hpo.spec.training import TrainingSpec
 _SIZES = (4, 8, 16, 32, 64)
 _WORTH = 1.15  # a stack must be faster by this: below it noise decides, and alone is plainer
 _MORE = 1.05  # and a larger stack than a smaller one by this
+_FULL = 0.003  # seconds; a CPU whose step takes longer computes all the time, and gains nothing from company
+_PATIENCE = 1.0  # seconds after which no larger stack is tried
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,10 @@ def choose_places(setups: Sequence[Setup], card: DataCard, *, device_name: str, 
         made = [_made(setup, card, device_name) for setup in setups]
     except UnstackableError as why:
         return StackChoice(1, reason=str(why))
+    started = time.perf_counter()
     alone = [step_seconds(*each, together=1, precision=_alone(*each)) for each in made]
+    if device_name == "cpu" and max(alone) > _FULL:
+        return StackChoice(1, reason=f"a step of the largest takes {1000 * max(alone):.1f} ms, all of it computing")
     places, factor = 1, 1.0
     for size in [size for size in _SIZES if size <= most] or [most]:
         shared = [min(shared_seconds(*each, together=size).values()) for each in made]
@@ -50,6 +56,8 @@ def choose_places(setups: Sequence[Setup], card: DataCard, *, device_name: str, 
         if gain < _MORE * factor:
             break
         places, factor = size, gain
+        if time.perf_counter() - started > _PATIENCE:
+            break
     if factor < _WORTH:
         return StackChoice(1, reason=f"side by side each is {factor:.2f} times as fast as alone here")
     return StackChoice(places, factor)

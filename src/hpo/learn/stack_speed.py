@@ -22,7 +22,7 @@ def step_seconds(net: nn.Module, data: TrialData, spec: TrainingSpec, *, togethe
     """Seconds of a training step of each of `together` such networks; 1 is alone. The network stays as it is."""
     rows = data.train[: _STEPS * spec.batch_size]
     few = replace(data, train=rows, valid=data.valid[:0])
-    brief = spec.model_copy(update={"epochs": 3, "patience": None, "precision": precision})
+    brief = spec.model_copy(update={"epochs": 2, "patience": None, "precision": precision})
     nets = [copy.deepcopy(net) for _ in range(together)]
     with torch.random.fork_rng(devices=[few.images.device] if few.images.device.type == "cuda" else []):
         if together == 1:
