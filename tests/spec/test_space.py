@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpo.errors import SpecError
 from hpo.spec.load import load_study
 from hpo.spec.space import Float, Int, Space, holds
 
@@ -64,6 +65,13 @@ def test_a_candidate_is_the_spec_with_its_places_filled_in():
 def test_a_candidate_outside_the_spec_is_refused():
     with pytest.raises(ValueError, match=r"model\.dropout=2"):
         load_study("digits-mlp").with_values({"model.dropout": 2})
+
+
+def test_a_start_outside_the_spec_is_refused():
+    space = {"search.space": {"training.optimizer.lr": {"float": [0.001, 0.1]}}}
+    with pytest.raises(SpecError, match=r"search\.start\.1: training\.optimizer\.lr=inf"):
+        starts = [{"training.optimizer.lr": lr} for lr in (0.01, float("inf"))]
+        load_study("digits-mlp", overrides={**space, "search.start": starts})
 
 
 def test_seeds_differ_between_ordinals_and_between_studies():

@@ -160,6 +160,8 @@ class StudySpec(Part):
                 _place(plain, asked, f"search.space.{path}.when.{asked}")
             for value in parameter.ends():
                 _validated(self, {path: value}, f"search.space.{path}")
+        for index, values in enumerate(self.search.start):
+            _validated(self, values, f"search.start.{index}")
         if "training.data_growth" in self.search.whole_space and self.search.pruner.name != "none":
             raise ValueError(
                 "search.space.training.data_growth: a pruner compares trials at one epoch, and theirs would cost "
@@ -264,4 +266,4 @@ def _validated(spec: StudySpec, values: Mapping[str, Any], where: str) -> Setup:
     except ValueError as error:
         first = error.errors()[0] if hasattr(error, "errors") else {"msg": str(error)}
         shown = ", ".join(f"{path}={value!r}" for path, value in values.items())
-        raise ValueError(f"{where}: {shown} does not fit: {first['msg']}. Correct the range or the options") from None
+        raise ValueError(f"{where}: {shown} does not fit: {first['msg']}. Correct the value or its range") from None
