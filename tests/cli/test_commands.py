@@ -177,7 +177,9 @@ def finished(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("finished")
 def test_trials_by_value_put_the_best_first_and_those_without_last() -> None:
+    best = [row[0] for row in table(runner.invoke(app, ["trials", "digits-mlp", "--top", "2"]).stdout)[1:]]
     numbers = [row[0] for row in table(runner.invoke(app, ["trials", "digits-mlp", "--sort", "value"]).stdout)[1:]]
+    assert best == numbers[:2]
     assert numbers == ["2", "0", "1", "3"]
 
 

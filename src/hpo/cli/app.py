@@ -227,7 +227,7 @@ class Order(StrEnum):
 def trials(
     study: Study,
     sort: Annotated[Order, typer.Option(help="Best first, or as they were asked.")] = Order.NUMBER,
-    top: Annotated[int | None, typer.Option(min=1, help="Only so many, the best.", show_default="all")] = None,
+    top: Annotated[int | None, typer.Option(min=1, help="Only so many, best first.", show_default="all")] = None,
     home: HomeFolder = None,
     as_json: AsJson = False,
     _debug: Debug = False,
@@ -238,13 +238,12 @@ def trials(
 
     result = list_trials(Home.find(home), study_name(study))
     shown = list(result.trials)
-    if sort is Order.VALUE:
+    if top is not None:
+        shown = list(result.ranked()[:top])
+    elif sort is Order.VALUE:
         ranked = result.ranked()
         best_first = {trial.number: place for place, trial in enumerate(ranked)}
         shown.sort(key=lambda trial: (best_first.get(trial.number, len(ranked)), trial.number))
-    if top is not None:
-        best = {trial.number for trial in result.ranked()[:top]}
-        shown = [trial for trial in shown if trial.number in best]
     if as_json:
         output.print_json(replace(result, trials=tuple(shown)))
         return
