@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -161,7 +162,10 @@ class StudySpec(Part):
             for value in parameter.ends():
                 _validated(self, {path: value}, f"search.space.{path}")
         for index, values in enumerate(self.search.start):
-            _validated(self, values, f"search.start.{index}")
+            # Whether they fit the space is seen when the study is opened; these could not even be written down.
+            for path, value in values.items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise ValueError(f"search.start[{index}].{path}: {value} is not finite. Correct the value")
         if "training.data_growth" in self.search.whole_space and self.search.pruner.name != "none":
             raise ValueError(
                 "search.space.training.data_growth: a pruner compares trials at one epoch, and theirs would cost "
@@ -266,4 +270,4 @@ def _validated(spec: StudySpec, values: Mapping[str, Any], where: str) -> Setup:
     except ValueError as error:
         first = error.errors()[0] if hasattr(error, "errors") else {"msg": str(error)}
         shown = ", ".join(f"{path}={value!r}" for path, value in values.items())
-        raise ValueError(f"{where}: {shown} does not fit: {first['msg']}. Correct the value or its range") from None
+        raise ValueError(f"{where}: {shown} does not fit: {first['msg']}. Correct the range or the options") from None
