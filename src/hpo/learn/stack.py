@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Generator
@@ -20,11 +19,11 @@ from hpo.learn.checkpoint import get_chance, set_chance
 from hpo.learn.data import TrialData
 from hpo.learn.metrics import scores
 from hpo.learn.optimizers import OPTIMIZERS, learning_rate_factor
+from hpo.learn.progress import Progress
 from hpo.learn.stack_layers import StackedNets, UnstackableError, shape_of, sort_key
 from hpo.learn.take import Take
-from hpo.learn.train import DIVERGED, class_weights, evaluation_batch, input_of, moving_average
+from hpo.learn.train import class_weights, evaluation_batch, input_of, moving_average
 from hpo.records import Epoch
-from hpo.spec.scores import SCORES
 from hpo.spec.training import TrainingSpec
 
 
@@ -39,13 +38,11 @@ class Member:
     noise: torch.Generator  # dropout
     take: Take
     averaged: AveragedModel | None
+    progress: Progress
     ready: deque[Epoch | Exception] = field(default_factory=deque)
     waits: bool = False
     epoch: int = 0
     step: int = 0
-    best_score: float = -float("inf")
-    best_epoch: int = 0
-    best_state: dict[str, Tensor] | None = None
     optimizer: torch.optim.Optimizer | None = None
     group: dict[str, Any] = field(default_factory=dict)
     weights: list[nn.Parameter] = field(default_factory=list)
@@ -107,15 +104,15 @@ class Stacks:
 
 def beside(fit: Generator[Epoch, None, None], device: torch.device) -> Generator[Epoch, None, None]:
     """A training that shares its process, but not its computation: torch's global chance is its own while it trains."""
-    own: list[Any] = []
+    chance = None
     devices = [device] if device.type == "cuda" else []
     try:
         while True:
             with torch.random.fork_rng(devices=devices):
-                if own:
-                    set_chance(own[0], torch.Generator(), device)
+                if chance is not None:
+                    set_chance(chance, torch.Generator(), device)
                 epoch = next(fit, None)
-                own[:] = [get_chance(torch.Generator(), device)]
+                chance = get_chance(torch.Generator(), device)
             if epoch is None:
                 return
             yield epoch
@@ -150,6 +147,7 @@ class Stack:
             noise=torch.Generator(data.images.device).manual_seed(seed),
             take=Take(data.images, spec.augment),
             averaged=moving_average(net, spec.ema) if spec.ema else None,
+            progress=Progress(spec, validates=len(data.valid) > 0),
         )
         self._dissolve()
         self.members.append(member)
@@ -169,8 +167,8 @@ class Stack:
         finally:
             self._dissolve()
             self.members.remove(member)
-            if member.best_state is not None or member.averaged is not None:
-                net.load_state_dict(member.best_state or member.judged.state_dict())
+            if member.progress.state is not None or member.averaged is not None:
+                net.load_state_dict(member.progress.state or member.judged.state_dict())
 
     def _dissolve(self) -> None:
         """Give every member its own weights and optimizer state, before another stack is made of others."""
@@ -325,20 +323,14 @@ class _Inputs:
 
 def _judge(member: Member, total: tuple[float, float], logits: Tensor) -> Epoch | NotFiniteError:
     """A member's epoch from its training loss and accuracy and its validation logits; its best weights are noted."""
-    spec, data = member.spec, member.data
     measured = {"train_loss": total[0], "train_accuracy": total[1]}
-    if len(data.valid):
-        measured |= {f"valid_{name}": value for name, value in scores(logits, data.labels[data.valid]).items()}
-    losses = {name: value for name, value in measured.items() if name.endswith("_loss")}
-    if not all(map(math.isfinite, losses.values())):
-        shown = ", ".join(f"{name} {value}" for name, value in losses.items())
-        return NotFiniteError(f"epoch {member.epoch}: {shown}.", DIVERGED)
-    sign = 1.0 if SCORES[spec.monitor] == "maximize" else -1.0
-    if len(data.valid) and sign * measured[spec.monitor] > member.best_score:
-        member.best_score, member.best_epoch = sign * measured[spec.monitor], member.epoch
-        member.best_state = {name: tensor.clone() for name, tensor in member.judged.state_dict().items()}
-    stale = spec.patience is not None and member.epoch - member.best_epoch >= spec.patience and len(data.valid) > 0
-    last = stale or member.epoch == spec.epochs
+    if len(member.data.valid):
+        labels = member.data.labels[member.data.valid]
+        measured |= {f"valid_{name}": value for name, value in scores(logits, labels).items()}
+    try:
+        last = member.progress.note(member.epoch, measured, member.judged)
+    except NotFiniteError as error:  # its own fault, and no other member's
+        return error
     return Epoch(number=member.epoch, scores=measured, learning_rate=member.group["lr"], seconds=0.0, last=last)
 
 

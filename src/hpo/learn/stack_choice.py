@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from torch import float32, nn
 
@@ -28,27 +28,19 @@ _FULL = 0.003  # seconds; a CPU whose step takes longer computes all the time, a
 _PATIENCE = 1.0  # seconds after which no larger stack is tried
 
 
-@dataclass(frozen=True)
-class StackChoice:
-    """places: how many trainings share a worker; factor: how much faster than alone each is; reason: why not more."""
+def choose_places(setups: Sequence[Setup], card: DataCard, *, device_name: str, most: int) -> tuple[int, str]:
+    """The size of stack at which these setups, together, train fastest, and "".
 
-    places: int
-    factor: float = 1.0
-    reason: str = ""
-
-
-def choose_places(setups: Sequence[Setup], card: DataCard, *, device_name: str, most: int) -> StackChoice:
-    """The size of stack at which these setups, together, train fastest; 1 where none wins or one cannot be stacked."""
-    if most < 2:
-        return StackChoice(1, reason="there are no trials to share with")
+    1 where none wins or one cannot be stacked, and why.
+    """
     try:
         made = [_made(setup, card, device_name) for setup in setups]
     except UnstackableError as why:
-        return StackChoice(1, reason=str(why))
+        return 1, str(why)
     started = time.perf_counter()
     alone = [step_seconds(*each, together=1, precision=_alone(*each)) for each in made]
     if device_name == "cpu" and max(alone) > _FULL:
-        return StackChoice(1, reason=f"a step of the largest takes {1000 * max(alone):.1f} ms, all of it computing")
+        return 1, f"a step of the largest takes {1000 * max(alone):.1f} ms, all of it computing"
     places, factor = 1, 1.0
     for size in [size for size in _SIZES if size <= most] or [most]:
         shared = [min(shared_seconds(*each, together=size).values()) for each in made]
@@ -59,8 +51,8 @@ def choose_places(setups: Sequence[Setup], card: DataCard, *, device_name: str, 
         if time.perf_counter() - started > _PATIENCE:
             break
     if factor < _WORTH:
-        return StackChoice(1, reason=f"side by side each is {factor:.2f} times as fast as alone here")
-    return StackChoice(places, factor)
+        return 1, f"side by side each is {factor:.2f} times as fast as alone here"
+    return places, ""
 
 
 def _alone(net: nn.Module, data: TrialData, spec: TrainingSpec) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel
 
-from hpo.errors import NotFiniteError
 from hpo.learn.augment import mix_batch
 from hpo.learn.checkpoint import get_chance, set_chance
 from hpo.learn.data import TrialData
@@ -22,15 +20,14 @@ from hpo.learn.metrics import scores
 from hpo.learn.models.transfer import standing_of
 from hpo.learn.optimizers import build_optimizer, learning_rate_factor
 from hpo.learn.precision import layout
+from hpo.learn.progress import Progress
 from hpo.learn.take import Take
 from hpo.profile import NO_CLOCK, Clock
 from hpo.records import Epoch
-from hpo.spec.scores import SCORES
 from hpo.spec.training import TrainingSpec
 
 # What memory holds one piece of a training batch with all that its gradient needs, holds so many pieces without.
 _PIECES = 4
-DIVERGED = "It diverged: a lower learning rate usually helps."
 
 # Takes an epoch and the state after it, plain enough for torch.load(weights_only=True).
 Save = Callable[[Epoch, Mapping[str, Any]], None]
@@ -162,8 +159,7 @@ def _epochs(
     loss_of = partial(functional.cross_entropy, weight=weights, label_smoothing=spec.label_smoothing)
     growing = GrowingRows(data, spec, seed=seed)
     steps, steps_per_epoch = growing.batches(spec.epochs), -(-len(data.train) // spec.batch_size)
-    sign = 1.0 if SCORES[spec.monitor] == "maximize" else -1.0
-    best_score, best_epoch, best_state = -float("inf"), 0, None
+    progress = Progress(spec, validates=len(data.valid) > 0)
     first = 1
     # All that learns. How far the schedule is follows from the epoch.
     learning: dict[str, Any] = {"net": net, "optimizer": optimizer, **({"averaged": averaged} if averaged else {})}
@@ -171,7 +167,7 @@ def _epochs(
         for name, part in learning.items():
             part.load_state_dict(resume[name])
         set_chance(resume["chance"], generator, device)
-        best_score, best_epoch, best_state = resume["best"]
+        progress.score, progress.epoch, progress.state = resume["best"]
         first = resume["epoch"] + 1
     step = growing.batches(first - 1)
     clock.lap("load")
@@ -226,30 +222,22 @@ def _epochs(
         if len(data.valid):
             logits = predict_logits(judged, data, data.valid, precision=precision, micro_batch=spec.micro_batch)
             measured |= {f"valid_{name}": value for name, value in scores(logits, valid_labels).items()}
-        losses = {name: value for name, value in measured.items() if name.endswith("_loss")}
-        if not all(map(math.isfinite, losses.values())):
-            shown = ", ".join(f"{name} {value}" for name, value in losses.items())
-            raise NotFiniteError(f"epoch {number}: {shown}.", DIVERGED)
-        if len(data.valid) and sign * measured[spec.monitor] > best_score:
-            best_score, best_epoch = sign * measured[spec.monitor], number
-            best_state = {name: tensor.clone() for name, tensor in judged.state_dict().items()}
-        stale = spec.patience is not None and number - best_epoch >= spec.patience and len(data.valid) > 0
-        last = stale or number == spec.epochs
+        last = progress.note(number, measured, judged)
         clock.lap("evaluate")
         seconds = time.perf_counter() - started
         torch.set_flush_denormal(False)
         epoch = Epoch(number=number, scores=measured, learning_rate=rate, seconds=seconds, last=last)
         if save is not None and spec.checkpoint and number % spec.checkpoint == 0 and not last:
             state = {name: part.state_dict() for name, part in learning.items()}
-            chance, best = get_chance(generator, device), (best_score, best_epoch, best_state)
+            chance, best = get_chance(generator, device), (progress.score, progress.epoch, progress.state)
             save(epoch, {**state, "epoch": number, "best": best, "chance": chance})
             clock.lap("checkpoint")
         yield epoch
         if last:
             break
 
-    if best_state is not None or averaged is not None:
-        net.load_state_dict(best_state or judged.state_dict())
+    if progress.state is not None or averaged is not None:
+        net.load_state_dict(progress.state or judged.state_dict())
 
 
 def _backward(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import traceback
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -39,14 +40,14 @@ def serve(
     with ThreadPoolExecutor(1) as outbox, contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
 
         def send(slot: int, message: EpochEnded | TrialEnded) -> None:
-            outbox.submit(connection.send, (slot, message))
+            outbox.submit(connection.send, (slot, message)).add_done_callback(_end_if_unsent)
 
         while True:
             while _has_to_wait(live) or connection.poll(_COURTESY if free else 0):
                 slot, said = connection.recv()
                 if isinstance(said, Task):
                     live[slot] = _Live(train_task(said, device, stacks), waits=said.wait)
-                    free -= 1
+                    free = max(0, free - 1)
                 else:
                     live[slot].take(verdict=said)
             before = len(live)
@@ -55,6 +56,14 @@ def serve(
             for slot in joined:
                 _advance(slot, live, send)
             free = before - len(live) if live else places
+
+
+def _end_if_unsent(sent: Future[None]) -> None:
+    """A supervisor that waits for what cannot be sent would wait for ever: it is told by the end of this process."""
+    if (error := sent.exception()) is not None:
+        if not isinstance(error, BrokenPipeError | ConnectionResetError):  # those: nobody waits any more
+            traceback.print_exception(error)
+        os._exit(1)
 
 
 @dataclass

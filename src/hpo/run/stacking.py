@@ -44,10 +44,9 @@ def measure_places(spec: StudySpec, card: DataCard, device_name: str, *, threads
 
     try:
         with with_threads(threads):
-            choice = choose_places(_ends(spec), card, device_name=device_name, most=most)
+            return Places(*choose_places(_ends(spec), card, device_name=device_name, most=most))
     except HpoError as error:  # the trials will tell
         return Places(1, error.message)
-    return Places(choice.places, choice.reason)
 
 
 def _ends(spec: StudySpec) -> list[Setup]:

@@ -139,10 +139,6 @@ class Books:
         """What has not ended of a stage, by number."""
         return sorted((trial for trial in self.open.values() if stage_of(trial) == stage), key=_NUMBER)
 
-    def has_ended(self, number: int) -> bool:
-        """Whether the trial of this number has ended."""
-        return number in self._ended
-
     def tally(self, stages: Collection[str | None]) -> Tally:
         """What of these stages counts against a budget."""
         under_way = (trial for number, trial in self.open.items() if number not in self.again)

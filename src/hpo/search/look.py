@@ -76,19 +76,25 @@ def list_trials(home: Home, name: str) -> StudyResult:
         if reader is not None and "trials" in reader.tables():
             query = "SELECT study_id, value_json FROM study_user_attributes WHERE key = :key"
             records = [(number, json.loads(text)) for number, text in reader.rows(query, key=STUDY)]
-            found = {_whole(record, ()).title: (number, record) for number, record in records}
+            found = {to_result(record, ()).title: (number, record) for number, record in records}
         generations = [title for title, (_, record) in found.items() if record["name"] == name]
         title = max(generations, key=lambda one: found[one][1]["generation"], default=name.removesuffix("~1"))
         if reader is None or title not in found:
-            raise StoreError(
-                f"{sqlite_file(home.storage_url) or engine_name(home.storage_url)}: no study {name!r} has run here "
-                f"(known: {', '.join(found) or 'none'}).",
-                f"Run it first: hpo run {name.partition('~')[0]}, or name its folder: --home DIR.",
-            )
+            raise no_study(name, sqlite_file(home.storage_url) or engine_name(home.storage_url), found)
         number, record = found[title]
         outcomes = _attributes(reader, number, RESULT, without=("epochs", "predicted"))
         known = _attributes(reader, number, START)
-        return _whole(record, [_trial(row, known.get(row[0]), outcomes.get(row[0])) for row in _rows(reader, number)])
+        return to_result(
+            record, [_trial(row, known.get(row[0]), outcomes.get(row[0])) for row in _rows(reader, number)]
+        )
+
+
+def no_study(name: str, place: object, known: Iterable[str]) -> StoreError:
+    """What to say where a storage has no study of that name; known are those that it has."""
+    return StoreError(
+        f"{place}: no study {name!r} has run here (known: {', '.join(known) or 'none'}).",
+        f"Run it first: hpo run {name.partition('~')[0]}, or name its folder: --home DIR.",
+    )
 
 
 def _rows(reader: Reader, study: int) -> Sequence[Any]:
@@ -99,7 +105,8 @@ def _rows(reader: Reader, study: int) -> Sequence[Any]:
     )
 
 
-def _whole(record: Mapping[str, Any], trials: Iterable[Trial]) -> StudyResult:
+def to_result(record: Mapping[str, Any], trials: Iterable[Trial]) -> StudyResult:
+    """The study's own record and its trials, as the rest of the house knows it."""
     return StudyResult(
         name=record["name"],
         generation=record["generation"],
@@ -118,7 +125,7 @@ def _look(home: Home, reader: Reader, study: int, record: Mapping[str, Any], *, 
     known = _attributes(reader, study, START)
     outcomes = _attributes(reader, study, RESULT, every=results)
     trials = [_trial(row, known.get(row[0]), outcomes.get(row[0])) for row in rows]
-    whole = _whole(record, trials)
+    whole = to_result(record, trials)
     leases = {
         row[1]: known[row[0]].get("lease", "")
         for row, trial in zip(rows, trials, strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from hpo.search.lease import locked
 from hpo.search.look import RESULT as RESULT
 from hpo.search.look import START as START
 from hpo.search.look import STUDY as STUDY
+from hpo.search.look import no_study
+from hpo.search.look import to_result as to_result
 from hpo.search.patience import Patient
 from hpo.search.start import Start as Start
 from hpo.search.start import result_of as result_of
@@ -189,21 +191,6 @@ def generations(storage: Storage, name: str) -> dict[int, str]:
     return {int(found[1] or 1): title for title, found in titles.items()}
 
 
-def to_result(record: Mapping[str, Any], trials: Iterable[Trial]) -> StudyResult:
-    """The study's own record and its trials, as the rest of the house knows it."""
-    return StudyResult(
-        name=record["name"],
-        generation=record["generation"],
-        direction=record["direction"],
-        objective=record["objective"],
-        trials=tuple(trials),
-        spec=record["spec"],
-        data_digest=record["data_digest"],
-        created=record["created"],
-        objectives=tuple(map(tuple, record.get("objectives", [(record["objective"], record["direction"])]))),
-    )
-
-
 def to_trial(trial: FrozenTrial) -> Trial:
     """Optuna's trial as the rest of the house knows it."""
     start = start_of(trial)
@@ -235,10 +222,7 @@ def read_study(home: Home, name: str) -> StudyResult:
         known = generations(storage, name) if storage else {}
         title = known[max(known)] if known else name.removesuffix("~1")
         if storage is None or title not in studies:
-            raise StoreError(
-                f"{shown_url(home)}: no study {name!r} has run here (known: {', '.join(studies) or 'none'}).",
-                f"Run it first: hpo run {name.partition('~')[0]}, or name its folder: --home DIR.",
-            )
+            raise no_study(name, shown_url(home), studies)
         number, record = studies[title]
         return to_result(record, storage.records(number))
 
