@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import os
 import tempfile
+import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpo.database import server_address
 from hpo.errors import StoreError
+
+STORES = "hpo.toml"
+_EXAMPLE = 'Write lines such as: storage = "postgresql://hpo@db/hpo" and tracking = "http://mlflow:5000"'
 
 
 @dataclass(frozen=True)
@@ -25,13 +31,15 @@ class Home:
     def find(cls, home: str | Path | None = None) -> Home:
         """home, else HPO_HOME, else the working directory; `mlruns` is made inside it by create().
 
-        HPO_STORAGE and MLFLOW_TRACKING_URI replace the embedded SQLite files.
+        HPO_STORAGE and MLFLOW_TRACKING_URI, or else `storage` and `tracking` in the folder's hpo.toml, replace the
+        embedded SQLite files. Raises StoreError where that file says something else.
         """
         own = cls.at(home or os.environ.get("HPO_HOME") or Path.cwd())
+        said = _stores(own.root.parent / STORES)
         return cls(
             root=own.root,
-            storage_url=os.environ.get("HPO_STORAGE") or own.storage_url,
-            tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or own.tracking_uri,
+            storage_url=server_address(os.environ.get("HPO_STORAGE") or said.get("storage") or own.storage_url),
+            tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or said.get("tracking") or own.tracking_uri,
         )
 
     @classmethod
@@ -72,3 +80,20 @@ class Home:
                     "Choose a folder of your own: --home DIR, or the environment variable HPO_HOME.",
                 ) from None
         return self
+
+
+def _stores(file: Path) -> Mapping[str, str]:
+    """What the file says of the stores: addresses by name; {} where there is none."""
+    try:
+        said = tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise StoreError(
+            f"{file}: cannot be read: {error}.", 'Write lines such as: storage = "postgresql://..."'
+        ) from None
+    for name, value in said.items():
+        if name not in ("storage", "tracking") or not isinstance(value, str):
+            # Without the value: it may hold a password.
+            raise StoreError(f"{file}: {name}: is not storage or tracking, or not a text.", _EXAMPLE)
+    return said

@@ -39,9 +39,18 @@ def test_cleaning_removes_dead_leases_and_keeps_live_ones(tmp_path):
     assert not list(tmp_path.glob("lease-*.lock"))
 
 
-def test_lease_of_another_machine_counts_as_alive(tmp_path):
-    mine = Lease(tmp_path, shared=True)
-    assert mine.name.startswith(f"{socket.gethostname()}|")
-    assert mine.alive(f"elsewhere|{tmp_path}/lease-x.lock")
-    assert not mine.alive(f"{socket.gethostname()}|{tmp_path}/lease-x.lock")
+def test_lease_is_near_only_on_the_machine_and_in_the_folder_of_its_lock(tmp_path):
+    mine, other = Lease(tmp_path, shared=True), tmp_path / "other"
+    other.mkdir()
+    assert mine.near(mine.name)
+    assert mine.alive(mine.name)
+    host, folder, file = mine.name.split("|")
+    assert host == socket.gethostname()
+    assert not mine.near(f"elsewhere|{folder}|{file}")
+    theirs = Lease(other, shared=True)  # a container with the same name, and a disk of its own
+    assert not mine.near(theirs.name)
+    gone = f"{host}|{folder}|lease-x.lock"
+    assert mine.near(gone)
+    assert not mine.alive(gone)
     mine.close()
+    theirs.close()

@@ -95,7 +95,7 @@ def test_storage_of_another_optuna_is_one_clear_error(home, make_spec):
         database.execute("UPDATE alembic_version SET version_num = 'v0.9.0.a'")
     with pytest.raises(StoreError, match="no longer compatible") as caught:
         read_study(home, "study")
-    assert "storage upgrade" in caught.value.hint
+    assert "hpo store upgrade" in caught.value.hint
 
 
 def test_database_kept_busy_by_another_program_is_one_clear_error(home, make_spec, monkeypatch):

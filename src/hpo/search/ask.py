@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar, cast
@@ -21,9 +20,10 @@ from hpo.records import FINAL, Candidate, FailureKind, StudyResult, TrialResult,
 from hpo.search import untold
 from hpo.search.books import Books
 from hpo.search.constraints import aims, violations
-from hpo.search.lease import Lease, clean_leases, locked
+from hpo.search.lease import Lease, clean_leases
 from hpo.search.look import STOP
 from hpo.search.plan import Plan, Step
+from hpo.search.pulse import Pulse
 from hpo.search.stages import Stage, key_of, stage_names
 from hpo.search.storage import (
     RESULT,
@@ -43,7 +43,7 @@ from hpo.search.strategy import Proposer, build_pruner, decode, distribution, en
 from hpo.spec.study import StudySpec
 
 _MOST_DEATHS = 3
-_REMOTE_GRACE = datetime.timedelta(minutes=10)
+_REMOTE_GRACE = 600.0  # seconds in which a supervisor elsewhere brings a trial's run in MLflow to its end
 _UNBOUNDED = 1e6  # Optuna wants finite violations
 _OPTUNA_STATES = {
     TrialState.COMPLETE: optuna.trial.TrialState.COMPLETE,
@@ -92,6 +92,7 @@ class Study:
         self._running: dict[int, Any] = {}
         self._reused: list[tuple[Candidate, TrialResult]] = []
         self._stop = self._last_stop()
+        self._pulse = Pulse(storage, self._beating) if storage.shared else None
 
     @_guarded
     def reap(self) -> list[int]:
@@ -102,8 +103,8 @@ class Study:
         touched.
         """
         with self._locked():
-            trials = self._trials()
-            gone = [trial for trial in trials if self._abandoned(trial)]
+            trials, silent = self._trials(), self._silent()
+            gone = [trial for trial in trials if self._abandoned(trial, silent)]
             left = untold.left(self._home, self.title)
             for trial in gone:
                 lost = TrialResult(
@@ -204,7 +205,10 @@ class Study:
         if len(self._aims) > 1:
             return False
         trial = self._running[number]
-        trial.report(value, epoch)
+        try:
+            trial.report(value, epoch)
+        except optuna.exceptions.UpdateFinishedTrialError:  # taken from us, see tell
+            return True
         stage = trial.user_attrs[START]["stage"]
         self._storage.show(stage)
         return stage != FINAL and self._spec.search.pruner.name != "none" and bool(trial.should_prune())
@@ -213,8 +217,9 @@ class Study:
         """Close a trial of this handle, and return the result as it was recorded.
 
         died says that its worker did: a candidate whose process has died three times is failed instead. A complete
-        trial without a finite value for each objective is recorded as failed. Where the storage refuses, the result is
-        left on disk for the next reap, and StoreError is raised.
+        trial without a finite value for each objective is recorded as failed. One that was taken from this handle,
+        which had given no sign of life for a minute, has ended already: what was recorded then stands. Where the
+        storage refuses, the result is left on disk for the next reap, and StoreError is raised.
         """
         try:
             return self._tell(result, died=died)
@@ -228,9 +233,12 @@ class Study:
 
     @_guarded
     def _tell(self, result: TrialResult, *, died: bool) -> TrialResult:
-        trial = self._storage.get_trial(self._running[result.number]._trial_id)
+        trial_id = self._running[result.number]._trial_id
         with self._locked() if result.state is TrialState.STOPPED else nullcontext():
-            result = self._settle(trial, result, died=died)
+            try:
+                result = self._settle(self._storage.get_trial(trial_id), result, died=died)
+            except optuna.exceptions.UpdateFinishedTrialError:
+                result = result_of(self._storage.get_trial(trial_id)) or result
         del self._running[result.number]
         return result
 
@@ -238,18 +246,24 @@ class Study:
     def attended(self) -> set[int]:
         """Numbers of the trials that another living supervisor answers for: it tells the tracker of them itself.
 
-        Whether those of another machine live cannot be seen from here: their trials count until ten minutes after
-        their end.
+        Whether those of another machine live is known only while a trial of theirs runs: a trial of theirs that has
+        ended is theirs for ten minutes.
         """
-        trials = [(trial, start_of(trial).lease) for trial in self._trials()]
-        others = {lease for _, lease in trials} - {self._lease.name, ""}
-        living = {lease for lease in others if self._lease.alive(lease)}
-        late = datetime.datetime.now() - _REMOTE_GRACE  # without a zone, as in Optuna
-        return {
-            trial.number
-            for trial, lease in trials
-            if lease in living and (self._lease.near(lease) or (trial.datetime_complete or late) >= late)
-        }
+        found, silent, now = set(), self._silent(), time.time()
+        living: dict[str, bool] = {self._lease.name: False, "": False}
+        for trial in self._trials():
+            lease = start_of(trial).lease
+            if self._lease.near(lease):
+                if lease not in living:
+                    living[lease] = self._lease.alive(lease)
+                theirs = living[lease]
+            elif trial.state.is_finished():
+                ended = result_of(trial)
+                theirs = ended is not None and now - ended.ended < _REMOTE_GRACE
+            else:
+                theirs = trial._trial_id not in silent
+            found |= {trial.number} if theirs else set()
+        return found
 
     @property
     def lease(self) -> Lease:
@@ -277,13 +291,22 @@ class Study:
 
     def close(self) -> None:
         """Free the lease and the connections; what still runs counts as dead from now on."""
+        if self._pulse is not None:
+            self._pulse.close()
         self._lease.close()
         with contextlib.suppress(StoreError, OSError):
             clean_leases(self._home.locks)
         self._storage.close()
 
-    def _locked(self) -> Any:
-        return locked(self._home.locks / f"{self.title}.ask.lock")
+    def _locked(self) -> contextlib.AbstractContextManager[None]:
+        return self._storage.locked(f"{self.title}.ask")
+
+    def _beating(self) -> list[int]:
+        return [trial._trial_id for trial in list(self._running.values())]
+
+    def _silent(self) -> set[int]:
+        """Optuna's ids of running trials whose supervisor, on whatever machine, gives no sign of life."""
+        return self._storage.silent(self._id) if self._pulse is not None and self._pulse.steady else set()
 
     def _trials(self) -> list[FrozenTrial]:
         return self._storage.every_trial(self._id)
@@ -291,12 +314,14 @@ class Study:
     def _books(self) -> Books:
         return self._storage.books(self._id)
 
-    def _abandoned(self, trial: FrozenTrial) -> bool:
+    def _abandoned(self, trial: FrozenTrial, silent: Collection[int]) -> bool:
         if trial.state is not optuna.trial.TrialState.RUNNING or START not in trial.user_attrs:
             return False
         lease = start_of(trial).lease
-        # One under our own name that we do not know of: its process died between taking it up and signing for it.
-        return trial.number not in self._running if lease == self._lease.name else not self._lease.alive(lease)
+        if lease == self._lease.name:
+            # One that we do not know of: its process died between taking it up and signing for it.
+            return trial.number not in self._running
+        return not self._lease.alive(lease) if self._lease.near(lease) else trial._trial_id in silent
 
     def _next(self, budget: int, worker: str) -> Candidate | None:
         books = self._books()

@@ -1,4 +1,4 @@
-"""Locks that the system frees when their process dies: short ones around a step, and one lease a supervisor."""
+"""One lease a supervisor: a lock that the system frees when its process dies."""
 
 from __future__ import annotations
 
@@ -7,37 +7,15 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from hpo.errors import StoreError
+from hpo.locks import locked
 
-_PATIENCE_SECONDS = 120.0
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file for the time of the block. Raises StoreError after two minutes, or where it cannot be made."""
-    try:
-        lock = FileLock(path, timeout=_PATIENCE_SECONDS, thread_local=False)
-        lock.acquire()
-    except Timeout:
-        raise StoreError(
-            f"{path}: another process has held this lock for {_PATIENCE_SECONDS:.0f} s.",
-            "See whether an hpo process hangs or is suspended, and end it.",
-        ) from None
-    except OSError as error:
-        raise StoreError(
-            f"{path}: cannot be locked: {error.strerror}.", "Choose a folder of your own: --home DIR."
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
+_MARK = "id"  # a file in the folder of locks, which tells it from another machine's of the same path
 
 
 @dataclass(frozen=True)
@@ -58,17 +36,19 @@ class Lease:
     """Proof of life: a lock file that its holder keeps until it closes or dies, however it dies.
 
     name is what a trial's record says of its supervisor. Where the storage lies beside the locks the file's name is
-    enough, whatever the machine is called today; where a server is shared, the name holds machine and path, and a
-    lease of another machine counts as alive, since its lock cannot be seen from here.
+    enough, whatever the machine is called today; where a server is shared, the name is that of the machine, of the
+    folder and of the file. The lock of another machine, or folder, cannot be seen from here.
     """
 
     def __init__(self, folder: Path, *, shared: bool, title: str = "") -> None:
         self._folder = folder
         self._path = folder / f"lease-{uuid.uuid4().hex}.lock"
-        self.name = f"{socket.gethostname()}|{self._path}" if shared else self._path.name
         self._lock = FileLock(self._path, timeout=0, thread_local=False)
         with _probing(folder):
+            if not (folder / _MARK).exists():
+                (folder / _MARK).write_text(uuid.uuid4().hex, encoding="ascii")
             self._lock.acquire()
+        self.name = f"{_here(folder)}|{self._path.name}" if shared else self._path.name
         # Beside the lock, not in it: whoever probes a lock empties its file.
         holder = Holder(self.name, title, socket.gethostname(), os.getpid(), time.time())
         with suppress(OSError):  # it holds all the same; only hpo status knows less
@@ -80,21 +60,36 @@ class Lease:
         return self._path.stem
 
     def near(self, name: str) -> bool:
-        """Whether the lease of that name is of this machine, so that alive knows for sure."""
-        return name.rpartition("|")[0] in ("", socket.gethostname())
+        """Whether the lease of that name has its lock here, so that alive knows."""
+        return is_near(self._folder, name)
 
     def alive(self, name: str) -> bool:
-        """Whether the lease of that name is held by anyone."""
-        host, _, file = name.rpartition("|")
-        if host and host != socket.gethostname():
-            return True
+        """Whether the lease of that name is held by anyone; it must be near."""
         with _probing(self._folder):
-            return _held(self._folder / file)
+            return _held(self._folder / name.rpartition("|")[2])
 
     def close(self) -> None:
         """Give the lease up; what still runs under it counts as dead from now on."""
         self._lock.release()
         _remove(self._path)
+
+
+def is_near(folder: Path, name: str) -> bool:
+    """Whether the lock of the lease of that name lies in this folder, and is of a process of this machine."""
+    place = name.rpartition("|")[0]
+    return not place or place == _here(folder)
+
+
+def host_of(name: str) -> str:
+    """The machine that a lease's name tells of."""
+    return name.partition("|")[0] if "|" in name else socket.gethostname()
+
+
+def _here(folder: Path) -> str:
+    """Machine and folder. Two containers may share a name, two machines a folder: both together mean one kernel."""
+    with suppress(FileNotFoundError):
+        return f"{socket.gethostname()}|{(folder / _MARK).read_text(encoding='ascii')}"
+    return ""
 
 
 def clean_leases(folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -13,7 +12,7 @@ from hpo.database import Reader, engine_name, reading, sqlite_file
 from hpo.errors import StoreError
 from hpo.home import Home
 from hpo.records import FINAL, Candidate, StudyResult, Trial, TrialResult, TrialState
-from hpo.search.lease import Holder, holders, seen_held
+from hpo.search.lease import Holder, holders, host_of, is_near, seen_held
 
 # The attributes of ours in Optuna's storage: two a study (the second: when a stop was last asked for), two a trial.
 STUDY, STOP = "hpo.study", "hpo.stop"
@@ -132,9 +131,11 @@ def _look(home: Home, reader: Reader, study: int, record: Mapping[str, Any], *, 
         if trial.state is TrialState.RUNNING and row[0] in known
     }
     mine = [holder for holder in holders(home.locks) if holder.title == whole.title]
-    alive = {name: _alive(home, name, mine) for name in set(leases.values())}
+    alive = {name: _alive(home, name, mine) for name in set(leases.values()) if is_near(home.locks, name)}
+    silent = _silent(reader, study) if alive.keys() < set(leases.values()) else set()
+    alive |= {name: number not in silent for number, name in leases.items() if not is_near(home.locks, name)}
     elsewhere = {name for name, living in alive.items() if living} - {holder.lease for holder in mine}
-    others = [Holder(name, whole.title, name.rpartition("|")[0] or socket.gethostname()) for name in sorted(elsewhere)]
+    others = [Holder(name, whole.title, host_of(name)) for name in sorted(elsewhere)]
     return Look(
         study=whole,
         holders=(*mine, *others),
@@ -188,11 +189,18 @@ def _time(value: Any) -> datetime | None:
 
 
 def _alive(home: Home, name: str, known: Iterable[Holder]) -> bool:
-    """Whether a lease is held; one on another machine, whose locks cannot be seen from here, counts as held."""
-    host, _, file = name.rpartition("|")
-    if any(holder.lease == name for holder in known) or (host and host != socket.gethostname()):
-        return True
-    return bool(file) and seen_held(home.locks / file)
+    """Whether a lease with its lock here is held."""
+    file = name.rpartition("|")[2]
+    return any(holder.lease == name for holder in known) or (bool(file) and seen_held(home.locks / file))
+
+
+def _silent(reader: Reader, study: int) -> set[int]:
+    """Numbers of running trials that have given no sign of life for a minute, by the server's clock."""
+    query = (
+        "SELECT t.number FROM trials t JOIN trial_heartbeats h ON h.trial_id = t.trial_id WHERE t.study_id = :study "
+        "AND t.state = 'RUNNING' AND h.heartbeat < timezone('utc', now()) - interval '60 seconds'"
+    )
+    return {row[0] for row in reader.rows(query, study=study)}
 
 
 def _best(reader: Reader, study: int, whole: StudyResult, ids: Mapping[int, int]) -> Trial | None:

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 
 from hpo.errors import StoreError
 from hpo.home import Home
+from hpo.locks import lock
 from hpo.search.ask import Study
-from hpo.search.lease import clean_leases, locked
+from hpo.search.lease import clean_leases
 from hpo.search.look import STOP
 from hpo.search.open import lease_of
 from hpo.search.storage import open_storage, store_errors
@@ -53,7 +54,7 @@ def ask_to_stop(home: Home, title: str, token: str) -> None:
 
 def drop_locks(home: Home, titles: set[str]) -> None:
     """Remove leases that nobody holds, and the locks of studies with these titles, which are no more."""
-    with locked(home.locks / "studies.lock"):
+    with lock(home, "studies"):
         clean_leases(home.locks)
         for title in titles:
             (home.locks / f"{title}.ask.lock").unlink(missing_ok=True)

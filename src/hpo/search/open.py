@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-
-import optuna
-
 from hpo.home import Home
 from hpo.search import untold
 from hpo.search.ask import Study
 from hpo.search.enter import enter_study
-from hpo.search.lease import Lease, clean_leases, locked
+from hpo.search.lease import Lease, clean_leases
 from hpo.search.storage import is_sqlite, open_storage, store_errors
 from hpo.spec.study import StudySpec
 
@@ -27,14 +23,10 @@ def open_study(home: Home, spec: StudySpec, *, data_digest: str, fresh: bool = F
     the study's trials were run with (space, sampler, pruner and budget may change, options of a choice may not), or
     where it cannot be searched, and StoreError where the storage refuses.
     """
-    # What Optuna has to say about its experimental parts is not for our users. Filtered once: catch_warnings around
-    # every call is not safe while the tracker's thread uses it too.
-    warnings.filterwarnings("ignore", module="optuna")
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     storage = open_storage(home)
     try:
         untold.keep_reserve(home)
-        with store_errors(home), locked(home.locks / "studies.lock"):
+        with store_errors(home), storage.locked("studies"):
             title, notes = enter_study(storage, spec, data_digest=data_digest, fresh=fresh)
             clean_leases(home.locks)
             return Study(home, spec, storage, title, lease_of(home, title), notes)

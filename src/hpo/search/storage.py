@@ -5,23 +5,27 @@ from __future__ import annotations
 import copy
 import re
 import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.storages._cached_storage import _CachedStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
+from sqlalchemy import text
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
+from hpo.database import SERVER_ARGUMENTS
 from hpo.errors import StoreError
 from hpo.home import Home
+from hpo.locks import lock, server_lock
 from hpo.records import Candidate, StudyResult, Trial
 from hpo.search.books import Books
-from hpo.search.lease import locked
 from hpo.search.look import RESULT as RESULT
 from hpo.search.look import START as START
 from hpo.search.look import STUDY as STUDY
@@ -35,17 +39,20 @@ from hpo.search.start import start_of as start_of
 from hpo.search.start import state_of as state_of
 
 _BUSY_SECONDS = 60.0
+BEAT, GRACE = 15, 60  # seconds between signs of life of a supervisor on a server; without one for so long it is dead
 
 
 class Storage(_CachedStorage):  # type: ignore[misc]
     """Optuna's cached storage, in which samplers and pruners see one stage only, and no interrupted trials.
 
     The retries of interrupted trials count in their place. show says which stage is seen; at first it is the trials
-    without one.
+    without one. shared: it is a server's, with supervisors on other machines.
     """
 
-    def __init__(self, backend: Any) -> None:
+    def __init__(self, home: Home, backend: Any) -> None:
         super().__init__(backend)
+        self.shared = not is_sqlite(home)
+        self._home = home
         self._stage: str | None = None
         self._brief = False
         self._books: dict[int, Books] = {}
@@ -99,6 +106,29 @@ class Storage(_CachedStorage):  # type: ignore[misc]
         found = {study.study_name: (study._study_id, study.user_attrs.get(STUDY)) for study in self.get_all_studies()}
         return {title: (number, record) for title, (number, record) in found.items() if record}
 
+    def locked(self, name: str) -> AbstractContextManager[None]:
+        """Hold the lock of this name among all that use the storage."""
+        return server_lock(self._backend.engine, name) if self.shared else lock(self._home, name)
+
+    def beat(self, trial_ids: Iterable[int]) -> None:
+        """Give a sign of life for these trials (Optuna's ids), by the server's clock."""
+        for trial_id in trial_ids:
+            self._backend.record_heartbeat(trial_id)
+
+    def silent(self, study_id: int) -> set[int]:
+        """Optuna's ids of the running trials that have given no sign of life for GRACE seconds, by the server's clock.
+
+        One that never gave any (its process died before) is given one here, so that its time runs, too.
+        """
+        running = "SELECT t.trial_id FROM trials t LEFT JOIN trial_heartbeats h ON h.trial_id = t.trial_id "
+        query = text(running + "WHERE t.study_id = :study AND t.state = 'RUNNING' AND h.trial_id IS NULL")
+        with self._backend.engine.connect() as connection:
+            mute = [row[0] for row in connection.execute(query, {"study": study_id})]
+        for trial_id in mute:
+            with suppress(IntegrityError, StorageInternalError):  # it has just begun to beat
+                self._backend.record_heartbeat(trial_id)
+        return set(self._backend._get_stale_trial_ids(study_id))
+
     def close(self) -> None:
         """Close the connections."""
         self._backend.scoped_session.remove()
@@ -134,15 +164,27 @@ def open_storage(home: Home) -> Storage:
             f"{shown_url(home)}: HPO_STORAGE and MLFLOW_TRACKING_URI name one database.",
             "Give each its own: Optuna and MLflow cannot share one.",
         )
+    if not is_sqlite(home) and not home.storage_url.startswith("postgresql"):
+        raise StoreError(
+            f"{shown_url(home)}: studies are kept in PostgreSQL or SQLite.",
+            "Give HPO_STORAGE an address such as postgresql://hpo@db.example.org/hpo, or unset it.",
+        )
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    # What Optuna has to say about its experimental parts is not for our users. Filtered once: catch_warnings around
+    # every call is not safe while the tracker's thread uses it too.
+    warnings.filterwarnings("ignore", module="optuna")
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     home.create()
-    options = {"connect_args": {"timeout": _BUSY_SECONDS, "factory": _Connection}} if is_sqlite(home) else {}
-    with store_errors(home), locked(home.locks / "storage.lock"):
+    # Optuna fills {} templates in an address; a folder may have braces in its name.
+    url = home.storage_url.replace("{", "{{").replace("}", "}}")
+    with store_errors(home), lock(home, "storage"):
         if is_sqlite(home):
             _write_ahead(shown_url(home))
-        # Optuna fills {} templates in an address; a folder may have braces in its name.
-        url = home.storage_url.replace("{", "{{").replace("}", "}}")
-        return Storage(Patient(optuna.storages.RDBStorage(url, engine_kwargs=options)))
+            options: dict[str, Any] = {"connect_args": {"timeout": _BUSY_SECONDS, "factory": _Connection}}
+            return Storage(home, Patient(optuna.storages.RDBStorage(url, engine_kwargs=options)))
+        options = {"connect_args": SERVER_ARGUMENTS, "pool_size": 1, "max_overflow": 8, "pool_pre_ping": True}
+        backend = optuna.storages.RDBStorage(url, engine_kwargs=options, heartbeat_interval=BEAT, grace_period=GRACE)
+        return Storage(home, Patient(backend))
 
 
 def _write_ahead(path: str) -> None:
@@ -163,8 +205,12 @@ _HINTS = {
     "not a database": "The file is something else: move it away, or choose another folder: --home DIR.",
     "malformed": "The file is damaged: restore it from a copy, or move it away.",
     "full": "Free some space on the disk, then run the study again to go on.",
-    "no longer compatible": "It was written by another version of Optuna: optuna storage upgrade --storage URL.",
-    "no module named": "Install the driver of this database, or unset HPO_STORAGE.",
+    "no longer compatible": "It was written by another version of Optuna: hpo store upgrade.",
+    "no module named": 'Install the driver: pip install "hpo[postgres]".',
+    "password": "Correct HPO_STORAGE, or name the password where libpq finds it: PGPASSWORD or ~/.pgpass.",
+    "does not exist": "Make it, or correct the address in HPO_STORAGE or hpo.toml.",
+    "too many clients": "Put a connection pooler before the server, or raise its max_connections: docs/cluster.md.",
+    "connection": "Start the server, or correct the address in HPO_STORAGE or hpo.toml.",
 }
 
 
@@ -177,10 +223,10 @@ def store_errors(home: Home) -> Iterator[None]:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        text = str(getattr(cause, "orig", None) or cause).splitlines()[0].rstrip(".")
-        hint = next((hint for words, hint in _HINTS.items() if words in text.lower()), "")
+        said = str(getattr(cause, "orig", None) or cause).splitlines()[0].rstrip(".")
+        hint = next((hint for words, hint in _HINTS.items() if words in said.lower()), "")
         raise StoreError(
-            f"{shown_url(home)}: the study storage refuses: {text}.", hint or "Check the database, then run again."
+            f"{shown_url(home)}: the study storage refuses: {said}.", hint or "Check the database, then run again."
         ) from error
 
 

@@ -10,8 +10,9 @@ from typing import Any
 
 from hpo.errors import ModelError
 from hpo.home import Home
+from hpo.locks import lock
 from hpo.records import ModelVersion
-from hpo.track.store import connect, exists, local_path, lock, told
+from hpo.track.store import connect, exists, local_path, told
 
 ORIGIN = "hpo.copied_from"  # tag of a version that came from another store
 _SCORE = "score."  # tags of a version that hold its scores: score.valid_accuracy, score.test_accuracy, ...

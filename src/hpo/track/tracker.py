@@ -10,6 +10,7 @@ from typing import Any
 
 from hpo.errors import ModelError, StoreError
 from hpo.home import Home
+from hpo.locks import lock
 from hpo.profile import StudyProfiled
 from hpo.records import (
     Candidate,
@@ -25,7 +26,7 @@ from hpo.records import (
 from hpo.spec.study import Setup, StudySpec
 from hpo.track import models, registry, runs
 from hpo.track.look import trial_runs
-from hpo.track.store import connect, lock, told
+from hpo.track.store import connect, told
 
 # Where tables and pictures lie among a run's artifacts, so that what is dropped or drawn again is found.
 _REPORT, _FIGURES = "report", "figures"

@@ -1,0 +1,84 @@
+"""Locks that the death of their holder frees: files beside a SQLite storage, advisory locks on a PostgreSQL server."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock, Timeout
+
+from hpo.database import engine_name, server_engine, sqlite_file
+from hpo.errors import StoreError
+from hpo.home import Home
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+_PATIENCE_SECONDS = 120.0
+
+
+@contextmanager
+def lock(home: Home, name: str) -> Iterator[None]:
+    """Hold the lock of this name among all that share the study storage; for steps that are rare. Raises StoreError."""
+    if sqlite_file(home.storage_url) is not None:
+        with locked(home.locks / f"{name}.lock"):
+            yield
+        return
+    engine = server_engine(home.storage_url, keep=0)
+    with server_lock(engine, name):
+        yield
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file for the time of the block. Raises StoreError after two minutes, or where it cannot be made."""
+    try:
+        held = FileLock(path, timeout=_PATIENCE_SECONDS, thread_local=False)
+        held.acquire()
+    except Timeout:
+        raise StoreError(
+            f"{path}: another process has held this lock for {_PATIENCE_SECONDS:.0f} s.",
+            "See whether an hpo process hangs or is suspended, and end it.",
+        ) from None
+    except OSError as error:
+        raise StoreError(
+            f"{path}: cannot be locked: {error.strerror}.", "Choose a folder of your own: --home DIR."
+        ) from None
+    try:
+        yield
+    finally:
+        held.release()
+
+
+@contextmanager
+def server_lock(engine: Engine, name: str) -> Iterator[None]:
+    """Hold the advisory lock of this name on a PostgreSQL server for the time of the block.
+
+    It belongs to a transaction, so a connection pooler in transaction mode keeps it, and the server frees it with the
+    connection. Raises StoreError after two minutes, and SQLAlchemy's errors where the server does not answer.
+    """
+    from sqlalchemy import text
+    from sqlalchemy.exc import DBAPIError, OperationalError
+
+    key = int.from_bytes(hashlib.sha256(f"hpo {name}".encode()).digest()[:8], signed=True)
+    connection = engine.connect()
+    try:
+        connection.execute(text(f"SET LOCAL lock_timeout = '{_PATIENCE_SECONDS:.0f}s'"))
+        try:
+            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
+        except OperationalError as error:
+            if "lock timeout" not in str(error.orig):
+                raise
+            raise StoreError(
+                f"{engine_name(str(engine.url))}: the lock {name!r} has been held for {_PATIENCE_SECONDS:.0f} s.",
+                "See whether an hpo process hangs or is suspended, and end it.",
+            ) from None
+        yield
+    finally:
+        with suppress(DBAPIError):  # a connection that broke has freed it
+            connection.rollback()
+        with suppress(DBAPIError):
+            connection.close()

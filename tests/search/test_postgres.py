@@ -1,0 +1,214 @@
+"""Studies on a real PostgreSQL server: shared by supervisors that cannot see each other's locks."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections import Counter
+from dataclasses import replace
+
+import psycopg
+import pytest
+from formula import FINITE, FINITE_CELLS, MIXED, run_all, sequence, train
+
+from hpo.database import server_address
+from hpo.errors import StoreError
+from hpo.home import Home
+from hpo.records import TrialResult, TrialState
+from hpo.search import pulse, storage
+from hpo.search.look import look
+from hpo.search.open import open_study
+from hpo.search.storage import list_studies, open_storage, read_study
+
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture
+def make_home(tmp_path, database):
+    """The home of a machine of that name: folders of its own, the storage shared."""
+
+    def make(name: str) -> Home:
+        return replace(Home.at(tmp_path / name), storage_url=server_address(database))
+
+    return make
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Signs of life every second, and death after two without."""
+    for name, seconds in (("BEAT", 1), ("GRACE", 2)):
+        monkeypatch.setattr(storage, name, seconds)
+        monkeypatch.setattr(pulse, name, seconds)
+
+
+def _wait(condition, seconds=20.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "cmaes", "grid"])
+def test_study_asks_the_same_on_sqlite_and_on_postgresql(sampler, home, make_home, make_spec):
+    spec = make_spec(sampler, space=FINITE if sampler == "grid" else MIXED)
+    found = []
+    for place in (home, make_home("a")):
+        study = open_study(place, spec, data_digest="d")
+        run_all(study, budget=12)
+        found.append(sequence(study.result()))
+        study.close()
+    assert found[0] == found[1]
+    assert len(found[0]) == 12
+
+
+def _open(home, spec) -> None:
+    open_study(home, spec, data_digest="d").close()
+    os._exit(0)
+
+
+def test_four_processes_may_open_an_empty_database_at_once(make_home, make_spec):
+    openers = [FORK.Process(target=_open, args=(make_home(str(place)), make_spec())) for place in range(4)]
+    for opener in openers:
+        opener.start()
+    for opener in openers:
+        opener.join(60)
+    assert [opener.exitcode for opener in openers] == [0, 0, 0, 0]
+    assert len(list_studies(make_home("0"))) == 1
+
+
+def _search(home, spec, budget) -> None:
+    study = open_study(home, spec, data_digest="d")
+    run_all(study, budget=budget)
+    os._exit(0)
+
+
+def test_supervisors_of_several_machines_spend_the_budget_exactly_and_no_grid_cell_twice(make_home, make_spec):
+    spec = make_spec("grid", space=FINITE)
+    crowd = [FORK.Process(target=_search, args=(make_home(str(place)), spec, 12)) for place in range(4)]
+    for each in crowd:
+        each.start()
+    for each in crowd:
+        each.join(120)
+    assert [each.exitcode for each in crowd] == [0] * 4
+    trials = read_study(make_home("0"), "study").trials
+    assert len(trials) == 12 < FINITE_CELLS
+    cells = Counter(str(trial.candidate.parameters) for trial in trials)
+    assert set(cells.values()) == {1}
+
+
+def _ask_and_die(home, spec) -> None:
+    study = open_study(home, spec, data_digest="d")
+    study.ask(budget=10, worker="w")
+    os._exit(0)
+
+
+def test_trial_of_a_machine_that_is_gone_is_tried_again_after_its_grace(make_home, make_spec, impatient):
+    dead = FORK.Process(target=_ask_and_die, args=(make_home("dead"), make_spec()))
+    dead.start()
+    dead.join(60)
+    study = open_study(make_home("alive"), make_spec(), data_digest="d")
+    assert study.reap() == []  # nobody knows yet
+    assert study.attended() == {0}
+    assert _wait(lambda: study.reap() == [0])
+    again = study.ask(budget=10, worker="w")
+    assert (again.number, again.ordinal, again.attempt) == (1, 0, 2)
+    train(study, again)
+    study.close()
+
+
+def test_trial_of_a_living_machine_is_left_alone_however_long_it_takes(make_home, make_spec, impatient):
+    first = open_study(make_home("a"), make_spec(), data_digest="d")
+    second = open_study(make_home("b"), make_spec(), data_digest="d")
+    candidate = first.ask(budget=10, worker="w")
+    time.sleep(5)
+    assert second.reap() == []
+    assert second.attended() == {candidate.number}
+    (seen,) = look(make_home("b"))
+    assert seen.abandoned == ()
+    train(first, candidate)
+    assert second.attended() == set()  # told without a time
+    first.close()
+    second.close()
+
+
+def test_supervisor_that_stood_still_finds_its_trial_taken_and_goes_on(make_home, make_spec, impatient):
+    slow = open_study(make_home("slow"), make_spec(), data_digest="d")
+    slow._pulse.close()  # it stands still
+    taken = slow.ask(budget=10, worker="w")
+    other = open_study(make_home("other"), make_spec(), data_digest="d")
+    assert _wait(lambda: other.reap() == [taken.number])
+    assert slow.report(taken.number, 1, 0.5)  # stop that
+    told = slow.tell(TrialResult(taken.number, TrialState.COMPLETE, 0.9))
+    assert (told.state, told.reason) == (TrialState.STOPPED, "its process was gone")
+    assert slow.ask(budget=10, worker="w").attempt == 2
+    slow.close()
+    other.close()
+
+
+def test_after_an_outage_silence_means_nothing_for_a_while(make_home, make_spec, impatient, monkeypatch):
+    study = open_study(make_home("a"), make_spec(), data_digest="d")
+    dead = FORK.Process(target=_ask_and_die, args=(make_home("dead"), make_spec()))
+    dead.start()
+    dead.join(60)
+    study.reap()
+    study._pulse._troubled = time.monotonic() + 2.0
+    time.sleep(3)
+    assert study.reap() == []
+    assert _wait(lambda: study.reap() == [0])
+    study.close()
+
+
+def test_lock_of_a_killed_process_is_free_at_once(make_home, make_spec):
+    home = make_home("a")
+    open_study(home, make_spec(), data_digest="d").close()
+
+    def hold(pipe) -> None:
+        with open_storage(home).locked("x"):
+            pipe.send(1)
+            time.sleep(60)
+
+    ours, theirs = FORK.Pipe()
+    holder = FORK.Process(target=hold, args=(theirs,))
+    holder.start()
+    ours.recv()
+    holder.kill()
+    began = time.monotonic()
+    opened = open_storage(home)
+    with opened.locked("x"):
+        assert time.monotonic() - began < 10
+    opened.close()
+
+
+def test_wrong_password_is_told_without_it(make_home, database):
+    wrong = replace(make_home("a"), storage_url=server_address(database.replace("a-word-of-tests", "guessed")))
+    with pytest.raises(StoreError) as error:
+        open_storage(wrong)
+    assert "guessed" not in f"{error.value} {error.value.hint}"
+    assert "PGPASSWORD" in error.value.hint
+
+
+def test_database_without_server_is_told_with_the_next_step(make_home, monkeypatch):
+    monkeypatch.setattr("hpo.search.patience.PATIENCE", 0.0)
+    nobody = replace(make_home("a"), storage_url="postgresql+psycopg://hpo@127.0.0.1:1/hpo")
+    with pytest.raises(StoreError) as error:
+        open_storage(nobody)
+    assert "Start the server" in error.value.hint
+
+
+def test_other_databases_are_refused(make_home):
+    with pytest.raises(StoreError, match="PostgreSQL or SQLite"):
+        open_storage(replace(make_home("a"), storage_url="mysql://hpo@db/hpo"))
+
+
+def test_connections_of_a_handle_are_few_and_end_with_it(make_home, make_spec, database):
+    study = open_study(make_home("a"), make_spec(), data_digest="d")
+    run_all(study, budget=5)
+    query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    with psycopg.connect(database, autocommit=True) as connection:
+        (count,) = connection.execute(query).fetchone()
+        assert count <= 3
+        study.close()
+        assert _wait(lambda: connection.execute(query).fetchone() == (0,))
