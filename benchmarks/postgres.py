@@ -87,6 +87,4 @@ def _run(program: str, *words: str) -> None:
     if folder is None:
         raise RuntimeError("PostgreSQL is not installed: apt-get install postgresql")
     options: dict[str, Any] = {"user": "postgres"} if os.geteuid() == 0 else {}
-    subprocess.run(
-        [str(folder / program), *words], check=True, stdout=subprocess.DEVNULL, cwd="/", **options
-    )
+    subprocess.run([str(folder / program), *words], check=True, stdout=subprocess.DEVNULL, cwd="/", **options)

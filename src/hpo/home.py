@@ -68,6 +68,11 @@ class Home:
         """Whether MLflow writes to this folder's own SQLite file."""
         return self.tracking_uri == f"sqlite:///{self.root / 'mlflow.db'}"
 
+    @property
+    def shared(self) -> bool:
+        """Whether studies are kept on a server, for several machines."""
+        return not self.storage_url.startswith("sqlite")
+
     def create(self) -> Home:
         """Make the folders. Raises StoreError where that is not allowed."""
         for folder in (self.artifacts, self.work, self.locks):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from hpo.database import engine_name, server_engine, sqlite_file
+from hpo.database import engine_name, server_engine
 from hpo.errors import StoreError
 from hpo.home import Home
 
@@ -23,7 +23,7 @@ _PATIENCE_SECONDS = 120.0
 @contextmanager
 def lock(home: Home, name: str) -> Iterator[None]:
     """Hold the lock of this name among all that share the study storage; for steps that are rare. Raises StoreError."""
-    if sqlite_file(home.storage_url) is not None:
+    if not home.shared:
         with locked(home.locks / f"{name}.lock"):
             yield
         return

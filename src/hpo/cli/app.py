@@ -40,9 +40,9 @@ from hpo.cli.report import report
 from hpo.cli.rerun import rerun
 from hpo.cli.stop import status, stop
 from hpo.cli.use import models, predict, promote
+from hpo.cli.worker import worker
 
 if TYPE_CHECKING:
-    from hpo.cli.live import Watcher
     from hpo.records import Trial
 
 app = typer.Typer(
@@ -110,6 +110,7 @@ def run(
 
     Ctrl-C ends it cleanly; the same command goes on. A study whose trials are all done asks for more: --trials N.
     """
+    from hpo.cli.live import watcher
     from hpo.cli.tally import NextCommands
     from hpo.spec.load import load_study
 
@@ -120,7 +121,7 @@ def run(
     more = shlex.join(["hpo", "run", study, *options]) + place
     again = f"{more} --trials {trials}" if trials else more
     commands = NextCommands(again, more, home=place)
-    with _watcher(as_json=as_json, quiet=quiet)(commands, debug=debug) as watch:
+    with watcher(as_json=as_json, quiet=quiet)(commands, debug=debug) as watch:
         # Inside, because its imports take a moment in which the terminal should not look dead.
         from hpo.run.study import run_study
 
@@ -140,14 +141,6 @@ def run(
             watch=watch,
         )
     raise typer.Exit(watch.exit_code)
-
-
-def _watcher(*, as_json: bool, quiet: bool) -> type[Watcher]:
-    from hpo.cli.live import JsonLines, LiveDisplay, PlainLines, Quiet
-
-    if as_json or quiet:
-        return JsonLines if as_json else Quiet
-    return LiveDisplay if output.is_live_terminal() else PlainLines
 
 
 @app.command(cls=Command, rich_help_panel="Look")
@@ -344,6 +337,7 @@ app.add_typer(data_app, name="data", rich_help_panel="Look")
 app.command(cls=Command, rich_help_panel="Use")(explain)
 app.command(cls=Command, rich_help_panel="Look")(report)
 app.command(cls=Command, rich_help_panel="Look")(rerun)
+app.command(cls=Command, rich_help_panel="Search")(worker)
 app.command(cls=Command, rich_help_panel="Search")(stop)
 app.command(cls=Command, rich_help_panel="Look")(status)
 for kept in (doctor, clean):

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from hpo.cli.output import (
     INTERRUPTED,
+    is_live_terminal,
     make_console,
     print_json,
     show_bytes,
@@ -322,3 +323,10 @@ class LiveDisplay(Watcher):
             f"{show_score(trial.value):6}",
             Text(f"{best:11}", "dim"),
         )
+
+
+def watcher(*, as_json: bool, quiet: bool) -> type[Watcher]:
+    """Who is to watch, by what the user asked for and where the output goes."""
+    if as_json or quiet:
+        return JsonLines if as_json else Quiet
+    return LiveDisplay if is_live_terminal() else PlainLines

@@ -50,6 +50,7 @@ def run_study(
     keep_models: str | None = None,
     precision: str | None = None,
     profile: bool = False,
+    join: bool = False,
     watch: Watch | None = None,
 ) -> StudyResult:
     """Run or continue a study until it has `trials` trials in all, and register its best model as challenger.
@@ -60,8 +61,10 @@ def run_study(
     device is auto, cpu, cuda, cuda:N or mps. home is the folder that holds `mlruns`. fresh starts the study
     anew beside what there is; retry_failed tries failed trials again. timeout is in seconds. keep_models is all, none
     or best:K; precision auto, float32 or bfloat16. With profile trainings share nothing, and the last event but one is
-    a StudyProfiled, which says where the time went. watch is called with every event. Ctrl-C ends the run cleanly: what
-    was running is recorded as stopped and tried again by the next run. Raises HpoError for whatever the user can mend.
+    a StudyProfiled, which says where the time went. With join it takes part in a study that is there already, to the
+    budget of its record, which stays as it is; of all that take part one sums the study up. watch is called with every
+    event. Ctrl-C ends the run cleanly: what was running is recorded as stopped and tried again by the next run. Raises
+    HpoError for whatever the user can mend.
     """
     place = Home.find(home).create()
     knock(place)  # an outage later on is waited for; at the start it is more likely a wrong address
@@ -89,7 +92,9 @@ def run_study(
         from hpo.search.open import open_study  # and so does optuna's
 
         prepared: Prepared = _await(job, helper, say, interrupted)
-        study = open_study(place, spec, data_digest=prepared.data.digest, fresh=fresh)
+        budget = min(spec.search.trials, total_trials(spec)) if trials is not None else total_trials(spec)
+        study = open_study(place, spec, data_digest=prepared.data.digest, budget=budget, fresh=fresh, join=join)
+        budget = study.budget
         study = timed(study, clock, **profiling.STUDY)
         cleanup.callback(study.close)
         # Before the lease is given up: others leave our runs alone until then.
@@ -101,10 +106,10 @@ def run_study(
         work = place.work / before.title
         sweep(work, study)
         background.submit(tracker.open_study, before, spec, prepared.data, prepared.split)
-        background.submit(tracker.reconcile, before, spec, leave=attended)
+        if not join:
+            background.submit(tracker.reconcile, before, spec, leave=attended)
         kept = background.submit(tracker.kept_models, before)
         finished = sum(trial.state.finished for trial in before.counted)
-        budget = min(spec.search.trials, total_trials(spec)) if trials is not None else total_trials(spec)
         left = max(1, budget - finished, len(finalists(spec, before)))
         devices = _assign(workers, prepared.devices, most=left)
         threads = max(1, cores() // len(devices))
@@ -160,15 +165,17 @@ def run_study(
         reason = supervisor.run()
         profiler.stop()
         patience = 5.0 if reason in ("interrupted", "stopped") else PATIENCE
+        orderly = reason in ("budget", "exhausted", "timeout")
+        sums_up = not join or (orderly and study.claim_end())
         attended, after = study.attended(), study.result()
         pictures = pictures_folder(work, study)
-        drawing = helper.submit(draw_study, after, pictures)
-        # What other runs of the study have left since this one began.
-        background.submit(tracker.reconcile, after, spec, leave=attended)
+        drawing = helper.submit(draw_study, after, pictures) if sums_up else None
+        if sums_up:
+            # What other runs of the study have left since this one began.
+            background.submit(tracker.reconcile, after, spec, leave=attended)
         keeper.resume(after, background.submit(tracker.kept_models, after), leave=attended)
         background.settle(patience=patience, hear=tell)
         keeper.collect(wait=True)
-        orderly = reason in ("budget", "exhausted", "timeout")
         outcome = race(spec, after, data=prepared.data)
         remarks = [str(outcome)] * bool(outcome) + stage_warnings(after)
         for text in remarks:
@@ -177,9 +184,10 @@ def run_study(
         registered = None
         if winner is not None and orderly and keeper.keeps(winner):
             registered = background.submit(tracker.register, after, winner.number)
-        text = study_summary(after, winner=winner, model=after.name if registered else "", remarks=remarks)
-        status, figures = "FINISHED" if orderly else "KILLED", _drawn(drawing, say)
-        background.submit(tracker.close_study, after, status=status, summary=text, figures=figures)
+        if drawing is not None:
+            text = study_summary(after, winner=winner, model=after.name if registered else "", remarks=remarks)
+            status, figures = "FINISHED" if orderly else "KILLED", _drawn(drawing, say)
+            background.submit(tracker.close_study, after, status=status, summary=text, figures=figures)
         last: list[Event] = []
         if profile:
             beside = [(clock.seconds, clock.cpu_seconds), helper.submit(spent).result()]

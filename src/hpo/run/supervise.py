@@ -43,8 +43,9 @@ Watch = Callable[[Event], None]
 # So many failures before the first success mean that the study itself is wrong, not its candidates.
 _HOPELESS = 5
 _TICK = 0.2  # seconds; how soon Ctrl-C, --timeout and finished exports are noticed
-_REAP = 15.0  # seconds between looks for trials of other supervisors that died
-_STOP = 2.0  # seconds between looks for a stop asked for elsewhere
+_REAP, _LONGEST_REAP = 15.0, 120.0  # seconds between looks for trials of other supervisors that died; of many, in turn
+_STOP, _SHARED_STOP = 2.0, 10.0  # seconds between looks for a stop asked for elsewhere
+_LONGEST_WAIT = 5.0  # seconds between questions for a candidate to a server that has none now
 
 
 class Ask(Protocol):
@@ -138,22 +139,31 @@ class Supervisor:
 
     def _work(self, ask: Ask) -> str:
         """Hand out what ask gives until it gives nothing and nothing runs."""
-        reaped = time.monotonic()
+        reap_at, ask_at, wait = time.monotonic() + _REAP, 0.0, _TICK
         while True:
-            if time.monotonic() - reaped > _REAP:
+            if time.monotonic() > reap_at:
                 self._reap()
-                reaped = time.monotonic()
+                ask_at = 0.0
+                crowd = self._study.crowd if self._study.shared else 1
+                reap_at = time.monotonic() + min(_REAP * max(1, crowd), _LONGEST_REAP)
             reason = self._reason_to_stop()
             if reason:
                 self._stop_running(reason)
                 return reason
-            self._hand_out(ask)
-            if not self._running and not self._study.blocked:
-                return "exhausted" if self._study.exhausted else "budget"
+            if time.monotonic() >= ask_at:
+                handed = self._hand_out(ask)
+                if not self._running and not self._study.blocked:
+                    return "exhausted" if self._study.exhausted else "budget"
+                # What comes next waits for trials of another supervisor: a crowd must not ask a server all the time.
+                wait = min(2 * wait, _LONGEST_WAIT) if self._study.shared and not handed else _TICK
+                ask_at = time.monotonic() + (wait if self._study.shared and self._study.blocked else 0.0)
             if not self._running:
-                time.sleep(_TICK)  # the next stage waits for trials of another supervisor
+                self._interrupted.wait(_TICK)
+            busy = len(self._running)
             for slot, message in self._engine.poll(_TICK):
                 self._handle(slot, message)
+            if len(self._running) < busy:
+                ask_at = 0.0
             self._keeper.collect()
             for text in self._background.news():
                 self._watch(Notice(text))
@@ -172,14 +182,16 @@ class Supervisor:
             return "timeout"
         if self._failed >= _HOPELESS and not self._succeeded:
             return "failing"
-        if time.monotonic() - self._looked > _STOP:
+        if time.monotonic() - self._looked > (_SHARED_STOP if self._study.shared else _STOP):
             self._looked = time.monotonic()
             with contextlib.suppress(StoreError):  # what refuses now is told by the next ask
                 if self._study.stop_asked():
                     return "stopped"
         return ""
 
-    def _hand_out(self, ask: Ask) -> None:
+    def _hand_out(self, ask: Ask) -> bool:
+        """Fill the slots as far as there are candidates; whether there were any."""
+        handed = False
         for slot in range(self._engine.slots):
             if slot in self._running or not self._engine.accepts(slot):
                 continue
@@ -187,7 +199,8 @@ class Supervisor:
             candidate = ask(worker=worker)
             self._tell_reused(worker)
             if candidate is None:
-                return
+                break
+            handed = True
             final = candidate.stage == FINAL
             setup = self._setup(candidate)
             task = Task(
@@ -209,6 +222,7 @@ class Supervisor:
             self._running[slot] = _Running(candidate, setup, time.monotonic(), self._searched(candidate))
             self._background.submit(self._tracker.start_trial, candidate, setup, worker=worker, started=time.time())
             self._watch(TrialStarted(candidate, worker))
+        return handed
 
     def _setup(self, candidate: Candidate) -> Setup:
         if candidate.stage == FINAL:

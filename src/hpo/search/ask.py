@@ -21,10 +21,10 @@ from hpo.search import untold
 from hpo.search.books import Books
 from hpo.search.constraints import aims, violations
 from hpo.search.lease import Lease, clean_leases
-from hpo.search.look import STOP
+from hpo.search.look import CLAIM, STOP
 from hpo.search.plan import Plan, Step
 from hpo.search.pulse import Pulse
-from hpo.search.stages import Stage, key_of, stage_names
+from hpo.search.stages import Stage, key_of, stage_names, total_trials
 from hpo.search.storage import (
     RESULT,
     START,
@@ -71,7 +71,8 @@ class Study:
 
     title is the study's name in storage and tracking. notes are what there is to say about its start. exhausted: the
     last ask found the space spent. blocked: the last ask or ask_final had nothing to hand out, but there will be once
-    running trials, perhaps another supervisor's, have ended. All methods raise StoreError where the storage refuses.
+    running trials, perhaps another supervisor's, have ended. shared: the storage is a server's. All methods raise
+    StoreError where the storage refuses.
     """
 
     def __init__(
@@ -92,7 +93,10 @@ class Study:
         self._running: dict[int, Any] = {}
         self._reused: list[tuple[Candidate, TrialResult]] = []
         self._stop = self._last_stop()
-        self._pulse = Pulse(storage, self._beating) if storage.shared else None
+        self.shared = storage.shared
+        # Elsewhere trials end when their machine does: who is left must be there to try them again.
+        self._waits = self.shared or spec.final is not None
+        self._pulse = Pulse(storage, self._beating) if self.shared else None
 
     @_guarded
     def reap(self) -> list[int]:
@@ -102,9 +106,10 @@ class Study:
         retry of it enqueued, or failed once its process has died three times. A trial of a living supervisor is never
         touched.
         """
+        if not self._gone() and not untold.left(self._home, self.title):
+            return []  # without the lock: many supervisors look, and hardly ever is there anything
         with self._locked():
-            trials, silent = self._trials(), self._silent()
-            gone = [trial for trial in trials if self._abandoned(trial, silent)]
+            trials, gone = self._trials(), self._gone()
             left = untold.left(self._home, self.title)
             for trial in gone:
                 lost = TrialResult(
@@ -280,6 +285,29 @@ class Study:
         """How many trials count against the budget: finished, running and waiting ones of the search."""
         return self._plan.tally(self._books()).total
 
+    @property
+    @_guarded
+    def budget(self) -> int:
+        """The total of trials that the study was last run for."""
+        known = self._storage.get_study_user_attrs(self._id)[STUDY].get("budget")
+        return int(known) if known is not None else total_trials(self._spec)
+
+    @property
+    def crowd(self) -> int:
+        """How many supervisors had trials running when the storage was last read."""
+        return len({start_of(trial).lease for trial in self._books().open.values()})
+
+    @_guarded
+    def claim_end(self) -> bool:
+        """Whether all trials have ended, and no other supervisor has claimed to sum the study up as it stands now."""
+        with self._locked():
+            trials = self._trials()
+            ended = all(trial.state.is_finished() for trial in trials)
+            claimed = self._storage.get_study_user_attrs(self._id).get(CLAIM) == len(trials)
+            if ended and not claimed:
+                self._storage.set_study_user_attr(self._id, CLAIM, len(trials))
+            return ended and not claimed
+
     @_guarded
     def stop_asked(self) -> bool:
         """Whether `hpo stop` has been called since this handle was opened; a stop of before is no concern of it."""
@@ -314,6 +342,11 @@ class Study:
     def _books(self) -> Books:
         return self._storage.books(self._id)
 
+    def _gone(self) -> list[FrozenTrial]:
+        """Running trials of supervisors that are dead."""
+        silent = self._silent()
+        return [trial for trial in self._books().open.values() if self._abandoned(trial, silent)]
+
     def _abandoned(self, trial: FrozenTrial, silent: Collection[int]) -> bool:
         if trial.state is not optuna.trial.TrialState.RUNNING or START not in trial.user_attrs:
             return False
@@ -329,7 +362,7 @@ class Study:
         self.exhausted = self.blocked = False
         if tally.running + tally.ended >= budget:
             # Final trainings follow once the last result is in.
-            self.blocked = self._spec.final is not None and tally.running > 0
+            self.blocked = self._waits and tally.running > 0
             return None
         step = self._plan.current(books)
         if step is None:
@@ -340,7 +373,7 @@ class Study:
         if not mine.waiting:
             if step.full(mine):
                 self.exhausted = step.last
-                self.blocked = not step.last or self._spec.final is not None
+                self.blocked = not step.last or self._waits
                 return None
             self._enqueue_next(step, books)
         trial = self._pop(stage.name, proposer)

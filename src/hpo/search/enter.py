@@ -10,7 +10,7 @@ import optuna
 from optuna.distributions import check_distribution_compatibility
 from optuna.trial import FrozenTrial
 
-from hpo.errors import SpecError
+from hpo.errors import SpecError, StoreError
 from hpo.search.constraints import aims, parse_constraint
 from hpo.search.stages import check_stages
 from hpo.search.storage import STUDY, Storage, generations
@@ -20,13 +20,25 @@ from hpo.spec.space import Choice, Float, Int
 from hpo.spec.study import StudySpec
 
 
-def enter_study(storage: Storage, spec: StudySpec, *, data_digest: str, fresh: bool) -> tuple[str, list[str]]:
+def enter_study(
+    storage: Storage,
+    spec: StudySpec,
+    *,
+    data_digest: str,
+    budget: int | None = None,
+    fresh: bool = False,
+    join: bool = False,
+) -> tuple[str, list[str]]:
     """Write the study's record, old or new, and return its title and what there is to note about its start.
+
+    budget is the total of trials that it is run for; join compares with the record that is there, and leaves it.
 
     Raises SpecError where the spec cannot be searched, or is not that of the study's trials.
     """
     _check_search(spec)
     known = generations(storage, spec.name)
+    if join and not known:
+        raise StoreError(f"no study {spec.name!r} has begun here.", f"Begin it: hpo run {spec.name}")
     generation = max(known, default=0) + (fresh or not known)
     title = spec.name if generation == 1 else f"{spec.name}~{generation}"
     objectives = aims(spec)
@@ -43,12 +55,15 @@ def enter_study(storage: Storage, spec: StudySpec, *, data_digest: str, fresh: b
         "identity": identity,
         "data_digest": data_digest,
         "created": time.time(),
+        "budget": budget,
     }
     notes: list[str] = []
     if generation in known:
         number, before = storage.studies()[title]
         _check_same(before, record)
         _check_space(spec, storage.every_trial(number))
+        if join:
+            return title, notes
         record |= {"created": before["created"], "start": before.get("start", [])}
     else:
         record["start"], notes = warm_starts(spec, storage)

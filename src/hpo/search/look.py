@@ -14,8 +14,9 @@ from hpo.home import Home
 from hpo.records import FINAL, Candidate, StudyResult, Trial, TrialResult, TrialState
 from hpo.search.lease import Holder, holders, host_of, is_near, seen_held
 
-# The attributes of ours in Optuna's storage: two a study (the second: when a stop was last asked for), two a trial.
-STUDY, STOP = "hpo.study", "hpo.stop"
+# The attributes of ours in Optuna's storage: two a trial, three a study (the second: when a stop was last asked for;
+# the third: of how many trials somebody has claimed to sum them up).
+STUDY, STOP, CLAIM = "hpo.study", "hpo.stop", "hpo.claim"
 START, RESULT = "hpo.start", "hpo.result"
 
 _STATES = {

@@ -7,18 +7,27 @@ from hpo.search import untold
 from hpo.search.ask import Study
 from hpo.search.enter import enter_study
 from hpo.search.lease import Lease, clean_leases
-from hpo.search.storage import is_sqlite, open_storage, store_errors
+from hpo.search.storage import open_storage, store_errors
 from hpo.spec.study import StudySpec
 
 
 def lease_of(home: Home, title: str) -> Lease:
     """A new lease of a supervisor of this study."""
-    return Lease(home.locks, shared=not is_sqlite(home), title=title)
+    return Lease(home.locks, shared=home.shared, title=title)
 
 
-def open_study(home: Home, spec: StudySpec, *, data_digest: str, fresh: bool = False) -> Study:
+def open_study(
+    home: Home,
+    spec: StudySpec,
+    *,
+    data_digest: str,
+    budget: int | None = None,
+    fresh: bool = False,
+    join: bool = False,
+) -> Study:
     """Start a study, or go on with its newest generation; fresh starts a new generation.
 
+    budget is written into its record, for those who join it: they take part in what is there, and leave the record.
     data_digest is that of the images the trials will see. Raises SpecError where the spec or the data differ from what
     the study's trials were run with (space, sampler, pruner and budget may change, options of a choice may not), or
     where it cannot be searched, and StoreError where the storage refuses.
@@ -27,7 +36,7 @@ def open_study(home: Home, spec: StudySpec, *, data_digest: str, fresh: bool = F
     try:
         untold.keep_reserve(home)
         with store_errors(home), storage.locked("studies"):
-            title, notes = enter_study(storage, spec, data_digest=data_digest, fresh=fresh)
+            title, notes = enter_study(storage, spec, data_digest=data_digest, budget=budget, fresh=fresh, join=join)
             clean_leases(home.locks)
             return Study(home, spec, storage, title, lease_of(home, title), notes)
     except BaseException:

@@ -51,7 +51,7 @@ class Storage(_CachedStorage):  # type: ignore[misc]
 
     def __init__(self, home: Home, backend: Any) -> None:
         super().__init__(backend)
-        self.shared = not is_sqlite(home)
+        self.shared = home.shared
         self._home = home
         self._stage: str | None = None
         self._brief = False
@@ -143,18 +143,13 @@ class _Connection(sqlite3.Connection):
         self.execute("PRAGMA synchronous=NORMAL")
 
 
-def is_sqlite(home: Home) -> bool:
-    """Whether the storage is a file beside the locks, and not a server."""
-    return home.storage_url.startswith("sqlite")
-
-
 def shown_url(home: Home) -> str:
     """The storage as a message may name it: a path, or an address without its password."""
     try:
         url = make_url(home.storage_url)
     except SQLAlchemyError:
         return "HPO_STORAGE"
-    return url.database or "memory" if is_sqlite(home) else url.render_as_string(hide_password=True)
+    return url.render_as_string(hide_password=True) if home.shared else url.database or "memory"
 
 
 def open_storage(home: Home) -> Storage:
@@ -164,7 +159,7 @@ def open_storage(home: Home) -> Storage:
             f"{shown_url(home)}: HPO_STORAGE and MLFLOW_TRACKING_URI name one database.",
             "Give each its own: Optuna and MLflow cannot share one.",
         )
-    if not is_sqlite(home) and not home.storage_url.startswith("postgresql"):
+    if home.shared and not home.storage_url.startswith("postgresql"):
         raise StoreError(
             f"{shown_url(home)}: studies are kept in PostgreSQL or SQLite.",
             "Give HPO_STORAGE an address such as postgresql://hpo@db.example.org/hpo, or unset it.",
@@ -178,7 +173,7 @@ def open_storage(home: Home) -> Storage:
     # Optuna fills {} templates in an address; a folder may have braces in its name.
     url = home.storage_url.replace("{", "{{").replace("}", "}}")
     with store_errors(home), lock(home, "storage"):
-        if is_sqlite(home):
+        if not home.shared:
             _write_ahead(shown_url(home))
             options: dict[str, Any] = {"connect_args": {"timeout": _BUSY_SECONDS, "factory": _Connection}}
             return Storage(home, Patient(optuna.storages.RDBStorage(url, engine_kwargs=options)))
@@ -283,7 +278,7 @@ def list_studies(home: Home) -> list[StudyResult]:
 
 @contextmanager
 def _reading(home: Home) -> Iterator[Storage | None]:
-    if is_sqlite(home) and not Path(shown_url(home)).exists():
+    if not home.shared and not Path(shown_url(home)).exists():
         yield None
         return
     storage = open_storage(home)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import itertools
 import re
@@ -127,6 +128,15 @@ def parse_study(tree: Mapping[str, Any], *, trust: bool = False) -> StudySpec:
         raise _explain(error, Path(str(tree.get("name", "study"))), None, []) from None
     check_stored(tree, trust=trust, origin=spec.name)
     return spec
+
+
+def override_study(tree: Mapping[str, Any], overrides: Iterable[str], *, trust: bool = False) -> StudySpec:
+    """As parse_study, with overrides such as `data.path=images.npz`, which are read as those of load_study."""
+    changed = copy.deepcopy(dict(tree))
+    for place, value in map(_parse_override, overrides):
+        _override(changed, place, value)
+    _anchor_paths(changed, Path())
+    return parse_study(changed, trust=trust)
 
 
 def dump_study(spec: StudySpec) -> str:

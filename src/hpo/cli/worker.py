@@ -1,0 +1,64 @@
+"""`hpo worker`: one more machine for a study."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Annotated
+
+import typer
+
+from hpo.cli.options import Debug, DeviceName, HomeFolder, PrecisionName, Trust, read_duration, read_stack
+
+
+def worker(
+    study: Annotated[str, typer.Argument(help="The name of a study that has begun.", show_default=False)],
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that train.", show_default="one a core or GPU")
+    ] = None,
+    stack: Annotated[
+        str,
+        typer.Option(metavar="auto|N", help="Small networks that a worker trains side by side, in one computation."),
+    ] = "auto",
+    device: DeviceName = "auto",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="PLACE=VALUE", help="What differs on this machine: data.path=/scratch/x.npz"),
+    ] = None,
+    trust: Trust = False,
+    home: HomeFolder = None,
+    timeout: Annotated[
+        float | None, typer.Option(parser=read_duration, metavar="TIME", help="Leave cleanly after 90, 30m or 1h.")
+    ] = None,
+    precision: PrecisionName = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object an event a line; the last is the result.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the last word.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Train trials of a study that runs on a shared storage, until its budget is spent.
+
+    Start as many as you like, on any machine that reaches the storage (HPO_STORAGE, or hpo.toml). Ctrl-C, SIGTERM and
+    kills lose nothing: what was training is tried again by another one. The images must be those of the study.
+    """
+    from hpo.cli.live import watcher
+    from hpo.cli.tally import NextCommands
+
+    again = shlex.join(["hpo", "worker", study]) + (f" --home {shlex.quote(str(home))}" if home else "")
+    more = f"hpo run {shlex.quote(study)}"
+    with watcher(as_json=as_json, quiet=quiet)(NextCommands(again, more), debug=debug) as watch:
+        from hpo.run.join import join_study
+
+        join_study(
+            study,
+            overrides=settings or [],
+            trust=trust,
+            home=home,
+            watch=watch,
+            workers=workers,
+            stack=read_stack(stack),
+            device=device,
+            timeout=timeout,
+            precision=precision,
+        )
+    raise typer.Exit(watch.exit_code)

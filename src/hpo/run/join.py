@@ -1,0 +1,39 @@
+"""Take part in a study that was begun elsewhere: one more supervisor on the shared storage, with devices of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from hpo.home import Home
+from hpo.records import Notice, StudyResult
+from hpo.run.study import run_study
+from hpo.run.supervise import Watch
+from hpo.search.look import list_trials
+from hpo.spec.load import override_study
+
+
+def join_study(
+    study: str,
+    *,
+    overrides: Iterable[str] = (),
+    trust: bool = False,
+    home: str | Path | None = None,
+    watch: Watch | None = None,
+    **options: Any,
+) -> StudyResult:
+    """Train trials of a study until its budget is spent; Ctrl-C, SIGTERM and kills lose nothing.
+
+    study is its name; what it is comes from the storage, and data must be the same images. overrides are texts such as
+    `data.path=/scratch/images.npz`, for what differs from machine to machine; whatever changes the trials is refused.
+    options are those of run_study that concern this machine: workers, stack, device, timeout, precision. Raises
+    HpoError.
+    """
+    place = Home.find(home)
+    spec = override_study(list_trials(place, study).spec, overrides, trust=trust)
+    if place.shared and place.embedded and watch is not None:
+        watch(
+            Notice("MLflow is not shared: runs and models of this worker stay in this folder. Set MLFLOW_TRACKING_URI.")
+        )
+    return run_study(spec, home=home, join=True, watch=watch, **options)
