@@ -39,6 +39,7 @@ from hpo.cli.options import (
 from hpo.cli.report import report
 from hpo.cli.rerun import rerun
 from hpo.cli.stop import status, stop
+from hpo.cli.store import app as store_app
 from hpo.cli.use import models, predict, promote
 from hpo.cli.worker import worker
 
@@ -340,6 +341,7 @@ app.command(cls=Command, rich_help_panel="Look")(rerun)
 app.command(cls=Command, rich_help_panel="Search")(worker)
 app.command(cls=Command, rich_help_panel="Search")(stop)
 app.command(cls=Command, rich_help_panel="Look")(status)
+app.add_typer(store_app, name="store", rich_help_panel="Keep in order")
 for kept in (doctor, clean):
     app.command(cls=Command, rich_help_panel="Keep in order")(kept)
 

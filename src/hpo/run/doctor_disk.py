@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import re
 import shutil
 from collections.abc import Iterator
 from functools import partial
@@ -14,17 +12,12 @@ from hpo.database import engine_name, reading, sqlite_file
 from hpo.errors import StoreError
 from hpo.home import Home
 from hpo.run.scene import Case, Finding, Scene, leftovers, size_of
+from hpo.run.schema import read_schema
 from hpo.search.lease import seen_held
 from hpo.track.look import place_of
 from hpo.track.mend import move_places
 
 _LEAST_FREE_BYTES = 1_000_000_000
-_REVISION = re.compile(r"^(revision|down_revision)\s*(?::[^=]*)?=\s*[\"']([^\"']+)[\"']", re.MULTILINE)
-# Package -> where its migrations lie, and the command that brings a database up to date.
-_SCHEMAS = {
-    "optuna": ("storages/_rdb/alembic/versions", "optuna storage upgrade --storage {}"),
-    "mlflow": ("store/db_migrations/versions", "mlflow db upgrade {}"),
-}
 
 
 def disk_cases(scene: Scene) -> Iterator[Case]:
@@ -74,41 +67,20 @@ def _integrity(url: str) -> Iterator[Case]:
 
 
 def _schema(home: Home, package: str, url: str) -> Iterator[Case]:
-    folder, command = _SCHEMAS[package]
-    known, newest = _revisions(package, folder)
-    found = _schema_of(url)
-    if found in newest or seen_held(home.locks / "mlflow-create.lock"):
+    found = read_schema(package, url)
+    if found.current or seen_held(home.locks / "mlflow-create.lock"):
         return  # a database that is being made passes through all schemas
-    found = _schema_of(url)
-    if not found or not known or found in newest:
+    found = read_schema(package, url)
+    if found.current or found.is_new:
         return
-    older = found in known
     yield Case(
         Finding(
-            what=f"the database was written by {'an older' if older else 'a newer'} {package} than is installed",
-            where=f"{_shown(url)}: schema {found}, installed {', '.join(sorted(newest))}",
-            why=f"{package} refuses to open it." if package == "mlflow" or not older else f"{package} may refuse it.",
-            hint=f"Copy it, then: {command.format(engine_name(url))}" if older else f"Install a newer {package}.",
+            what=f"the database was written by {'an older' if found.older else 'a newer'} {package} than is installed",
+            where=f"{_shown(url)}: schema {found.version}, installed {found.newest}",
+            why=f"{package} refuses to open it." if package == "mlflow" or not found.older else "It may refuse it.",
+            hint="Copy it, then: hpo store upgrade" if found.older else f"Install a newer {package}.",
         )
     )
-
-
-def _schema_of(url: str) -> str:
-    with reading(url) as reader:
-        return reader.schema() if reader is not None else ""
-
-
-def _revisions(package: str, folder: str) -> tuple[set[str], set[str]]:
-    """(every schema that the installed package knows, the newest), from its migrations, none of which is run."""
-    found = importlib.util.find_spec(package)
-    if found is None or not found.submodule_search_locations:
-        return set(), set()
-    known: set[str] = set()
-    replaced: set[str] = set()
-    for file in Path(next(iter(found.submodule_search_locations)), folder).glob("*.py"):
-        for kind, revision in _REVISION.findall(file.read_text(encoding="utf-8")):
-            (known if kind == "revision" else replaced).add(revision)
-    return known, known - replaced
 
 
 def _moved(scene: Scene) -> Iterator[Case]:

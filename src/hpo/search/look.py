@@ -66,6 +66,16 @@ def look(home: Home, *, results: bool = True) -> list[Look]:
     return sorted(found, key=lambda one: one.study.created)
 
 
+def count_trials(home: Home) -> str:
+    """What is in the storage, in words; "" where there are no tables yet. Raises StoreError."""
+    with reading(home.storage_url) as reader:
+        if reader is None or "trials" not in reader.tables():
+            return ""
+        ((studies,),) = reader.rows("SELECT count(*) FROM study_user_attributes WHERE key = :key", key=STUDY)
+        ((trials,),) = reader.rows("SELECT count(*) FROM trials")
+    return f"{studies} {'study' if studies == 1 else 'studies'}, {trials} {'trial' if trials == 1 else 'trials'}"
+
+
 def list_trials(home: Home, name: str) -> StudyResult:
     """A study, its newest generation or that of a title (name~1: the first), with results that lack their bulk.
 

@@ -182,6 +182,13 @@ def open_storage(home: Home) -> Storage:
         return Storage(home, Patient(backend))
 
 
+def upgrade_storage(home: Home) -> None:
+    """Bring the tables of an older Optuna up to date. Raises StoreError."""
+    with store_errors(home), lock(home, "storage"):
+        options = {"connect_args": SERVER_ARGUMENTS} if home.shared else {}
+        optuna.storages.RDBStorage(home.storage_url, engine_kwargs=options, skip_compatibility_check=True).upgrade()
+
+
 def _write_ahead(path: str) -> None:
     """Readers and one writer at a time do not wait for each other; the file remembers it."""
     connection = sqlite3.connect(path, timeout=_BUSY_SECONDS)

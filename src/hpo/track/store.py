@@ -76,6 +76,26 @@ def connect(home: Home) -> Any:
         return client
 
 
+def server_version(home: Home) -> str:
+    """The version of the MLflow server. Raises StoreError where nobody answers, or somebody else."""
+    import requests
+
+    _knock(home.tracking_uri)
+    with _faults_told(home):
+        answer = requests.get(f"{home.tracking_uri.rstrip('/')}/version", timeout=10)
+        answer.raise_for_status()
+    return answer.text.strip()
+
+
+def upgrade_tracking(home: Home) -> None:
+    """Bring the tables of an older MLflow up to date. Raises StoreError."""
+    with _faults_told(home), lock(home, "mlflow-create"), quiet("alembic"):
+        load_mlflow()
+        from mlflow.store.db.utils import _upgrade_db, create_sqlalchemy_engine
+
+        _upgrade_db(create_sqlalchemy_engine(home.tracking_uri))
+
+
 def _is_server(home: Home) -> bool:
     return home.tracking_uri.startswith(("http://", "https://"))
 

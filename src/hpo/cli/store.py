@@ -1,0 +1,48 @@
+"""`hpo store`: where studies and runs are kept, and whether those places are fit for use."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from hpo.cli import output
+from hpo.cli.options import AsJson, Command, Debug, HomeFolder
+
+app = typer.Typer(name="store", help="Where studies and runs are kept.", no_args_is_help=True)
+
+
+@app.command(cls=Command)
+def status(home: HomeFolder = None, as_json: AsJson = False, _debug: Debug = False) -> None:
+    """Show both stores: address, state, what is in them. Ends with code 1 where a run could not use one."""
+    from hpo.run.stores import all_well, store_status
+
+    states = store_status(home)
+    if as_json:
+        output.print_json(states)
+    else:
+        rows = [[s.name, s.state, f"{s.milliseconds:.0f} ms" if s.milliseconds else "", s.address] for s in states]
+        output.print_table(rows, ["store", "state", ">answers in", "address"])
+        for state in states:
+            output.print_text(f"{state.name}: {state.detail}")
+            if state.next:
+                output.print_text(f"    {state.next}")
+    raise typer.Exit(not all_well(states))
+
+
+@app.command(cls=Command)
+def upgrade(
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="There is a copy of the databases on servers.")] = False,
+    home: HomeFolder = None,
+    as_json: AsJson = False,
+    _debug: Debug = False,
+) -> None:
+    """Bring databases that an older Optuna or MLflow has written up to date. SQLite files are copied first."""
+    from hpo.run.stores import upgrade_stores
+
+    done = upgrade_stores(home, backed_up=yes)
+    if as_json:
+        output.print_json({"upgraded": done})
+        return
+    for text in done or ["Both stores are up to date."]:
+        output.print_text(text)
