@@ -14,7 +14,7 @@ from kept_study import go_on, make_kept_study, result_of, run_of, stored, tracke
 
 from hpo.home import Home
 from hpo.records import TrialState
-from hpo.run import doctor_disk
+from hpo.run import doctor_disk, schema
 from hpo.run.doctor import doctor
 from hpo.track.registry import versions
 from hpo.track.store import connect
@@ -261,13 +261,12 @@ def test_a_moved_project_is_told_and_its_places_rewritten_after_a_copy(kept, unt
 
 @pytest.mark.parametrize(("file", "package"), [("mlflow.db", "mlflow"), ("optuna.db", "optuna")])
 def test_schemas_of_other_versions_are_told_with_the_command(kept, file, package):
-    known, newest = doctor_disk._revisions(package, doctor_disk._SCHEMAS[package][0])
-    (head,) = newest
-    older = sorted(known - newest)[0]
+    known, head = schema._revisions(package)
+    older = sorted(known - {head})[0]
     write(kept, "UPDATE alembic_version SET version_num = ?", older, file=file)
     found = doctor(home=where(kept))
     assert f"written by an older {package}" in found.wrong[0].what
-    assert "upgrade" in found.wrong[0].hint
+    assert "hpo store upgrade" in found.wrong[0].hint
     write(kept, "UPDATE alembic_version SET version_num = 'ffffffffffff'", file=file)
     assert f"written by a newer {package}" in told(kept)
     write(kept, "UPDATE alembic_version SET version_num = ?", head, file=file)

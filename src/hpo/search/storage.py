@@ -186,7 +186,10 @@ def upgrade_storage(home: Home) -> None:
     """Bring the tables of an older Optuna up to date. Raises StoreError."""
     with store_errors(home), lock(home, "storage"):
         options = {"connect_args": SERVER_ARGUMENTS} if home.shared else {}
-        optuna.storages.RDBStorage(home.storage_url, engine_kwargs=options, skip_compatibility_check=True).upgrade()
+        storage = optuna.storages.RDBStorage(home.storage_url, engine_kwargs=options, skip_compatibility_check=True)
+        storage.upgrade()
+        storage.scoped_session.remove()
+        storage.engine.dispose()
 
 
 def _write_ahead(path: str) -> None:

@@ -93,7 +93,9 @@ def upgrade_tracking(home: Home) -> None:
         load_mlflow()
         from mlflow.store.db.utils import _upgrade_db, create_sqlalchemy_engine
 
-        _upgrade_db(create_sqlalchemy_engine(home.tracking_uri))
+        engine = create_sqlalchemy_engine(home.tracking_uri)
+        _upgrade_db(engine)
+        engine.dispose()
 
 
 def _is_server(home: Home) -> bool:
