@@ -16,12 +16,10 @@ if TYPE_CHECKING:
 
 _BUSY_SECONDS = 20.0
 
-# How a connection to PostgreSQL begins. Commits do not wait for the disk, as in SQLite's write-ahead mode: a kill loses
-# nothing, a crash of the server's machine its last second. Optuna compares times that have no zone. A client that is
-# gone without a word, or stands still inside a lock, is noticed within a minute. Poolers in transaction mode know no
-# prepared statements, and must be told to pass `options` by (docs/cluster.md).
+# How a connection to PostgreSQL begins. Optuna compares times that have no zone. A client that is gone without a word, or
+# stands still inside a lock, is noticed within a minute. Poolers in transaction mode know no prepared statements, and
+# must be told to let `options` pass (docs/cluster.md).
 _SESSION = {
-    "synchronous_commit": "off",
     "timezone": "UTC",
     "tcp_keepalives_idle": "20",
     "tcp_keepalives_interval": "10",

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from hpo.database import engine_name, server_engine
+from hpo.database import server_engine
 from hpo.errors import StoreError
 from hpo.home import Home
 
 if TYPE_CHECKING:
-    from sqlalchemy import Engine
+    from sqlalchemy import Connection, Engine
+    from sqlalchemy.orm import Session
 
 _PATIENCE_SECONDS = 120.0
 
@@ -55,30 +56,40 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def server_lock(engine: Engine, name: str) -> Iterator[None]:
-    """Hold the advisory lock of this name on a PostgreSQL server for the time of the block.
+    """Hold the advisory lock of this name on a PostgreSQL server for the time of the block, in a connection of its own.
 
-    It belongs to a transaction, so a connection pooler in transaction mode keeps it, and the server frees it with the
-    connection. Raises StoreError after two minutes, and SQLAlchemy's errors where the server does not answer.
+    Raises as hold does.
     """
-    from sqlalchemy import text
-    from sqlalchemy.exc import DBAPIError, OperationalError
+    from sqlalchemy.exc import DBAPIError
 
-    key = int.from_bytes(hashlib.sha256(f"hpo {name}".encode()).digest()[:8], signed=True)
     connection = engine.connect()
     try:
-        connection.execute(text(f"SET LOCAL lock_timeout = '{_PATIENCE_SECONDS:.0f}s'"))
-        try:
-            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
-        except OperationalError as error:
-            if "lock timeout" not in str(error.orig):
-                raise
-            raise StoreError(
-                f"{engine_name(str(engine.url))}: the lock {name!r} has been held for {_PATIENCE_SECONDS:.0f} s.",
-                "See whether an hpo process hangs or is suspended, and end it.",
-            ) from None
+        hold(connection, name)
         yield
     finally:
         with suppress(DBAPIError):  # a connection that broke has freed it
             connection.rollback()
         with suppress(DBAPIError):
             connection.close()
+
+
+def hold(connection: Connection | Session, name: str) -> None:
+    """Take the advisory lock of this name for the rest of the connection's transaction.
+
+    So a connection pooler in transaction mode keeps it, and the server frees it with the connection. Raises StoreError
+    after two minutes, and SQLAlchemy's errors where the server does not answer.
+    """
+    from sqlalchemy import text
+    from sqlalchemy.exc import OperationalError
+
+    key = int.from_bytes(hashlib.sha256(f"hpo {name}".encode()).digest()[:8], signed=True)
+    connection.execute(text(f"SET LOCAL lock_timeout = '{_PATIENCE_SECONDS:.0f}s'"))
+    try:
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
+    except OperationalError as error:
+        if "lock timeout" not in str(error.orig):
+            raise
+        raise StoreError(
+            f"the lock {name!r} of the study storage has been held for {_PATIENCE_SECONDS:.0f} s.",
+            "See whether an hpo process hangs or is suspended, and end it.",
+        ) from None

@@ -203,7 +203,7 @@ def test_kill_between_stop_and_retry_makes_one_retry(home, make_spec, monkeypatc
     def killed(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(one._study, "tell", killed)
+    monkeypatch.setattr(one._storage, "end_trial", killed)
     with pytest.raises(KeyboardInterrupt):
         one.tell(TrialResult(candidate.number, TrialState.STOPPED))
     one.close()

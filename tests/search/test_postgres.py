@@ -212,3 +212,36 @@ def test_connections_of_a_handle_are_few_and_end_with_it(make_home, make_spec, d
         assert count <= 3
         study.close()
         assert _wait(lambda: connection.execute(query).fetchone() == (0,))
+
+
+def test_server_that_restarts_is_waited_for(make_home, make_spec, postgres):
+    study = open_study(make_home("a"), make_spec(), data_digest="d")
+    first = study.ask(budget=10, worker="w")
+    postgres.control("restart", "-m", "immediate")
+    train(study, first)
+    run_all(study, budget=3)
+    assert [trial.state for trial in study.result().trials] == [TrialState.COMPLETE] * 3
+    study.close()
+
+
+def test_candidate_whose_question_broke_off_half_way_is_asked_for_once(make_home, make_spec, database, monkeypatch):
+    study = open_study(make_home("a"), make_spec(), data_digest="d")
+    suggest, broken = study._suggest, []
+
+    def break_off(trial, stage, proposer):
+        values = suggest(trial, stage, proposer)
+        if not broken:
+            broken.append(trial.number)
+            with psycopg.connect(database, autocommit=True) as connection:
+                others = "datname = current_database() AND pid <> pg_backend_pid()"
+                connection.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}")  # noqa: S608
+        return values
+
+    monkeypatch.setattr(study, "_suggest", break_off)
+    candidate = study.ask(budget=10, worker="w")
+    assert broken == [0]
+    assert candidate.number == 0
+    assert len(study.result().trials) == 1
+    train(study, candidate)
+    assert study.result().trials[0].state is TrialState.COMPLETE
+    study.close()

@@ -7,8 +7,8 @@ import functools
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import optuna
@@ -132,8 +132,7 @@ class Study:
         start from.
         """
         while True:
-            with self._locked():
-                candidate = self._next(budget, worker)
+            candidate = self._storage.at_once(partial(self._next, budget, worker), lock=self._lock)
             earlier = self._earlier(candidate) if candidate else None
             if candidate is None or earlier is None:
                 return candidate
@@ -174,13 +173,15 @@ class Study:
     @_guarded
     def ask_final(self, *, worker: str) -> Candidate | None:
         """The next final training, interrupted ones included; None where none waits."""
-        with self._locked():
-            tally = self._books().tally([FINAL])
-            self.blocked = not tally.waiting and tally.running > 0
-            if not tally.waiting:
-                return None
-            trial = self._pop(FINAL, optuna.samplers.RandomSampler(seed=0))
-            return self._sign(trial, Start(**trial.user_attrs[START]), worker)
+        return self._storage.at_once(partial(self._next_final, worker), lock=self._lock)
+
+    def _next_final(self, worker: str) -> Candidate | None:
+        tally = self._books().tally([FINAL])
+        self.blocked = not tally.waiting and tally.running > 0
+        if not tally.waiting:
+            return None
+        trial = self._pop(FINAL, optuna.samplers.RandomSampler(seed=0))
+        return self._sign(trial, Start(**trial.user_attrs[START]), worker)
 
     @_guarded
     def retry_failed(self) -> int:
@@ -239,11 +240,15 @@ class Study:
     @_guarded
     def _tell(self, result: TrialResult, *, died: bool) -> TrialResult:
         trial_id = self._running[result.number]._trial_id
-        with self._locked() if result.state is TrialState.STOPPED else nullcontext():
-            try:
-                result = self._settle(self._storage.get_trial(trial_id), result, died=died)
-            except optuna.exceptions.UpdateFinishedTrialError:
-                result = result_of(self._storage.get_trial(trial_id)) or result
+        lock = self._lock if result.state is TrialState.STOPPED else ""
+
+        def settle() -> TrialResult:
+            return self._settle(self._storage.get_trial(trial_id), result, died=died)
+
+        try:
+            result = self._storage.at_once(settle, lock=lock)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            result = result_of(self._storage.get_trial(trial_id)) or result
         del self._running[result.number]
         return result
 
@@ -326,8 +331,12 @@ class Study:
             clean_leases(self._home.locks)
         self._storage.close()
 
+    @property
+    def _lock(self) -> str:
+        return f"{self.title}.ask"
+
     def _locked(self) -> contextlib.AbstractContextManager[None]:
-        return self._storage.locked(f"{self.title}.ask")
+        return self._storage.locked(self._lock)
 
     def _beating(self) -> list[int]:
         return [trial._trial_id for trial in list(self._running.values())]
@@ -370,13 +379,11 @@ class Study:
             return None
         stage, proposer = step.stage, step.proposer
         mine = books.tally([stage.name])
-        if not mine.waiting:
-            if step.full(mine):
-                self.exhausted = step.last
-                self.blocked = not step.last or self._waits
-                return None
-            self._enqueue_next(step, books)
-        trial = self._pop(stage.name, proposer)
+        if not mine.waiting and step.full(mine):
+            self.exhausted = step.last
+            self.blocked = not step.last or self._waits
+            return None
+        trial = self._pop(stage.name, proposer) if mine.waiting else self._begin(step, books)
         known = trial.user_attrs.get(START)
         start = Start(**known) if known else Start(ordinal=books.first_tries(before=trial.number))
         parameters = stage.parameters(self._suggest(trial, stage, proposer))
@@ -384,14 +391,17 @@ class Study:
         seed = self._spec.seed_of(start.ordinal) if seed is None else seed
         return self._sign(trial, replace(start, parameters=parameters, seed=seed), worker)
 
-    def _enqueue_next(self, step: Step, books: Books) -> None:
-        """A new candidate of the stage; its first ones have the values to start with."""
+    def _begin(self, step: Step, books: Books) -> Any:
+        """Start a new candidate of the stage; its first ones have the values to start with."""
         stage, place = step.stage, books.first_tries([step.stage.name])
         start = Start(ordinal=books.first_tries(), stage=stage.name, lease=self._lease.name)
         values = stage.first[place] if place < len(stage.first) else {}
         if not step.proposer.takes(values):
             values = {}
-        self._enqueue(start, {stage.label(path): encode(stage.space[path], value) for path, value in values.items()})
+        fixed = {stage.label(path): encode(stage.space[path], value) for path, value in values.items()}
+        self._storage.show(stage.name, brief=True)
+        self._study.sampler = step.proposer
+        return self._storage.begin_trial(self._study, _template(optuna.trial.TrialState.RUNNING, start, fixed))
 
     def _pop(self, stage: str | None, sampler: Any) -> Any:
         """Start the stage's first waiting trial; there must be one."""
@@ -438,7 +448,7 @@ class Study:
         if values and stage_of(trial) == FINAL:
             # Nobody compares these in Optuna, and it takes no NaN.
             values = [value if _finite(value) else 0.0 for value in values]
-        self._study.tell(trial.number, values, _OPTUNA_STATES[result.state])
+        self._storage.end_trial(trial, _OPTUNA_STATES[result.state], values)
         return result
 
     def _checked(self, result: TrialResult, *, final: bool) -> TrialResult:
@@ -470,13 +480,17 @@ class Study:
     def _enqueue(
         self, start: Start, fixed: Mapping[str, Any] | None = None, notes: Mapping[str, Any] | None = None
     ) -> None:
-        self._study.add_trial(
-            optuna.trial.create_trial(
-                state=optuna.trial.TrialState.WAITING,
-                user_attrs={START: start.to_json()},
-                system_attrs={**(notes or {}), "fixed_params": dict(fixed or {})},
-            )
-        )
+        self._study.add_trial(_template(optuna.trial.TrialState.WAITING, start, fixed or {}, notes or {}))
+
+
+def _template(
+    state: optuna.trial.TrialState, start: Start, fixed: Mapping[str, Any], notes: Mapping[str, Any] | None = None
+) -> FrozenTrial:
+    return optuna.trial.create_trial(
+        state=state,
+        user_attrs={START: start.to_json()},
+        system_attrs={**(notes or {}), "fixed_params": dict(fixed)},
+    )
 
 
 def _finite(value: float | None) -> bool:

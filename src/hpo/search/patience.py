@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
+from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import InterfaceError, OperationalError
 
 from hpo.errors import disk_full
 
 PATIENCE = 60.0  # seconds from the first refusal to the last try
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 8.0
+
+
+T = TypeVar("T")
 
 
 class Patient:
@@ -25,10 +30,52 @@ class Patient:
 
     def __init__(self, storage: Any) -> None:
         self._storage = storage
+        self._whole = threading.local()
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._storage, name)
-        return _patient(found) if inspect.ismethod(found) else found
+        if not inspect.ismethod(found) or getattr(self._whole, "begun", False):
+            return found
+        return _patient(found)
+
+    def at_once(self, step: Callable[[Any], T]) -> T:
+        """step(session): all methods that it calls in this thread are one transaction, which is tried again as a whole.
+
+        session is SQLAlchemy's. Not for SQLite, where what has read before it writes can be refused.
+        """
+        done: T = _patient(self._at_once)(step)
+        return done
+
+    def _at_once(self, step: Callable[[Any], T]) -> T:
+        session = self._storage.scoped_session()
+        broken = False
+
+        def roll_back() -> None:
+            nonlocal broken
+            broken = True
+            type(session).rollback(session)
+
+        # How Optuna ends each of its steps; what it rolls back takes all the others with it.
+        session.commit, session.rollback, session.close = session.flush, roll_back, session.expire_all
+        self._whole.begun = True
+        try:
+            result = step(session)
+        except BaseException:
+            broken = True
+            raise
+        finally:
+            self._whole.begun = False
+            del session.commit, session.rollback, session.close
+            if broken:
+                session.close()
+        if broken:
+            gone = OperationalError("", None, Exception("a part of it was rolled back"))
+            raise StorageInternalError("the step was rolled back") from gone
+        try:
+            session.commit()
+        finally:
+            session.close()
+        return result
 
 
 def _patient(call: Callable[..., Any]) -> Callable[..., Any]:

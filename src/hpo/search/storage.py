@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 import sqlite3
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import optuna
 from optuna.exceptions import StorageInternalError
@@ -23,7 +24,7 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from hpo.database import SERVER_ARGUMENTS
 from hpo.errors import StoreError
 from hpo.home import Home
-from hpo.locks import lock, server_lock
+from hpo.locks import hold, lock, server_lock
 from hpo.records import Candidate, StudyResult, Trial
 from hpo.search.books import Books
 from hpo.search.look import RESULT as RESULT
@@ -37,6 +38,8 @@ from hpo.search.start import result_of as result_of
 from hpo.search.start import stage_of as stage_of
 from hpo.search.start import start_of as start_of
 from hpo.search.start import state_of as state_of
+
+T = TypeVar("T")
 
 _BUSY_SECONDS = 60.0
 BEAT, GRACE = 15, 60  # seconds between signs of life of a supervisor on a server; without one for so long it is dead
@@ -52,6 +55,7 @@ class Storage(_CachedStorage):  # type: ignore[misc]
     def __init__(self, home: Home, backend: Any) -> None:
         super().__init__(backend)
         self.shared = home.shared
+        self._created: FrozenTrial | None = None
         self._home = home
         self._stage: str | None = None
         self._brief = False
@@ -109,6 +113,46 @@ class Storage(_CachedStorage):  # type: ignore[misc]
     def locked(self, name: str) -> AbstractContextManager[None]:
         """Hold the lock of this name among all that use the storage."""
         return server_lock(self._backend.engine, name) if self.shared else lock(self._home, name)
+
+    def at_once(self, step: Callable[[], T], *, lock: str = "") -> T:
+        """step(), with this lock held; on a server all of it is one transaction."""
+        if not self.shared:
+            with self.locked(lock) if lock else nullcontext():
+                return step()
+
+        def whole(session: Any) -> T:
+            if lock:
+                hold(session, lock)
+            return step()
+
+        done: T = self._backend.at_once(whole)
+        return done
+
+    def begin_trial(self, study: optuna.Study, template: FrozenTrial) -> optuna.trial.Trial:
+        """A new running trial with what the template has; its parameters are drawn as it is asked for them."""
+        study._thread_local.cached_all_trials = None  # as Optuna's ask does
+        self._created = None
+        trial_id = self.create_new_trial(study._study_id, template)
+        study_id, number = self._trial_id_to_study_id_and_number[trial_id]
+        self._created = self._studies[study_id].trials[number]
+        return optuna.trial.Trial(study, trial_id)
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        """The trial as it stands; one that was made just now is not read again."""
+        created, self._created = self._created, None
+        if created is not None and created._trial_id == trial_id:
+            return copy.deepcopy(created)
+        return super().get_trial(trial_id)
+
+    def end_trial(self, trial: FrozenTrial, state: optuna.trial.TrialState, values: Any) -> None:
+        """Optuna's tell, without reading the trial again before and after: no sampler of ours has anything to add.
+
+        A pruned trial has the value of its last report, as there.
+        """
+        if state is optuna.trial.TrialState.PRUNED and trial.last_step is not None:
+            last = trial.intermediate_values[trial.last_step]
+            values = None if math.isnan(last) else [last]
+        self.set_trial_state_values(trial._trial_id, state, values)
 
     def beat(self, trial_ids: Iterable[int]) -> None:
         """Give a sign of life for these trials (Optuna's ids), by the server's clock."""
