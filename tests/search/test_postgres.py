@@ -136,7 +136,7 @@ def test_trial_of_a_living_machine_is_left_alone_however_long_it_takes(make_home
 
 def test_supervisor_that_stood_still_finds_its_trial_taken_and_goes_on(make_home, make_spec, impatient):
     slow = open_study(make_home("slow"), make_spec(), data_digest="d")
-    slow._pulse.close()  # it stands still
+    slow._roll._pulse.close()  # it stands still
     taken = slow.ask(budget=10, worker="w")
     other = open_study(make_home("other"), make_spec(), data_digest="d")
     assert _wait(lambda: other.reap() == [taken.number])
@@ -154,7 +154,7 @@ def test_after_an_outage_silence_means_nothing_for_a_while(make_home, make_spec,
     dead.start()
     dead.join(60)
     study.reap()
-    study._pulse._troubled = time.monotonic() + 2.0
+    study._roll._pulse._troubled = time.monotonic() + 2.0
     time.sleep(3)
     assert study.reap() == []
     assert _wait(lambda: study.reap() == [0])

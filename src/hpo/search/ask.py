@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -19,14 +18,14 @@ from hpo.home import Home
 from hpo.records import FINAL, Candidate, FailureKind, StudyResult, TrialResult, TrialState
 from hpo.search import untold
 from hpo.search.books import Books
-from hpo.search.constraints import aims, violations
+from hpo.search.constraints import aims
 from hpo.search.lease import Lease, clean_leases
 from hpo.search.look import CLAIM, STOP
 from hpo.search.plan import Plan, Step
-from hpo.search.pulse import Pulse
+from hpo.search.roll import Roll
+from hpo.search.settle import Settler, template
 from hpo.search.stages import Stage, key_of, stage_names, total_trials
 from hpo.search.storage import (
-    RESULT,
     START,
     STUDY,
     Start,
@@ -41,16 +40,6 @@ from hpo.search.storage import (
 )
 from hpo.search.strategy import Proposer, build_pruner, decode, distribution, encode
 from hpo.spec.study import StudySpec
-
-_MOST_DEATHS = 3
-_REMOTE_GRACE = 600.0  # seconds in which a supervisor elsewhere brings a trial's run in MLflow to its end
-_UNBOUNDED = 1e6  # Optuna wants finite violations
-_OPTUNA_STATES = {
-    TrialState.COMPLETE: optuna.trial.TrialState.COMPLETE,
-    TrialState.PRUNED: optuna.trial.TrialState.PRUNED,
-    TrialState.FAILED: optuna.trial.TrialState.FAIL,
-    TrialState.STOPPED: optuna.trial.TrialState.FAIL,
-}
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -96,7 +85,8 @@ class Study:
         self.shared = storage.shared
         # Elsewhere trials end when their machine does: who is left must be there to try them again.
         self._waits = self.shared or spec.final is not None
-        self._pulse = Pulse(storage, self._beating) if self.shared else None
+        self._roll = Roll(storage, self._id, lease, lambda: list(self._running.values()))
+        self._settler = Settler(spec, storage, self._study, lease=lease.name)
 
     @_guarded
     def reap(self) -> list[int]:
@@ -116,7 +106,7 @@ class Study:
                     trial.number, TrialState.STOPPED, reason="its process was gone", failure=FailureKind.INTERRUPTED
                 )
                 known = result_of(trial) or left.get(trial.number)
-                self._settle(trial, known or lost, died=trial.number not in left)
+                self._settler.settle(trial, known or lost, died=trial.number not in left)
             numbers = [trial.number for trial in gone]
             closed = {trial.number for trial in trials if trial.state.is_finished()}
             untold.forget(self._home, self.title, left.keys() & {*numbers, *closed})
@@ -132,7 +122,7 @@ class Study:
         start from.
         """
         while True:
-            candidate = self._storage.at_once(partial(self._next, budget, worker), lock=self._lock)
+            candidate = self._hand_out(partial(self._next, budget, worker))
             earlier = self._earlier(candidate) if candidate else None
             if candidate is None or earlier is None:
                 return candidate
@@ -167,15 +157,24 @@ class Study:
                     continue
                 known.add((key_of(parameters), seed))
                 start = Start(ordinal, stage=FINAL, seed=seed, parameters=dict(parameters), lease=self._lease.name)
-                self._enqueue(start)
+                self._settler.enqueue(start)
                 ordinal += 1
 
     @_guarded
     def ask_final(self, *, worker: str) -> Candidate | None:
         """The next final training, interrupted ones included; None where none waits."""
-        return self._storage.at_once(partial(self._next_final, worker), lock=self._lock)
+        return self._hand_out(partial(self._next_final, worker))
 
-    def _next_final(self, worker: str) -> Candidate | None:
+    def _hand_out(self, step: Callable[[], tuple[Any, Start] | None]) -> Candidate | None:
+        # Noted once it is sure: what a server has broken off is asked for again as a whole.
+        found = self._storage.at_once(step, lock=self._lock)
+        if found is None:
+            return None
+        trial, start = found
+        self._running[trial.number] = trial
+        return to_candidate(trial.number, start)
+
+    def _next_final(self, worker: str) -> tuple[Any, Start] | None:
         tally = self._books().tally([FINAL])
         self.blocked = not tally.waiting and tally.running > 0
         if not tally.waiting:
@@ -199,7 +198,7 @@ class Study:
                 if state_of(trial) is TrialState.FAILED and trial.number not in again and stage_of(trial) in known
             ]
             for trial in failed:
-                self._retry(trial, deaths=0)
+                self._settler.retry(trial, deaths=0)
         return len(failed)
 
     @_guarded
@@ -243,7 +242,7 @@ class Study:
         lock = self._lock if result.state is TrialState.STOPPED else ""
 
         def settle() -> TrialResult:
-            return self._settle(self._storage.get_trial(trial_id), result, died=died)
+            return self._settler.settle(self._storage.get_trial(trial_id), result, died=died)
 
         try:
             result = self._storage.at_once(settle, lock=lock)
@@ -259,21 +258,7 @@ class Study:
         Whether those of another machine live is known only while a trial of theirs runs: a trial of theirs that has
         ended is theirs for ten minutes.
         """
-        found, silent, now = set(), self._silent(), time.time()
-        living: dict[str, bool] = {self._lease.name: False, "": False}
-        for trial in self._trials():
-            lease = start_of(trial).lease
-            if self._lease.near(lease):
-                if lease not in living:
-                    living[lease] = self._lease.alive(lease)
-                theirs = living[lease]
-            elif trial.state.is_finished():
-                ended = result_of(trial)
-                theirs = ended is not None and now - ended.ended < _REMOTE_GRACE
-            else:
-                theirs = trial._trial_id not in silent
-            found |= {trial.number} if theirs else set()
-        return found
+        return self._roll.attended(self._trials())
 
     @property
     def lease(self) -> Lease:
@@ -324,8 +309,7 @@ class Study:
 
     def close(self) -> None:
         """Free the lease and the connections; what still runs counts as dead from now on."""
-        if self._pulse is not None:
-            self._pulse.close()
+        self._roll.close()
         self._lease.close()
         with contextlib.suppress(StoreError, OSError):
             clean_leases(self._home.locks)
@@ -338,13 +322,6 @@ class Study:
     def _locked(self) -> contextlib.AbstractContextManager[None]:
         return self._storage.locked(self._lock)
 
-    def _beating(self) -> list[int]:
-        return [trial._trial_id for trial in list(self._running.values())]
-
-    def _silent(self) -> set[int]:
-        """Optuna's ids of running trials whose supervisor, on whatever machine, gives no sign of life."""
-        return self._storage.silent(self._id) if self._pulse is not None and self._pulse.steady else set()
-
     def _trials(self) -> list[FrozenTrial]:
         return self._storage.every_trial(self._id)
 
@@ -353,19 +330,9 @@ class Study:
 
     def _gone(self) -> list[FrozenTrial]:
         """Running trials of supervisors that are dead."""
-        silent = self._silent()
-        return [trial for trial in self._books().open.values() if self._abandoned(trial, silent)]
+        return self._roll.gone(self._books().open.values(), mine=self._running)
 
-    def _abandoned(self, trial: FrozenTrial, silent: Collection[int]) -> bool:
-        if trial.state is not optuna.trial.TrialState.RUNNING or START not in trial.user_attrs:
-            return False
-        lease = start_of(trial).lease
-        if lease == self._lease.name:
-            # One that we do not know of: its process died between taking it up and signing for it.
-            return trial.number not in self._running
-        return not self._lease.alive(lease) if self._lease.near(lease) else trial._trial_id in silent
-
-    def _next(self, budget: int, worker: str) -> Candidate | None:
+    def _next(self, budget: int, worker: str) -> tuple[Any, Start] | None:
         books = self._books()
         tally = self._plan.tally(books)
         self.exhausted = self.blocked = False
@@ -401,7 +368,7 @@ class Study:
         fixed = {stage.label(path): encode(stage.space[path], value) for path, value in values.items()}
         self._storage.show(stage.name, brief=True)
         self._study.sampler = step.proposer
-        return self._storage.begin_trial(self._study, _template(optuna.trial.TrialState.RUNNING, start, fixed))
+        return self._storage.begin_trial(self._study, template(optuna.trial.TrialState.RUNNING, start, fixed))
 
     def _pop(self, stage: str | None, sampler: Any) -> Any:
         """Start the stage's first waiting trial; there must be one."""
@@ -416,11 +383,10 @@ class Study:
             values[path] = decode(parameter, trial._suggest(stage.label(path), distribution(parameter)))
         return values
 
-    def _sign(self, trial: Any, start: Start, worker: str) -> Candidate:
+    def _sign(self, trial: Any, start: Start, worker: str) -> tuple[Any, Start]:
         start = replace(start, worker=worker, lease=self._lease.name)
         trial.set_user_attr(START, start.to_json())
-        self._running[trial.number] = trial
-        return to_candidate(trial.number, start)
+        return trial, start
 
     def _earlier(self, candidate: Candidate) -> TrialResult | None:
         """The result that answers the candidate, where the spec says to reuse one."""
@@ -429,69 +395,3 @@ class Study:
         same = self._books().shelf(candidate.stage).same(key_of(candidate.parameters))
         complete = [trial for trial in same if state_of(trial) is TrialState.COMPLETE]
         return result_of(min(complete, key=lambda trial: trial.number)) if complete else None
-
-    def _settle(self, trial: FrozenTrial, result: TrialResult, *, died: bool = False) -> TrialResult:
-        """Record, enqueue, close, in this order: killed between two of them, reap can do the rest."""
-        result = self._checked(result, final=stage_of(trial) == FINAL)
-        deaths = start_of(trial).deaths + died
-        if result.state is TrialState.STOPPED and deaths >= _MOST_DEATHS:
-            reason = f"interrupted {deaths} times: its process died each time; the last time: {result.reason}"
-            result = replace(result, state=TrialState.FAILED, reason=reason, failure=FailureKind.WORKER_DIED)
-        self._storage.set_trial_user_attr(trial._trial_id, RESULT, result.to_json())
-        if result.state is TrialState.STOPPED and trial.number not in self._books().again:
-            self._retry(trial, deaths=deaths)
-        if result.state in (TrialState.COMPLETE, TrialState.PRUNED) and stage_of(trial) != FINAL:
-            for text, amount in violations(self._spec, result.scores).items():
-                # What trial.set_constraint writes; a trial of a dead process has no Optuna handle.
-                self._storage.set_trial_system_attr(trial._trial_id, f"constraints:{text}", min(amount, _UNBOUNDED))
-        values = self._values(result) if result.state is TrialState.COMPLETE else None
-        if values and stage_of(trial) == FINAL:
-            # Nobody compares these in Optuna, and it takes no NaN.
-            values = [value if _finite(value) else 0.0 for value in values]
-        self._storage.end_trial(trial, _OPTUNA_STATES[result.state], values)
-        return result
-
-    def _checked(self, result: TrialResult, *, final: bool) -> TrialResult:
-        """The result, failed where it is complete without a finite value for each objective."""
-        if result.state is not TrialState.COMPLETE:
-            return result
-        # A final training on all images has no validation scores beside the value that it was given.
-        values = self._values(result)[: 1 if final else None]
-        odd = next((index for index, value in enumerate(values) if not _finite(value)), None)
-        if odd is None:
-            return result
-        reason = f"the objective {self._aims[odd][0]} is {values[odd]}, not a finite number"
-        not_finite = FailureKind.NOT_FINITE
-        return replace(result, state=TrialState.FAILED, value=None, values=(), reason=reason, failure=not_finite)
-
-    def _values(self, result: TrialResult) -> list[float | None]:
-        """One value for each objective."""
-        return [result.value] if len(self._aims) == 1 else list(result.values) or [None for _ in self._aims]
-
-    def _retry(self, trial: FrozenTrial, *, deaths: int) -> None:
-        start = start_of(trial)
-        # What was enqueued stays so where the rest was never drawn; a retry killed early has not all of it yet.
-        fixed = {**trial.system_attrs.get("fixed_params", {}), **(trial.params if start.parameters is not None else {})}
-        # What samplers noted about the candidate stays true; the rungs it reached do not.
-        notes = {key: note for key, note in trial.system_attrs.items() if not key.startswith("completed_rung_")}
-        retry = replace(start, attempt=start.attempt + 1, deaths=deaths, retry_of=trial.number, worker="")
-        self._enqueue(replace(retry, lease=self._lease.name), fixed, notes)
-
-    def _enqueue(
-        self, start: Start, fixed: Mapping[str, Any] | None = None, notes: Mapping[str, Any] | None = None
-    ) -> None:
-        self._study.add_trial(_template(optuna.trial.TrialState.WAITING, start, fixed or {}, notes or {}))
-
-
-def _template(
-    state: optuna.trial.TrialState, start: Start, fixed: Mapping[str, Any], notes: Mapping[str, Any] | None = None
-) -> FrozenTrial:
-    return optuna.trial.create_trial(
-        state=state,
-        user_attrs={START: start.to_json()},
-        system_attrs={**(notes or {}), "fixed_params": dict(fixed)},
-    )
-
-
-def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
