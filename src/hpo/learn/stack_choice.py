@@ -13,7 +13,7 @@ from hpo.learn.features import cached_views
 from hpo.learn.models.binary import OneLogit
 from hpo.learn.models.transfer import standing_of
 from hpo.learn.stack import key_of
-from hpo.learn.stack_layers import UnstackableError
+from hpo.learn.stack_parts import UnstackableError
 from hpo.learn.stack_speed import shared_seconds, step_seconds
 from hpo.learn.trial import build_whole, measured_precision
 from hpo.records import DataCard
