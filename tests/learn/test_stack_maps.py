@@ -9,9 +9,12 @@ from side_by_side import agree, alone, stacked, training
 from hpo.learn.models import build_model
 from hpo.learn.models.basic import ACTIVATIONS
 from hpo.learn.optimizers import OPTIMIZERS
-from hpo.learn.stack import Stack, key_of
+from hpo.learn.stack import Stack, Stacks, key_of
 from hpo.learn.stack_layers import StackedNets
+from hpo.learn.stack_speed import why_apart
+from hpo.learn.trial import build
 from hpo.spec.models import CnnSpec, ConvnetSpec
+from hpo.spec.study import DataSpec, Setup, SplitSpec
 from hpo.spec.training import AugmentSpec, OptimizerSpec
 
 
@@ -166,3 +169,40 @@ def test_convolutions_own_their_weights_again_when_a_stack_is_gone():
         assert all(
             value.is_contiguous() and torch.equal(value, expected[name]) for name, value in net.state_dict().items()
         )
+
+
+def test_convolutions_are_measured_once_for_a_process_and_stay_alone_where_that_is_faster(digits_card, monkeypatch):
+    asked = []
+
+    def why(net, data, spec):
+        asked.append(net)
+        return "too large" if len(asked) == 1 else ""
+
+    monkeypatch.setattr("hpo.learn.trial.why_apart", why)
+    stacks = Stacks(4)
+
+    def made(filters, places=stacks):
+        model = CnnSpec(kind="cnn", filters=filters)
+        setup = Setup(
+            data=DataSpec(name="digits"),
+            split=SplitSpec(kind="holdout"),
+            model=model,
+            training=training(precision="float32"),
+        )
+        return build(setup, digits_card, seed=0, device_name="cpu", stacks=places)
+
+    assert [made(filters).alone for filters in (8, 8, 64, 64)] == ["too large", "too large", "", ""]
+    assert [made(filters).key.endswith("in a stack") for filters in (8, 64)] == [False, True]
+    assert len(asked) == 2
+    assert made(8, places=Stacks(1)).alone == ""  # as one that was trained in a stack is trained again
+    assert len(asked) == 2
+
+
+def test_why_convolutions_stay_alone_names_what_was_measured(few, monkeypatch):
+    seconds = {1: 1e-3, 4: 2e-3}
+    monkeypatch.setattr("hpo.learn.stack_speed.step_seconds", lambda *_, together, **__: seconds[together])
+    assert why_apart(_net(0), few, training()) == "side by side it is 0.50 times as fast as alone here"
+    seconds[4] = 5e-4
+    assert why_apart(_net(0), few, training()) == ""
+    seconds[1] = 5e-3
+    assert why_apart(_net(0), few, training()) == "a step takes 5.0 ms, all of it computing"

@@ -85,12 +85,14 @@ class Stacks:
     """The stacks of a process in which so many trainings have a place.
 
     precisions are the automatic ones that were measured here, by their kind and size of network: like trainings have to
-    agree, or they could not share.
+    agree, or they could not share. apart says of kinds and sizes with convolutions why they train faster alone here, ""
+    of those that do not.
     """
 
     def __init__(self, places: int) -> None:
         self.places = places
         self.precisions: dict[str, str] = {}
+        self.apart: dict[str, str] = {}
         self._stacks: dict[tuple[Any, ...], Stack] = {}
 
     def join(

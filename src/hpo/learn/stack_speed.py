@@ -16,6 +16,7 @@ from hpo.spec.training import TrainingSpec
 
 _STEPS = 4
 _SOME = 4  # networks, whose precision speaks for larger stacks
+FULL = 0.003  # seconds; a CPU whose step takes longer computes all the time, and gains nothing from company
 
 
 def step_seconds(net: nn.Module, data: TrialData, spec: TrainingSpec, *, together: int, precision: str) -> float:
@@ -49,8 +50,17 @@ def shared_precision(net: nn.Module, data: TrialData, spec: TrainingSpec) -> str
     return min(seconds, key=seconds.__getitem__)
 
 
+def why_apart(net: nn.Module, data: TrialData, spec: TrainingSpec) -> str:
+    """Why a network like this one trains faster alone on its device; "" where it does not."""
+    alone = min(shared_seconds(net, data, spec, together=1).values())
+    if data.images.device.type == "cpu" and alone > FULL:
+        return f"a step takes {1000 * alone:.1f} ms, all of it computing"
+    gain = alone / min(shared_seconds(net, data, spec, together=_SOME).values())
+    return "" if gain > 1 else f"side by side it is {gain:.2f} times as fast as alone here"
+
+
 def shared_seconds(net: nn.Module, data: TrialData, spec: TrainingSpec, *, together: int) -> dict[str, float]:
-    """Seconds of a step in a stack of `together`, by each precision that the spec and the device allow."""
+    """Seconds of a step in a stack of `together`, 1 is alone, by each precision that the spec and the device allow."""
     half = spec.precision == "bfloat16" or (spec.precision == "auto" and has_bfloat16(data.images.device))
     precisions = ["float32"] * (spec.precision != "bfloat16") + ["bfloat16"] * half
     return {each: step_seconds(net, data, spec, together=together, precision=each) for each in precisions}
