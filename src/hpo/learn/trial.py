@@ -20,6 +20,7 @@ from hpo.learn.checkpoint import Checkpoint, Saved
 from hpo.learn.data import TrialData, cache_folder, open_trial
 from hpo.learn.export import save_trained
 from hpo.learn.features import cached_views, features_of
+from hpo.learn.graphs import Graph, choose_graph
 from hpo.learn.meter import NO_METER, Meter
 from hpo.learn.metrics import confusion_matrix
 from hpo.learn.models import build_model, parameter_count
@@ -129,6 +130,8 @@ def train_trial(
             how["stack"] = "shared"
             fit = stacks.join(made.net, made.data, spec, seed=fit_seed, precision=made.precision)
         else:
+            graph = _graph(made, setup) if not ended else None
+            how |= {"graph": graph.how} if graph else {}
             fit = train(
                 made.net,
                 made.data,
@@ -138,6 +141,7 @@ def train_trial(
                 resume=resume,
                 save=save,
                 clock=meter.clock,
+                graph=graph,
             )
             if stacks is not None:
                 how["stack"], fit = f"alone: {made.alone}", beside(fit, made.data.images.device)
@@ -184,6 +188,14 @@ def train_trial(
         result = _left(result, made, setup, folder)
     meter.clock.lap("save")
     return replace(result, profile=meter.profile())
+
+
+def _graph(made: Built, setup: Setup) -> Graph | None:
+    """A CUDA graph of the network, or why there is none; None where there is no such thing."""
+    if made.data.images.device.type != "cuda":
+        return None
+    own = isinstance(setup.model, OwnModelSpec)
+    return choose_graph(made.net, made.data, setup.training, precision=made.precision, own=own)
 
 
 @lru_cache(maxsize=16)
