@@ -28,21 +28,20 @@ class _Stage(nn.Module):
         ]
         self.wide = max(self.widths)
         self.weight: nn.Parameter | None = None
+        self._mask: Tensor | None = None
         if first.conv is not None:
             like, (high, wide) = first.conv.weight, first.conv.weight.shape[2:]
             # Channels-last in memory, as the maps are: so no call lays it out anew.
             weight = like.new_zeros(count, self.wide, high, wide, wide_in).permute(0, 1, 4, 2, 3)
             self.weight, self.bias = nn.Parameter(weight), nn.Parameter(like.new_zeros(count, self.wide))
             self._stride, self._padding = first.conv.stride, first.conv.padding
+            if min(widths_in) < wide_in:
+                real = torch.arange(wide_in) < torch.tensor(widths_in).unsqueeze(1)
+                self._mask = real.view(1, -1, 1, 1).to(like)
         self.norm = Norm(first.norm, count, self.wide) if first.norm is not None else None
         self._activations = Activations(parts, dim=1, size=self.wide)
         self.pool = first.pool
         self.dropouts = [part.dropout for part in parts]
-        mask = torch.zeros(count, wide_in)
-        for row, width in enumerate(widths_in):
-            mask[row, :width] = 1.0
-        padded = self.weight is not None and not bool(mask.all())
-        self._mask = mask.view(1, -1, 1, 1).to(self.weight.device) if padded and self.weight is not None else None
 
     def forward(self, maps: Tensor, noises: Sequence[torch.Generator], *, half: bool) -> Tensor:
         """maps (n, networks * channels, height, width) -> those after the block; channels-last in memory."""
