@@ -5,16 +5,15 @@
     OMP_NUM_THREADS=1 uv run python benchmarks/stacks.py --filters 16 --channels 3 --sizes 1 4 16   # one convolution
 
 Alone is the platform's own training loop, and beside it the loop that people write: torch.optim.Adam, cross_entropy, a
-tensor of float images, shuffled. One thread on a CPU; each line is the least of --repeats, which take turns, so that
-all lines see the same noise. A step is that of one network: what a stack takes is divided by its members. --channels 3
+tensor of float images, shuffled. One thread on a CPU, and its own time, whatever else the machine does; each line is the
+least of --repeats, which take turns, so that all lines see the same noise. A step is that of one network: what a stack takes is divided by its members. --channels 3
 makes grey images coloured, of three equal channels, which takes the time of any others.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 
 import torch
@@ -23,8 +22,10 @@ from torch.nn import functional
 from hpo.learn.data import TrialData, open_trial, prepare
 from hpo.learn.models import build_model
 from hpo.learn.precision import has_bfloat16
+from hpo.learn.roofline import device_clock
 from hpo.learn.stack import Stack
 from hpo.learn.train import input_of, predict_logits, train
+from hpo.records import Epoch
 from hpo.spec.models import CnnSpec, MlpSpec
 from hpo.spec.study import DataSpec, SplitSpec
 from hpo.spec.training import TrainingSpec
@@ -99,9 +100,9 @@ def _net(data: TrialData, seed: int, model: MlpSpec | CnnSpec) -> torch.nn.Modul
 def _plain(net: torch.nn.Module, data: TrialData, spec: TrainingSpec) -> float:
     inputs = torch.cat([input_of(data)(part) for part in torch.split(data.images, 1024)])
     optimizer = torch.optim.Adam(net.parameters())
-    best = float("inf")
+    clock, best = device_clock(data.images.device), float("inf")
     for _ in range(spec.epochs):
-        started = time.perf_counter()
+        started = clock()
         loss_sum = 0.0
         for rows in data.train[torch.randperm(len(data.train))].split(spec.batch_size):
             optimizer.zero_grad()
@@ -111,25 +112,30 @@ def _plain(net: torch.nn.Module, data: TrialData, spec: TrainingSpec) -> float:
             loss_sum += loss.item()
         predict_logits(net, data, data.valid, precision="float32")
         net.train()
-        best = min(best, time.perf_counter() - started)
+        best = min(best, clock() - started)
     return best
 
 
 def _alone(net: torch.nn.Module, data: TrialData, spec: TrainingSpec, precision: str) -> float:
-    return min(epoch.seconds for epoch in train(net, data, spec, seed=0, precision=precision))
+    return _least([train(net, data, spec, seed=0, precision=precision)], data, spec)
 
 
 def _stacked(nets: list[torch.nn.Module], data: TrialData, spec: TrainingSpec, precision: str) -> float:
     stack = Stack(precision=precision)
-    members = [stack.join(net, data, spec, seed=seed) for seed, net in enumerate(nets)]
-    seconds = []
+    return _least([stack.join(net, data, spec, seed=seed) for seed, net in enumerate(nets)], data, spec)
+
+
+def _least(fits: Sequence[Generator[Epoch | None, None, None]], data: TrialData, spec: TrainingSpec) -> float:
+    """Seconds of an epoch of each."""
+    clock, best = device_clock(data.images.device), float("inf")
     for _ in range(spec.epochs):
-        for member in members:
-            next(member)
-        seconds += [epoch.seconds for member in members if (epoch := next(member)) is not None]
-    for member in members:
-        member.close()
-    return min(seconds)
+        started = clock()
+        for waits in [fit for fit in fits if next(fit) is None]:
+            next(waits)
+        best = min(best, (clock() - started) / len(fits))
+    for fit in fits:
+        fit.close()
+    return best
 
 
 if __name__ == "__main__":
