@@ -5,9 +5,10 @@
     OMP_NUM_THREADS=1 uv run python benchmarks/stacks.py --filters 16 --channels 3 --sizes 1 4 16   # one convolution
 
 Alone is the platform's own training loop, and beside it the loop that people write: torch.optim.Adam, cross_entropy, a
-tensor of float images, shuffled. One thread on a CPU, and its own time, whatever else the machine does; each line is the
-least of --repeats, which take turns, so that all lines see the same noise. A step is that of one network: what a stack takes is divided by its members. --channels 3
-makes grey images coloured, of three equal channels, which takes the time of any others.
+tensor of float images, shuffled. On a CPU one thread, and its own time, whatever else the machine does; each line is
+the least of --repeats, which take turns, so that all lines see the same noise. A step is that of one network: what a
+stack takes is divided by its members, and validation on an eighth as many images is in it. --channels 3 makes grey
+images coloured, of three equal channels, which takes the time of any others.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def _data(name: str, device: torch.device, *, images: int, channels: int) -> Tri
     if channels > data.images.shape[3]:
         coloured = data.images.expand(-1, -1, -1, channels).contiguous()
         data = replace(data, images=coloured, mean=data.mean * channels, std=data.std * channels)
-    return replace(data, train=data.train[:images], valid=data.valid[: images * 5 // 32])
+    return replace(data, train=data.train[:images], valid=data.valid[: images // 8])
 
 
 def _shape(data: TrialData, model: MlpSpec | CnnSpec) -> str:
