@@ -18,15 +18,21 @@ from hpo.spec.training import AugmentSpec, OptimizerSpec, TrainingSpec
 SPEC = TrainingSpec(epochs=30, batch_size=32, optimizer=OptimizerSpec(lr=3e-3))
 
 
+def _spend(seconds):
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
+
 class Launched(nn.Module):
-    """A network whose every call waits a little, as for a GPU to be told what to do."""
+    """A network whose every call takes a little longer, as a GPU has to be told what to do."""
 
     def __init__(self, net):
         super().__init__()
         self.net, self.waits = net, True
 
     def forward(self, images):
-        time.sleep(0.002 * self.waits)
+        _spend(0.003 * self.waits)
         return self.net(images)
 
 
@@ -49,7 +55,7 @@ def _right(step, sample):
 
 def _slow(step, sample):
     def forward(inputs):
-        time.sleep(0.004)
+        _spend(0.004)
         return step(inputs)
 
     return forward

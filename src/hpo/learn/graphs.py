@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -15,7 +14,7 @@ from hpo.learn.data import TrialData
 from hpo.learn.memory import free_memory
 from hpo.learn.models.transfer import standing_of
 from hpo.learn.precision import lay_out
-from hpo.learn.roofline import synchronise
+from hpo.learn.roofline import device_clock
 from hpo.learn.train import input_of
 from hpo.spec.training import TrainingSpec
 
@@ -119,15 +118,13 @@ def _tried(net: nn.Module, data: TrialData, spec: TrainingSpec, precision: str, 
         expected, found = (_left_by(each, net, weights, batch) for each in (eager, graph))
         if not all(agree(*each, tolerance=_TOLERANCE[precision]) for each in zip(expected, found, strict=True)):
             return _eager("a graph of it leaves other gradients or running statistics")
-    wait = synchronise(data.images.device)
+    clock = device_clock(data.images.device)
     seconds: dict[Callable[[Tensor], Tensor], float] = {eager: float("inf"), graph: float("inf")}
     for _ in range(_REPEATS):
         for forward, best in seconds.items():
-            wait()
-            started = time.perf_counter()
+            started = clock()
             _step(forward, net, batches[0])
-            wait()
-            seconds[forward] = min(best, time.perf_counter() - started)
+            seconds[forward] = min(best, clock() - started)
     gain = seconds[eager] / seconds[graph]
     if gain < _WORTH:
         return _eager(f"with a graph a step is {gain:.2f} times as fast")
