@@ -89,31 +89,38 @@ def choose_graph(
     training = net.training
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            return _tried(net.train(), data, spec, precision, grapher)
+            graph = _tried(net.train(), before, data, spec, precision, grapher)
     except Exception as error:  # noqa: BLE001 - whatever a capture does not take, the eager step does
         said = (str(error).splitlines() or [""])[0]
-        return _eager(f"{type(error).__name__}: {said}"[:200])
+        graph = _eager(f"{type(error).__name__}: {said}"[:200])
     finally:
         net.zero_grad(set_to_none=True)
         net.load_state_dict(before)
         net.train(training)
+    if graph.forward is None:
+        free_memory()
+    return graph
 
 
 def _eager(reason: str) -> Graph:
-    free_memory()
     return Graph(None, torch.Size(), f"eager: {reason}")
 
 
-def _tried(net: nn.Module, data: TrialData, spec: TrainingSpec, precision: str, grapher: Grapher) -> Graph:
+def _tried(
+    net: nn.Module,
+    state: Mapping[str, Tensor],
+    data: TrialData,
+    spec: TrainingSpec,
+    precision: str,
+    grapher: Grapher,
+) -> Graph:
     normalise, size = input_of(data), spec.batch_size
     parts = (data.train[:size], data.train[-size:])
     batches = [(normalise(data.images[rows]), data.labels[rows]) for rows in parts]
     eager = _Pass(net, half=precision == "bfloat16")
     graph = grapher(_Pass(net, half=precision == "bfloat16"), batches[0][0].clone())
-    state = {name: value.clone() for name, value in net.state_dict().items()}
     # Other weights too: a graph could have kept those of its capture.
-    learns = {name for name, weight in net.named_parameters() if weight.requires_grad}
-    other = {name: -value if name in learns else value for name, value in state.items()}
+    other = {**state, **{name: -state[name] for name, weight in net.named_parameters() if weight.requires_grad}}
     for batch, weights in zip(batches, (state, other), strict=True):
         expected, found = (_left_by(each, net, weights, batch) for each in (eager, graph))
         if not all(agree(*each, tolerance=_TOLERANCE[precision]) for each in zip(expected, found, strict=True)):

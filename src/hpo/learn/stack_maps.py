@@ -1,4 +1,7 @@
-"""The convolutions of several networks as one: a grouped convolution whose groups are the networks."""
+"""The convolutions of several networks as one: a grouped convolution whose groups are the networks.
+
+Unfolding images into batched products instead was up to a tenth faster for 8 x 8 pixels on a CPU, or half as fast.
+"""
 
 from __future__ import annotations
 
