@@ -1,18 +1,20 @@
-"""How long an epoch of a perceptron takes, alone and side by side with others.
+"""How long a step of a small network takes, alone and side by side with others.
 
     OMP_NUM_THREADS=1 uv run python benchmarks/stacks.py                    # 784-128-10, batches of 64, Fashion-MNIST
     OMP_NUM_THREADS=1 uv run python benchmarks/stacks.py --hidden 512 --batch 128
+    OMP_NUM_THREADS=1 uv run python benchmarks/stacks.py --filters 16 --channels 3 --sizes 1 4 16   # one convolution
 
 Alone is the platform's own training loop, and beside it the loop that people write: torch.optim.Adam, cross_entropy, a
-tensor of float images, shuffled. One thread on a CPU; each line is the least of --repeats, which take turns, so that
-all lines see the same noise. An epoch is that of one network: what a stack takes is divided by its members.
+tensor of float images, shuffled. On a CPU one thread, and its own time, whatever else the machine does; each line is
+the least of --repeats, which take turns, so that all lines see the same noise. A step is that of one network: what a
+stack takes is divided by its members, and validation on an eighth as many images is in it. --channels 3 makes grey
+images coloured, of three equal channels, which takes the time of any others.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 
 import torch
@@ -21,9 +23,11 @@ from torch.nn import functional
 from hpo.learn.data import TrialData, open_trial, prepare
 from hpo.learn.models import build_model
 from hpo.learn.precision import has_bfloat16
+from hpo.learn.roofline import device_clock
 from hpo.learn.stack import Stack
 from hpo.learn.train import input_of, predict_logits, train
-from hpo.spec.models import MlpSpec
+from hpo.records import Epoch
+from hpo.spec.models import CnnSpec, MlpSpec
 from hpo.spec.study import DataSpec, SplitSpec
 from hpo.spec.training import TrainingSpec
 
@@ -34,21 +38,28 @@ def main() -> None:
     parser.add_argument("--data", default="fashionmnist", help="a name that hpo data lists")
     parser.add_argument("--images", type=int, default=12_800, help="training images of an epoch")
     parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--filters", type=int, default=0, help="of a network of one convolution; 0: a perceptron")
+    parser.add_argument("--kernel", type=int, default=3)
+    parser.add_argument("--channels", type=int, default=1)
+    parser.add_argument("--sizes", type=int, nargs="*", help="of the stacks")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
     torch.set_num_threads(1)
     device = torch.device(given.device)
-    data = _data(given.data, device, images=given.images)
+    data = _data(given.data, device, images=given.images, channels=given.channels)
     spec = TrainingSpec(epochs=3, batch_size=given.batch)
-    sizes = (2, 4, 8, 16) if device.type == "cpu" else (8, 32, 128)
-    ways: dict[str, Callable[[], float]] = {"plain loop": lambda: _plain(_net(data, 0, given.hidden), data, spec)}
+    sizes = given.sizes or ((2, 4, 8, 16) if device.type == "cpu" else (8, 32, 128))
+    model: MlpSpec | CnnSpec = MlpSpec(kind="mlp", hidden=given.hidden)
+    if given.filters:
+        model = CnnSpec(kind="cnn", filters=given.filters, kernel=given.kernel)
+    ways: dict[str, Callable[[], float]] = {"plain loop": lambda: _plain(_net(data, 0, model), data, spec)}
     for precision in ["float32"] + ["bfloat16"] * has_bfloat16(device):
-        ways[f"alone, {precision}"] = lambda p=precision: _alone(_net(data, 0, given.hidden), data, spec, p)
+        ways[f"alone, {precision}"] = lambda p=precision: _alone(_net(data, 0, model), data, spec, p)
         for size in sizes:
             ways[f"{size} in a stack, {precision}"] = lambda p=precision, k=size: _stacked(
-                [_net(data, seed, given.hidden) for seed in range(k)], data, spec, p
+                [_net(data, seed, model) for seed in range(k)], data, spec, p
             )
     seconds = {name: float("inf") for name in ways}
     for _ in range(given.repeats):
@@ -56,7 +67,7 @@ def main() -> None:
             seconds[name] = min(seconds[name], way())
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "one thread of the CPU"
     steps = -(-len(data.train) // given.batch)
-    print(f"{_shape(data, given.hidden)}, batches of {given.batch}, {len(data.train)} images, {name}")
+    print(f"{_shape(data, model)}, batches of {given.batch}, {len(data.train)} images, {name}, n = {given.repeats}")
     print(f"{'':28}{'ms a step':>10}{'times alone':>13}")
     for way, took in seconds.items():
         print(f"{way:28}{1000 * took / steps:10.3f}{seconds['alone, float32'] / took:13.2f}")
@@ -64,29 +75,35 @@ def main() -> None:
         print("no GPU here: its rows are not measured")
 
 
-def _data(name: str, device: torch.device, *, images: int) -> TrialData:
+def _data(name: str, device: torch.device, *, images: int, channels: int) -> TrialData:
     split = SplitSpec(kind="holdout")
     data = open_trial(prepare(DataSpec(name=name), split), split, device=device)
-    return replace(data, train=data.train[:images], valid=data.valid[:2000])
+    if channels > data.images.shape[3]:
+        coloured = data.images.expand(-1, -1, -1, channels).contiguous()
+        data = replace(data, images=coloured, mean=data.mean * channels, std=data.std * channels)
+    return replace(data, train=data.train[:images], valid=data.valid[: images // 8])
 
 
-def _shape(data: TrialData, hidden: int) -> str:
-    return f"{data.images[0].numel()}-{hidden}-{len(data.class_names)}"
+def _shape(data: TrialData, model: MlpSpec | CnnSpec) -> str:
+    if isinstance(model, MlpSpec):
+        return f"{data.images[0].numel()}-{model.hidden}-{len(data.class_names)}"
+    sides = "x".join(map(str, data.images.shape[1:]))
+    return f"{model.filters} filters of {model.kernel}x{model.kernel} on {sides}"
 
 
-def _net(data: TrialData, seed: int, hidden: int) -> torch.nn.Module:
+def _net(data: TrialData, seed: int, model: MlpSpec | CnnSpec) -> torch.nn.Module:
     height, width, channels = data.images.shape[1:]
     shape = (height, width, channels)
-    net = build_model(MlpSpec(kind="mlp", hidden=hidden), image_shape=shape, classes=len(data.class_names), seed=seed)
+    net = build_model(model, image_shape=shape, classes=len(data.class_names), seed=seed)
     return net.to(data.images.device)
 
 
 def _plain(net: torch.nn.Module, data: TrialData, spec: TrainingSpec) -> float:
     inputs = torch.cat([input_of(data)(part) for part in torch.split(data.images, 1024)])
     optimizer = torch.optim.Adam(net.parameters())
-    best = float("inf")
+    clock, best = device_clock(data.images.device), float("inf")
     for _ in range(spec.epochs):
-        started = time.perf_counter()
+        started = clock()
         loss_sum = 0.0
         for rows in data.train[torch.randperm(len(data.train))].split(spec.batch_size):
             optimizer.zero_grad()
@@ -96,25 +113,30 @@ def _plain(net: torch.nn.Module, data: TrialData, spec: TrainingSpec) -> float:
             loss_sum += loss.item()
         predict_logits(net, data, data.valid, precision="float32")
         net.train()
-        best = min(best, time.perf_counter() - started)
+        best = min(best, clock() - started)
     return best
 
 
 def _alone(net: torch.nn.Module, data: TrialData, spec: TrainingSpec, precision: str) -> float:
-    return min(epoch.seconds for epoch in train(net, data, spec, seed=0, precision=precision))
+    return _least([train(net, data, spec, seed=0, precision=precision)], data, spec)
 
 
 def _stacked(nets: list[torch.nn.Module], data: TrialData, spec: TrainingSpec, precision: str) -> float:
     stack = Stack(precision=precision)
-    members = [stack.join(net, data, spec, seed=seed) for seed, net in enumerate(nets)]
-    seconds = []
+    return _least([stack.join(net, data, spec, seed=seed) for seed, net in enumerate(nets)], data, spec)
+
+
+def _least(fits: Sequence[Generator[Epoch | None, None, None]], data: TrialData, spec: TrainingSpec) -> float:
+    """Seconds of an epoch of each."""
+    clock, best = device_clock(data.images.device), float("inf")
     for _ in range(spec.epochs):
-        for member in members:
-            next(member)
-        seconds += [epoch.seconds for member in members if (epoch := next(member)) is not None]
-    for member in members:
-        member.close()
-    return min(seconds)
+        started = clock()
+        for waits in [fit for fit in fits if next(fit) is None]:
+            next(waits)
+        best = min(best, (clock() - started) / len(fits))
+    for fit in fits:
+        fit.close()
+    return best
 
 
 if __name__ == "__main__":

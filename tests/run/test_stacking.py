@@ -47,7 +47,8 @@ def test_the_measurement_chooses_a_number_within_the_limit(card):
     ("settings", "most", "reason"),
     [
         ((), 1, "few trials are left"),
-        (("model={kind: cnn, filters: 4}",), 8, "a layer Conv2d"),
+        (("model={kind: resnet, width: 4}",), 8, "a layer ResidualBlock"),
+        (("model={kind: cnn, filters: 512, kernel: 5}",), 8, "all of it computing"),
         (("training.checkpoint=2",), 8, "it is saved every so many epochs"),
     ],
 )

@@ -32,6 +32,13 @@ def layout(device: torch.device, precision: str) -> str:
     return "channels_last" if precision == "bfloat16" or device.type == "cuda" else "contiguous"
 
 
+def lay_out(net: nn.Module, device: torch.device, precision: str) -> None:
+    """Move a network to the device, its weights laid out as they are to be trained there."""
+    net.to(device)
+    if layout(device, precision) == "channels_last":
+        net.to(memory_format=torch.channels_last)
+
+
 def faster_precision(net: nn.Module, images: Tensor, labels: Tensor) -> str:
     """float32 or bfloat16, for one step of net on images (n, channels, height, width) and labels (n,).
 

@@ -20,7 +20,8 @@ from hpo.learn.data import TrialData
 from hpo.learn.metrics import scores
 from hpo.learn.optimizers import OPTIMIZERS, learning_rate_factor
 from hpo.learn.progress import Progress
-from hpo.learn.stack_layers import StackedNets, UnstackableError, shape_of, sort_key
+from hpo.learn.stack_layers import StackedNets
+from hpo.learn.stack_parts import UnstackableError, shape_of, sort_key
 from hpo.learn.take import Take
 from hpo.learn.train import class_weights, evaluation_batch, input_of, moving_average
 from hpo.records import Epoch
@@ -84,12 +85,14 @@ class Stacks:
     """The stacks of a process in which so many trainings have a place.
 
     precisions are the automatic ones that were measured here, by their kind and size of network: like trainings have to
-    agree, or they could not share.
+    agree, or they could not share. apart says of kinds and sizes with convolutions why they train faster alone here, ""
+    of those that do not.
     """
 
     def __init__(self, places: int) -> None:
         self.places = places
         self.precisions: dict[str, str] = {}
+        self.apart: dict[str, str] = {}
         self._stacks: dict[tuple[Any, ...], Stack] = {}
 
     def join(
@@ -299,7 +302,7 @@ class _Inputs:
         self._source = sources[0] if together else None
 
     def __call__(self, rows: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """rows (members, n), places likewise, see Take -> inputs (members, n, features), labels, others, shares.
+        """rows (members, n), places likewise, see Take -> inputs (members, n, ...), labels, others, shares.
 
         Labels and the others that they are mixed with are (members, n); shares of the first are (members,), None where
         nothing is mixed.
@@ -307,7 +310,7 @@ class _Inputs:
         labels = self._data.labels.index_select(0, rows.flatten()).view(rows.shape)
         if self._source is not None:
             inputs = self._normalise(self._source.index_select(0, places.flatten()))
-            return inputs.reshape(*rows.shape, -1), labels, labels, None
+            return inputs.view(*rows.shape, *inputs.shape[1:]), labels, labels, None
         parts = [self._mixed(*each) for each in zip(self._members, places, labels, strict=True)]
         inputs = torch.stack([part for part, _, _ in parts])
         if not self._mixes:
@@ -318,7 +321,7 @@ class _Inputs:
     def _mixed(self, member: Member, places: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, float]:
         images = self._normalise(member.take(places, member.generator))
         inputs, _, others, share = mix_batch(images, labels, member.spec.augment, member.generator)
-        return inputs.flatten(1), others, share
+        return inputs, others, share
 
 
 def _judge(member: Member, total: tuple[float, float], logits: Tensor) -> Epoch | NotFiniteError:

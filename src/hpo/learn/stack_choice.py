@@ -13,8 +13,8 @@ from hpo.learn.features import cached_views
 from hpo.learn.models.binary import OneLogit
 from hpo.learn.models.transfer import standing_of
 from hpo.learn.stack import key_of
-from hpo.learn.stack_layers import UnstackableError
-from hpo.learn.stack_speed import shared_seconds, step_seconds
+from hpo.learn.stack_parts import UnstackableError
+from hpo.learn.stack_speed import FULL, shared_seconds, step_seconds
 from hpo.learn.trial import build_whole, measured_precision
 from hpo.records import DataCard
 from hpo.spec.models import OwnModelSpec
@@ -24,7 +24,6 @@ from hpo.spec.training import TrainingSpec
 _SIZES = (4, 8, 16, 32, 64)
 _WORTH = 1.15  # a stack must be faster by this: below it noise decides, and alone is plainer
 _MORE = 1.05  # and a larger stack than a smaller one by this
-_FULL = 0.003  # seconds; a CPU whose step takes longer computes all the time, and gains nothing from company
 _PATIENCE = 1.0  # seconds after which no larger stack is tried
 
 
@@ -39,7 +38,7 @@ def choose_places(setups: Sequence[Setup], card: DataCard, *, device_name: str, 
         return 1, str(why)
     started = time.perf_counter()
     alone = [step_seconds(*each, together=1, precision=_alone(*each)) for each in made]
-    if device_name == "cpu" and max(alone) > _FULL:
+    if device_name == "cpu" and max(alone) > FULL:
         return 1, f"a step of the largest takes {1000 * max(alone):.1f} ms, all of it computing"
     places, factor = 1, 1.0
     for size in [size for size in _SIZES if size <= most] or [most]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,15 @@ from hpo.learn.fidelity import GrowingRows
 from hpo.learn.metrics import scores
 from hpo.learn.models.transfer import standing_of
 from hpo.learn.optimizers import build_optimizer, learning_rate_factor
-from hpo.learn.precision import layout
+from hpo.learn.precision import lay_out
 from hpo.learn.progress import Progress
 from hpo.learn.take import Take
 from hpo.profile import NO_CLOCK, Clock
 from hpo.records import Epoch
 from hpo.spec.training import TrainingSpec
+
+if TYPE_CHECKING:
+    from hpo.learn.graphs import Graph
 
 # What memory holds one piece of a training batch with all that its gradient needs, holds so many pieces without.
 _PIECES = 4
@@ -111,6 +114,7 @@ def train(
     resume: Mapping[str, Any] | None = None,
     save: Save | None = None,
     clock: Clock = NO_CLOCK,
+    graph: Graph | None = None,
 ) -> Generator[Epoch, None, None]:
     """Train net in place and yield an Epoch after each evaluation; at the end net has its best epoch's weights.
 
@@ -121,10 +125,12 @@ def train(
 
     save is called before every spec.checkpoint-th epoch but the last is yielded. resume is a state that it was given:
     the training goes on after that epoch, to the result that it would have had in one go. clock is told what each part
-    of the time was for.
+    of the time was for. graph computes the batches that it fits; it was made of this network, on this data.
     """
     try:
-        yield from _epochs(net, data, spec, seed=seed, precision=precision, resume=resume, save=save, clock=clock)
+        yield from _epochs(
+            net, data, spec, seed=seed, precision=precision, resume=resume, save=save, clock=clock, graph=graph
+        )
     finally:
         torch.set_flush_denormal(False)
 
@@ -139,11 +145,10 @@ def _epochs(
     resume: Mapping[str, Any] | None,
     save: Save | None,
     clock: Clock,
+    graph: Graph | None,
 ) -> Generator[Epoch, None, None]:
     device = data.images.device
-    net.to(device)
-    if layout(device, precision) == "channels_last":
-        net.to(memory_format=torch.channels_last)
+    lay_out(net, device, precision)
     # Dropout draws from torch's global generator; data order and augmentation from one of their own.
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -201,7 +206,9 @@ def _epochs(
             inputs, labels, others, share = mix_batch(normalise(images), labels, spec.augment, generator)
             clock.lap("augment")
             optimizer.zero_grad(set_to_none=True)
-            loss, logits = _backward(net, inputs, (labels, others, share), loss_of, spec.micro_batch, precision, clock)
+            loss, logits = _backward(
+                net, inputs, (labels, others, share), loss_of, spec.micro_batch, precision, clock, graph
+            )
             if spec.clip_norm is not None:
                 nn.utils.clip_grad_norm_(net.parameters(), spec.clip_norm)
             optimizer.step()
@@ -248,6 +255,7 @@ def _backward(
     micro_batch: int | None,
     precision: str,
     clock: Clock,
+    graph: Graph | None,
 ) -> tuple[Tensor, Tensor]:
     """Add the gradient of a batch's mean loss to the weights, piece by piece; returns that loss and the logits.
 
@@ -259,9 +267,12 @@ def _backward(
     for part, first, second in zip(
         inputs.tensor_split(pieces), labels.tensor_split(pieces), others.tensor_split(pieces), strict=True
     ):
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            logits = net(part)
-        logits = logits.float()
+        if graph is not None and graph.forward is not None and part.shape == graph.shape:
+            logits = graph.forward(part)
+        else:
+            with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                logits = net(part)
+            logits = logits.float()
         piece = loss_of(logits, first) * _weight(first, labels, loss_of)
         if share < 1:
             piece = share * piece + (1 - share) * loss_of(logits, second) * _weight(second, others, loss_of)

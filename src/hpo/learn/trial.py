@@ -20,6 +20,7 @@ from hpo.learn.checkpoint import Checkpoint, Saved
 from hpo.learn.data import TrialData, cache_folder, open_trial
 from hpo.learn.export import save_trained
 from hpo.learn.features import cached_views, features_of
+from hpo.learn.graphs import Graph, choose_graph
 from hpo.learn.meter import NO_METER, Meter
 from hpo.learn.metrics import confusion_matrix
 from hpo.learn.models import build_model, parameter_count
@@ -27,7 +28,8 @@ from hpo.learn.models.binary import OneLogit
 from hpo.learn.models.transfer import standing_of
 from hpo.learn.precision import faster_precision, layout
 from hpo.learn.stack import Stacks, beside, why_alone
-from hpo.learn.stack_speed import shared_precision
+from hpo.learn.stack_parts import convolves
+from hpo.learn.stack_speed import shared_precision, why_apart
 from hpo.learn.train import input_of, predict_logits, train
 from hpo.records import DataCard, Epoch, TrialResult, TrialState, best_of, pack_classes
 from hpo.spec.models import OwnModelSpec
@@ -102,7 +104,7 @@ def train_trial(
             device_name=device_name,
             precisions={**precisions, **(stacks.precisions if stacks else {})},
             most_parameters=most_parameters,
-            places=stacks.places if stacks else 1,
+            stacks=stacks,
         )
         if made.parameters > most_parameters:
             reason = f"{made.parameters} parameters, and the search allows {most_parameters:g}"
@@ -128,6 +130,8 @@ def train_trial(
             how["stack"] = "shared"
             fit = stacks.join(made.net, made.data, spec, seed=fit_seed, precision=made.precision)
         else:
+            graph = _graph(made, setup) if not ended else None
+            how |= {"graph": graph.how} if graph else {}
             fit = train(
                 made.net,
                 made.data,
@@ -137,6 +141,7 @@ def train_trial(
                 resume=resume,
                 save=save,
                 clock=meter.clock,
+                graph=graph,
             )
             if stacks is not None:
                 how["stack"], fit = f"alone: {made.alone}", beside(fit, made.data.images.device)
@@ -185,6 +190,14 @@ def train_trial(
     return replace(result, profile=meter.profile())
 
 
+def _graph(made: Built, setup: Setup) -> Graph | None:
+    """A CUDA graph of the network, or why there is none; None where there is no such thing."""
+    if made.data.images.device.type != "cuda":
+        return None
+    own = isinstance(setup.model, OwnModelSpec)
+    return choose_graph(made.net, made.data, setup.training, precision=made.precision, own=own)
+
+
 @lru_cache(maxsize=16)
 def trial_data(card: DataCard, split: SplitSpec, device_name: str, fold: int = 0) -> TrialData:
     """open_trial, remembered: the candidates of a study nearly always share their data, and it moves only once."""
@@ -219,12 +232,13 @@ def build(
     fold: int = 0,
     precisions: Mapping[str, str] = MappingProxyType({}),
     most_parameters: float = float("inf"),
-    places: int = 1,
+    stacks: Stacks | None = None,
 ) -> Built:
     """The network of a candidate and what it learns from; features of frozen backbones are computed if need be.
 
-    places is how many trainings share its process: an automatic precision is the faster one of such a stack then. It is
-    not measured for more than most_parameters weights.
+    stacks are those of its process: where several trainings have a place there, an automatic precision is the faster
+    one of such a stack, and convolutions stay alone where they are faster so. Neither is measured for more than
+    most_parameters weights.
     """
     whole, pixels = build_whole(setup, card, seed=seed, device_name=device_name, fold=fold)
     net, data = whole, pixels
@@ -236,7 +250,11 @@ def build(
     key = f"{device_name} {setup.model.kind} 2^{parameters.bit_length()} batch {batch_size}"
     own = isinstance(setup.model, OwnModelSpec)
     alone = "it is a network of your own" if own else why_alone(net, data, setup.training)
-    stacked = places > 1 and not alone
+    stacked = stacks is not None and stacks.places > 1 and not alone
+    if stacks is not None and stacked and convolves(net) and parameters <= most_parameters:
+        # Those of small images gain from company, those of larger ones lose; no smallest and largest speak for all.
+        alone = stacks.apart[key] if key in stacks.apart else why_apart(net, data, setup.training)
+        stacks.apart[key], stacked = alone, not alone
     key += " in a stack" * stacked
     precision: str = setup.training.precision
     if precision == "auto" and (key in precisions or parameters > most_parameters):

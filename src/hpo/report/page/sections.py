@@ -348,7 +348,7 @@ def repeat(findings: Findings) -> str:
 
 def _machine(findings: Findings) -> Iterator[tuple[str, str]]:
     results = [trial.result for trial in findings.study.trials if trial.result is not None]
-    for setting in ("device", "precision", "threads", "layout"):
+    for setting in ("device", "precision", "threads", "layout", "graph"):
         seen = dict.fromkeys(result.settings[setting] for result in results if setting in result.settings)
         if seen:
             yield setting, words.listed(seen)
