@@ -1,6 +1,7 @@
 """The convolutions of several networks as one: a grouped convolution whose groups are the networks.
 
-Unfolding images into batched products instead was up to a tenth faster for 8 x 8 pixels on a CPU, or half as fast.
+Unfolding images into batched products instead was, on a CPU, between 15 % faster and 1.7 times slower for 8 x 8 pixels,
+and 1.3 to 2.4 times slower for 28 x 28.
 """
 
 from __future__ import annotations
