@@ -210,7 +210,7 @@ def crowd(args: argparse.Namespace, started: Server, folder: Path) -> None:
     """More and more workers."""
     print(f"\ncrowd: trials of {args.crowd_sleep} s, {args.sampler}, {args.processes} processes of threads")
     for workers in args.crowd:
-        count = max(2 * workers, 100)
+        count = 3 * workers
         spec = spec_of(f"crowd-{workers}-{args.pool}", sampler=args.sampler, space=SPACE, trials=count)
         with _pool(started) if args.pool else contextlib.nullcontext(started.url("bench")) as url:
             times, taken = run(
