@@ -1,0 +1,180 @@
+"""The Ray cluster that a study trains on: found or started, and how many workers it has room for."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hpo.errors import HpoError
+from hpo.learn.data import models_folder
+from hpo.records import DataCard
+from hpo.run.process import cores
+from hpo.run.ray_engine import RayActors
+from hpo.run.ray_worker import Ground, read_files
+from hpo.spec.pretrained import TransferSpec
+from hpo.spec.study import StudySpec
+
+_KNOCK = 5.0  # seconds; Ray itself tries an address for minutes
+_START = "Start one on the first machine: ray start --head --port 6379, and give its address: --address HOST:6379"
+
+
+@dataclass(frozen=True)
+class RayOptions:
+    """How Ray is to place the workers.
+
+    address is HOST:PORT of a running cluster, or auto for the one that this machine belongs to; None: that of the
+    environment variable RAY_ADDRESS, else a Ray of its own on this machine, which ends with the run. Each worker has
+    cpus_per_trial cores and gpus_per_trial of a GPU (None: one, if the cluster has any and the device allows it).
+    """
+
+    address: str | None = None
+    cpus_per_trial: float = 1.0
+    gpus_per_trial: float | None = None
+
+    def __post_init__(self) -> None:
+        for option, value in (("cpus", self.cpus_per_trial), ("gpus", self.gpus_per_trial or 0.0)):
+            if value < 0 or (value > 1 and value % 1) or (option == "cpus" and value == 0):
+                least = "more than 0" if option == "cpus" else "0 or more"
+                raise HpoError(
+                    f"--{option}-per-trial {value:g}: Ray gives shares of one, or several whole ones.",
+                    f"Give {least}: such as 0.5, 1 or 2.",
+                )
+
+
+class Cluster:
+    """A cluster that this process is connected to. device is the kind of its workers' devices: cpu or cuda.
+
+    Raises HpoError where Ray is not installed, or no cluster answers.
+    """
+
+    def __init__(self, options: RayOptions, *, device: str = "auto") -> None:
+        if device not in ("auto", "cpu", "cuda"):
+            raise HpoError(f"--device {device}: Ray chooses which GPU a worker has.", "Choose one of: auto, cpu, cuda.")
+        try:
+            import ray
+        except ImportError:
+            raise HpoError("Ray is not installed.", 'Install it: pip install "hpo[ray]"') from None
+        self._ray, self._ours = ray, not ray.is_initialized()
+        if self._ours:
+            _connect(ray, options.address)
+        try:
+            self._nodes: list[Mapping[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            self.cpus, self.gpus = options.cpus_per_trial, self._share_of_gpu(options.gpus_per_trial, device)
+        except BaseException:
+            self.close()
+            raise
+        self.device = "cuda" if self.gpus else "cpu"
+
+    def _share_of_gpu(self, asked: float | None, device: str) -> float:
+        here = any(node.get("GPU") for node in self._nodes)
+        share = (1.0 if here and device != "cpu" else 0.0) if asked is None else asked
+        if device == "cuda" and not share:
+            raise HpoError(
+                "--device cuda: no node of the Ray cluster has a GPU." if not here else "--device cuda: without a GPU.",
+                "Give --gpus-per-trial 1, or start nodes that have GPUs: ray start --num-gpus N" if here else _no_gpu(),
+            )
+        if device == "cpu" and share:
+            raise HpoError(f"--device cpu: and --gpus-per-trial {share:g}.", "Leave one of them out.")
+        return share
+
+    def __str__(self) -> str:
+        """cpu on 3 Ray nodes."""
+        return f"{self.device} on {len(self._nodes)} Ray node{'s' if len(self._nodes) > 1 else ''}"
+
+    def fit(self, workers: int | None, *, most: int) -> int:
+        """`workers`, by default as many as all nodes have room for when they are empty; `most` at most.
+
+        Raises HpoError where no node could ever hold one.
+        """
+        room = sum(_room(node, cpus=self.cpus, gpus=self.gpus) for node in self._nodes)
+        if not room:
+            cpus, gpus = (max(node.get(name, 0) for node in self._nodes) for name in ("CPU", "GPU"))
+            wanted = f"--cpus-per-trial {self.cpus:g}" + f" --gpus-per-trial {self.gpus:g}" * bool(self.gpus)
+            raise HpoError(
+                f"{wanted}: no node of the Ray cluster has so much (at most {cpus:g} CPUs, {gpus:g} GPUs).",
+                _no_gpu() if self.gpus and not gpus else "Ask for less, or add a larger node to the cluster.",
+            )
+        return max(1, min(room if workers is None else workers, most))
+
+    def workers(self, spec: StudySpec, data: DataCard, *, slots: int, say: Callable[[str], None]) -> RayActors:
+        """So many workers for a study; data is as the supervisor has it."""
+        on = spec.model.from_model if isinstance(spec.model, TransferSpec) else ""
+        name = on.removeprefix("models:/")
+        models = {name: read_files(models_folder() / name)} if name else {}
+        ground = Ground(spec.data, spec.split, data, models)
+        return RayActors(ground, slots=slots, cpus=self.cpus, gpus=self.gpus, say=say)
+
+    def close(self) -> None:
+        """Disconnect; a Ray that was started for this run ends. What was connected before stays so."""
+        if self._ours:
+            self._ray.shutdown()
+
+
+def _no_gpu() -> str:
+    return "Add a node with GPUs (ray start --num-gpus N says so to Ray), or train without: --gpus-per-trial 0"
+
+
+def _room(node: Mapping[str, float], *, cpus: float, gpus: float) -> int:
+    """How many workers a node holds; shares of one GPU are never of two."""
+    places = int(node.get("CPU", 0.0) / cpus + 1e-6)
+    if not gpus:
+        return places
+    here = node.get("GPU", 0.0)
+    return min(places, int(here) * int(1 / gpus + 1e-6) if gpus < 1 else int(here / gpus + 1e-6))
+
+
+def _connect(ray: Any, address: str | None) -> None:
+    """Connect this process to the cluster at the address, or start one; quietly. Raises HpoError."""
+    place = address or os.environ.get("RAY_ADDRESS") or "local"
+    if place == "auto":
+        place = os.environ.get("RAY_ADDRESS", "auto")
+    if place not in ("auto", "local"):
+        _knock(place)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    own = {"num_cpus": cores(), "include_dashboard": False} if place == "local" else {}
+    try:
+        with _own_signals():
+            _hush(ray)
+            ray.init(address=place, log_to_driver=False, logging_level=logging.ERROR, **own)
+    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        where = "there is no Ray cluster on this machine" if place == "auto" else f"Ray did not connect: {said[0]}"
+        raise HpoError(f"--address {place}: {where}", _START) from None
+
+
+def _knock(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or "://" in address:
+        raise HpoError(
+            f"--address {address}: is not HOST:PORT.",
+            "Run this on a machine of the cluster, and give the address of its head, such as 10.0.0.5:6379, or auto.",
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK).close()
+    except (OSError, OverflowError) as error:
+        raise HpoError(f"--address {address}: no Ray cluster answers: {error}.", _START) from None
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Ray replaces what SIGTERM does to this process; afterwards it does what it did before."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
+
+
+def _hush(ray: Any) -> None:
+    """Keep what raylets say of dead workers from standard output: the supervisor tells it, and --json is for machines.
+
+    Ray has no option for that.
+    """
+    if hasattr(ray._private.worker, "print_to_stdstream"):
+        ray._private.worker.print_to_stdstream = lambda *_arguments, **_options: None
