@@ -60,15 +60,12 @@ class RayWorker:
 
     def _open(self, ground: Ground) -> None:
         from hpo.learn.data import at_hand, models_folder
-        from hpo.learn.device import resolve_devices, use_threads
 
         if ground.version != hpo.__version__:
             raise HpoError(
                 f"hpo {hpo.__version__} is installed, and the run is of hpo {ground.version}.",
                 "Install the same version on all nodes.",
             )
-        resolve_devices(self._device)
-        use_threads(self._threads)
         self._card = at_hand(ground.card, ground.data, ground.split)
         for name, files in ground.models.items():
             if not (models_folder() / name).is_dir():
@@ -78,6 +75,10 @@ class RayWorker:
                     making.rename(models_folder() / name)
                 except OSError:  # another worker of this node was faster
                     shutil.rmtree(making)
+        from hpo.learn.device import resolve_devices, use_threads  # torch: what is refused is refused without it
+
+        resolve_devices(self._device)
+        use_threads(self._threads)
 
     def train(self, task: Task) -> Told:
         """Begin a task; its first message."""
@@ -102,7 +103,8 @@ class RayWorker:
         folder, self._training = Path(self._task.folder), None
         files = read_files(folder)
         shutil.rmtree(folder, ignore_errors=True)
-        return message, files
+        settings = {**message.result.settings, "node": platform.node()}
+        return replace(message, result=replace(message.result, settings=settings)), files
 
 
 def read_files(folder: Path) -> Files:
