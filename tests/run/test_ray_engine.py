@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -162,7 +161,7 @@ def _no_ray(**_options):
 
 
 def test_a_missing_ray_says_how_to_install_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     with pytest.raises(HpoError) as raised:
         Cluster(RayOptions())
     assert raised.value.hint == 'Install it: pip install "hpo[ray]"'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import os
 import signal
@@ -21,7 +22,7 @@ from hpo.run.ray_worker import Ground, read_files
 from hpo.spec.pretrained import TransferSpec
 from hpo.spec.study import StudySpec
 
-_KNOCK = 5.0  # seconds; Ray itself tries an address for minutes
+_KNOCK = 5.0  # seconds
 _START = "Start one on the first machine: ray start --head --port 6379, and give its address: --address HOST:6379"
 
 
@@ -47,6 +48,19 @@ class RayOptions:
                     f"Give {least}: such as 0.5, 1 or 2.",
                 )
 
+    @property
+    def place(self) -> str:
+        """HOST:PORT, auto or local."""
+        said = os.environ.get("RAY_ADDRESS")
+        return (said or "auto") if self.address == "auto" else self.address or said or "local"
+
+    def knock(self) -> None:
+        """Raise HpoError where Ray is not installed or nothing answers at the address: Ray itself tries for minutes."""
+        if importlib.util.find_spec("ray") is None:
+            raise HpoError("Ray is not installed.", 'Install it: pip install "hpo[ray]"')
+        if self.place not in ("auto", "local"):
+            _knock(self.place)
+
 
 class Cluster:
     """A cluster that this process is connected to. device is the kind of its workers' devices: cpu or cuda.
@@ -57,13 +71,12 @@ class Cluster:
     def __init__(self, options: RayOptions, *, device: str = "auto") -> None:
         if device not in ("auto", "cpu", "cuda"):
             raise HpoError(f"--device {device}: Ray chooses which GPU a worker has.", "Choose one of: auto, cpu, cuda.")
-        try:
-            import ray
-        except ImportError:
-            raise HpoError("Ray is not installed.", 'Install it: pip install "hpo[ray]"') from None
+        options.knock()
+        import ray
+
         self._ray, self._ours = ray, not ray.is_initialized()
         if self._ours:
-            _connect(ray, options.address)
+            _connect(ray, options.place)
         try:
             self._nodes: list[Mapping[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             self.cpus, self.gpus = options.cpus_per_trial, self._share_of_gpu(options.gpus_per_trial, device)
@@ -130,13 +143,8 @@ def _room(node: Mapping[str, float], *, cpus: float, gpus: float) -> int:
     return min(places, int(here) * int(1 / gpus + 1e-6) if gpus < 1 else int(here / gpus + 1e-6))
 
 
-def _connect(ray: Any, address: str | None) -> None:
-    """Connect this process to the cluster at the address, or start one; quietly. Raises HpoError."""
-    place = address or os.environ.get("RAY_ADDRESS") or "local"
-    if place == "auto":
-        place = os.environ.get("RAY_ADDRESS", "auto")
-    if place not in ("auto", "local"):
-        _knock(place)
+def _connect(ray: Any, place: str) -> None:
+    """Connect this process to the cluster there, or start one; quietly. Raises HpoError."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     own = {"num_cpus": cores(), "include_dashboard": False} if place == "local" else {}
     try:

@@ -69,6 +69,8 @@ def run_study(
     ends the run cleanly: what was running is recorded as stopped and tried again by the next run. Raises HpoError for
     whatever the user can mend.
     """
+    if ray is not None:
+        ray.knock()
     place = Home.find(home).create()
     knock(place)  # an outage later on is waited for; at the start it is more likely a wrong address
     spec = with_model(_with_options(spec, trials=trials, keep_models=keep_models, precision=precision), place)
