@@ -90,6 +90,7 @@ def test_all_trials_are_done_once_when_a_node_is_killed_and_another_joins(nodes,
     assert len(study.trials) == 7
     assert lost.result.failure is FailureKind.WORKER_DIED
     assert "Ray node" in lost.result.reason
+    assert "its node is gone" in lost.result.reason
     again = next(t for t in study.trials if t.candidate.ordinal == lost.candidate.ordinal and t.candidate.attempt == 2)
     assert again.candidate.parameters == lost.candidate.parameters
 

@@ -60,7 +60,8 @@ def test_a_node_without_the_prepared_data_prepares_them_and_its_workers_die_and_
         assert not any(isinstance(message, TrialEnded) for message in told)  # epochs come while the trial goes on
         os.kill(_worker(), signal.SIGKILL)
         lost = _until(engine, WorkerLost)[-1]
-        assert lost.cause.startswith("worker process has died, Ray node ")
+        assert lost.cause.startswith("Ray node ")
+        assert lost.cause.endswith(": its worker process has died")
         assert not engine.accepts(0)  # the next one is on its way
         _ready(engine)
         engine.submit(0, Task(1, spec.setup, 7, card, str(tmp_path / "1")))
@@ -98,8 +99,11 @@ def test_gpus_that_no_node_has_are_refused_at_once(cluster):
         Cluster(RayOptions(gpus_per_trial=0.25)).fit(None, most=4)
     with pytest.raises(HpoError, match="--cpus-per-trial 64"):
         Cluster(RayOptions(cpus_per_trial=64)).fit(2, most=4)
-    with pytest.raises(HpoError, match="--device cuda"):
+    with pytest.raises(HpoError, match="--device cuda: no node of the Ray cluster has a GPU"):
         Cluster(RayOptions(), device="cuda")
+    for device, gpus in (("cuda", 0), ("cpu", 1)):
+        with pytest.raises(HpoError, match=f"--device {device}: and --gpus-per-trial {gpus}"):
+            Cluster(RayOptions(gpus_per_trial=gpus), device=device)
     with pytest.raises(HpoError, match="--device mps"):
         Cluster(RayOptions(), device="mps")
 

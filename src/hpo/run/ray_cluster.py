@@ -22,6 +22,7 @@ from hpo.run.ray_worker import Ground, read_files
 from hpo.spec.pretrained import TransferSpec
 from hpo.spec.study import StudySpec
 
+_NO_GPU = "Add nodes with GPUs, or train on CPUs: leave --device and --gpus-per-trial out."
 _KNOCK = 5.0  # seconds
 _START = "Start one on the first machine: ray start --head --port 6379, and give its address: --address HOST:6379"
 
@@ -40,13 +41,14 @@ class RayOptions:
     gpus_per_trial: float | None = None
 
     def __post_init__(self) -> None:
-        for option, value in (("cpus", self.cpus_per_trial), ("gpus", self.gpus_per_trial or 0.0)):
-            if value < 0 or (value > 1 and value % 1) or (option == "cpus" and value == 0):
-                least = "more than 0" if option == "cpus" else "0 or more"
-                raise HpoError(
-                    f"--{option}-per-trial {value:g}: Ray gives shares of one, or several whole ones.",
-                    f"Give {least}: such as 0.5, 1 or 2.",
-                )
+        if not self.cpus_per_trial > 0:
+            raise HpoError(f"--cpus-per-trial {self.cpus_per_trial:g}: is not positive.", "Give 0.5, 1 or 2, say.")
+        gpus = self.gpus_per_trial or 0.0
+        if gpus < 0 or (gpus > 1 and gpus % 1):
+            raise HpoError(
+                f"--gpus-per-trial {gpus:g}: Ray gives a share of one GPU, or several whole ones.",
+                "Give 0, 0.25, 0.5, 1 or 2, say.",
+            )
 
     @property
     def place(self) -> str:
@@ -88,13 +90,10 @@ class Cluster:
     def _share_of_gpu(self, asked: float | None, device: str) -> float:
         here = any(node.get("GPU") for node in self._nodes)
         share = (1.0 if here and device != "cpu" else 0.0) if asked is None else asked
+        if (device == "cpu" and share) or (device == "cuda" and asked == 0):
+            raise HpoError(f"--device {device}: and --gpus-per-trial {share:g}.", "Leave one of them out.")
         if device == "cuda" and not share:
-            raise HpoError(
-                "--device cuda: no node of the Ray cluster has a GPU." if not here else "--device cuda: without a GPU.",
-                "Give --gpus-per-trial 1, or start nodes that have GPUs: ray start --num-gpus N" if here else _no_gpu(),
-            )
-        if device == "cpu" and share:
-            raise HpoError(f"--device cpu: and --gpus-per-trial {share:g}.", "Leave one of them out.")
+            raise HpoError("--device cuda: no node of the Ray cluster has a GPU.", _NO_GPU)
         return share
 
     def __str__(self) -> str:
@@ -112,7 +111,7 @@ class Cluster:
             wanted = f"--cpus-per-trial {self.cpus:g}" + f" --gpus-per-trial {self.gpus:g}" * bool(self.gpus)
             raise HpoError(
                 f"{wanted}: no node of the Ray cluster has so much (at most {cpus:g} CPUs, {gpus:g} GPUs).",
-                _no_gpu() if self.gpus and not gpus else "Ask for less, or add a larger node to the cluster.",
+                _NO_GPU if self.gpus and not gpus else "Ask for less, or add a larger node to the cluster.",
             )
         return max(1, min(room if workers is None else workers, most))
 
@@ -128,10 +127,6 @@ class Cluster:
         """Disconnect; a Ray that was started for this run ends. What was connected before stays so."""
         if self._ours:
             self._ray.shutdown()
-
-
-def _no_gpu() -> str:
-    return "Add a node with GPUs (ray start --num-gpus N says so to Ray), or train without: --gpus-per-trial 0"
 
 
 def _room(node: Mapping[str, float], *, cpus: float, gpus: float) -> int:
@@ -174,9 +169,11 @@ def _knock(address: str) -> None:
 def _own_signals() -> Iterator[None]:
     """Ray replaces what SIGTERM does to this process; afterwards it does what it did before."""
     before = signal.getsignal(signal.SIGTERM)
-    yield
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, before)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _hush(ray: Any) -> None:

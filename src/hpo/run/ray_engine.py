@@ -19,7 +19,11 @@ from hpo.run.worker import Task, train_task, without_room
 
 _MOST_STARTS = 5  # workers in a row that die before one of them is ready
 _PATIENCE = 30.0  # seconds without any worker after which that is told
-_BECAUSE = re.compile(r"because (?:its |the )?([^.\n]*)")
+_BECAUSE = re.compile(r"because ([^.\n]*)")
+_CAUSES = {
+    "ActorUnavailableError": "it does not answer: its node is gone, or cannot be reached",
+    "OutOfMemoryError": "Ray ended it, its node being short of memory",
+}
 
 
 @dataclass
@@ -92,7 +96,7 @@ class RayActors:
         place.answers.append(place.actor.step.remote(go_on))
 
     def poll(self, timeout: float) -> list[tuple[int, Message]]:
-        """What has come in, in the order of slots. Raises HpoError where a node cannot train this study."""
+        """What has come in, in the order of slots. Raises HpoError, once, where a node cannot train this study."""
         self._complain()
         slots = {place.answers[0]: slot for slot, place in enumerate(self._places) if place.answers}
         if not slots or not self._ray.wait(list(slots), timeout=timeout)[0]:
@@ -108,6 +112,7 @@ class RayActors:
         except self._ray.exceptions.RayTaskError as error:
             # Whatever a candidate does wrong is in its result: this is of the node, and no candidate can do better.
             cause = getattr(error, "cause", error)
+            self.close()
             raise cause if isinstance(cause, HpoError) else _unusable(str(cause)) from None
         except self._ray.exceptions.RayError as error:
             return self._replace(slot, error)
@@ -129,9 +134,10 @@ class RayActors:
         self._kill(lost)
         self._starts += not lost.node
         if getattr(error, "actor_init_failed", False) or self._starts >= _MOST_STARTS:
+            self.close()
             raise _unusable(str(error))
         self._places[slot] = self._start()
-        return WorkerLost(None, words=f"{_cause(error)}, Ray node {lost.node}") if lost.task else None
+        return WorkerLost(None, words=f"Ray node {lost.node}: {_cause(error)}") if lost.task else None
 
     def _complain(self) -> None:
         """Say once that there is no worker, if there has been none for long."""
@@ -140,7 +146,7 @@ class RayActors:
             self._ready_at = now
         elif now - self._ready_at > _PATIENCE:
             self._ready_at = float("inf")
-            self._say(f"no node of the Ray cluster has room for a worker ({self._wants}) at the moment: waiting.")
+            self._say(f"no worker is ready: Ray has no room for one ({self._wants}) yet, or nodes prepare the data.")
 
     def close(self) -> None:
         """Kill the actors: they hold nothing that is not recorded already."""
@@ -167,11 +173,10 @@ def _left(task: Task, ended: TrialEnded, files: Files) -> TrialEnded:
 
 
 def _cause(error: Exception) -> str:
-    """A few of Ray's many words: worker process has died."""
-    if type(error).__name__ == "OutOfMemoryError":
-        return "ended by Ray, its node being short of memory"
+    """A few of Ray's many words: its worker process has died."""
+    name = type(error).__name__
     found = _BECAUSE.search(str(error))
-    return found[1].strip() if found else type(error).__name__
+    return _CAUSES.get(name) or (found[1].strip() if found else name)
 
 
 def _unusable(words: str) -> HpoError:
