@@ -78,7 +78,7 @@ def test_all_trials_are_done_once_when_a_node_is_killed_and_another_joins(nodes,
     _events(run, "epoch_ended", trials=2)
     nodes.remove_node(first, allow_graceful=False)
     nodes.add_node(num_cpus=1)
-    rest = run.communicate(timeout=120)[0]
+    rest = run.communicate(timeout=240)[0]
     assert run.returncode == 0, (tmp_path / "words.txt").read_text()
     assert (tmp_path / "words.txt").read_text() == ""
     assert json.loads(rest.splitlines()[-1])["event"] == "study_ended"
@@ -142,8 +142,8 @@ def test_nothing_of_ray_outlives_its_supervisor(how, hpo_run, tmp_path):
     beside = [process for process in beside if "Agent" not in process.name()]
     assert any("raylet" in process.name() for process in beside)
     run.send_signal(how)
-    run.wait(60)
-    _, alive = psutil.wait_procs(beside, timeout=20)
+    run.wait(120)
+    _, alive = psutil.wait_procs(beside, timeout=60)
     assert not alive
     if how is not signal.SIGKILL:
         states = {trial.state for trial in list_trials(Home.find(tmp_path), "digits-mlp").trials}

@@ -10,12 +10,12 @@ import pytest
 from sklearn.datasets import load_digits
 
 from hpo.errors import DataError, HpoError
-from hpo.learn.data import prepare
+from hpo.learn.data import at_hand, prepare
 from hpo.records import EpochEnded, TrialEnded, TrialState
 from hpo.run.engines import WorkerLost
 from hpo.run.ray_cluster import Cluster, RayOptions, _room
 from hpo.run.ray_engine import RayActors
-from hpo.run.ray_worker import Ground, read_files, write_files
+from hpo.run.ray_worker import Ground, RayWorker, read_files, write_files
 from hpo.run.study import run_study
 from hpo.run.worker import Task
 from hpo.spec.load import load_study
@@ -33,7 +33,7 @@ def _own_digits(folder: Path, *, count: int):
     return spec, prepare(spec.data, spec.split, cache=folder / "cache")
 
 
-def _until(engine, kind, *, seconds=60):
+def _until(engine, kind, *, seconds=120):
     deadline = time.monotonic() + seconds
     messages = []
     while time.monotonic() < deadline:
@@ -178,3 +178,23 @@ def test_files_arrive_as_they_were(tmp_path):
     write_files(read_files(tmp_path / "a"), tmp_path / "e")
     assert read_files(tmp_path / "e") == {"b/c": b"\0\1", "d": b""}
     assert read_files(tmp_path / "none") == {}
+
+
+def test_a_worker_brings_the_models_that_networks_stand_on_and_refuses_another_hpo(tmp_path, monkeypatch):
+    spec, card = _own_digits(tmp_path, count=900)
+    monkeypatch.setenv("HPO_DATA", str(tmp_path / "node"))
+    models = {"m-1": {"weights/net.pt2": b"1"}}
+    for _ in range(2):  # the second worker of a node finds them
+        RayWorker(threads=1, gpu=False).open(Ground(spec.data, spec.split, card, models))
+    assert [path.name for path in (tmp_path / "node" / "models").iterdir()] == ["m-1"]
+    assert read_files(tmp_path / "node" / "models" / "m-1") == models["m-1"]
+    with pytest.raises(HpoError, match="Ray node .*: hpo .* is installed, and the run is of hpo 0"):
+        RayWorker(threads=1, gpu=False).open(Ground(spec.data, spec.split, card, version="0"))
+
+
+def test_a_worker_is_never_told_where_the_test_part_lies(tmp_path):
+    spec, card = _own_digits(tmp_path, count=900)
+    ground = Ground(spec.data, spec.split, card)
+    assert card.test_folder
+    assert ground.card.test_folder == ""
+    assert at_hand(card, spec.data, spec.split) == card.sealed
