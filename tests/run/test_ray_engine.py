@@ -188,7 +188,7 @@ def test_a_worker_brings_the_models_that_networks_stand_on_and_refuses_another_h
         RayWorker(threads=1, gpu=False).open(Ground(spec.data, spec.split, card, models))
     assert [path.name for path in (tmp_path / "node" / "models").iterdir()] == ["m-1"]
     assert read_files(tmp_path / "node" / "models" / "m-1") == models["m-1"]
-    with pytest.raises(HpoError, match="Ray node .*: hpo .* is installed, and the run is of hpo 0"):
+    with pytest.raises(HpoError, match=r"Ray node .*: hpo .* is installed, and the run is of hpo 0"):
         RayWorker(threads=1, gpu=False).open(Ground(spec.data, spec.split, card, version="0"))
 
 
