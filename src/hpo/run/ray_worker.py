@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import hpo
+from hpo import __version__
 from hpo.errors import HpoError
 from hpo.records import DataCard, EpochEnded, TrialEnded
 from hpo.run.engines import Trainer
@@ -32,7 +32,7 @@ class Ground:
     split: SplitSpec
     card: DataCard
     models: Mapping[str, Files] = field(default_factory=dict)
-    version: str = hpo.__version__
+    version: str = __version__
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "card", self.card.sealed)
@@ -61,9 +61,9 @@ class RayWorker:
     def _open(self, ground: Ground) -> None:
         from hpo.learn.data import at_hand, models_folder
 
-        if ground.version != hpo.__version__:
+        if ground.version != __version__:
             raise HpoError(
-                f"hpo {hpo.__version__} is installed, and the run is of hpo {ground.version}.",
+                f"hpo {__version__} is installed, and the run is of hpo {ground.version}.",
                 "Install the same version on all nodes.",
             )
         self._card = at_hand(ground.card, ground.data, ground.split)
@@ -75,7 +75,9 @@ class RayWorker:
                     making.rename(models_folder() / name)
                 except OSError:  # another worker of this node was faster
                     shutil.rmtree(making)
-        from hpo.learn.device import resolve_devices, use_threads  # torch: what is refused is refused without it
+        # Imports torch, so after what may be refused; all that the first candidate would else wait for.
+        import hpo.learn.preload  # noqa: F401
+        from hpo.learn.device import resolve_devices, use_threads
 
         resolve_devices(self._device)
         use_threads(self._threads)
