@@ -49,11 +49,13 @@ def study(*, trials: int, pruner: str, sampler: str) -> dict[str, Any]:
     }
 
 
-def run(folder: Path, spec: dict[str, Any], *, workers: int, keep: str) -> list[tuple[float, dict[str, Any]]]:
+def run(
+    folder: Path, spec: dict[str, Any], *, workers: int, keep: str, engine: str
+) -> list[tuple[float, dict[str, Any]]]:
     """The events of a run, each with the seconds from the start of the command."""
     file = folder / "overhead.yaml"
     file.write_text(yaml.safe_dump(spec), encoding="utf-8")
-    command = [sys.executable, "-m", "hpo", "run", str(file), "--home", str(folder), "--json"]
+    command = [sys.executable, "-m", "hpo", "run", str(file), "--home", str(folder), "--json", "--engine", engine]
     return lines_of([*command, "--workers", str(workers), "--stack", "1", "--keep-models", keep], folder)[0]
 
 
@@ -98,6 +100,7 @@ def main() -> None:
     parser.add_argument("--keep", nargs="+", default=["none", "best:10"], help="--keep-models of the runs")
     parser.add_argument("--pruner", default="none")
     parser.add_argument("--sampler", default="random")
+    parser.add_argument("--engine", default="processes", help="processes or ray, a Ray of the run's own")
     parser.add_argument("--skip-imports", action="store_true")
     args = parser.parse_args()
     print(machine(), flush=True)
@@ -106,7 +109,8 @@ def main() -> None:
         found = ", ".join(f"{module} {import_seconds(module):.2f} s" for module in modules)
         print(f"imports: {found}")
     print(
-        f"{args.trials} trials of one epoch, digits, a perceptron of {HIDDEN}, {args.sampler}, pruner {args.pruner}\n"
+        f"{args.trials} trials of one epoch, digits, a perceptron of {HIDDEN}, {args.sampler}, "
+        f"pruner {args.pruner}, {args.engine}\n"
     )
     print(f"{'':27}{'milliseconds a trial':^30}  {'seconds to the first':^30}")
     print(f"{'workers':>8}{'keep':>10}{'load':>9}{'training':>10}{'overhead':>10}{'tail':>10}", end="")
@@ -116,7 +120,9 @@ def main() -> None:
             load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
             with tempfile.TemporaryDirectory() as folder:
                 spec = study(trials=args.trials, pruner=args.pruner, sampler=args.sampler)
-                found = summary(run(Path(folder), spec, workers=workers, keep=keep), workers=workers)
+                found = summary(
+                    run(Path(folder), spec, workers=workers, keep=keep, engine=args.engine), workers=workers
+                )
             row = "".join(f"{found[name]:10.1f}" for name in ("training", "overhead", "tail"))
             row += "  " + "".join(f"{found[name]:10.2f}" for name in ("opened", "started", "epoch"))
             print(f"{workers:8}{keep:>10}{load:9.1f}{row}", flush=True)

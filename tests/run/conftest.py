@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from hpo.records import Event
 from hpo.run.background import Background
 from hpo.run.engines import InProcess
 from hpo.run.keep import Keeper
+from hpo.run.ray_cluster import Cluster, RayOptions
 from hpo.run.supervise import Supervisor
 from hpo.search.ask import Study
 from hpo.search.open import open_study
@@ -76,6 +78,18 @@ def run_formula(tmp_path: Path):
     yield run
     for study in studies:
         study.close()
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A real Ray of four cores; its node's data lie in a folder that the supervisor's process does not use."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("HPO_DATA", str(tmp_path_factory.mktemp("node")))
+        patch.setattr("hpo.run.ray_cluster.cores", lambda: 4)
+        started = Cluster(RayOptions(cpus_per_trial=0.5))
+    yield started
+    started.close()
 
 
 @pytest.fixture(scope="session")

@@ -36,6 +36,7 @@ from hpo.cli.options import (
     read_stack,
     study_name,
 )
+from hpo.cli.ray import Address, CpusPerTrial, Engine, EngineName, GpusPerTrial, read_ray
 from hpo.cli.report import report
 from hpo.cli.rerun import rerun
 from hpo.cli.stop import status, stop
@@ -87,6 +88,10 @@ def run(
         typer.Option(metavar="auto|N", help="Small networks that a worker trains side by side, in one computation."),
     ] = "auto",
     device: DeviceName = "auto",
+    engine: Engine = EngineName.PROCESSES,
+    address: Address = None,
+    gpus_per_trial: GpusPerTrial = None,
+    cpus_per_trial: CpusPerTrial = None,
     settings: Settings = None,
     trust: Trust = False,
     home: HomeFolder = None,
@@ -118,6 +123,8 @@ def run(
     spec = load_study(study, overrides=settings or [], trust=trust)
     options = [part for setting in settings or [] for part in ("--set", setting)] + ["--trust"] * trust
     options += ["--precision", precision] if precision else []  # a study goes on as it began
+    ray, again_by_ray = read_ray(engine, address=address, gpus_per_trial=gpus_per_trial, cpus_per_trial=cpus_per_trial)
+    options += again_by_ray
     place = f" --home {shlex.quote(str(home))}" if home else ""
     more = shlex.join(["hpo", "run", study, *options]) + place
     again = f"{more} --trials {trials}" if trials else more
@@ -139,6 +146,7 @@ def run(
             keep_models=keep_models,
             precision=precision,
             profile=profile,
+            ray=ray,
             watch=watch,
         )
     raise typer.Exit(watch.exit_code)

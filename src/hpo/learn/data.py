@@ -85,6 +85,24 @@ def prepared(digest: str) -> DataCard | None:
     return replace(card, folder=str(folder / "development"), test_folder=str(folder / "test"))
 
 
+def at_hand(card: DataCard, data: DataSpec, split: SplitSpec) -> DataCard:
+    """The sealed card of the same data on this machine, which need not be the one that the card was made on.
+
+    Those are the files that the card names, else those in the cache, else they are prepared. Raises DataError, also
+    where what is here are other data.
+    """
+    there = _card(Path(card.folder) / "card.json")
+    if there is not None and there.digest == card.digest and intact(Path(card.folder).parent):
+        return card.sealed
+    found = prepared(card.digest) or prepare(data, split)
+    if found.digest != card.digest:
+        raise DataError(
+            f"{found.source}: has other images or labels ({found.digest}) than the study ({card.digest}).",
+            "Bring the study's data there, to the same path, or share the folder.",
+        )
+    return found.sealed
+
+
 def _request(data: DataSpec, split: SplitSpec) -> str:
     """A key of what was asked for: another file, size, or share to seal away is another request."""
     files: list[tuple[str, int, int]] = []

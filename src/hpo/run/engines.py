@@ -25,15 +25,19 @@ Trainer = Callable[[Task, str], Training]
 class WorkerLost:
     """The worker of a slot died with its candidate; a new one is in its place. exitcode < 0 is a signal.
 
-    traceback says where Python was when native code crashed, "" where it cannot be known.
+    traceback says where Python was when native code crashed, "" where it cannot be known. words say what is known of
+    the cause where there is no exit code.
     """
 
     exitcode: int | None
     traceback: str = ""
+    words: str = ""
 
     @property
     def cause(self) -> str:
         """signal 11, SIGSEGV: native code crashed."""
+        if self.words:
+            return self.words
         code = self.exitcode or 0
         if code >= 0:
             return f"exit code {code}"
@@ -61,7 +65,10 @@ class Engine(Protocol):
     slots: int
 
     def accepts(self, slot: int) -> bool:
-        """Whether an idle slot may be given a task now: one that is to be alone keeps others away."""
+        """Whether an idle slot may be given a task now: one that is to be alone keeps others away.
+
+        A slot whose worker is yet to start may refuse, too: where none accepts a task, the next polls change that.
+        """
 
     def submit(self, slot: int, task: Task) -> None:
         """Start the task in an idle slot that accepts it."""

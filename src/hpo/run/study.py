@@ -26,6 +26,7 @@ from hpo.run.helper import Helper, Job, Prepared, draw_study, measure_stack, pre
 from hpo.run.keep import Keeper
 from hpo.run.leftovers import pictures_folder, sweep
 from hpo.run.process import cores, process_context
+from hpo.run.ray_cluster import Cluster, RayOptions
 from hpo.run.stacking import Places, most_places
 from hpo.run.standing import with_model
 from hpo.run.supervise import Supervisor, Watch
@@ -51,6 +52,7 @@ def run_study(
     precision: str | None = None,
     profile: bool = False,
     join: bool = False,
+    ray: RayOptions | None = None,
     watch: Watch | None = None,
 ) -> StudyResult:
     """Run or continue a study until it has `trials` trials in all, and register its best model as challenger.
@@ -62,10 +64,13 @@ def run_study(
     anew beside what there is; retry_failed tries failed trials again. timeout is in seconds. keep_models is all, none
     or best:K; precision auto, float32 or bfloat16. With profile trainings share nothing, and the last event but one is
     a StudyProfiled, which says where the time went. With join it takes part in a study that is there already, to the
-    budget of its record, which stays as it is; of all that take part one sums the study up. watch is called with every
-    event. Ctrl-C ends the run cleanly: what was running is recorded as stopped and tried again by the next run. Raises
-    HpoError for whatever the user can mend.
+    budget of its record, which stays as it is; of all that take part one sums the study up. With ray the
+    workers are actors of that Ray, by default as many as there is room for. watch is called with every event. Ctrl-C
+    ends the run cleanly: what was running is recorded as stopped and tried again by the next run. Raises HpoError for
+    whatever the user can mend.
     """
+    if ray is not None:
+        ray.knock()
     place = Home.find(home).create()
     knock(place)  # an outage later on is waited for; at the start it is more likely a wrong address
     spec = with_model(_with_options(spec, trials=trials, keep_models=keep_models, precision=precision), place)
@@ -73,6 +78,9 @@ def run_study(
         raise HpoError(f"--workers {workers}: is negative.", "Give 1 or more, or 0 to train in this process.")
     if stack is not None and stack < 1:
         raise HpoError(f"--stack {stack}: is not positive.", "Give 1 or more, or auto.")
+    if ray is not None and (workers == 0 or (stack or 1) > 1):
+        option = "--workers 0" if workers == 0 else f"--stack {stack}"
+        raise HpoError(f"{option}: is not for Ray, whose workers train one candidate each.", "Leave it out.")
     deadline = time.monotonic() + timeout if timeout is not None else float("inf")
     say: Watch = watch or _ignore
     context = process_context()
@@ -87,10 +95,13 @@ def run_study(
         cleanup.callback(background.join, patience=5.0)
         helper = Helper(context)
         cleanup.callback(helper.close)
-        job = helper.submit(prepare, spec.data, spec.split, device)
+        job = helper.submit(prepare, spec.data, spec.split, "cpu" if ray else device)
         background.submit(load_mlflow)  # mlflow's import takes seconds: it goes on beside the preparation
         from hpo.search.open import open_study  # and so does optuna's
 
+        cluster = Cluster(ray, device=device) if ray else None
+        if cluster is not None:
+            cleanup.callback(cluster.close)
         prepared: Prepared = _await(job, helper, say, interrupted)
         budget = min(spec.search.trials, total_trials(spec)) if trials is not None else total_trials(spec)
         study = open_study(place, spec, data_digest=prepared.data.digest, budget=budget, fresh=fresh, join=join)
@@ -111,11 +122,15 @@ def run_study(
         kept = background.submit(tracker.kept_models, before)
         finished = sum(trial.state.finished for trial in before.counted)
         left = max(1, budget - finished, len(finalists(spec, before)))
-        devices = _assign(workers, prepared.devices, most=left)
+        devices = (
+            [cluster.device] * cluster.fit(workers, most=left)
+            if cluster
+            else _assign(workers, prepared.devices, most=left)
+        )
         threads = max(1, cores() // len(devices))
         # Of trainings that share their computation nobody could say whose time is whose.
         places = Places(1 if workers == 0 or profile else stack or 1)
-        if stack is None and workers != 0 and not profile:
+        if stack is None and workers != 0 and not profile and not cluster:
             most = most_places(spec, left=left, workers=len(devices), by_default=workers is None)
             job = helper.submit(measure_stack, spec, prepared.data, devices[0], threads, most)
             places = _await(job, helper, say, interrupted)
@@ -126,7 +141,7 @@ def run_study(
             budget=budget,
             finished=finished,
             workers=len(devices),
-            device=", ".join(dict.fromkeys(devices)),
+            device=str(cluster or ", ".join(dict.fromkeys(devices))),
             stack=places.count,
             alone=places.reason,
         )
@@ -136,11 +151,13 @@ def run_study(
         keeper = Keeper(tracker, background, helper, spec, data=prepared.data, watch=say)
         keeper.resume(before, kept, leave=attended)
         profiler = profiling.Profiler()
-        engine: Engine = (
-            InProcess(devices[0])
-            if workers == 0
-            else LocalProcesses(devices, threads=threads, places=places.count, context=context)
-        )
+        engine: Engine
+        if cluster is not None:
+            engine = cluster.workers(spec, prepared.data, slots=len(devices), say=tell)
+        elif workers == 0:
+            engine = InProcess(devices[0])
+        else:
+            engine = LocalProcesses(devices, threads=threads, places=places.count, context=context)
         cleanup.callback(engine.close)
 
         def hear(event: Event) -> None:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from hpo.errors import NO_SPACE, StoreError
+from hpo.errors import NO_SPACE, HpoError, StoreError
 from hpo.records import (
     FINAL,
     Candidate,
@@ -117,12 +117,12 @@ class Supervisor:
     def run(self) -> str:
         """Search, then train the finals; returns budget, exhausted, timeout, interrupted, stopped or failing.
 
-        Raises StoreError where the study storage or the disk refuses for good; what has come in is on disk by then, and
-        the next run tells it.
+        Raises StoreError where the study storage or the disk refuses for good, and another HpoError where no worker can
+        train this study; what has come in is on disk by then, and the next run tells it.
         """
         try:
             return self._search()
-        except StoreError as error:
+        except HpoError as error:
             self._leave_all(f"the run ended: {error.message}")
             raise
 
@@ -152,7 +152,8 @@ class Supervisor:
                 return reason
             if time.monotonic() >= ask_at:
                 handed = self._hand_out(ask)
-                if not self._running and not self._study.blocked:
+                idle = not self._running and any(map(self._engine.accepts, range(self._engine.slots)))
+                if idle and not self._study.blocked:
                     return "exhausted" if self._study.exhausted else "budget"
                 # What comes next waits for trials of another supervisor: a crowd must not ask a server all the time.
                 wait = min(2 * wait, _LONGEST_WAIT) if self._study.shared and not handed else _TICK

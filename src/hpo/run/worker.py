@@ -116,7 +116,7 @@ def _attempt(task: Task, device_name: str, stacks: Stacks | None) -> Generator[E
             result: TrialResult = end.value
     except Exception as error:  # noqa: BLE001 - whatever a candidate does, the study goes on
         if disk_full(error):
-            return replace(_without_room(task), epochs=tuple(epochs))
+            return replace(without_room(task), epochs=tuple(epochs))
         reason = str(error) if isinstance(error, HpoError) else f"{type(error).__name__}: {error}"
         # Both are stored: what a model of the user's own raises may name the environment.
         told = redact(traceback.format_exc())
@@ -140,7 +140,7 @@ def _kind(error: Exception, *, own: bool) -> FailureKind:
     return FailureKind.EXCEPTION if raised else FailureKind.SETUP
 
 
-def _without_room(task: Task) -> TrialResult:
+def without_room(task: Task) -> TrialResult:
     """A full disk is no fault of the candidate, which is tried again; what it has written is of no use."""
     shutil.rmtree(task.folder, ignore_errors=True)
     return TrialResult(task.number, TrialState.STOPPED, reason=f"{task.folder}: no space left on the disk.")
