@@ -15,7 +15,7 @@ from hpo.home import Home
 from hpo.records import StudyResult
 from hpo.track.history import champions
 from hpo.track.ledger import openings
-from hpo.track.store import connect
+from hpo.track.store import connect, local_path
 
 _IDS = ("model_id", "model_uuid", "run_id")
 _MOVED = ("hpo.moved", "hpo.moved_from", "hpo.registered")
@@ -133,6 +133,8 @@ def _files(client: Any, place: str) -> dict[str, Any]:
     """Path -> digest; of MLmodel what it says, without the ids in it."""
     from mlflow.artifacts import download_artifacts
 
+    if (local := local_path(place)) is not None and not local.is_dir():
+        return {}  # which MLflow takes for a mistake
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(download_artifacts(artifact_uri=place, dst_path=scratch, tracking_uri=client.tracking_uri))
         files = {path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.is_file()}

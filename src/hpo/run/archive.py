@@ -160,8 +160,9 @@ def damaged(file: Path, why: str) -> StoreError:
 def is_safe(name: str) -> bool:
     """Whether a member's name stays inside the folder that it is written to, on every system."""
     path = PurePosixPath(name)
-    plain = str(path) == name and not path.is_absolute() and not _CONTROL.search(name) and ":" not in path.parts[0]
-    return plain and name != "." and ".." not in path.parts and len(name) < 4096
+    if not path.parts or str(path) != name or path.is_absolute() or len(name) > 4096:
+        return False
+    return ".." not in path.parts and ":" not in path.parts[0] and not _CONTROL.search(name)
 
 
 def _manifest(file: Path, archive: zipfile.ZipFile) -> dict[str, Any]:

@@ -111,10 +111,11 @@ def import_study(file: str | Path, *, home: str | Path | None = None) -> Importe
     from hpo.search import moving
     from hpo.track import moving as tracking
 
-    place = Home.find(home).create()
-    knock(place)
-    with reading(Path(file), scratch=place.root) as archive:
+    place = Home.find(home)
+    disk = next(folder for folder in place.root.parents if folder.is_dir())
+    with reading(Path(file), scratch=disk) as archive:
         study, record, side = _read(archive)
+        knock(place.create())
         with locked(place.locks / "import.lock"):
             with suppress(StoreError):  # that is: there is none yet
                 find_study(place, record.title)

@@ -105,15 +105,13 @@ def put(home: Home, study: Mapping[str, Any]) -> int:
                 return 0
             copy = _write(storage, study)
             with storage.locked("studies"):
-                if _standing(home, storage, study) in (Standing.SAME, Standing.AHEAD):
-                    before = copy  # another import was faster
-                    fresh = 0
-                else:
-                    before = _swap(storage, study, copy)
-                    fresh = len(study["trials"]) - (len(storage.every_trial(before)) if before is not None else 0)
+                # Another import may have been faster.
+                late = _standing(home, storage, study) in (Standing.SAME, Standing.AHEAD)
+                before = copy if late else _swap(storage, study, copy)
+            known = len(storage.every_trial(before)) if before is not None else 0
             if before is not None:
                 storage.delete_study(before)
-            return fresh
+            return len(study["trials"]) - known
     finally:
         storage.close()
 
@@ -209,7 +207,7 @@ def _same(here: object, there: object) -> bool:
 
 
 def _ended(trial: Mapping[str, Any]) -> bool:
-    return TrialState[trial["state"]].is_finished()
+    return bool(TrialState[trial["state"]].is_finished())
 
 
 def _sweep(storage: Storage, title: str) -> None:

@@ -22,7 +22,7 @@ from hpo.track.history import rewritten
 from hpo.track.ledger import Opening, add_openings, openings
 from hpo.track.look import pages
 from hpo.track.registry import REGISTERED
-from hpo.track.store import connect, exists, load_mlflow, local_path, told
+from hpo.track.store import connect, exists, local_path, told
 
 BORN = "hpo.moved_from"  # tag of a run or a logged model that was copied: the id of the first one
 _WHOLE = "hpo.moved"  # tag of a run that was copied to its end: the digest of what was copied
