@@ -224,6 +224,7 @@ def test_killed_imports_are_completed_by_the_next(rich: Home, empty: Path, tmp_p
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_import_killed_at_any_commit_is_completed_by_the_next(rich: Home, empty: Path, tmp_path: Path) -> None:
     _killed_imports(rich, empty, tmp_path, lambda total: [[kill] for kill in range(1, total)])
 

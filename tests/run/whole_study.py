@@ -18,7 +18,7 @@ from hpo.track.ledger import openings
 from hpo.track.store import connect, local_path
 
 _IDS = ("model_id", "model_uuid", "run_id")
-_MOVED = ("hpo.moved", "hpo.moved_from", "hpo.registered")
+_MOVED = ("hpo.moved", "hpo.moved_from", "hpo.registered", "mlflow.modelVersions")
 
 
 def whole(home: Home, study: StudyResult) -> dict[str, Any]:
@@ -72,12 +72,12 @@ def tracked(home: Home, name: str) -> dict[str, Any]:
         "runs": sorted((_run(client, run, names) for run in runs), key=lambda run: (run["name"], run["started"])),
         "models": sorted((_model(home, client, model, names) for model in models), key=lambda model: model["run"]),
         "versions": sorted(
-            (int(one.version), _ours(one.tags), one.description, names.get(one.run_id), places[one.source])
+            (int(one.version), _ours(one.tags), one.description or None, names.get(one.run_id), places[one.source])
             for one in versions
         ),
         "registered": {
             "tags": registered.tags,
-            "aliases": registered.aliases,
+            "aliases": {alias: int(number) for alias, number in registered.aliases.items()},
             "description": registered.description or "",
             "champions": champions(home, name),
         }

@@ -27,7 +27,7 @@ from hpo.track.store import connect, exists, local_path, told
 BORN = "hpo.moved_from"  # tag of a run or a logged model that was copied: the id of the first one
 _WHOLE = "hpo.moved"  # tag of a run that was copied to its end: the digest of what was copied
 _BEGUN = "hpo.moving"  # tag of a version whose other tags are still to come
-_OURS = (BORN, _WHOLE)
+_OWN = (BORN, _WHOLE, "mlflow.modelVersions")  # tags that belong to one store; a server writes the last one
 _URI = "models:/"
 _CHUNK = 100  # runs made under one hold of a lock, which a server frees after a minute
 
@@ -161,7 +161,7 @@ def _active_run(client: Any, run_id: str) -> Any | None:
 
 
 def _plain_run(client: Any, run: Any, born: _Births) -> dict[str, Any]:
-    tags = {name: value for name, value in run.data.tags.items() if name not in _OURS}
+    tags = {name: value for name, value in run.data.tags.items() if name not in _OWN}
     if runs.PARENT in tags:
         tags[runs.PARENT] = born.run(tags[runs.PARENT])
     if runs.MODEL in tags:
@@ -194,7 +194,7 @@ def _plain_model(model: Any, born: _Births) -> dict[str, Any]:
         "name": model.name,
         "kind": model.model_type,
         "run": born.run(model.source_run_id) if model.source_run_id else "",
-        "tags": {name: value for name, value in model.tags.items() if name not in _OURS},
+        "tags": {name: value for name, value in model.tags.items() if name not in _OWN},
         "params": dict(model.params or {}),
         "metrics": sorted([one.key, one.value, one.timestamp, one.step] for one in model.metrics or ()),
     }
@@ -442,5 +442,6 @@ def _add_version(
             tags={_BEGUN: "true"},
             description=version["description"] or None,
             model_id=models[version["model"]],
+            await_creation_for=0,
         )
     return made
