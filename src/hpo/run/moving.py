@@ -76,7 +76,12 @@ def export_study(study: str, *, home: str | Path | None = None, file: str | Path
         mend.reap(place, found.study.title)
     _refuse_running(place, study, "exported")
     taken = moving.take(place, found.study.title)
-    record = moving.check(taken)
+    try:
+        record = moving.check(taken)
+    except _WRONG as error:
+        raise StoreError(
+            f"{found.study.title}: cannot be exported: {error}.", "See what is wrong: hpo doctor"
+        ) from None
     target = Path(file) if file is not None else Path(f"{record.title}.zip")
     head = {"title": record.title, "created": record.created, "exported": time.time()}
     with writing(target, head) as archive:
