@@ -47,6 +47,7 @@ def test_export_names_the_command_that_imports_and_that_works(searched: Path) ->
     assert "hpo import tiny.zip --home DIR" in said
     assert "tiny: 2 trials new in" in _hpo("import", "tiny.zip", "--home", "there")
     assert "tiny: nothing new in" in _hpo("import", "tiny.zip", "--home", "there")
+    assert "tiny: 2 trials" in _hpo("export", "tiny~1")
     trials = [json.loads(_hpo("trials", "tiny", "--home", place, "--json")) for place in (".", "there")]
     assert trials[0] == trials[1]
 

@@ -168,6 +168,15 @@ def test_running_study_is_not_exported(kept: Home, tmp_path: Path) -> None:
     assert not (tmp_path / "study.zip").exists()
 
 
+def test_running_study_is_not_replaced(kept: Home, other: Path, tmp_path: Path) -> None:
+    there = _move(kept, other, tmp_path / "study.zip")
+    going = go_on(there)
+    with pytest.raises(StoreError, match="it is running"):
+        import_study(tmp_path / "study.zip", home=other)
+    going.close()
+    assert stored(there).trials == stored(kept).trials
+
+
 def test_what_waits_on_the_disk_to_be_logged_is_told(kept: Home, tmp_path: Path) -> None:
     going = go_on(kept)
     candidate = going.ask(budget=6, worker="w")

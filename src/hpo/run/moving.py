@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,6 @@ from hpo.home import Home
 from hpo.locks import locked
 from hpo.records import StudyResult, TrialState
 from hpo.run.archive import Archive, damaged, reading, writing
-from hpo.run.stop import find_study
 from hpo.track.ledger import Opening
 from hpo.track.store import knock, shown
 
@@ -67,21 +65,20 @@ def export_study(study: str, *, home: str | Path | None = None, file: str | Path
     Raises StoreError where there is no such study, while somebody runs it, and where a store or the disk refuses.
     """
     from hpo.search import mend, moving
+    from hpo.search.look import list_trials
     from hpo.track import moving as tracking
 
     place = Home.find(home)
-    found = find_study(place, study)
-    if found.study.count(TrialState.RUNNING):
-        _refuse_running(place, study, "exported")
-        mend.reap(place, found.study.title)
-    _refuse_running(place, study, "exported")
-    taken = moving.take(place, found.study.title)
+    found = list_trials(place, study)
+    moving.refuse_running(place, found.title)
+    if found.count(TrialState.RUNNING):
+        mend.reap(place, found.title)
+        moving.refuse_running(place, found.title)
+    taken = moving.take(place, found.title)
     try:
         record = moving.check(taken)
     except _WRONG as error:
-        raise StoreError(
-            f"{found.study.title}: cannot be exported: {error}.", "See what is wrong: hpo doctor"
-        ) from None
+        raise StoreError(f"{found.title}: cannot be exported: {error}.", "See what is wrong: hpo doctor") from None
     target = Path(file) if file is not None else Path(f"{record.title}.zip")
     head = {"title": record.title, "created": record.created, "exported": time.time()}
     with writing(target, head) as archive:
@@ -122,9 +119,7 @@ def import_study(file: str | Path, *, home: str | Path | None = None) -> Importe
         study, record, side = _read(archive)
         knock(place.create())
         with locked(place.locks / "import.lock"):
-            with suppress(StoreError):  # that is: there is none yet
-                find_study(place, record.title)
-                _refuse_running(place, record.title, "imported")
+            moving.refuse_running(place, record.title)
             standing = moving.standing(place, study)
             added, trials = tracking.Added(), 0
             if standing is not moving.Standing.AHEAD:
@@ -142,14 +137,6 @@ def import_study(file: str | Path, *, home: str | Path | None = None) -> Importe
         openings=len(side.openings),
         notes=tuple(added.notes),
     )
-
-
-def _refuse_running(home: Home, study: str, what: str) -> None:
-    """Raise StoreError while a living supervisor has the study, or may have it."""
-    found = find_study(home, study)
-    title = found.study.title
-    if found.holders:
-        raise StoreError(f"{title}: it is running, and cannot be {what} now.", f"Stop it first: hpo stop {title}")
 
 
 def _left_behind(home: Home, title: str) -> Iterable[str]:

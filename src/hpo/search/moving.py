@@ -19,7 +19,7 @@ from sqlalchemy import text
 from hpo.errors import StoreError
 from hpo.home import Home
 from hpo.records import StudyResult
-from hpo.search.look import RESULT, STUDY, no_study, to_result
+from hpo.search.look import RESULT, STUDY, look, no_study, to_result
 from hpo.search.storage import Storage, generations, open_storage, shown_url, store_errors
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # as of spec.study.StudySpec
@@ -80,6 +80,12 @@ def check(study: Mapping[str, Any]) -> StudyResult:
     return found
 
 
+def refuse_running(home: Home, title: str) -> None:
+    """Raise StoreError while a living supervisor has the study of this title."""
+    if any(one.study.title == title and one.holders for one in look(home, results=False)):
+        raise StoreError(f"{title}: it is running, and cannot be moved now.", f"Stop it first: hpo stop {title}")
+
+
 def standing(home: Home, study: Mapping[str, Any]) -> Standing:
     """How the storage stands to a study. Raises StoreError where it has another one of this title."""
     storage = open_storage(home)
@@ -95,7 +101,7 @@ def put(home: Home, study: Mapping[str, Any]) -> int:
 
     A copy is written beside what there is and takes its place in one transaction: whoever looks, and whoever comes
     after a kill, finds the study as before or the whole of this one. One that is the same already, or further on, is
-    left alone. Raises StoreError where there is another study of this title.
+    left alone. Raises StoreError where there is another study of this title, and where somebody runs it.
     """
     storage = open_storage(home)
     try:
@@ -106,6 +112,7 @@ def put(home: Home, study: Mapping[str, Any]) -> int:
             copy = _write(storage, study)
             with storage.locked("studies"):
                 # Another import may have been faster.
+                refuse_running(home, study["title"])
                 late = _standing(home, storage, study) in (Standing.SAME, Standing.AHEAD)
                 before = copy if late else _swap(storage, study, copy)
             known = len(storage.every_trial(before)) if before is not None else 0
