@@ -98,7 +98,7 @@ def export_study(study: str, *, home: str | Path | None = None, file: str | Path
         versions=len(side.registered["versions"]) if side.registered else 0,
         openings=len(side.openings),
         bytes=target.stat().st_size,
-        notes=tuple(_left_behind(place, record.title)),
+        notes=tuple(_left_behind(place, record.title, side)),
     )
 
 
@@ -111,7 +111,7 @@ def import_study(file: str | Path, *, home: str | Path | None = None) -> Importe
     or the disk refuses.
     """
     from hpo.search import moving
-    from hpo.track import moving as tracking
+    from hpo.track import arriving
 
     place = Home.find(home)
     disk = next(folder for folder in place.root.parents if folder.is_dir())
@@ -121,10 +121,10 @@ def import_study(file: str | Path, *, home: str | Path | None = None) -> Importe
         with locked(place.locks / "import.lock"):
             moving.refuse_running(place, record.title)
             standing = moving.standing(place, study)
-            added, trials = tracking.Added(), 0
+            added, trials = arriving.Added(), 0
             if standing is not moving.Standing.AHEAD:
                 # The trials last: a study that can be run is there whole.
-                added = tracking.put(place, record, side, archive.extract)
+                added = arriving.put(place, record, side, archive.extract)
                 trials = moving.put(place, study)
     return Imported(
         title=record.title,
@@ -139,9 +139,12 @@ def import_study(file: str | Path, *, home: str | Path | None = None) -> Importe
     )
 
 
-def _left_behind(home: Home, title: str) -> Iterable[str]:
+def _left_behind(home: Home, title: str, side: Side) -> Iterable[str]:
     from hpo.search.storage import read_study
 
+    for version in (side.registered or {"versions": ()})["versions"]:
+        if not version["model"]:
+            yield f"not exported: registered version {version['number']}, which has no logged model"
     waiting = [
         trial.number
         for trial in read_study(home, title).trials
