@@ -288,6 +288,10 @@ HOSTILE = {
     "a tag of another type": (_replace("runs.jsonl", '"hpo.kind": "study"', '"hpo.kind": 1'), "not a text"),
     "an unknown state": (_replace("trials.jsonl", '"state": "FAIL"', '"state": "LOST"'), "LOST"),
     "a model of another name": (_replace("registered.json", '"name": "formula"', '"name": "x"'), "not named formula"),
+    "a result of another shape": (
+        _replace("trials.jsonl", '"epochs": [{', '"epochs": [3, {'),
+        "not a whole export",
+    ),
     "a list for an object": (lambda members: members.update({"study.json": b"[]"}), "not a whole export"),
     "an opening of others": (_replace("openings.jsonl", '"study": "formula"', '"study": "x"'), "of another study"),
 }

@@ -20,7 +20,7 @@ from hpo.errors import StoreError
 from hpo.home import Home
 from hpo.records import StudyResult
 from hpo.search.look import RESULT, STUDY, look, no_study, to_result
-from hpo.search.storage import Storage, generations, open_storage, shown_url, store_errors
+from hpo.search.storage import Storage, generations, open_storage, shown_url, store_errors, to_trial
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # as of spec.study.StudySpec
 _ASIDE = "hpo import of "  # how Optuna's study is named while it is written; no study of ours has a blank in its name
@@ -64,14 +64,16 @@ def check(study: Mapping[str, Any]) -> StudyResult:
 
     Raises ValueError, KeyError, TypeError or AttributeError where it cannot.
     """
-    found = to_result(study["user_attrs"][STUDY], ())
+    record = study["user_attrs"][STUDY]
+    found = to_result(record, ())
     if not _NAME.fullmatch(found.name) or found.title != study["title"] or type(found.generation) is not int:
         raise ValueError(f"a study cannot be named {study['title']!r}")
-    if not isinstance(found.created, float) or not isinstance(found.spec, dict):
+    if not isinstance(found.created, float) or not all(isinstance(record[key], dict) for key in ("spec", "identity")):
         raise TypeError("the record of the study is of other types")
     directions = _directions(study)
     for number, trial in enumerate(study["trials"]):
         frozen = _frozen(trial)
+        to_trial(frozen)  # reads our records on it
         ended = frozen.state.is_finished()
         if trial["number"] != number or (frozen.values is not None and len(frozen.values) != len(directions)):
             raise ValueError(f"trial {number} is not whole")
