@@ -36,11 +36,12 @@ def searched(home: Home, title: str) -> dict[str, Any]:
             "state": one.state,
             "values": one.values,
             "times": (one.datetime_start, one.datetime_complete),
-            "params": one.params,
-            "distributions": one.distributions,
-            "steps": one.intermediate_values,
+            "params": sorted(one.params.items()),
+            "distributions": sorted(one.distributions.items()),
+            "steps": sorted(one.intermediate_values.items()),
             "constraints": one.constraints,
-            "attributes": (_homeless(one.user_attrs), one.system_attrs),
+            # A server gives them in any order.
+            "attributes": [sorted(each.items()) for each in (_homeless(one.user_attrs), one.system_attrs)],
         }
         for one in found.get_trials(deepcopy=False)
     ]
