@@ -43,7 +43,11 @@ def _trials(home: Home, title: str = "study") -> str:
     trials = optuna.load_study(study_name=title, storage=storage).get_trials()
     storage.scoped_session.remove()
     storage.engine.dispose()
-    return "\n".join(str({**vars(trial), "_trial_id": 0}) for trial in trials)
+    # A server gives parameters, reports and attributes in any order.
+    facts = [
+        {key: sorted(it.items()) if isinstance(it, dict) else it for key, it in vars(one).items()} for one in trials
+    ]
+    return "\n".join(str({**each, "_trial_id": 0}) for each in facts)
 
 
 def _every_kind(home: Home, spec) -> None:
