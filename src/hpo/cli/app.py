@@ -21,6 +21,7 @@ from hpo.cli.data import app as data_app
 from hpo.cli.doctor import clean, doctor
 from hpo.cli.evaluate import evaluate
 from hpo.cli.explain import explain
+from hpo.cli.moving import export, import_
 from hpo.cli.options import (
     AsJson,
     Command,
@@ -352,6 +353,8 @@ app.command(cls=Command, rich_help_panel="Look")(status)
 app.add_typer(store_app, name="store", rich_help_panel="Keep in order")
 for kept in (doctor, clean):
     app.command(cls=Command, rich_help_panel="Keep in order")(kept)
+app.command(cls=Command, rich_help_panel="Keep in order")(export)
+app.command("import", cls=Command, rich_help_panel="Keep in order")(import_)
 
 
 def main() -> None:

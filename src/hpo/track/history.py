@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -55,6 +55,18 @@ def champions(home: Home, name: str) -> list[Reign]:
         return []
     changes = [Reign(**json.loads(tags[tag])) for tag in sorted(tags) if tag.startswith(_TAG)]
     return _joined(changes)
+
+
+def rewritten(tags: Mapping[str, str], numbers: Mapping[int, int]) -> dict[str, str]:
+    """A registered model's tags with the versions of its champions renumbered; 0: one that is no more."""
+    kept = all(before == now for before, now in numbers.items())
+
+    def renumbered(text: str) -> str:
+        reign = json.loads(text)
+        number = reign["version"]
+        return json.dumps({**reign, "version": numbers.get(number, number if kept else 0)})
+
+    return {name: renumbered(text) if name.startswith(_TAG) else text for name, text in tags.items()}
 
 
 def _joined(changes: Sequence[Reign]) -> list[Reign]:

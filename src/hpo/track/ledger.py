@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -79,6 +79,16 @@ def openings(home: Home, study: StudyResult) -> list[Opening]:
     return sorted(found.values(), key=lambda opening: opening.when)
 
 
+def add_openings(home: Home, known: Sequence[Opening]) -> None:
+    """Write down openings of another store that this folder's ledger has not."""
+    path = home.root / "openings.jsonl"
+    with lock(home, "openings"):
+        there = list(_parse(path.read_text(encoding="utf-8").splitlines())) if path.is_file() else []
+        for opening in known:
+            if opening not in there:
+                _append(path, json.dumps(asdict(opening)))
+
+
 def _parse(lines: list[str]) -> Iterator[Opening]:
     known = {each.name for each in fields(Opening)}
     for line in lines:
@@ -93,15 +103,20 @@ def _parse(lines: list[str]) -> Iterator[Opening]:
 def _write(home: Home, study: StudyResult, opening: Opening) -> None:
     line = json.dumps(asdict(opening))
     path = home.root / "openings.jsonl"
-    with lock(home, "openings"), path.open("a", encoding="utf-8") as file:
-        file.write(f"{'' if _whole(path) else chr(10)}{line}\n")
-        file.flush()
-        os.fsync(file.fileno())
+    with lock(home, "openings"):
+        _append(path, line)
     client = connect(home)
     parent = find_parent(client, study)
     if parent is not None:
         # One tag an opening, so that two supervisors cannot overwrite each other's.
         client.set_tag(parent.info.run_id, _TAG + "".join(filter(str.isdigit, opening.when[:26])), line)
+
+
+def _append(path: Path, line: str) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(f"{'' if _whole(path) else chr(10)}{line}\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _whole(path: Path) -> bool:

@@ -162,19 +162,19 @@ def _ask(home: Home) -> Tracking:
     client = connect(home)
     experiments = [
         Experiment(one.experiment_id, one.name, one.artifact_location, one.lifecycle_stage == "deleted")
-        for one in _pages(client.search_experiments, view_type=3)
+        for one in pages(client.search_experiments, view_type=3)
     ]
     numbers = [one.key for one in experiments]
     runs = [
-        _run(one) for number in numbers for one in _pages(client.search_runs, experiment_ids=[number], run_view_type=3)
+        _run(one) for number in numbers for one in pages(client.search_runs, experiment_ids=[number], run_view_type=3)
     ]
     models = [
         Model(one.model_id, one.experiment_id, one.artifact_location, False, one.source_run_id or "")
         for number in numbers
-        for one in _pages(client.search_logged_models, experiment_ids=[number])
+        for one in pages(client.search_logged_models, experiment_ids=[number])
     ]
     aliases: dict[tuple[str, int], list[str]] = {}
-    for model in _pages(client.search_registered_models):
+    for model in pages(client.search_registered_models):
         for alias, version in model.aliases.items():
             aliases.setdefault((model.name, int(version)), []).append(alias)
     versions = [
@@ -185,7 +185,7 @@ def _ask(home: Home) -> Tracking:
             one.run_id or "",
             tuple(sorted(aliases.get((one.name, int(one.version)), ()))),
         )
-        for one in _pages(client.search_model_versions)
+        for one in pages(client.search_model_versions)
     ]
     return Tracking(tuple(experiments), tuple(runs), tuple(models), tuple(versions))
 
@@ -201,7 +201,8 @@ def _run(one: Any) -> Run:
     )
 
 
-def _pages(search: Any, **wanted: Any) -> Iterator[Any]:
+def pages(search: Any, **wanted: Any) -> Iterator[Any]:
+    """What one of the client's searches finds, all pages of it."""
     token = None
     while True:
         page = search(**wanted, page_token=token)

@@ -15,6 +15,7 @@ from hpo.records import ModelVersion
 from hpo.track.store import connect, exists, local_path, told
 
 ORIGIN = "hpo.copied_from"  # tag of a version that came from another store
+REGISTERED = "hpo.registered"  # tag of a version that was moved here: when it was first registered, in ms since 1970
 _SCORE = "score."  # tags of a version that hold its scores: score.valid_accuracy, score.test_accuracy, ...
 _MODEL = re.compile(r"(?P<name>[^/@:]+)(?:@(?P<alias>[^/@:]+)|/(?P<version>[0-9]+))?")
 
@@ -197,7 +198,7 @@ def _record(version: Any, aliases: tuple[str, ...]) -> ModelVersion:
         scores={
             name.removeprefix(_SCORE): float(value) for name, value in version.tags.items() if name.startswith(_SCORE)
         },
-        created=version.creation_timestamp / 1000,
+        created=int(version.tags.get(REGISTERED, version.creation_timestamp)) / 1000,
         origin=version.tags.get(ORIGIN, ""),
     )
 
