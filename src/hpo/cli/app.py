@@ -122,6 +122,7 @@ def run(
     spec = load_study(study, overrides=settings or [], trust=trust)
     options = [part for setting in settings or [] for part in ("--set", setting)] + ["--trust"] * trust
     options += ["--precision", precision] if precision else []  # a study goes on as it began
+    options += cluster.engine_options(engine, workers, slurm or [])
     place = f" --home {shlex.quote(str(home))}" if home else ""
     more = shlex.join(["hpo", "run", study, *options]) + place
     again = f"{more} --trials {trials}" if trials else more

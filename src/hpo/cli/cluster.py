@@ -53,6 +53,13 @@ def check_engine(engine: str, study: str) -> bool:
     return engine == "slurm"
 
 
+def engine_options(engine: str, workers: int | None, slurm: Sequence[str]) -> list[str]:
+    """What says again where a study runs."""
+    if engine != "slurm":
+        return []
+    return ["--engine", engine, "--workers", str(workers), *(part for text in slurm for part in ("--slurm", text))]
+
+
 def run_slurm(
     spec: StudySpec,
     watcher: Watcher,

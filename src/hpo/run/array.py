@@ -13,7 +13,7 @@ from hpo.errors import HpoError, StoreError
 from hpo.home import Home
 from hpo.records import ModelVersion, Notice, StudyEnded, StudyOpened, StudyResult
 from hpo.run.begin import begin_study, shared_home
-from hpo.run.slurm import Jobs, last_words, read_settings, submit, worker_command
+from hpo.run.slurm import Jobs, read_settings, submit, worker_command
 from hpo.run.stop import stop_study
 from hpo.run.study import interruptible
 from hpo.run.supervise import Watch
@@ -140,12 +140,12 @@ class _Watching:
     def _unfinished(self) -> HpoError:
         study, done = self._opened.study, f"{self._follower.finished} of {self._opened.budget} trials done"
         message = f"{study.title}: all jobs have ended, with {done}."
-        words = last_words(self._jobs.folder)
-        if words is None:
+        words = self._jobs.last_words()
+        if not words:
             return HpoError(message, f"They left no log in {self._jobs.folder}: see what SLURM says of {self._jobs}.")
         return HpoError(
-            f"{message} The last words of {words[0].name}: {words[1]}",
-            f"Mend what it says, or give the jobs more time, and run this again: it goes on. Logs: {words[0].parent}",
+            f"{message} The last words of {words}",
+            f"Mend what it says, or give the jobs more time, and run this again: it goes on. Logs: {self._jobs.folder}",
         )
 
 

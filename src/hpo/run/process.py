@@ -50,7 +50,7 @@ def hidden_main() -> Iterator[None]:
 
 
 def follow_supervisor(environment: Mapping[str, str], connection: Connection | None = None) -> None:
-    """Called in a process of ours: it leaves Ctrl-C to its supervisor, and ends at once when that dies.
+    """Called in a process of ours: it leaves Ctrl-C and SIGTERM to its supervisor, and ends at once when that dies.
 
     environment is the supervisor's: the fork server keeps the one that it was started with, and a notebook may have
     changed its own since. With a connection on which nothing is sent this way, the process also ends when the
@@ -58,8 +58,10 @@ def follow_supervisor(environment: Mapping[str, str], connection: Connection | N
     """
     os.environ.clear()
     os.environ.update(environment)
-    # Ctrl-C reaches the whole terminal group; the supervisor alone decides what it means.
+    # Ctrl-C reaches the whole terminal group, a scheduler's SIGTERM the whole job: the supervisor alone decides what
+    # they mean, and needs its workers until then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     supervisor = multiprocessing.parent_process()
     if supervisor is not None:
         signs = [supervisor.sentinel, *([connection] if connection else [])]

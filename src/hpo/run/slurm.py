@@ -18,7 +18,7 @@ from typing import Any
 from hpo.errors import HpoError, redact
 
 _MINUTES = 240  # of a job, where nothing is said
-_ASK = 20.0  # seconds between questions to SLURM, which many may have
+_ASK = 10.0  # seconds between questions to SLURM, which many may have
 _NOTICE = 90  # seconds between SIGTERM and the end of a job's time
 # What only has a place in submitit's own script.
 _NOT_PRINTED = ("stderr_to_stdout", "teardown", "use_srun", "wckey")
@@ -78,7 +78,7 @@ class Jobs:
         return tuple(str(job.job_id) for job in self._jobs)
 
     def left(self) -> bool:
-        """Whether any of them waits or runs. SLURM is asked every 20 s at most; while it does not answer, they do."""
+        """Whether any of them waits or runs. SLURM is asked every 10 s at most; while it does not answer, they do."""
         if self._cluster != "slurm":
             return not all(job.done() for job in self._jobs)
         if self._left and time.monotonic() >= self._ask_at:
@@ -96,6 +96,16 @@ class Jobs:
         elif not waiting:
             for job in self._jobs:
                 job.cancel(check=False)
+
+    def last_words(self, *, lines: int = 3) -> str:
+        """The last lines of the newest log that says anything, and its name, without secrets; "" where none does."""
+        logs = [path for name in self.names for path in self.folder.glob(f"{name}_*_log.*")]
+        for path in sorted(logs, key=lambda path: (path.suffix == ".err", path.stat().st_mtime), reverse=True):
+            said = map(str.strip, path.read_text(encoding="utf-8", errors="replace").splitlines())
+            words = [line for line in said if line and not line.startswith("submitit")]
+            if words:
+                return redact(f"{path.name}: {' / '.join(words[-lines:])}")
+        return ""
 
 
 def _call(*command: str) -> subprocess.CompletedProcess[str]:
@@ -145,17 +155,6 @@ def worker_command(study: str, options: Sequence[str], *, home: Path) -> list[st
     return [sys.executable, "-u", "-m", "hpo", "worker", study, *options, "--home", str(home)]
 
 
-def last_words(folder: Path, *, lines: int = 3) -> tuple[Path, str] | None:
-    """The newest log of a job that says anything: its path and its last lines, without secrets; None: there is none."""
-    logs = sorted(folder.glob("*_log.*"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in sorted(logs, key=lambda path: path.suffix != ".err"):
-        said = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
-        said = [line for line in said if line and not line.startswith("submitit")]
-        if said:
-            return path, redact(" / ".join(said[-lines:]))
-    return None
-
-
 def script(study: str, options: Sequence[str], *, workers: int, settings: Mapping[str, Any]) -> str:
     """A script for sbatch that starts the workers: an array of `workers` jobs. Raises HpoError."""
     odd = [key for key in settings if key.removeprefix("slurm_") in _NOT_PRINTED]
@@ -181,7 +180,7 @@ def script(study: str, options: Sequence[str], *, workers: int, settings: Mappin
         workers=workers,
         study=study,
         flags="\n".join(f"#SBATCH --{_flag(key, value)}" for key, value in flags.items()),
-        setup="".join(f"{line}\n" for line in setup),
+        setup="".join(f"{line}\n" for line in [*setup, ""] if setup),
         command=shlex.join(["srun", *arguments, "hpo", "worker", study, *options]),
     )
 
@@ -194,8 +193,8 @@ _SCRIPT = """\
 # HPO_STORAGE and MLFLOW_TRACKING_URI: sbatch hands on the environment in which it is called.
 {flags}
 
-{setup}# SIGTERM comes before the time is up, and before a preemption. The worker then puts away what it trains and ends; the
-# shell waits for that. Others go on from there, or this job once it is requeued.
+{setup}# SIGTERM comes before the time is up, and before a preemption. The worker then puts away what it trains and
+# ends; the shell waits for it. Others go on from there, or this job where SLURM queues it again.
 trap : TERM
 {command} --home "${{SLURM_SUBMIT_DIR:-.}}"
 """
