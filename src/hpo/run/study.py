@@ -258,7 +258,7 @@ def _drawn(drawing: Job, say: Watch) -> list[Path]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM set the event; a second one ends the process the usual way."""
+    """Ctrl-C and SIGTERM set the event; a second Ctrl-C ends the process the usual way."""
     interrupted = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield interrupted  # signals belong to the main thread
@@ -266,7 +266,8 @@ def interruptible() -> Iterator[threading.Event]:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, frame: Any) -> None:  # noqa: ARG001 - the signature that signal wants
-        if interrupted.is_set():
+        # Schedulers send SIGTERM more than once; to end it at once they have SIGKILL.
+        if interrupted.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         interrupted.set()
 
