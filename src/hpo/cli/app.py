@@ -101,7 +101,7 @@ def run(
     ] = None,
     precision: PrecisionName = None,
     profile: Annotated[bool, typer.Option("--profile", help="Say where the time went.")] = False,
-    engine: cluster.EngineName = "local",
+    engine: cluster.EngineName = "processes",
     slurm: cluster.SlurmSettings = None,
     detach: cluster.Detach = False,
     print_script: cluster.PrintScript = False,
@@ -128,7 +128,8 @@ def run(
     again = f"{more} --trials {trials}" if trials else more
     commands = NextCommands(again, more, home=place)
     shown = watcher(as_json=as_json, quiet=quiet)(commands, debug=debug)
-    if cluster.check_engine(engine, study):
+    alone = {"--slurm": slurm, "--detach": detach, "--print": print_script}
+    if cluster.on_slurm(engine, study, alone=alone, never={"--timeout": timeout, "--profile": profile}):
         code = cluster.run_slurm(
             spec,
             shown,

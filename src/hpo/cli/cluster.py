@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,6 +19,7 @@ from hpo.cli.options import (
     Study,
     Trials,
     Trust,
+    read_stack,
     study_name,
 )
 from hpo.records import Event, Notice
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from hpo.spec.study import StudySpec
 
 EngineName = Annotated[
-    str, typer.Option(metavar="local|slurm", help="Where workers run: this machine, or jobs of a SLURM array.")
+    str, typer.Option(metavar="processes|slurm", help="Processes of this machine, or jobs of a SLURM array.")
 ]
 SlurmSettings = Annotated[
     list[str] | None,
@@ -40,17 +41,24 @@ Detach = Annotated[bool, typer.Option("--detach", help="Submit the jobs and retu
 PrintScript = Annotated[bool, typer.Option("--print", help="Print a script for sbatch, and submit nothing.")]
 
 
-def check_engine(engine: str, study: str) -> bool:
-    """Whether the study runs as jobs of a cluster. Raises HpoError for an engine that there is not."""
+def on_slurm(engine: str, study: str, *, alone: Mapping[str, object], never: Mapping[str, object]) -> bool:
+    """Whether the study runs as jobs of an array.
+
+    alone maps options that are for arrays only to what was given, never those that are not for them. Raises HpoError.
+    """
     from hpo.errors import HpoError
 
     if engine == "kubernetes":
         raise HpoError(
             "--engine kubernetes: is a manifest.", f"Print it: hpo manifest {shlex.quote(study)} --image IMAGE"
         )
-    if engine not in ("local", "slurm"):
-        raise HpoError(f"--engine {engine}: there is none of that name.", "Choose local or slurm.")
-    return engine == "slurm"
+    if engine not in ("processes", "slurm"):
+        raise HpoError(f"--engine {engine}: there is none of that name.", "Choose processes or slurm.")
+    array = engine == "slurm"
+    for option in (name for name, given in (never if array else alone).items() if given):
+        hint = "Leave it out; how long a job may take: --slurm timeout_min=60" if array else "Add: --engine slurm"
+        raise HpoError(f"{option}: is {'not' if array else 'only'} for --engine slurm.", hint)
+    return array
 
 
 def engine_options(engine: str, workers: int | None, slurm: Sequence[str]) -> list[str]:
@@ -174,5 +182,6 @@ def manifest(
 
 def worker_options(*, device: str, stack: str, trust: bool) -> list[str]:
     """What of the command line `hpo worker` is to be told."""
+    read_stack(stack)
     said = ["--device", device] if device != "auto" else []
     return said + (["--stack", stack] if stack != "auto" else []) + ["--trust"] * trust
