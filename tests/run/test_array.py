@@ -41,7 +41,7 @@ def project(tmp_path, database, monkeypatch) -> Iterator[Path]:
 def _run(project, *overrides, watch=None, options=(), **begin):
     spec = load_study("digits-mlp", overrides=overrides)
     return run_array(
-        spec, workers=2, home=project, cluster="local", options=[*ONE, *options], watch=watch, **{"trials": 8, **begin}
+        spec, workers=2, home=project, cluster="local", options=[*ONE, *options], watch=watch, **{"trials": 6, **begin}
     )
 
 
@@ -62,8 +62,8 @@ def _workers(project) -> list[int]:
 def test_array_spends_the_budget_exactly_registers_once_and_then_has_nothing_to_do(project):
     events = []
     study = _run(project, "training.epochs=2", watch=events.append)
-    assert [trial.state.finished for trial in study.trials] == [True] * 8
-    assert sorted(trial.candidate.ordinal for trial in study.trials) == list(range(8))
+    assert [trial.state.finished for trial in study.trials] == [True] * 6
+    assert sorted(trial.candidate.ordinal for trial in study.trials) == list(range(6))
     ended = events[-1]
     assert isinstance(ended, StudyEnded)
     assert (ended.reason, ended.model.trial) == ("budget", study.best.number)
@@ -72,7 +72,8 @@ def test_array_spends_the_budget_exactly_registers_once_and_then_has_nothing_to_
     assert len({row["lease"] for row in _starts(project)}) == 2 >= len(seen.holders) == 0
     # A second time there is nothing to do, and no job is submitted.
     before = sorted((project / "mlruns" / "jobs").rglob("*"))
-    assert _run(project, "training.epochs=2").trials == study.trials
+    again = _run(project, "training.epochs=2")
+    assert [trial.value for trial in again.trials] == [trial.value for trial in study.trials]
     assert sorted((project / "mlruns" / "jobs").rglob("*")) == before
     # Passwords are in no file of it.
     word = os.environ["HPO_STORAGE"].partition("//hpo:")[2].partition("@")[0].encode()
@@ -96,12 +97,12 @@ def test_trials_of_a_killed_job_are_tried_again_by_the_others(project):
             killed.append(_workers(project)[0])
             os.kill(killed[0], signal.SIGKILL)
 
-    study = _run(project, "training.epochs=20", "training.patience=null", watch=kill_one, trials=5)
+    study = _run(project, "training.epochs=8", "training.patience=null", watch=kill_one, trials=4)
     assert killed
     lost = [trial for trial in study.trials if trial.state is TrialState.STOPPED]
     assert {trial.result.failure for trial in lost} == {FailureKind.INTERRUPTED}
     finished = Counter(trial.candidate.ordinal for trial in study.trials if trial.state.finished)
-    assert finished == Counter(range(5))
+    assert finished == Counter(range(4))
     assert {trial.candidate.ordinal for trial in lost} <= finished.keys()
 
 
@@ -129,7 +130,7 @@ def test_ctrl_c_ends_the_study_and_its_jobs(project):
 
 @pytest.mark.slow
 def test_jobs_that_all_fail_are_told_with_the_last_words_of_one(project):
-    with pytest.raises(HpoError, match=r"all jobs have ended, with 0 of 8 trials done\..*--set data.name=") as error:
+    with pytest.raises(HpoError, match=r"all jobs have ended, with 0 of 6 trials done\..*--set data.name=") as error:
         _run(project, options=["--set", "data.name=mnist"])
     assert "Logs: " in error.value.hint
 
