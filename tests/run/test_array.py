@@ -130,7 +130,9 @@ def test_ctrl_c_ends_the_study_and_its_jobs(project):
 
 @pytest.mark.slow
 def test_jobs_that_all_fail_are_told_with_the_last_words_of_one(project):
-    with pytest.raises(HpoError, match=r"all jobs have ended, with 0 of 6 trials done\..*--set data.name=") as error:
+    with pytest.raises(
+        HpoError, match=r"all jobs have ended, with 0 of 6 trials done\..*there is no data set"
+    ) as error:
         _run(project, options=["--set", "data.name=mnist"])
     assert "Logs: " in error.value.hint
 
