@@ -139,12 +139,14 @@ def submit(
         executor.update_parameters(**chosen)
         # exec: no process of submitit is left between SLURM's signals and the worker, which knows what they mean.
         jobs = executor.map_array(os.execv, [command[0]] * workers, [list(command)] * workers)
+    except (AssertionError, NameError, TypeError, ValueError, FailedJobError, FailedSubmissionError) as error:
+        raise HpoError(
+            f"--engine slurm: the jobs were not submitted: {error}", "Mend what it names, and run this again."
+        ) from None
     except RuntimeError as error:
         raise HpoError(
             f"--engine slurm: {error}", "Submit on a login node of the cluster, or print the script: --print"
         ) from None
-    except (AssertionError, NameError, TypeError, ValueError, FailedJobError, FailedSubmissionError) as error:
-        raise HpoError(f"--engine slurm: the jobs were not submitted: {error}", "Mend what it names.") from None
     except FileNotFoundError as error:
         raise HpoError(f"--engine slurm: {error.filename}: not found.", "Submit on a login node, or: --print") from None
     return Jobs(jobs, folder, cluster=cluster)
