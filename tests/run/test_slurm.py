@@ -133,7 +133,7 @@ def test_machine_without_slurm_is_told_where_to_go(tmp_path, bin_folder, monkeyp
 def test_refusal_of_sbatch_is_passed_on(tmp_path, bin_folder):
     _command(bin_folder, "srun", "")
     _command(bin_folder, "sbatch", "echo sbatch: error: invalid partition specified: gpu >&2; exit 1")
-    with pytest.raises(HpoError, match="not submitted.*invalid partition specified: gpu"):
+    with pytest.raises(HpoError, match=r"not submitted.*invalid partition specified: gpu"):
         submit(["true"], name="x", workers=2, folder=tmp_path / "jobs", settings={})
 
 
