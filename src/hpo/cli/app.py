@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hpo.cli import output
+from hpo.cli import cluster, output
 from hpo.cli.compare import compare
 from hpo.cli.data import app as data_app
 from hpo.cli.doctor import clean, doctor
@@ -107,6 +107,9 @@ def run(
     ] = None,
     precision: PrecisionName = None,
     profile: Annotated[bool, typer.Option("--profile", help="Say where the time went.")] = False,
+    slurm: cluster.SlurmSettings = None,
+    detach: cluster.Detach = False,
+    print_script: cluster.PrintScript = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object an event a line; the last is the result.")
     ] = False,
@@ -126,11 +129,32 @@ def run(
     options += ["--precision", precision] if precision else []  # a study goes on as it began
     ray, again_by_ray = read_ray(engine, address=address, gpus_per_trial=gpus_per_trial, cpus_per_trial=cpus_per_trial)
     options += again_by_ray
+    options += cluster.engine_options(engine, workers, slurm or [])
     place = f" --home {shlex.quote(str(home))}" if home else ""
     more = shlex.join(["hpo", "run", study, *options]) + place
     again = f"{more} --trials {trials}" if trials else more
     commands = NextCommands(again, more, home=place)
-    with watcher(as_json=as_json, quiet=quiet)(commands, debug=debug) as watch:
+    shown = watcher(as_json=as_json, quiet=quiet)(commands, debug=debug)
+    alone = {"--slurm": slurm, "--detach": detach, "--print": print_script}
+    if cluster.on_slurm(engine, study, alone=alone, never={"--timeout": timeout, "--profile": profile}):
+        code = cluster.run_slurm(
+            spec,
+            shown,
+            workers=workers,
+            slurm=slurm or [],
+            options=cluster.worker_options(device=device, stack=stack, trust=trust),
+            detach=detach,
+            printed=print_script,
+            as_json=as_json,
+            trials=trials,
+            home=home,
+            fresh=fresh,
+            retry_failed=retry_failed,
+            keep_models=keep_models,
+            precision=precision,
+        )
+        raise typer.Exit(code)
+    with shown as watch:
         # Inside, because its imports take a moment in which the terminal should not look dead.
         from hpo.run.study import run_study
 
@@ -351,6 +375,8 @@ app.command(cls=Command, rich_help_panel="Search")(worker)
 app.command(cls=Command, rich_help_panel="Search")(stop)
 app.command(cls=Command, rich_help_panel="Look")(status)
 app.add_typer(store_app, name="store", rich_help_panel="Keep in order")
+app.command(cls=Command, rich_help_panel="Search")(cluster.begin)
+app.command(cls=Command, rich_help_panel="Search")(cluster.manifest)
 for kept in (doctor, clean):
     app.command(cls=Command, rich_help_panel="Keep in order")(kept)
 app.command(cls=Command, rich_help_panel="Keep in order")(export)

@@ -16,9 +16,18 @@ class EngineName(StrEnum):
 
     PROCESSES = "processes"
     RAY = "ray"
+    SLURM = "slurm"
+    KUBERNETES = "kubernetes"  # which says where else to look
 
 
-Engine = Annotated[EngineName, typer.Option("--engine", help="Processes of this machine, or actors of a Ray cluster.")]
+Engine = Annotated[
+    EngineName,
+    typer.Option(
+        "--engine",
+        metavar="processes|ray|slurm",
+        help="Processes of this machine, actors of a Ray cluster, or jobs of a SLURM array.",
+    ),
+]
 Address = Annotated[
     str | None,
     typer.Option(
@@ -35,10 +44,10 @@ CpusPerTrial = Annotated[float | None, typer.Option(metavar="N", help="CPU cores
 def read_ray(
     engine: EngineName, *, address: str | None, gpus_per_trial: float | None, cpus_per_trial: float | None
 ) -> tuple[RayOptions | None, list[str]]:
-    """What these options say of Ray, None for processes; and the options that say it again."""
+    """What these options say of Ray, None where it is another engine; and the options that say it again."""
     given = {"--address": address, "--gpus-per-trial": gpus_per_trial, "--cpus-per-trial": cpus_per_trial}
     said = {option: value for option, value in given.items() if value is not None}
-    if engine is EngineName.PROCESSES:
+    if engine is not EngineName.RAY:
         for option in said:
             raise typer.BadParameter("is for --engine ray only", param_hint=option)
         return None, []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import signal
@@ -11,7 +12,10 @@ import threading
 from collections.abc import Iterator, Mapping
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
+from pathlib import Path
 from typing import Any
+
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of the own container, as it sees it
 
 
 def process_context() -> BaseContext:
@@ -50,7 +54,7 @@ def hidden_main() -> Iterator[None]:
 
 
 def follow_supervisor(environment: Mapping[str, str], connection: Connection | None = None) -> None:
-    """Called in a process of ours: it leaves Ctrl-C to its supervisor, and ends at once when that dies.
+    """Called in a process of ours: it leaves Ctrl-C and SIGTERM to its supervisor, and ends at once when that dies.
 
     environment is the supervisor's: the fork server keeps the one that it was started with, and a notebook may have
     changed its own since. With a connection on which nothing is sent this way, the process also ends when the
@@ -58,8 +62,10 @@ def follow_supervisor(environment: Mapping[str, str], connection: Connection | N
     """
     os.environ.clear()
     os.environ.update(environment)
-    # Ctrl-C reaches the whole terminal group; the supervisor alone decides what it means.
+    # Ctrl-C reaches the whole terminal group, a scheduler's SIGTERM the whole job: the supervisor alone decides what
+    # they mean, and needs its workers until then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     supervisor = multiprocessing.parent_process()
     if supervisor is not None:
         signs = [supervisor.sentinel, *([connection] if connection else [])]
@@ -71,6 +77,11 @@ def _end_with(signs: list[Any]) -> None:
     os._exit(0)
 
 
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def cores(quota: Path = _QUOTA) -> int:
+    """CPU cores that this process may use: those it may run on, or fewer where its container is given less time."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        most, period = quota.read_text(encoding="ascii").split()  # microseconds: "200000 100000", "max 100000"
+    except (OSError, ValueError):
+        return count
+    return count if most == "max" else min(count, max(1, math.ceil(int(most) / int(period))))

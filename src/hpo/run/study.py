@@ -73,7 +73,7 @@ def run_study(
         ray.knock()
     place = Home.find(home).create()
     knock(place)  # an outage later on is waited for; at the start it is more likely a wrong address
-    spec = with_model(_with_options(spec, trials=trials, keep_models=keep_models, precision=precision), place)
+    spec = with_model(with_options(spec, trials=trials, keep_models=keep_models, precision=precision), place)
     if workers is not None and workers < 0:
         raise HpoError(f"--workers {workers}: is negative.", "Give 1 or more, or 0 to train in this process.")
     if stack is not None and stack < 1:
@@ -90,7 +90,7 @@ def run_study(
         say(Notice(text))
 
     with contextlib.ExitStack() as cleanup:
-        interrupted = cleanup.enter_context(_interruptible())
+        interrupted = cleanup.enter_context(interruptible())
         tracker, background = timed(Tracker(place), clock, **profiling.TRACKER), Background()
         cleanup.callback(background.join, patience=5.0)
         helper = Helper(context)
@@ -102,7 +102,7 @@ def run_study(
         cluster = Cluster(ray, device=device) if ray else None
         if cluster is not None:
             cleanup.callback(cluster.close)
-        prepared: Prepared = _await(job, helper, say, interrupted)
+        prepared: Prepared = await_job(job, helper, say, interrupted)
         budget = min(spec.search.trials, total_trials(spec)) if trials is not None else total_trials(spec)
         study = open_study(place, spec, data_digest=prepared.data.digest, budget=budget, fresh=fresh, join=join)
         budget = study.budget
@@ -133,7 +133,7 @@ def run_study(
         if stack is None and workers != 0 and not profile and not cluster:
             most = most_places(spec, left=left, workers=len(devices), by_default=workers is None)
             job = helper.submit(measure_stack, spec, prepared.data, devices[0], threads, most)
-            places = _await(job, helper, say, interrupted)
+            places = await_job(job, helper, say, interrupted)
         opened = StudyOpened(
             study=before,
             data=prepared.data,
@@ -227,7 +227,7 @@ def _ignore(event: Event) -> None:
     """Nobody watches."""
 
 
-def _with_options(spec: StudySpec, *, trials: int | None, keep_models: str | None, precision: str | None) -> StudySpec:
+def with_options(spec: StudySpec, *, trials: int | None, keep_models: str | None, precision: str | None) -> StudySpec:
     """The spec with what the command line says instead of the file. Raises SpecError."""
     if trials is not None:
         if trials < 1:
@@ -253,7 +253,7 @@ def _assign(workers: int | None, devices: Sequence[str], *, most: int) -> list[s
     return [devices[slot % len(devices)] for slot in range(max(1, min(workers, most)))]
 
 
-def _await(job: Job, helper: Helper, say: Watch, interrupted: threading.Event) -> Any:
+def await_job(job: Job, helper: Helper, say: Watch, interrupted: threading.Event) -> Any:
     """The helper's answer; what it says meanwhile is passed on."""
     while True:
         for notice in helper.notices():
@@ -274,8 +274,8 @@ def _drawn(drawing: Job, say: Watch) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM set the event; a second one ends the process the usual way."""
+def interruptible() -> Iterator[threading.Event]:
+    """Ctrl-C and SIGTERM set the event; a second Ctrl-C ends the process the usual way."""
     interrupted = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield interrupted  # signals belong to the main thread
@@ -283,7 +283,8 @@ def _interruptible() -> Iterator[threading.Event]:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, frame: Any) -> None:  # noqa: ARG001 - the signature that signal wants
-        if interrupted.is_set():
+        # Schedulers send SIGTERM more than once; to end it at once they have SIGKILL.
+        if interrupted.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         interrupted.set()
 

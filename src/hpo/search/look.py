@@ -95,7 +95,7 @@ def list_trials(home: Home, name: str) -> StudyResult:
         outcomes = _attributes(reader, number, RESULT, without=("epochs", "predicted"))
         known = _attributes(reader, number, START)
         return to_result(
-            record, [_trial(row, known.get(row[0]), outcomes.get(row[0])) for row in _rows(reader, number)]
+            record, [read_trial(row, known.get(row[0]), outcomes.get(row[0])) for row in trial_rows(reader, number)]
         )
 
 
@@ -107,7 +107,8 @@ def no_study(name: str, place: object, known: Iterable[str]) -> StoreError:
     )
 
 
-def _rows(reader: Reader, study: int) -> Sequence[Any]:
+def trial_rows(reader: Reader, study: int) -> Sequence[Any]:
+    """(Optuna's trial id, number, state, begun, ended) of every trial, by number."""
     return reader.rows(
         "SELECT trial_id, number, state, datetime_start, datetime_complete FROM trials WHERE study_id = :study "
         "ORDER BY number",
@@ -131,10 +132,10 @@ def to_result(record: Mapping[str, Any], trials: Iterable[Trial]) -> StudyResult
 
 
 def _look(home: Home, reader: Reader, study: int, record: Mapping[str, Any], *, results: bool) -> Look:
-    rows = _rows(reader, study)
+    rows = trial_rows(reader, study)
     known = _attributes(reader, study, START)
     outcomes = _attributes(reader, study, RESULT, every=results)
-    trials = [_trial(row, known.get(row[0]), outcomes.get(row[0])) for row in rows]
+    trials = [read_trial(row, known.get(row[0]), outcomes.get(row[0])) for row in rows]
     whole = to_result(record, trials)
     leases = {
         row[1]: known[row[0]].get("lease", "")
@@ -171,7 +172,8 @@ def _attributes(
     return {number: {part: it for part, it in record.items() if part not in without} for number, record in records}
 
 
-def _trial(row: Sequence[Any], start: Mapping[str, Any] | None, outcome: Mapping[str, Any] | None) -> Trial:
+def read_trial(row: Sequence[Any], start: Mapping[str, Any] | None, outcome: Mapping[str, Any] | None) -> Trial:
+    """A row of trial_rows and the trial's records, as the rest of the house knows it."""
     _, number, state, begun, ended = row
     start = start or {}
     stopped = outcome is not None and state == "FAIL" and outcome.get("state") == TrialState.STOPPED

@@ -1,0 +1,215 @@
+"""Workers of a study as a SLURM array: submitted through submitit, or as a script for a person to submit."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hpo.errors import HpoError, redact
+
+_MINUTES = 240  # of a job, where nothing is said
+_ASK = 10.0  # seconds between questions to SLURM, which many may have
+_NOTICE = 90  # seconds between SIGTERM and the end of a job's time
+# What only has a place in submitit's own script.
+_NOT_PRINTED = ("stderr_to_stdout", "teardown", "use_srun", "wckey")
+
+
+def read_settings(texts: Iterable[str]) -> dict[str, Any]:
+    """submitit's parameters in texts such as `slurm_partition=gpu`, `timeout_min=60`, `setup=["module load cuda"]`.
+
+    A value that is JSON is read as such; slurm_ may be left out. Raises HpoError where submitit does not know one, or
+    is not installed.
+    """
+    from_all, of_slurm = _known()
+    settings: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not value:
+            raise HpoError(f"--slurm {text}: has no value.", "Write KEY=VALUE, such as --slurm timeout_min=60")
+        bare = key.removeprefix("slurm_")
+        if bare not in from_all | of_slurm:
+            close = difflib.get_close_matches(bare, sorted(from_all | of_slurm), n=1)
+            meant = f"Did you mean {close[0]}? " if close else ""
+            raise HpoError(
+                f"--slurm {key}: submitit knows no such parameter.",
+                f"{meant}There is: {', '.join(sorted(from_all | of_slurm))}; others of sbatch: "
+                """--slurm 'additional_parameters={"reservation": "r1"}'""",
+            )
+        name = bare if bare in from_all else f"slurm_{bare}"
+        try:
+            settings[name] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[name] = value
+        wanted = {"slurm_setup": list, "slurm_srun_args": list, "slurm_additional_parameters": dict}.get(name)
+        if wanted is not None and not isinstance(settings[name], wanted):
+            example = '{"reservation": "r1"}' if wanted is dict else '["module load cuda"]'
+            raise HpoError(f"--slurm {text}: is not a JSON {wanted.__name__}.", f"Write: --slurm '{bare}={example}'")
+    return settings
+
+
+class Jobs:
+    """The jobs of one array, or processes of this machine for submitit's local cluster. folder holds their logs."""
+
+    def __init__(self, jobs: Sequence[Any], folder: Path, *, cluster: str) -> None:
+        self.folder = folder
+        self._jobs, self._cluster = jobs, cluster
+        self._array = str(jobs[0].job_id).partition("_")[0]
+        self._ask_at, self._left = 0.0, True
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def __str__(self) -> str:
+        return f"{len(self)} jobs of array {self._array}" if len(self) > 1 else f"job {self._array}"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the scheduler calls each of them."""
+        return tuple(str(job.job_id) for job in self._jobs)
+
+    def left(self) -> bool:
+        """Whether any of them waits or runs. SLURM is asked every 10 s at most; while it does not answer, they do."""
+        if self._cluster != "slurm":
+            return not all(job.done() for job in self._jobs)
+        if self._left and time.monotonic() >= self._ask_at:
+            self._ask_at = time.monotonic() + _ASK
+            # Not sacct, which submitit asks: without an accounting database it knows nothing.
+            asked = _call("squeue", "--noheader", "--format=%T", f"--jobs={self._array}")
+            gone = asked.returncode != 0 and "Invalid job id" in asked.stderr
+            self._left = not gone and (asked.returncode != 0 or bool(asked.stdout.strip()))
+        return self._left
+
+    def cancel(self, *, waiting: bool = False) -> None:
+        """End them, by SIGTERM first; waiting: only those that have not begun."""
+        if self._cluster == "slurm":
+            _call("scancel", *["--state=PENDING"] * waiting, self._array)
+        elif not waiting:
+            for job in self._jobs:
+                job.cancel(check=False)
+
+    def last_words(self, *, lines: int = 3) -> str:
+        """The last lines of the newest log that says anything, and its name, without secrets; "" where none does."""
+        logs = [path for name in self.names for path in self.folder.glob(f"{name}_*_log.*")]
+        for path in sorted(logs, key=lambda path: (path.suffix == ".err", path.stat().st_mtime), reverse=True):
+            said = map(str.strip, path.read_text(encoding="utf-8", errors="replace").splitlines())
+            words = [line for line in said if line and not line.startswith("submitit")]
+            if words:
+                return redact(f"{path.name}: {' / '.join(words[-lines:])}")
+        return ""
+
+
+def _call(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own words
+
+
+def submit(
+    command: Sequence[str],
+    *,
+    name: str,
+    workers: int,
+    folder: Path,
+    settings: Mapping[str, Any],
+    cluster: str = "slurm",
+) -> Jobs:
+    """Submit one array of `workers` jobs that each become the command.
+
+    Scripts and logs lie in folder, which all machines must see. The jobs have the environment of this process, as
+    sbatch hands it on: addresses and passwords stand in no command and in no file. cluster is submitit's: slurm, or
+    local for processes of this machine. Raises HpoError.
+    """
+    from submitit import AutoExecutor
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    extra = {"signal": f"TERM@{settings.get('slurm_signal_delay_s', _NOTICE)}"}
+    chosen = {"timeout_min": _MINUTES, "slurm_array_parallelism": workers, **settings, "name": f"hpo-{name}"}
+    chosen["slurm_additional_parameters"] = {**extra, **settings.get("slurm_additional_parameters", {})}
+    logging.getLogger("submitit").setLevel(logging.ERROR)
+    try:
+        executor = AutoExecutor(folder, cluster=cluster)
+        executor.update_parameters(**chosen)
+        # exec: no process of submitit is left between SLURM's signals and the worker, which knows what they mean.
+        jobs = executor.map_array(os.execv, [command[0]] * workers, [list(command)] * workers)
+    except (AssertionError, NameError, TypeError, ValueError, FailedJobError, FailedSubmissionError) as error:
+        raise HpoError(
+            f"--engine slurm: the jobs were not submitted: {error}", "Mend what it names, and run this again."
+        ) from None
+    except RuntimeError as error:
+        raise HpoError(
+            f"--engine slurm: {error}", "Submit on a login node of the cluster, or print the script: --print"
+        ) from None
+    except FileNotFoundError as error:
+        raise HpoError(f"--engine slurm: {error.filename}: not found.", "Submit on a login node, or: --print") from None
+    return Jobs(jobs, folder, cluster=cluster)
+
+
+def worker_command(study: str, options: Sequence[str], *, home: Path) -> list[str]:
+    """`hpo worker` in this interpreter, for the folder that holds mlruns."""
+    return [sys.executable, "-u", "-m", "hpo", "worker", study, *options, "--home", str(home)]
+
+
+def script(study: str, options: Sequence[str], *, workers: int, settings: Mapping[str, Any]) -> str:
+    """A script for sbatch that starts the workers: an array of `workers` jobs. Raises HpoError."""
+    odd = [key for key in settings if key.removeprefix("slurm_") in _NOT_PRINTED]
+    if odd:
+        raise HpoError(f"--slurm {odd[0]}: has no place in a printed script.", "Leave it out and edit the script.")
+    said = {_FLAGS.get(key, key.removeprefix("slurm_")): value for key, value in settings.items()}
+    if "mem_gb" in said:
+        said["mem"] = f"{int(1024 * said.pop('mem_gb'))}M"
+    parallel, notice = said.pop("array_parallelism", None), said.pop("signal_delay_s", _NOTICE)
+    setup, arguments = said.pop("setup", []), map(str, said.pop("srun_args", []))
+    flags = {
+        "job_name": re.sub(r"[^\w.-]", "-", f"hpo-{study}"),
+        "array": f"0-{workers - 1}" + (f"%{parallel}" if parallel else ""),
+        "output": "%x-%A_%a.log",
+        "open_mode": "append",
+        "requeue": True,
+        "signal": f"TERM@{notice}",
+        "time": _MINUTES,
+        **said.pop("additional_parameters", {}),
+        **said,
+    }
+    return _SCRIPT.format(
+        workers=workers,
+        study=study,
+        flags="\n".join(f"#SBATCH --{_flag(key, value)}" for key, value in flags.items()),
+        setup="".join(f"{line}\n" for line in [*setup, ""] if setup),
+        command=shlex.join(["srun", *arguments, "hpo", "worker", study, *options]),
+    )
+
+
+_FLAGS = {"timeout_min": "time", "name": "job_name", "tasks_per_node": "ntasks_per_node"}
+_SCRIPT = """\
+#!/bin/bash
+# {workers} workers of the study {study}. Once, before: hpo begin {study}
+# Then, in the folder that holds mlruns: sbatch THIS_FILE. The workers find the stores in hpo.toml there, or in
+# HPO_STORAGE and MLFLOW_TRACKING_URI: sbatch hands on the environment in which it is called.
+{flags}
+
+{setup}# SIGTERM comes before the time is up, and before a preemption. The worker then puts away what it trains and
+# ends; the shell waits for it. Others go on from there, or this job where SLURM queues it again.
+trap : TERM
+{command} --home "${{SLURM_SUBMIT_DIR:-.}}"
+"""
+
+
+def _flag(key: str, value: Any) -> str:
+    return key.replace("_", "-") + ("" if value is True else f"={shlex.quote(str(value))}")
+
+
+def _known() -> tuple[set[str], set[str]]:
+    """The names of submitit's parameters: those of every cluster, and SLURM's own without slurm_."""
+    try:
+        from submitit import AutoExecutor, SlurmExecutor
+    except ImportError:
+        raise HpoError("--engine slurm: submitit is not installed.", "Install it: pip install 'hpo[slurm]'") from None
+    return set(AutoExecutor._typed_parameters()), set(SlurmExecutor._valid_parameters())
