@@ -7,7 +7,7 @@ import math
 import re
 import sqlite3
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -56,6 +56,7 @@ class Storage(_CachedStorage):  # type: ignore[misc]
         super().__init__(backend)
         self.shared = home.shared
         self._created: FrozenTrial | None = None
+        self._asking = False
         self._home = home
         self._stage: str | None = None
         self._brief = False
@@ -101,6 +102,47 @@ class Storage(_CachedStorage):  # type: ignore[misc]
                 self._records[trial._trial_id] = to_trial(trial)
         return [self._records.get(trial._trial_id) or to_trial(trial) for trial in trials]
 
+    def _read_trials_from_remote_storage(self, study_id: int) -> None:
+        """Read what has changed. While a candidate is asked for on a server: only what is new, or in another state.
+
+        Hundreds of supervisors have hundreds of trials running, of which all else that is needed does not change; what
+        they report meanwhile is for pruners, who ask when no candidate is asked for.
+        """
+        known = self._studies[study_id].trials if study_id in self._studies else {}
+        if not self._asking or not known:
+            super()._read_trials_from_remote_storage(study_id)
+            return
+        study, latest = self._studies[study_id], max(trial._trial_id for trial in known.values())
+        open_trials = {trial._trial_id: trial for trial in known.values() if not trial.state.is_finished()}
+        states = self._states(study_id, open_trials, latest)
+        # One of our own has been read last before its parameters were drawn.
+        changed = {
+            number
+            for number, trial in open_trials.items()
+            if number in states and (states[number] != trial.state.name or start_of(trial).parameters is None)
+        }
+        if not changed and states.keys() <= open_trials.keys():
+            return
+        with self._lock:
+            trials = self._backend._get_trials(study_id, None, changed, latest)
+            self._add_trials_to_cache(study_id, trials)
+            for trial in trials:
+                if trial.state.is_finished():
+                    study.unfinished_trial_ids.discard(trial._trial_id)
+                    study.last_finished_trial_id = max(study.last_finished_trial_id, trial._trial_id)
+                else:
+                    study.unfinished_trial_ids.add(trial._trial_id)
+
+    def _states(self, study_id: int, known: Collection[int], latest: int) -> dict[int, str]:
+        """Optuna's id -> state, of these trials and of all later ones."""
+        query = text(
+            "SELECT trial_id, CAST(state AS VARCHAR) FROM trials WHERE study_id = :study "
+            "AND (trial_id > :latest OR trial_id = ANY(:known))"
+        )
+        session = self._backend.scoped_session()
+        rows = session.execute(query, {"study": study_id, "latest": latest, "known": list(known)})
+        return {row[0]: row[1] for row in rows}
+
     def _add_trials_to_cache(self, study_id: int, trials: list[FrozenTrial]) -> None:
         super()._add_trials_to_cache(study_id, trials)
         self._unread.setdefault(study_id, []).extend(trials)
@@ -123,7 +165,11 @@ class Storage(_CachedStorage):  # type: ignore[misc]
         def whole(session: Any) -> T:
             if lock:
                 hold(session, lock)
-            return step()
+            self._asking = bool(lock)
+            try:
+                return step()
+            finally:
+                self._asking = False
 
         done: T = self._backend.at_once(whole)
         return done
