@@ -106,7 +106,7 @@ def test_trials_of_a_killed_job_are_tried_again_by_the_others(project):
     assert {trial.candidate.ordinal for trial in lost} <= finished.keys()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ctrl_c_ends_the_study_and_its_jobs(project):
     command = "import sys; from hpo.run.array import run_array; from hpo.spec.load import load_study\n"
     command += "spec = load_study('digits-mlp', overrides=['training.epochs=100000', 'training.patience=null'])\n"
@@ -137,7 +137,7 @@ def test_jobs_that_all_fail_are_told_with_the_last_words_of_one(project):
     assert "Logs: " in error.value.hint
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_detached_array_goes_on_alone(project):
     done = _run(project, "training.epochs=2", detach=True, trials=2)
     assert isinstance(done, Submitted)

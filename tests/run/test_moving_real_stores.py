@@ -21,7 +21,7 @@ from hpo.home import Home
 from hpo.predict import load_model
 from hpo.search.storage import read_study
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 QUICK = ["--workers", "1", "--set", "training.epochs=3", "--set", "search.sampler=tpe", "--precision", "float32"]
 
 # What a user of MLflow alone does.

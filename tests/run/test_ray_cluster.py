@@ -20,8 +20,6 @@ from hpo.run.study import run_study
 from hpo.search.look import list_trials
 from hpo.spec.load import load_study
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture
 def nodes():
@@ -72,6 +70,7 @@ def _events(run, kind, *, trials=1):
             return
 
 
+@pytest.mark.slow
 def test_all_trials_are_done_once_when_a_node_is_killed_and_another_joins(nodes, hpo_run, tmp_path):
     first, _ = nodes.add_node(num_cpus=1), nodes.add_node(num_cpus=1)
     run = hpo_run("--address", nodes.address)
@@ -95,6 +94,7 @@ def test_all_trials_are_done_once_when_a_node_is_killed_and_another_joins(nodes,
     assert again.candidate.parameters == lost.candidate.parameters
 
 
+@pytest.mark.slow
 def test_actors_beyond_the_room_of_the_cluster_wait_and_shares_of_a_core_are_kept(cluster, tmp_path):
     from hpo.learn.data import prepare
 
@@ -112,6 +112,7 @@ def test_actors_beyond_the_room_of_the_cluster_wait_and_shares_of_a_core_are_kep
         engine.close()
 
 
+@pytest.mark.slow
 def test_the_same_seed_and_one_worker_give_the_same_trials_on_every_engine_and_storage(
     cluster, database, tmp_path, monkeypatch
 ):
@@ -133,6 +134,7 @@ def test_the_same_seed_and_one_worker_give_the_same_trials_on_every_engine_and_s
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_nothing_of_ray_outlives_its_supervisor(how, hpo_run, tmp_path):
     run = hpo_run()
