@@ -1,0 +1,56 @@
+"""Supervisors that join a study which others have begun."""
+
+from __future__ import annotations
+
+import pytest
+from formula import run_all
+
+from hpo.errors import SpecError, StoreError
+from hpo.search.open import open_study
+from hpo.search.storage import read_study
+
+
+def test_what_has_not_begun_cannot_be_joined(home, make_spec):
+    with pytest.raises(StoreError, match="no study 'study' has begun") as error:
+        open_study(home, make_spec(), data_digest="d", join=True)
+    assert "hpo run study" in error.value.hint
+
+
+def test_other_images_are_refused(home, make_spec):
+    open_study(home, make_spec(), data_digest="sha256:a", budget=5).close()
+    with pytest.raises(SpecError, match="data digest: sha256:a -> sha256:b"):
+        open_study(home, make_spec(), data_digest="sha256:b", join=True)
+
+
+def test_who_joins_leaves_the_record_as_it_is_and_has_its_budget(home, make_spec):
+    spec = make_spec(trials=50)
+    open_study(home, spec, data_digest="d", budget=7).close()
+    before = read_study(home, "study")
+    elsewhere = spec.model_copy(update={"data": spec.data.model_copy(update={"path": "/scratch/x.npz"})})
+    study = open_study(home, elsewhere, data_digest="d", join=True)
+    assert study.budget == 7
+    study.close()
+    assert read_study(home, "study").spec == before.spec
+
+
+def test_budget_of_a_record_without_one_is_that_of_the_spec(home, make_spec):
+    study = open_study(home, make_spec(trials=50), data_digest="d")
+    assert study.budget == 50
+    study.close()
+
+
+def test_one_of_many_sums_up_once_all_trials_have_ended(home, make_spec):
+    one = open_study(home, make_spec(), data_digest="d", budget=3)
+    other = open_study(home, make_spec(), data_digest="d", join=True)
+    assert one.ask(budget=3, worker="w")
+    assert not other.claim_end()
+    one.close()
+    other.reap()
+    run_all(other, budget=3)
+    assert other.claim_end()
+    last = open_study(home, make_spec(), data_digest="d", join=True)
+    assert not last.claim_end()
+    run_all(last, budget=4)
+    assert last.claim_end()
+    last.close()
+    other.close()
