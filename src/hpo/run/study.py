@@ -64,10 +64,10 @@ def run_study(
     anew beside what there is; retry_failed tries failed trials again. timeout is in seconds. keep_models is all, none
     or best:K; precision auto, float32 or bfloat16. With profile trainings share nothing, and the last event but one is
     a StudyProfiled, which says where the time went. With join it takes part in a study that is there already, to the
-    budget of its record, which stays as it is; of all that take part one sums the study up. With ray the
-    workers are actors of that Ray, by default as many as there is room for. watch is called with every event. Ctrl-C
-    ends the run cleanly: what was running is recorded as stopped and tried again by the next run. Raises HpoError for
-    whatever the user can mend.
+    budget of its record, which stays as it is; of all that take part one sums the study up. With ray the workers are
+    actors of that Ray, by default as many as there is room for. watch is called with every event. Ctrl-C ends the run
+    cleanly: what was running is recorded as stopped and tried again by the next run. Raises HpoError for whatever the
+    user can mend.
     """
     if ray is not None:
         ray.knock()
@@ -199,7 +199,8 @@ def run_study(
             say(Notice(text))
         winner = outcome.winner if outcome else None if spec.final else after.best
         registered = None
-        if winner is not None and orderly and keeper.keeps(winner):
+        early = join and reason == "timeout"  # the study goes on without us: its best is not known yet
+        if winner is not None and orderly and not early and keeper.keeps(winner):
             registered = background.submit(tracker.register, after, winner.number)
         if drawing is not None:
             text = study_summary(after, winner=winner, model=after.name if registered else "", remarks=remarks)
