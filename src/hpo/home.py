@@ -91,7 +91,7 @@ def _stores(file: Path) -> Mapping[str, str]:
     """What the file says of the stores: addresses by name; {} where there is none."""
     try:
         said = tomllib.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise StoreError(

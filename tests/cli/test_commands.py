@@ -70,6 +70,7 @@ def test_run_hands_every_option_on(calls: list[dict[str, Any]]) -> None:
         "keep_models": "best:2",
         "precision": "float32",
         "profile": True,
+        "ray": None,
         "stack": None,
     }
 

@@ -10,7 +10,7 @@ from hpo.errors import SpecError
 from hpo.profile import Clock, Limit, Profile, StudyProfiled, timed
 from hpo.records import TrialEnded
 from hpo.run import profiling
-from hpo.run.study import _with_options, run_study
+from hpo.run.study import with_options, run_study
 from hpo.spec.study import SplitSpec
 
 SECONDS = {"load": 1.0, "forward": 3.0, "backward": 5.0, "profile": 2.0}
@@ -82,10 +82,10 @@ def test_timed_studies_and_trackers_have_the_methods_that_are_named():
 
 def test_precision_is_that_of_the_option():
     spec = formula_spec()
-    assert _with_options(spec, trials=None, keep_models=None, precision=None).training.precision == "auto"
-    assert _with_options(spec, trials=None, keep_models=None, precision="bfloat16").training.precision == "bfloat16"
+    assert with_options(spec, trials=None, keep_models=None, precision=None).training.precision == "auto"
+    assert with_options(spec, trials=None, keep_models=None, precision="bfloat16").training.precision == "bfloat16"
     with pytest.raises(SpecError, match="--precision float16"):
-        _with_options(spec, trials=None, keep_models=None, precision="float16")
+        with_options(spec, trials=None, keep_models=None, precision="float16")
 
 
 def test_a_profiled_run_tells_its_profile_last_but_one_and_keeps_it(tmp_path, monkeypatch):

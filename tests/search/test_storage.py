@@ -12,7 +12,7 @@ from sqlalchemy.engine import Engine
 
 from hpo.errors import StoreError
 from hpo.records import Epoch, TrialResult, TrialState
-from hpo.search import storage
+from hpo.search import patience, storage
 from hpo.search.open import open_study
 from hpo.search.storage import list_studies, read_study
 from hpo.spec.load import parse_study
@@ -100,6 +100,7 @@ def test_storage_of_another_optuna_is_one_clear_error(home, make_spec):
 
 def test_database_kept_busy_by_another_program_is_one_clear_error(home, make_spec, monkeypatch):
     monkeypatch.setattr(storage, "_BUSY_SECONDS", 0.05)
+    monkeypatch.setattr(patience, "PATIENCE", 1.0)
     study = open_study(home, make_spec(), data_digest="d")
     candidate = study.ask(budget=2, worker="w")
     other = sqlite3.connect(home.root / "optuna.db", isolation_level=None)
