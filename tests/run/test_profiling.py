@@ -10,7 +10,7 @@ from hpo.errors import SpecError
 from hpo.profile import Clock, Limit, Profile, StudyProfiled, timed
 from hpo.records import TrialEnded
 from hpo.run import profiling
-from hpo.run.study import with_options, run_study
+from hpo.run.study import run_study, with_options
 from hpo.spec.study import SplitSpec
 
 SECONDS = {"load": 1.0, "forward": 3.0, "backward": 5.0, "profile": 2.0}

@@ -167,7 +167,7 @@ class Study:
 
     def _hand_out(self, step: Callable[[], tuple[Any, Start] | None]) -> Candidate | None:
         # Noted once it is sure: what a server has broken off is asked for again as a whole.
-        found = self._storage.at_once(step, lock=self._lock)
+        found = self._storage.ask_at_once(self._id, step, lock=self._lock)
         if found is None:
             return None
         trial, start = found

@@ -165,14 +165,23 @@ class Storage(_CachedStorage):  # type: ignore[misc]
         def whole(session: Any) -> T:
             if lock:
                 hold(session, lock)
-            self._asking = bool(lock)
-            try:
-                return step()
-            finally:
-                self._asking = False
+            return step()
 
         done: T = self._backend.at_once(whole)
         return done
+
+    def ask_at_once(self, study_id: int, step: Callable[[], T], *, lock: str) -> T:
+        """As at_once, for a step that asks for a candidate: only what it needs is read of trials that run elsewhere.
+
+        On a server most of that is read before the lock is taken: a crowd waits for the lock.
+        """
+        self._asking = self.shared
+        try:
+            if self.shared:
+                self.at_once(lambda: self.books(study_id))
+            return self.at_once(step, lock=lock)
+        finally:
+            self._asking = False
 
     def begin_trial(self, study: optuna.Study, template: FrozenTrial) -> optuna.trial.Trial:
         """A new running trial with what the template has; its parameters are drawn as it is asked for them."""
