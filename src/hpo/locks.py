@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,7 +16,7 @@ from hpo.errors import StoreError
 from hpo.home import Home
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection, Engine
+    from sqlalchemy import Engine
     from sqlalchemy.orm import Session
 
 _PATIENCE_SECONDS = 120.0
@@ -58,13 +59,21 @@ def locked(path: Path) -> Iterator[None]:
 def server_lock(engine: Engine, name: str) -> Iterator[None]:
     """Hold the advisory lock of this name on a PostgreSQL server for the time of the block, in a connection of its own.
 
-    Raises as hold does.
+    Who waits is in no transaction: behind a pooler, the holder may need its place for the work. Raises StoreError after
+    two minutes, and SQLAlchemy's errors where the server does not answer.
     """
+    from sqlalchemy import text
     from sqlalchemy.exc import DBAPIError
 
+    deadline, pause = time.monotonic() + _PATIENCE_SECONDS, 0.02
     connection = engine.connect()
     try:
-        hold(connection, name)
+        while not connection.execute(text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": _key(name)}).scalar():
+            connection.rollback()
+            if time.monotonic() > deadline:
+                raise _held(name)
+            time.sleep(pause)
+            pause = min(2 * pause, 0.5)
         yield
     finally:
         with suppress(DBAPIError):  # a connection that broke has freed it
@@ -73,8 +82,8 @@ def server_lock(engine: Engine, name: str) -> Iterator[None]:
             connection.close()
 
 
-def hold(connection: Connection | Session, name: str) -> None:
-    """Take the advisory lock of this name for the rest of the connection's transaction.
+def hold(session: Session, name: str) -> None:
+    """Take the advisory lock of this name for the rest of the session's transaction, in which all of the work is done.
 
     So a connection pooler in transaction mode keeps it, and the server frees it with the connection. Raises StoreError
     after two minutes, and SQLAlchemy's errors where the server does not answer.
@@ -82,14 +91,21 @@ def hold(connection: Connection | Session, name: str) -> None:
     from sqlalchemy import text
     from sqlalchemy.exc import OperationalError
 
-    key = int.from_bytes(hashlib.sha256(f"hpo {name}".encode()).digest()[:8], signed=True)
-    connection.execute(text(f"SET LOCAL lock_timeout = '{_PATIENCE_SECONDS:.0f}s'"))
+    session.execute(text(f"SET LOCAL lock_timeout = '{_PATIENCE_SECONDS:.0f}s'"))
     try:
-        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
+        session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _key(name)})
     except OperationalError as error:
         if "lock timeout" not in str(error.orig):
             raise
-        raise StoreError(
-            f"the lock {name!r} of the study storage has been held for {_PATIENCE_SECONDS:.0f} s.",
-            "See whether an hpo process hangs or is suspended, and end it.",
-        ) from None
+        raise _held(name) from None
+
+
+def _key(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"hpo {name}".encode()).digest()[:8], signed=True)
+
+
+def _held(name: str) -> StoreError:
+    return StoreError(
+        f"the lock {name!r} of the study storage has been held for {_PATIENCE_SECONDS:.0f} s.",
+        "See whether an hpo process hangs or is suspended, and end it.",
+    )

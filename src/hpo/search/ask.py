@@ -98,18 +98,23 @@ class Study:
         """
         if not self._gone() and not untold.left(self._home, self.title):
             return []  # without the lock: many supervisors look, and hardly ever is there anything
-        with self._locked():
-            trials, gone = self._trials(), self._gone()
-            left = untold.left(self._home, self.title)
-            for trial in gone:
-                lost = TrialResult(
-                    trial.number, TrialState.STOPPED, reason="its process was gone", failure=FailureKind.INTERRUPTED
-                )
-                known = result_of(trial) or left.get(trial.number)
-                self._settler.settle(trial, known or lost, died=trial.number not in left)
-            numbers = [trial.number for trial in gone]
-            closed = {trial.number for trial in trials if trial.state.is_finished()}
-            untold.forget(self._home, self.title, left.keys() & {*numbers, *closed})
+        try:
+            return self._storage.at_once(self._reap, lock=self._lock)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            return []  # one of them was told just now: the next look sees who is left
+
+    def _reap(self) -> list[int]:
+        trials, gone = self._trials(), self._gone()
+        left = untold.left(self._home, self.title)
+        for trial in gone:
+            lost = TrialResult(
+                trial.number, TrialState.STOPPED, reason="its process was gone", failure=FailureKind.INTERRUPTED
+            )
+            known = result_of(trial) or left.get(trial.number)
+            self._settler.settle(trial, known or lost, died=trial.number not in left)
+        numbers = [trial.number for trial in gone]
+        closed = {trial.number for trial in trials if trial.state.is_finished()}
+        untold.forget(self._home, self.title, left.keys() & {*numbers, *closed})
         return numbers
 
     @_guarded
@@ -148,7 +153,8 @@ class Study:
     @_guarded
     def enqueue_finals(self, candidates: Sequence[tuple[Mapping[str, Any], int]]) -> None:
         """Have these (parameters, seed) trained after the search; those that were enqueued before are not again."""
-        with self._locked():
+
+        def enqueue() -> None:
             finals = [start_of(trial) for trial in self._trials() if stage_of(trial) == FINAL]
             known = {(key_of(start.parameters or {}), start.seed) for start in finals}
             ordinal = sum(start.retry_of is None for start in finals)
@@ -159,6 +165,8 @@ class Study:
                 start = Start(ordinal, stage=FINAL, seed=seed, parameters=dict(parameters), lease=self._lease.name)
                 self._settler.enqueue(start)
                 ordinal += 1
+
+        self._storage.at_once(enqueue, lock=self._lock)
 
     @_guarded
     def ask_final(self, *, worker: str) -> Candidate | None:
@@ -188,7 +196,8 @@ class Study:
 
         A failed trial that is run again no longer counts against the budget: its retry does.
         """
-        with self._locked():
+
+        def retry() -> int:
             trials = self._trials()
             again = {start_of(trial).retry_of for trial in trials}
             known = {*stage_names(self._spec), FINAL}
@@ -199,7 +208,9 @@ class Study:
             ]
             for trial in failed:
                 self._settler.retry(trial, deaths=0)
-        return len(failed)
+            return len(failed)
+
+        return self._storage.at_once(retry, lock=self._lock)
 
     @_guarded
     def report(self, number: int, epoch: int, value: float) -> bool:
@@ -290,13 +301,16 @@ class Study:
     @_guarded
     def claim_end(self) -> bool:
         """Whether all trials have ended, and no other supervisor has claimed to sum the study up as it stands now."""
-        with self._locked():
+
+        def claim() -> bool:
             trials = self._trials()
             ended = all(trial.state.is_finished() for trial in trials)
             claimed = self._storage.get_study_user_attrs(self._id).get(CLAIM) == len(trials)
             if ended and not claimed:
                 self._storage.set_study_user_attr(self._id, CLAIM, len(trials))
             return ended and not claimed
+
+        return self._storage.at_once(claim, lock=self._lock)
 
     @_guarded
     def stop_asked(self) -> bool:
@@ -318,9 +332,6 @@ class Study:
     @property
     def _lock(self) -> str:
         return f"{self.title}.ask"
-
-    def _locked(self) -> contextlib.AbstractContextManager[None]:
-        return self._storage.locked(self._lock)
 
     def _trials(self) -> list[FrozenTrial]:
         return self._storage.every_trial(self._id)

@@ -68,13 +68,11 @@ def enter_study(
     else:
         record["start"], notes = warm_starts(spec, storage)
         # It may exist without our record: its maker was killed between the two writes.
-        study = optuna.create_study(
-            storage=storage,
-            study_name=title,
-            directions=[direction for _, direction in objectives],
-            load_if_exists=True,
-        )
-        number = study._study_id
+        there = {study.study_name: study._study_id for study in storage.get_all_studies()}
+        directions = [direction for _, direction in objectives]
+        if title not in there:
+            there[title] = optuna.create_study(storage=storage, study_name=title, directions=directions)._study_id
+        number = there[title]
     storage.set_study_user_attr(number, STUDY, record)
     return title, notes
 

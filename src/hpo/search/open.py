@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from hpo.home import Home
 from hpo.search import untold
 from hpo.search.ask import Study
@@ -35,8 +37,9 @@ def open_study(
     storage = open_storage(home)
     try:
         untold.keep_reserve(home)
-        with store_errors(home), storage.locked("studies"):
-            title, notes = enter_study(storage, spec, data_digest=data_digest, budget=budget, fresh=fresh, join=join)
+        enter = partial(enter_study, storage, spec, data_digest=data_digest, budget=budget, fresh=fresh, join=join)
+        with store_errors(home):
+            title, notes = storage.at_once(enter, lock="studies")
             clean_leases(home.locks)
             return Study(home, spec, storage, title, lease_of(home, title), notes)
     except BaseException:

@@ -41,8 +41,11 @@ class Patient:
     def at_once(self, step: Callable[[Any], T]) -> T:
         """step(session): all methods that it calls in this thread are one transaction, which is tried again as a whole.
 
-        session is SQLAlchemy's. Not for SQLite, where what has read before it writes can be refused.
+        session is SQLAlchemy's. A step within a step is a part of it. Not for SQLite, where what has read before it
+        writes can be refused.
         """
+        if getattr(self._whole, "begun", False):
+            return step(self._storage.scoped_session())
         done: T = _patient(self._at_once)(step)
         return done
 

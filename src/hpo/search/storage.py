@@ -21,10 +21,10 @@ from sqlalchemy import text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
-from hpo.database import SERVER_ARGUMENTS
+from hpo.database import SERVER_ARGUMENTS, reading
 from hpo.errors import StoreError
 from hpo.home import Home
-from hpo.locks import hold, lock, server_lock
+from hpo.locks import hold, lock
 from hpo.records import Candidate, StudyResult, Trial
 from hpo.search.books import Books
 from hpo.search.look import RESULT as RESULT
@@ -154,7 +154,7 @@ class Storage(_CachedStorage):  # type: ignore[misc]
 
     def locked(self, name: str) -> AbstractContextManager[None]:
         """Hold the lock of this name among all that use the storage."""
-        return server_lock(self._backend.engine, name) if self.shared else lock(self._home, name)
+        return lock(self._home, name)
 
     def at_once(self, step: Callable[[], T], *, lock: str = "") -> T:
         """step(), with this lock held; on a server all of it is one transaction."""
@@ -221,8 +221,7 @@ class Storage(_CachedStorage):  # type: ignore[misc]
         """
         running = "SELECT t.trial_id FROM trials t LEFT JOIN trial_heartbeats h ON h.trial_id = t.trial_id "
         query = text(running + "WHERE t.study_id = :study AND t.state = 'RUNNING' AND h.trial_id IS NULL")
-        with self._backend.engine.connect() as connection:
-            mute = [row[0] for row in connection.execute(query, {"study": study_id})]
+        mute = self._backend.at_once(lambda session: session.execute(query, {"study": study_id}).scalars().all())
         for trial_id in mute:
             with suppress(IntegrityError, StorageInternalError):  # it has just begun to beat
                 self._backend.record_heartbeat(trial_id)
@@ -271,7 +270,8 @@ def open_storage(home: Home) -> Storage:
     home.create()
     # Optuna fills {} templates in an address; a folder may have braces in its name.
     url = home.storage_url.replace("{", "{{").replace("}", "}}")
-    with store_errors(home), lock(home, "storage"):
+    # A crowd that opens what was made long ago need not queue for it.
+    with store_errors(home), nullcontext() if home.shared and _is_made(home) else lock(home, "storage"):
         if not home.shared:
             _write_ahead(shown_url(home))
             options: dict[str, Any] = {"connect_args": {"timeout": _BUSY_SECONDS, "factory": _Connection}}
@@ -279,6 +279,12 @@ def open_storage(home: Home) -> Storage:
         options = {"connect_args": SERVER_ARGUMENTS, "pool_size": 1, "max_overflow": 8, "pool_pre_ping": True}
         backend = optuna.storages.RDBStorage(url, engine_kwargs=options, heartbeat_interval=BEAT, grace_period=GRACE)
         return Storage(home, Patient(backend))
+
+
+def _is_made(home: Home) -> bool:
+    with suppress(StoreError), reading(home.storage_url) as reader:  # what refuses says so when it is opened
+        return reader is not None and bool(reader.schema())
+    return False
 
 
 def upgrade_storage(home: Home) -> None:
