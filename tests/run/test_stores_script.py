@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -27,28 +29,27 @@ def _free_port() -> str:
 
 @pytest.mark.slow
 def test_script_starts_stores_that_a_run_and_a_worker_share(tmp_path, monkeypatch):
-    # PostgreSQL runs as another user where the tests run as root, and must reach its folder.
-    for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        folder.chmod(0o755)
+    # PostgreSQL runs as another user where the tests run as root, and must reach its folder: not so in pytest's.
+    stores = Path(tempfile.mkdtemp())
     ports = {"HPO_PGPORT": _free_port(), "HPO_MLFLOW_PORT": _free_port()}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     settings = {**os.environ, **ports, "PATH": path}
     script = [str(DEPLOY / "stores.sh")]
 
     def control(action: str) -> str:
-        command = ["bash", *script, action, str(tmp_path / "stores")]
+        command = ["bash", *script, action, str(stores)]
         return subprocess.run(command, env=settings, check=True, capture_output=True, text=True).stdout
 
     try:
         told = control("start")
-        assert (tmp_path / "stores" / "password").read_text().strip() not in told
-        assert (tmp_path / "stores" / "password").stat().st_mode & 0o077 == 0
+        assert (stores / "password").read_text().strip() not in told
+        assert (stores / "password").stat().st_mode & 0o077 == 0
         assert control("status").count(" runs") == 2
         lines = [line.strip() for line in told.splitlines() if line.startswith("    ")]
         for machine in ("one", "two"):
             (tmp_path / machine).mkdir()
             (tmp_path / machine / "hpo.toml").write_text("\n".join(lines[:2]))
-        word = (tmp_path / "stores" / "password").read_text().strip()
+        word = (stores / "password").read_text().strip()
         (tmp_path / "pgpass").write_text(lines[2].replace("PASSWORD", word) + "\n")
         (tmp_path / "pgpass").chmod(0o600)
         monkeypatch.setenv("PGPASSFILE", str(tmp_path / "pgpass"))
@@ -75,6 +76,7 @@ def test_script_starts_stores_that_a_run_and_a_worker_share(tmp_path, monkeypatc
     finally:
         control("stop")
     assert control("status").count("does not run") == 2
+    shutil.rmtree(stores)
 
 
 def test_compose_file_gives_each_store_a_database_and_no_password():
