@@ -16,6 +16,7 @@ from formula import FINITE, FINITE_CELLS, MIXED, NUMERIC, objective, run_all, se
 from hpo.errors import SpecError
 from hpo.records import TrialResult, TrialState
 from hpo.search.open import open_study
+from hpo.search.stages import key_of
 from hpo.search.storage import RESULT, read_study
 
 FORK = multiprocessing.get_context("fork")
@@ -393,3 +394,25 @@ def test_kills_at_any_moment_lose_no_finished_trial_and_leave_none_running(home,
     last.join()
     finished = [trial for trial in read_study(home, "study").trials if trial.state.finished]
     assert sorted(trial.candidate.ordinal for trial in finished) == list(range(budget))
+
+
+def test_last_cell_of_a_grid_is_kept_for_a_candidate_that_died_before_it_was_drawn(home, make_spec, monkeypatch):
+    study = open_study(home, make_spec("grid", space=FINITE), data_digest="d")
+    for _ in range(FINITE_CELLS - 1):
+        train(study, study.ask(budget=100, worker="w"), epochs=1)
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "_suggest", killed)
+    with pytest.raises(KeyboardInterrupt):
+        study.ask(budget=100, worker="w")
+    study.close()
+    other = open_study(home, make_spec("grid", space=FINITE), data_digest="d")
+    assert other.ask(budget=100, worker="w") is None
+    assert other.blocked
+    assert len(other.reap()) == 1
+    run_all(other)
+    keys = [key_of(trial.candidate.parameters) for trial in other.result().trials if trial.state.finished]
+    other.close()
+    assert len(keys) == len(set(keys)) == FINITE_CELLS

@@ -359,7 +359,7 @@ class Study:
         mine = books.tally([stage.name])
         if not mine.waiting and step.full(mine):
             self.exhausted = step.last
-            self.blocked = not step.last or self._waits
+            self.blocked = not step.last or self._waits or proposer.undrawn > 0
             return None
         trial = self._pop(stage.name, proposer) if mine.waiting else self._begin(step, books)
         known = trial.user_attrs.get(START)
@@ -377,11 +377,6 @@ class Study:
         if not step.proposer.takes(values):
             values = {}
         fixed = {stage.label(path): encode(stage.space[path], value) for path, value in values.items()}
-        if not self.shared:
-            # Not one step there: one that waits is drawn by whoever asks next if this process dies, and of a grid's
-            # last cells none is handed out to a second candidate meanwhile.
-            self._settler.enqueue(start, fixed)
-            return self._pop(stage.name, step.proposer)
         self._storage.show(stage.name, brief=True)
         self._study.sampler = step.proposer
         return self._storage.begin_trial(self._study, template(optuna.trial.TrialState.RUNNING, start, fixed))

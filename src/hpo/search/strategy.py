@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from itertools import chain, islice
 from typing import Any
 
@@ -138,10 +138,22 @@ class Proposer(optuna.samplers.BaseSampler):  # type: ignore[misc]
     @property
     def exhausted(self) -> bool:
         """Whether a grid, or a finite space that is not to be searched twice, has no candidate left to hand out."""
-        return bool(self._cells) and self.free_cell() is None
+        if not self._cells:
+            return False
+        undrawn = self.undrawn
+        return len(list(islice(self._free_cells(), undrawn + 1))) <= undrawn
+
+    @property
+    def undrawn(self) -> int:
+        """How many candidates have begun and are still to be drawn: their process died, each has a claim to a cell."""
+        starts = map(start_of, self._books().under_way(self._stage.name))
+        return sum(start.parameters is None for start in starts)
 
     def free_cell(self, fixed: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
         """A cell that was not handed out, of those that have the fixed values."""
+        return next(self._free_cells(fixed), None)
+
+    def _free_cells(self, fixed: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
         wanted = {path: key_of({path: value}) for path, value in (fixed or {}).items()}
         shelf, running = self._books().shelf(self._stage.name), self._running()
         while self._spent < len(self._cells) and shelf.same(self._cells[self._spent][0]):
@@ -149,8 +161,7 @@ class Proposer(optuna.samplers.BaseSampler):  # type: ignore[misc]
         for key, cell in islice(self._cells, self._spent, None):
             fitting = all(path in cell and key_of({path: cell[path]}) == one for path, one in wanted.items())
             if fitting and key not in running and not shelf.same(key):
-                return cell
-        return None
+                yield cell
 
     def takes(self, fixed: Mapping[str, Any]) -> bool:
         """Whether a new candidate can have these values: a grid may have handed them out."""
