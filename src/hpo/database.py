@@ -38,14 +38,12 @@ def server_address(url: str) -> str:
     return re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", url)
 
 
-def server_engine(url: str, *, keep: int) -> Engine:
-    """An engine for a PostgreSQL server that keeps so many idle connections open."""
+def server_engine(url: str) -> Engine:
+    """An engine for a PostgreSQL server that keeps no connection when it is not in use."""
     from sqlalchemy import create_engine
     from sqlalchemy.pool import NullPool
 
-    if not keep:
-        return create_engine(url, poolclass=NullPool, connect_args=SERVER_ARGUMENTS)
-    return create_engine(url, connect_args=SERVER_ARGUMENTS, pool_size=keep, max_overflow=8, pool_pre_ping=True)
+    return create_engine(url, poolclass=NullPool, connect_args=SERVER_ARGUMENTS)
 
 
 def sqlite_file(url: str) -> Path | None:
@@ -100,7 +98,7 @@ def reading(url: str) -> Iterator[Reader | None]:
         yield None
         return
     try:
-        engine: Engine = server_engine(url, keep=0) if file is None else _read_only(file)
+        engine: Engine = server_engine(url) if file is None else _read_only(file)
         with engine.connect() as connection:
             yield Reader(connection)
     except (SQLAlchemyError, sqlite3.Error, ImportError) as error:

@@ -29,8 +29,7 @@ def lock(home: Home, name: str) -> Iterator[None]:
         with locked(home.locks / f"{name}.lock"):
             yield
         return
-    engine = server_engine(home.storage_url, keep=0)
-    with server_lock(engine, name):
+    with _server_lock(server_engine(home.storage_url), name):
         yield
 
 
@@ -56,7 +55,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def server_lock(engine: Engine, name: str) -> Iterator[None]:
+def _server_lock(engine: Engine, name: str) -> Iterator[None]:
     """Hold the advisory lock of this name on a PostgreSQL server for the time of the block, in a connection of its own.
 
     Who waits is in no transaction: behind a pooler, the holder may need its place for the work. Raises StoreError after

@@ -10,7 +10,7 @@ from sqlalchemy import text
 
 from hpo.errors import StoreError
 from hpo.home import Home
-from hpo.run.stores import all_well, store_status, upgrade_stores
+from hpo.run.stores import store_status, upgrade_stores
 from hpo.search.storage import open_storage
 from hpo.track.store import connect, load_mlflow
 
@@ -61,7 +61,7 @@ def test_stores_that_were_used_are_ok(tmp_path):
     states = store_status(tmp_path)
     assert [(state.state, state.next) for state in states] == [("ok", ""), ("ok", "")]
     assert states[0].detail == "0 studies, 0 trials"
-    assert all_well(states)
+    assert all(state.well for state in states)
 
 
 def test_old_files_are_copied_and_upgraded(tmp_path):
@@ -70,7 +70,7 @@ def test_old_files_are_copied_and_upgraded(tmp_path):
     _age_runs(home)
     states = store_status(tmp_path)
     assert [(state.state, state.next) for state in states] == [("older", "hpo store upgrade")] * 2
-    assert not all_well(states)
+    assert not all(state.well for state in states)
     with pytest.raises(StoreError) as error:
         open_storage(home)
     assert "hpo store upgrade" in error.value.hint

@@ -15,7 +15,7 @@ app = typer.Typer(name="store", help="Where studies and runs are kept.", no_args
 @app.command(cls=Command)
 def status(home: HomeFolder = None, as_json: AsJson = False, _debug: Debug = False) -> None:
     """Show both stores: address, state, what is in them. Ends with code 1 where a run could not use one."""
-    from hpo.run.stores import all_well, store_status
+    from hpo.run.stores import store_status
 
     states = store_status(home)
     if as_json:
@@ -27,7 +27,7 @@ def status(home: HomeFolder = None, as_json: AsJson = False, _debug: Debug = Fal
             output.print_text(f"{state.name}: {state.detail}")
             if state.next:
                 output.print_text(f"    {state.next}")
-    raise typer.Exit(not all_well(states))
+    raise typer.Exit(not all(state.well for state in states))
 
 
 @app.command(cls=Command)

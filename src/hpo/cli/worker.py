@@ -44,9 +44,9 @@ def worker(
     from hpo.cli.live import watcher
     from hpo.cli.tally import NextCommands
 
-    again = shlex.join(["hpo", "worker", study]) + (f" --home {shlex.quote(str(home))}" if home else "")
-    more = f"hpo run {shlex.quote(study)}"
-    with watcher(as_json=as_json, quiet=quiet)(NextCommands(again, more), debug=debug) as watch:
+    place = f" --home {shlex.quote(str(home))}" if home else ""
+    again, more = (shlex.join(["hpo", verb, study]) + place for verb in ("worker", "run"))
+    with watcher(as_json=as_json, quiet=quiet)(NextCommands(again, more, home=place), debug=debug) as watch:
         from hpo.run.join import join_study
 
         join_study(

@@ -13,7 +13,7 @@ from hpo.run.process import process_context
 from hpo.run.standing import with_model
 from hpo.run.study import await_job, interruptible, with_options
 from hpo.run.supervise import Watch
-from hpo.search.stages import total_trials
+from hpo.search.stages import budget_of
 from hpo.spec.study import StudySpec
 from hpo.track.store import knock
 from hpo.track.tracker import Tracker
@@ -59,7 +59,7 @@ def begin_study(
         from hpo.search.open import open_study  # optuna's import goes on beside the preparation
 
         prepared: Prepared = await_job(job, helper, say, interrupted)
-        budget = min(spec.search.trials, total_trials(spec)) if trials is not None else total_trials(spec)
+        budget = budget_of(spec, trials)
         study = open_study(place, spec, data_digest=prepared.data.digest, budget=budget, fresh=fresh)
         cleanup.callback(study.close)
         for note in study.notes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import sqlite3
 import time
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +76,7 @@ def upgrade_stores(home: str | Path | None = None, *, backed_up: bool = False) -
 
     A SQLite file is copied first, beside itself. Of a database on a server there must be a copy (backed_up=True): its
     migrations cannot be undone. Raises StoreError where one is newer than what is installed, where one cannot be read,
-    or while a run has a study open.
+    or while a run of this machine has a study open: those of others are not seen, and must have ended.
     """
     place = Home.find(home)
     at_work = holders(place.locks)
@@ -101,7 +100,7 @@ def upgrade_stores(home: str | Path | None = None, *, backed_up: bool = False) -
                 "Copy it (pg_dump), then: hpo store upgrade --yes",
             )
         kept = f"; the file as it was: {_copy(file, schema.version)}" if file is not None else ""
-        _UPGRADES[package](place)
+        _upgrade(package, place)
         done.append(f"{file or engine_name(url)}: schema {schema.version} is now {schema.newest}{kept}")
     return done
 
@@ -115,21 +114,9 @@ def _copy(file: Path, version: str) -> Path:
     return copy
 
 
-def _upgrade_studies(home: Home) -> None:
+def _upgrade(package: str, home: Home) -> None:
+    # Here, because they load Optuna and MLflow, and there is hardly ever something to bring up to date.
     from hpo.search.storage import upgrade_storage
-
-    upgrade_storage(home)
-
-
-def _upgrade_tracking(home: Home) -> None:
     from hpo.track.store import upgrade_tracking
 
-    upgrade_tracking(home)
-
-
-_UPGRADES = {"optuna": _upgrade_studies, "mlflow": _upgrade_tracking}
-
-
-def all_well(states: Sequence[StoreState]) -> bool:
-    """Whether a run can use all of them."""
-    return all(state.well for state in states)
+    (upgrade_storage if package == "optuna" else upgrade_tracking)(home)

@@ -30,7 +30,7 @@ from hpo.run.ray_cluster import Cluster, RayOptions
 from hpo.run.stacking import Places, most_places
 from hpo.run.standing import with_model
 from hpo.run.supervise import Supervisor, Watch
-from hpo.search.stages import stage_warnings, total_trials
+from hpo.search.stages import budget_of, stage_warnings
 from hpo.spec.study import KeepSpec, StudySpec
 from hpo.spec.training import TrainingSpec
 from hpo.track.store import knock, load_mlflow
@@ -103,7 +103,7 @@ def run_study(
         if cluster is not None:
             cleanup.callback(cluster.close)
         prepared: Prepared = await_job(job, helper, say, interrupted)
-        budget = min(spec.search.trials, total_trials(spec)) if trials is not None else total_trials(spec)
+        budget = budget_of(spec, trials)
         study = open_study(place, spec, data_digest=prepared.data.digest, budget=budget, fresh=fresh, join=join)
         budget = study.budget
         study = timed(study, clock, **profiling.STUDY)

@@ -19,6 +19,7 @@ from hpo.records import FINAL, Candidate, FailureKind, StudyResult, TrialResult,
 from hpo.search import untold
 from hpo.search.books import Books
 from hpo.search.constraints import aims
+from hpo.search.faults import store_errors
 from hpo.search.lease import Lease, clean_leases
 from hpo.search.look import CLAIM, STOP
 from hpo.search.plan import Plan, Step
@@ -34,7 +35,6 @@ from hpo.search.storage import (
     stage_of,
     start_of,
     state_of,
-    store_errors,
     to_candidate,
     to_result,
 )

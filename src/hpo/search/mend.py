@@ -9,10 +9,11 @@ from hpo.errors import StoreError
 from hpo.home import Home
 from hpo.locks import lock
 from hpo.search.ask import Study
+from hpo.search.faults import store_errors
 from hpo.search.lease import clean_leases
 from hpo.search.look import STOP
 from hpo.search.open import lease_of
-from hpo.search.storage import open_storage, store_errors
+from hpo.search.storage import open_storage
 from hpo.spec.load import parse_study
 
 

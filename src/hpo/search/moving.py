@@ -19,8 +19,9 @@ from sqlalchemy import text
 from hpo.errors import StoreError
 from hpo.home import Home
 from hpo.records import StudyResult
+from hpo.search.faults import shown_url, store_errors
 from hpo.search.look import RESULT, STUDY, look, no_study, to_result
-from hpo.search.storage import Storage, generations, open_storage, shown_url, store_errors, to_trial
+from hpo.search.storage import Storage, generations, open_storage, to_trial
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # as of spec.study.StudySpec
 _ASIDE = "hpo import of "  # how Optuna's study is named while it is written; no study of ours has a blank in its name

@@ -8,8 +8,9 @@ from hpo.home import Home
 from hpo.search import untold
 from hpo.search.ask import Study
 from hpo.search.enter import enter_study
+from hpo.search.faults import store_errors
 from hpo.search.lease import Lease, clean_leases
-from hpo.search.storage import open_storage, store_errors
+from hpo.search.storage import open_storage
 from hpo.spec.study import StudySpec
 
 

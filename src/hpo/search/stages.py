@@ -174,6 +174,11 @@ def total_trials(spec: StudySpec) -> int:
     return total
 
 
+def budget_of(spec: StudySpec, trials: int | None) -> int:
+    """The total to run for: the study's, or so many trials of it."""
+    return min(trials or total_trials(spec), total_trials(spec))
+
+
 def stage_warnings(study: StudyResult) -> list[str]:
     """One line for each place where a stage's choice does not hold at the end: the stages interact.
 
