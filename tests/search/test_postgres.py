@@ -36,8 +36,8 @@ def make_home(tmp_path, database):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """Signs of life every second, and death after two without."""
-    for name, seconds in (("BEAT", 1), ("GRACE", 2)):
+    """Signs of life every second, and death after four without."""
+    for name, seconds in (("BEAT", 1), ("GRACE", 4)):
         monkeypatch.setattr(storage, name, seconds)
         monkeypatch.setattr(pulse, name, seconds)
 
