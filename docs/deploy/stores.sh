@@ -6,13 +6,14 @@
 #   bash stores.sh stop FOLDER
 #
 # Needs PostgreSQL (Debian: apt-get install postgresql) and mlflow with psycopg (pip install "hpo[postgres]").
+# For artifacts in a bucket boto3, too.
 # HPO_HOST is the name or address that other machines reach this one by (default: only this machine does);
 # HPO_PGPORT (5432) and HPO_MLFLOW_PORT (5000) are the ports; HPO_ARTIFACTS is where models and pictures go (a folder, or
 # an address such as s3://bucket/hpo, whose keys MLflow takes from the environment as boto3 does).
 set -euo pipefail
 
 action=${1:-} folder=${2:-}
-case $action in start | stop | status) ;; *) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 2 ;; esac
+case $action in start | stop | status) ;; *) sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 2 ;; esac
 [ -n "$folder" ] || { echo "stores.sh $action: name the folder" >&2; exit 2; }
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)

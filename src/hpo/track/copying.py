@@ -87,7 +87,12 @@ def _add(target: Home, name: str, folder: Path, tags: Mapping[str, str], origin:
         client.finalize_logged_model(logged.model_id, "READY")
         client.set_terminated(run_id)
         made = client.create_model_version(
-            name, logged.artifact_location, run_id=run_id, tags=tags, model_id=logged.model_id
+            name,
+            logged.artifact_location,
+            run_id=run_id,
+            tags=tags,
+            model_id=logged.model_id,
+            await_creation_for=0,  # as in registry
         )
     except BaseException:
         if logged is not None:

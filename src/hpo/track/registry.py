@@ -67,7 +67,12 @@ def register(
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
             version = client.create_model_version(
-                name, source, run_id=run_id, tags={**tags, **_score_tags(scores)}, model_id=model_id
+                name,
+                source,
+                run_id=run_id,
+                tags={**tags, **_score_tags(scores)},
+                model_id=model_id,
+                await_creation_for=0,  # it is ready at once, and MLflow would print that it waits
             )
         client.set_registered_model_alias(name, alias, version.version)
     return _version(home, name, int(version.version))
