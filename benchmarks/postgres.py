@@ -74,7 +74,9 @@ def server(settings: Mapping[str, str] | None = None) -> Iterator[Server]:
             "unix_socket_directories": "",
             **(settings or {}),
         }
-        made.control("start", "-o", " ".join(f"-c {name}={value or repr('')}" for name, value in options.items()))
+        with (folder / "data" / "postgresql.conf").open("a", encoding="ascii") as file:
+            file.writelines(f"{name} = '{value}'\n" for name, value in options.items())
+        made.control("start")
         yield made
     finally:
         if (folder / "data" / "postmaster.pid").exists():

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 
+import optuna
 import psycopg
 import pytest
 from formula import FINITE, FINITE_CELLS, MIXED, run_all, sequence, train
@@ -18,6 +19,7 @@ from hpo.home import Home
 from hpo.records import TrialResult, TrialState
 from hpo.search import pulse, storage
 from hpo.search.look import look
+from hpo.search.mend import reap
 from hpo.search.open import open_study
 from hpo.search.storage import list_studies, open_storage, read_study
 
@@ -37,9 +39,8 @@ def make_home(tmp_path, database):
 @pytest.fixture
 def impatient(monkeypatch):
     """Signs of life every second, and death after four without."""
-    for name, seconds in (("BEAT", 1), ("GRACE", 4)):
-        monkeypatch.setattr(storage, name, seconds)
-        monkeypatch.setattr(pulse, name, seconds)
+    for room, name, seconds in ((storage, "BEAT", 1), (pulse, "BEAT", 1), (storage, "GRACE", 4)):
+        monkeypatch.setattr(room, name, seconds)
 
 
 def _wait(condition, seconds=20.0) -> bool:
@@ -148,17 +149,50 @@ def test_supervisor_that_stood_still_finds_its_trial_taken_and_goes_on(make_home
     other.close()
 
 
-def test_after_an_outage_silence_means_nothing_for_a_while(make_home, make_spec, impatient, monkeypatch):
-    study = open_study(make_home("a"), make_spec(), data_digest="d")
-    dead = FORK.Process(target=_ask_and_die, args=(make_home("dead"), make_spec()))
-    dead.start()
-    dead.join(60)
-    study.reap()
-    study._roll._pulse._troubled = time.monotonic() + 2.0
-    time.sleep(3)
-    assert study.reap() == []
-    assert _wait(lambda: study.reap() == [0])
-    study.close()
+def _hold_trial(home, spec, pipe) -> None:
+    study = open_study(home, spec, data_digest="d")
+    pipe.send(study.ask(budget=10, worker="w").number)
+    pipe.recv()
+    study.tell(TrialResult(0, TrialState.COMPLETE, 0.5))
+    os._exit(0)
+
+
+def test_after_an_outage_nobody_is_taken_for_dead_by_those_who_lived_through_it_or_came_later(
+    make_home, make_spec, impatient, postgres
+):
+    ours, theirs = FORK.Pipe()
+    owner = FORK.Process(target=_hold_trial, args=(make_home("owner"), make_spec(), theirs))
+    owner.start()
+    assert ours.recv() == 0
+    witness = open_study(make_home("witness"), make_spec(), data_digest="d")
+    time.sleep(3)  # it knows by now who lives
+    assert witness._roll._pulse.steady
+    postgres.control("stop", "-m", "fast")
+    time.sleep(6)  # longer than the grace
+    postgres.control("start")
+    newcomer = open_study(make_home("newcomer"), make_spec(), data_digest="d")
+    until = time.monotonic() + 12  # longer than the longest pause between two tries, and a grace
+    while time.monotonic() < until:
+        assert newcomer.reap() == witness.reap() == []
+        time.sleep(0.05)
+    ours.send(1)
+    owner.join(60)
+    assert [trial.state for trial in witness.result().trials] == [TrialState.COMPLETE]
+    witness.close()
+    newcomer.close()
+
+
+def test_repairs_wait_until_silence_means_something(make_home, make_spec, impatient):
+    ours, theirs = FORK.Pipe()
+    owner = FORK.Process(target=_hold_trial, args=(make_home("owner"), make_spec(), theirs))
+    owner.start()
+    assert ours.recv() == 0
+    place = make_home("repair")
+    assert reap(place, "study") == []
+    owner.kill()
+    time.sleep(5)  # longer than the grace
+    assert reap(place, "study") == [0]
+    assert [trial.state for trial in read_study(place, "study").trials] == [TrialState.STOPPED, TrialState.WAITING]
 
 
 def test_lock_of_a_killed_process_is_free_at_once(make_home, make_spec):
@@ -232,9 +266,7 @@ def test_candidate_whose_question_broke_off_half_way_is_asked_for_once(make_home
         values = suggest(trial, stage, proposer)
         if not broken:
             broken.append(trial.number)
-            with psycopg.connect(database, autocommit=True) as connection:
-                others = "datname = current_database() AND pid <> pg_backend_pid()"
-                connection.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}")  # noqa: S608
+            _break_off(database)
         return values
 
     monkeypatch.setattr(study, "_suggest", break_off)
@@ -244,4 +276,54 @@ def test_candidate_whose_question_broke_off_half_way_is_asked_for_once(make_home
     assert len(study.result().trials) == 1
     train(study, candidate)
     assert study.result().trials[0].state is TrialState.COMPLETE
+    study.close()
+
+
+def _break_off(database) -> None:
+    """End every connection that there is."""
+    with psycopg.connect(database, autocommit=True) as connection:
+        others = "datname = current_database() AND pid <> pg_backend_pid()"
+        connection.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}")  # noqa: S608
+
+
+def test_stopped_trial_whose_end_broke_off_half_way_is_tried_again(make_home, make_spec, database, monkeypatch):
+    study = open_study(make_home("a"), make_spec(), data_digest="d")
+    candidate = study.ask(budget=10, worker="w")
+    retry, broken = study._settler.retry, []
+
+    def break_off(trial, *, deaths):
+        retry(trial, deaths=deaths)
+        if not broken:
+            study._storage.books(study._id)  # as samplers and others do
+            broken.append(trial.number)
+            _break_off(database)
+
+    monkeypatch.setattr(study._settler, "retry", break_off)
+    study.tell(TrialResult(candidate.number, TrialState.STOPPED, reason="Ctrl-C"))
+    assert broken == [0]
+    states = [trial.state for trial in study.result().trials]
+    assert states == [TrialState.STOPPED, TrialState.WAITING]
+    again = study.ask(budget=10, worker="w")
+    assert (again.number, again.ordinal, again.attempt) == (1, 0, 2)
+    train(study, again)
+    study.close()
+
+
+def test_trials_of_the_dead_are_all_tried_again_though_one_was_told_meanwhile(make_home, make_spec, monkeypatch):
+    study = open_study(make_home("a"), make_spec(), data_digest="d")
+    first, second = (study.ask(budget=10, worker="w") for _ in range(2))
+    study._running.clear()  # as if another process had died with them
+    settle, told = study._settler.settle, []
+
+    def told_meanwhile(trial, result, *, died=False):
+        if trial.number == second.number and not told:
+            told.append(trial.number)
+            raise optuna.exceptions.UpdateFinishedTrialError
+        return settle(trial, result, died=died)
+
+    monkeypatch.setattr(study._settler, "settle", told_meanwhile)
+    assert study.reap() == []
+    assert study.reap() == [first.number, second.number]
+    assert sorted(trial.candidate.ordinal for trial in study.result().trials) == [0, 0, 1, 1]
+    assert [study.ask(budget=10, worker="w").ordinal for _ in range(2)] == [0, 1]
     study.close()

@@ -94,7 +94,7 @@ class Study:
 
         A trial whose result had been written, or left (see tell), is told as that result. Any other is stopped and a
         retry of it enqueued, or failed once its process has died three times. A trial of a living supervisor is never
-        touched.
+        touched: for half a minute after this handle was opened, or a server was away, nobody elsewhere counts as dead.
         """
         if not self._gone() and not untold.left(self._home, self.title):
             return []  # without the lock: many supervisors look, and hardly ever is there anything
@@ -102,6 +102,10 @@ class Study:
             return self._storage.at_once(self._reap, lock=self._lock)
         except optuna.exceptions.UpdateFinishedTrialError:
             return []  # one of them was told just now: the next look sees who is left
+
+    def listen(self) -> None:
+        """Wait until reap knows of supervisors on other machines, too, whether they are dead."""
+        self._roll.listen()
 
     def _reap(self) -> list[int]:
         trials, gone = self._trials(), self._gone()

@@ -35,8 +35,9 @@ def attended(home: Home, title: str) -> Iterator[Study]:
 
 
 def reap(home: Home, title: str) -> list[int]:
-    """Settle the trials of dead supervisors of a study; see Study.reap."""
+    """Settle the trials of dead supervisors of a study; see Study.reap. Takes half a minute on a shared storage."""
     with attended(home, title) as study:
+        study.listen()
         return study.reap()
 
 

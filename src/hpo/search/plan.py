@@ -37,6 +37,7 @@ class Plan:
         self._number = number
         self._names = stage_names(spec)
         self._steps: dict[int, Step] = {}
+        self._rollbacks = storage.rollbacks
 
     def tally(self, books: Books) -> Tally:
         """What counts of the search."""
@@ -44,6 +45,8 @@ class Plan:
 
     def current(self, books: Books) -> Step | None:
         """The first stage that is not complete; None after the last. Raises SpecError where one cannot start."""
+        if self._rollbacks != self._storage.rollbacks:
+            self._steps, self._rollbacks = {}, self._storage.rollbacks
         for index in range(len(self._names)):
             step = self._step(index)
             tally = books.tally([step.stage.name])

@@ -10,7 +10,7 @@ from contextlib import suppress
 from optuna.exceptions import OptunaError
 from sqlalchemy.exc import SQLAlchemyError
 
-from hpo.search.storage import BEAT, GRACE, Storage
+from hpo.search.storage import BEAT, Storage
 
 
 class Pulse:
@@ -18,18 +18,25 @@ class Pulse:
 
     def __init__(self, storage: Storage, running: Callable[[], Collection[int]]) -> None:
         self._storage, self._running = storage, running
-        self._troubled = -float("inf")
+        self._heard = self._unbroken_since = time.monotonic()  # when the server last answered; since when it always has
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True, name="signs of life")
         self._thread.start()
 
     @property
     def steady(self) -> bool:
-        """Whether the storage has taken what came for so long that the silence of others means something.
+        """Whether the server has answered for so long, two beats, that the silence of others means something.
 
-        After an outage all trials have been silent, the living ones too.
+        After an outage all trials have been silent, the living ones too; who has just come cannot know of it.
         """
-        return time.monotonic() - self._troubled > GRACE
+        now = time.monotonic()
+        return now - self._heard < 2 * BEAT < now - self._unbroken_since
+
+    def await_steady(self) -> None:
+        """Wait until the silence of others means something, or four beats where the server does not answer."""
+        deadline = time.monotonic() + 4 * BEAT
+        while not self.steady and time.monotonic() < deadline:
+            time.sleep(0.1)
 
     def close(self) -> None:
         """Beat no more."""
@@ -38,12 +45,13 @@ class Pulse:
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT):
-            began = time.monotonic()
             try:
                 with suppress(KeyError):  # a trial that is no more
                     self._storage.beat(self._running())
             except (SQLAlchemyError, OptunaError):
-                self._troubled = time.monotonic()
-            # It waits for a server that is away, and for the whole process while that stands still.
-            if time.monotonic() - began > BEAT:
-                self._troubled = time.monotonic()
+                continue
+            now = time.monotonic()
+            # It has waited for a server that was away, or with the whole process while that stood still.
+            if now - self._heard > 2 * BEAT:
+                self._unbroken_since = now
+            self._heard = now

@@ -55,6 +55,11 @@ class Roll:
             found |= {trial.number} if theirs else set()
         return found
 
+    def listen(self) -> None:
+        """Wait until the silence of supervisors elsewhere would mean that they are dead, see Pulse."""
+        if self._pulse is not None:
+            self._pulse.await_steady()
+
     def close(self) -> None:
         """Give no more signs of life."""
         if self._pulse is not None:

@@ -49,12 +49,14 @@ class Storage(_CachedStorage):  # type: ignore[misc]
     """Optuna's cached storage, in which samplers and pruners see one stage only, and no interrupted trials.
 
     The retries of interrupted trials count in their place. show says which stage is seen; at first it is the trials
-    without one. shared: it is a server's, with supervisors on other machines.
+    without one. shared: it is a server's, with supervisors on other machines. rollbacks counts the steps whose work the
+    server has undone: what others have made of what they saw in one is then not so.
     """
 
     def __init__(self, home: Home, backend: Any) -> None:
         super().__init__(backend)
         self.shared = home.shared
+        self.rollbacks = 0
         self._created: FrozenTrial | None = None
         self._asking = False
         self._home = home
@@ -162,13 +164,33 @@ class Storage(_CachedStorage):  # type: ignore[misc]
             with self.locked(lock) if lock else nullcontext():
                 return step()
 
+        begun = False
+
         def whole(session: Any) -> T:
+            nonlocal begun
+            if begun:
+                self._forget()
+            begun = True
             if lock:
                 hold(session, lock)
             return step()
 
-        done: T = self._backend.at_once(whole)
+        try:
+            done: T = self._backend.at_once(whole)
+        except BaseException:
+            self._forget()
+            raise
         return done
+
+    def _forget(self) -> None:
+        """Read everything anew: trials may be known here that were made, or ended, in a step that was rolled back."""
+        self.rollbacks += 1
+        with self._lock:
+            for known in (self._studies, self._trial_id_to_study_id_and_number, self._study_id_and_number_to_trial_id):
+                known.clear()
+        for read in (self._books, self._unread, self._records):
+            read.clear()
+        self._created = None
 
     def ask_at_once(self, study_id: int, step: Callable[[], T], *, lock: str) -> T:
         """As at_once, for a step that asks for a candidate: only what it needs is read of trials that run elsewhere.
@@ -210,7 +232,8 @@ class Storage(_CachedStorage):  # type: ignore[misc]
         self.set_trial_state_values(trial._trial_id, state, values)
 
     def beat(self, trial_ids: Iterable[int]) -> None:
-        """Give a sign of life for these trials (Optuna's ids), by the server's clock."""
+        """Give a sign of life for these trials (Optuna's ids), by the server's clock; with none, see if it answers."""
+        self._backend.at_once(lambda session: session.execute(text("SELECT 1")))
         for trial_id in trial_ids:
             self._backend.record_heartbeat(trial_id)
 
