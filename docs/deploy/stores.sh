@@ -8,12 +8,13 @@
 # Needs PostgreSQL (Debian: apt-get install postgresql) and mlflow with psycopg (pip install "hpo[postgres]").
 # For artifacts in a bucket boto3, too.
 # HPO_HOST is the name or address that other machines reach this one by (default: only this machine does);
-# HPO_PGPORT (5432) and HPO_MLFLOW_PORT (5000) are the ports; HPO_ARTIFACTS is where models and pictures go (a folder, or
-# an address such as s3://bucket/hpo, whose keys MLflow takes from the environment as boto3 does).
+# HPO_PGPORT (5432) and HPO_MLFLOW_PORT (5000) are the ports, HPO_MLFLOW_WORKERS (2) MLflow's processes; HPO_ARTIFACTS is
+# where models and pictures go (a folder, or an address such as s3://bucket/hpo, whose keys MLflow takes from the
+# environment as boto3 does).
 set -euo pipefail
 
 action=${1:-} folder=${2:-}
-case $action in start | stop | status) ;; *) sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 2 ;; esac
+case $action in start | stop | status) ;; *) sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 2 ;; esac
 [ -n "$folder" ] || { echo "stores.sh $action: name the folder" >&2; exit 2; }
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
@@ -27,6 +28,9 @@ pg() { # PostgreSQL refuses to run as root
   if [ "$(id -u)" = 0 ]; then (cd / && runuser -u postgres -- "$bin/$@"); else "$bin/$@"; fi
 }
 alive() { [ -f "$pid" ] && kill -0 "$(cat "$pid")" 2>/dev/null; }
+answers() { # MLflow, or whatever else has its port
+  python3 -c "import urllib.request as r; r.urlopen('http://127.0.0.1:$mlflow_port/health', timeout=2).close()" 2>/dev/null
+}
 
 case $action in
 start)
@@ -50,7 +54,7 @@ start)
   [ "$host" = 127.0.0.1 ] || listen='*'
   pg pg_ctl -D "$data" status >/dev/null ||
     pg pg_ctl -D "$data" -l "$data/log" -w start -o "-p $pg_port -c listen_addresses=$listen \
-      -c unix_socket_directories= -c max_connections=300" >/dev/null
+      -c unix_socket_directories= -c max_connections=500" >/dev/null
   export PGPASSWORD PGHOST=127.0.0.1 PGPORT=$pg_port PGUSER=hpo
   PGPASSWORD=$(cat "$password")
   for database in hpo mlflow; do # two: Optuna and MLflow cannot share one
@@ -58,20 +62,20 @@ start)
       psql -d postgres -qc "CREATE DATABASE $database"
   done
   if ! alive; then
+    ! answers || { echo "port $mlflow_port is taken: choose another, HPO_MLFLOW_PORT=5001" >&2; exit 1; }
     # The password is in the environment, where psycopg finds it, and not in the list of processes.
     MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true nohup mlflow server \
       --backend-store-uri "postgresql+psycopg://hpo@127.0.0.1:$pg_port/mlflow" --artifacts-destination "$artifacts" \
-      --host "$([ "$listen" = '*' ] && echo 0.0.0.0 || echo 127.0.0.1)" --port "$mlflow_port" --workers 2 \
+      --host "$([ "$listen" = '*' ] && echo 0.0.0.0 || echo 127.0.0.1)" --port "$mlflow_port" --workers "${HPO_MLFLOW_WORKERS:-2}" \
       --allowed-hosts "$host:$mlflow_port,127.0.0.1:$mlflow_port,localhost:$mlflow_port" >"$folder/mlflow.log" 2>&1 &
     echo $! >"$pid"
   fi
   for _ in $(seq 180); do
-    python3 - "$mlflow_port" <<'PY' && break || sleep 1
-import sys, urllib.request
-urllib.request.urlopen(f"http://127.0.0.1:{sys.argv[1]}/health", timeout=2).close()
-PY
-    alive || { tail -5 "$folder/mlflow.log" >&2; exit 1; }
-  done 2>/dev/null
+    ! answers || break
+    alive || break
+    sleep 1
+  done
+  { alive && answers; } || { echo "MLflow does not answer; the end of $folder/mlflow.log:" >&2; tail -5 "$folder/mlflow.log" >&2; exit 1; }
   cat <<TEXT
 Both run. On every machine, in the folder where you work, a file hpo.toml:
 

@@ -18,7 +18,7 @@ _BUSY_SECONDS = 20.0
 
 # How a connection to PostgreSQL begins. Optuna compares times that have no zone. A client that is gone without a word,
 # or stands still inside a lock, is noticed within a minute. Poolers in transaction mode know no prepared statements,
-# and must be told to let `options` pass (docs/cluster.md).
+# and ignore `options`: the database itself has them then (docs/cluster.md).
 _SESSION = {
     "timezone": "UTC",
     "tcp_keepalives_idle": "20",

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
 _PATIENCE_SECONDS = 120.0
+_LONGEST_MINUTES = 30  # after which a server frees the lock of a holder that stands still
+_LOCK_TIMEOUT = "55P03"  # PostgreSQL's lock_not_available
 
 
 @contextmanager
@@ -73,6 +75,8 @@ def _server_lock(engine: Engine, name: str) -> Iterator[None]:
                 raise _held(name)
             time.sleep(pause)
             pause = min(2 * pause, 0.5)
+        # What is done under it uses other connections: this one stands idle, longer than others may.
+        connection.execute(text(f"SET LOCAL idle_in_transaction_session_timeout = '{_LONGEST_MINUTES}min'"))
         yield
     finally:
         with suppress(DBAPIError):  # a connection that broke has freed it
@@ -94,7 +98,7 @@ def hold(session: Session, name: str) -> None:
     try:
         session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _key(name)})
     except OperationalError as error:
-        if "lock timeout" not in str(error.orig):
+        if getattr(error.orig, "sqlstate", "") != _LOCK_TIMEOUT:
             raise
         raise _held(name) from None
 

@@ -41,7 +41,7 @@ def test_machine_that_is_taken_away_counts_as_no_failure_and_a_stopped_study_is_
     assert first == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
     assert second["action"] == "FailIndex"
     assert second["onExitCodes"]["containerName"] == job["spec"]["template"]["spec"]["containers"][0]["name"]
-    assert second["onExitCodes"]["values"] == [2, 130]
+    assert second["onExitCodes"]["values"] == [130]
 
 
 def test_pod_runs_a_worker_with_stores_from_the_secret_and_what_it_may_use(job):

@@ -81,6 +81,19 @@ def _worker() -> int:
     return next(child.pid for child in children if any("ray::RayWorker" in word for word in child.cmdline()))
 
 
+def test_a_node_that_is_lost_while_its_workers_start_ends_no_run(cluster, tmp_path):
+    spec, card = _own_digits(tmp_path, count=950)
+    engine = RayActors(Ground(spec.data, spec.split, card), slots=6, cpus=0.1)
+    try:
+        for place in engine._places:
+            cluster._ray.kill(place.actor)
+        engine.poll(5)  # all six deaths
+        assert not any(map(engine.accepts, range(6)))
+        _ready(engine)
+    finally:
+        engine.close()
+
+
 def test_a_node_that_has_other_data_is_refused(cluster, tmp_path):
     spec, card = _own_digits(tmp_path, count=900)
     (tmp_path / "cache").rename(tmp_path / "elsewhere")
@@ -133,7 +146,9 @@ def test_room_of_a_node(node, cpus, gpus, room):
     assert _room(node, cpus=cpus, gpus=gpus) == room
 
 
-@pytest.mark.parametrize("given", [{"cpus_per_trial": 0}, {"gpus_per_trial": -1}, {"gpus_per_trial": 1.5}])
+@pytest.mark.parametrize(
+    "given", [{"cpus_per_trial": 0}, {"gpus_per_trial": -1}, {"gpus_per_trial": 1.5}, {"gpus_per_trial": float("nan")}]
+)
 def test_shares_that_ray_does_not_know_are_refused(given):
     with pytest.raises(HpoError, match="per-trial"):
         RayOptions(**given)

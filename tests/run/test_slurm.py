@@ -95,11 +95,14 @@ def test_one_array_is_submitted_whose_files_and_commands_hold_no_secret(tmp_path
     )
     command = worker_command("digits-mlp", ["--trust"], home=tmp_path)
     folder = tmp_path / "jobs"
-    jobs = submit(command, name="digits-mlp", workers=3, folder=folder, settings={"slurm_partition": "gpu"})
+    jobs = submit(
+        command, name="digits-mlp", workers=3, folder=folder, settings={"slurm_partition": "gpu", "name": "mine"}
+    )
     assert jobs.names == ("7_0", "7_1", "7_2")
     assert len((tmp_path / "calls").read_text(encoding="utf-8").splitlines()) == 1
     text = (folder / "7_submission.sh").read_text(encoding="utf-8")
     assert "#SBATCH --array=0-2%3\n" in text
+    assert "#SBATCH --job-name=mine\n" in text
     assert "#SBATCH --signal=TERM@90\n" in text
     for file in (tmp_path / "calls", *folder.iterdir()):
         assert PASSWORD.encode() not in file.read_bytes(), file

@@ -12,14 +12,14 @@ from hpo.search.storage import read_study
 
 def test_what_has_not_begun_cannot_be_joined(home, make_spec):
     with pytest.raises(StoreError, match="no study 'study' has begun") as error:
-        open_study(home, make_spec(), data_digest="d", join=True)
+        open_study(home, make_spec(), data_digest="d", join="study")
     assert "hpo run study" in error.value.hint
 
 
 def test_other_images_are_refused(home, make_spec):
     open_study(home, make_spec(), data_digest="sha256:a", budget=5).close()
     with pytest.raises(SpecError, match="data digest: sha256:a -> sha256:b"):
-        open_study(home, make_spec(), data_digest="sha256:b", join=True)
+        open_study(home, make_spec(), data_digest="sha256:b", join="study")
 
 
 def test_who_joins_leaves_the_record_as_it_is_and_has_its_budget(home, make_spec):
@@ -27,7 +27,7 @@ def test_who_joins_leaves_the_record_as_it_is_and_has_its_budget(home, make_spec
     open_study(home, spec, data_digest="d", budget=7).close()
     before = read_study(home, "study")
     elsewhere = spec.model_copy(update={"data": spec.data.model_copy(update={"path": "/scratch/x.npz"})})
-    study = open_study(home, elsewhere, data_digest="d", join=True)
+    study = open_study(home, elsewhere, data_digest="d", join="study")
     assert study.budget == 7
     study.close()
     assert read_study(home, "study").spec == before.spec
@@ -41,16 +41,27 @@ def test_budget_of_a_record_without_one_is_that_of_the_spec(home, make_spec):
 
 def test_one_of_many_sums_up_once_all_trials_have_ended(home, make_spec):
     one = open_study(home, make_spec(), data_digest="d", budget=3)
-    other = open_study(home, make_spec(), data_digest="d", join=True)
+    other = open_study(home, make_spec(), data_digest="d", join="study")
     assert one.ask(budget=3, worker="w")
     assert not other.claim_end()
     one.close()
     other.reap()
     run_all(other, budget=3)
     assert other.claim_end()
-    last = open_study(home, make_spec(), data_digest="d", join=True)
+    last = open_study(home, make_spec(), data_digest="d", join="study")
     assert not last.claim_end()
     run_all(last, budget=4)
     assert last.claim_end()
     last.close()
     other.close()
+
+
+def test_who_joins_takes_part_in_the_generation_that_is_named(home, make_spec):
+    open_study(home, make_spec(), data_digest="d").close()
+    open_study(home, make_spec(), data_digest="d", fresh=True).close()
+    for title in ("study", "study~2"):
+        study = open_study(home, make_spec(), data_digest="d", join=title)
+        assert study.title == title
+        study.close()
+    with pytest.raises(StoreError, match="no study 'study~3'"):
+        open_study(home, make_spec(), data_digest="d", join="study~3")

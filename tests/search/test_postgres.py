@@ -16,7 +16,9 @@ from formula import FINITE, FINITE_CELLS, MIXED, run_all, sequence, train
 from hpo.database import server_address
 from hpo.errors import StoreError
 from hpo.home import Home
+from hpo.locks import lock
 from hpo.records import TrialResult, TrialState
+from hpo.run.stop import stop_study
 from hpo.search import pulse, storage
 from hpo.search.look import look
 from hpo.search.mend import reap
@@ -327,3 +329,35 @@ def test_trials_of_the_dead_are_all_tried_again_though_one_was_told_meanwhile(ma
     assert sorted(trial.candidate.ordinal for trial in study.result().trials) == [0, 0, 1, 1]
     assert [study.ask(budget=10, worker="w").ordinal for _ in range(2)] == [0, 1]
     study.close()
+
+
+def test_supervisor_elsewhere_that_only_waits_is_asked_to_stop(make_home, make_spec, database, monkeypatch, tmp_path):
+    waits = open_study(make_home("waits"), make_spec(), data_digest="d")
+    monkeypatch.setenv("HPO_STORAGE", database)
+    stop = stop_study("study", home=tmp_path / "here")
+    assert (stop.supervisors, stop.asked) == (0, True)
+    assert waits.stop_asked()
+    waits.close()
+
+
+def test_long_steps_keep_their_lock(make_home, database):
+    shorter = "ALTER DATABASE \"{}\" SET idle_in_transaction_session_timeout = '1s'"
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute(shorter.format(database.rpartition("/")[2]).encode())
+    home = make_home("a")
+    ours, theirs = FORK.Pipe()
+
+    def hold() -> None:
+        with lock(home, "x"):
+            theirs.send(1)
+            time.sleep(4)
+            theirs.send(2)
+
+    holder = FORK.Process(target=hold)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hpo.database.SERVER_ARGUMENTS", {"prepare_threshold": None})  # the database's word counts
+        holder.start()
+        ours.recv()
+        with lock(home, "x"):
+            assert ours.poll()  # it has ended
+    holder.join(60)

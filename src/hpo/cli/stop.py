@@ -42,7 +42,8 @@ def stop(
         output.print_json({**output.plain(done), "next": again})
         return
     if not done.supervisors:
-        output.print_text(f"{done.title}: nothing runs.")
+        others = " Workers elsewhere that wait for a trial stop; those that still start do not." if done.asked else ""
+        output.print_text(f"{done.title}: nothing runs.{others}")
         if done.abandoned:
             count = len(done.abandoned)
             trials = f"{count} trial{'s' * (count > 1)}"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hpo.cli.options import Debug, DeviceName, HomeFolder, PrecisionName, Trust, read_duration, read_stack
+from hpo.cli.options import Debug, DeviceName, HomeFolder, Trust, read_duration, read_stack
 
 
 def worker(
@@ -29,7 +29,6 @@ def worker(
     timeout: Annotated[
         float | None, typer.Option(parser=read_duration, metavar="TIME", help="Leave cleanly after 90, 30m or 1h.")
     ] = None,
-    precision: PrecisionName = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object an event a line; the last is the result.")
     ] = False,
@@ -59,6 +58,5 @@ def worker(
             stack=read_stack(stack),
             device=device,
             timeout=timeout,
-            precision=precision,
         )
     raise typer.Exit(watch.exit_code)

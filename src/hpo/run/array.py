@@ -68,7 +68,7 @@ def run_array(
     follower = Follower(place, study)
     follower.news()  # as it stands before the first job
     folder = place.root / "jobs" / study.title
-    command = worker_command(study.name, options, home=place.root.parent)
+    command = worker_command(study.title, options, home=place.root.parent)
     jobs = submit(command, name=study.name, workers=workers, folder=folder, settings=chosen, cluster=cluster)
     say(replace(opened, workers=len(jobs), device=cluster))
     say(Notice(f"submitted {jobs}; logs in {folder}"))

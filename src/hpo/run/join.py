@@ -25,15 +25,16 @@ def join_study(
 ) -> StudyResult:
     """Train trials of a study until its budget is spent; Ctrl-C, SIGTERM and kills lose nothing.
 
-    study is its name; what it is comes from the storage, and data must be the same images. overrides are texts such as
-    `data.path=/scratch/images.npz`, for what differs from machine to machine; whatever changes the trials is refused.
-    options are those of run_study that concern this machine: workers, stack, device, timeout, precision. Raises
-    HpoError.
+    study is its name, for its newest generation, or a title such as name~2; what it is comes from the storage, and data
+    must be the same images. overrides are texts such as `data.path=/scratch/images.npz`, for what differs from machine
+    to machine; whatever changes the trials is refused. options are those of run_study that concern this machine:
+    workers, stack, device, timeout. Raises HpoError.
     """
     place = Home.find(home)
-    spec = override_study(list_trials(place, study).spec, overrides, trust=trust)
+    found = list_trials(place, study)
+    spec = override_study(found.spec, overrides, trust=trust)
     if place.shared and place.embedded and watch is not None:
         watch(
             Notice("MLflow is not shared: runs and models of this worker stay in this folder. Set MLFLOW_TRACKING_URI.")
         )
-    return run_study(spec, home=home, join=True, watch=watch, **options)
+    return run_study(spec, home=home, join=found.title, watch=watch, **options)

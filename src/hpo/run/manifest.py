@@ -77,11 +77,11 @@ def _job(study: str, pods: Pods, options: Sequence[str]) -> dict[str, Any]:
         "resources": {"requests": dict(amounts), "limits": dict(amounts)},
         "volumeMounts": [{"name": "scratch", "mountPath": "/scratch"}],
     }
-    # A spot machine that is taken away is nobody's failure. What `hpo worker` calls the user's mistake (2), and the end
-    # that `hpo stop` asked for (130), are no better the next time.
+    # A spot machine that is taken away is nobody's failure. The end that `hpo stop` asked for (130) is to stay. Others
+    # may be those of a store that was away: they are tried again, later each time.
     rules = [
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-        {"action": "FailIndex", "onExitCodes": {"containerName": "worker", "operator": "In", "values": [2, 130]}},
+        {"action": "FailIndex", "onExitCodes": {"containerName": "worker", "operator": "In", "values": [130]}},
     ]
     labels = {"app.kubernetes.io/name": "hpo", "app.kubernetes.io/component": "worker"}
     return {

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hpo.track.moving import Side
 
 _ID = re.compile(r"(m-)?[0-9a-f]{32}")
+_MOST_VERSIONS = 10_000  # of a registered model; to reach a number all below it have to be used up
 _WRONG = (KeyError, TypeError, ValueError, AttributeError)  # what reading another shape of JSON raises
 
 
@@ -209,7 +210,7 @@ def _check_registered(registered: Mapping[str, Any], name: str) -> None:
     _check_texts({**registered["tags"], "": registered["description"]})
     for version in registered["versions"]:
         _check_texts({**version["tags"], "": version["description"] + version["model"] + version["run"]})
-        if not (0 < version["number"] < 1_000_000) or type(version["created"]) is not int:
+        if not (0 < version["number"] <= _MOST_VERSIONS) or type(version["created"]) is not int:
             raise ValueError(f"a version cannot have the number {version['number']!r}")
     if not {*registered["aliases"].values()} <= {version["number"] for version in registered["versions"]}:
         raise ValueError("an alias names no version")

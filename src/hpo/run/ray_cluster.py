@@ -44,7 +44,7 @@ class RayOptions:
         if not self.cpus_per_trial > 0:
             raise HpoError(f"--cpus-per-trial {self.cpus_per_trial:g}: is not positive.", "Give 0.5, 1 or 2, say.")
         gpus = self.gpus_per_trial or 0.0
-        if gpus < 0 or (gpus > 1 and gpus % 1):
+        if not gpus >= 0 or (gpus > 1 and gpus % 1):
             raise HpoError(
                 f"--gpus-per-trial {gpus:g}: Ray gives a share of one GPU, or several whole ones.",
                 "Give 0, 0.25, 0.5, 1 or 2, say.",

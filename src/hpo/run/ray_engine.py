@@ -17,7 +17,7 @@ from hpo.run.engines import Message, Trainer, WorkerLost
 from hpo.run.ray_worker import Files, Ground, RayWorker, write_files
 from hpo.run.worker import Task, train_task, without_room
 
-_MOST_STARTS = 5  # workers in a row that die before one of them is ready
+_MOST_STARTS = 5  # actors of one slot in a row that die before one is ready; a lost node costs each of its slots one
 _PATIENCE = 30.0  # seconds without any worker after which that is told
 _BECAUSE = re.compile(r"because ([^.\n]*)")
 _CAUSES = {
@@ -34,6 +34,7 @@ class _Place:
     answers: deque[Any] = field(default_factory=deque)
     node: str = ""  # "": not ready
     task: Task | None = None
+    starts: int = 1  # of this slot, since its last actor that was ready
 
 
 class RayActors:
@@ -68,7 +69,6 @@ class RayActors:
         self._options = {"threads": max(1, int(cpus)), "gpu": gpus > 0, "trainer": trainer}
         self._ground = ray.put(ground)
         self._say = say
-        self._starts = 0
         self._ready_at = time.monotonic()  # when there was a worker last; inf: that there is none was told
         self._places = [self._start() for _ in range(slots)]
 
@@ -117,7 +117,7 @@ class RayActors:
         except self._ray.exceptions.RayError as error:
             return self._replace(slot, error)
         if place.task is None:
-            place.node, self._starts = answer, 0
+            place.node = answer
             return None
         message, files = answer
         if isinstance(message, TrialEnded):
@@ -132,11 +132,10 @@ class RayActors:
         """Put another actor in the place of a lost one; what its candidate's death was, if it had one."""
         lost = self._places[slot]
         self._kill(lost)
-        self._starts += not lost.node
-        if getattr(error, "actor_init_failed", False) or self._starts >= _MOST_STARTS:
+        if getattr(error, "actor_init_failed", False) or (not lost.node and lost.starts >= _MOST_STARTS):
             self.close()
             raise _unusable(str(error))
-        self._places[slot] = self._start()
+        self._places[slot] = replace(self._start(), starts=1 if lost.node else lost.starts + 1)
         return WorkerLost(None, words=f"Ray node {lost.node}: {_cause(error)}") if lost.task else None
 
     def _complain(self) -> None:

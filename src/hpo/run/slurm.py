@@ -131,7 +131,7 @@ def submit(
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     extra = {"signal": f"TERM@{settings.get('slurm_signal_delay_s', _NOTICE)}"}
-    chosen = {"timeout_min": _MINUTES, "slurm_array_parallelism": workers, **settings, "name": f"hpo-{name}"}
+    chosen = {"name": f"hpo-{name}", "timeout_min": _MINUTES, "slurm_array_parallelism": workers, **settings}
     chosen["slurm_additional_parameters"] = {**extra, **settings.get("slurm_additional_parameters", {})}
     logging.getLogger("submitit").setLevel(logging.ERROR)
     try:

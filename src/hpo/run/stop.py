@@ -18,8 +18,10 @@ _TICK = 0.25  # seconds between looks
 
 @dataclass(frozen=True)
 class Stop:
-    """What a stop came to. supervisors is how many had the study and have ended; 0: nothing ran.
+    """What a stop came to. supervisors is how many had the study and have ended; 0: none was seen.
 
+    asked: on a shared storage supervisors of other machines that only wait are not seen, and stop as well; one that has
+    not opened the study yet, because it still prepares its images, does not.
     stopped are the trials that were cut short and will be tried again; abandoned the trials of dead supervisors.
     """
 
@@ -28,6 +30,7 @@ class Stop:
     stopped: tuple[int, ...] = ()
     abandoned: tuple[int, ...] = ()
     seconds: float = 0.0
+    asked: bool = False
 
 
 def stop_study(
@@ -48,9 +51,9 @@ def stop_study(
     place = Home.find(home)
     before = find_study(place, study)
     title = before.study.title
-    if not before.holders:
+    if not before.holders and not place.shared:
         return Stop(title, 0, abandoned=before.abandoned)
-    if watch is not None:
+    if watch is not None and before.holders:
         watch(len(before.holders))
     began = time.monotonic()
     running = {trial.number for trial in before.running}
@@ -74,7 +77,7 @@ def stop_study(
         for trial in now.study.trials
         if trial.state is TrialState.STOPPED and (trial.number in running or trial.number >= len(before.study.trials))
     ]
-    return Stop(title, len(asked), tuple(cut), now.abandoned, time.monotonic() - began)
+    return Stop(title, len(asked), tuple(cut), now.abandoned, time.monotonic() - began, asked=True)
 
 
 def find_study(home: Home, name: str) -> Look:

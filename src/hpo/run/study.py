@@ -51,7 +51,7 @@ def run_study(
     keep_models: str | None = None,
     precision: str | None = None,
     profile: bool = False,
-    join: bool = False,
+    join: str = "",
     ray: RayOptions | None = None,
     watch: Watch | None = None,
 ) -> StudyResult:

@@ -27,19 +27,21 @@ def enter_study(
     data_digest: str,
     budget: int | None = None,
     fresh: bool = False,
-    join: bool = False,
+    join: str = "",
 ) -> tuple[str, list[str]]:
     """Write the study's record, old or new, and return its title and what there is to note about its start.
 
-    budget is the total of trials that it is run for; join compares with the record that is there, and leaves it.
+    budget is the total of trials that it is run for; join is the title of a study that is there: its record is compared
+    with, and left.
 
     Raises SpecError where the spec cannot be searched, or is not that of the study's trials.
     """
     _check_search(spec)
     known = generations(storage, spec.name)
-    if join and not known:
-        raise StoreError(f"no study {spec.name!r} has begun here.", f"Begin it: hpo run {spec.name}")
+    if join and join not in known.values():
+        raise StoreError(f"no study {join!r} has begun here.", f"Begin it: hpo run {spec.name}")
     generation = max(known, default=0) + (fresh or not known)
+    generation = next((number for number, title in known.items() if title == join), generation)
     title = spec.name if generation == 1 else f"{spec.name}~{generation}"
     objectives = aims(spec)
     identity = spec.identity()

@@ -26,14 +26,14 @@ def open_study(
     data_digest: str,
     budget: int | None = None,
     fresh: bool = False,
-    join: bool = False,
+    join: str = "",
 ) -> Study:
     """Start a study, or go on with its newest generation; fresh starts a new generation.
 
-    budget is written into its record, for those who join it: they take part in what is there, and leave the record.
-    data_digest is that of the images the trials will see. Raises SpecError where the spec or the data differ from what
-    the study's trials were run with (space, sampler, pruner and budget may change, options of a choice may not), or
-    where it cannot be searched, and StoreError where the storage refuses.
+    budget is written into its record. join is the title of a study that is there, to take part in it as it is: its
+    record is left, whatever its generation. data_digest is that of the images the trials will see. Raises SpecError
+    where the spec or the data differ from what the study's trials were run with (space, sampler, pruner and budget may
+    change, options of a choice may not), or where it cannot be searched, and StoreError where the storage refuses.
     """
     storage = open_storage(home)
     try:
