@@ -122,6 +122,18 @@ def test_a_graph_is_taken_only_where_it_is_right_and_faster(few, grapher, how, p
     assert all(weight.grad is None for weight in net.parameters())
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_weights_lie_where_they_were_captured(few, kernel):
+    net = _net(kernel=kernel)
+    graph = choose_graph(net, few, SPEC, precision="bfloat16", grapher=_right)
+    assert graph.forward is not None
+    places = [weight.data_ptr() for weight in net.parameters()]
+    fit = train(net, few, SPEC, seed=0, precision="bfloat16", graph=graph)
+    next(fit)
+    assert [weight.data_ptr() for weight in net.parameters()] == places
+    fit.close()
+
+
 @pytest.mark.parametrize(
     ("fields", "own", "reason"),
     [

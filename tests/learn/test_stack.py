@@ -12,7 +12,7 @@ from hpo.learn.models.basic import ACTIVATIONS
 from hpo.learn.optimizers import OPTIMIZERS
 from hpo.learn.stack import Stack, Stacks, beside, key_of
 from hpo.learn.stack_layers import StackedNets
-from hpo.learn.stack_parts import UnstackableError
+from hpo.learn.stack_parts import BrokenStackError, UnstackableError
 from hpo.learn.stack_speed import step_seconds
 from hpo.learn.train import train
 from hpo.spec.models import MlpSpec, ResnetSpec
@@ -169,8 +169,9 @@ def test_a_failure_in_the_shared_computation_is_told_to_each(few, monkeypatch):
     assert [next(member) for member in members] == [None, None]
     monkeypatch.setattr(StackedNets, "forward", lambda *_, **__: (_ for _ in ()).throw(MemoryError("no room")))
     for member in members:
-        with pytest.raises(MemoryError, match="no room"):
+        with pytest.raises(BrokenStackError, match="MemoryError: no room") as error:
             next(member)
+        assert error.value.__context__ is None  # nothing holds on to what was computed
     assert stack.members == []
 
 

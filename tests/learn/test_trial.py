@@ -5,6 +5,7 @@ import pytest
 
 from hpo.errors import DataError
 from hpo.learn.data import prepare
+from hpo.learn.stack import Stacks
 from hpo.learn.trial import VALIDATION, train_trial
 from hpo.records import TrialState, unpack_classes
 from hpo.spec.models import CnnSpec, MlpSpec
@@ -123,3 +124,13 @@ def test_mixed_images_train_and_leave_validation_alone(digits_card, tmp_path):
     training = TrainingSpec(epochs=6, augment=AugmentSpec(mixup=0.4, cutmix=1.0), precision="float32")
     _, result = _train(_setup(training=training), digits_card, tmp_path)
     assert result.scores["valid_accuracy"] > 0.75
+
+
+def test_only_a_measured_precision_answers_for_others(digits_card, tmp_path):
+    known = []
+    for precision in ("bfloat16", "auto"):
+        stacks = Stacks(2)
+        setup = _setup(training=TrainingSpec(epochs=1, precision=precision))
+        result = _train(setup, digits_card, tmp_path / precision, stacks=stacks)[-1]
+        known.append(("precision_key" in result.settings, len(stacks.precisions)))
+    assert known == [(False, 0), (True, 1)]

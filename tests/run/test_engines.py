@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 
@@ -17,7 +18,7 @@ from hpo.run.helper import prepare as prepare_in_helper
 from hpo.run.process import process_context
 from hpo.run.ray_engine import RayActors
 from hpo.run.ray_worker import Ground
-from hpo.run.worker import Task
+from hpo.run.worker import Task, train_task
 from hpo.spec.load import load_study
 from hpo.spec.models import CnnSpec
 
@@ -118,6 +119,7 @@ def test_a_candidate_that_fails_tells_why_and_its_worker_lives_on(engine, card, 
     assert result.state is TrialState.FAILED
     assert "does not fit" in result.reason
     assert "Traceback" in result.traceback
+    assert result.settings == {"device": "cpu", "threads": "1", **({"node": ANY} if "node" in result.settings else {})}
     engine.submit(0, _task(card, tmp_path, 1))
     assert _until_end(engine)[-1][1].result.state is TrialState.COMPLETE
 
@@ -184,6 +186,50 @@ def test_a_pruned_trial_leaves_the_others_to_train_on(stacked, card, tmp_path):
     ends = _all_ends(stacked, 3, verdict=lambda message: message.number != 1)
     assert [ends[slot].state for slot in range(3)] == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.COMPLETE]
     assert [len(ends[slot].epochs) for slot in range(3)] == [3, 1, 3]
+
+
+def test_trainings_that_share_with_none_come_one_after_another(stacked, card, tmp_path):
+    training = SPEC.setup.training.model_copy(update={"micro_batch": 8})
+    setup = SPEC.setup.model_copy(update={"training": training})
+    for slot in range(3):
+        stacked.submit(slot, _task(card, tmp_path, slot, setup=setup))
+    heard, deadline = [], time.monotonic() + 60
+    while len(heard) < 12 and time.monotonic() < deadline:
+        heard += [slot for slot, _ in stacked.poll(0.5)]
+    assert heard == sorted(heard) == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_trainings_whose_shared_computation_fails_go_on_alone(card, tmp_path, monkeypatch):
+    from hpo.learn.stack import Stacks
+    from hpo.learn.stack_layers import StackedNets
+
+    whole, tried = StackedNets.forward, []
+
+    def no_room(self, *given, **options):
+        tried.append(1)
+        if len(tried) == 2:
+            raise MemoryError("no room")
+        return whole(self, *given, **options)
+
+    monkeypatch.setattr(StackedNets, "forward", no_room)
+    stacks = Stacks(2)
+    trainings = [train_task(_task(card, tmp_path, number), "cpu", stacks) for number in range(2)]
+    assert [next(training) for training in trainings] == [None, None]
+    for number, training in enumerate(trainings):
+        result = _result(training)
+        assert result.state is TrialState.COMPLETE
+        assert result.settings["stack"] == "alone: the computation that it shared failed: MemoryError: no room"
+        assert "micro_batch" not in result.settings
+        alone = train_task(_task(card, tmp_path, number), "cpu")
+        next(alone)
+        assert [one.scores for one in result.epochs] == [one.scores for one in _result(alone).epochs]
+
+
+def _result(training):
+    """Of a training that has begun, and is never to stop."""
+    while not isinstance(message := training.send(True), TrialEnded):
+        pass
+    return message.result
 
 
 def test_a_task_that_is_to_be_alone_waits_for_its_process_and_keeps_it(card, tmp_path):

@@ -10,7 +10,7 @@ from formula_study import formula, formula_spec
 from hpo.records import FINAL, Epoch, EpochEnded, TrialEnded, TrialResult, TrialStarted, TrialState
 from hpo.run.engines import WorkerLost
 from hpo.spec.models import MlpSpec
-from hpo.spec.study import FinalSpec
+from hpo.spec.study import FinalSpec, SplitSpec
 
 
 @pytest.fixture
@@ -125,6 +125,26 @@ def test_an_objective_that_is_not_a_number_fails_its_trial(run_formula, spec):
     run = run_formula(spec, trainer=nan, trials=1)
     assert run.trials[0].state is TrialState.FAILED
     assert "valid_accuracy is nan" in run.trials[0].result.reason
+
+
+def _two_folds(task, device):
+    """Each fold rises for three epochs, from where the first began."""
+    epochs = []
+    for fold in range(2):
+        for number in range(1, 4):
+            scores = {"train_loss": 1.0, "valid_loss": 1.0, "valid_accuracy": number / 10}
+            epochs.append(Epoch(number, scores, 0.1, 0.001, fold=fold, last=number == 3))
+            if not (yield EpochEnded(task.number, epochs[-1])):
+                yield TrialEnded(TrialResult(task.number, TrialState.PRUNED, epochs=tuple(epochs)))
+                return
+    yield TrialEnded(TrialResult(task.number, TrialState.COMPLETE, 0.3, 3, tuple(epochs), epochs[-1].scores, 0.01))
+
+
+def test_patience_is_not_tried_by_folds_that_begin_anew(run_formula):
+    spec = formula_spec(pruner={"name": "patient", "patience": 2}, trials=2)
+    spec = spec.model_copy(update={"split": SplitSpec(kind="kfold", folds=2)})
+    run = run_formula(spec, trainer=_two_folds)
+    assert [trial.state for trial in run.trials] == [TrialState.COMPLETE] * 2
 
 
 def test_a_pruned_trial_ends_at_the_verdict(run_formula):

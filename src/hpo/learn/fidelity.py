@@ -32,7 +32,8 @@ class GrowingRows:
         return sum(-(-self._count(epoch) // self._spec.batch_size) for epoch in range(1, epochs + 1))
 
     def _count(self, epoch: int) -> int:
-        return max(1, round(self._spec.share(epoch) * len(self._rows)))
+        # Batch norm cannot learn from a single image.
+        return min(len(self._rows), max(2, round(self._spec.share(epoch) * len(self._rows))))
 
 
 def stratified_order(labels: Tensor, *, seed: int) -> Tensor:

@@ -21,7 +21,7 @@ from hpo.learn.metrics import scores
 from hpo.learn.optimizers import OPTIMIZERS, learning_rate_factor
 from hpo.learn.progress import Progress
 from hpo.learn.stack_layers import StackedNets
-from hpo.learn.stack_parts import UnstackableError, shape_of, sort_key
+from hpo.learn.stack_parts import BrokenStackError, UnstackableError, shape_of, sort_key
 from hpo.learn.take import Take
 from hpo.learn.train import class_weights, evaluation_batch, input_of, moving_average
 from hpo.records import Epoch
@@ -127,7 +127,8 @@ class Stack:
     """Trainings of one key. They join and leave between epochs; each is iterated by its own trial.
 
     An iteration of a member gives None once in each epoch, for "everyone is to be asked before I train", and then the
-    Epoch: so a worker asks all its trials once, and those that gave None again.
+    Epoch: so a worker asks all its trials once, and those that gave None again. Where the computation fails all of them
+    raise BrokenStackError, and may go on alone.
     """
 
     def __init__(self, *, precision: str) -> None:
@@ -210,9 +211,11 @@ class Stack:
             totals = self._steps(self._stacked, members)
             logits = self._validate(members)
             judged = [_judge(*each) for each in zip(members, totals, logits, strict=True)]
-        except Exception as error:  # noqa: BLE001 - whose fault it is cannot be told
+        except Exception as error:  # noqa: BLE001
+            # Words only: with its traceback the error would hold all that was computed until the last one has seen it.
+            words = f"{type(error).__name__}: {error}"
             for member in members:
-                member.ready.append(error)
+                member.ready.append(BrokenStackError(words))
             return
         finally:
             torch.set_flush_denormal(False)

@@ -10,6 +10,7 @@ from torch import float32, nn
 
 from hpo.learn.data import TrialData
 from hpo.learn.features import cached_views
+from hpo.learn.memory import free_memory
 from hpo.learn.models.binary import OneLogit
 from hpo.learn.models.transfer import standing_of
 from hpo.learn.stack import key_of
@@ -42,7 +43,11 @@ def choose_places(setups: Sequence[Setup], card: DataCard, *, device_name: str, 
         return 1, f"a step of the largest takes {1000 * max(alone):.1f} ms, all of it computing"
     places, factor = 1, 1.0
     for size in [size for size in _SIZES if size <= most] or [most]:
-        shared = [min(shared_seconds(*each, together=size).values()) for each in made]
+        try:
+            shared = [min(shared_seconds(*each, together=size).values()) for each in made]
+        except RuntimeError:  # so many do not fit, or do not work, on this device
+            free_memory()
+            break
         gain = sum(alone) / sum(shared)
         if gain < _MORE * factor:
             break

@@ -15,6 +15,10 @@ class UnstackableError(Exception):
     """Why a network cannot share its computation with others."""
 
 
+class BrokenStackError(Exception):
+    """What went wrong in a computation that several shared; whose fault it was cannot be told."""
+
+
 @dataclass(frozen=True)
 class Block:
     """A convolution of one network and what comes after it, in this order: norm, activation, pooling, dropout.

@@ -148,7 +148,8 @@ def _epochs(
     graph: Graph | None,
 ) -> Generator[Epoch, None, None]:
     device = data.images.device
-    lay_out(net, device, precision)
+    if graph is None or graph.forward is None:  # a graph reads the weights where they lay when it was captured
+        lay_out(net, device, precision)
     # Dropout draws from torch's global generator; data order and augmentation from one of their own.
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)

@@ -69,6 +69,8 @@ def train_trial(
     latency: bool = False,
     checkpoint: Path | None = None,
     stacks: Stacks | None = None,
+    apart: str = "",
+    how: dict[str, str] | None = None,
     profile: bool = False,
 ) -> Generator[Epoch | None, bool, TrialResult]:
     """Yield each epoch, to be answered with whether to go on, and return how the trial ended.
@@ -83,7 +85,9 @@ def train_trial(
     With training.checkpoint the state is saved in the file checkpoint, which is the caller's to delete. Where one is
     found the training goes on from it: its epochs are yielded again first, and the end is that of a training in one go.
 
-    With stacks it shares its computation with others of them where it can, and yields None before each shared epoch.
+    With stacks it shares its computation with others of them where it can, and yields None before each shared epoch;
+    apart says why it is not to. how is filled with what the machine decides, the settings of the result: where this
+    raises, that is known, too.
     With profile=True the result says where the time went; stacks are to be None then.
     """
     spec = setup.training
@@ -95,6 +99,8 @@ def train_trial(
     best: list[Epoch] = []
     before: tuple[Epoch, ...] = ()  # of earlier folds
     complete = True
+    how = {} if how is None else how
+    how |= {"device": device_name, "threads": str(torch.get_num_threads())}
     for fold in range(folds):
         made = build(
             setup,
@@ -105,14 +111,18 @@ def train_trial(
             precisions={**precisions, **(stacks.precisions if stacks else {})},
             most_parameters=most_parameters,
             stacks=stacks,
+            apart=apart,
         )
         if made.parameters > most_parameters:
             reason = f"{made.parameters} parameters, and the search allows {most_parameters:g}"
             costs = {"parameters": float(made.parameters)}
             return TrialResult(number, TrialState.PRUNED, scores=costs, parameter_count=made.parameters, reason=reason)
-        precisions = {**precisions, made.key: made.precision}
-        if stacks is not None:
-            stacks.precisions[made.key] = made.precision
+        how["precision"] = made.precision
+        if spec.precision == "auto":  # a precision that was asked for says nothing of which is faster
+            how["precision_key"] = made.key
+            precisions = {**precisions, made.key: made.precision}
+            if stacks is not None:
+                stacks.precisions[made.key] = made.precision
         saved = saved if saved.fits(made.net) else Saved()
         earlier = saved.of(fold)
         ended = bool(earlier) and earlier[-1].last
@@ -124,12 +134,12 @@ def train_trial(
 
         fit_seed = (seed if spec.seed is None else spec.seed) + fold
         resume = saved.state if earlier and not ended else None
-        how: dict[str, str] = {}
         fit: Generator[Epoch | None, None, None]
         if stacks is not None and not made.alone:
-            how["stack"] = "shared"
+            how["stack"], how["layout"] = "shared", "of its stack"
             fit = stacks.join(made.net, made.data, spec, seed=fit_seed, precision=made.precision)
         else:
+            how["layout"] = layout(torch.device(device_name), made.precision)
             graph = _graph(made, setup) if not ended else None
             how |= {"graph": graph.how} if graph else {}
             fit = train(
@@ -175,14 +185,7 @@ def train_trial(
         scores=scores,
         folds=tuple(epoch.scores for epoch in best) if folds > 1 else (),
         parameter_count=made.parameters,
-        settings={
-            "device": device_name,
-            "precision": made.precision,
-            "precision_key": made.key,
-            "layout": layout(torch.device(device_name), made.precision),
-            "threads": str(torch.get_num_threads()),
-            **how,
-        },
+        settings=how,
     )
     if complete and folds == 1:
         result = _left(result, made, setup, folder)
@@ -233,12 +236,13 @@ def build(
     precisions: Mapping[str, str] = MappingProxyType({}),
     most_parameters: float = float("inf"),
     stacks: Stacks | None = None,
+    apart: str = "",
 ) -> Built:
     """The network of a candidate and what it learns from; features of frozen backbones are computed if need be.
 
     stacks are those of its process: where several trainings have a place there, an automatic precision is the faster
     one of such a stack, and convolutions stay alone where they are faster so. Neither is measured for more than
-    most_parameters weights.
+    most_parameters weights. apart says why it is to share with none all the same.
     """
     whole, pixels = build_whole(setup, card, seed=seed, device_name=device_name, fold=fold)
     net, data = whole, pixels
@@ -247,9 +251,9 @@ def build(
         data = features_of(standing, setup, pixels, digest=card.digest, cache=cache_folder())
         net = OneLogit(standing.head) if setup.task == "binary" else standing.head
     parameters, batch_size = parameter_count(whole), setup.training.batch_size
-    key = f"{device_name} {setup.model.kind} 2^{parameters.bit_length()} batch {batch_size}"
+    key = f"{torch.device(device_name).type} {setup.model.kind} 2^{parameters.bit_length()} batch {batch_size}"
     own = isinstance(setup.model, OwnModelSpec)
-    alone = "it is a network of your own" if own else why_alone(net, data, setup.training)
+    alone = apart or ("it is a network of your own" if own else why_alone(net, data, setup.training))
     stacked = stacks is not None and stacks.places > 1 and not alone
     if stacks is not None and stacked and convolves(net) and parameters <= most_parameters:
         # Those of small images gain from company, those of larger ones lose; no smallest and largest speak for all.

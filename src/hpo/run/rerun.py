@@ -119,7 +119,7 @@ def rerun(
     spec = with_model(parse_study(study.spec, trust=trust), place, trust=trust)
     trial = find_trial(study, match[2], (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAILED))
     before = trial.result or TrialResult(trial.number, trial.state)
-    if before.state is TrialState.COMPLETE and not before.epochs:
+    if before.state is not TrialState.FAILED and not before.epochs:
         raise StoreError(f"{asked}: it was not trained: {before.reason}.", "Train that one again.")
     card = study_data(study, spec)
     setup = _as_it_was(Entrant(asked, study, spec, trial, card, None).setup, before)

@@ -52,7 +52,15 @@ def serve(
                     live[slot].take(verdict=said)
             before = len(live)
             # Those that share their computation give None first: then all of them have joined.
-            joined = [slot for slot in list(live) if not _advance(slot, live, send)]
+            joined = []
+            for slot in list(live):
+                # One that shares with none gains nothing from a second one beside it, and its memory would be short.
+                if live[slot].answer is None and any(one.lone for one in live.values()):
+                    continue
+                if not _advance(slot, live, send):
+                    joined.append(slot)
+                elif slot in live:
+                    live[slot].lone = True
             for slot in joined:
                 _advance(slot, live, send)
             free = before - len(live) if live else places
@@ -72,6 +80,7 @@ class _Live:
     waits: bool  # for a verdict on each epoch
     answer: bool | None = None  # None: it has not begun
     asks: bool = False
+    lone: bool = False  # it trains, and shares with no other
 
     def take(self, *, verdict: bool) -> None:
         self.answer, self.asks = verdict, False

@@ -40,13 +40,18 @@ def measure_places(spec: StudySpec, card: DataCard, device_name: str, *, threads
     if most < 2:
         return Places(1, "one worker was asked for, or few trials are left")
     from hpo.learn.device import threads as with_threads
+    from hpo.learn.memory import free_memory
     from hpo.learn.stack_choice import choose_places
+    from hpo.learn.trial import trial_data
 
     try:
         with with_threads(threads):
             return Places(*choose_places(_ends(spec), card, device_name=device_name, most=most))
-    except HpoError as error:  # the trials will tell
-        return Places(1, error.message)
+    except (HpoError, RuntimeError, MemoryError) as error:  # the trials will tell
+        return Places(1, (str(error).splitlines() or [type(error).__name__])[0])
+    finally:
+        trial_data.cache_clear()  # the workers are to have a GPU's memory
+        free_memory()
 
 
 def _ends(spec: StudySpec) -> list[Setup]:

@@ -271,10 +271,15 @@ class Supervisor:
                 raise StoreError(message.result.reason, NO_SPACE)
 
     def _report(self, running: _Running, message: EpochEnded) -> bool:
-        """Report an epoch to Optuna: epochs of later folds follow those of earlier ones. Wilcoxon wants whole folds."""
+        """Report an epoch to Optuna: epochs of later folds follow those of earlier ones.
+
+        Wilcoxon wants whole folds. Patience is with the first fold: the others begin anew, far below its best.
+        """
         epoch, training = message.epoch, running.setup.training
-        objective = self._spec.search.objective
-        if self._spec.search.pruner.name == "wilcoxon" and running.setup.split.kind == "kfold":
+        objective, pruner = self._spec.search.objective, self._spec.search.pruner.name
+        if pruner == "patient" and epoch.fold:
+            return False
+        if pruner == "wilcoxon" and running.setup.split.kind == "kfold":
             if not epoch.last:
                 return False
             fold = tuple(other.epoch for other in running.epochs if other.epoch.fold == epoch.fold)

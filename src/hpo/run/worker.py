@@ -58,22 +58,30 @@ def train_task(task: Task, device_name: str, stacks: Stacks | None = None) -> Tr
 
     stacks are those of the process: with them it also yields None before each epoch that it shares with others.
 
-    Where memory does not suffice the training begins again, twice at most, with half as many images at once in the
+    Where a computation that it shares fails it begins again alone, be the fault its own or another's. Where memory does
+    not suffice the training begins again, twice at most, with half as many images at once in the
     network and the same effective batch (its epochs are yielded again then). After that the candidate is infeasible:
     pruned, so that samplers learn from it.
     """
     # Imported here: the supervisor knows tasks and engines without waiting for torch.
     from hpo.learn.memory import free_memory, halved
+    from hpo.learn.stack_parts import BrokenStackError
 
-    started, asked = time.perf_counter(), task.setup
-    result = yield from _attempt(task, device_name, stacks)
+    started, asked, apart = time.perf_counter(), task.setup, ""
+    try:
+        result = yield from _attempt(task, device_name, stacks)
+    except BrokenStackError as error:
+        apart = f"the computation that it shared failed: {error}"
+    if apart:  # here, where the error holds nothing any more
+        free_memory()
+        result = yield from _attempt(task, device_name, stacks, apart=apart)
     for _ in range(_HALVINGS):
         smaller = halved(task.setup)
         if result.failure is not FailureKind.OUT_OF_MEMORY or smaller is None:
             break
         free_memory()
         task = replace(task, setup=smaller)
-        result = yield from _attempt(task, device_name, stacks)
+        result = yield from _attempt(task, device_name, stacks, apart=apart)
     if task.setup is not asked:
         result = replace(result, settings={**result.settings, "micro_batch": str(task.setup.training.micro_batch)})
     if result.failure is FailureKind.OUT_OF_MEMORY:
@@ -83,11 +91,15 @@ def train_task(task: Task, device_name: str, stacks: Stacks | None = None) -> Tr
     yield TrialEnded(replace(result, seconds=time.perf_counter() - started))
 
 
-def _attempt(task: Task, device_name: str, stacks: Stacks | None) -> Generator[EpochEnded | None, bool, TrialResult]:
-    """Train once; the result has its epochs."""
+def _attempt(
+    task: Task, device_name: str, stacks: Stacks | None, *, apart: str = ""
+) -> Generator[EpochEnded | None, bool, TrialResult]:
+    """Train once; the result has its epochs. Raises BrokenStackError."""
+    from hpo.learn.stack_parts import BrokenStackError
     from hpo.learn.trial import train_trial
 
     epochs: list[Epoch] = []
+    how: dict[str, str] = {}
     try:
         training = train_trial(
             task.setup,
@@ -102,6 +114,8 @@ def _attempt(task: Task, device_name: str, stacks: Stacks | None) -> Generator[E
             checkpoint=Path(task.checkpoint) if task.checkpoint else None,
             profile=task.profile,
             stacks=None if task.alone else stacks,
+            apart=apart,
+            how=how,
         )
         go_on: bool | None = None
         try:
@@ -114,6 +128,8 @@ def _attempt(task: Task, device_name: str, stacks: Stacks | None) -> Generator[E
                 go_on = yield EpochEnded(task.number, epoch)
         except StopIteration as end:
             result: TrialResult = end.value
+    except BrokenStackError:
+        raise
     except Exception as error:  # noqa: BLE001 - whatever a candidate does, the study goes on
         if disk_full(error):
             return replace(without_room(task), epochs=tuple(epochs))
@@ -121,7 +137,9 @@ def _attempt(task: Task, device_name: str, stacks: Stacks | None) -> Generator[E
         # Both are stored: what a model of the user's own raises may name the environment.
         told = redact(traceback.format_exc())
         kind = _kind(error, own=isinstance(task.setup.model, OwnModelSpec))
-        result = TrialResult(task.number, TrialState.FAILED, reason=redact(reason), traceback=told, failure=kind)
+        result = TrialResult(
+            task.number, TrialState.FAILED, reason=redact(reason), traceback=told, failure=kind, settings=how
+        )
     return replace(result, epochs=tuple(epochs))
 
 
