@@ -24,6 +24,9 @@ data=$folder/postgres password=$folder/password pid=$folder/mlflow.pid
 
 bin=$(dirname "$(command -v initdb || ls -d /usr/lib/postgresql/*/bin/initdb 2>/dev/null | sort -V | tail -1 || true)")
 [ -x "$bin/initdb" ] || { echo "PostgreSQL is not installed: apt-get install postgresql" >&2; exit 1; }
+command -v mlflow >/dev/null || [ "$action" != start ] || {
+  echo "mlflow is not in PATH: source .venv/bin/activate, or pip install 'hpo[postgres]'" >&2; exit 1
+}
 pg() { # PostgreSQL refuses to run as root
   if [ "$(id -u)" = 0 ]; then (cd / && runuser -u postgres -- "$bin/$@"); else "$bin/$@"; fi
 }
@@ -96,7 +99,9 @@ stop)
   pg pg_ctl -D "$data" -m fast -w stop >/dev/null 2>&1 || true
   ;;
 status)
-  pg pg_ctl -D "$data" status >/dev/null 2>&1 && echo "PostgreSQL runs" || echo "PostgreSQL does not run"
-  alive && echo "MLflow runs" || echo "MLflow does not run"
+  well=0
+  pg pg_ctl -D "$data" status >/dev/null 2>&1 && echo "PostgreSQL runs" || { echo "PostgreSQL does not run"; well=1; }
+  alive && answers && echo "MLflow runs" || { echo "MLflow does not run"; well=1; }
+  exit $well
   ;;
 esac

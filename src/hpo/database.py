@@ -32,6 +32,28 @@ SERVER_ARGUMENTS = {
     "prepare_threshold": None,
 }
 
+# What databases say -> what to do.
+_HINTS = {
+    "locked": "Another program keeps the database busy: end it, then run the study again to go on.",
+    "readonly": "Make the file and its folder writable, or choose another folder: --home DIR.",
+    "read-only": "Make the file and its folder writable, or choose another folder: --home DIR.",
+    "unable to open": "Check the folder and its permissions, or choose another: --home DIR.",
+    "not a database": "The file is something else: move it away, or choose another folder: --home DIR.",
+    "malformed": "The file is damaged: restore it from a copy, or move it away.",
+    "full": "Free some space on the disk, then run the study again to go on.",
+    "no longer compatible": "It was written by another version of Optuna: hpo store upgrade.",
+    "no module named": 'Install the driver: pip install "hpo[postgres]".',
+    "password": "Give it where libpq finds it: PGPASSWORD, or a line in ~/.pgpass (chmod 600), see docs/cluster.md.",
+    "does not exist": "Make it, or correct the address in HPO_STORAGE or hpo.toml.",
+    "too many clients": "Put a connection pooler before the server, or raise its max_connections: docs/cluster.md.",
+    "connection": "Start the server, or correct the address in HPO_STORAGE or hpo.toml.",
+}
+
+
+def hint_of(said: str) -> str:
+    """What to do where a database says this; "" where nothing is known of it."""
+    return next((hint for words, hint in _HINTS.items() if words in said.lower()), "")
+
 
 def server_address(url: str) -> str:
     """The address of a database on a server, with the driver that we install named in it."""
@@ -104,9 +126,8 @@ def reading(url: str) -> Iterator[Reader | None]:
     except (SQLAlchemyError, sqlite3.Error, ImportError) as error:
         text = str(getattr(error, "orig", None) or error).splitlines()[0].rstrip(".")
         place = file or engine_name(url)
-        raise StoreError(
-            f"{place}: the database cannot be read: {text}.", "Check the database, or restore it from a copy."
-        ) from None
+        hint = hint_of(text) or "Check the database, or restore it from a copy."
+        raise StoreError(f"{place}: the database cannot be read: {text}.", hint) from None
 
 
 def engine_name(url: str) -> str:

@@ -209,6 +209,11 @@ class StudyResult:
         return self.name if self.generation == 1 else f"{self.name}~{self.generation}"
 
     @property
+    def exact(self) -> str:
+        """What asks for this generation, whatever newer one there is: name~1, name~2, ..."""
+        return f"{self.name}~{self.generation}"
+
+    @property
     def best(self) -> Trial | None:
         """The complete trial with the best objective; the earlier one where two are equal."""
         ranked = self.ranked()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kept_study import go_on, left, stored
+from kept_study import go_on, kept_spec, left, stored
 from whole_study import tracked, whole
 
 from hpo.errors import StoreError
@@ -23,6 +23,8 @@ from hpo.home import Home
 from hpo.records import TrialResult, TrialState
 from hpo.run.doctor import doctor
 from hpo.run.moving import export_study, import_study
+from hpo.run.stop import stop_study
+from hpo.search.open import open_study
 from hpo.search.storage import open_storage, read_study
 from hpo.track.history import record_champion
 from hpo.track.ledger import announce_opening, complete_opening
@@ -346,3 +348,17 @@ def test_missing_file_names_the_command_that_writes_one(tmp_path: Path) -> None:
 def test_export_into_a_folder_that_is_not_there_is_one_error(kept: Home, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="cannot be written"):
         export_study("formula", home=_folder(kept), file=tmp_path / "no" / "study.zip")
+
+
+def test_each_generation_is_exported_by_its_own_name(kept, tmp_path):
+    again = open_study(kept, kept_spec(9), data_digest=stored(kept).data_digest, fresh=True)
+    assert again.title == "formula~2"
+    again.close()
+    place = kept.root.parent
+    titles = {name: export_study(name, home=place, file=tmp_path / "x.zip") for name in ("formula~1", "formula~2")}
+    assert {name: (done.title, done.trials) for name, done in titles.items()} == {
+        "formula~1": ("formula", 4),
+        "formula~2": ("formula~2", 0),
+    }
+    assert export_study("formula", home=place, file=tmp_path / "x.zip").title == "formula~2"
+    assert stop_study("formula~1", home=place).title == "formula"

@@ -15,7 +15,7 @@ from hpo.home import Home
 from hpo.records import StudyResult
 from hpo.track.history import champions
 from hpo.track.ledger import openings
-from hpo.track.store import connect, local_path
+from hpo.track.store import connect
 
 _IDS = ("model_id", "model_uuid", "run_id")
 _MOVED = ("hpo.moved", "hpo.moved_from", "hpo.registered", "mlflow.modelVersions")
@@ -132,9 +132,9 @@ def _model(home: Home, client: Any, model: Any, names: dict[str, str]) -> dict[s
 
 def _files(client: Any, place: str) -> dict[str, Any]:
     """Path -> digest; of MLmodel what it says, without the ids in it."""
-    from mlflow.artifacts import download_artifacts
+    from mlflow.artifacts import download_artifacts, list_artifacts
 
-    if (local := local_path(place)) is not None and not local.is_dir():
+    if not list_artifacts(artifact_uri=place, tracking_uri=client.tracking_uri):
         return {}  # which MLflow takes for a mistake
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(download_artifacts(artifact_uri=place, dst_path=scratch, tracking_uri=client.tracking_uri))

@@ -42,8 +42,11 @@ def stop(
         output.print_json({**output.plain(done), "next": again})
         return
     if not done.supervisors:
-        others = " Workers elsewhere that wait for a trial stop; those that still start do not." if done.asked else ""
-        output.print_text(f"{done.title}: nothing runs.{others}")
+        output.print_text(f"{done.title}: nothing runs.")
+        if done.asked:
+            output.print_text(
+                "Workers on other machines that only wait now end, too; those that are still starting do not."
+            )
         if done.abandoned:
             count = len(done.abandoned)
             trials = f"{count} trial{'s' * (count > 1)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Sequence
@@ -59,6 +60,10 @@ def run_array(
     if workers < 1:
         raise HpoError(f"--workers {workers}: is no number of jobs.", "Give 1 or more.")
     say: Watch = watch or (lambda _: None)
+    if cluster == "slurm" and shutil.which("sbatch") is None:  # before anything is written
+        raise HpoError(
+            "--engine slurm: there is no sbatch here.", "Submit on a login node, or print the script: --print"
+        )
     opened = begin_study(spec, home=home, watch=watch, **begin)
     study = opened.study
     if opened.finished >= opened.budget and spec.final is None:
@@ -68,7 +73,7 @@ def run_array(
     follower = Follower(place, study)
     follower.news()  # as it stands before the first job
     folder = place.root / "jobs" / study.title
-    command = worker_command(study.title, options, home=place.root.parent)
+    command = worker_command(study.exact, options, home=place.root.parent)
     jobs = submit(command, name=study.name, workers=workers, folder=folder, settings=chosen, cluster=cluster)
     say(replace(opened, workers=len(jobs), device=cluster))
     say(Notice(f"submitted {jobs}; logs in {folder}"))
@@ -85,7 +90,7 @@ class _Watching:
     def run(self) -> StudyResult:
         with interruptible() as interrupted:
             reason = self._watch(interrupted)
-        study = list_trials(self._home, self._opened.study.title)
+        study = list_trials(self._home, self._opened.study.exact)
         self._say(StudyEnded(study, reason, _model(self._home, study)))
         return study
 
@@ -131,7 +136,7 @@ class _Watching:
         self._say(Notice("stopping the study and its jobs ..."))
         self._jobs.cancel(waiting=True)
         try:
-            stop_study(self._opened.study.title, home=self._home.root.parent)
+            stop_study(self._opened.study.exact, home=self._home.root.parent)
         except StoreError as error:
             self._say(Notice(str(error)))
         self._jobs.cancel()

@@ -75,7 +75,7 @@ def export_study(study: str, *, home: str | Path | None = None, file: str | Path
     if found.count(TrialState.RUNNING):
         mend.reap(place, found.title)
         moving.refuse_running(place, found.title)
-    taken = moving.take(place, found.title)
+    taken = moving.take(place, found.exact)
     try:
         record = moving.check(taken)
     except _WRONG as error:

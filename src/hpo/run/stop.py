@@ -61,7 +61,7 @@ def stop_study(
     ask_to_stop(place, title, uuid.uuid4().hex)
     while True:
         time.sleep(_TICK)
-        now = find_study(place, title)
+        now = find_study(place, before.study.exact)
         left = [holder for holder in now.holders if holder.lease in asked]
         if not left:
             break
@@ -84,7 +84,7 @@ def find_study(home: Home, name: str) -> Look:
     """The newest generation of a study, or the one with exactly this title. Raises StoreError."""
     found = look(home, results=False)
     newest = [one for one in found if one.study.name == name]
-    exact = [one for one in found if one.study.title == name]
+    exact = [one for one in found if one.study.exact == name]
     chosen = exact if "~" in name else newest
     if not chosen:
         known = ", ".join(one.study.title for one in found) or "none"

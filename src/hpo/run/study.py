@@ -202,6 +202,14 @@ def run_study(
         early = join and reason == "timeout"  # the study goes on without us: its best is not known yet
         if winner is not None and orderly and not early and keeper.keeps(winner):
             registered = background.submit(tracker.register, after, winner.number)
+        elif winner is not None and orderly and not early and join and spec.keep.models != "none":
+            say(
+                Notice(
+                    f"the model of trial {winner.number}, the best, is not in MLflow yet: the machine that trained it "
+                    f"logs and registers it at its end, or with its next hpo run {after.name}. If it is lost, have "
+                    f"the best trial trained again: hpo run {after.name} --set final.seeds=1"
+                )
+            )
         if drawing is not None:
             text = study_summary(after, winner=winner, model=after.name if registered else "", remarks=remarks)
             status, figures = "FINISHED" if orderly else "KILLED", _drawn(drawing, say)

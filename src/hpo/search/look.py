@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -101,9 +102,12 @@ def list_trials(home: Home, name: str) -> StudyResult:
 
 def no_study(name: str, place: object, known: Iterable[str]) -> StoreError:
     """What to say where a storage has no study of that name; known are those that it has."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    first = f"Did you mean {close[0]}? Else run it first" if close else "Run it first"
     return StoreError(
         f"{place}: no study {name!r} has run here (known: {', '.join(known) or 'none'}).",
-        f"Run it first: hpo run {name.partition('~')[0]}, or name its folder: --home DIR.",
+        f"{first}: hpo run {name.partition('~')[0]}, or name its folder: --home DIR.",
     )
 
 

@@ -189,8 +189,10 @@ def _add_files(client: Any, place: str, folder: str, add_file: AddFile) -> None:
     if local is not None:
         _add_tree(local, folder, add_file)
         return
-    from mlflow.artifacts import download_artifacts
+    from mlflow.artifacts import download_artifacts, list_artifacts
 
+    if not list_artifacts(artifact_uri=place, tracking_uri=client.tracking_uri):
+        return  # to download nothing is an error
     with tempfile.TemporaryDirectory() as scratch:
         whole = download_artifacts(artifact_uri=place, dst_path=scratch, tracking_uri=client.tracking_uri)
         _add_tree(Path(whole), folder, add_file)
