@@ -118,6 +118,7 @@ def test_what_is_not_a_study_is_refused_without_a_traceback(study, text, says):
 
 def test_an_override_names_itself_as_the_place(study):
     assert _error(study, "training.epochs=many").startswith("--set: training.epochs:")
+    assert _error(study, "trainin.epochs=3").startswith("--set: trainin: unknown key")
     assert "not of the form place=value" in _error(study, "training.epochs")
     assert "not readable as YAML" in _error(study, "training.epochs=[")
 

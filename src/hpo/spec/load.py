@@ -248,7 +248,9 @@ def _explain(error: ValidationError, path: Path, node: yaml.Node | None, set_pla
     keys, line = _locate(keys, node)
     place = ".".join(keys) or "study"
     source = f"{_shown(path)}:{line}" if line else _shown(path)
-    if any(place == given or place.startswith(f"{given}.") for given in set_places):
+    # What is in no file, on the way to a place that was set or below it, --set has brought.
+    deeper = any(given.startswith(f"{place}.") for given in set_places) and line is None
+    if deeper or any(place == given or place.startswith(f"{given}.") for given in set_places):
         source = "--set"
     hint = f"Then: hpo check {path.stem}" if path.suffix else ""
     if first["type"] == "extra_forbidden":
