@@ -98,7 +98,12 @@ def test_study_runs_offline(name, data_paths, tmp_path, monkeypatch):
         overrides["data.path"] = data_paths[source]
     overrides |= _weights(plain, tmp_path)
     if plain.model.kind == "transfer":
-        first = {"training.epochs": 1, "data.path": data_paths["bloodmnist"], "final": None}
+        first = {
+            "training.epochs": 1,
+            "training.precision": "float32",
+            "data.path": data_paths["bloodmnist"],
+            "final": None,
+        }
         run_study(load_study("bloodmnist-cnn", overrides=first), trials=1, workers=0, home=tmp_path)
         promote("bloodmnist-cnn", home=tmp_path)
     if plain.final is not None:

@@ -48,6 +48,12 @@ def _ready(engine):
         engine.poll(0.5)
 
 
+def test_nothing_of_the_working_folder_is_sent(cluster):
+    from ray._private.ray_constants import RAY_ENABLE_UV_RUN_RUNTIME_ENV
+
+    assert not RAY_ENABLE_UV_RUN_RUNTIME_ENV
+
+
 def test_a_node_without_the_prepared_data_prepares_them_and_its_workers_die_and_are_replaced(cluster, tmp_path):
     spec, card = _own_digits(tmp_path, count=1000)
     (tmp_path / "cache").rename(tmp_path / "elsewhere")  # as on a node of another machine

@@ -74,6 +74,10 @@ class Cluster:
         if device not in ("auto", "cpu", "cuda"):
             raise HpoError(f"--device {device}: Ray chooses which GPU a worker has.", "Choose one of: auto, cpu, cuda.")
         options.knock()
+        # Else, under `uv run`, Ray sends the working folder to every node, with its .venv, mlruns and whatever lies
+        # there, and workers run what was sent, which is gone when a node is. It reads these when it is imported.
+        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         import ray
 
         self._ray, self._ours = ray, not ray.is_initialized()
@@ -140,7 +144,6 @@ def _room(node: Mapping[str, float], *, cpus: float, gpus: float) -> int:
 
 def _connect(ray: Any, place: str) -> None:
     """Connect this process to the cluster there, or start one; quietly. Raises HpoError."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     own = {"num_cpus": cores(), "include_dashboard": False} if place == "local" else {}
     try:
         with _own_signals():
