@@ -79,7 +79,7 @@ def home_of(folder: Path, url: str) -> Home:
 
 def work(home: Home, spec: StudySpec, *, sleep: float, reports: int, times: list[tuple[float, ...]]) -> None:
     """One worker, until the budget is spent; times gets (when asked, seconds of ask, of reports, of tell) a trial."""
-    study = open_study(home, spec, data_digest="d", join=True)
+    study = open_study(home, spec, data_digest="d", join=spec.name)
     budget, pause, reap_at = study.budget, 0.2, time.monotonic() + 15
     while True:
         if time.monotonic() > reap_at:
