@@ -19,7 +19,7 @@ from hpo.home import Home
 from hpo.locks import lock
 from hpo.records import TrialResult, TrialState
 from hpo.run.stop import stop_study
-from hpo.search import pulse, storage
+from hpo.search import patience, pulse, storage
 from hpo.search.look import look
 from hpo.search.mend import reap
 from hpo.search.open import open_study
@@ -40,12 +40,17 @@ def make_home(tmp_path, database):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """Signs of life every second, and death after four without."""
-    for room, name, seconds in ((storage, "BEAT", 1), (pulse, "BEAT", 1), (storage, "GRACE", 4)):
+    """Signs of life every two seconds, death after five without, and short pauses between tries, as of 15, 60 and 8."""
+    for room, name, seconds in (
+        (storage, "BEAT", 2),
+        (pulse, "BEAT", 2),
+        (storage, "GRACE", 5),
+        (patience, "_LONGEST_PAUSE", 0.5),
+    ):
         monkeypatch.setattr(room, name, seconds)
 
 
-def _wait(condition, seconds=20.0) -> bool:
+def _wait(condition, seconds=60.0) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if condition():
@@ -126,7 +131,7 @@ def test_trial_of_a_living_machine_is_left_alone_however_long_it_takes(make_home
     first = open_study(make_home("a"), make_spec(), data_digest="d")
     second = open_study(make_home("b"), make_spec(), data_digest="d")
     candidate = first.ask(budget=10, worker="w")
-    time.sleep(5)
+    time.sleep(7)
     assert second.reap() == []
     assert second.attended() == {candidate.number}
     (seen,) = look(make_home("b"))
@@ -167,13 +172,12 @@ def test_after_an_outage_nobody_is_taken_for_dead_by_those_who_lived_through_it_
     owner.start()
     assert ours.recv() == 0
     witness = open_study(make_home("witness"), make_spec(), data_digest="d")
-    time.sleep(3)  # it knows by now who lives
-    assert witness._roll._pulse.steady
+    assert _wait(lambda: witness._roll._pulse.steady)  # it knows by now who lives
     postgres.control("stop", "-m", "fast")
-    time.sleep(6)  # longer than the grace
+    time.sleep(7)  # longer than the grace
     postgres.control("start")
     newcomer = open_study(make_home("newcomer"), make_spec(), data_digest="d")
-    until = time.monotonic() + 12  # longer than the longest pause between two tries, and a grace
+    until = time.monotonic() + 10  # longer than two beats and a grace
     while time.monotonic() < until:
         assert newcomer.reap() == witness.reap() == []
         time.sleep(0.05)
@@ -192,7 +196,7 @@ def test_repairs_wait_until_silence_means_something(make_home, make_spec, impati
     place = make_home("repair")
     assert reap(place, "study") == []
     owner.kill()
-    time.sleep(5)  # longer than the grace
+    time.sleep(6)  # longer than the grace
     assert reap(place, "study") == [0]
     assert [trial.state for trial in read_study(place, "study").trials] == [TrialState.STOPPED, TrialState.WAITING]
 
