@@ -2,12 +2,8 @@ from __future__ import annotations
 
 import math
 import multiprocessing
-import os
 import random
-import signal
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import optuna
 import pytest
@@ -345,55 +341,6 @@ def test_fresh_starts_the_next_generation_and_a_resume_continues_the_newest(home
     assert titles == ["study", "study~2", "study~3", "study~3"]
     assert len(read_study(home, "study").trials) == 4
     assert len(read_study(home, "study~2").trials) == 2
-
-
-def _supervise(home, spec, budget, log: Path) -> None:
-    study = open_study(home, spec, data_digest="d")
-    study.reap()
-    with log.open("a") as told:
-        while candidate := study.ask(budget=budget, worker="w"):
-            result = train(study, candidate, epochs=3)
-            told.write(f"{result.number} {result.value!r}\n")
-            told.flush()
-    os._exit(0)
-
-
-def test_eight_supervisors_started_at_once_on_nothing_share_the_budget_exactly(home, make_spec, tmp_path):
-    spec = make_spec("tpe")
-    crowd = [FORK.Process(target=_supervise, args=(home, spec, 24, tmp_path / "log")) for _ in range(8)]
-    for process in crowd:
-        process.start()
-    for process in crowd:
-        process.join()
-    assert [process.exitcode for process in crowd] == [0] * 8
-    result = read_study(home, "study")
-    assert result.count(TrialState.COMPLETE) == len(result.trials) == 24
-    assert sorted(trial.candidate.ordinal for trial in result.trials) == list(range(24))
-
-
-def test_kills_at_any_moment_lose_no_finished_trial_and_leave_none_running(home, make_spec, tmp_path):
-    spec, log, budget = make_spec("tpe"), tmp_path / "log", 40
-    chance = random.Random(0)  # noqa: S311
-    for _ in range(6):
-        victim = FORK.Process(target=_supervise, args=(home, spec, budget, log))
-        victim.start()
-        time.sleep(chance.uniform(0.2, 0.8))
-        os.kill(victim.pid, signal.SIGKILL)
-        victim.join()
-        study = open_study(home, spec, data_digest="d")
-        study.reap()
-        result, counted = study.result(), study.counted()
-        study.close()
-        told = dict(line.split() for line in log.read_text().splitlines()) if log.exists() else {}
-        kept = {str(trial.number): repr(trial.value) for trial in result.trials if trial.state.finished}
-        assert told.items() <= kept.items()
-        assert result.count(TrialState.RUNNING) == 0
-        assert counted == len({trial.candidate.ordinal for trial in result.trials}) <= budget
-    last = FORK.Process(target=_supervise, args=(home, spec, budget, log))
-    last.start()
-    last.join()
-    finished = [trial for trial in read_study(home, "study").trials if trial.state.finished]
-    assert sorted(trial.candidate.ordinal for trial in finished) == list(range(budget))
 
 
 def test_last_cell_of_a_grid_is_kept_for_a_candidate_that_died_before_it_was_drawn(home, make_spec, monkeypatch):

@@ -365,3 +365,25 @@ def test_long_steps_keep_their_lock(make_home, database):
         with lock(home, "x"):
             assert ours.poll()  # it has ended
     holder.join(60)
+
+
+def test_left_result_is_told_though_the_first_try_broke_off(make_home, make_spec, database, monkeypatch):
+    study = open_study(make_home("a"), make_spec(), data_digest="d")
+    candidate = study.ask(budget=10, worker="w")
+    study.leave(TrialResult(candidate.number, TrialState.COMPLETE, 0.75))
+    study._running.clear()  # as if another process had died with it
+    reap_once, broken = study._reap, []
+
+    def break_off():
+        done = reap_once()
+        if not broken:
+            broken.append(1)
+            _break_off(database)
+        return done
+
+    monkeypatch.setattr(study, "_reap", break_off)
+    assert study.reap() == [candidate.number]
+    (trial,) = study.result().trials
+    assert (trial.state, trial.value) == (TrialState.COMPLETE, 0.75)
+    assert study.reap() == []
+    study.close()

@@ -60,6 +60,18 @@ Settings = Annotated[
 Trials = Annotated[
     int | None, typer.Option(min=1, help="The study's total, all runs together.", show_default="the study's")
 ]
+Workers = Annotated[int | None, typer.Option(min=0, help="Processes that train.", show_default="one a core or GPU")]
+StackSize = Annotated[
+    str, typer.Option(metavar="auto|N", help="Small networks that a worker trains side by side, in one computation.")
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew, beside what there is.")]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Try failed trials again.")]
+KeepModels = Annotated[
+    str | None,
+    typer.Option(metavar="all|best:K|none", help="Whose models stay on disk.", show_default="the study's, best:10"),
+]
+AsEvents = Annotated[bool, typer.Option("--json", help="One JSON object an event a line; the last is the result.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only the last word.")]
 DeviceName = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.")]
 PrecisionName = Annotated[
     str | None,

@@ -9,14 +9,21 @@ import typer
 
 from hpo.cli import cluster
 from hpo.cli.options import (
+    AsEvents,
     Debug,
     DeviceName,
+    Fresh,
     HomeFolder,
+    KeepModels,
     PrecisionName,
+    Quiet,
+    RetryFailed,
     Settings,
+    StackSize,
     Study,
     Trials,
     Trust,
+    Workers,
     read_duration,
     read_stack,
 )
@@ -26,13 +33,8 @@ from hpo.cli.ray import Address, CpusPerTrial, Engine, EngineName, GpusPerTrial,
 def run(
     study: Study,
     trials: Trials = None,
-    workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes that train.", show_default="one a core or GPU")
-    ] = None,
-    stack: Annotated[
-        str,
-        typer.Option(metavar="auto|N", help="Small networks that a worker trains side by side, in one computation."),
-    ] = "auto",
+    workers: Workers = None,
+    stack: StackSize = "auto",
     device: DeviceName = "auto",
     engine: Engine = EngineName.PROCESSES,
     address: Address = None,
@@ -41,24 +43,19 @@ def run(
     settings: Settings = None,
     trust: Trust = False,
     home: HomeFolder = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew, beside what there is.")] = False,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed trials again.")] = False,
+    fresh: Fresh = False,
+    retry_failed: RetryFailed = False,
     timeout: Annotated[
         float | None, typer.Option(parser=read_duration, metavar="TIME", help="Stop cleanly after 90, 30m or 1h.")
     ] = None,
-    keep_models: Annotated[
-        str | None,
-        typer.Option(metavar="all|best:K|none", help="Whose models stay on disk.", show_default="the study's, best:10"),
-    ] = None,
+    keep_models: KeepModels = None,
     precision: PrecisionName = None,
     profile: Annotated[bool, typer.Option("--profile", help="Say where the time went.")] = False,
     slurm: cluster.SlurmSettings = None,
     detach: cluster.Detach = False,
     print_script: cluster.PrintScript = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object an event a line; the last is the result.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the last word.")] = False,
+    as_json: AsEvents = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Run a study, or go on with it; register its best model.

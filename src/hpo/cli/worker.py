@@ -7,18 +7,24 @@ from typing import Annotated
 
 import typer
 
-from hpo.cli.options import Debug, DeviceName, HomeFolder, Trust, read_duration, read_stack
+from hpo.cli.options import (
+    AsEvents,
+    Debug,
+    DeviceName,
+    HomeFolder,
+    Quiet,
+    StackSize,
+    Trust,
+    Workers,
+    read_duration,
+    read_stack,
+)
 
 
 def worker(
     study: Annotated[str, typer.Argument(help="The name of a study that has begun.", show_default=False)],
-    workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes that train.", show_default="one a core or GPU")
-    ] = None,
-    stack: Annotated[
-        str,
-        typer.Option(metavar="auto|N", help="Small networks that a worker trains side by side, in one computation."),
-    ] = "auto",
+    workers: Workers = None,
+    stack: StackSize = "auto",
     device: DeviceName = "auto",
     settings: Annotated[
         list[str] | None,
@@ -29,10 +35,8 @@ def worker(
     timeout: Annotated[
         float | None, typer.Option(parser=read_duration, metavar="TIME", help="Leave cleanly after 90, 30m or 1h.")
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object an event a line; the last is the result.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the last word.")] = False,
+    as_json: AsEvents = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Train trials of a study that runs on a shared storage, until its budget is spent.

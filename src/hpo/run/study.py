@@ -202,7 +202,7 @@ def run_study(
         early = join and reason == "timeout"  # the study goes on without us: its best is not known yet
         if winner is not None and orderly and not early and keeper.keeps(winner):
             registered = background.submit(tracker.register, after, winner.number)
-        elif winner is not None and orderly and not early and join and spec.keep.models != "none":
+        elif winner is not None and orderly and sums_up and place.shared and not early and spec.keep.models != "none":
             say(
                 Notice(
                     f"the model of trial {winner.number}, the best, is not in MLflow yet: the machine that trained it "

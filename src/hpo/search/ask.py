@@ -99,15 +99,18 @@ class Study:
         if not self._gone() and not untold.left(self._home, self.title):
             return []  # without the lock: many supervisors look, and hardly ever is there anything
         try:
-            return self._storage.at_once(self._reap, lock=self._lock)
+            numbers, known = self._storage.at_once(self._reap, lock=self._lock)
         except optuna.exceptions.UpdateFinishedTrialError:
             return []  # one of them was told just now: the next look sees who is left
+        untold.forget(self._home, self.title, known)  # not before it is sure: a server may undo the step
+        return numbers
 
     def listen(self) -> None:
         """Wait until reap knows of supervisors on other machines, too, whether they are dead."""
         self._roll.listen()
 
-    def _reap(self) -> list[int]:
+    def _reap(self) -> tuple[list[int], set[int]]:
+        """The trials that were settled, and those whose results need not be left on disk any more."""
         trials, gone = self._trials(), self._gone()
         left = untold.left(self._home, self.title)
         for trial in gone:
@@ -118,8 +121,7 @@ class Study:
             self._settler.settle(trial, known or lost, died=trial.number not in left)
         numbers = [trial.number for trial in gone]
         closed = {trial.number for trial in trials if trial.state.is_finished()}
-        untold.forget(self._home, self.title, left.keys() & {*numbers, *closed})
-        return numbers
+        return numbers, left.keys() & {*numbers, *closed}
 
     @_guarded
     def ask(self, *, budget: int, worker: str) -> Candidate | None:
