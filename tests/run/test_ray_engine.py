@@ -84,7 +84,8 @@ def _worker() -> int:
     import psutil
 
     children = psutil.Process().children(recursive=True)
-    return next(child.pid for child in children if any("ray::RayWorker" in word for word in child.cmdline()))
+    living = [child for child in children if child.status() != psutil.STATUS_ZOMBIE]  # others may have just ended
+    return next(child.pid for child in living if any("ray::RayWorker" in word for word in child.cmdline()))
 
 
 def test_a_node_that_is_lost_while_its_workers_start_ends_no_run(cluster, tmp_path):
