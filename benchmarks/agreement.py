@@ -8,8 +8,8 @@ from typing import Any
 
 from hpo.home import Home
 from hpo.records import FINAL, StudyResult, TrialState
-from hpo.track import runs
-from hpo.track.store import connect
+from hpo.tracking import runs
+from hpo.tracking.store import connect
 
 Seen = dict[int, tuple[str, Any]]  # trial number -> (state, value)
 

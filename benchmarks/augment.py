@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from hpo.learn.augment import build_augment
 from hpo.spec.training import AugmentSpec
+from hpo.training.augment import build_augment
 
 CASES: dict[str, tuple[AugmentSpec, v2.Transform]] = {
     "flip": (AugmentSpec(flip_horizontal=True), v2.RandomHorizontalFlip(0.5)),

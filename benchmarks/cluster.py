@@ -38,9 +38,9 @@ from hpo.database import server_address
 from hpo.home import Home
 from hpo.records import TrialResult, TrialState
 from hpo.search.open import open_study
-from hpo.search.storage import read_study
 from hpo.spec.load import parse_study
 from hpo.spec.study import StudySpec
+from hpo.storage.optuna_storage import read_study
 from postgres import PASSWORD, Server, server
 
 FORK = multiprocessing.get_context("fork")

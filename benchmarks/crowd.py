@@ -23,7 +23,7 @@ import yaml
 from agreement import Findings, check
 from faults import Life
 from hpo.home import Home
-from hpo.search.storage import list_studies
+from hpo.storage.optuna_storage import list_studies
 
 WRITERS = ("first", "first", "second", "third", "fourth")
 READERS = (("trials", "first"), ("models",), ("trials", "second", "--json"))

@@ -32,7 +32,7 @@ from agreement import Findings, Seen, check, finished
 from hpo.errors import HpoError
 from hpo.home import Home
 from hpo.records import TrialState
-from hpo.search.storage import read_study
+from hpo.storage.optuna_storage import read_study
 
 TRIALS = 10
 KINDS = ("worker", "helper", "main", "all")

@@ -31,12 +31,12 @@ import optuna
 
 from hpo.home import Home
 from hpo.records import TrialResult, TrialState
-from hpo.search.ask import Study
-from hpo.search.enter import enter_study
+from hpo.search.lifecycle import enter_study
 from hpo.search.open import lease_of
-from hpo.search.storage import stage_of
+from hpo.search.study import Study
 from hpo.spec.load import parse_study
 from hpo.spec.study import StudySpec
+from hpo.storage.optuna_storage import stage_of
 
 GROWTH = 0.1
 
@@ -112,11 +112,11 @@ def table_of(data: str, *, growing: bool, cache: Path) -> Table:
         return known
     from dataclasses import replace
 
+    from hpo.data.prepare import prepare
     from hpo.errors import NotFiniteError
-    from hpo.learn.data import prepare
-    from hpo.learn.fidelity import stratified_order
-    from hpo.learn.train import train
-    from hpo.learn.trial import build
+    from hpo.training.growing_subset import stratified_order
+    from hpo.training.loop import train
+    from hpo.training.trial import build
 
     spec: StudySpec = spec_of(data, growing=growing)
     card = prepare(spec.data, spec.split)
@@ -144,7 +144,7 @@ def table_of(data: str, *, growing: bool, cache: Path) -> Table:
 
 
 class Memory(optuna.storages.InMemoryStorage):
-    """hpo.search.storage.Storage without a database, to the same numbers: a replay asks a thousand times."""
+    """hpo.storage.optuna_storage.Storage without a database, to the same numbers: a replay asks a thousand times."""
 
     stage: str | None = None
 

@@ -13,13 +13,13 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
+from hpo.data.prepare import prepared
+from hpo.execute.workers.job_process import draw_study, draw_trial
 from hpo.home import Home
-from hpo.learn.data import prepared
-from hpo.run.helper import draw_study, draw_trial
-from hpo.run.report import write_report
-from hpo.search.storage import read_study
-from hpo.track.runs import TRIAL, children, find_parent
-from hpo.track.store import connect, local_path
+from hpo.jobs.report import write_report
+from hpo.storage.optuna_storage import read_study
+from hpo.tracking.runs import TRIAL, children, find_parent
+from hpo.tracking.store import connect, local_path
 
 
 def draw_pictures(study: str, folder: str) -> int:

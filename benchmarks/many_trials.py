@@ -122,8 +122,8 @@ def _rows(
     from optuna.distributions import distribution_to_json
 
     from hpo.search.stages import make_stage
-    from hpo.search.storage import RESULT, START, Start
     from hpo.search.strategy import Proposer, decode, distribution
+    from hpo.storage.optuna_storage import RESULT, START, Start
 
     stage = make_stage(spec, 0, origins={})
     proposer = Proposer(stage, list)

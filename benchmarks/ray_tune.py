@@ -60,9 +60,9 @@ def train(config: Mapping[str, Any], *, file: str, card: Any) -> None:
     """Ray's trainable: the platform's training of one candidate, each epoch reported."""
     from ray import tune
 
-    from hpo.learn.device import use_threads
-    from hpo.learn.trial import train_trial
     from hpo.spec.load import load_study
+    from hpo.training.compute.device import use_threads
+    from hpo.training.trial import train_trial
 
     use_threads(1)
     setup = load_study(file).with_values(config)
@@ -89,7 +89,7 @@ def ray_side(file: Path) -> None:
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.optuna import OptunaSearch
 
-    from hpo.run.helper import prepare
+    from hpo.execute.workers.job_process import prepare
     from hpo.spec.load import load_study
 
     spec = load_study(file)

@@ -18,16 +18,16 @@ import torch
 from pydantic import TypeAdapter
 from torch import nn
 
-from hpo.learn.data import TrialData
-from hpo.learn.device import resolve_devices, use_threads
-from hpo.learn.meter import Meter
-from hpo.learn.models import build_model
-from hpo.learn.precision import has_bfloat16
-from hpo.learn.roofline import peaks
-from hpo.learn.train import train
+from hpo.data.prepare import TrialData
+from hpo.models import build_model
 from hpo.profile import Clock, Limit
 from hpo.spec.models import ModelSpec
 from hpo.spec.training import OptimizerSpec, TrainingSpec
+from hpo.training.compute.device import resolve_devices, use_threads
+from hpo.training.compute.precision import has_bfloat16
+from hpo.training.compute.roofline import peaks
+from hpo.training.compute.trial_profiler import Meter
+from hpo.training.loop import train
 
 CLASSES, SIDE, FEATURES = 8, 28, 1280
 EPOCHS = 4  # the first chooses kernels

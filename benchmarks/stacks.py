@@ -20,16 +20,17 @@ from dataclasses import replace
 import torch
 from torch.nn import functional
 
-from hpo.learn.data import TrialData, open_trial, prepare
-from hpo.learn.models import build_model
-from hpo.learn.precision import has_bfloat16
-from hpo.learn.roofline import device_clock
-from hpo.learn.stack import Stack
-from hpo.learn.train import input_of, predict_logits, train
+from hpo.data.prepare import TrialData, open_trial, prepare
+from hpo.models import build_model
+from hpo.models.inputs import input_of
 from hpo.records import Epoch
 from hpo.spec.models import CnnSpec, MlpSpec
 from hpo.spec.study import DataSpec, SplitSpec
 from hpo.spec.training import TrainingSpec
+from hpo.training.compute.precision import has_bfloat16
+from hpo.training.compute.roofline import device_clock
+from hpo.training.loop import predict_logits, train
+from hpo.training.stacking.stack import Stack
 
 
 def main() -> None:

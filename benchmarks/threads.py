@@ -15,8 +15,8 @@ import time
 from multiprocessing.synchronize import Barrier
 from typing import Any
 
-from hpo.learn.device import use_threads
-from hpo.learn.train import train
+from hpo.training.compute.device import use_threads
+from hpo.training.loop import train
 from roofline import FAMILIES, build, training
 
 SECONDS = 4.0  # of training in one measurement

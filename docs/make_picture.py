@@ -12,10 +12,10 @@ from playwright.sync_api import sync_playwright
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
-from hpo.cli.live import LiveDisplay
-from hpo.cli.tally import NextCommands
+from hpo.cli.display.live import LiveDisplay
+from hpo.cli.display.run_summary import NextCommands
+from hpo.execute.run_study import run_study
 from hpo.records import EpochEnded, Event
-from hpo.run.study import run_study
 from hpo.spec.load import load_study
 
 PICTURE = Path(__file__).with_name("pictures") / "live.png"

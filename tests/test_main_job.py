@@ -16,7 +16,7 @@ from PIL import Image
 
 from hpo.home import Home
 from hpo.records import TrialState
-from hpo.search.storage import read_study
+from hpo.storage.optuna_storage import read_study
 
 QUICK = ["--set", "training.epochs=3", "--set", "search.pruner=none", "--set", "search.sampler=random"]
 HPO = [sys.executable, "-m", "hpo"]
@@ -62,7 +62,7 @@ def hpo(*arguments: str, code: int = 0, env: dict[str, str] | None = None) -> st
 
 
 def runs(folder: Path) -> list:
-    from hpo.track.store import connect
+    from hpo.tracking.store import connect
 
     client = connect(Home.find(folder))
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]

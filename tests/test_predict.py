@@ -19,7 +19,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Classifier:
     """A classifier that names the colour of an image."""
     import torch
 
-    from hpo.track.models import save_model
+    from hpo.tracking.models import save_model
 
     class Colour(torch.nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -185,6 +185,6 @@ def test_the_script_inside_a_model_of_hpo_is_not_run(model: Classifier, tmp_path
     import shutil
 
     copy = shutil.copytree(model.uri, tmp_path / "model")
-    (copy / "pyfunc_model.py").write_text("raise SystemExit('it was run')")
+    (copy / "logged_model_script.py").write_text("raise SystemExit('it was run')")
     images = np.zeros((1, *SHAPE), np.uint8)
     np.testing.assert_array_equal(load_model(copy).predict_proba(images), model.predict_proba(images))

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torchvision import models
 
+from hpo.execute.run_study import run_study
+from hpo.jobs.promote import promote
 from hpo.records import FINAL, TrialState
-from hpo.run.promote import promote
-from hpo.run.study import run_study
 from hpo.spec.load import load_study, study_files
 from hpo.spec.pretrained import FusionSpec, TimmSpec, TorchvisionSpec
 from hpo.spec.study import StudySpec

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hpo.errors import HpoError
+    from hpo.execute.run_study import run_study
     from hpo.predict import load_model
-    from hpo.run.study import run_study
     from hpo.spec.load import load_study
 
     __version__: str
@@ -20,7 +20,7 @@ _ROOMS = {
     "HpoError": "hpo.errors",
     "load_model": "hpo.predict",
     "load_study": "hpo.spec.load",
-    "run_study": "hpo.run.study",
+    "run_study": "hpo.execute.run_study",
 }
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import yaml
 
+from hpo.data.image_files import read_picture
 from hpo.errors import DataError, ModelError
 from hpo.home import Home
-from hpo.learn.pictures import read_picture
-from hpo.track.registry import fetch, resolve
-from hpo.track.store import load_mlflow
+from hpo.tracking.registry import fetch, resolve
+from hpo.tracking.store import load_mlflow
 
 AnyPath = str | Path
 _CHUNK_FILES = 256
@@ -88,7 +88,7 @@ def _load(folder: Path, uri: str, allow_pickle: bool) -> Classifier:
             f"{uri}: a model of MLflow flavor {flavors}, which runs code of its maker when it is loaded.",
             "If you trust its maker: --allow-pickle (in Python: allow_pickle=True). Those of hpo need no such trust.",
         )
-    from hpo.learn.program import Program, read_config
+    from hpo.models.safe_loader import Program, read_config
 
     config = read_config(parts / "config.json")
     height, width, channels = config["image_shape"]

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import yaml
-from told_study import DATA, SPLIT, ended, opened, study, version, whole_story
 from typer.testing import CliRunner
 
 from hpo.cli.app import app
+from hpo.jobs.shared.gates import Verdict
 from hpo.records import ModelVersion
-from hpo.run.gates import Verdict
 from hpo.spec.load import StudyLoader, load_study, study_files
+from told_study import DATA, SPLIT, ended, opened, study, version, whole_story
 
 runner = CliRunner()
 pytestmark = pytest.mark.usefixtures("project")
@@ -45,7 +45,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             options["watch"](event)
         return study(0, 1, 2, 3)
 
-    room(monkeypatch, "hpo.run.study", run_study=run_study)
+    room(monkeypatch, "hpo.execute.run_study", run_study=run_study)
     return seen
 
 
@@ -91,7 +91,7 @@ def test_interrupted_run_goes_on_with_the_budget_it_was_given(monkeypatch: pytes
         options["watch"](opened())
         options["watch"](ended(0, reason="interrupted"))
 
-    room(monkeypatch, "hpo.run.study", run_study=run_study)
+    room(monkeypatch, "hpo.execute.run_study", run_study=run_study)
     result = runner.invoke(app, ["run", "digits-mlp", "--trials", "50"])
     assert "hpo run digits-mlp --trials 50" in result.stdout
     assert result.exit_code == 130
@@ -163,7 +163,7 @@ def test_check_prints_estimate_and_warnings(monkeypatch: pytest.MonkeyPatch) -> 
         estimated_bytes=4e6,
         warnings=("batches are large",),
     )
-    room(monkeypatch, "hpo.run.check", check_study=lambda spec, **options: report)
+    room(monkeypatch, "hpo.jobs.check", check_study=lambda spec, **options: report)
     result = runner.invoke(app, ["check", "digits-mlp"])
     assert "101,770 parameters" in result.stdout
     assert "about 7 min 30 s and 4.0 MB" in result.stdout
@@ -173,7 +173,7 @@ def test_check_prints_estimate_and_warnings(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def finished(monkeypatch: pytest.MonkeyPatch) -> None:
-    room(monkeypatch, "hpo.search.look", list_trials=lambda home, name: study(0, 1, 2, 3))
+    room(monkeypatch, "hpo.storage.reader", list_trials=lambda home, name: study(0, 1, 2, 3))
 
 
 @pytest.mark.usefixtures("finished")
@@ -201,7 +201,7 @@ def test_trials_json_holds_them_all() -> None:
 
 def test_trials_of_a_study_file_are_found_by_its_name(monkeypatch: pytest.MonkeyPatch, project: Path) -> None:
     asked = []
-    room(monkeypatch, "hpo.search.look", list_trials=lambda home, name: asked.append(name) or study(0))
+    room(monkeypatch, "hpo.storage.reader", list_trials=lambda home, name: asked.append(name) or study(0))
     (project / "mine.yaml").write_text(study_files()["digits-mlp"].read_text())
     runner.invoke(app, ["trials", "mine.yaml"])
     assert asked == ["mine"]
@@ -224,7 +224,7 @@ def test_promote_shows_both_scores_and_counts_the_openings(monkeypatch: pytest.M
     told = Promotion(
         True, "0.91 > 0.89", version(2), version(0, 3), {"test_accuracy": 0.91}, {"test_accuracy": 0.89}, 2
     )
-    room(monkeypatch, "hpo.run.promote", promote=lambda name, **options: told)
+    room(monkeypatch, "hpo.jobs.promote", promote=lambda name, **options: told)
     text = runner.invoke(app, ["promote", "digits-mlp"]).stdout
     assert "digits-mlp: version 7 is now champion: 0.91 > 0.89" in text
     assert ["test_accuracy", "0.9100", "0.8900"] in table(text)
@@ -233,7 +233,7 @@ def test_promote_shows_both_scores_and_counts_the_openings(monkeypatch: pytest.M
 
 def test_first_promotion_has_no_champion_to_compare_with(monkeypatch: pytest.MonkeyPatch) -> None:
     told = Promotion(True, "there was no champion before", version(2), None, {"test_accuracy": 0.5})
-    room(monkeypatch, "hpo.run.promote", promote=lambda name, **options: told)
+    room(monkeypatch, "hpo.jobs.promote", promote=lambda name, **options: told)
     text = runner.invoke(app, ["promote", "digits-mlp"]).stdout
     assert "now champion: there was no champion before" in text
     assert table(text)[1] == ["test", "part", "version", "7"]
@@ -242,7 +242,7 @@ def test_first_promotion_has_no_champion_to_compare_with(monkeypatch: pytest.Mon
 def test_a_refusal_names_the_gate_shows_no_test_score_and_exits_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
     gates = (Verdict("reloads", True, "within 1e-6", "0.0001"), Verdict("is fast", False, "9 ms", "5 ms"))
     told = Promotion(False, "is fast: 9 ms (wanted: 5 ms)", version(2), None, openings=0, gates=gates, refused=True)
-    room(monkeypatch, "hpo.run.promote", promote=lambda name, **options: told)
+    room(monkeypatch, "hpo.jobs.promote", promote=lambda name, **options: told)
     done = runner.invoke(app, ["promote", "digits-mlp"])
     assert done.exit_code == 1
     assert ["is", "fast", "refused", "9", "ms", "5", "ms"] in table(done.stdout)
@@ -255,7 +255,7 @@ def test_a_refusal_names_the_gate_shows_no_test_score_and_exits_with_1(monkeypat
 
 def test_models_lists_versions_aliases_and_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     found = [version(2), version(1, 6, aliases=(), scores={"test_accuracy": 0.8})]
-    room(monkeypatch, "hpo.track.registry", versions=lambda home, name: found)
+    room(monkeypatch, "hpo.tracking.registry", versions=lambda home, name: found)
     rows = table(runner.invoke(app, ["models"]).stdout)
     assert rows[1] == ["digits-mlp", "7", "challenger", "2", "0.9000"]
     assert rows[2] == ["digits-mlp", "6", "1", "0.8000"]
@@ -263,7 +263,7 @@ def test_models_lists_versions_aliases_and_scores(monkeypatch: pytest.MonkeyPatc
 
 
 def test_models_of_an_empty_store_say_how_to_begin(monkeypatch: pytest.MonkeyPatch) -> None:
-    room(monkeypatch, "hpo.track.registry", versions=lambda home, name: [])
+    room(monkeypatch, "hpo.tracking.registry", versions=lambda home, name: [])
     assert "hpo run digits-mlp" in runner.invoke(app, ["models"]).stdout
     assert json.loads(runner.invoke(app, ["models", "--json"]).stdout) == []
 
@@ -298,7 +298,7 @@ def test_predict_into_a_file_prints_nothing(project: Path) -> None:
 
 def test_ui_opens_on_this_machine_only_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr("hpo.track.ui.open_ui", lambda home, **options: asked.append(options) or 0)
+    monkeypatch.setattr("hpo.tracking.ui.open_ui", lambda home, **options: asked.append(options) or 0)
     assert runner.invoke(app, ["ui", "--port", "5055"]).exit_code == 0
     assert asked == [{"host": "127.0.0.1", "port": 5055}]
 

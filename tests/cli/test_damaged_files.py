@@ -27,7 +27,7 @@ QUICK += ["model.hidden=8", "keep.figures=none", "search.space={model.dropout: {
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with two trials of digits-mlp, their models, the prepared digits, and images of all kinds."""
-    from hpo.run.study import run_study
+    from hpo.execute.run_study import run_study
     from hpo.spec.load import load_study
 
     folder = tmp_path_factory.mktemp("project")

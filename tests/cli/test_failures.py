@@ -26,7 +26,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException, *options: str
     def run_study(*arguments: Any, **named: Any) -> None:
         raise error
 
-    monkeypatch.setitem(sys.modules, "hpo.run.study", SimpleNamespace(run_study=run_study))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "hpo.execute.run_study", SimpleNamespace(run_study=run_study))  # type: ignore[arg-type]
     return runner.invoke(app, ["run", "digits-mlp", *options])
 
 
@@ -47,7 +47,7 @@ def test_debug_adds_the_traceback(arguments: list[str], monkeypatch: pytest.Monk
     def run_study(*arguments: Any, **named: Any) -> None:
         raise DataError("broken.")
 
-    monkeypatch.setitem(sys.modules, "hpo.run.study", SimpleNamespace(run_study=run_study))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "hpo.execute.run_study", SimpleNamespace(run_study=run_study))  # type: ignore[arg-type]
     result = runner.invoke(app, arguments)
     assert "Traceback" in result.stderr
     assert result.stderr.endswith("error: broken.\n")

@@ -5,7 +5,7 @@ from typer.testing import CliRunner
 
 from hpo.cli.app import app
 from hpo.cli.ray import EngineName, read_ray
-from hpo.run.ray_cluster import RayOptions
+from hpo.execute.engines.ray_cluster import RayOptions
 
 
 @pytest.mark.parametrize("option", ["--address", "--gpus-per-trial", "--cpus-per-trial"])

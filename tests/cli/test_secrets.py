@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from hpo.cli.app import app
 from hpo.errors import HpoError, redact
 from hpo.home import Home
-from hpo.track.ui import ui_command
+from hpo.tracking.ui import ui_command
 
 runner = CliRunner()
 SECRET, CODED = "xyzzy-plugh-42", "xyzzy%2Dplugh%2D42"
@@ -103,7 +103,7 @@ def test_the_ui_hands_its_store_on_where_other_users_cannot_read_it(
 def test_a_server_for_others_is_warned_of_in_a_line(
     secretive: Path, monkeypatch: pytest.MonkeyPatch, host: str, warned: bool
 ) -> None:
-    monkeypatch.setattr("hpo.track.ui.open_ui", lambda home, *, host, port: 0)
+    monkeypatch.setattr("hpo.tracking.ui.open_ui", lambda home, *, host, port: 0)
     result = runner.invoke(app, ["ui", "--host", host])
     assert (result.stderr.count("warning: whoever reaches") == 1) is warned
 

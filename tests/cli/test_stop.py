@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from hpo.cli.app import app
 from hpo.home import Home
 from hpo.records import TrialState
-from hpo.search.look import Look, look
+from hpo.storage.reader import Look, look
 
 HPO = [sys.executable, "-m", "hpo"]
 LONG = ["--set", "training.epochs=100000", "--set", "training.patience=null", "--set", "search.pruner=none"]

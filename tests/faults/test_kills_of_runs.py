@@ -16,7 +16,7 @@ from crowd import crowd
 from faults import Life, run
 from hpo.home import Home
 from hpo.records import TrialState
-from hpo.search.storage import read_study
+from hpo.storage.optuna_storage import read_study
 
 pytestmark = pytest.mark.long
 HPO = [sys.executable, "-m", "hpo"]

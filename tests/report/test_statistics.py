@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, chi2
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, f1_score, roc_auc_score
 
-from hpo.report.compare import Answers, Comparison, compare_answers
+from hpo.report.comparison import Answers, Comparison, compare_answers
 from hpo.report.statistics import (
     binarise_confusion,
     binarise_probabilities,

@@ -2,9 +2,8 @@
 
 from dataclasses import replace
 
-from made_studies import random_study, staged_study, two_objectives
-
 from hpo.report.summary import study_summary
+from made_studies import random_study, staged_study, two_objectives
 
 
 def test_the_summary_names_the_winner_its_scores_and_the_next_commands():

@@ -3,10 +3,10 @@ from __future__ import annotations
 import math
 
 import pytest
-from formula import NUMERIC, train
 from hypothesis import given
 from hypothesis import strategies as st
 
+from formula import NUMERIC, train
 from hpo.errors import SpecError
 from hpo.records import FINAL, Candidate, StudyResult, Trial, TrialResult, TrialState
 from hpo.search.constraints import aims, judge, most_parameters, needs_latency, parse_constraint, violation

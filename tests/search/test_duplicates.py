@@ -3,11 +3,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from formula import FINITE, FINITE_CELLS, objective, run_all, sequence, train
 
+from formula import FINITE, FINITE_CELLS, objective, run_all, sequence, train
 from hpo.records import Epoch, TrialResult, TrialState
 from hpo.search.open import open_study
-from hpo.search.stages import key_of
+from hpo.storage.trial_attrs import key_of
 
 SIZES = {"model.hidden": {"choice": [8, 16, 32]}}
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from formula import FINITE, MIXED, NUMERIC, objective, run_all, sequence, train
 
+from formula import FINITE, MIXED, NUMERIC, objective, run_all, sequence, train
 from hpo.records import FINAL, TrialResult, TrialState
 from hpo.search.open import open_study
 

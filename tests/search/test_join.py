@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from formula import run_all
 
+from formula import run_all
 from hpo.errors import SpecError, StoreError
 from hpo.search.open import open_study
-from hpo.search.storage import read_study
+from hpo.storage.optuna_storage import read_study
 
 
 def test_what_has_not_begun_cannot_be_joined(home, make_spec):

@@ -11,15 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from formula import FINITE, FINITE_CELLS, run_all, sequence, train
-from test_stages import STAGES, worth
 
+from formula import FINITE, FINITE_CELLS, run_all, sequence, train
 from hpo.database import server_address
 from hpo.records import FINAL, TrialResult, TrialState
-from hpo.search import settle
+from hpo.search import finish
 from hpo.search.open import open_study
-from hpo.search.stages import key_of
-from hpo.search.storage import read_study
+from hpo.storage.optuna_storage import read_study
+from hpo.storage.trial_attrs import key_of
+from staged import STAGES, worth
 
 FORK = multiprocessing.get_context("fork")
 
@@ -110,7 +110,7 @@ def test_grid_under_kills_stops_and_failures_covers_every_cell_exactly_once(plac
 
 def test_staged_search_killed_anywhere_ends_as_an_unbroken_one(home, make_spec, monkeypatch):
     # On a slow machine one trial may see three kills or more; who is given up for that is another test's.
-    monkeypatch.setattr(settle, "_MOST_DEATHS", 100)
+    monkeypatch.setattr(finish, "_MOST_DEATHS", 100)
     spec = make_spec("tpe", space={}, stages=STAGES)
     whole = open_study(home, spec, data_digest="d")
     run_all(whole, worth=worth)

@@ -9,13 +9,13 @@ from dataclasses import replace
 
 import optuna
 import pytest
-from formula import objective, train
 
+from formula import objective, train
 from hpo.home import Home
-from hpo.search.books import BEST, LATEST, MOST, OTHERS, Shelf
-from hpo.search.look import list_trials
 from hpo.search.open import open_study
-from hpo.search.storage import read_study
+from hpo.storage.optuna_storage import read_study
+from hpo.storage.reader import list_trials
+from hpo.storage.trial_index import BEST, LATEST, MOST, OTHERS, Shelf
 from many_trials import CONDITIONAL, GRID, SPACE, make_study
 
 SHORT, LONG = 510, 1500

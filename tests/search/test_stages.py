@@ -4,34 +4,17 @@ import math
 from dataclasses import replace
 
 import pytest
-from formula import run_all, sequence, train
 from hypothesis import given
 from hypothesis import strategies as st
 
+from formula import run_all, sequence, train
 from hpo.errors import SpecError
 from hpo.records import Candidate, StudyResult, Trial, TrialResult, TrialState
+from hpo.search.narrow import fits, refined
 from hpo.search.open import open_study
-from hpo.search.refine import fits, refined
 from hpo.search.stages import stage_warnings, total_trials
 from hpo.spec.space import Space
-
-RATE = {"training.optimizer.lr": {"float": [1e-4, 1e-1], "log": True}}
-SIZES = {"model.hidden": {"choice": [8, 16, 32, 64]}}
-DROPS = {"model.dropout": {"float": [0, 0.4], "step": 0.2}, "training.optimizer.name": {"choice": ["sgd", "adam"]}}
-STAGES = [
-    {"name": "neurons", "space": SIZES, "carry": 2},
-    {"name": "rate", "space": RATE, "sampler": {"name": "tpe", "startup_trials": 3}, "trials": 6, "carry": 2},
-    {"name": "drops", "space": DROPS},
-    {"name": "joint", "refine": 0.5, "trials": 4},
-]
-
-
-def worth(parameters):
-    """Best at 32 neurons, lr 0.01, dropout 0.2 and adam; each matters less than the one before."""
-    lr = math.log10(parameters.get("training.optimizer.lr", 1e-3)) + 2
-    size = math.log2(parameters["model.hidden"]) - 5
-    drop = parameters.get("model.dropout", 0.0) - 0.2
-    return 1 - size**2 / 10 - lr**2 / 20 - drop**2 / 2 - 0.01 * (parameters.get("training.optimizer.name") != "adam")
+from staged import RATE, SIZES, STAGES, worth
 
 
 def of_stage(result, name):

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hpo.cli import cluster, output
+from hpo.cli import cluster
 from hpo.cli.compare import compare
 from hpo.cli.data import app as data_app
+from hpo.cli.display import output
 from hpo.cli.doctor import clean, doctor
 from hpo.cli.evaluate import evaluate
 from hpo.cli.explain import explain
-from hpo.cli.moving import export, import_
 from hpo.cli.options import (
     AsJson,
     Command,
@@ -39,6 +39,7 @@ from hpo.cli.rerun import rerun
 from hpo.cli.run import run
 from hpo.cli.stop import status, stop
 from hpo.cli.store import app as store_app
+from hpo.cli.transfer import export, import_
 from hpo.cli.use import models, predict, promote
 from hpo.cli.worker import worker
 
@@ -89,7 +90,7 @@ def preview(
     _debug: Debug = False,
 ) -> None:
     """Draw training images as the study's augmentation changes them."""
-    from hpo.run.check import preview_study
+    from hpo.jobs.check import preview_study
     from hpo.spec.load import load_study
 
     spec = load_study(study, overrides=settings or [], trust=trust)
@@ -110,7 +111,7 @@ def check(
     from hpo.spec.load import load_study
 
     spec = load_study(study, overrides=settings or [], trust=trust)
-    from hpo.run.check import check_study
+    from hpo.jobs.check import check_study
 
     report = check_study(spec, trials=trials, device=device)
     if as_json:
@@ -162,7 +163,7 @@ def trials(
 ) -> None:
     """List the trials of a study."""
     from hpo.home import Home
-    from hpo.search.look import list_trials
+    from hpo.storage.reader import list_trials
 
     result = list_trials(Home.find(home), study_name(study))
     shown = list(result.trials)
@@ -257,7 +258,7 @@ def ui(
 ) -> None:
     """Open the MLflow UI on this project's runs and models."""
     from hpo.home import Home
-    from hpo.track.ui import is_local, open_ui
+    from hpo.tracking.ui import is_local, open_ui
 
     if not is_local(host):
         output.print_warning(f"whoever reaches {host}:{port} can read and change everything: MLflow asks no password.")
@@ -296,7 +297,7 @@ def main() -> None:
         if "mlflow" not in sys.modules:
             raise
         # Taking down the modules of mlflow and optuna one by one takes two seconds that nobody needs.
-        from hpo.run.process import end_fork_server
+        from hpo.execute.process import end_fork_server
 
         atexit._run_exitfuncs()
         end_fork_server()

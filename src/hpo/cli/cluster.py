@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hpo.cli import output
+from hpo.cli.display import output
 from hpo.cli.options import (
     AsJson,
     Debug,
@@ -30,7 +30,7 @@ from hpo.records import Event, Notice
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from hpo.cli.live import Watcher
+    from hpo.cli.display.live import Watcher
     from hpo.spec.study import StudySpec
 
 SlurmSettings = Annotated[
@@ -80,8 +80,8 @@ def run_slurm(
     **begin: Any,
 ) -> int:
     """Submit the study's workers, or print the script that does; returns the exit code."""
+    from hpo.cluster.slurm import read_settings, script
     from hpo.errors import HpoError
-    from hpo.run.slurm import read_settings, script
 
     if not workers:
         raise HpoError("--engine slurm: how many jobs?", "Say it: --workers 8")
@@ -89,7 +89,7 @@ def run_slurm(
         output.print_text(script(spec.name, options, workers=workers, settings=read_settings(slurm)).rstrip())
         return 0
     with watcher as watch:
-        from hpo.run.array import Submitted, run_array
+        from hpo.cluster.submit import Submitted, run_array
 
         done = run_array(
             spec, workers=workers, settings=slurm, options=options, home=home, detach=detach, watch=watch, **begin
@@ -121,7 +121,7 @@ def begin(
     from hpo.spec.load import load_study
 
     spec = load_study(study, overrides=settings or [], trust=trust)
-    from hpo.run.begin import begin_study
+    from hpo.cluster.begin import begin_study
 
     opened = begin_study(
         spec,
@@ -164,8 +164,8 @@ def manifest(
     _debug: Debug = False,
 ) -> None:
     """Print a Kubernetes Job of workers for a study that has begun (hpo begin), for kubectl apply."""
-    from hpo.run.manifest import Pods
-    from hpo.run.manifest import manifest as print_manifest
+    from hpo.cluster.kubernetes import Pods
+    from hpo.cluster.kubernetes import manifest as print_manifest
 
     pods = Pods(image, workers, cpus, memory, gpus, scratch, secret)
     output.print_text(

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from hpo.cli import output
+from hpo.cli.display import output
 from hpo.cli.options import AsJson, Debug, HomeFolder, Trust, complete_study
 
 
@@ -39,9 +39,9 @@ def compare(
     _debug: Debug = False,
 ) -> None:
     """Compare models on the same images: scores with intervals, McNemar's test, ROC curves."""
-    from hpo.report.compare import rows_of
-    from hpo.run.compare import compare as run_comparison
-    from hpo.run.compare import make_folder, write_comparison
+    from hpo.jobs.compare import compare as run_comparison
+    from hpo.jobs.compare import make_folder, write_comparison
+    from hpo.report.comparison import rows_of
 
     if out is not None:
         make_folder(out)  # before the test part is opened for nothing

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hpo.cli import output
+from hpo.cli.display import output
 from hpo.cli.options import AsJson, Command, Debug, Trust
 
 if TYPE_CHECKING:
-    from hpo.report.data_page import DataFacts
+    from hpo.report.page.data_page import DataFacts
 
 app = typer.Typer(no_args_is_help=True, help="Look at a data set.")
 
@@ -42,7 +42,7 @@ def show(
     The test part stays sealed: of it only numbers of images are told. With --json no page is written unless --out
     asks for it.
     """
-    from hpo.run.explore import explore, write_page
+    from hpo.jobs.data_report import explore, write_page
 
     facts, pictures = explore(name, path=path, size=size, images=images, seed=seed, trust=trust)
     if page is not None or not as_json:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from hpo.cli import output
+from hpo.cli.display import output
 from hpo.cli.options import AsJson, Debug, HomeFolder, study_name
 
 if TYPE_CHECKING:
-    from hpo.run.clean import Waste
-    from hpo.run.scene import Finding
+    from hpo.jobs.clean import Waste
+    from hpo.jobs.shared.home_snapshot import Finding
 
 
 def doctor(
@@ -26,7 +26,7 @@ def doctor(
 
     Ends with code 1 where something is wrong and was not repaired. Looking is safe beside a running study.
     """
-    from hpo.run.doctor import doctor as examine
+    from hpo.jobs.doctor import doctor as examine
 
     found = examine(home=home, fix=fix)
     if as_json:
@@ -75,7 +75,7 @@ def clean(
 
     Without options: work of dead supervisors, and what was deleted in MLflow. Trials and their metrics always stay.
     """
-    from hpo.run.clean import clean as tidy
+    from hpo.jobs.clean import clean as tidy
 
     found = tidy(
         study_name(study) if study else None,

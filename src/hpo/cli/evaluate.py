@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from hpo.cli import output
+from hpo.cli.display import output
 from hpo.cli.options import AsJson, Debug, HomeFolder, Trust, complete_study
 
 
@@ -30,7 +30,7 @@ def evaluate(
     Every opening is written down and counted. Choose on validation images first: a test part that models are chosen by
     no longer measures them.
     """
-    from hpo.run.evaluate import evaluate as measure
+    from hpo.jobs.evaluate import evaluate as measure
 
     found = measure(models, home=home, trust=trust)
     if as_json:

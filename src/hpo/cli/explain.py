@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from hpo.cli import output
+from hpo.cli.display import output
 from hpo.cli.options import AsJson, Debug, HomeFolder, Trust
 
 
@@ -46,8 +46,8 @@ def explain(
 ) -> None:
     """Draw which pixels speak for a class, over each image: one picture a file."""
     from hpo.errors import HpoError
-    from hpo.run.explain import explain as draw
-    from hpo.run.explain import explain_mistakes
+    from hpo.jobs.explain import explain as draw
+    from hpo.jobs.explain import explain_mistakes
 
     if bool(images) == mistakes:
         raise HpoError("hpo explain needs image files, or --mistakes.", f"For example: hpo explain {model} --mistakes")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from hpo.run.ray_cluster import RayOptions
+    from hpo.execute.engines.ray_cluster import RayOptions
 
 
 class EngineName(StrEnum):
@@ -51,7 +51,7 @@ def read_ray(
         for option in said:
             raise typer.BadParameter("is for --engine ray only", param_hint=option)
         return None, []
-    from hpo.run.ray_cluster import RayOptions
+    from hpo.execute.engines.ray_cluster import RayOptions
 
     words = [word for option, value in said.items() for word in (option, str(value))]
     cpus = 1.0 if cpus_per_trial is None else cpus_per_trial

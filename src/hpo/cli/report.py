@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hpo.cli import output
+from hpo.cli.display import output
 from hpo.cli.options import AsJson, Debug, HomeFolder, Study
 
 
@@ -28,7 +28,7 @@ def report(
 
     It needs no network to be read. The sealed test part is not opened for it.
     """
-    from hpo.run.report import write_report
+    from hpo.jobs.report import write_report
     from hpo.spec.load import load_study
 
     name = load_study(study, trust=True).name if study.endswith((".yaml", ".yml")) else study

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hpo.cli import output
+from hpo.cli.display import output
 from hpo.cli.options import AsJson, Debug, HomeFolder, Trust
 
 if TYPE_CHECKING:
-    from hpo.run.rerun import EpochCheck
+    from hpo.jobs.rerun import EpochCheck
 
 _MARKS = {"equal": "=", "close": "~", "differs": "x"}
 
@@ -31,8 +31,8 @@ def rerun(
 
     = equal bit for bit, ~ within the tolerance, x beyond it; exit code 1 where they differ. Nothing is stored.
     """
-    from hpo.run.rerun import Agreement
-    from hpo.run.rerun import rerun as train_again
+    from hpo.jobs.rerun import Agreement
+    from hpo.jobs.rerun import rerun as train_again
 
     watch = None if as_json else _show
     found = train_again(trial, tolerance=tolerance, device=device, home=home, trust=trust, watch=watch)

@@ -62,8 +62,8 @@ def run(
 
     Ctrl-C ends it cleanly; the same command goes on. A study whose trials are all done asks for more: --trials N.
     """
-    from hpo.cli.live import watcher
-    from hpo.cli.tally import NextCommands
+    from hpo.cli.display.live import watcher
+    from hpo.cli.display.run_summary import NextCommands
     from hpo.spec.load import load_study
 
     spec = load_study(study, overrides=settings or [], trust=trust)
@@ -98,7 +98,7 @@ def run(
         raise typer.Exit(code)
     with shown as watch:
         # Inside, because its imports take a moment in which the terminal should not look dead.
-        from hpo.run.study import run_study
+        from hpo.execute.run_study import run_study
 
         run_study(
             spec,

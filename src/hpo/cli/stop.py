@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hpo.cli import output
+from hpo.cli.display import output
 from hpo.cli.options import AsJson, Debug, HomeFolder, Study, read_duration, study_name
 from hpo.records import FINAL, TrialState
 
 if TYPE_CHECKING:
-    from hpo.search.look import Look
+    from hpo.storage.reader import Look
 
 
 def stop(
@@ -29,7 +29,7 @@ def stop(
 
     All its supervisors on the shared storage stop. What was training is recorded as stopped and tried again.
     """
-    from hpo.run.stop import stop_study
+    from hpo.jobs.stop import stop_study
 
     def say(count: int) -> None:
         if not as_json:
@@ -66,7 +66,7 @@ def status(
 ) -> None:
     """Show what every study has done and who is at work on it; it disturbs nothing that runs."""
     from hpo.home import Home
-    from hpo.search.look import look
+    from hpo.storage.reader import look
 
     place = Home.find(home)
     wanted = study_name(study) if study else None

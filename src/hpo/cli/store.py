@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from hpo.cli import output
+from hpo.cli.display import output
 from hpo.cli.options import AsJson, Command, Debug, HomeFolder
 
 app = typer.Typer(name="store", help="Where studies and runs are kept.", no_args_is_help=True)
@@ -15,7 +15,7 @@ app = typer.Typer(name="store", help="Where studies and runs are kept.", no_args
 @app.command(cls=Command)
 def status(home: HomeFolder = None, as_json: AsJson = False, _debug: Debug = False) -> None:
     """Show both stores: address, state, what is in them. Ends with code 1 where a run could not use one."""
-    from hpo.run.stores import store_status
+    from hpo.jobs.stores import store_status
 
     states = store_status(home)
     if as_json:
@@ -38,7 +38,7 @@ def upgrade(
     _debug: Debug = False,
 ) -> None:
     """Bring databases that an older Optuna or MLflow has written up to date. SQLite files are copied first."""
-    from hpo.run.stores import upgrade_stores
+    from hpo.jobs.stores import upgrade_stores
 
     done = upgrade_stores(home, backed_up=yes)
     if as_json:

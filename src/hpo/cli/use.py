@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from hpo.cli import output
+from hpo.cli.display import output
 from hpo.cli.options import AllowPickle, AsJson, Debug, HomeFolder, Study, Trust, study_name
 
 
@@ -38,7 +38,7 @@ def promote(
     if to is not None:
         _copy(study_name(study), to, force=force, home=home, as_json=as_json)
         return
-    from hpo.run.promote import promote as decide
+    from hpo.jobs.promote import promote as decide
 
     promotion = decide(study_name(study), home=home, force=force, trust=trust)
     if as_json:
@@ -67,7 +67,7 @@ def promote(
 
 
 def _copy(model: str, to: str, *, force: bool, home: Path | None, as_json: bool) -> None:
-    from hpo.run.copy import copy_champion
+    from hpo.jobs.shared.copy_champion import copy_champion
 
     copied = copy_champion(model, to=to, home=home, force=force)
     if as_json:
@@ -93,8 +93,8 @@ def models(
 ) -> None:
     """List registered models: versions, aliases, scores; of one model, also who was champion, and why."""
     from hpo.home import Home
-    from hpo.track.history import champions
-    from hpo.track.registry import versions
+    from hpo.tracking.champions import champions
+    from hpo.tracking.registry import versions
 
     place = Home.find(home)
     found = versions(place, name)

@@ -44,13 +44,13 @@ def worker(
     Start as many as you like, on any machine that reaches the storage (HPO_STORAGE, or hpo.toml). Ctrl-C, SIGTERM and
     kills lose nothing: what was training is tried again by another one. The images must be those of the study.
     """
-    from hpo.cli.live import watcher
-    from hpo.cli.tally import NextCommands
+    from hpo.cli.display.live import watcher
+    from hpo.cli.display.run_summary import NextCommands
 
     place = f" --home {shlex.quote(str(home))}" if home else ""
     again, more = (shlex.join(["hpo", verb, study]) + place for verb in ("worker", "run"))
     with watcher(as_json=as_json, quiet=quiet)(NextCommands(again, more, home=place), debug=debug) as watch:
-        from hpo.run.join import join_study
+        from hpo.cluster.join import join_study
 
         join_study(
             study,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from hpo.report.style import BLACK, BLUE, GREY, PALE, RED, placed_figure, short_names, tidy, wrapped
+from hpo.report.figures.style import BLACK, BLUE, GREY, PALE, RED, placed_figure, short_names, tidy, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

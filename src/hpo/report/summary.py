@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from hpo.records import FINAL, StudyResult, Trial, TrialState
 from hpo.report.failures import failure_lines
+from hpo.report.figures.style import score_text, value_text
 from hpo.report.parameters import groups
-from hpo.report.style import score_text, value_text
 
 _FRONT = 12  # rows of the table of trade-offs
 

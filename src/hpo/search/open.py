@@ -5,13 +5,13 @@ from __future__ import annotations
 from functools import partial
 
 from hpo.home import Home
-from hpo.search import untold
-from hpo.search.ask import Study
-from hpo.search.enter import enter_study
-from hpo.search.faults import store_errors
-from hpo.search.lease import Lease, clean_leases
-from hpo.search.storage import open_storage
+from hpo.search.lifecycle import enter_study
+from hpo.search.study import Study
 from hpo.spec.study import StudySpec
+from hpo.storage import outbox
+from hpo.storage.errors import store_errors
+from hpo.storage.lease import Lease, clean_leases
+from hpo.storage.optuna_storage import open_storage
 
 
 def lease_of(home: Home, title: str) -> Lease:
@@ -37,7 +37,7 @@ def open_study(
     """
     storage = open_storage(home)
     try:
-        untold.keep_reserve(home)
+        outbox.keep_reserve(home)
         enter = partial(enter_study, storage, spec, data_digest=data_digest, budget=budget, fresh=fresh, join=join)
         with store_errors(home):
             title, notes = storage.at_once(enter, lock="studies")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,22 +10,14 @@ from typing import Any
 
 from hpo.errors import SpecError
 from hpo.records import StudyResult, Trial, TrialState
-from hpo.search.refine import fits, refined
+from hpo.search.narrow import fits, refined
 from hpo.spec.search import SamplerSpec, StageSpec
 from hpo.spec.space import Choice, Float, Int, Space
 from hpo.spec.study import StudySpec
+from hpo.storage.trial_attrs import key_of
 
 # The parameter that says which of several earlier trials a candidate starts from: its options are their numbers.
 CARRIED = "carried"
-
-
-def key_of(values: Mapping[str, Any]) -> str:
-    """Equal for equal candidates, whatever the order of their places; floats to 12 digits: steps add up otherwise."""
-    return json.dumps({path: _plain(value) for path, value in values.items()}, sort_keys=True)
-
-
-def _plain(value: Any) -> Any:
-    return float(f"{value:.12g}") if isinstance(value, float) else value
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,13 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial
 
-from hpo.search.books import Books
-from hpo.search.curves import CurvePruner
-from hpo.search.stages import Stage, key_of
-from hpo.search.storage import start_of
+from hpo.search.curve_pruner import CurvePruner
+from hpo.search.stages import Stage
 from hpo.spec.space import Choice, Float, Int, holds
 from hpo.spec.study import StudySpec
+from hpo.storage.optuna_storage import start_of
+from hpo.storage.trial_attrs import key_of
+from hpo.storage.trial_index import Books
 
 _REDRAWS = 32
 _MOST_CELLS = 100_000  # beyond, a finite space is searched like a continuous one

@@ -6,11 +6,11 @@ import io
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from hpo.report.html import Html, page, picture
+from hpo.report.figures.style import score_text
 from hpo.report.page import charts, sections
 from hpo.report.page.embed import scripts
 from hpo.report.page.findings import Findings
-from hpo.report.style import score_text
+from hpo.report.page.html import Html, page, picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,7 +69,8 @@ def _search(findings: Findings) -> Iterator[str]:
 
 def _drawn(findings: Findings) -> Iterator[str]:
     """Figures of the whole study that need no pointing at."""
-    from hpo.report import space_figures, study_figures
+    from hpo.report.figures import space as space_figures
+    from hpo.report.figures import study as study_figures
 
     study, shares = findings.study, findings.importances
     # Colours that mean numbers stay as they are on dark pages: as photographs do.
@@ -92,8 +93,8 @@ def _grid(plots: list[Html], score: str) -> str:
 
 def _model(findings: Findings) -> Iterator[str]:
     """Figures of the shown trial."""
+    from hpo.report.figures.trial import class_accuracy_figure, confusion_figure, roc_figure, training_curves
     from hpo.report.mistakes import rank_figure
-    from hpo.report.trial_figures import class_accuracy_figure, confusion_figure, roc_figure, training_curves
 
     shown, names = findings.shown, findings.class_names
     if shown is None or shown.result is None:

@@ -10,9 +10,9 @@ from itertools import accumulate
 from typing import Any
 
 from hpo.records import FINAL, StudyResult, Trial, TrialState
-from hpo.report.html import Html
+from hpo.report.figures.style import score_text, short_name, short_paths, value_text
 from hpo.report.page.embed import chart
-from hpo.report.style import score_text, short_name, short_paths, value_text
+from hpo.report.page.html import Html
 from hpo.spec.space import Choice, Float, Int
 from hpo.spec.study import StudySpec
 

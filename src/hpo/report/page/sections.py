@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from hpo.records import FINAL, DataCard, Trial, TrialState
-from hpo.report.html import Html, escape, picture, table
+from hpo.report.figures.style import score_text, value_text
 from hpo.report.page import words
 from hpo.report.page.findings import Findings, Opening, Samples
+from hpo.report.page.html import Html, escape, picture, table
 from hpo.report.page.intervals import RESAMPLES, confusion_intervals, share_interval
 from hpo.report.statistics import Interval
-from hpo.report.style import score_text, value_text
 from hpo.spec.study import Reference
 
 _MOST_CLASSES = 60  # more sample strips than that make a page nobody scrolls through

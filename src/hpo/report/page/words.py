@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from hpo.report.figures.style import value_text
 from hpo.report.statistics import Interval
-from hpo.report.style import value_text
 from hpo.spec.space import Choice, Float, Int
 from hpo.spec.study import SplitSpec
 

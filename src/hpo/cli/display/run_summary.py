@@ -1,0 +1,217 @@
+"""Add up the events of a running study, and say in words how it opened and how it ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hpo.cli.display.output import short_names, show_parameters, show_score, show_seconds
+from hpo.records import (
+    FINAL,
+    EpochEnded,
+    Event,
+    StudyEnded,
+    StudyOpened,
+    TrialEnded,
+    TrialResult,
+    TrialStarted,
+    TrialState,
+)
+from hpo.report.failures import failure_lines
+
+
+@dataclass(frozen=True)
+class NextCommands:
+    """What the user may type next: their own command, the same without its budget, and " --home DIR" or ""."""
+
+    again: str
+    more: str
+    home: str = ""
+
+
+@dataclass
+class RunningTrial:
+    """What is known of a trial under way; epochs is the most it may have, best its best objective so far."""
+
+    number: int
+    worker: str
+    parameters: Mapping[str, Any]
+    epochs: int
+    stage: str | None = None
+    epoch: int = 0
+    fold: int = 0
+    value: float | None = None
+    best: float | None = None
+
+
+@dataclass
+class Tally:
+    """The events so far, added up; clock gives seconds that only grow."""
+
+    clock: Callable[[], float] = time.monotonic
+    opened: StudyOpened | None = None
+    ended: StudyEnded | None = None
+    running: dict[int, RunningTrial] = field(default_factory=dict)
+    states: dict[TrialState, int] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
+    best: TrialResult | None = None
+    best_parameters: Mapping[str, Any] = field(default_factory=dict)
+    last_parameters: Mapping[str, Any] = field(default_factory=dict)
+    last_stage: str | None = None
+    finals: int = 0
+    finished_here: int = 0
+    started: float = 0.0
+
+    def add(self, event: Event) -> None:
+        """Take one event in."""
+        match event:
+            case StudyOpened():
+                self._open(event)
+            case TrialStarted(candidate, worker):
+                epochs = candidate.parameters.get("training.epochs") or self._setting("training", "epochs") or 0
+                self.running[candidate.number] = RunningTrial(
+                    candidate.number, worker, candidate.parameters, int(epochs), candidate.stage
+                )
+            case EpochEnded(number, epoch) if number in self.running:
+                trial = self.running[number]
+                trial.epoch, trial.fold = epoch.number, epoch.fold
+                trial.value = epoch.scores.get(self.objective)
+                trial.best = self.better(trial.best, trial.value)
+            case TrialEnded(result, best):
+                self._end_trial(result, best=best)
+            case StudyEnded():
+                self.ended = event
+            case _:
+                pass
+
+    def _open(self, event: StudyOpened) -> None:
+        self.opened, self.started = event, self.clock()
+        study = event.study
+        searched = [trial.state for trial in study.trials if trial.candidate.stage != FINAL]
+        self.states = {state: searched.count(state) for state in TrialState if state.finished}
+        search = study.spec.get("search") or {}
+        spaces = [search.get("space") or {}, *(stage.get("space") or {} for stage in search.get("stages") or ())]
+        space = {path for each in spaces for path in each}
+        self.names = short_names(space or {path for trial in study.trials for path in trial.candidate.parameters})
+        if study.best:
+            self.best, self.best_parameters = study.best.result, study.best.candidate.parameters
+
+    def _end_trial(self, result: TrialResult, *, best: bool) -> None:
+        trial = self.running.pop(result.number, None)
+        self.last_parameters, self.last_stage = (trial.parameters, trial.stage) if trial else ({}, None)
+        if self.last_stage == FINAL:
+            self.finals += result.state is TrialState.COMPLETE
+        elif result.state.finished:
+            self.states[result.state] = self.states.get(result.state, 0) + 1
+            self.finished_here += 1
+        if best:
+            self.best, self.best_parameters = result, self.last_parameters
+
+    def _setting(self, part: str, name: str) -> Any:
+        return (self.opened.study.spec.get(part) or {}).get(name) if self.opened else None
+
+    @property
+    def objective(self) -> str:
+        """The score that the study is after."""
+        return self.opened.study.objective if self.opened else ""
+
+    @property
+    def budget(self) -> int:
+        """The study's total number of trials."""
+        return self.opened.budget if self.opened else 0
+
+    @property
+    def finished(self) -> int:
+        """Trials done, those of earlier runs included."""
+        return (self.opened.finished if self.opened else 0) + self.finished_here
+
+    @property
+    def seconds(self) -> float:
+        """Since the study was opened."""
+        return self.clock() - self.started if self.opened else 0.0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the pace so far; None before the first trial of this run has ended."""
+        if not self.finished_here:
+            return None
+        return max(self.budget - self.finished, 0) * self.seconds / self.finished_here
+
+    def better(self, one: float | None, other: float | None) -> float | None:
+        """The better of two objectives; None counts as none."""
+        values = [value for value in (one, other) if value is not None]
+        minimize = self.opened is not None and self.opened.study.direction == "minimize"
+        return (min if minimize else max)(values, default=None)
+
+    def counts(self) -> str:
+        """15 complete, 4 pruned, 1 failed."""
+        return ", ".join(f"{count} {state}" for state, count in self.states.items() if count)
+
+
+def opening(event: StudyOpened) -> tuple[str, str]:
+    """What is searched, in what and with what: the question, and data, parts, device and workers in one line."""
+    data, split = event.data, event.split
+    parts = ", ".join(f"{split.counts[part]:,} {part}" for part in ("train", "valid") if part in split.counts)
+    workers = f"{event.workers} worker{'s' if event.workers > 1 else ''}" if event.workers else "in this process"
+    workers += f", {event.stack} trials side by side in each" if event.stack > 1 else ""
+    facts = [f"{data.name} {data.digest.removeprefix('sha256:')[:8]}", parts, event.device, workers]
+    if event.finished:
+        facts.append(f"{event.finished} of {event.budget} done")
+    return str(event.study.spec.get("question") or ""), " · ".join(facts)
+
+
+def closing(tally: Tally) -> list[tuple[str, str]]:
+    """How it ended, as (label, words): what was done, the best trial, the registered model."""
+    ended = tally.ended
+    if ended is None:
+        return []
+    study, best = ended.study, ended.study.best
+    rows = [(_REASONS.get(ended.reason, ended.reason), _done(tally))]
+    if best and best.result:
+        rows.append(
+            ("best", f"{study.objective} {show_score(best.value)}, trial {best.number}, epoch {best.result.best_epoch}")
+        )
+        rows.append(("", show_parameters(best.candidate.parameters, tally.names)))
+    else:
+        rows.append(("best", "none: no trial was completed"))
+        rows += zip(("failures", "mostly"), failure_lines(study), strict=False)
+    if ended.model and tally.finals:
+        again = "1 more training" if tally.finals == 1 else f"{tally.finals} more trainings"
+        rows.append(("final", f"{again} of the best; trial {ended.model.trial} is the model"))
+    if ended.model:
+        alias = f", alias {', '.join(ended.model.aliases)}" if ended.model.aliases else ""
+        rows.append(("model", f"{ended.model.name} version {ended.model.version}{alias}"))
+    return rows
+
+
+_REASONS = {"budget": "done", "exhausted": "done", "timeout": "time is up", "failing": "gave up"}
+
+
+def _done(tally: Tally) -> str:
+    if tally.ended and tally.ended.reason == "exhausted":
+        return f"every candidate of the space was tried: {tally.counts()}"
+    if not tally.finished_here and tally.finished >= tally.budget:
+        return f"all {tally.finished} trials were done before: {tally.counts()}"
+    counts = f": {tally.counts()}" if tally.finished else ""
+    return f"{tally.finished} of {tally.budget} trials, {show_seconds(tally.seconds)}{counts}"
+
+
+def next_steps(tally: Tally, commands: NextCommands) -> list[tuple[str, str]]:
+    """(command, what it does) for what comes next."""
+    ended = tally.ended
+    if ended is None:
+        return []
+    home, model = commands.home, ended.model
+    steps = []
+    if ended.reason in ("interrupted", "stopped", "timeout", "failing") and tally.finished < tally.budget:
+        steps.append((commands.again, "go on where this stopped"))
+    if model and "champion" not in model.aliases:
+        steps.append((f"hpo promote {model.study or model.name}{home}", "open its sealed test part once"))
+    if model:
+        steps.append((f"hpo predict {model.name} IMAGE...{home}", "classify image files"))
+    steps.append((f"hpo ui{home}", "look at every run in MLflow"))
+    if ended.reason == "budget" and not (ended.study.spec.get("search") or {}).get("stages"):
+        steps.append((f"{commands.more} --trials {2 * tally.budget}", "search on"))
+    return steps

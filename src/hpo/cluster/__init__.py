@@ -1,0 +1,1 @@
+"""A study on many machines: SLURM, Kubernetes, and workers that join."""

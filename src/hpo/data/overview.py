@@ -1,0 +1,91 @@
+"""What a prepared data set looks like: its parts, channels and duplicates, and images to look at; without torch."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpo.data.duplicates import Digests, copies, found_in
+from hpo.data.split import Rows, indices
+from hpo.data.test_set import duplicates_of_test
+from hpo.errors import DataError
+from hpo.records import DataCard
+from hpo.spec.study import SplitSpec
+
+_CHUNK_ROWS = 4096
+
+
+def open_development(card: DataCard, split: SplitSpec) -> tuple[NDArray[np.uint8], NDArray[np.int64], dict[str, Rows]]:
+    """Images (n, height, width, channels), memory-mapped, their labels (n,), and the rows of train and valid.
+
+    They are the development images: the test part is not among them. Raises DataError where the prepared files are
+    gone or the split is impossible.
+    """
+    folder = Path(card.folder)
+    try:
+        images = np.load(folder / "development_images.npy", mmap_mode="r", allow_pickle=False)
+        labels = np.load(folder / "development_labels.npy", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{folder}: the prepared data cannot be read: {error}.", "Run again: it is prepared anew."
+        ) from None
+    train, valid = indices(labels, split=split, valid_start=card.valid_start)
+    return images, labels, {"train": train, "valid": valid} if len(valid) else {"train": train}
+
+
+def channel_statistics(images: NDArray[np.uint8], rows: Rows) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel over the rows, in [0, 1] as pixel / 255."""
+    channels = images.shape[3]
+    counts = np.zeros((channels, 256), dtype=np.int64)
+    for start in range(0, len(rows), _CHUNK_ROWS):
+        pixels = images[rows[start : start + _CHUNK_ROWS]].reshape(-1, channels)
+        counts += [np.bincount(pixels[:, channel], minlength=256) for channel in range(channels)]
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    values = np.arange(256) / 255
+    mean = shares @ values
+    deviation = np.sqrt((shares * (values - mean[:, np.newaxis]) ** 2).sum(axis=1))
+    return tuple(mean.tolist()), tuple(deviation.tolist())
+
+
+def sample_rows(labels: NDArray[Any], rows: Rows, *, classes: int, count: int, seed: int) -> list[list[int]]:
+    """For each class up to count of the rows, drawn at random without repetition."""
+    generator = np.random.default_rng(seed)
+    shuffled = generator.permutation(rows)
+    return [shuffled[labels[shuffled] == label][:count].tolist() for label in range(classes)]
+
+
+def duplicates(
+    card: DataCard, digests: Digests, parts: Mapping[str, Rows]
+) -> tuple[dict[str, int], dict[tuple[str, str], int]]:
+    """Images of each part that repeat an earlier one of it; images of a later part that also occur in an earlier one.
+
+    digests are the pixel_digests of the development images, parts the rows of train and valid. The second answer is
+    keyed by (earlier, later) of train, valid, test; of the test part only these numbers are ever told.
+    """
+    by_part = {part: [digests[row] for row in rows] for part, rows in parts.items()}
+    test = duplicates_of_test(card, by_part)
+    within = {part: copies(own) for part, own in by_part.items()} | {"test": test["test"]}
+    across = {(part, "test"): test[part] for part in by_part}
+    if "valid" in by_part:
+        across = {("train", "valid"): found_in(by_part["valid"], by_part["train"]), **across}
+    return within, across
+
+
+def to_png(image: NDArray[np.uint8]) -> bytes:
+    """One image (height, width, channels) as a PNG file; of two channels, the first is shown."""
+    from PIL import Image
+
+    pixels = np.ascontiguousarray(image if image.shape[2] > 2 else image[:, :, 0])
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def to_pngs(images: NDArray[np.uint8], rows: Sequence[int]) -> dict[int, bytes]:
+    """Row -> its image as a PNG file."""
+    return {row: to_png(images[row]) for row in rows}

@@ -1,0 +1,236 @@
+"""Read the file formats that image data sets come in, as arrays; nothing here unpickles an unverified file."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import math
+import os
+import struct
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpo.data.dotted_path import load_function
+from hpo.data.image_files import read_picture
+from hpo.errors import DataError, HpoError
+
+Pair = tuple[NDArray[Any], NDArray[Any]]
+"""Images and their labels, as found: not checked yet."""
+
+_IMAGE_ENDINGS = frozenset((".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
+_NPZ_PARTS = {"train": "train", "valid": "val", "test": "test"}
+_IDX_PARTS = {"train": "train", "test": "t10k"}
+# What numpy and zipfile raise on files that are cut off or overwritten.
+_DAMAGE = (
+    *(ValueError, OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error, struct.error),
+    MemoryError,  # for what a header promises
+)
+_CIFAR10_BYTES = 1_000_000_000  # unpacked, at most: the official archive has 186 million
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a source holds: train always, valid and test where it has them.
+
+    class_names is empty where the source names none. verified: the reader itself compared published checksums.
+    """
+
+    pairs: Mapping[str, Pair]
+    class_names: tuple[str, ...] = ()
+    verified: bool = False
+
+
+def package_file(package: str, *parts: str) -> Path:
+    """A file inside an installed package, found without importing it."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError(f"the package {package} is not installed.", "Install hpo again, with its dependencies.")
+    return Path(spec.submodule_search_locations[0]).joinpath(*parts)
+
+
+def read_npz(place: Path, _size: int | None = None) -> Parts:
+    """MedMNIST's keys: {train,val,test}_images and _labels, of which train is required; class_names is optional."""
+    if not zipfile.is_zipfile(place):
+        raise DataError(f"{place}: not an npz file, or a damaged one.", "Write it with numpy.savez, or copy it again.")
+    wanted = {f"{prefix}_{kind}" for prefix in _NPZ_PARTS.values() for kind in ("images", "labels")} | {"class_names"}
+    try:
+        with np.load(place, allow_pickle=False) as file:
+            _check_room(place, file.zip)
+            arrays = {key: file[key] for key in file.files if key in wanted}
+            keys = ", ".join(file.files)
+    except HpoError:
+        raise
+    except Exception as error:  # noqa: BLE001 - numpy reads headers as Python, which fails in ways no list holds
+        if "allow_pickle" in str(error):
+            raise DataError(
+                f"{place}: holds pickled Python objects, which could run code and are not opened.",
+                "Save plain arrays: images as uint8, labels as int64, class_names as str.",
+            ) from None
+        raise DataError(f"{place}: the npz is damaged: {error}.", "Copy or write it again.") from None
+    return _parts(arrays, place, keys)
+
+
+def _check_room(place: Path, archive: zipfile.ZipFile) -> None:
+    """Refuse what says it is larger, unpacked, than this machine's memory. Raises DataError."""
+    unpacked = sum(entry.file_size for entry in archive.infolist())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else unpacked
+    if unpacked > memory:
+        raise DataError(
+            f"{place}: unpacked it has {unpacked / 1e9:,.1f} GB, and this machine {memory / 1e9:,.1f} GB of memory.",
+            "Take smaller images or fewer of them, or a larger machine.",
+        )
+
+
+def read_own(dotted: str, _place: Path, size: int | None = None) -> Parts:
+    """What the user's function answers: a mapping with the keys of an npz, called as function(size=...)."""
+    try:
+        arrays = dict(load_function(dotted, what="data")(size=size))
+    except HpoError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"data {dotted}: the function fails: {type(error).__name__}: {error}.",
+            f"Call it yourself with size={size}.",
+        ) from error
+    return _parts({key: np.asarray(value) for key, value in arrays.items()}, dotted, ", ".join(arrays))
+
+
+def _parts(arrays: Mapping[str, NDArray[Any]], place: Path | str, keys: str) -> Parts:
+    pairs: dict[str, Pair] = {}
+    for part, prefix in _NPZ_PARTS.items():
+        images, labels = arrays.get(f"{prefix}_images"), arrays.get(f"{prefix}_labels")
+        if images is not None and labels is not None:
+            pairs[part] = images, labels
+        elif images is not None or labels is not None or part == "train":
+            raise DataError(
+                f"{place}: {prefix}_images and {prefix}_labels are not both there (keys: {keys}).",
+                "Save both under these names; val_* and test_* may be left out in pairs.",
+            )
+    return Parts(pairs, tuple(str(name) for name in arrays.get("class_names", np.array([])).reshape(-1)))
+
+
+def read_digits(place: Path, _size: int | None = None) -> Parts:
+    """scikit-learn's digits.csv.gz: 64 grey values 0..16 and the digit in each line; scaled to 0..255."""
+    # As sklearn.datasets.load_digits does, without the seconds that importing scikit-learn takes.
+    table = np.loadtxt(place, delimiter=",")
+    images = np.rint(table[:, :-1] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
+    return Parts({"train": (images, table[:, -1].astype(np.int64))}, tuple("0123456789"))
+
+
+def read_idx(place: Path, _size: int | None = None) -> Parts:
+    """A folder with the four files of MNIST's format, {train,t10k}-{images-idx3,labels-idx1}-ubyte, gzipped or not."""
+    return Parts(
+        {
+            part: (_idx(place, f"{prefix}-images-idx3-ubyte", 3), _idx(place, f"{prefix}-labels-idx1-ubyte", 1))
+            for part, prefix in _IDX_PARTS.items()
+        }
+    )
+
+
+def _idx(folder: Path, name: str, dims: int) -> NDArray[np.uint8]:
+    """One idx file: 0, 0, 8 (uint8), dims, then the lengths as big-endian uint32, then the values."""
+    path = next((path for path in (folder / f"{name}.gz", folder / name) if path.is_file()), None)
+    if path is None:
+        raise DataError(f"{folder}: {name}.gz is missing there.", "Name a folder that holds all four idx files.")
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            if file.read(4) != bytes((0, 0, 8, dims)):
+                raise ValueError(f"it does not begin as uint8 idx of {dims} dimensions")
+            shape = struct.unpack(f">{dims}I", file.read(4 * dims))
+            # One more than is due: a file that unpacks to more is told, not unpacked.
+            values = file.read(math.prod(shape) + 1)
+        return np.frombuffer(values, np.uint8).reshape(shape)
+    except _DAMAGE as error:
+        raise DataError(f"{path}: the idx file is damaged: {error}.", "Copy or download it again.") from None
+
+
+def read_cifar10(place: Path, _size: int | None = None) -> Parts:
+    """An npz, the publisher's cifar-10-python.tar.gz, or the folder cifar-10-batches-py that lies in it."""
+    if place.suffix == ".npz":
+        return read_npz(place)
+    from torchvision.datasets import CIFAR10
+
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        if place.is_dir():
+            root = place.parent if place.name == CIFAR10.base_folder else place
+        else:
+            try:
+                with tarfile.open(place) as archive:
+                    unpacked = 0
+                    for member in archive:
+                        unpacked += member.size
+                        if unpacked > _CIFAR10_BYTES:
+                            raise tarfile.TarError(f"it unpacks to more than {_CIFAR10_BYTES:,} bytes")
+                    # The filter lets nothing out of the folder: no path upwards, no link to elsewhere, no device.
+                    archive.extractall(root, filter="data")
+            except (tarfile.TarError, *_DAMAGE) as error:
+                raise DataError(f"{place}: the archive is damaged: {error}.", "Copy or download it again.") from None
+        try:
+            # The batches are pickles: torchvision opens them only after it has compared their published checksums.
+            train, test = (CIFAR10(str(root), train=part, download=False) for part in (True, False))
+        except RuntimeError:
+            raise DataError(
+                f"{place}: {CIFAR10.base_folder} is not complete there, or not the official one.",
+                "Its files are pickles, so no others are opened. Other CIFAR images: save them as npz.",
+            ) from None
+        pairs = {name: (part.data, np.array(part.targets)) for name, part in (("train", train), ("test", test))}
+        return Parts(pairs, tuple(train.classes), verified=True)
+
+
+def read_eurosat(place: Path, size: int | None = None) -> Parts:
+    """The publisher's EuroSAT.zip, a folder with `2750` in it, or one with the class folders."""
+    if place.is_dir():
+        return read_folder(place / "2750" if (place / "2750").is_dir() else place, size)
+    try:
+        with zipfile.ZipFile(place) as archive:
+            _check_room(place, archive)
+            # Read inside the archive: what is never extracted cannot escape.
+            root = zipfile.Path(archive)
+            return read_folder(root / "2750" if (root / "2750").is_dir() else root, size)
+    except zipfile.BadZipFile as error:
+        raise DataError(f"{place}: the archive is damaged: {error}.", "Copy or download it again.") from None
+
+
+def read_folder(place: Path | zipfile.Path, size: int | None = None) -> Parts:
+    """One folder a class, ordered by name; images grey if all are, else RGB; resized to size x size if given."""
+    if not place.is_dir():
+        raise DataError(f"{place}: not a folder.", "Name one that holds a folder of images for each class.")
+    folders = sorted((item for item in place.iterdir() if item.is_dir() and item.name[0] not in "._"), key=_name)
+    images: list[NDArray[np.uint8]] = []
+    labels: list[int] = []
+    for label, folder in enumerate(folders):
+        files = sorted((item for item in folder.iterdir() if _is_image(item)), key=_name)
+        if not files:
+            raise DataError(f"{folder}: no image in this class folder.", "Add images, or remove the folder.")
+        for file in files:
+            images.append(read_picture(file, size=(size, size) if size else None))
+            labels.append(label)
+            if images[-1].shape[:2] != images[0].shape[:2]:
+                (high, wide), (first_high, first_wide) = images[-1].shape[:2], images[0].shape[:2]
+                raise DataError(
+                    f"{file}: {wide}x{high} pixels, but the first image is {first_wide}x{first_high}.",
+                    "Have all resized: --set data.size=64",
+                )
+    if not folders:
+        raise DataError(f"{place}: holds no class folders.", "Put the images of each class into a folder of its own.")
+    if any(image.ndim == 3 for image in images):
+        images = [image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2) for image in images]
+    return Parts({"train": (np.stack(images), np.array(labels))}, tuple(folder.name for folder in folders))
+
+
+def _name(item: Path | zipfile.Path) -> str:
+    return item.name
+
+
+def _is_image(item: Path | zipfile.Path) -> bool:
+    return item.is_file() and item.name[0] != "." and Path(item.name).suffix.lower() in _IMAGE_ENDINGS

@@ -1,0 +1,59 @@
+"""Bring models of the store, on which other networks stand, to where workers find them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import yaml
+
+from hpo.data.prepare import models_folder
+from hpo.errors import ModelError
+from hpo.home import Home
+from hpo.spec.pretrained import TransferSpec
+from hpo.spec.study import StudySpec
+from hpo.spec.trust import check_stored
+
+
+def check_setup(file: Path, *, trust: bool = False) -> None:
+    """Refuse a logged model whose network is a function from outside the working directory. Raises SpecError.
+
+    A model without a setup names none; a damaged setup is told by whoever reads it.
+    """
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        setup = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(setup, dict):
+            check_stored(setup, trust=trust, origin=str(file))
+
+
+def with_model(spec: StudySpec, home: Home, *, trust: bool = False) -> StudySpec:
+    """The spec with model.from_model as the id of the model that it means now; its files are there afterwards.
+
+    A study remembers the id, so an alias that has moved on is another study. trust as in check_setup. Raises
+    ModelError, and SpecError as check_setup does.
+    """
+    if not isinstance(spec.model, TransferSpec):
+        return spec
+    from hpo.tracking.registry import fetch, resolve
+
+    version = resolve(home, spec.model.from_model)
+    models_folder().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=models_folder(), prefix=".making-") as scratch:
+        found = fetch(home, version, Path(scratch))
+        facts = yaml.safe_load((found / "MLmodel").read_text(encoding="utf-8"))
+        folder = models_folder() / facts["model_id"]
+        if not (found / "artifacts" / "setup.json").is_file():
+            raise ModelError(
+                f"model.from_model: {spec.model.from_model} was logged by an earlier version of hpo.",
+                f"Run its study again: hpo run {version.study} --fresh",
+            )
+        check_setup(found / "artifacts" / "setup.json", trust=trust)
+        if not folder.is_dir():
+            shutil.copytree(found / "artifacts", Path(scratch) / "whole")
+            with contextlib.suppress(OSError):  # another process was faster
+                (Path(scratch) / "whole").rename(folder)
+    uri = f"models:/{folder.name}"
+    return spec.model_copy(update={"model": spec.model.model_copy(update={"from_model": uri})})

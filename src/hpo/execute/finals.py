@@ -1,0 +1,119 @@
+"""After the search: who is trained again, with which settings, and whose model wins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from hpo.data.split import indices
+from hpo.records import FINAL, DataCard, StudyResult, Trial, unpack_classes
+from hpo.report.statistics import Interval, paired_bootstrap
+from hpo.spec.study import FinalSpec, Setup, SplitSpec, StudySpec
+
+# Seeds of finals lie beyond those of any search trial, so that they are fresh.
+_FRESH = 1_000_000_000
+
+
+def finalists(spec: StudySpec, study: StudyResult) -> list[tuple[Mapping[str, Any], int]]:
+    """Parameters and seed of each final training: the best of the search, each with every seed."""
+    if spec.final is None:
+        return []
+    ranked: list[Trial] = []
+    for trial in study.ranked():
+        if all(trial.candidate.parameters != other.candidate.parameters for other in ranked):
+            ranked.append(trial)
+    seeds = [spec.seed_of(_FRESH + index) for index in range(spec.final.seeds)]
+    return [(trial.candidate.parameters, seed) for trial in ranked[: spec.final.finalists] for seed in seeds]
+
+
+def final_setup(spec: StudySpec, study: StudyResult, parameters: Mapping[str, Any], *, data: DataCard) -> Setup:
+    """The setup of a final training: the candidate's, with what `final` changes."""
+    final = spec.final or FinalSpec()
+    setup = spec.with_values({**parameters, **final.set})
+    if final.on == "all":
+        best = next(trial.result for trial in study.ranked() if trial.candidate.parameters == parameters)
+        epochs = best.best_epoch if best is not None and best.best_epoch else setup.training.epochs
+        training = setup.training.model_copy(update={"epochs": epochs, "patience": None})
+        split = setup.split.model_copy(update={"kind": "none"})
+        return setup.model_copy(update={"training": training, "split": split})
+    return setup.model_copy(update={"split": final_split(spec, data)})
+
+
+def final_split(spec: StudySpec, data: DataCard) -> SplitSpec:
+    """What a final training validates on. After folds: the official part, or a stratified holdout without one."""
+    if spec.final is not None and spec.final.split is not None:
+        return spec.final.split
+    if spec.split.kind != "kfold":
+        return spec.split
+    return spec.split.model_copy(update={"kind": "official" if data.valid_start is not None else "holdout"})
+
+
+@dataclass(frozen=True)
+class Race:
+    """How the finals ended. ranking holds each finalist's trials, best mean first.
+
+    lead is the difference in validation accuracy, first minus second, with its 95 % interval; None without a second or
+    without validation images. tie: the interval holds 0.
+    """
+
+    winner: Trial
+    ranking: tuple[tuple[Trial, ...], ...]
+    lead: Interval | None
+
+    @property
+    def tie(self) -> bool:
+        """Whether chance explains the lead."""
+        return self.lead is not None and self.lead.low <= 0
+
+    def __str__(self) -> str:
+        first = self.ranking[0]
+        if self.lead is None:
+            others = f", the best of {len(first)} seeds" if len(first) > 1 else ""
+            return f"final: trial {self.winner.number}, the search's best trained again{others}, is the model."
+        verdict = "a tie" if self.tie else "a win"
+        return (
+            f"final: {verdict} by {100 * self.lead.value:.2f} points of validation accuracy "
+            f"(95 % interval {100 * self.lead.low:.2f} to {100 * self.lead.high:.2f}) between the first two of "
+            f"{len(self.ranking)} finalists, {len(first)} seeds each; trial {self.winner.number} is the model."
+        )
+
+
+def race(spec: StudySpec, study: StudyResult, *, data: DataCard) -> Race | None:
+    """Rank the finalists by their mean objective over seeds; None where no final training is complete.
+
+    The winner is the best training of the best finalist. Images and seeds are paired: a finalist's correctness on an
+    image is its mean over seeds, and images are drawn again 10,000 times.
+    """
+    done = [trial for trial in study.trials if trial.candidate.stage == FINAL and trial.state == "complete"]
+    if not done:
+        return None
+    groups: list[list[Trial]] = []
+    for trial in done:
+        same = [group for group in groups if group[0].candidate.parameters == trial.candidate.parameters]
+        same[0].append(trial) if same else groups.append([trial])
+    sign = 1.0 if study.direction == "maximize" else -1.0
+
+    def worth(trials: Sequence[Trial]) -> float:
+        return fmean(sign * (trial.value or 0.0) for trial in trials)
+
+    ranking = tuple(
+        tuple(sorted(group, key=lambda trial: -worth([trial]))) for group in sorted(groups, key=worth)[::-1]
+    )
+    lead = None
+    if len(ranking) > 1:
+        labels = np.load(Path(data.folder) / "development_labels.npy")
+        _, rows = indices(labels, split=final_split(spec, data), valid_start=data.valid_start)
+        first, second = (_correct(trials, labels[rows]) for trials in ranking[:2])
+        lead = paired_bootstrap(first, second, seed=spec.seed)
+    return Race(ranking[0][0], ranking, lead)
+
+
+def _correct(trials: Sequence[Trial], labels: np.ndarray) -> Any:
+    """(n,) mean correctness of the trials on each validation image, in [0, 1]."""
+    predicted = [unpack_classes(trial.result.predicted) for trial in trials if trial.result is not None]
+    return np.mean([np.array(classes) == labels for classes in predicted], axis=0)

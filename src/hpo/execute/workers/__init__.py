@@ -1,0 +1,1 @@
+"""What runs in a worker's process, and in the job process."""

@@ -1,0 +1,266 @@
+"""One process beside the workers for what must not hold up training: preparing data, exporting models, drawing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hpo.errors import HpoError
+from hpo.execute.process import follow_supervisor, hidden_main
+from hpo.execute.stack_size import Places, measure_places
+from hpo.profile import Clock
+from hpo.records import DataCard, Notice, SplitCard, StudyResult, TrialResult
+from hpo.spec.study import DataSpec, SplitSpec, StudySpec
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    Drawing = Callable[[], Figure | None]
+
+_MOST_TRIES = 3
+_clock = Clock()  # what the helper's process spends on what
+_progress: Connection | None = None  # the helper process's way to say how far a download is
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a study runs on: its data, how it is split, and the devices that were asked for."""
+
+    data: DataCard
+    split: SplitCard
+    devices: tuple[str, ...]
+
+
+class Job:
+    """What a job of the helper comes to. If the process dies over it, whoever asks next has it begun anew.
+
+    done, result and exception are those of a concurrent Future; a job whose process has died three times raises
+    HpoError.
+    """
+
+    def __init__(self, begin: Callable[[], Future[Any]], name: str) -> None:
+        self._begin, self._name = begin, name
+        self._future, self._tries = begin(), 1
+
+    def done(self) -> bool:
+        """Whether there is a result or an exception."""
+        return self._future.done() and not self._begun_anew()
+
+    def result(self, timeout: float | None = None) -> Any:
+        """The result; raises what the job raised, or TimeoutError after so many seconds."""
+        if (error := self.exception(timeout)) is not None:
+            raise error
+        return self._future.result()
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """What the job raised, or None; raises TimeoutError after so many seconds."""
+        error = self._future.exception(timeout)
+        while self._begun_anew():
+            error = self._future.exception(timeout)
+        if isinstance(error, BrokenProcessPool):
+            return HpoError(
+                f"{self._name}: its process died {self._tries} times.",
+                "Was it killed, or is there too little memory? Run the study again: it goes on where it was.",
+            )
+        return error
+
+    def _begun_anew(self) -> bool:
+        died = self._future.done() and isinstance(self._future.exception(), BrokenProcessPool)
+        if not died or self._tries >= _MOST_TRIES:
+            return False
+        self._future, self._tries = self._begin(), self._tries + 1
+        return True
+
+
+class Helper:
+    """The process, its jobs in order, and what it says meanwhile. Another takes its place if it dies."""
+
+    def __init__(self, context: BaseContext) -> None:
+        self._context = context
+        self._open()
+
+    def _open(self) -> None:
+        self._notices, theirs = self._context.Pipe()
+        arguments = (theirs, dict(os.environ))
+        self._pool = ProcessPoolExecutor(1, mp_context=self._context, initializer=_start, initargs=arguments)
+
+    def submit(self, job: Callable[..., Any], *arguments: Any, **options: Any) -> Job:
+        """Queue a job: a function of this module, which may be begun more than once."""
+        return Job(lambda: self._begin(partial(job, *arguments, **options)), job.__name__)
+
+    def _begin(self, job: Callable[[], Any]) -> Future[Any]:
+        with hidden_main():
+            try:
+                return self._pool.submit(job)
+            except BrokenProcessPool:
+                self.close()
+                self._open()
+                return self._pool.submit(job)
+
+    def notices(self) -> list[Notice]:
+        """What came in since the last call; only the newest of each text."""
+        newest: dict[str, Notice] = {}
+        while self._notices.poll():
+            notice: Notice = self._notices.recv()
+            newest[notice.text] = notice
+        return list(newest.values())
+
+    def close(self) -> None:
+        """Drop what has not begun and end the process, which would take seconds to leave by itself."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._notices.close()
+
+
+def _start(connection: Connection, environment: Mapping[str, str]) -> None:
+    global _progress
+    _progress = connection
+    follow_supervisor(environment, connection)
+    if hasattr(os, "nice"):
+        os.nice(5)  # training comes first
+
+
+def _say(text: str, done: int, total: int) -> None:
+    if _progress is not None:
+        _progress.send(Notice(text, done, total))
+
+
+def spent() -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds and CPU seconds of this process by phase: prepare, export, figures."""
+    return dict(_clock.seconds), dict(_clock.cpu_seconds)
+
+
+@_clock.span("prepare")
+def prepare(data: DataSpec, split: SplitSpec, device: str) -> Prepared:
+    """Fetch and check the data, and see which devices there are. Raises HpoError."""
+    from hpo.data.prepare import prepare as prepare_data
+    from hpo.data.split import split_card
+    from hpo.training.compute.device import resolve_devices
+
+    devices = resolve_devices(device)
+    card = prepare_data(data, split, progress=_say)
+    return Prepared(card, split_card(card, split), tuple(devices))
+
+
+def measure_stack(spec: StudySpec, data: DataCard, device: str, threads: int, most: int) -> Places:
+    """How many trainings each worker should do side by side, `most` at most."""
+    return measure_places(spec, data, device, threads=threads, most=most)
+
+
+def draw_study(study: StudyResult, folder: Path) -> list[Path]:
+    """Draw a study's pictures into folder, emptied first; returns their files. A picture that fails is told.
+
+    Without a complete trial there are none.
+    """
+    from hpo.report.figures import space as space_figures
+    from hpo.report.figures import study as study_figures
+    from hpo.search.importance import importances
+
+    shutil.rmtree(folder, ignore_errors=True)
+    if study.best is None:
+        return []
+    shares = importances(study)
+    last = list(shares.values())[-1] if shares else {}
+    # fANOVA, the last of the methods: the other one can overlook a parameter with a few options.
+    ranking = list(last.values())[-1] if last else {}
+    figures: dict[str, Drawing] = {
+        "optimisation_history": lambda: study_figures.optimisation_history(study),
+        "learning_curves": lambda: study_figures.learning_curves(study),
+        "pareto_front": lambda: study_figures.pareto_front(study),
+        "parameter_importance": lambda: study_figures.importance_figure(shares),
+        "parallel_coordinates": lambda: space_figures.parallel_coordinates(study),
+        "slices": lambda: space_figures.slices(study),
+        "contour": lambda: space_figures.contour(study, ranking),
+        "heat_map": lambda: space_figures.heat_map(study),
+        "effects": lambda: space_figures.effects(study),
+        "timeline": lambda: study_figures.timeline(study),
+    }
+    if not study.objective.endswith("_loss"):
+        figures["effects_on_loss"] = lambda: space_figures.effects(study, score="valid_loss")
+    return _draw(figures, folder, study.title)
+
+
+def finish_trial(result: TrialResult, data: DataCard, *, figures: bool) -> Path:
+    """Turn what a complete trial left in its folder into what is kept, and return the folder.
+
+    That is the exported program, tables beside it and, where asked for, pictures in `figures`.
+    """
+    from hpo.models.export import export_program
+    from hpo.report.tables import classification_report, report_text
+    from hpo.training.compute.device import use_threads
+
+    use_threads(1)
+    folder = Path(result.folder)
+    with _clock.span("export"):
+        export_program(folder)
+    if result.confusion:
+        report = classification_report(result.confusion, data.class_names)
+        (folder / "classification_report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+        (folder / "classification_report.txt").write_text(report_text(report), encoding="utf-8")
+    if figures:
+        draw_trial(result, data, folder / "figures")
+    return folder
+
+
+def draw_trial(result: TrialResult, data: DataCard, folder: Path) -> list[Path]:
+    """Draw a complete trial's pictures from what it left in result.folder; returns their files.
+
+    A training without a validation part has its curves only.
+    """
+    import numpy as np
+
+    from hpo.report import mistakes
+    from hpo.report.figures import trial as trial_figures
+
+    title, names = f"trial {result.number}", data.class_names
+    figures: dict[str, Drawing] = {
+        "training_curves": lambda: trial_figures.training_curves(
+            result.epochs, best_epoch=result.best_epoch, title=title
+        )
+    }
+    title += ", validation"
+    left = Path(result.folder) / "validation.npz"
+    if result.confusion:
+        figures["confusion"] = lambda: trial_figures.confusion_figure(result.confusion, names, title=title)
+        figures["class_accuracy"] = lambda: trial_figures.class_accuracy_figure(result.confusion, names, title=title)
+    if result.confusion and left.is_file():
+        with np.load(left) as arrays:
+            rows, labels, probabilities = (arrays[name] for name in ("rows", "labels", "probabilities"))
+        figures["roc"] = lambda: trial_figures.roc_figure(labels, probabilities, names, title=title)
+        figures["rank_of_truth"] = lambda: mistakes.rank_figure(labels, probabilities, title=title)
+
+        def gallery() -> Figure | None:
+            found = mistakes.confident_mistakes(labels, probabilities)
+            images = np.load(Path(data.folder) / "development_images.npy", mmap_mode="r")
+            shown = {place: np.asarray(images[rows[place]]) for mistake in found for place in mistake.positions}
+            return mistakes.mistakes_figure(found, shown, names, title=f"{title}: the surest mistakes")
+
+        figures["surest_mistakes"] = gallery
+    return _draw(figures, folder, f"trial {result.number}")
+
+
+@_clock.span("figures")
+def _draw(figures: Mapping[str, Drawing], folder: Path, owner: str) -> list[Path]:
+    """Write each figure that there is to folder; a fault costs one picture, never a model or the end of a study."""
+    from hpo.report.figures.style import save_png
+
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for name, draw in figures.items():
+        try:
+            figure = draw()
+            if figure is not None:
+                save_png(figure, folder / f"{name}.png")
+                drawn.append(folder / f"{name}.png")
+        except Exception as error:  # noqa: BLE001 - whatever goes wrong in drawing, the study is worth more
+            _say(f"{owner}: the picture {name} could not be drawn: {error}", 0, 0)
+    return drawn

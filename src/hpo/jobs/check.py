@@ -1,0 +1,109 @@
+"""Pre-flight of a study: one real batch through model, loss, backward and export, and what N trials would take."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpo.execute.base_model import with_model
+from hpo.execute.process import cores
+from hpo.home import Home
+from hpo.records import DataCard, SplitCard
+from hpo.search.stages import total_trials
+from hpo.spec.study import StudySpec
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What one batch told. Seconds and bytes are estimates: of the spec as written, on this machine, as busy as it is.
+
+    estimated_seconds is for `trials` trials of the full number of epochs on `workers` workers; estimated_bytes for the
+    models that are kept of them. warnings name what is allowed but rarely meant.
+    """
+
+    data: DataCard
+    split: SplitCard
+    device: str
+    precision: str
+    parameter_count: int
+    batch_seconds: float
+    features_seconds: float
+    epoch_seconds: float
+    export_seconds: float
+    model_bytes: int
+    workers: int
+    trials: int
+    estimated_seconds: float
+    estimated_bytes: float
+    warnings: tuple[str, ...]
+
+
+def check_study(
+    spec: StudySpec, *, trials: int | None = None, device: str = "auto", home: str | Path | None = None
+) -> CheckReport:
+    """Validate a study against its data and this machine. Raises HpoError for what would fail a run."""
+    from hpo.data.prepare import prepare
+    from hpo.data.split import split_card
+    from hpo.training.compute.device import resolve_devices
+    from hpo.training.preflight import preflight
+
+    spec = with_model(spec, Home.find(home))
+    devices = resolve_devices(device)
+    card = prepare(spec.data, spec.split)
+    split = split_card(card, spec.split)
+    with tempfile.TemporaryDirectory() as folder:
+        flight = preflight(spec.setup, card, device_name=devices[0], seed=spec.seed_of(0), folder=Path(folder))
+    count = trials or total_trials(spec)
+    workers = cores() if devices[0] == "cpu" else len(devices)
+    folds = spec.split.folds if spec.split.kind == "kfold" else 1
+    epochs = count * folds * spec.training.epochs
+    if spec.final is not None:
+        epochs += spec.final.finalists * spec.final.seeds * spec.final.set.get("training.epochs", spec.training.epochs)
+    return CheckReport(
+        data=card,
+        split=split,
+        device=devices[0],
+        precision=flight.precision,
+        parameter_count=flight.parameter_count,
+        batch_seconds=flight.batch_seconds,
+        features_seconds=flight.features_seconds,
+        epoch_seconds=flight.epoch_seconds,
+        export_seconds=flight.export_seconds,
+        model_bytes=flight.model_bytes,
+        workers=workers,
+        trials=count,
+        estimated_seconds=(epochs * flight.epoch_seconds + flight.features_seconds) / min(workers, count),
+        estimated_bytes=flight.model_bytes * min(count, spec.keep.count),
+        warnings=tuple(_warnings(spec, card, split)),
+    )
+
+
+def _warnings(spec: StudySpec, card: DataCard, split: SplitCard) -> list[str]:
+    found = []
+    if not card.official and spec.data.path is None:
+        found.append("the data is not the publisher's file")
+    if spec.training.batch_size > split.counts["train"]:
+        found.append(
+            f"training.batch_size {spec.training.batch_size} exceeds the {split.counts['train']} training images: "
+            "every epoch is one step"
+        )
+    drift = max(abs(train - valid) for train, valid in zip(split.shares["train"], split.shares["valid"], strict=True))
+    if drift > 0.05:
+        found.append(
+            f"class shares of train and validation differ by up to {100 * drift:.0f} points: "
+            "split by: stratified makes them equal"
+        )
+    size = spec.search.space.size(spec.fixed())
+    if size is not None and spec.search.trials > size:
+        found.append(f"search.trials {spec.search.trials} exceeds the {size} different candidates of the space")
+    return found
+
+
+def preview_study(spec: StudySpec, path: Path, *, images: int = 8, copies: int = 7) -> Path:
+    """Write a PNG of training images as the study's augmentation changes them. Raises HpoError."""
+    from hpo.data.prepare import prepare
+    from hpo.training.preview import save_preview
+
+    card = prepare(spec.data, spec.split)
+    return save_preview(spec.setup, card, path, images=images, copies=copies, seed=spec.seed)

@@ -1,0 +1,104 @@
+"""Look at a data set: what `hpo data show` and a report say of it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+
+from hpo.errors import DataError, HpoError
+from hpo.report.page.data_page import DataFacts, data_page
+from hpo.spec.load import load_study, study_files
+from hpo.spec.study import DataSpec, SplitSpec
+
+AnyPath = str | Path
+
+
+def explore(
+    name: str,
+    *,
+    path: AnyPath | None = None,
+    size: int | None = None,
+    images: int = 8,
+    seed: int = 0,
+    trust: bool = False,
+) -> tuple[DataFacts, Mapping[int, bytes]]:
+    """Facts of a data set, or of a study's, and the images that a page of them shows: row -> PNG.
+
+    name is a data set (bloodmnist, npz, folder, package.module:function), divided as its publisher did, or a study, by
+    name or file, divided as it says. path and size take the place of data.path and data.size. Of each class so many
+    training images are drawn, by seed. trust as in load_study. Raises DataError, and SpecError for a study that is not
+    valid.
+    """
+    from hpo.data.sources import NAMES
+
+    places = {"path": None if path is None else str(path), "size": size}
+    given = {place: value for place, value in places.items() if value is not None}
+    is_file = name.endswith((".yaml", ".yml"))
+    if name in NAMES or (":" in name and not is_file):
+        return explore_data(DataSpec.model_validate({"name": name, **given}), images=images, seed=seed)
+    studies = study_files()
+    if not is_file and name not in studies:
+        close = difflib.get_close_matches(name, [*NAMES, *studies], n=1)
+        hint = f"Did you mean {close[0]}?" if close else f"Data sets: {', '.join(NAMES)}. Studies: hpo studies."
+        raise DataError(f"there is neither a data set nor a study named {name!r}.", hint)
+    spec = load_study(name, overrides={f"data.{place}": value for place, value in given.items()}, trust=trust)
+    return explore_data(spec.data, spec.split, images=images, seed=seed)
+
+
+def explore_data(
+    data: DataSpec, split: SplitSpec | None = None, *, images: int = 8, seed: int = 0
+) -> tuple[DataFacts, dict[int, bytes]]:
+    """The same for a data set that is declared already; split None takes the parts that the data set comes with."""
+    from hpo.data.duplicates import contradictions, pixel_digests
+    from hpo.data.overview import channel_statistics, duplicates, open_development, sample_rows, to_pngs
+    from hpo.data.prepare import prepare
+    from hpo.data.split import split_card
+
+    card = prepare(data, split or SplitSpec())
+    split = split or SplitSpec(kind="none" if card.valid_start is None else "official")
+    pixels, labels, parts = open_development(card, split)
+    digests = pixel_digests(pixels)
+    within, across = duplicates(card, digests, parts)
+    shares = split_card(card, split)
+    mean, std = channel_statistics(pixels, parts["train"])
+    names = card.class_names
+    samples = sample_rows(labels, parts["train"], classes=len(names), count=images, seed=seed)
+    groups = contradictions(digests, labels.tolist())
+    facts = DataFacts(
+        data=card,
+        split=_words(split),
+        counts={part: _counts(shares.counts[part], shares.shares[part]) for part in (*parts, "test")},
+        mean=mean,
+        std=std,
+        copies=within,
+        shared={f"{first} and {second}": count for (first, second), count in across.items()},
+        contradictions=tuple(tuple((row, names[labels[row]]) for row in rows) for rows in groups),
+        samples={name: tuple(rows) for name, rows in zip(names, samples, strict=True)},
+    )
+    return facts, to_pngs(pixels, facts.pictured)
+
+
+def write_page(facts: DataFacts, pictures: Mapping[int, bytes], file: Path) -> Path:
+    """Write the page of the facts. Raises HpoError where the file cannot be written."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(data_page(facts, pictures), encoding="utf-8")
+    except OSError as error:
+        raise HpoError(f"{file}: cannot be written: {error.strerror}.", "Choose another file: --out FILE") from None
+    return file
+
+
+def _counts(total: int, shares: tuple[float, ...]) -> tuple[int, ...]:
+    return tuple(round(total * share) for share in shares)
+
+
+def _words(split: SplitSpec) -> str:
+    """How train and validation were divided."""
+    taken = "" if split.fraction == 1 else f" of {split.fraction:.0%} of the images"
+    return {
+        "official": "the parts that the data set comes with",
+        "holdout": f"{split.share:.0%} held out for validation, {split.by}",
+        "kfold": f"{split.folds} folds{taken}, {split.by}; train and valid are those of the first",
+        "none": "all images but those of the test part train",
+    }[split.kind]

@@ -1,0 +1,57 @@
+"""Measure models on the sealed test part, each once: who was measured before is remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpo.home import Home
+from hpo.jobs.compare import find_entrant
+from hpo.jobs.shared.test_set_access import measure
+from hpo.tracking.ledger import openings
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Test scores of one model, as `asked` for. opened: the test part was opened for it just now.
+
+    when (ISO 8601, UTC) and purpose are of the look that measured it, "" where only the registry remembers. openings
+    counts the looks at the test part of `study` (a title) so far, those for other models of it included.
+    """
+
+    asked: str
+    model: str
+    study: str
+    scores: Mapping[str, float]
+    opened: bool
+    when: str
+    purpose: str
+    openings: int
+
+
+def evaluate(models: Sequence[str], *, home: str | Path | None = None, trust: bool = False) -> list[Evaluation]:
+    """Test scores of models that are named as for run.compare: STUDY, STUDY#22, NAME/1, NAME@ALIAS.
+
+    The test part is opened for those that nobody has measured, once all of them are known to have a model, and each
+    opening is written down. trust allows data functions from outside the working directory. Raises HpoError for a model
+    that was not kept or is unknown; then none is opened.
+    """
+    place = Home.find(home)
+    entrants = [find_entrant(place, asked, trust=trust) for asked in models]
+    for entrant in entrants:
+        entrant.kept("the test part asks for it")
+    measured = [measure(place, entrant, purpose="evaluate") for entrant in entrants]
+    return [
+        Evaluation(
+            asked=entrant.asked,
+            model=entrant.model,
+            study=entrant.study.title,
+            scores=each.scores,
+            opened=each.opened,
+            when=each.opening.when if each.opening else "",
+            purpose=each.opening.purpose if each.opening else "",
+            openings=len(openings(place, entrant.study)),
+        )
+        for entrant, each in zip(entrants, measured, strict=True)
+    ]

@@ -1,0 +1,157 @@
+"""Draw what a registered model looks at in image files."""
+
+from __future__ import annotations
+
+import difflib
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hpo.errors import HpoError, ModelError
+from hpo.execute.base_model import check_setup
+from hpo.home import Home
+
+AnyPath = str | Path
+
+
+@dataclass(frozen=True)
+class Explained:
+    """One image file: its most probable class, the class that was explained, their probabilities, and the figure."""
+
+    file: str
+    predicted: str
+    probability: float
+    explained: str
+    explained_probability: float
+    methods: tuple[str, ...]
+    picture: str
+
+
+def explain(
+    model: AnyPath,
+    paths: Sequence[AnyPath],
+    *,
+    folder: AnyPath,
+    methods: Sequence[str] = (),
+    class_name: str | None = None,
+    home: AnyPath | Home | None = None,
+    trust: bool = False,
+) -> list[Explained]:
+    """Draw one PNG for each image file into folder: the image, a map for each method, class probabilities.
+
+    model is as in predict.load_model. methods are of gradient, integrated and gradcam; none means all that suit the
+    network. class_name None explains each image's most probable class. trust allows a network that is a function from
+    outside the working directory. Raises ModelError, DataError for a file that is
+    no image, and HpoError where folder cannot be written.
+    """
+    from hpo.models.safe_loader import read_config
+    from hpo.models.saliency import explain_images
+    from hpo.predict import read_images
+    from hpo.report.figures.saliency import saliency_figure
+
+    target_folder = Path(folder)
+    with _parts(model, home, trust=trust) as parts:
+        config = read_config(parts / "config.json")
+        names = config["class_names"]
+        target = None if class_name is None else _label(class_name, names)
+        images = read_images(paths, tuple(config["image_shape"]))
+        explanations = explain_images(parts, images, methods=methods, target=target)
+    rows = []
+    for path, picture, found in zip(paths, _pictures(paths, target_folder), explanations, strict=True):
+        best = max(range(len(names)), key=found.probabilities.__getitem__)
+        title = f"{Path(path).name}: why {names[found.target]}?"
+        figure = saliency_figure(found.image, found.maps, found.probabilities, names, target=found.target, title=title)
+        try:
+            target_folder.mkdir(parents=True, exist_ok=True)
+            figure.savefig(picture)
+        except OSError as error:
+            raise HpoError(
+                f"{picture}: cannot be written: {error.strerror}.", "Choose another folder: --out FOLDER"
+            ) from None
+        rows.append(
+            Explained(
+                file=str(path),
+                predicted=names[best],
+                probability=found.probabilities[best],
+                explained=names[found.target],
+                explained_probability=found.probabilities[found.target],
+                methods=tuple(found.maps),
+                picture=str(picture),
+            )
+        )
+    return rows
+
+
+def explain_mistakes(
+    model: str,
+    *,
+    folder: AnyPath,
+    methods: Sequence[str] = (),
+    home: AnyPath | Home | None = None,
+    trust: bool = False,
+) -> list[Explained]:
+    """explain for the validation images that the model got wrong most surely, five at most.
+
+    Their pictures are named by their order and true class; what is explained is the wrong answer. The model must be
+    the one that its study's report shows. Raises ModelError where its validation answers or the images are gone.
+    """
+    from hpo.data.overview import to_png
+    from hpo.jobs.report import gather
+    from hpo.storage.optuna_storage import read_study
+    from hpo.tracking.registry import resolve
+
+    place = home if isinstance(home, Home) else Home.find(home)
+    version = resolve(place, model)
+    findings = gather(place, read_study(place, version.generation))
+    answers, shown = findings.answers, findings.shown
+    if answers is None or not answers.images or shown is None or shown.number != version.trial:
+        raise ModelError(
+            f"{model}: its answers on the validation images, or these images, are not there.",
+            f"Take the study's newest model, where its data is prepared: {version.name}",
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        files = []
+        for number, mistake in enumerate(answers.mistakes, start=1):
+            name = "".join(letter if letter.isalnum() else "-" for letter in findings.class_names[mistake.true])
+            files.append(Path(scratch) / f"mistake-{number}-{name}.png")
+            files[-1].write_bytes(to_png(answers.images[mistake.position]))
+        rows = explain(model, files, folder=folder, methods=methods, home=place, trust=trust) if files else []
+    return [replace(row, file=Path(row.file).stem) for row in rows]
+
+
+@contextmanager
+def _parts(model: AnyPath, home: AnyPath | Home | None, *, trust: bool) -> Iterator[Path]:
+    """The folder in a logged model with its program, config and setup, whose functions may be imported."""
+    from hpo.tracking.registry import fetch, resolve
+
+    with tempfile.TemporaryDirectory() as scratch:
+        if Path(model, "MLmodel").is_file():
+            place = Path(model)
+        else:
+            found = home if isinstance(home, Home) else Home.find(home)
+            place = fetch(found, resolve(found, str(model)), Path(scratch))
+        if not (place / "artifacts" / "config.json").is_file():
+            raise ModelError(f"{model}: not a model that a study has logged.", "List those that are: hpo models")
+        check_setup(place / "artifacts" / "setup.json", trust=trust)
+        yield place / "artifacts"
+
+
+def _label(name: str, names: Sequence[str]) -> int:
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"Did you mean {close[0]}? " if close else ""
+        raise ModelError(f"--class: the model has no class {name!r}.", f"{hint}There is: {', '.join(names)}.")
+    return names.index(name)
+
+
+def _pictures(paths: Sequence[AnyPath], folder: Path) -> list[Path]:
+    """A PNG for each file, named after it; files of one name in several folders are numbered."""
+    seen: dict[str, int] = {}
+    pictures = []
+    for path in paths:
+        stem = Path(path).stem
+        seen[stem] = seen.get(stem, 0) + 1
+        pictures.append(folder / (f"{stem}.png" if seen[stem] == 1 else f"{stem}-{seen[stem]}.png"))
+    return pictures

@@ -1,0 +1,222 @@
+"""Gather what is known of a study and write its page; nothing is trained, downloaded, or opened for it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpo.errors import HpoError
+from hpo.home import Home
+from hpo.records import FINAL, DataCard, ModelVersion, SplitCard, StudyResult, TrialState
+from hpo.report.mistakes import confident_mistakes
+from hpo.report.page.findings import Answers, Findings, Opening, Samples, shown_trial
+from hpo.spec.load import parse_study
+from hpo.spec.study import StudySpec
+from hpo.tracking.ledger import openings
+from hpo.tracking.registry import versions
+from hpo.tracking.runs import TRIAL, artifact, children, find_parent
+from hpo.tracking.store import connect, exists, told
+
+_SAMPLES = 6  # images of each class
+_PIXELS = 50_000_000  # that mean and deviation are taken over, at most: half a second
+
+
+def write_report(
+    study: str, *, home: str | Path | None = None, out: str | Path | None = None, saliency: bool = False
+) -> Path:
+    """Write the page of a study, by default to mlruns/reports/STUDY.html; returns its absolute path.
+
+    study is a name, or a title such as name~2. saliency adds which pixels the surest mistakes hang on, for seconds of
+    work. The test part is never opened for it. Raises StoreError where there is no such study and HpoError where the
+    file cannot be written; for all else that is missing the page says so.
+    """
+    from hpo.report.page.build import study_page
+    from hpo.storage.optuna_storage import read_study
+
+    place = Home.find(home)
+    record = read_study(place, study)
+    path = Path(out or place.root / "reports" / f"{record.title}.html").expanduser().absolute()
+    findings = gather(place, record)
+    html = study_page(_with_saliency(findings, place) if saliency else findings)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(html, encoding="utf-8")
+    except OSError as error:
+        raise HpoError(f"{path}: cannot be written: {error.strerror}.", "Choose another file: --out FILE") from None
+    return path
+
+
+def _with_saliency(findings: Findings, home: Home) -> Findings:
+    from hpo.jobs.explain import explain_mistakes
+
+    missing = list(findings.missing)
+    pictures: tuple[bytes, ...] = ()
+    with _noting(missing, "the mistakes could not be explained"), tempfile.TemporaryDirectory() as scratch:
+        rows = explain_mistakes(findings.study.name, folder=Path(scratch), home=home)
+        pictures = tuple(Path(row.picture).read_bytes() for row in rows)
+    return replace(findings, saliency=pictures, missing=tuple(missing))
+
+
+def gather(home: Home, study: StudyResult) -> Findings:
+    """Everything that storage, tracking, ledger and prepared data tell of a study."""
+    from hpo.search.importance import importances
+
+    spec = parse_study(study.spec, trust=True)  # nothing of it is imported
+    missing: list[str] = list(_unfinished(study, spec))
+    tracked = _Tracked()
+    with _noting(missing, "the tracking store could not be read"):
+        tracked = _tracked(home, study)
+    data = _prepared(tracked.data, study.data_digest)
+    findings = Findings(
+        study=study,
+        spec=spec,
+        made=datetime.now(UTC),
+        data=data or tracked.data,
+        split=tracked.split,
+        model=tracked.model,
+        openings=tracked.openings,
+        versions=tracked.versions,
+        importances=importances(study),
+    )
+    if data is None:
+        missing.append(f"The images ({study.data_digest[:19]}) are not on this machine: none are shown.")
+    else:
+        with _noting(missing, "the images could not be read"):
+            findings = replace(findings, samples=_samples(data, spec), split=findings.split or _split(data, spec))
+    shown = findings.shown
+    if shown is not None:
+        if tracked.answers is not None:
+            findings = replace(findings, answers=_answers(tracked.answers, data))
+        else:
+            missing.append(
+                f"The validation probabilities of trial {shown.number} were not kept: "
+                "there are no ROC curves and no mistakes."
+            )
+        if findings.model is None:
+            missing.append("No model of this study is registered.")
+    return replace(findings, missing=tuple(missing))
+
+
+@dataclass(frozen=True)
+class _Tracked:
+    """What MLflow and the ledger know of a study."""
+
+    data: DataCard | None = None
+    split: SplitCard | None = None
+    model: ModelVersion | None = None
+    openings: tuple[Opening, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    answers: Mapping[str, NDArray[Any]] | None = None
+
+
+def _unfinished(study: StudyResult, spec: StudySpec) -> Iterator[str]:
+    running = study.count(TrialState.RUNNING, TrialState.WAITING)
+    if running:
+        yield f"The study goes on: {running} trials have not ended."
+    if study.best is None:
+        yield "No trial is complete yet."
+    elif spec.final is not None and not study.ranked(FINAL):
+        yield "The final training has not taken place: the page shows the best trial of the search."
+
+
+@contextlib.contextmanager
+def _noting(missing: list[str], what: str) -> Iterator[None]:
+    """A fault becomes a sentence of the page, which tells the rest."""
+    try:
+        yield
+    except (HpoError, OSError, ValueError, KeyError) as error:
+        missing.append(f"{what[0].upper()}{what[1:]}: {getattr(error, 'message', error)}")
+
+
+@told
+def _tracked(home: Home, study: StudyResult) -> _Tracked:
+    looks = tuple(
+        Opening(datetime.fromisoformat(look.when), look.version, look.trial, look.scores, look.purpose)
+        for look in openings(home, study)
+    )
+    found = _Tracked(openings=looks)
+    if not exists(home):
+        return found
+    model = next((each for each in versions(home, study.name) if each.study == study.title and not each.origin), None)
+    client = connect(home)
+    parent = find_parent(client, study)
+    if parent is None:
+        return replace(found, model=model)
+    shown = shown_trial(study, model)
+    with tempfile.TemporaryDirectory() as folder:
+        file = artifact(client, parent.info.run_id, "data.json", folder)
+        data, split = _cards(json.loads(file.read_text(encoding="utf-8"))) if file else (None, None)
+        answers = None
+        for run in children(client, parent, f"tags.`{TRIAL}` = '{shown.number}'") if shown else ():
+            file = artifact(client, run.info.run_id, "report/validation.npz", folder)
+            if file is not None:
+                with np.load(file, allow_pickle=False) as arrays:
+                    answers = dict(arrays)
+    return replace(found, model=model, data=data, split=split, versions=_versions(parent.data.tags), answers=answers)
+
+
+def _cards(told: Mapping[str, Any]) -> tuple[DataCard, SplitCard]:
+    data, split = told["data"], told["split"]
+    shares = {part: tuple(each) for part, each in split["shares"].items()}
+    lists = {name: tuple(data[name]) for name in ("class_names", "image_shape")}
+    return DataCard(**{**data, **lists}), SplitCard(split["counts"], shares)
+
+
+def _versions(tags: Mapping[str, str]) -> dict[str, str]:
+    """What the study ran on, last: package versions, and the commit of the working directory."""
+    found = {name.removeprefix("version."): tags[name] for name in sorted(tags) if name.startswith("version.")}
+    commit = tags.get("mlflow.source.git.commit")
+    changed = ", with uncommitted changes" if tags.get("hpo.git_dirty") == "true" else ""
+    return found | ({"commit": f"{commit}{changed}"} if commit else {})
+
+
+def _prepared(told: DataCard | None, digest: str) -> DataCard | None:
+    """The data set's card where its prepared files are on this machine: where the study had them, or in the cache."""
+    from hpo.data.prepare import prepared
+
+    if told is not None and told.digest == digest and (Path(told.folder) / "development_images.npy").is_file():
+        return told
+    return prepared(digest)
+
+
+def _samples(data: DataCard, spec: StudySpec) -> Samples:
+    from hpo.data.overview import channel_statistics, open_development, sample_rows, to_png
+
+    images, labels, parts = open_development(data, spec.split)
+    train = parts["train"]
+    rows = sample_rows(labels, train, classes=len(data.class_names), count=_SAMPLES, seed=spec.seed)
+    strips = tuple(to_png(np.concatenate([_padded(images[row]) for row in of], axis=1)) if of else b"" for of in rows)
+    most = _PIXELS // (data.image_shape[0] * data.image_shape[1])
+    counted = train if len(train) <= most else train[np.linspace(0, len(train) - 1, most).astype(np.int64)]
+    mean, std = channel_statistics(images, counted)
+    return Samples(strips, mean, std, len(counted))
+
+
+def _padded(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """An image with a white pixel at its right, so that neighbours do not run together."""
+    return np.pad(image, ((0, 0), (0, 1), (0, 0)), constant_values=255)
+
+
+def _split(data: DataCard, spec: StudySpec) -> SplitCard:
+    from hpo.data.split import split_card
+
+    return split_card(data, spec.split)
+
+
+def _answers(arrays: Mapping[str, NDArray[Any]], data: DataCard | None) -> Answers:
+    labels, probabilities = arrays["labels"], arrays["probabilities"]
+    if data is None:
+        return Answers(labels, probabilities)
+    mistakes = tuple(confident_mistakes(labels, probabilities))
+    images = np.load(Path(data.folder) / "development_images.npy", mmap_mode="r", allow_pickle=False)
+    places = {place for mistake in mistakes for place in mistake.positions}
+    return Answers(labels, probabilities, mistakes, {place: images[arrays["rows"][place]] for place in places})

@@ -1,0 +1,152 @@
+"""A data set as a page: its parts, classes, sample images, channels and duplicates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from hpo.records import DataCard
+from hpo.report.page.html import Html, escape, page, picture, table
+
+_SHOWN_CONTRADICTIONS = 12
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """A data set as a study or its publisher divides it. Of the test part it knows numbers of images, no more.
+
+    counts maps train, valid (where there is one) and test to images of each class, in the order of data.class_names.
+    mean and std are one value a channel over the training part, in [0, 1] as pixel / 255. copies maps a part to its
+    images that repeat an earlier one of it, pixel by pixel; shared maps "train and valid" and so on to the images of
+    the later part that also occur in the earlier one. contradictions are groups of development images with the same
+    pixels and different labels, as (row, class name). samples maps a class to rows of training images drawn at random.
+    split says in words how train and validation were divided.
+    """
+
+    data: DataCard
+    split: str
+    counts: Mapping[str, tuple[int, ...]]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    copies: Mapping[str, int]
+    shared: Mapping[str, int]
+    contradictions: tuple[tuple[tuple[int, str], ...], ...]
+    samples: Mapping[str, tuple[int, ...]]
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """Images of each part."""
+        return {part: sum(counts) for part, counts in self.counts.items()}
+
+    @property
+    def pictured(self) -> tuple[int, ...]:
+        """Rows of the development images that a page of these facts shows."""
+        groups = self.contradictions[:_SHOWN_CONTRADICTIONS]
+        return (*(row for rows in self.samples.values() for row in rows), *(group[0][0] for group in groups))
+
+
+def data_page(facts: DataFacts, pictures: Mapping[int, bytes]) -> str:
+    """The facts as one HTML file; pictures maps each row of facts.pictured to a PNG."""
+    return page(f"Data set {facts.data.name}", data_sections(facts, pictures))
+
+
+def data_sections(facts: DataFacts, pictures: Mapping[int, bytes]) -> list[tuple[str, str]]:
+    """The same as sections of a larger page."""
+    return [
+        ("At a glance", _glance(facts)),
+        ("Classes", _classes(facts)),
+        ("Training images", _samples(facts, pictures)),
+        ("Channels", _channels(facts)),
+        ("Duplicates", _duplicates(facts, pictures)),
+    ]
+
+
+def _glance(facts: DataFacts) -> str:
+    data = facts.data
+    height, width, channels = data.image_shape
+    rows = [
+        ("images", ", ".join(f"{part} {count:,}" for part, count in facts.totals.items())),
+        ("split", facts.split),
+        ("size", f"{width} x {height} pixels, {channels} channel{'s' if channels > 1 else ''}"),
+        ("classes", len(data.class_names)),
+        ("source", data.source),
+        ("checksum", "the publisher's" if data.official else "not the publisher's"),
+        ("digest", Html(f"<code>{escape(data.digest)}</code>")),
+        ("licence", data.licence or "not stated"),
+        ("citation", data.citation or "not stated"),
+    ]
+    return table((), rows)
+
+
+def _classes(facts: DataFacts) -> str:
+    totals = facts.totals
+    shares = {part: [count / totals[part] for count in counts] for part, counts in facts.counts.items()}
+    largest = max(shares["train"])
+    head = ["class", *(f">{part}" for part in shares), "share of train"]
+    rows = [
+        [
+            name,
+            *(f"{counts[label]:,} ({shares[part][label]:.1%})" for part, counts in facts.counts.items()),
+            Html(f'<span class="bar" style="width:{9 * shares["train"][label] / largest:.2f}rem"></span>'),
+        ]
+        for label, name in enumerate(facts.data.class_names)
+    ]
+    counts = facts.counts["train"]
+    words = f"The largest class has {max(counts) / max(min(counts), 1):.1f} times the training images of the smallest."
+    if len(shares) > 1:
+        drift = max(max(part) - min(part) for part in zip(*shares.values(), strict=True))
+        words += f" Between the parts, the share of a class differs by up to {100 * drift:.1f} points."
+    return f"{table(head, rows)}<p>{words}</p>"
+
+
+def _samples(facts: DataFacts, pictures: Mapping[int, bytes]) -> str:
+    words = '<p class="dim">Drawn at random from the training part. The test part is sealed: it is never shown.</p>'
+    return words + "".join(
+        f"<h3>{escape(name)}</h3>{_strip(rows, name, pictures)}" for name, rows in facts.samples.items()
+    )
+
+
+def _strip(rows: Sequence[int], name: str, pictures: Mapping[int, bytes]) -> str:
+    return f'<div class="strip">{"".join(picture(pictures[row], f"{name}, row {row}") for row in rows)}</div>'
+
+
+def _channels(facts: DataFacts) -> str:
+    named = {1: ("grey",), 3: ("red", "green", "blue"), 4: ("red", "green", "blue", "alpha")}
+    names = named.get(len(facts.mean), tuple(map(str, range(len(facts.mean)))))
+    rows = [
+        (name, f"{mean:.4f}", f"{std:.4f}", f"{255 * mean:.1f}", f"{255 * std:.1f}")
+        for name, mean, std in zip(names, facts.mean, facts.std, strict=True)
+    ]
+    head = ("channel", ">mean", ">deviation", ">mean of 255", ">deviation of 255")
+    return f"{table(head, rows)}<p>Over all pixels of the training part.</p>"
+
+
+def _duplicates(facts: DataFacts, pictures: Mapping[int, bytes]) -> str:
+    totals = facts.totals
+    within = [
+        (f"{part} images that repeat an earlier one", f"{count:,}", f"{count / totals[part]:.2%}")
+        for part, count in facts.copies.items()
+    ]
+    across = []
+    for pair, count in facts.shared.items():
+        first, _, second = pair.partition(" and ")
+        across.append((f"{second} images that occur in {first}", f"{count:,}", f"{count / totals[second]:.2%}"))
+    head = ("exactly the same pixels", ">images", ">share of the part")
+    return f"{table(head, [*within, *across])}{_contradictions(facts, pictures)}"
+
+
+def _contradictions(facts: DataFacts, pictures: Mapping[int, bytes]) -> str:
+    groups = facts.contradictions
+    if not groups:
+        return "<p>No two images of train and validation have the same pixels and different labels.</p>"
+    images = sum(map(len, groups))
+    count = f"{len(groups):,} group{'s' if len(groups) > 1 else ''}"
+    words = f"<h3>Same pixels, different labels</h3><p>{images:,} images of train and validation, in {count}"
+    words += f"; the first {_SHOWN_CONTRADICTIONS}:" if len(groups) > _SHOWN_CONTRADICTIONS else ":"
+    shown = "".join(
+        picture(
+            pictures[group[0][0]], "one of the group", caption=", ".join(f"{name} (row {row})" for row, name in group)
+        )
+        for group in groups[:_SHOWN_CONTRADICTIONS]
+    )
+    return f'{words}</p><div class="strip">{shown}</div>'

@@ -1,0 +1,1 @@
+"""The study storage: Optuna's database, opened safely, read cheaply, shared by machines."""

@@ -1,0 +1,135 @@
+"""Log an exported network as a whole MLflow model, and delete one with its files."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from hpo.errors import ModelError
+from hpo.tracking.store import load_mlflow, local_path, quiet
+
+NET, CONFIG, SETUP, WEIGHTS = "net.pt2", "config.json", "setup.json", "weights.safetensors"
+
+
+def log_model(client: Any, run: Any, folder: Path) -> str:
+    """Log folder's net.pt2, config.json and setup.json as the model of a run; returns models:/m-<id>.
+
+    run is an mlflow.entities.Run whose metrics become the model's; one that has a model already keeps it. The model
+    takes (n, height, width, channels) uint8 and needs torch, mlflow, numpy and pandas, not this package. Raises
+    ModelError where a file is missing.
+    """
+    for name in (NET, CONFIG, SETUP):
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder / name}: no such file.", "Export the network there before it is logged.")
+    load_mlflow()
+    from mlflow.entities import LoggedModelOutput, Metric
+
+    run_id = run.info.run_id
+    for earlier in client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'"):
+        if earlier.status == "READY":
+            return f"models:/{earlier.model_id}"
+        delete_model(client, earlier.model_id)  # of a try that was cut short
+    tags = {name: value for name, value in run.data.tags.items() if name.startswith("hpo.")}
+    model = client.create_logged_model(
+        run.info.experiment_id,
+        name=run.info.run_name.replace(" ", "-"),
+        source_run_id=run_id,
+        tags=tags,
+        params=run.data.params,
+        model_type="image-classifier",
+    )
+    try:
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            save_model(Path(scratch) / "model", folder, model_id=model.model_id, run_id=run_id, tags=tags)
+            client.log_model_artifacts(model.model_id, str(Path(scratch) / "model"))
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+        # The time of the run's own rows, so that MLflow sees the same rows again and adds none to the run.
+        when = run.info.end_time or run.info.start_time
+        scores = [
+            Metric(name, value, when, 0, model_id=model.model_id, run_id=run_id)
+            for name, value in run.data.metrics.items()
+            if name.startswith("best_") or name == "objective"
+        ]
+        if scores:
+            client.log_batch(run_id, metrics=scores)
+        client.finalize_logged_model(model.model_id, "READY")
+    except BaseException:
+        delete_model(client, model.model_id)
+        raise
+    return f"models:/{model.model_id}"
+
+
+def delete_unfinished(client: Any, experiment_id: str, uris: Mapping[str, str]) -> None:
+    """Delete what was logged for these runs and is not their model; uris maps run ids to models:/m-<id>, or "".
+
+    It is what was left where a process was killed over a model.
+    """
+    token = None
+    while True:
+        page = client.search_logged_models([experiment_id], max_results=100, page_token=token)
+        for model in page:
+            ours = "hpo.trial" in model.tags and model.source_run_id in uris
+            if ours and uris[model.source_run_id] != f"models:/{model.model_id}":
+                delete_model(client, model.model_id)
+        token = page.token
+        if not token:
+            return
+
+
+def delete_model(client: Any, model_id: str) -> None:
+    """Delete a logged model and, at once, its files; one that is gone already is no error."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        model = client.get_logged_model(model_id)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return
+        raise
+    # The record last: cut short, the next try finds it, and deletes what is left of the files.
+    delete_artifacts(client, model.artifact_location)
+    client.delete_logged_model(model_id)
+
+
+def delete_artifacts(client: Any, uri: str, path: str | None = None) -> None:
+    """Delete the files at a place of the artifact store, wherever that is."""
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    get_artifact_repository(uri, tracking_uri=client.tracking_uri).delete_artifacts(path)
+    place = local_path(uri)
+    if place is not None and path is None and place.parent.is_dir() and not any(place.parent.iterdir()):
+        place.parent.rmdir()
+
+
+def save_model(target: Path, folder: Path, *, model_id: str, run_id: str, tags: Mapping[str, str]) -> None:
+    """Write the MLflow model of folder's program, config and setup into target, a folder that is not there yet."""
+    load_mlflow()
+    from mlflow.models import Model, ModelSignature
+    from mlflow.pyfunc import save_model as save_pyfunc
+    from mlflow.types import ColSpec, DataType, Schema, TensorSpec
+    from numpy import dtype
+
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    images = TensorSpec(dtype("uint8"), (-1, *config["image_shape"]))
+    classes = [ColSpec(DataType.float, name) for name in config["class_names"]]
+    # It would warn that there is no input example (the signature says it all) and no pip (uv needs none).
+    with quiet("mlflow.utils.environment"):
+        save_pyfunc(
+            str(target),
+            python_model=str(Path(__file__).with_name("logged_model_script.py")),
+            artifacts={"net": str(folder / NET), "config": str(folder / CONFIG), "setup": str(folder / SETUP)},
+            # Given, because inferring them loads the model in another process: seconds for each trial.
+            pip_requirements=[f"{name}=={_public_version(name)}" for name in ("mlflow", "numpy", "pandas", "torch")],
+            signature=ModelSignature(inputs=Schema([images]), outputs=Schema(classes)),
+            metadata={"study": tags.get("hpo.study", ""), "trial": tags.get("hpo.trial", ""), **config},
+            mlflow_model=Model(model_id=model_id, model_uuid=model_id, run_id=run_id),
+        )
+
+
+def _public_version(package: str) -> str:
+    # torch 2.9.0+cpu is not on an index under that name; 2.9.0 is.
+    return version(package).partition("+")[0]

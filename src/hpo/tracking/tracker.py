@@ -1,0 +1,296 @@
+"""MLflow as the projection of a study: one parent run a generation, one child run a trial, mended at any time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hpo.errors import ModelError, StoreError
+from hpo.home import Home
+from hpo.locks import lock
+from hpo.profile import StudyProfiled
+from hpo.records import (
+    Candidate,
+    DataCard,
+    Epoch,
+    ModelVersion,
+    SplitCard,
+    StudyResult,
+    Trial,
+    TrialResult,
+    TrialState,
+)
+from hpo.spec.study import Setup, StudySpec
+from hpo.tracking import models, registry, runs
+from hpo.tracking.reader import trial_runs
+from hpo.tracking.store import connect, told
+
+# Where tables and pictures lie among a run's artifacts, so that what is dropped or drawn again is found.
+_REPORT, _FIGURES = "report", "figures"
+
+
+class Tracker:
+    """Writes one study to MLflow with explicit run ids; for one thread at a time.
+
+    open_study comes first; then a trial is start_trial, log_epochs, end_trial and, if it is good, keep_model. Every
+    method raises StoreError where the store or the disk refuses, StoreAwayError where a later try may work. A method
+    called again, with the same times, writes nothing twice. Nothing is written, and mlflow is not imported, before the
+    first call.
+    """
+
+    def __init__(self, home: Home) -> None:
+        self.home = home
+        self._parent: Any = None
+        self._runs: dict[int, str] = {}
+        self._shared: dict[str, str] = {}
+        self._dataset: Any = None
+
+    @property
+    def _client(self) -> Any:
+        return connect(self.home)
+
+    @told
+    def open_study(self, study: StudyResult, spec: StudySpec, data: DataCard, split: SplitCard) -> None:
+        """Make or continue the study's parent run, with its spec, data set, split, commit and versions."""
+        client = self._client
+        self._shared = {**runs.environment_tags(), runs.DIGEST: data.digest}
+        self._dataset = runs.dataset_input(data)
+        self._runs = {}
+        # Two supervisors that open one study at once must end with one parent run.
+        with lock(self.home, "mlflow-open"):
+            experiment_id = self._experiment(study.name)
+            parent = runs.find_parent(client, study)
+            if parent is None:
+                parent = client.create_run(experiment_id, tags=runs.study_tags(study), run_name=study.title)
+            else:
+                client.update_run(parent.info.run_id, status="RUNNING")
+        self._parent = parent
+        run_id = parent.info.run_id
+        shown = {"hpo.question": spec.question, "mlflow.note.content": spec.question}
+        runs.log(client, run_id, tags={**self._shared, **{name: text for name, text in shown.items() if text}})
+        client.log_inputs(run_id, [self._dataset])
+        client.log_dict(run_id, spec.model_dump(mode="json"), "study.yaml")
+        client.log_dict(run_id, {"data": asdict(data), "split": asdict(split)}, "data.json")
+
+    @told
+    def start_trial(self, candidate: Candidate, setup: Setup, *, worker: str, started: float | None = None) -> None:
+        """Make the trial's run, with every effective parameter; started is in seconds since 1970, now by default."""
+        self._start(candidate, setup, worker=worker, started=started or time.time())
+
+    @told
+    def log_epochs(self, number: int, epochs: Sequence[Epoch], *, ended: float = 0.0) -> None:
+        """Add epochs of a trial, in one batch; its steps are epoch numbers. ended: when the last was over, else now."""
+        if epochs:
+            runs.log(self._client, self._run_id(number), metrics=runs.epoch_metrics(epochs, ended or time.time()))
+
+    @told
+    def end_trial(self, result: TrialResult) -> None:
+        """Write how a trial ended and close its run: FINISHED (complete, pruned), FAILED or KILLED (stopped)."""
+        ended = result.ended or time.time()
+        self._end(result, runs.result_metrics(result, ended), ended=ended)
+
+    @told
+    def keep_model(self, number: int, folder: Path) -> str:
+        """Log the model of an ended trial, the tables beside it and the pictures in `figures`; returns models:/m-<id>.
+
+        folder holds net.pt2 and config.json (class_names, image_shape). A model that the trial has already is returned
+        as it is. Raises ModelError where a file is missing.
+        """
+        client, run = self._client, self._client.get_run(self._run_id(number))
+        if runs.MODEL in run.data.tags:
+            return str(run.data.tags[runs.MODEL])
+        for path in sorted(folder.iterdir()):
+            # The model has the first two, and the weights within the first.
+            if path.is_file() and path.name not in (models.NET, models.CONFIG, models.SETUP, models.WEIGHTS):
+                client.log_artifact(run.info.run_id, str(path), _REPORT)
+        if (folder / _FIGURES).is_dir():
+            client.log_artifacts(run.info.run_id, str(folder / _FIGURES), _FIGURES)
+        uri = models.log_model(client, run, folder)
+        client.set_tag(run.info.run_id, runs.MODEL, uri)
+        return uri
+
+    @told
+    def drop_model(self, number: int, study: StudyResult | None = None) -> None:
+        """Delete the model of a trial, its pictures and tables, from the disk too; a registered model stays."""
+        client, run = self._client, self._client.get_run(self._run_id(number, study))
+        uri = run.data.tags.get(runs.MODEL)
+        if uri is None or client.search_model_versions(f"run_id = '{run.info.run_id}'", max_results=1):
+            return
+        models.delete_model(client, uri.removeprefix("models:/"))
+        for part in (_REPORT, _FIGURES):
+            self._drop(run, part)
+        client.delete_tag(run.info.run_id, runs.MODEL)
+
+    @told
+    def drop_figures(self, number: int, study: StudyResult | None = None) -> None:
+        """Delete the pictures of a trial, from the disk too; without any this does nothing."""
+        self._drop(self._client.get_run(self._run_id(number, study)), _FIGURES)
+
+    @told
+    def register(self, study: StudyResult, number: int) -> ModelVersion:
+        """Register a trial's kept model under the study's name, as `challenger`; the same trial twice is one version.
+
+        Raises ModelError where the trial's model was not kept.
+        """
+        run = self._client.get_run(self._run_id(number, study))
+        uri = run.data.tags.get(runs.MODEL)
+        if uri is None:
+            raise ModelError(
+                f"{study.title}: the model of trial {number} was not kept.", "Keep some: --keep-models best:10"
+            )
+        tags = {"hpo.study": study.title, "hpo.trial": str(number), runs.DIGEST: study.data_digest}
+        return registry.register(
+            self.home,
+            study.name,
+            uri,
+            run_id=run.info.run_id,
+            tags=tags,
+            scores=runs.scores_of(run.data.metrics),
+            alias="challenger",
+        )
+
+    @told
+    def close_study(self, study: StudyResult, *, status: str, summary: str, figures: Sequence[Path] = ()) -> None:
+        """Write the best trial, counts, summary (Markdown) and figures (files); status is FINISHED or KILLED.
+
+        Figures of an earlier closing that were not drawn again are deleted: they would show another state.
+        """
+        client, run_id = self._client, self._parent_of(study).info.run_id
+        best = study.best
+        values = {f"trials_{state.value}": float(study.count(state)) for state in TrialState if state.finished}
+        tags = {"mlflow.note.content": summary}
+        if best is not None and best.result is not None and best.value is not None:
+            values |= {"objective": best.value, "best_trial": best.number}
+            values |= {f"best_{name}": value for name, value in best.result.scores.items()}
+            tags |= {"hpo.best_trial": str(best.number)}
+            tags |= {f"best.{path}": str(value) for path, value in best.candidate.parameters.items()}
+        # A resumed study closes again: its step is the number of trials that had ended by then.
+        step = study.count(*(state for state in TrialState if state.finished))
+        # The time of what it sums up: closed twice in one state, it says so once.
+        ended = max((trial.started + trial.run_seconds for trial in study.trials), default=study.created)
+        runs.log(client, run_id, metrics=runs.metrics(values, ended, step=step), tags=tags)
+        client.log_text(run_id, summary, "summary.md")
+        drawn = {f"{_FIGURES}/{path.name}" for path in figures}
+        for earlier in client.list_artifacts(run_id, _FIGURES):
+            if earlier.path not in drawn:
+                models.delete_artifacts(client, self._parent_of(study).info.artifact_uri, earlier.path)
+        for path in figures:
+            client.log_artifact(run_id, str(path), _FIGURES)
+        client.set_terminated(run_id, status)
+
+    @told
+    def log_profile(self, study: StudyResult, profile: StudyProfiled) -> None:
+        """Write where a run's time went to profile.json of the study's run."""
+        self._client.log_dict(self._parent_of(study).info.run_id, asdict(profile), "profile.json")
+
+    @told
+    def reconcile(self, study: StudyResult, spec: StudySpec, *, leave: Collection[int] = ()) -> None:
+        """Bring the runs in line with the study storage: missing ones made, unfinished ones ended as the trials did.
+
+        What a killed process had begun to log of a model is deleted. Trials that are waiting or running are left alone,
+        and so are those in `leave`: another supervisor may be about to write them.
+        """
+        found = {int(run.tags[runs.TRIAL]): run for run in trial_runs(self.home, self._parent_of(study))}
+        self._runs.update({number: run.key for number, run in found.items()})
+        ended: dict[str, str] = {}
+        for trial in study.trials:
+            run = found.pop(trial.number, None)
+            if trial.state not in runs.STATUS or trial.number in leave:
+                continue
+            if run is not None:
+                ended[run.key] = run.tags.get(runs.MODEL, "")
+            if run is None or run.status == "RUNNING" or run.tags.get(runs.STATE) != trial.state:
+                self._mend(trial, spec, self._client.get_run(run.key) if run else None)
+        # Trials that the storage has not: newer than this record (left alone), or lost with an earlier storage.
+        newest = max((trial.number for trial in study.trials), default=-1)
+        for number, run in found.items():
+            if number <= newest and run.status == "RUNNING":
+                self._client.set_tag(run.key, runs.STATE, TrialState.STOPPED.value)
+                self._client.set_terminated(run.key, "KILLED")
+        models.delete_unfinished(self._client, self._parent.info.experiment_id, ended)
+
+    @told
+    def kept_models(self, study: StudyResult) -> dict[int, str]:
+        """Trial number -> models:/m-<id>, of the trials whose model is on disk."""
+        parent = runs.find_parent(self._client, study)
+        if parent is None:
+            return {}
+        kept = runs.children(self._client, parent, f"tags.`{runs.MODEL}` LIKE 'models:%'")
+        return {int(run.data.tags[runs.TRIAL]): run.data.tags[runs.MODEL] for run in kept}
+
+    def _drop(self, run: Any, part: str) -> None:
+        if self._client.list_artifacts(run.info.run_id, part):
+            models.delete_artifacts(self._client, run.info.artifact_uri, part)
+
+    def _experiment(self, name: str) -> str:
+        return runs.experiment(self._client, self.home, name)
+
+    def _parent_of(self, study: StudyResult) -> Any:
+        if self._parent is None or not runs.study_tags(study).items() <= self._parent.data.tags.items():
+            self._parent, self._runs = runs.find_parent(self._client, study), {}
+        if self._parent is None:
+            raise StoreError(f"{study.title}: MLflow has no run of this study.", f"Run it: hpo run {study.name}")
+        return self._parent
+
+    def _run_id(self, number: int, study: StudyResult | None = None) -> str:
+        if study is not None:
+            self._parent_of(study)
+        if number not in self._runs and not self._find(number):
+            raise StoreError(f"MLflow has no run of trial {number}.", "Run the study again: it mends its runs.")
+        return self._runs[number]
+
+    def _find(self, number: int) -> bool:
+        for run in runs.children(self._client, self._parent, f"tags.`{runs.TRIAL}` = '{number}'"):
+            self._runs[number] = run.info.run_id
+            return True
+        return False
+
+    def _start(self, candidate: Candidate, setup: Setup, *, worker: str, started: float) -> None:
+        client, parent, number = self._client, self._parent, candidate.number
+        # An earlier try may have made it before its answer was lost, or another supervisor that mended the study.
+        if not self._find(number):
+            run = client.create_run(
+                parent.info.experiment_id,
+                start_time=int(started * 1000),
+                tags={**self._shared, **runs.trial_tags(candidate, parent, worker)},
+                run_name=f"trial {number}",
+            )
+            self._runs[number] = run.info.run_id
+        self._describe(candidate, setup)
+
+    def _describe(self, candidate: Candidate, setup: Setup) -> None:
+        run_id = self._runs[candidate.number]
+        runs.log(self._client, run_id, params=runs.trial_params(candidate, setup))
+        if self._dataset is not None:
+            self._client.log_inputs(run_id, [self._dataset])
+
+    def _end(self, result: TrialResult, metrics: Sequence[Any], *, ended: float) -> None:
+        client, run_id = self._client, self._run_id(result.number)
+        tags = {runs.STATE: result.state.value} | ({"hpo.reason": result.reason} if result.reason else {})
+        tags |= {runs.FAILURE: result.failure.value} if result.failure else {}
+        runs.log(client, run_id, metrics=metrics, params=result.settings, tags=tags)
+        if result.confusion:
+            client.log_dict(run_id, {"true_by_predicted": result.confusion}, "confusion.json")
+        if result.traceback:
+            client.log_text(run_id, result.traceback, "traceback.txt")
+        client.set_terminated(run_id, runs.STATUS[result.state], end_time=int(ended * 1000))
+
+    def _mend(self, trial: Trial, spec: StudySpec, run: Any | None) -> None:
+        result = trial.result or TrialResult(trial.number, trial.state, reason="it ended without a result")
+        started = trial.started or time.time()
+        ended = result.ended or started + trial.run_seconds
+        metrics = runs.epoch_metrics(result.epochs, ended) + runs.result_metrics(result, ended)
+        logged: set[tuple[str, int]] = set()
+        if run is None:
+            setup = spec.with_values(trial.candidate.parameters)
+            self._start(trial.candidate, setup, worker=trial.worker, started=started)
+        else:
+            if not run.data.params or not run.inputs.dataset_inputs:  # killed between making it and describing it
+                self._describe(trial.candidate, spec.with_values(trial.candidate.parameters))
+            for name in {metric.key for metric in metrics}:
+                history = self._client.get_metric_history(run.info.run_id, name)
+                logged |= {(name, metric.step) for metric in history}
+        self._end(result, [metric for metric in metrics if (metric.key, metric.step) not in logged], ended=ended)

@@ -1,0 +1,1 @@
+"""A study's side of MLflow, out of one tracking store and into another."""

@@ -1,0 +1,266 @@
+"""A study's side of MLflow, as moving.take gives it, into another tracking store: each part is there once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hpo.home import Home
+from hpo.locks import lock
+from hpo.records import StudyResult
+from hpo.tracking import runs
+from hpo.tracking.champions import rewritten
+from hpo.tracking.ledger import add_openings
+from hpo.tracking.reader import pages
+from hpo.tracking.registry import REGISTERED
+from hpo.tracking.store import connect, told
+from hpo.tracking.transfer.export_runs import BORN, URI, WHOLE, Side, logged_models, registered_at
+
+_BEGUN = "hpo.moving"  # tag of a version whose other tags are still to come
+_CHUNK = 100  # runs made under one hold of a lock, which a server frees after a minute
+
+Extract = Callable[[str, Path], list[str]]
+
+
+@dataclass
+class Added:
+    """How much was new in a store: runs, logged models, registered versions, files of runs and models."""
+
+    runs: int = 0
+    models: int = 0
+    versions: int = 0
+    files: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+@told
+def put(home: Home, study: StudyResult, side: Side, extract: Extract) -> Added:
+    """Have the store hold all of it; what it has already is completed where that is needed, and not written again.
+
+    extract("runs/ID", folder) writes the files of a run there and returns their paths. Called again after a kill it
+    ends as if it had never been cut short. Raises StoreError.
+    """
+    added = Added()
+    add_openings(home, side.openings)
+    if not side.runs and side.registered is None:
+        return added
+    client = connect(home)
+    with lock(home, "mlflow-open"):
+        experiment = runs.experiment(client, home, study.name)
+    ids = _enter_runs(client, home, experiment, side.runs, added)
+    models = _enter_models(client, home, experiment, side.models, ids, extract, added)
+    for run in side.runs:
+        _fill_run(client, ids, models, run, extract, added)
+    if side.registered is not None:
+        with lock(home, "mlflow-register"):
+            _register(client, side.registered, ids, models, added)
+    return added
+
+
+def _enter_runs(
+    client: Any, home: Home, experiment: str, wanted: Sequence[Mapping[str, Any]], added: Added
+) -> dict[str, str]:
+    """Make the runs that are not there, still empty; returns born id -> id here."""
+    # Parents first: a child names its parent.
+    ordered = sorted(wanted, key=lambda run: runs.PARENT in run["tags"])
+    while True:
+        with lock(home, "mlflow-open"):
+            ids: dict[str, str] = {}
+            for run in pages(client.search_runs, experiment_ids=[experiment], max_results=1000):
+                ids.setdefault(run.data.tags.get(BORN, run.info.run_id), run.info.run_id)
+            missing = [run for run in ordered if run["id"] not in ids]
+            for run in missing[:_CHUNK]:
+                made = client.create_run(
+                    experiment,
+                    start_time=run["started"],
+                    tags={**_run_tags(run, ids, {}), BORN: run["id"]},
+                    run_name=run["name"],
+                )
+                ids[run["id"]] = made.info.run_id
+                added.runs += 1
+        if len(missing) <= _CHUNK:
+            return ids
+
+
+def _run_tags(run: Mapping[str, Any], ids: Mapping[str, str], models: Mapping[str, str]) -> dict[str, str]:
+    """The tags of a run, with the ids of this store; without those that name what is not here (yet)."""
+    tags = dict(run["tags"])
+    parent, model = tags.pop(runs.PARENT, None), tags.pop(runs.MODEL, "").removeprefix(URI)
+    tags |= {runs.PARENT: ids[parent]} if parent in ids else {}
+    return tags | ({runs.MODEL: URI + models[model]} if model in models else {})
+
+
+def _enter_models(
+    client: Any,
+    home: Home,
+    experiment: str,
+    wanted: Sequence[Mapping[str, Any]],
+    ids: Mapping[str, str],
+    extract: Extract,
+    added: Added,
+) -> dict[str, str]:
+    """Log the models that are not there whole; returns born id -> id here."""
+    with lock(home, "mlflow-open"):
+        models: dict[str, str] = {}
+        whole = set()
+        for model in logged_models(client, experiment):
+            models.setdefault(model.tags.get(BORN, model.model_id), model.model_id)
+            whole |= {model.tags.get(BORN, model.model_id)} if str(model.status) == "READY" else set()
+        for model in wanted:
+            if model["id"] not in models:
+                made = client.create_logged_model(
+                    experiment,
+                    name=model["name"],
+                    source_run_id=ids.get(model["run"]),
+                    tags={**model["tags"], BORN: model["id"]},
+                    params=model["params"],
+                    model_type=model["kind"],
+                )
+                models[model["id"]] = made.model_id
+    for model in wanted:
+        if model["id"] not in whole:
+            _fill_model(client, models[model["id"]], ids.get(model["run"]), model, extract, added)
+            added.models += 1
+    return models
+
+
+def _fill_model(
+    client: Any, model_id: str, run_id: str | None, model: Mapping[str, Any], extract: Extract, added: Added
+) -> None:
+    from mlflow.entities import Metric
+    from mlflow.models import Model
+
+    with tempfile.TemporaryDirectory() as scratch:
+        added.files += len(extract(f"models/{model['id']}", Path(scratch)))
+        if (Path(scratch) / "MLmodel").is_file():
+            # The same file, but for what says which model of which run it is.
+            facts = Model.load(scratch)
+            facts.model_id = facts.model_uuid = model_id
+            facts.run_id = run_id
+            facts.save(str(Path(scratch) / "MLmodel"))
+        client.log_model_artifacts(model_id, scratch)
+    if run_id and model["metrics"]:
+        scores = [Metric(*point, model_id=model_id, run_id=run_id) for point in model["metrics"]]
+        client.log_batch(run_id, metrics=scores)
+    client.finalize_logged_model(model_id, "READY")
+
+
+def _fill_run(
+    client: Any,
+    ids: Mapping[str, str],
+    models: Mapping[str, str],
+    run: Mapping[str, Any],
+    extract: Extract,
+    added: Added,
+) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric
+
+    digest = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
+    there = client.get_run(ids[run["id"]])
+    run_id = there.info.run_id
+    tags = _run_tags(run, ids, models)
+    if there.data.tags.get(WHOLE) == digest and tags.items() <= there.data.tags.items():
+        return
+    # MLflow's databases take a point that they have already as the same one, and know parameters by name.
+    params = {name: value for name, value in run["params"].items() if name not in there.data.params}
+    runs.log(client, run_id, metrics=[Metric(*point) for point in run["metrics"]], params=params)
+    datasets = []
+    for told_of in run["datasets"]:
+        known = {name: value for name, value in told_of.items() if name != "tags"}
+        datasets.append(DatasetInput(Dataset(**known), [InputTag(*tag) for tag in told_of["tags"].items()]))
+    if datasets:
+        client.log_inputs(run_id, datasets)
+    logged = {one.model_id for one in (there.outputs.model_outputs if there.outputs else ())}
+    outputs = [(models[model], step) for model, step in run["outputs"] if model in models]
+    if new := [LoggedModelOutput(model, step) for model, step in outputs if model not in logged]:
+        client.log_outputs(run_id, new)
+    with tempfile.TemporaryDirectory() as scratch:
+        files = extract(f"runs/{run['id']}", Path(scratch))
+        if files:
+            client.log_artifacts(run_id, scratch)
+        added.files += len(files)
+    if run["status"] != "RUNNING":
+        client.set_terminated(run_id, run["status"], end_time=run["ended"])
+    # Last: what is marked whole is whole.
+    runs.log(client, run_id, tags={**tags, WHOLE: digest})
+
+
+def _register(
+    client: Any, model: Mapping[str, Any], ids: Mapping[str, str], models: Mapping[str, str], added: Added
+) -> None:
+    """Register the versions that are not there, under their numbers where these are free, and bring tags and aliases.
+
+    An alias that is here already moves only to a version that was registered later.
+    """
+    from mlflow.exceptions import MlflowException
+
+    name = model["name"]
+    try:
+        client.create_registered_model(name, description=model["description"] or None)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    known = {each.source: each for each in pages(client.search_model_versions, filter_string=f"name = '{name}'")}
+    here: dict[int, Any] = {}
+    for version in sorted(model["versions"], key=lambda one: one["number"]):
+        if version["model"] not in models:
+            added.notes.append(f"version {version['number']} of {name} has no logged model, and stays behind")
+            continue
+        place = client.get_logged_model(models[version["model"]]).artifact_location
+        there = known.get(place)
+        if there is None or _BEGUN in there.tags:
+            there = _add_version(client, name, place, version, ids, models, there)
+            added.versions += 1
+        here[version["number"]] = there
+        for key, value in {**version["tags"], REGISTERED: str(version["created"])}.items():
+            if there.tags.get(key) != value:
+                client.set_model_version_tag(name, there.version, key, value)
+        if _BEGUN in there.tags:
+            client.delete_model_version_tag(name, there.version, _BEGUN)
+    numbers = {number: int(version.version) for number, version in here.items()}
+    registered = client.get_registered_model(name)
+    for key, value in rewritten(model["tags"], numbers).items():
+        if key not in registered.tags:
+            client.set_registered_model_tag(name, key, value)
+    created = {version["number"]: version["created"] for version in model["versions"]}
+    for alias, number in model["aliases"].items():
+        if number not in here:
+            continue
+        now = registered.aliases.get(alias)
+        before = client.get_model_version(name, str(now)) if now is not None else None
+        if before is None or created[number] > registered_at(before):
+            client.set_registered_model_alias(name, alias, here[number].version)
+
+
+def _add_version(
+    client: Any,
+    name: str,
+    place: str,
+    version: Mapping[str, Any],
+    ids: Mapping[str, str],
+    models: Mapping[str, str],
+    begun: Any | None,
+) -> Any:
+    """Register a version, or take the one that was begun. Lower numbers that are free here were deleted in its store.
+
+    They are used up, so that NAME/3 means the same in both.
+    """
+    made = begun
+    while made is None or int(made.version) < version["number"]:
+        if made is not None:
+            client.delete_model_version(name, made.version)
+        made = client.create_model_version(
+            name,
+            place,
+            run_id=ids.get(version["run"]),
+            tags={_BEGUN: "true"},
+            description=version["description"] or None,
+            model_id=models[version["model"]],
+            await_creation_for=0,
+        )
+    return made

@@ -1,0 +1,76 @@
+"""MLflow's own web page, on the right store, on this machine only."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import os
+import socket
+import subprocess
+import sys
+
+from hpo.errors import HpoError
+from hpo.home import Home
+from hpo.tracking.store import SWITCHES, exists, shown
+
+
+def ui_command(home: Home, *, host: str = "127.0.0.1", port: int = 5000) -> tuple[list[str], dict[str, str]]:
+    """The command line of `mlflow ui` for a home, and its environment.
+
+    Raises HpoError where there is no store yet, where a server holds it, or where the port is taken.
+    """
+    if home.tracking_uri.startswith(("http://", "https://")):
+        raise HpoError(
+            f"MLFLOW_TRACKING_URI={shown(home.tracking_uri)}: a server holds this store.",
+            "Open that address in a browser.",
+        )
+    if not exists(home):
+        raise HpoError(
+            f"{home.root}: there is no mlflow.db to show.",
+            "Run a study first (hpo run digits-mlp), or give --home DIR.",
+        )
+    if not _free(host, port):
+        following = next((other for other in range(port + 1, 65536) if _free(host, other)), 0)
+        raise HpoError(f"port {port} on {host} is in use.", f"Take the next free one: --port {following}")
+    command = [sys.executable, "-m", "mlflow", "ui"]
+    command += ["--default-artifact-root", home.artifacts.as_uri()] if home.embedded else []
+    # One worker and no job runner: half the time to the first page, and nothing here needs more.
+    command += ["--host", host, "--port", str(port), "--workers", "1"]
+    # The store goes by the environment: every user of the machine can read the words of a command.
+    own = {"MLFLOW_BACKEND_STORE_URI": home.tracking_uri, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    return command, {**SWITCHES, **os.environ, **own}
+
+
+def is_local(host: str) -> bool:
+    """Whether a server at host answers this machine only."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def open_ui(home: Home, *, host: str = "127.0.0.1", port: int = 5000) -> int:
+    """Show the MLflow UI at http://host:port until Ctrl-C; returns its exit code. Raises HpoError as ui_command."""
+    command, environment = ui_command(home, host=host, port=port)
+    with subprocess.Popen(command, env=environment) as process:  # noqa: S603
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+            return 0
+
+
+def _free(host: str, port: int) -> bool:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except PermissionError:
+            return False
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return False
+            raise HpoError(f"{host}:{port}: {error.strerror or error}.", "Give a host of this machine.") from None
+    return True

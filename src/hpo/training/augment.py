@@ -1,0 +1,233 @@
+"""Random changes of whole batches, on the device.
+
+torchvision's v2 functions take one amount for a whole batch; amounts for each image mean a loop over images. These draw
+all amounts at once and resample once: 4 (crop) to 100 (colours) times the images/s of that loop, 41 times for several
+together (batches of 128 x 28 x 28 x 3, one CPU thread: uv run python benchmarks/augment.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hpo.spec.training import AugmentSpec
+from hpo.training.flips import Turns
+
+Augment = Callable[[Tensor, torch.Generator], Tensor]
+
+# Changes by name, each with an amount for every image (n,); an amount of 0 changes nothing.
+_MOVES = ("rotate", "shift_x", "shift_y", "shear_x", "shear_y", "zoom")
+_COLOURS = ("brightness", "contrast", "saturation", "hue")
+# What randaugment draws from, and the amounts at magnitude 1.
+_RANDAUGMENT = {
+    "rotate": 45.0,
+    "shift_x": 0.4,
+    "shift_y": 0.4,
+    "shear_x": 0.5,
+    "shear_y": 0.5,
+    "zoom": math.log(1.5),
+    "brightness": 0.9,
+    "contrast": 0.9,
+    "saturation": 0.9,
+    "nothing": 0.0,
+}
+_FILLS = {"reflect": "reflection", "edge": "border", "black": "zeros"}
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: how bright red, green and blue look
+_GREY = np.array([_LUMA] * 3)  # (red, green, blue) -> its grey, three times
+_YIQ = np.array([_LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])  # -> brightness, and the plane of colours
+# A quarter turn in the plane of colours. A turn by any angle is grey + cos * (1 - grey) + sin * this.
+_QUARTER = np.linalg.inv(_YIQ) @ [[0, 0, 0], [0, 0, -1], [0, 1, 0]] @ _YIQ
+
+
+def warp(planes: Tensor, amounts: Mapping[str, Tensor], *, fill: str = "reflect") -> Tensor:
+    """planes (n, channels, height, width) float, each moved by its amounts (n,), about its middle, in one resampling.
+
+    rotate is in degrees, counterclockwise; shift_x and shift_y are shares of width and height, right and down; shear_x
+    and shear_y are slopes; zoom is the logarithm of the factor. fill is reflect, edge or black. Bilinear.
+    """
+    count, _, height, width = planes.shape
+    device = planes.device
+    nothing = torch.zeros(count, device=device)
+    angle, right, down, shear_x, shear_y, zoom = (amounts.get(name, nothing) for name in _MOVES)
+    # Where each pixel of the result comes from: the inverse of the change, in the coordinates of grid_sample, which
+    # run from -1 to 1 along both sides; only turns and shears mix them, so only those need the aspect ratio.
+    cosine, sine = angle.deg2rad().cos(), angle.deg2rad().sin()
+    turn = torch.stack([cosine, -sine, sine, cosine], dim=1).view(-1, 2, 2)
+    shear = torch.stack([1 + nothing, shear_x, shear_y, 1 + nothing], dim=1).view(-1, 2, 2)
+    aspect = torch.tensor([[1.0, height / width], [width / height, 1.0]], device=device)
+    linear = (turn @ shear) * aspect / zoom.exp().view(-1, 1, 1)
+    offset = -2 * linear @ torch.stack([right, down], dim=1).unsqueeze(2)
+    # affine_grid does the same for each image apart, which takes ten times as long as one product for all.
+    x = (2 * torch.arange(width, device=device) + 1) / width - 1
+    y = (2 * torch.arange(height, device=device) + 1) / height - 1
+    places = torch.stack([x.repeat(height), y.repeat_interleave(width), torch.ones(height * width, device=device)])
+    grid = (torch.cat([linear, offset], dim=2).view(-1, 3) @ places).view(count, 2, height, width)
+    return functional.grid_sample(planes, grid.permute(0, 2, 3, 1), padding_mode=_FILLS[fill], align_corners=False)
+
+
+def recolour(planes: Tensor, amounts: Mapping[str, Tensor]) -> Tensor:
+    """planes (n, channels, height, width) float, each with its colours changed by its amounts (n,), as one matrix.
+
+    brightness, contrast and saturation are added to a factor of 1 (below 0 counts as 0); hue is a share of the colour
+    circle, turned in the plane of YIQ. Saturation and hue leave images alone that are not RGB.
+    """
+    count, channels, _, _ = planes.shape
+    nothing = torch.zeros(count, device=planes.device)
+    brightness, contrast, saturation = ((1 + amounts.get(name, nothing)).clamp(min=0) for name in _COLOURS[:3])
+    pixels = planes.flatten(2)
+    luma = torch.tensor(_LUMA if channels == 3 else [1 / channels] * channels, device=planes.device)
+    # Neither saturation nor hue changes the grey of a pixel, so contrast can be taken about the mean of the original.
+    offset = (brightness * (1 - contrast) * (pixels.mean(2) @ luma)).view(-1, 1, 1)
+    factor = (brightness * contrast).view(-1, 1, 1)
+    if channels != 3 or ("saturation" not in amounts and "hue" not in amounts):
+        return torch.addcmul(offset, pixels, factor).view_as(planes)
+    angle = (2 * math.pi * amounts.get("hue", nothing)).view(-1, 1, 1)
+    grey, colour, quarter = torch.tensor(
+        np.array([_GREY, np.eye(3) - _GREY, _QUARTER]), dtype=torch.float32, device=planes.device
+    )
+    matrix = factor * (grey + saturation.view(-1, 1, 1) * (angle.cos() * colour + angle.sin() * quarter))
+    return torch.baddbmm(offset, matrix, pixels).view_as(planes)
+
+
+def erase(images: Tensor, generator: torch.Generator, *, probability: float, largest: float) -> Tensor:
+    """images (n, height, width, channels) uint8: in a share of them, a rectangle gets the mean colour of its image.
+
+    Its area is uniform in [0.02, largest] of the image (or largest, if that is less), its aspect ratio log-uniform in
+    [0.3, 3.3], and it lies inside the image: where it is too long for it, it is cut off.
+    """
+    count, height, width, _ = images.shape
+    chosen, size, aspect, top, left = torch.rand(5, count, generator=generator).to(images.device)
+    smallest = min(0.02, largest)
+    area = (smallest + (largest - smallest) * size) * height * width
+    ratio = ((2 * aspect - 1) * math.log(3.3)).exp()
+    tall = (area * ratio).sqrt().round().clamp(1, height)
+    wide = (area / ratio).sqrt().round().clamp(1, width)
+    inside = _between(height, top * (height - tall), tall).unsqueeze(2)
+    inside = inside & _between(width, left * (width - wide), wide).unsqueeze(1)
+    inside = inside & (chosen < probability).view(-1, 1, 1)
+    mean = images.float().mean((1, 2), keepdim=True).round().to(torch.uint8)
+    return torch.where(inside.unsqueeze(3), mean, images)
+
+
+def _between(length: int, start: Tensor, extent: Tensor) -> Tensor:
+    """(n, length) bool: which places lie in the extent (n,) places from start (n,), rounded, on."""
+    places = torch.arange(length, device=start.device)
+    first = start.round().unsqueeze(1)
+    return (places >= first) & (places < first + extent.unsqueeze(1))
+
+
+def _draw(spec: AugmentSpec, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    """Amounts (n,) on the images' device of every move and colour that the spec asks for."""
+    count, height, width, _ = images.shape
+    limits = {
+        "rotate": spec.rotate,
+        "shift_x": spec.shift,
+        "shift_y": spec.shift,
+        "zoom": math.log1p(spec.zoom),
+        **{name: getattr(spec, name) for name in _COLOURS},
+    }
+    amounts = {
+        name: limit * (2 * torch.rand(count, generator=generator) - 1) for name, limit in limits.items() if limit
+    }
+
+    def add(name: str, amount: Tensor) -> None:
+        amounts[name] = amounts[name] + amount if name in amounts else amount
+
+    if spec.crop:
+        for name, side in (("shift_x", width), ("shift_y", height)):
+            add(name, torch.randint(-spec.crop, spec.crop + 1, (count,), generator=generator) / side)
+    if spec.randaugment:
+        # Ranks of random numbers: each image draws different changes, every set of them equally likely.
+        ranks = torch.rand(count, len(_RANDAUGMENT), generator=generator).argsort(1).argsort(1)
+        signs = 1 - 2 * torch.randint(2, ranks.shape, generator=generator)
+        drawn = spec.magnitude * signs * (ranks < spec.randaugment)
+        for (name, most), amount in zip(_RANDAUGMENT.items(), drawn.unbind(1), strict=True):
+            add(name, most * amount)
+    if not amounts:
+        return {}
+    # One transfer for all.
+    moved = torch.stack(list(amounts.values())).to(images.device)
+    return dict(zip(amounts, moved, strict=True))
+
+
+def build_augment(spec: AugmentSpec, *, turned: bool = False) -> Augment | None:
+    """All that the spec asks for as one function of (uint8 images (n, height, width, channels), generator); or None.
+
+    turned says that the images are mirrored and turned already. The generator is the CPU's. mixup and cutmix are not in
+    it, for they change labels: see mix_batch.
+    """
+    turns = None if turned else Turns.of(spec)
+    amounts = (spec.rotate, spec.shift, spec.crop, spec.zoom, spec.randaugment, *(getattr(spec, c) for c in _COLOURS))
+    if not turns and not any(amounts) and not spec.erase:
+        return None
+
+    def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+        if turns:
+            images = turns.of_batch(images, generator)
+        drawn = _draw(spec, images, generator)
+        if drawn:
+            planes = images.permute(0, 3, 1, 2).contiguous().float()
+            if not drawn.keys().isdisjoint(_MOVES):
+                planes = warp(planes, drawn, fill=spec.fill)
+            if not drawn.keys().isdisjoint(_COLOURS):
+                planes = recolour(planes, drawn)
+            images = planes.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        if spec.erase:
+            images = erase(images, generator, probability=spec.erase, largest=spec.erase_area)
+        return images
+
+    return augment
+
+
+def mix_batch(
+    images: Tensor, labels: Tensor, spec: AugmentSpec, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """mixup or cutmix of a batch, for a loss between labels_a and labels_b: (images, labels_a, labels_b, share).
+
+    images are (n, channels, height, width) float, labels (n,). The loss is share * loss(labels_a) + (1 - share) *
+    loss(labels_b), share in [0, 1]; labels_a are the labels given. Where the spec asks for neither, images and labels
+    come back as they are, with share 1, and nothing is drawn.
+    """
+    if not spec.mixup and not spec.cutmix:
+        return images, labels, labels, 1.0
+    # torch's Beta takes no generator.
+    chance = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+    other = torch.randperm(len(images), generator=generator).to(images.device)
+    if not spec.cutmix or (spec.mixup and chance.random() < 0.5):
+        share = float(chance.beta(spec.mixup, spec.mixup))
+        return torch.lerp(images[other], images, share), labels, labels[other], share
+    height, width = images.shape[2:]
+    side = math.sqrt(1 - chance.beta(spec.cutmix, spec.cutmix))
+    y, x = chance.random() * height, chance.random() * width
+    # Cut off at the edges, as in the paper: the share is of what was really pasted.
+    top, bottom = max(0, round(y - side * height / 2)), min(height, round(y + side * height / 2))
+    left, right = max(0, round(x - side * width / 2)), min(width, round(x + side * width / 2))
+    mixed = images.clone()
+    mixed[:, :, top:bottom, left:right] = images[other, :, top:bottom, left:right]
+    share = 1 - (bottom - top) * (right - left) / (height * width)
+    return mixed, labels, labels[other], share
+
+
+def preview(images: Tensor, spec: AugmentSpec, *, generator: torch.Generator, copies: int) -> npt.NDArray[np.uint8]:
+    """What training would see of images (n, height, width, channels) uint8: one picture, uint8 with their channels.
+
+    A row for each image: first itself, then so many copies, each changed anew; white lines of 2 pixels between them.
+    """
+    augment = build_augment(spec)
+    labels = torch.zeros(len(images), dtype=torch.long)
+    columns = [images]
+    for _ in range(copies):
+        changed = images if augment is None else augment(images, generator)
+        mixed, *_ = mix_batch(changed.permute(0, 3, 1, 2).float(), labels, spec, generator)
+        columns.append(mixed.round().to(torch.uint8).permute(0, 2, 3, 1))
+    framed = functional.pad(torch.stack(columns, dim=1), (0, 0, 2, 0, 2, 0), value=255)
+    rows, columns_count, height, width, channels = framed.shape
+    picture = framed.transpose(1, 2).reshape(rows * height, columns_count * width, channels)
+    array: npt.NDArray[np.uint8] = picture[2:, 2:].cpu().numpy()
+    return array

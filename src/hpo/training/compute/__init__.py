@@ -1,0 +1,1 @@
+"""How a training is computed: device, precision, memory, CUDA graphs."""

@@ -1,0 +1,13 @@
+"""What the fork server imports once, so that every worker forked from it has it."""
+
+import signal
+
+# torch.optim imports the compiler at an optimizer's first step, whether it compiles or not: 5 s for each worker.
+import torch._dynamo  # noqa: F401
+
+import hpo.training.compute.device
+import hpo.training.trial  # noqa: F401
+
+# Schedulers send SIGTERM to every process of a job. As with Ctrl-C, what it means is for the supervisor to decide, who
+# needs workers and server to put away what they train; they end when it does. What is forked inherits this.
+signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,150 @@
+"""What frozen backbones make of a data set: computed once, kept on disk, shared by all trials and workers."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpo.data.atomic_folder import intact, write_folder
+from hpo.data.prepare import TrialData, load_tensor
+from hpo.models.backbones import Backbone, quick
+from hpo.models.transfer import Transfer
+from hpo.spec.pretrained import Tuned
+from hpo.spec.study import Setup
+from hpo.spec.training import AugmentSpec
+from hpo.training.augment import build_augment
+
+_FORMAT = 1  # part of every key
+_CHUNK = 256  # images that one worker claims at a time
+_BATCH = 8  # maps that stay in the processor's cache: 1.6 times the images/s of batches of 32
+
+
+def cached_views(setup: Setup) -> int | None:
+    """How many augmented views of each image a training takes from the cache; None where it needs the images.
+
+    Only a head may learn, from images as they are or from views of them that were drawn before.
+    """
+    model, augment = setup.model, setup.training.augment
+    if not isinstance(model, Tuned) or not model.frozen or augment.mixup or augment.cutmix:
+        return None
+    return 0 if augment == AugmentSpec() else model.views or None
+
+
+def features_of(net: Transfer, setup: Setup, data: TrialData, *, digest: str, cache: Path) -> TrialData:
+    """The data with features of net's bodies in place of images; what is not in the cache is computed first.
+
+    cached_views(setup) is not None. digest is that of the data set. Several workers share the work, chunk by chunk, and
+    each gets all of it.
+    """
+    views, augment = cached_views(setup) or 0, setup.training.augment
+    bodies = [body for body in net.bodies if isinstance(body, Backbone)]
+    files = tuple(_complete(body, data.images, augment, views, digest, cache) for body in bodies)
+    parts = tuple(load_tensor(file, data.images.device) for file in files)
+    return replace(data, images=parts[0] if len(parts) == 1 else _beside(parts))
+
+
+@lru_cache(maxsize=1)
+def _beside(parts: tuple[Tensor, ...]) -> Tensor:
+    """Features of several bodies in one tensor; remembered, for the candidates of a study nearly always share them."""
+    return torch.cat(parts, dim=-1)
+
+
+def pick_view(features: Tensor, generator: torch.Generator) -> Tensor:
+    """Features (n, 1 + views, count) -> (n, count): one of the augmented views of each image, by chance.
+
+    Without views, (n, count), they stay as they are.
+    """
+    if features.ndim == 2:
+        return features
+    picked = torch.randint(1, features.shape[1], (len(features),), generator=generator).to(features.device)
+    return features[torch.arange(len(features), device=features.device), picked]
+
+
+def _complete(body: Backbone, images: Tensor, augment: AugmentSpec, views: int, digest: str, cache: Path) -> Path:
+    """The file with the features of all images by this body."""
+    import filelock
+
+    said = "|".join([str(_FORMAT), digest, body.digest, str(views), augment.model_dump_json() if views else ""])
+    key = hashlib.sha256(said.encode()).hexdigest()[:32]
+    folder = cache / "features" / key
+    file = folder / "features.npy"
+    if intact(folder):
+        return file
+    scratch = folder.with_suffix(".parts")
+    scratch.mkdir(parents=True, exist_ok=True)
+    starts = range(0, len(images), _CHUNK)
+    # First whatever nobody else works on, then, waiting for the others, whatever they have not finished.
+    for wait in (False, True):
+        for start in starts:
+            if intact(folder):
+                return file
+            part = scratch / f"{start:09}.npy"
+            try:
+                with filelock.FileLock(f"{part}.lock", timeout=-1 if wait else 0):
+                    # Put together and tidied up since the look above, perhaps: then there is nothing to do either.
+                    if _read(part, min(_CHUNK, len(images) - start), views) is None and not intact(folder):
+                        _compute(body, images[start : start + _CHUNK], augment, views, seed=start, file=part)
+            except (filelock.Timeout, FileNotFoundError):
+                continue  # another works on it, or has put the whole together and tidied up
+    with filelock.FileLock(folder.parent / ".lock"):
+        if not intact(folder):
+            pieces = [_read(scratch / f"{start:09}.npy", min(_CHUNK, len(images) - start), views) for start in starts]
+            if any(piece is None for piece in pieces):  # damaged since it was written: begin again
+                return _complete(body, images, augment, views, digest, cache)
+            whole = [piece for piece in pieces if piece is not None]
+            write_folder(folder, lambda made: np.save(made / "features.npy", np.concatenate(whole)))
+            shutil.rmtree(scratch, ignore_errors=True)
+    return file
+
+
+def _read(file: Path, count: int, views: int) -> np.ndarray | None:
+    """A chunk of `count` images, or None where it is missing or damaged."""
+    try:
+        chunk: np.ndarray = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    whole = len(chunk) == count and chunk.ndim == 2 + bool(views) and (not views or chunk.shape[1] == 1 + views)
+    return chunk if whole else None
+
+
+@lru_cache(maxsize=8)
+def _quick(body: Backbone) -> Backbone:
+    return quick(body)
+
+
+def _compute(body: Backbone, images: Tensor, augment: AugmentSpec, views: int, *, seed: int, file: Path) -> None:
+    """Write the features of a chunk, whole or not at all."""
+    body = _quick(body)
+    generator = torch.Generator().manual_seed(seed)
+    change = build_augment(augment)
+    seen = [forward(body, images)]
+    if change is not None:
+        seen += [forward(body, change(images, generator)) for _ in range(views)]
+    features = torch.stack(seen, dim=1) if views else seen[0]
+    part = file.with_suffix(f".{os.getpid()}.part")
+    with part.open("wb") as stream:
+        np.save(stream, features.numpy())
+        stream.flush()
+        os.fsync(stream.fileno())
+    part.replace(file)
+
+
+def forward(body: Backbone, images: Tensor) -> Tensor:
+    """Images (n, height, width, channels) uint8 -> features (n, count) float32, as an exported model computes them."""
+    body.eval()
+    with torch.inference_mode():
+        return torch.cat([part.cpu() for part in _batches(body, images)])
+
+
+def _batches(body: Backbone, images: Tensor) -> Iterator[Tensor]:
+    for batch in torch.split(images, _BATCH):
+        yield body(batch.permute(0, 3, 1, 2).float() / 255)

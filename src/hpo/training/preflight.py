@@ -1,0 +1,81 @@
+"""One real batch through everything that a trial does, timed."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from hpo.data.prepare import TrialData
+from hpo.errors import TrainingError
+from hpo.models import parameter_count
+from hpo.models.backbones import Backbone
+from hpo.models.export import export_program
+from hpo.models.saved import save_trained
+from hpo.models.transfer import Transfer, standing_of
+from hpo.records import DataCard
+from hpo.spec.study import Setup
+from hpo.training.features import cached_views, forward
+from hpo.training.loop import train
+from hpo.training.trial import build_whole, measured_precision
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """Seconds of one training step, of one epoch (estimated from a few steps) and of one export; bytes of a model.
+
+    features_seconds: of the one pass of all images through a frozen backbone, 0 without one.
+    """
+
+    parameter_count: int
+    precision: str
+    batch_seconds: float
+    features_seconds: float
+    epoch_seconds: float
+    export_seconds: float
+    model_bytes: int
+
+
+def preflight(setup: Setup, card: DataCard, *, device_name: str, seed: int, folder: Path) -> Preflight:
+    """Train a few batches, evaluate them, and export. Raises TrainingError where the loss is not finite."""
+    net, data = build_whole(setup, card, seed=seed, device_name=device_name)
+    whole, spec = net, setup.training
+    steps = min(4, -(-len(data.train) // spec.batch_size))
+    # Rows spread over the part: the first rows of a sorted file may be of one class.
+    some = torch.linspace(0, len(data.train) - 1, min(len(data.train), steps * spec.batch_size)).long()
+    few = replace(data, train=data.train[some.to(data.train.device)], valid=data.valid[:1024])
+    standing, features_seconds = standing_of(net), 0.0
+    if standing is not None and (views := cached_views(setup)) is not None:
+        few, seconds = _seen(standing, few, views)
+        net, features_seconds = standing.head, seconds * (1 + views) * card.development_count
+    precision = spec.precision if spec.precision != "auto" else measured_precision(net, few, spec.batch_size)
+    once = spec.model_copy(update={"epochs": 2, "patience": None})
+    epochs = list(train(net, few, once, seed=seed, precision=precision))
+    if not epochs:
+        raise TrainingError("the training yields no epoch.", "Set training.epochs to 1 or more.")
+    step_seconds = epochs[-1].seconds / steps  # the first epoch warms up
+    started = time.perf_counter()
+    save_trained(whole.cpu(), setup, data, folder)
+    program = export_program(folder)
+    return Preflight(
+        parameter_count=parameter_count(whole),
+        precision=precision,
+        batch_seconds=step_seconds,
+        features_seconds=features_seconds,
+        epoch_seconds=step_seconds * -(-len(data.train) // spec.batch_size),
+        export_seconds=time.perf_counter() - started,
+        model_bytes=program.stat().st_size,
+    )
+
+
+def _seen(net: Transfer, few: TrialData, views: int) -> tuple[TrialData, float]:
+    """A batch of the data as frozen backbones see it, in place of all of it; seconds for each image."""
+    images = few.images.index_select(0, few.train[:64])
+    started = time.perf_counter()
+    features = torch.cat([forward(body, images) for body in net.bodies if isinstance(body, Backbone)], dim=1)
+    seconds = (time.perf_counter() - started) / len(images)
+    # Which image has which features makes no difference to the time that a step takes.
+    spread = features.to(images.device)[torch.arange(len(few.images), device=images.device) % len(features)]
+    return replace(few, images=spread[:, None].expand(-1, 1 + views, -1) if views else spread), seconds

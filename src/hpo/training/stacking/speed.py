@@ -1,0 +1,72 @@
+"""How long a training step takes, alone and in a stack."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Generator
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from hpo.data.prepare import TrialData
+from hpo.records import Epoch
+from hpo.spec.training import TrainingSpec
+from hpo.training.compute.precision import has_bfloat16
+from hpo.training.compute.roofline import device_clock
+from hpo.training.loop import train
+from hpo.training.stacking.stack import Stack
+
+_STEPS = 4
+_SOME = 4  # networks, whose precision speaks for larger stacks
+FULL = 0.003  # seconds; a CPU whose step takes longer computes all the time, and gains nothing from company
+
+
+def step_seconds(net: nn.Module, data: TrialData, spec: TrainingSpec, *, together: int, precision: str) -> float:
+    """Seconds of a training step of each of `together` such networks; 1 is alone. The network stays as it is.
+
+    On a CPU they are those of this thread, whatever else the processor is busy with.
+    """
+    rows = data.train[: _STEPS * spec.batch_size]
+    few = replace(data, train=rows, valid=data.valid[:0])
+    brief = spec.model_copy(update={"epochs": 2, "patience": None, "precision": precision})
+    nets = [copy.deepcopy(net) for _ in range(together)]
+    clock = device_clock(few.images.device)
+    with torch.random.fork_rng(devices=[few.images.device] if few.images.device.type == "cuda" else []):
+        if together == 1:
+            fits: list[Generator[Epoch | None, None, None]] = [train(nets[0], few, brief, seed=0, precision=precision)]
+        else:
+            stack = Stack(precision=precision)
+            fits = [stack.join(each, few, brief, seed=0) for each in nets]
+        for _ in range(brief.epochs):  # the first warms up
+            started = clock()
+            for waits in [fit for fit in fits if next(fit) is None]:
+                next(waits)
+            seconds = clock() - started
+        for fit in fits:
+            fit.close()
+    return seconds / together / -(-len(rows) // spec.batch_size)
+
+
+def shared_precision(net: nn.Module, data: TrialData, spec: TrainingSpec) -> str:
+    """float32 or bfloat16, whichever trains a stack of networks like this one faster."""
+    if not has_bfloat16(data.images.device):
+        return "float32"
+    seconds = shared_seconds(net, data, spec, together=_SOME)
+    return min(seconds, key=seconds.__getitem__)
+
+
+def why_apart(net: nn.Module, data: TrialData, spec: TrainingSpec) -> str:
+    """Why a network like this one trains faster alone on its device; "" where it does not."""
+    alone = min(shared_seconds(net, data, spec, together=1).values())
+    if data.images.device.type == "cpu" and alone > FULL:
+        return f"a step takes {1000 * alone:.1f} ms, all of it computing"
+    gain = alone / min(shared_seconds(net, data, spec, together=_SOME).values())
+    return "" if gain > 1 else f"side by side it is {gain:.2f} times as fast as alone here"
+
+
+def shared_seconds(net: nn.Module, data: TrialData, spec: TrainingSpec, *, together: int) -> dict[str, float]:
+    """Seconds of a step in a stack of `together`, 1 is alone, by each precision that the spec and the device allow."""
+    half = spec.precision == "bfloat16" or (spec.precision == "auto" and has_bfloat16(data.images.device))
+    precisions = ["float32"] * (spec.precision != "bfloat16") + ["bfloat16"] * half
+    return {each: step_seconds(net, data, spec, together=together, precision=each) for each in precisions}

@@ -1,0 +1,370 @@
+"""Several trainings in one loop: each with its own rates, order of images and end, all with one computation."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Generator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel
+
+from hpo.data.prepare import TrialData
+from hpo.errors import NotFiniteError
+from hpo.metrics import scores
+from hpo.models.inputs import input_of
+from hpo.records import Epoch
+from hpo.spec.training import TrainingSpec
+from hpo.training.augment import mix_batch
+from hpo.training.batches import Take
+from hpo.training.checkpoint import get_chance, set_chance
+from hpo.training.early_stopping import Progress
+from hpo.training.loop import class_weights, evaluation_batch, moving_average
+from hpo.training.optimizers import OPTIMIZERS, learning_rate_factor
+from hpo.training.stacking.compatibility import BrokenStackError, UnstackableError, shape_of, sort_key
+from hpo.training.stacking.dense import StackedNets
+
+
+@dataclass
+class Member:
+    """One training of a stack: what train() knows in its local variables."""
+
+    net: nn.Module
+    data: TrialData
+    spec: TrainingSpec
+    generator: torch.Generator  # data order and augmentation
+    noise: torch.Generator  # dropout
+    take: Take
+    averaged: AveragedModel | None
+    progress: Progress
+    ready: deque[Epoch | Exception] = field(default_factory=deque)
+    waits: bool = False
+    epoch: int = 0
+    step: int = 0
+    optimizer: torch.optim.Optimizer | None = None
+    group: dict[str, Any] = field(default_factory=dict)
+    weights: list[nn.Parameter] = field(default_factory=list)
+
+    @property
+    def judged(self) -> nn.Module:
+        """The network that is evaluated and kept."""
+        kept: nn.Module = self.net if self.averaged is None else self.averaged.module
+        return kept
+
+
+def key_of(net: nn.Module, data: TrialData, spec: TrainingSpec, precision: str) -> tuple[Any, ...]:
+    """Trainings with the same key can share a stack. Raises UnstackableError, with the reason.
+
+    Networks of less than half the width of the widest would mostly compute with padding, and stand in another stack.
+    """
+    for reason, applies in (
+        ("its batches are computed in pieces", spec.micro_batch is not None),
+        ("its layers learn at rates of their own", spec.optimizer.layer_decay != 1),
+        ("it is saved every so many epochs", spec.checkpoint is not None),
+        ("its epochs grow", spec.data_growth < 1),
+    ):
+        if applies:
+            raise UnstackableError(reason)
+    place = (id(data.images), id(data.train), id(data.valid), data.mean, data.std)
+    return (*shape_of(net), place, str(data.images.device), spec.batch_size, spec.class_weights, precision)
+
+
+def why_alone(net: nn.Module, data: TrialData, spec: TrainingSpec) -> str:
+    """Why a training can share its computation with no other; "" where it can."""
+    try:
+        key_of(net, data, spec, "")
+    except UnstackableError as reason:
+        return str(reason)
+    return ""
+
+
+class Stacks:
+    """The stacks of a process in which so many trainings have a place.
+
+    precisions are the automatic ones that were measured here, by their kind and size of network: like trainings have to
+    agree, or they could not share. apart says of kinds and sizes with convolutions why they train faster alone here, ""
+    of those that do not.
+    """
+
+    def __init__(self, places: int) -> None:
+        self.places = places
+        self.precisions: dict[str, str] = {}
+        self.apart: dict[str, str] = {}
+        self._stacks: dict[tuple[Any, ...], Stack] = {}
+
+    def join(
+        self, net: nn.Module, data: TrialData, spec: TrainingSpec, *, seed: int, precision: str
+    ) -> Generator[Epoch | None, None, None]:
+        """The epochs of a training that shares its computation with those of its key; see Stack.join."""
+        key = key_of(net, data, spec, precision)
+        # Those without members would keep data that nobody needs.
+        self._stacks = {other: stack for other, stack in self._stacks.items() if stack.members}
+        return self._stacks.setdefault(key, Stack(precision=precision)).join(net, data, spec, seed=seed)
+
+
+def beside(fit: Generator[Epoch, None, None], device: torch.device) -> Generator[Epoch, None, None]:
+    """A training that shares its process, but not its computation: torch's global chance is its own while it trains."""
+    chance = None
+    devices = [device] if device.type == "cuda" else []
+    try:
+        while True:
+            with torch.random.fork_rng(devices=devices):
+                if chance is not None:
+                    set_chance(chance, torch.Generator(), device)
+                epoch = next(fit, None)
+                chance = get_chance(torch.Generator(), device)
+            if epoch is None:
+                return
+            yield epoch
+    finally:
+        fit.close()
+
+
+class Stack:
+    """Trainings of one key. They join and leave between epochs; each is iterated by its own trial.
+
+    An iteration of a member gives None once in each epoch, for "everyone is to be asked before I train", and then the
+    Epoch: so a worker asks all its trials once, and those that gave None again. Where the computation fails all of them
+    raise BrokenStackError, and may go on alone.
+    """
+
+    def __init__(self, *, precision: str) -> None:
+        self.members: list[Member] = []
+        self._precision = precision
+        self._stacked: StackedNets | None = None
+        self._in_stack: list[Member] = []  # in the order of its rows
+        self._optimizers: list[torch.optim.Optimizer] = []
+
+    def join(
+        self, net: nn.Module, data: TrialData, spec: TrainingSpec, *, seed: int
+    ) -> Generator[Epoch | None, None, None]:
+        """The epochs of one training, as train() gives them, with a None before each."""
+        net.to(data.images.device)
+        member = Member(
+            net=net,
+            data=data,
+            spec=spec,
+            generator=torch.Generator().manual_seed(seed),
+            noise=torch.Generator(data.images.device).manual_seed(seed),
+            take=Take(data.images, spec.augment),
+            averaged=moving_average(net, spec.ema) if spec.ema else None,
+            progress=Progress(spec, validates=len(data.valid) > 0),
+        )
+        self._dissolve()
+        self.members.append(member)
+        try:
+            while True:
+                member.waits = True
+                yield None
+                if not member.ready:
+                    self._train_epoch([each for each in self.members if each.waits])
+                member.waits = False
+                epoch = member.ready.popleft()
+                if isinstance(epoch, Exception):
+                    raise epoch
+                yield epoch
+                if epoch.last:
+                    return
+        finally:
+            self._dissolve()
+            self.members.remove(member)
+            if member.progress.state is not None or member.averaged is not None:
+                net.load_state_dict(member.progress.state or member.judged.state_dict())
+
+    def _dissolve(self) -> None:
+        """Give every member its own weights and optimizer state, before another stack is made of others."""
+        if self._stacked is None:
+            return
+        self._stacked.release()
+        self._stacked, self._in_stack, self._optimizers = None, [], []
+
+    def _form(self, members: list[Member]) -> StackedNets:
+        members.sort(key=lambda member: sort_key(member.net))
+        stacked = StackedNets([member.net for member in members])
+        optimizers: dict[str, torch.optim.Optimizer] = {}
+        for row, member in enumerate(members):
+            weights = stacked.weights_of(row)
+            spec = member.spec.optimizer
+            optimizer = OPTIMIZERS[spec.name](weights, spec, fused=weights[0].device.type in ("cpu", "cuda"))
+            _carry_over(member, optimizer, weights)
+            member.weights, member.group = weights, optimizer.param_groups[0]
+            # One optimizer for all of a kind, each member with a group of its own, steps in half the time.
+            member.optimizer = optimizers.setdefault(spec.name, optimizer)
+            if member.optimizer is not optimizer:
+                member.optimizer.add_param_group(member.group)
+                member.optimizer.state.update(optimizer.state)
+        self._optimizers = list(optimizers.values())
+        return stacked
+
+    def _train_epoch(self, members: list[Member]) -> None:
+        """Train one epoch of all of these and leave each its Epoch, or what went wrong."""
+        started = time.perf_counter()
+        if self._stacked is None or len(members) != len(self._in_stack):
+            self._dissolve()
+            self._stacked, self._in_stack = self._form(members), members
+        members = self._in_stack
+        torch.set_flush_denormal(True)
+        try:
+            totals = self._steps(self._stacked, members)
+            logits = self._validate(members)
+            judged = [_judge(*each) for each in zip(members, totals, logits, strict=True)]
+        except Exception as error:  # noqa: BLE001
+            # Words only: with its traceback the error would hold all that was computed until the last one has seen it.
+            words = f"{type(error).__name__}: {error}"
+            for member in members:
+                member.ready.append(BrokenStackError(words))
+            return
+        finally:
+            torch.set_flush_denormal(False)
+        # What each of them would have taken alone is unknown: they share the time.
+        seconds = (time.perf_counter() - started) / len(members)
+        for member, epoch in zip(members, judged, strict=True):
+            member.ready.append(replace(epoch, seconds=seconds) if isinstance(epoch, Epoch) else epoch)
+
+    def _steps(self, stacked: StackedNets, members: list[Member]) -> list[tuple[float, float]]:
+        """The batches of an epoch; mean loss and accuracy over them, of each member."""
+        data, spec = members[0].data, members[0].spec
+        device = data.images.device
+        balanced = spec.class_weights == "balanced"
+        weights = class_weights(data.labels[data.train], len(data.class_names)) if balanced else None
+        smoothing = torch.tensor([member.spec.label_smoothing for member in members], device=device)
+        smoothed = smoothing if any(member.spec.label_smoothing for member in members) else None
+        noises = [member.noise for member in members]
+        inputs_of = _Inputs(members)
+        steps_per_epoch, count = -(-len(data.train) // spec.batch_size), len(data.train)
+        single = count % spec.batch_size == 1 < min(spec.batch_size, count)
+        totals = torch.zeros(2, len(members), dtype=torch.float64, device=device)
+        orders, places = [], []
+        for member in members:
+            member.epoch += 1
+            order = data.train[torch.randperm(count, generator=member.generator).to(device)]
+            orders.append(order[:-1] if single else order)  # batch norm cannot learn from a single image
+            places.append(member.take.places(orders[-1], spec.batch_size, member.generator))
+        batches = [torch.split(torch.stack(each), spec.batch_size, dim=1) for each in (orders, places)]
+        for rows, taken in zip(*batches, strict=True):
+            for member in members:
+                factor = learning_rate_factor(
+                    member.spec.schedule,
+                    step=member.step,
+                    steps=member.spec.epochs * steps_per_epoch,
+                    steps_per_epoch=steps_per_epoch,
+                )
+                member.step += 1
+                member.group["lr"] = member.spec.optimizer.lr * factor
+            inputs, labels, others, shares = inputs_of(rows, taken)
+            logits = stacked(inputs, noises, half=self._precision == "bfloat16")
+            losses = cross_entropies(logits, labels, smoothed, weights)
+            if shares is not None:
+                losses = shares * losses + (1 - shares) * cross_entropies(logits, others, smoothed, weights)
+            stacked.forget()
+            torch.autograd.backward(losses.sum())
+            for member in members:
+                if member.spec.clip_norm is not None:
+                    nn.utils.clip_grad_norm_(member.weights, member.spec.clip_norm)
+            for optimizer in self._optimizers:
+                optimizer.step()
+            for member in members:
+                if member.averaged is not None:
+                    member.averaged.update_parameters(member.net)
+            totals[0] += losses.detach().double() * rows.shape[1]
+            totals[1] += (logits.detach().argmax(2) == labels).sum(1)
+        for member in members:
+            member.step += single
+        return [(loss / (count - single), hits / (count - single)) for loss, hits in totals.t().tolist()]
+
+    def _validate(self, members: list[Member]) -> list[Tensor]:
+        """Logits (validation images, classes) of each member, from batches that all of them share."""
+        data = members[0].data
+        normalise = input_of(data)
+        judged = [member.judged.eval() for member in members]
+        parts: list[list[Tensor]] = [[] for _ in members]
+        half = self._precision == "bfloat16"
+        with torch.inference_mode(), torch.autocast(data.images.device.type, torch.bfloat16, enabled=half):
+            for rows in torch.split(data.valid, evaluation_batch(data.images.device)):
+                inputs = normalise(data.images.index_select(0, rows))
+                for part, net in zip(parts, judged, strict=True):
+                    part.append(net(inputs).float())
+        for member in members:
+            member.net.train()
+        return [torch.cat(part) if part else torch.empty(0) for part in parts]
+
+
+class _Inputs:
+    """What the members of a stack learn from in a step."""
+
+    def __init__(self, members: list[Member]) -> None:
+        self._members, self._data = members, members[0].data
+        self._normalise = input_of(self._data)
+        self._mixes = any(member.spec.augment.mixup or member.spec.augment.cutmix for member in members)
+        sources = [member.take.source for member in members]
+        # Where nothing is drawn for a batch, the images of all are gathered and normalised in one go.
+        together = not self._mixes and all(source is sources[0] for source in sources)
+        self._source = sources[0] if together else None
+
+    def __call__(self, rows: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """rows (members, n), places likewise, see Take -> inputs (members, n, ...), labels, others, shares.
+
+        Labels and the others that they are mixed with are (members, n); shares of the first are (members,), None where
+        nothing is mixed.
+        """
+        labels = self._data.labels.index_select(0, rows.flatten()).view(rows.shape)
+        if self._source is not None:
+            inputs = self._normalise(self._source.index_select(0, places.flatten()))
+            return inputs.view(*rows.shape, *inputs.shape[1:]), labels, labels, None
+        parts = [self._mixed(*each) for each in zip(self._members, places, labels, strict=True)]
+        inputs = torch.stack([part for part, _, _ in parts])
+        if not self._mixes:
+            return inputs, labels, labels, None
+        shares = torch.tensor([share for _, _, share in parts], device=labels.device)
+        return inputs, labels, torch.stack([other for _, other, _ in parts]), shares
+
+    def _mixed(self, member: Member, places: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, float]:
+        images = self._normalise(member.take(places, member.generator))
+        inputs, _, others, share = mix_batch(images, labels, member.spec.augment, member.generator)
+        return inputs, others, share
+
+
+def _judge(member: Member, total: tuple[float, float], logits: Tensor) -> Epoch | NotFiniteError:
+    """A member's epoch from its training loss and accuracy and its validation logits; its best weights are noted."""
+    measured = {"train_loss": total[0], "train_accuracy": total[1]}
+    if len(member.data.valid):
+        labels = member.data.labels[member.data.valid]
+        measured |= {f"valid_{name}": value for name, value in scores(logits, labels).items()}
+    try:
+        last = member.progress.note(member.epoch, measured, member.judged)
+    except NotFiniteError as error:  # its own fault, and no other member's
+        return error
+    return Epoch(number=member.epoch, scores=measured, learning_rate=member.group["lr"], seconds=0.0, last=last)
+
+
+def cross_entropies(logits: Tensor, labels: Tensor, smoothing: Tensor | None, weights: Tensor | None) -> Tensor:
+    """functional.cross_entropy of each network: logits (networks, n, classes), labels (networks, n) -> (networks,).
+
+    smoothing is (networks,), None where there is none; weights are those of the classes.
+    """
+    whole = labels.shape[1] if weights is None else weights[labels].sum(1)
+    hard = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), weight=weights, reduction="none")
+    losses = hard.view(labels.shape).sum(1) / whole
+    if smoothing is None:
+        return losses
+    logs = functional.log_softmax(logits, dim=2)
+    soft = -(logs if weights is None else logs * weights).sum((1, 2)) / (logits.shape[2] * whole)
+    return (1 - smoothing) * losses + smoothing * soft
+
+
+def _carry_over(member: Member, optimizer: torch.optim.Optimizer, weights: list[nn.Parameter]) -> None:
+    """Give a member's new optimizer the moments of its last one; the padding, of 0s, may be another now."""
+    if member.optimizer is None:
+        return
+    for old, new in zip(member.weights, weights, strict=True):
+        for name, value in member.optimizer.state.get(old, {}).items():
+            if isinstance(value, Tensor) and value.shape == old.shape:
+                moved = torch.zeros_like(new)
+                region = tuple(slice(min(pair)) for pair in zip(old.shape, new.shape, strict=True))
+                moved[region] = value[region]
+                value = moved
+            optimizer.state[new][name] = value

@@ -1,0 +1,124 @@
+"""Which trials keep their model."""
+
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+
+from formula_study import CARD, Told, formula_spec
+from hpo.execute.subscribers.model_retention import Keeper
+from hpo.execute.tracking_queue import Background
+from hpo.records import Candidate, Notice, StudyResult, Trial, TrialResult, TrialState
+from hpo.spec.study import KeepSpec
+
+
+class _Exports:
+    """A helper process whose exports are done at once, or fail."""
+
+    def __init__(self, fails=()):
+        self.fails = fails
+        self.exported = []
+        self.drawn = []
+
+    def submit(self, job, result, data, *, figures):
+        future = Future()
+        self.exported.append(result.number)
+        self.drawn += [result.number] * figures
+        if result.number in self.fails:
+            future.set_exception(RuntimeError("cannot export"))
+        else:
+            future.set_result(Path(result.folder))
+        return future
+
+
+def _keeper(models, *, figures="best:10", exports=None, events=None):
+    spec = formula_spec().model_copy(update={"keep": KeepSpec(models=models, figures=figures)})
+    tracker, background = Told(), Background()
+    keeper = Keeper(
+        tracker,
+        background,
+        exports or _Exports(),
+        spec,
+        data=CARD,
+        watch=[].append if events is None else events.append,
+    )
+    return keeper, tracker, background
+
+
+def _complete(number, value, folder):
+    folder.mkdir()
+    return TrialResult(number, TrialState.COMPLETE, value, 1, folder=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("models", "left"),
+    [("best:2", {1, 3}), ("all", {0, 1, 2, 3}), ("none", set())],
+)
+def test_the_policy_decides_which_models_are_left(models, left, tmp_path):
+    keeper, tracker, background = _keeper(models)
+    for number, value in enumerate([0.5, 0.6, 0.1, 0.9]):
+        keeper.add(_complete(number, value, tmp_path / str(number)))
+        keeper.collect()
+    keeper.collect(wait=True)
+    background.join()
+    kept = [number for call, number in tracker.calls if call == "keep"]
+    dropped = [number for call, number in tracker.calls if call == "drop"]
+    assert len(kept) == len(set(kept))
+    assert set(kept) - set(dropped) == left
+    assert not list(tmp_path.iterdir()), "no trial leaves files behind"
+
+
+@pytest.mark.parametrize(("figures", "left"), [("best:1", {3}), ("all", {0, 1, 2, 3}), ("none", set())])
+def test_the_policy_decides_which_pictures_are_left(figures, left, tmp_path):
+    exports = _Exports()
+    keeper, tracker, background = _keeper("all", figures=figures, exports=exports)
+    for number, value in enumerate([0.5, 0.6, 0.1, 0.9]):
+        keeper.add(_complete(number, value, tmp_path / str(number)))
+        keeper.collect(wait=True)
+    background.join()
+    dropped = [number for call, number in tracker.calls if call == "drop figures"]
+    assert len(dropped) == len(set(dropped))
+    assert set(exports.drawn) - set(dropped) == left
+    assert "drop" not in [call for call, _ in tracker.calls]
+
+
+def test_a_pruned_trial_leaves_nothing(tmp_path):
+    keeper, tracker, background = _keeper("all")
+    keeper.add(TrialResult(0, TrialState.PRUNED, 0.9, 1))
+    keeper.collect(wait=True)
+    background.join()
+    assert tracker.calls == []
+
+
+def test_a_model_that_cannot_be_exported_is_told_and_the_study_goes_on(tmp_path):
+    events = []
+    keeper, tracker, background = _keeper("all", exports=_Exports(fails={0}), events=events)
+    keeper.add(_complete(0, 0.5, tmp_path / "0"))
+    keeper.collect(wait=True)
+    background.join()
+    assert tracker.calls == []
+    assert [event.text for event in events if isinstance(event, Notice)] == [
+        "trial 0: its model could not be exported: cannot export"
+    ]
+
+
+def test_a_resumed_study_exports_what_still_waits_and_drops_what_falls_out(tmp_path):
+    keeper, tracker, background = _keeper("best:1")
+    waiting = _complete(1, 0.9, tmp_path / "1")
+    results = [TrialResult(0, TrialState.COMPLETE, 0.5, 1), waiting]
+    study = StudyResult(
+        "formula",
+        1,
+        "maximize",
+        "valid_accuracy",
+        tuple(
+            Trial(Candidate(result.number, result.number, {"model.hidden": 3}, 0), result.state, result)
+            for result in results
+        ),
+    )
+    earlier = Future()
+    earlier.set_result({0: "models:/m-0"})
+    keeper.resume(study, earlier)
+    keeper.collect(wait=True)
+    background.join()
+    assert tracker.calls == [("keep", 1), ("drop", 0)]

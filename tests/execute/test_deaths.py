@@ -1,0 +1,143 @@
+"""Helpers, workers and other runs that die beside a run that lives on."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+import hpo.execute.supervisor
+from deadly_jobs import die_always, die_once
+from formula_study import CARD, formula, formula_spec
+from hpo.errors import HpoError
+from hpo.execute.engines.local import LocalProcesses, WorkerLost
+from hpo.execute.process import process_context
+from hpo.execute.workdir import pictures_folder, sweep
+from hpo.execute.workers.job_process import Helper
+from hpo.execute.workers.task import Task
+from hpo.home import Home
+from hpo.records import TrialEnded, TrialResult, TrialState
+from hpo.search.open import open_study
+
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(scope="module")
+def helper():
+    helper = Helper(process_context())
+    yield helper
+    helper.close()
+
+
+def _hold_a_trial(home: Home, told) -> None:
+    """Another supervisor: one trial complete, one running."""
+    study = open_study(home, formula_spec(), data_digest=CARD.digest)
+    done = study.ask(budget=6, worker="other")
+    study.tell(TrialResult(done.number, TrialState.COMPLETE, 0.5))
+    told.send(study.ask(budget=6, worker="other").number)
+    time.sleep(600)
+
+
+@pytest.fixture
+def other(tmp_path):
+    """(process, its running trial) of a supervisor beside ours."""
+    ours, theirs = FORK.Pipe()
+    process = FORK.Process(target=_hold_a_trial, args=(Home.find(tmp_path).create(), theirs))
+    process.start()
+    yield process, ours.recv()
+    process.kill()
+    process.join()
+
+
+def test_a_job_whose_process_dies_is_begun_anew(helper, tmp_path):
+    waiting = [helper.submit(die_once, tmp_path / str(number)) for number in range(2)]
+    assert [job.result(60) for job in waiting] == ["done", "done"]
+
+
+def test_a_job_that_always_kills_its_process_is_given_up_and_the_next_is_done(helper, tmp_path):
+    with pytest.raises(HpoError, match="died 3 times"):
+        helper.submit(die_always).result(60)
+    (tmp_path / "mark").touch()
+    assert helper.submit(die_once, tmp_path / "mark").result(60) == "done"
+
+
+def test_a_task_for_a_worker_that_dies_just_then_is_lost_and_no_error(tmp_path):
+    engine = LocalProcesses(["cpu"], threads=1)
+    try:
+        worker = engine._workers[0]
+        worker.process.kill()
+        worker.process.join()
+        worker.process.is_alive = lambda: True  # it died after it was asked
+        engine.submit(0, Task(0, formula_spec().with_values({}), 0, CARD, str(tmp_path)))
+        ((_, message),) = engine.poll(10)
+        assert isinstance(message, WorkerLost)
+    finally:
+        engine.close()
+
+
+def test_a_worker_that_stands_still_is_waited_for(tmp_path):
+    engine = LocalProcesses(["cpu"], threads=1)
+    try:
+        pid = engine._workers[0].process.pid
+        os.kill(pid, signal.SIGSTOP)
+        engine.submit(0, Task(0, formula_spec().with_values({}), 0, CARD, str(tmp_path)))
+        assert engine.poll(1.0) == []
+        os.kill(pid, signal.SIGCONT)
+        ((_, message),) = engine.poll(60)
+        assert isinstance(message, TrialEnded)  # there is no such data: it fails, but it is not lost
+    finally:
+        engine.close()
+
+
+def test_trials_of_a_run_that_dies_are_taken_over_and_told_to_the_tracker(run_formula, other, monkeypatch):
+    monkeypatch.setattr(hpo.execute.supervisor, "_REAP", 0.05)
+    process, held = other
+
+    def slow(task: Task, device: str):
+        time.sleep(0.1)
+        if task.number > held + 1:
+            process.kill()
+        yield from formula(task, device)
+
+    run = run_formula(trainer=slow)
+    assert run.reason == "budget"
+    assert run.trials[held].state is TrialState.STOPPED
+    assert len(run.study.result().counted) == 6
+    assert [trial.candidate.attempt for trial in run.trials if trial.candidate.ordinal == held] == [1, 2]
+    assert ("reconcile", held) in run.tracker.calls
+
+
+def test_a_run_that_stands_still_keeps_its_trials(other, tmp_path):
+    process, held = other
+    os.kill(process.pid, signal.SIGSTOP)
+    study = open_study(Home.find(tmp_path), formula_spec(), data_digest=CARD.digest)
+    assert study.reap() == []
+    assert held in study.attended()
+    os.kill(process.pid, signal.SIGCONT)
+    study.close()
+
+
+def test_sweeping_leaves_what_living_runs_and_models_to_come_need(other, tmp_path):
+    process, held = other
+    study = open_study(Home.find(tmp_path), formula_spec(), data_digest=CARD.digest)
+    work = Home.find(tmp_path).work / study.title
+    mine = study.ask(budget=6, worker="w")
+    names = ["0", str(held), str(mine.number), "99", "lease-dead", "checkpoints"]
+    for folder in [*(work / name for name in names), pictures_folder(work, study)]:
+        folder.mkdir(parents=True)
+        (folder / "file").touch()
+    sweep(work, study)
+    left = {"0", str(held), str(mine.number), "checkpoints", pictures_folder(work, study).name}
+    assert {path.name for path in work.iterdir()} == left
+    process.kill()
+    process.join()
+    assert study.reap() == [held]
+    study.tell(TrialResult(mine.number, TrialState.PRUNED, 0.1, 1))
+    sweep(work, study)
+    assert {path.name for path in work.iterdir()} == {"0", "checkpoints", pictures_folder(work, study).name}
+    study.close()
+    assert not list(Path(tmp_path / "mlruns" / "locks").glob("lease-*"))

@@ -1,0 +1,261 @@
+"""The supervisor's logic, on a formula in place of training and a real study storage."""
+
+import dataclasses
+import threading
+import time
+
+import pytest
+
+from formula_study import formula, formula_spec
+from hpo.execute.engines.local import WorkerLost
+from hpo.records import FINAL, Epoch, EpochEnded, TrialEnded, TrialResult, TrialStarted, TrialState
+from hpo.spec.models import MlpSpec
+from hpo.spec.study import FinalSpec, SplitSpec
+
+
+@pytest.fixture
+def spec():
+    return formula_spec()
+
+
+def test_the_budget_is_the_studys_total_across_runs(run_formula, spec):
+    first = run_formula(spec, trials=4)
+    assert first.reason == "budget"
+    assert [trial.state for trial in first.trials] == [TrialState.COMPLETE] * 4
+    second = run_formula(spec, trials=6)
+    assert len(second.trials) == 6
+    third = run_formula(spec, trials=6)
+    assert len(third.trials) == 6
+    assert not [event for event in third.events if isinstance(event, TrialStarted)]
+
+
+def test_every_trial_is_told_to_the_tracker_in_order(run_formula, spec):
+    calls = run_formula(spec, trials=2).tracker.calls
+    complete = TrialState.COMPLETE
+    assert calls == [
+        ("start", 0),
+        ("epochs", (0, 3)),
+        ("end", (0, complete)),
+        ("start", 1),
+        ("epochs", (1, 3)),
+        ("end", (1, complete)),
+    ]
+
+
+def test_a_resumed_study_tries_what_an_unbroken_one_would(run_formula, spec, tmp_path):
+    pieces = [run_formula(spec, trials=count) for count in (1, 3, 6)][-1]
+    values = [trial.value for trial in pieces.trials]
+    assert len(set(values)) == 6
+    whole = [
+        spec.with_values(trial.candidate.parameters).model.hidden
+        for trial in sorted(pieces.trials, key=lambda trial: trial.candidate.ordinal)
+    ]
+    assert len(set(whole)) == 6
+
+
+def test_an_interrupted_trial_is_stopped_and_tried_again_with_the_same_candidate(run_formula, spec):
+    interrupted = threading.Event()
+
+    def stop_in_third(event):
+        if isinstance(event, EpochEnded) and event.number == 2:
+            interrupted.set()
+
+    first = run_formula(spec, watch=stop_in_third, interrupted=interrupted)
+    assert first.reason == "interrupted"
+    stopped = [trial for trial in first.trials if trial.state is TrialState.STOPPED]
+    assert [trial.number for trial in stopped] == [2]
+    assert ("end", (2, TrialState.STOPPED)) in first.tracker.calls
+    second = run_formula(spec)
+    assert second.reason == "budget"
+    counted = [trial for trial in second.trials if trial.state is TrialState.COMPLETE]
+    assert len(counted) == 6
+    again = [trial for trial in counted if trial.candidate.ordinal == stopped[0].candidate.ordinal]
+    assert [trial.candidate.parameters for trial in again] == [stopped[0].candidate.parameters]
+    assert again[0].candidate.seed == stopped[0].candidate.seed
+
+
+def test_a_deadline_stops_what_runs(run_formula, spec):
+    def slow(task, device):
+        for message in formula(task, device):
+            time.sleep(0.05)
+            yield message
+
+    run = run_formula(spec, trainer=lambda task, device: _forward(slow(task, device)), deadline=time.monotonic() + 0.3)
+    assert run.reason == "timeout"
+    assert not [trial for trial in run.trials if trial.state is TrialState.RUNNING]
+
+
+def _forward(generator):
+    """A training that is always told to go on, whatever it hears."""
+    yield from generator
+
+
+def test_a_failed_trial_has_its_reason_and_the_study_goes_on(run_formula, spec):
+    def sometimes(task, device):
+        if task.number == 1:
+            yield TrialEnded(TrialResult(task.number, TrialState.FAILED, reason="loss is nan", traceback="..."))
+        else:
+            yield from formula(task, device)
+
+    run = run_formula(spec, trainer=sometimes)
+    assert run.reason == "budget"
+    states = [trial.state for trial in run.trials]
+    assert states.count(TrialState.COMPLETE) == 5
+    assert run.trials[1].result.reason == "loss is nan"
+
+
+def test_a_study_in_which_everything_fails_stops_early(run_formula, spec):
+    def never(task, device):
+        yield TrialEnded(TrialResult(task.number, TrialState.FAILED, reason="no such luck"))
+
+    run = run_formula(spec, trainer=never, trials=50)
+    assert run.reason == "failing"
+    assert len(run.trials) == 5
+    mended = run_formula(spec, trials=8)
+    assert mended.reason == "budget"
+    assert [trial.state for trial in mended.trials][5:] == [TrialState.COMPLETE] * 3
+
+
+def test_an_objective_that_is_not_a_number_fails_its_trial(run_formula, spec):
+    def nan(task, device):
+        scores = {"valid_accuracy": float("nan")}
+        yield EpochEnded(task.number, Epoch(number=1, scores=scores, learning_rate=0.1, seconds=0.0))
+        yield TrialEnded(TrialResult(task.number, TrialState.COMPLETE, best_epoch=1, scores=scores))
+
+    run = run_formula(spec, trainer=nan, trials=1)
+    assert run.trials[0].state is TrialState.FAILED
+    assert "valid_accuracy is nan" in run.trials[0].result.reason
+
+
+def _two_folds(task, device):
+    """Each fold rises for three epochs, from where the first began."""
+    epochs = []
+    for fold in range(2):
+        for number in range(1, 4):
+            scores = {"train_loss": 1.0, "valid_loss": 1.0, "valid_accuracy": number / 10}
+            epochs.append(Epoch(number, scores, 0.1, 0.001, fold=fold, last=number == 3))
+            if not (yield EpochEnded(task.number, epochs[-1])):
+                yield TrialEnded(TrialResult(task.number, TrialState.PRUNED, epochs=tuple(epochs)))
+                return
+    yield TrialEnded(TrialResult(task.number, TrialState.COMPLETE, 0.3, 3, tuple(epochs), epochs[-1].scores, 0.01))
+
+
+def test_patience_is_not_tried_by_folds_that_begin_anew(run_formula):
+    spec = formula_spec(pruner={"name": "patient", "patience": 2}, trials=2)
+    spec = spec.model_copy(update={"split": SplitSpec(kind="kfold", folds=2)})
+    run = run_formula(spec, trainer=_two_folds)
+    assert [trial.state for trial in run.trials] == [TrialState.COMPLETE] * 2
+
+
+def test_a_pruned_trial_ends_at_the_verdict(run_formula):
+    spec = formula_spec(pruner={"name": "median", "startup_trials": 2}, trials=12)
+    run = run_formula(spec)
+    pruned = [trial for trial in run.trials if trial.state is TrialState.PRUNED]
+    assert pruned
+    assert all(len(trial.result.epochs) < 3 for trial in pruned)
+
+
+class _Dying:
+    """Two slots; the worker of the first dies with its first task."""
+
+    slots = 2
+
+    def __init__(self):
+        self.tasks = {}
+        self.died = False
+
+    def accepts(self, slot):
+        return True
+
+    def submit(self, slot, task):
+        self.tasks[slot] = task
+
+    def poll(self, timeout):
+        messages = []
+        for slot, task in sorted(self.tasks.items()):
+            if slot == 0 and not self.died:
+                self.died = True
+                messages.append((slot, WorkerLost(-9)))
+            else:
+                *_, end = _forward(formula_alone(task))
+                messages.append((slot, end))
+        self.tasks = {}
+        return messages
+
+    def verdict(self, slot, *, go_on):
+        raise AssertionError("nobody asked")
+
+    def close(self):
+        self.tasks = {}
+
+
+def formula_alone(task):
+    training = formula(task, "cpu")
+    message = next(training)
+    while not isinstance(message, TrialEnded):
+        message = training.send(True)
+    yield message
+
+
+def test_a_candidate_whose_worker_dies_is_tried_again(run_formula, spec):
+    run = run_formula(spec, engine=_Dying())
+    lost = [trial for trial in run.trials if trial.state is TrialState.STOPPED]
+    assert len(lost) == 1
+    assert "signal 9" in lost[0].result.reason
+    complete = [trial for trial in run.trials if trial.state is TrialState.COMPLETE]
+    assert len(complete) == 6
+    assert lost[0].candidate.ordinal in [trial.candidate.ordinal for trial in complete]
+
+
+def test_a_candidate_that_kills_its_worker_each_time_fails_in_the_end(run_formula, spec):
+    class Deadly(_Dying):
+        slots = 1
+
+        def poll(self, timeout):
+            tasks, self.tasks = self.tasks, {}
+            return [(slot, WorkerLost(-11)) for slot in tasks]
+
+    run = run_formula(spec, engine=Deadly(), trials=1)
+    states = [trial.state for trial in run.trials]
+    assert states == [TrialState.STOPPED, TrialState.STOPPED, TrialState.FAILED]
+
+
+def test_stages_follow_each_other_and_finals_come_last(run_formula):
+    stages = [
+        {"name": "width", "space": {"model.hidden": {"choice": [8, 16]}}},
+        {"name": "rate", "space": {"model.dropout": {"choice": [0.5, 0.1, 0.3]}}},
+    ]
+    model = MlpSpec(kind="mlp", dropout=0.9)
+    spec = formula_spec(stages=stages, space={}).model_copy(update={"final": FinalSpec(seeds=2), "model": model})
+    run = run_formula(spec)
+    assert run.reason in ("budget", "exhausted")
+    assert [trial.candidate.stage for trial in run.trials] == ["width"] * 2 + ["rate"] * 3 + [FINAL] * 2
+    finals = [trial for trial in run.trials if trial.candidate.stage == FINAL]
+    assert {trial.candidate.parameters["model.dropout"] for trial in finals} == {0.1}
+    again = run_formula(spec)
+    assert len(again.trials) == 7
+
+
+def test_a_broken_constraint_keeps_a_trial_from_being_best(run_formula):
+    spec = formula_spec(constraints=["parameters <= 500"], trials=8)
+
+    def sized(task, device):
+        for message in _forward(formula_alone_with_epochs(task)):
+            if isinstance(message, TrialEnded):
+                scores = {**message.result.scores, "parameters": float(task.setup.model.hidden)}
+                message = TrialEnded(dataclasses.replace(message.result, scores=scores))
+            yield message
+
+    run = run_formula(spec, trainer=sized)
+    sizes = [trial.candidate.parameters["model.hidden"] for trial in run.trials]
+    assert min(sizes) <= 500 < max(sizes)
+    assert run.study.result().best.candidate.parameters["model.hidden"] <= 500
+
+
+def formula_alone_with_epochs(task):
+    training = formula(task, "cpu")
+    message = next(training)
+    while not isinstance(message, TrialEnded):
+        yield message
+        message = training.send(True)
+    yield message

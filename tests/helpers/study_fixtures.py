@@ -1,0 +1,118 @@
+"""run_formula: one run of a study whose training is a formula."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from formula_study import CARD, Run, Told, formula, formula_spec
+from hpo.execute.engines.local import InProcess
+from hpo.execute.engines.ray_cluster import Cluster, RayOptions
+from hpo.execute.subscribers.model_retention import Keeper
+from hpo.execute.supervisor import Supervisor
+from hpo.execute.tracking_queue import Background
+from hpo.home import Home
+from hpo.records import Event
+from hpo.search.open import open_study
+from hpo.search.study import Study
+from hpo.tracking.repair import move_places
+from kept_study import make_kept_study
+
+
+@pytest.fixture
+def run_formula(tmp_path: Path):
+    """run(spec, trainer=..., ...) -> Run, on one storage for the length of the test."""
+    studies: list[Study] = []
+
+    def run(
+        spec=None,
+        *,
+        trainer=formula,
+        trials=None,
+        deadline=float("inf"),
+        engine=None,
+        watch=None,
+        interrupted=None,
+        profile=False,
+    ):
+        spec = spec or formula_spec()
+        for earlier in studies:
+            earlier.close()
+        study = open_study(Home.find(tmp_path).create(), spec, data_digest=CARD.digest)
+        studies.append(study)
+        study.reap()
+        events: list[Event] = []
+        background, tracker = Background(), Told()
+
+        def hear(event: Event) -> None:
+            events.append(event)
+            if watch is not None:
+                watch(event)
+
+        keeper = Keeper(tracker, background, None, spec, data=CARD, watch=hear)
+        supervisor = Supervisor(
+            spec,
+            study,
+            engine or InProcess(trainer=trainer),
+            data=CARD,
+            budget=trials or spec.search.trials,
+            deadline=deadline,
+            interrupted=interrupted or threading.Event(),
+            tracker=tracker,
+            background=background,
+            keeper=keeper,
+            work=tmp_path / "work",
+            watch=hear,
+            profile=profile,
+        )
+        try:
+            reason = supervisor.run()
+        finally:
+            background.join()
+        return Run(reason, study, events, tracker)
+
+    yield run
+    for study in studies:
+        study.close()
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A real Ray of four cores; its node's data lie in a folder that the supervisor's process does not use."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("HPO_DATA", str(tmp_path_factory.mktemp("node")))
+        patch.setattr("hpo.execute.engines.ray_cluster.cores", lambda: 4)
+        started = Cluster(RayOptions(cpus_per_trial=0.5))
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="session")
+def kept_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a study that has run: four trials, their runs, two models, one of them registered."""
+    folder = tmp_path_factory.mktemp("kept")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("HPO_STORAGE", "MLFLOW_TRACKING_URI"):
+            patch.delenv(name, raising=False)
+        patch.setenv("HPO_DATA", str(folder / "data"))
+        make_kept_study(Home.find(folder).create())
+    return folder
+
+
+@pytest.fixture
+def kept(kept_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
+    """A copy of it, in order."""
+    for name in ("HPO_STORAGE", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HPO_DATA", str(kept_template / "data"))
+    shutil.copytree(kept_template / "mlruns", tmp_path / "kept" / "mlruns")
+    home = Home.find(tmp_path / "kept")
+    move_places(home, kept_template / "mlruns", home.root)
+    for copy in home.root.glob("mlflow.db.before-*"):
+        copy.unlink()
+    return home

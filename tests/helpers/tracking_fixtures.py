@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import tiny_study
+from hpo.home import Home
+from hpo.tracking.store import connect
+from hpo.tracking.tracker import Tracker
+from ports import free_port, wait_for
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database: copying it takes a tenth of the time of making one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        home = Home.find(tmp_path_factory.mktemp("template"))
+    connect(home)
+    return home.root / "mlflow.db"
+
+
+@pytest.fixture
+def home(tmp_path: Path, template: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    home = Home.find(tmp_path).create()
+    shutil.copyfile(template, home.root / "mlflow.db")
+    return home
+
+
+@pytest.fixture
+def tracker(home: Home) -> Tracker:
+    """A tracker with an open study."""
+    tracker = Tracker(home)
+    tracker.open_study(tiny_study.study(), tiny_study.spec(), tiny_study.data(), tiny_study.split())
+    return tracker
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_study.export_net(tmp_path_factory.mktemp("net"))
+
+
+@pytest.fixture
+def folder(exported: Path, tmp_path: Path) -> Path:
+    """What a worker leaves: the exported network, a picture and a report."""
+    folder = Path(shutil.copytree(exported, tmp_path / "left"))
+    (folder / "curves.png").write_bytes(b"png")
+    (folder / "report.txt").write_text("report")
+    return folder
+
+
+@pytest.fixture
+def server(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
+    """A home whose tracking store is a server that keeps the artifacts too."""
+    place = tmp_path / "server"
+    place.mkdir()
+    shutil.copyfile(template, place / "mlflow.db")
+    uri = f"http://127.0.0.1:{(port := free_port())}"
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{place / 'mlflow.db'}"]
+    command += ["--artifacts-destination", str(place / "artifacts"), "--port", str(port), "--workers", "1"]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with subprocess.Popen(command, env=environment, cwd=place, start_new_session=True) as process:
+        try:
+            wait_for(f"{uri}/health", seconds=200)
+            yield Home.find(tmp_path)
+        finally:
+            os.killpg(process.pid, 15)

@@ -1,0 +1,100 @@
+"""Archives: whole, or refused before anything of them is used."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpo.errors import StoreError
+from hpo.jobs.shared.archive import is_safe, reading, writing
+
+VALUES = [{"a": 1.5, "name": "ünïcode"}, float("inf"), None]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    (tmp_path / "picture.png").write_bytes(bytes(range(256)) * 3)
+    with writing(tmp_path / "x.zip", {"title": "x"}) as archive:
+        archive.add_json("one.json", VALUES)
+        assert archive.add_lines("many.jsonl", iter(VALUES)) == 3
+        archive.add_file("runs/a/pictures/picture.png", tmp_path / "picture.png")
+    return tmp_path / "x.zip"
+
+
+def _content(file: Path, scratch: Path) -> Any:
+    with reading(file, scratch=scratch.parent) as archive:
+        paths = archive.extract("runs/a", scratch)
+        files = {path: (scratch / path).read_bytes() for path in paths}
+        return archive.manifest["title"], archive.json("one.json"), archive.lines("many.jsonl"), files
+
+
+def test_what_was_written_is_read(file: Path, tmp_path: Path) -> None:
+    title, one, many, files = _content(file, tmp_path / "out")
+    assert (title, one, many) == ("x", VALUES, VALUES)
+    assert files == {"pictures/picture.png": (tmp_path / "picture.png").read_bytes()}
+    assert not (tmp_path / "x.zip.part").exists()
+
+
+@pytest.mark.parametrize("bits", [0x01, 0x40, 0xFF])
+def test_changed_byte_anywhere_is_refused_or_means_nothing(bits: int, file: Path, tmp_path: Path) -> None:
+    whole, wanted = file.read_bytes(), _content(file, tmp_path / "out")
+    refused = 0
+    for place in range(0, len(whole), 3):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ bits]) + whole[place + 1 :])
+        try:
+            found = _content(file, tmp_path / "out")
+        except StoreError:
+            refused += 1
+        else:
+            assert found == wanted  # the time of a member, for one
+    assert refused > len(whole) / 6
+
+
+def test_file_that_was_cut_short_is_refused(file: Path, tmp_path: Path) -> None:
+    whole = file.read_bytes()
+    for length in range(0, len(whole), 11):
+        file.write_bytes(whole[:length])
+        with pytest.raises(StoreError, match="not a whole export"):
+            _content(file, tmp_path / "out")
+
+
+def test_writing_that_fails_leaves_what_was_there(file: Path) -> None:
+    before = file.read_bytes()
+    with pytest.raises(FileNotFoundError), writing(file, {}) as archive:
+        archive.add_file("runs/a/x", file.parent / "no such file")
+    assert file.read_bytes() == before
+    assert list(file.parent.glob("*.part")) == []
+
+
+def test_member_that_unpacks_to_more_than_it_says_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("one.json", b"0" * 50_000_000)
+        members = {"one.json": {"size": 10, "sha256": ""}}
+        archive.writestr("manifest.json", json.dumps({"format": 1, "members": members}))
+    with pytest.raises(StoreError, match=r"one\.json is not what was written"), reading(file, scratch=tmp_path):
+        pass
+
+
+def test_file_larger_than_the_disk_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "large.zip"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("one.json", b"0")
+        members = {"one.json": {"size": 1 << 60, "sha256": ""}}
+        archive.writestr("manifest.json", json.dumps({"format": 1, "members": members}))
+    with pytest.raises(StoreError, match="MB are free"), reading(file, scratch=tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../x", "/x", "a//b", "./a", "a/", "C:/x", "a\\b", "a\0b", "", ".", "a\nb"])
+def test_name_that_leads_elsewhere_is_not_safe(name: str) -> None:
+    assert not is_safe(name)
+
+
+@pytest.mark.parametrize("name", ["a", "runs/a/..b", "models/m/näme with blanks.txt", "a/b:c"])
+def test_ordinary_name_is_safe(name: str) -> None:
+    assert is_safe(name)

@@ -1,0 +1,364 @@
+"""Studies moved between stores: all that belongs to them, once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpo.errors import StoreError
+from hpo.home import Home
+from hpo.jobs.doctor import doctor
+from hpo.jobs.stop import stop_study
+from hpo.jobs.transfer import export_study, import_study
+from hpo.records import TrialResult, TrialState
+from hpo.search.open import open_study
+from hpo.storage.optuna_storage import open_storage, read_study
+from hpo.tracking.champions import record_champion
+from hpo.tracking.ledger import announce_opening, complete_opening
+from hpo.tracking.registry import resolve, set_alias
+from hpo.tracking.store import connect
+from hpo.tracking.tracker import Tracker
+from kept_study import go_on, kept_spec, left, stored
+from whole_study import tracked, whole
+
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture
+def rich(kept: Home) -> Home:
+    """The kept study with a champion, a challenger, an opening, odd metrics and a trial whose supervisor died."""
+    study = stored(kept)
+    tracker = Tracker(kept)
+    tracker.register(study, 1)
+    champion = resolve(kept, "formula/1")
+    look = announce_opening(kept, study, model=champion, trial=0, purpose="promote")
+    complete_opening(kept, study, look, {"test_accuracy": 0.75})
+    announce_opening(kept, study, model=champion, trial=1, purpose="evaluate")
+    record_champion(kept, "formula", 1, why="there was no champion before")
+    set_alias(kept, "formula", "champion", 1, tags={"why": "better"}, scores={"test_accuracy": 0.75})
+    client = connect(kept)
+    run = client.search_runs([client.get_experiment_by_name("formula").experiment_id], "tags.`hpo.trial` = '2'")[0]
+    for step, value in enumerate([float("nan"), float("inf"), 0.1 + 0.2]):
+        client.log_metric(run.info.run_id, "odd", value, step=step)
+    client.log_text(run.info.run_id, "two words", "a folder/näme with blanks.txt")
+    client.update_registered_model("formula", description="Digits.")
+    going = go_on(kept)
+    candidate = going.ask(budget=6, worker="w")
+    going.report(candidate.number, 1, 0.25)
+    going.close()
+    return kept
+
+
+@pytest.fixture
+def stores(tmp_path: Path, empty: Path, database: str) -> Home:
+    """Stores on servers, as far as SQLite can stand for MLflow's."""
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    shutil.copyfile(empty / "mlruns" / "mlflow.db", tmp_path / "elsewhere.db")
+    tracking = f"sqlite:///{tmp_path / 'elsewhere.db'}"
+    (folder / "hpo.toml").write_text(f'storage = "{database}"\ntracking = "{tracking}"\n', encoding="utf-8")
+    home = Home.find(folder).create()
+    connect(home).create_experiment("formula", artifact_location=(tmp_path / "elsewhere").as_uri())
+    return home
+
+
+@pytest.fixture(scope="session")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with empty stores: copying them takes a tenth of the time of making them."""
+    home = Home.at(tmp_path_factory.mktemp("empty")).create()
+    connect(home)
+    open_storage(home).close()
+    return home.root.parent
+
+
+@pytest.fixture
+def other(empty: Path, tmp_path: Path) -> Path:
+    """A folder to move to."""
+    return Path(shutil.copytree(empty, tmp_path / "other"))
+
+
+def _folder(home: Home) -> Path:
+    return home.root.parent
+
+
+def _move(home: Home, target: Path, file: Path) -> Home:
+    export_study("formula", home=_folder(home), file=file)
+    import_study(file, home=target)
+    return Home.find(target)
+
+
+def test_study_is_the_same_on_shared_stores_and_back(rich: Home, stores: Home, other: Path, tmp_path: Path) -> None:
+    _move(rich, _folder(stores), tmp_path / "one.zip")
+    back = _move(stores, other, tmp_path / "two.zip")
+    study = stored(rich)
+    first = whole(rich, study)
+    assert len(first["runs"]) == 5
+    assert len(first["versions"]) == 2
+    assert len(first["openings"]) == 2
+    assert whole(stores, study) == first
+    assert whole(back, study) == first
+    assert [resolve(back, f"formula/{number}").aliases for number in (1, 2)] == [("champion",), ("challenger",)]
+
+
+def test_second_import_changes_nothing(rich: Home, other: Path, tmp_path: Path) -> None:
+    there = _move(rich, other, tmp_path / "study.zip")
+    before = whole(there, stored(there))
+    again = import_study(tmp_path / "study.zip", home=other)
+    assert (again.standing, again.trials, again.runs, again.models, again.versions) == ("same", 0, 0, 0, 0)
+    assert whole(there, stored(there)) == before
+    client = connect(there)
+    for run in client.search_runs([client.get_experiment_by_name("formula").experiment_id]):
+        client.delete_tag(run.info.run_id, "hpo.moved")  # as if each had been cut short at its end
+    import_study(tmp_path / "study.zip", home=other)
+    assert whole(there, stored(there)) == before
+
+
+@pytest.mark.slow
+def test_study_comes_home_with_what_it_did_meanwhile(rich: Home, other: Path, tmp_path: Path) -> None:
+    there = _move(rich, other, tmp_path / "study.zip")
+    going = go_on(there)
+    tracker = Tracker(there)
+    candidate = going.ask(budget=6, worker="w")
+    tracker.reconcile(going.result(), go_on_spec := going._spec)
+    tracker.start_trial(candidate, go_on_spec.with_values(candidate.parameters), worker="w")
+    result = TrialResult(candidate.number, TrialState.COMPLETE, 0.95, 1, scores={"valid_accuracy": 0.95})
+    going.tell(result)
+    tracker.end_trial(going.result().trials[candidate.number].result)
+    tracker.keep_model(candidate.number, left(tmp_path / "left"))
+    tracker.register(going.result(), candidate.number)
+    going.close()
+    export_study("formula", home=other, file=tmp_path / "later.zip")
+    assert import_study(tmp_path / "study.zip", home=other).standing == "ahead"
+    assert import_study(tmp_path / "later.zip", home=_folder(rich)).standing == "behind"
+    assert whole(rich, stored(rich)) == whole(there, stored(there))
+    assert resolve(rich, "formula@challenger").version == 3
+
+
+def test_moved_study_is_in_order_and_reads_as_before(kept: Home, other: Path, tmp_path: Path) -> None:
+    there = _move(kept, other, tmp_path / "study.zip")
+    assert read_study(there, "formula") == read_study(kept, "formula")
+    assert doctor(home=other).wrong == ()
+
+
+@pytest.mark.slow
+def test_number_of_a_version_stays_though_an_earlier_one_was_deleted(rich: Home, other: Path, tmp_path: Path) -> None:
+    client = connect(rich)
+    client.delete_registered_model_alias("formula", "champion")
+    client.delete_model_version("formula", "1")
+    there = _move(rich, other, tmp_path / "study.zip")
+    assert resolve(there, "formula").version == 2
+    assert tracked(there, "formula") == tracked(rich, "formula")
+
+
+def test_running_study_is_not_exported(kept: Home, tmp_path: Path) -> None:
+    going = go_on(kept)
+    with pytest.raises(StoreError, match="it is running") as error:
+        export_study("formula", home=_folder(kept), file=tmp_path / "study.zip")
+    assert "hpo stop formula" in error.value.hint
+    going.close()
+    assert not (tmp_path / "study.zip").exists()
+
+
+def test_running_study_is_not_replaced(kept: Home, other: Path, tmp_path: Path) -> None:
+    there = _move(kept, other, tmp_path / "study.zip")
+    going = go_on(there)
+    with pytest.raises(StoreError, match="it is running"):
+        import_study(tmp_path / "study.zip", home=other)
+    going.close()
+    assert stored(there).trials == stored(kept).trials
+
+
+def test_what_waits_on_the_disk_to_be_logged_is_told(kept: Home, tmp_path: Path) -> None:
+    going = go_on(kept)
+    candidate = going.ask(budget=6, worker="w")
+    waiting = left(kept.work / "formula" / str(candidate.number))
+    going.tell(TrialResult(candidate.number, TrialState.COMPLETE, 0.95, 1, folder=str(waiting)))
+    going.close()
+    (note,) = export_study("formula", home=_folder(kept), file=tmp_path / "study.zip").notes
+    assert f"trials {candidate.number} left on the disk" in note
+
+
+def _commits(file: Path, home: Path, counted: Any, last: int) -> None:
+    """Import in this process, which dies instead of its commit number `last`; counted tells how many there were."""
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    @event.listens_for(Engine, "commit")
+    def count(connection: Any) -> None:
+        counted.value += 1
+        if counted.value == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    import_study(file, home=home)
+    os._exit(0)
+
+
+def _die(file: Path, home: Path, last: int) -> int:
+    """The commits of an import that dies at one of them; 0: at none."""
+    counted = FORK.Value("i", 0)
+    child = FORK.Process(target=_commits, args=(file, home, counted, last))
+    child.start()
+    child.join(120)
+    assert child.exitcode in (0, -signal.SIGKILL)
+    return counted.value
+
+
+def _killed_imports(rich: Home, empty: Path, folder: Path, stops: Callable[[int], list[list[int]]]) -> None:
+    """Import with kills at the commits that stops(commits in all) names, a list for each target; then to the end."""
+    file = folder / "study.zip"
+    export_study("formula", home=_folder(rich), file=file)
+    wanted = whole(rich, stored(rich))
+    total = _die(file, Path(shutil.copytree(empty, folder / "counted")), 0)
+    for place, kills in enumerate(stops(total)):
+        target = Path(shutil.copytree(empty, folder / str(place)))
+        for kill in kills:
+            _die(file, target, kill)
+        import_study(file, home=target)
+        assert whole(Home.find(target), stored(Home.find(target))) == wanted, kills
+
+
+@pytest.mark.slow
+def test_killed_imports_are_completed_by_the_next(rich: Home, empty: Path, tmp_path: Path) -> None:
+    choice = random.Random(0)  # noqa: S311 - a choice of tests
+    _killed_imports(rich, empty, tmp_path, lambda total: [sorted(choice.sample(range(1, total), 6))])
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_import_killed_at_any_commit_is_completed_by_the_next(rich: Home, empty: Path, tmp_path: Path) -> None:
+    _killed_imports(rich, empty, tmp_path, lambda total: [[kill] for kill in range(1, total)])
+
+
+def _rewritten(file: Path, change: Callable[[dict[str, bytes]], None], *, honest: bool = True) -> None:
+    """Have change alter the members, names to bytes; honest: the manifest is made to agree."""
+    with zipfile.ZipFile(file) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    change(members)
+    if honest and "manifest.json" in members:
+        manifest = json.loads(members["manifest.json"])
+        manifest["members"] = {
+            name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            for name, data in members.items()
+            if name != "manifest.json"
+        }
+        members["manifest.json"] = json.dumps(manifest).encode()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+
+
+def _replace(name: str, old: str, new: str) -> Callable[[dict[str, bytes]], None]:
+    def change(members: dict[str, bytes]) -> None:
+        assert old.encode() in members[name]
+        members[name] = members[name].replace(old.encode(), new.encode())
+
+    return change
+
+
+def _rename(start: str, to: str) -> Callable[[dict[str, bytes]], None]:
+    def change(members: dict[str, bytes]) -> None:
+        name = next(name for name in members if name.startswith(start))
+        members[to] = members.pop(name)
+
+    return change
+
+
+HOSTILE = {
+    "a way out": (_rename("runs/", "runs/../../../x"), "is named"),
+    "an absolute place": (_rename("runs/", "/x"), "is named"),
+    "a Windows path": (_rename("runs/", "runs\\..\\x"), "is named"),
+    "a drive": (_rename("runs/", "C:/x"), "is named"),
+    "no trials": (lambda members: members.pop("trials.jsonl"), "it has no trials.jsonl"),
+    "no manifest": (lambda members: members.pop("manifest.json"), "it has no manifest.json"),
+    "half a line": (lambda members: members.update({"runs.jsonl": members["runs.jsonl"][:-20]}), "not JSON"),
+    "a later format": (_replace("manifest.json", '"format": 1', '"format": 2'), "in format 2"),
+    "no format": (_replace("manifest.json", '"format": 1', '"format": "x"'), "in format x"),
+    "a title with a way out": (_replace("study.json", '"formula"', '"../formula"'), "cannot be named"),
+    "a run with a way out": (_replace("runs.jsonl", '{"id": "', '{"id": "../'), "not the id of a run"),
+    "a model with a way out": (_replace("models.jsonl", '{"id": "', '{"id": "../'), "not the id of a run or a model"),
+    "a tag of another type": (_replace("runs.jsonl", '"hpo.kind": "study"', '"hpo.kind": 1'), "not a text"),
+    "an unknown state": (_replace("trials.jsonl", '"state": "FAIL"', '"state": "LOST"'), "LOST"),
+    "a model of another name": (_replace("registered.json", '"name": "formula"', '"name": "x"'), "not named formula"),
+    "a result of another shape": (
+        _replace("trials.jsonl", '"epochs": [{', '"epochs": [3, {'),
+        "not a whole export",
+    ),
+    "a list for an object": (lambda members: members.update({"study.json": b"[]"}), "not a whole export"),
+    "an opening of others": (_replace("openings.jsonl", '"study": "formula"', '"study": "x"'), "of another study"),
+}
+
+
+@pytest.fixture(scope="module")
+def exported(kept_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kept study in a file, with an opening."""
+    folder = tmp_path_factory.mktemp("exported")
+    shutil.copytree(kept_template / "mlruns", folder / "mlruns")
+    home = Home.at(folder)
+    study = stored(home)
+    announce_opening(home, study, model=resolve(home, "formula"), trial=0, purpose="promote")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("HPO_STORAGE", "MLFLOW_TRACKING_URI"):
+            patch.delenv(name, raising=False)
+        return export_study("formula", home=folder, file=folder / "study.zip").file
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_hostile_file_is_one_clear_error_and_writes_nothing(what: str, exported: Path, tmp_path: Path) -> None:
+    change, words = HOSTILE[what]
+    file = Path(shutil.copy(exported, tmp_path))
+    _rewritten(file, change)
+    with pytest.raises(StoreError, match=words) as error:
+        import_study(file, home=tmp_path / "target")
+    assert str(file) in error.value.message
+    assert error.value.hint
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["study.zip"]
+
+
+@pytest.mark.parametrize("member", ["trials.jsonl", "runs/"])
+def test_member_that_is_not_what_was_written_is_refused(member: str, exported: Path, tmp_path: Path) -> None:
+    file = Path(shutil.copy(exported, tmp_path))
+
+    def change(members: dict[str, bytes]) -> None:
+        name = next(name for name in members if name.startswith(member))
+        members[name] = bytes([members[name][0] ^ 1]) + members[name][1:]
+
+    _rewritten(file, change, honest=False)
+    with pytest.raises(StoreError, match="is not what was written"):
+        import_study(file, home=tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+
+
+def test_missing_file_names_the_command_that_writes_one(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="no such file") as error:
+        import_study(tmp_path / "study.zip", home=tmp_path / "target")
+    assert "hpo export" in error.value.hint
+
+
+def test_export_into_a_folder_that_is_not_there_is_one_error(kept: Home, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="cannot be written"):
+        export_study("formula", home=_folder(kept), file=tmp_path / "no" / "study.zip")
+
+
+def test_each_generation_is_exported_by_its_own_name(kept, tmp_path):
+    again = open_study(kept, kept_spec(9), data_digest=stored(kept).data_digest, fresh=True)
+    assert again.title == "formula~2"
+    again.close()
+    place = kept.root.parent
+    titles = {name: export_study(name, home=place, file=tmp_path / "x.zip") for name in ("formula~1", "formula~2")}
+    assert {name: (done.title, done.trials) for name, done in titles.items()} == {
+        "formula~1": ("formula", 4),
+        "formula~2": ("formula~2", 0),
+    }
+    assert export_study("formula", home=place, file=tmp_path / "x.zip").title == "formula~2"
+    assert stop_study("formula~1", home=place).title == "formula"

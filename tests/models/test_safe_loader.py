@@ -1,0 +1,176 @@
+"""An exported program loads as data: whatever would run code of its maker is refused before torch sees it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hpo.errors import ModelError
+from hpo.models import build_model
+from hpo.models.export import export_program
+from hpo.models.safe_loader import Program, load_program
+from hpo.models.saved import PROGRAM, save_trained
+from hpo.spec.models import MlpSpec
+from hpo.spec.study import DataSpec, Setup, SplitSpec
+from hpo.spec.training import TrainingSpec
+
+GRAPH, SAMPLE = "models/model.json", "data/sample_inputs/model.pt"
+WEIGHTS = "data/weights/model_weights_config.json"
+Change = Callable[[dict[str, bytes], Path], None]
+
+
+class Touch:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.file,)
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from hpo.data.prepare import TrialData
+
+    folder = tmp_path_factory.mktemp("program")
+    model = MlpSpec(kind="mlp", hidden=4)
+    setup = Setup(data=DataSpec(name="digits"), split=SplitSpec(), model=model, training=TrainingSpec())
+    rows = torch.arange(4)
+    images = torch.zeros((4, 8, 8, 1), dtype=torch.uint8)
+    data = TrialData(images, rows, rows, rows, ("0", "1", "2", "3"), (0.3,), (0.2,))
+    save_trained(build_model(model, image_shape=(8, 8, 1), classes=4, seed=0), setup, data, folder)
+    return export_program(folder)
+
+
+def changed(program: Path, folder: Path, change: Change) -> tuple[Path, Path]:
+    """A copy of the program with a change to its entries; the second path is what the change would make."""
+    with zipfile.ZipFile(program) as archive:
+        root = archive.namelist()[0].partition("/")[0]
+        entries = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
+    trap = folder / "trap"
+    change(entries, trap)
+    with zipfile.ZipFile(folder / PROGRAM, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(f"{root}/{name}", content)
+    return folder / PROGRAM, trap
+
+
+def pickled_weight(entries: dict[str, bytes], trap: Path) -> None:
+    config = json.loads(entries[WEIGHTS])
+    first = next(iter(config["config"].values()))
+    first["use_pickle"] = True
+    buffer = io.BytesIO()
+    torch.save(Touch(trap), buffer)
+    entries[WEIGHTS] = json.dumps(config).encode()
+    entries[f"data/weights/{first['path_name']}"] = buffer.getvalue()
+
+
+def pickled_sample(entries: dict[str, bytes], trap: Path) -> None:
+    buffer = io.BytesIO()
+    torch.save(Touch(trap), buffer)
+    entries[SAMPLE] = buffer.getvalue()
+
+
+def pickled_constant(entries: dict[str, bytes], trap: Path) -> None:
+    name = "data/constants/model_constants_config.json"
+    entry = {"path_name": "opaque_obj_0", "is_param": False, "use_pickle": True, "tensor_meta": None}
+    entries[name] = json.dumps({"config": {"x": entry}}).encode()
+    entries["data/constants/opaque_obj_0"] = pickle.dumps(Touch(trap))
+
+
+def in_graph(old: str, new: Callable[[Path], str]) -> Change:
+    def change(entries: dict[str, bytes], trap: Path) -> None:
+        text = entries[GRAPH].decode()
+        assert old in text
+        entries[GRAPH] = text.replace(old, new(trap).replace("\\", "\\\\").replace('"', '\\"')).encode()
+
+    return change
+
+
+def size_expression(entries: dict[str, bytes], trap: Path) -> None:
+    program = json.loads(entries[GRAPH])
+
+    def poison(tree: Any) -> None:
+        for key, item in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
+            if key == "expr_str":
+                tree[key] = f"__import__('pathlib').Path({str(trap)!r}).touch() or Symbol('s0')"
+            poison(item)
+
+    poison(program)
+    entries[GRAPH] = json.dumps(program).encode()
+
+
+def guard(entries: dict[str, bytes], trap: Path) -> None:
+    program = json.loads(entries[GRAPH])
+    program["guards_code"] = [f"open({str(trap)!r}, 'w')"]
+    entries[GRAPH] = json.dumps(program).encode()
+
+
+def extra_entry(name: str) -> Change:
+    def change(entries: dict[str, bytes], trap: Path) -> None:
+        entries[name] = b"x"
+
+    return change
+
+
+HARMFUL: dict[str, Change] = {
+    "a pickled weight": pickled_weight,
+    "a pickled sample input": pickled_sample,
+    "a pickled constant": pickled_constant,
+    "a size that is code": size_expression,
+    "a guard that is code": guard,
+    "an operator of torch itself": in_graph("torch.ops.aten.relu.default", lambda _: "torch.hub.load"),
+    "an operator that reads files": in_graph(
+        "torch.ops.aten.relu.default", lambda _: "torch.ops.aten.from_file.default"
+    ),
+    "an operator of another library": in_graph("torch.ops.aten.relu.default", lambda _: "torch.ops.mylib.run.default"),
+    "a name that is code": in_graph('"images"', lambda trap: f'"x=open({str(trap)!r},chr(119))"'),
+    "a compiled library": extra_entry("data/aotinductor/model/run.so"),
+    "weights of the older kind": extra_entry("data/weights/model.pt"),
+    "constants of the older kind": extra_entry("data/constants/model.pt"),
+    "a path upwards": extra_entry("../../escaped"),
+    "an extra file": extra_entry("extra/x"),
+}
+
+
+@pytest.mark.parametrize("change", HARMFUL.values(), ids=HARMFUL)
+def test_a_program_that_could_run_code_is_refused_unopened(program: Path, tmp_path: Path, change: Change) -> None:
+    file, trap = changed(program, tmp_path, change)
+    with pytest.raises(ModelError, match=r"could run code.*--allow-pickle|cannot be read"):
+        load_program(file)
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("name", ["a pickled weight", "a pickled sample input", "a size that is code"])
+def test_torch_itself_would_have_run_that_code(program: Path, tmp_path: Path, name: str) -> None:
+    file, trap = changed(program, tmp_path, HARMFUL[name])
+    with contextlib.suppress(Exception):  # it fails after the fact
+        torch.export.load(file)
+    assert trap.exists()
+
+
+def test_an_unchanged_copy_is_loaded_and_answers_as_before(program: Path, tmp_path: Path) -> None:
+    file, _ = changed(program, tmp_path, lambda entries, trap: None)
+    images = np.random.default_rng(0).integers(0, 256, (70, 8, 8, 1), np.uint8)
+    np.testing.assert_array_equal(Program(file).predict(images), Program(program).predict(images))
+    assert Program(program).predict(images).shape == (70, 4)
+    assert Program(program).predict(images[:0]).shape == (0, 4)
+
+
+def test_a_bomb_is_not_unpacked(program: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(program) as archive, zipfile.ZipFile(tmp_path / PROGRAM, "w", zipfile.ZIP_DEFLATED) as bomb:
+        for name in archive.namelist():
+            bomb.writestr(name, bytes(300_000_000) if name.endswith("weight_0") else archive.read(name))
+    with pytest.raises(ModelError, match="300,"):
+        load_program(tmp_path / PROGRAM)

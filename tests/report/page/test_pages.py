@@ -1,0 +1,129 @@
+"""Pages in a real browser: drawn without errors, requests or overflow, in light and dark, on a phone and on paper."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import page_findings as told
+from hpo.report.page.build import study_page
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: apt-get install chromium")
+
+
+@dataclass
+class Seen:
+    """A page, what its console said, and which requests it made beyond its own file."""
+
+    page: Any
+    said: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="the Python package playwright is not installed")
+    with sync_api.sync_playwright() as playwright:
+        # Tests often run as root in a container, where Chromium cannot make its sandbox.
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def crowded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("page") / "crowded.html"
+    path.write_text(study_page(told.crowded()), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def see(browser: Any) -> Iterator[Any]:
+    contexts = []
+
+    def see(path: Path, *, width: int = 1100, scheme: str = "light") -> Seen:
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        contexts.append(context)
+        seen = Seen(context.new_page())
+
+        def judge(route: Any) -> None:
+            url = route.request.url
+            if url == path.as_uri() or url.startswith(("data:", "blob:")):
+                route.continue_()
+            else:
+                seen.requests.append(url)
+                route.abort()
+
+        seen.page.route("**/*", judge)
+        seen.page.on("console", lambda message: seen.said.append(f"{message.type}: {message.text}"))
+        seen.page.on("pageerror", lambda error: seen.said.append(str(error)))
+        seen.page.goto(path.as_uri())
+        seen.page.wait_for_selector("body[data-drawn]", timeout=60_000)
+        return seen
+
+    yield see
+    for context in contexts:
+        context.close()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1100, "light"), (1100, "dark"), (390, "light")])
+def test_page_is_drawn_whole_without_errors_requests_or_overflow(
+    see: Any, crowded: Path, width: int, scheme: str
+) -> None:
+    seen = see(crowded, width=width, scheme=scheme)
+    assert seen.said == []
+    assert seen.requests == []
+    assert seen.page.evaluate("document.documentElement.scrollWidth") == width
+    plots = seen.page.locator(".plot")
+    assert plots.count() == int(seen.page.locator("body").get_attribute("data-drawn")) == 6
+    assert seen.page.locator(".plot svg.main-svg").count() >= plots.count()
+    broken = "[...document.images].filter(image => !image.complete || !image.naturalWidth).map(image => image.alt)"
+    assert seen.page.evaluate(broken) == []
+    assert seen.page.evaluate("document.images.length") > 20
+
+
+def test_pointing_at_a_trial_tells_of_it(see: Any, crowded: Path) -> None:
+    page = see(crowded).page
+    page.locator(".plot").first.scroll_into_view_if_needed()
+    box = page.locator(".plot").first.locator(".point").first.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    words = page.locator(".plot").first.locator(".hoverlayer .hovertext")
+    words.wait_for(timeout=10_000)
+    said = words.text_content()
+    assert "trial 0" in said
+    assert "lr = " in said
+    assert "5 epochs" in said
+
+
+def test_charts_follow_the_colour_scheme_and_paper(see: Any, crowded: Path) -> None:
+    page = see(crowded).page
+    ink = "document.querySelector('.plot')._fullLayout.font.color"
+    light = page.evaluate(ink)
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function(f"{ink} !== '{light}'")
+    page.emulate_media(color_scheme="dark", media="print")
+    page.wait_for_function(f"['#000', 'rgb(0, 0, 0)'].includes({ink})")
+
+
+def test_printed_page_fits_its_paper(see: Any, crowded: Path) -> None:
+    page = see(crowded, width=718).page  # A4 without its margins
+    page.emulate_media(media="print")
+    page.wait_for_timeout(500)
+    wide = (
+        "[...document.querySelectorAll('img, svg.main-svg')].filter(e => e.getBoundingClientRect().right > 719).length"
+    )
+    assert page.evaluate(wide) == 0
+
+
+def test_page_without_any_trial_is_drawn_too(see: Any, tmp_path: Path) -> None:
+    path = tmp_path / "empty.html"
+    path.write_text(study_page(told.findings()), encoding="utf-8")
+    seen = see(path, width=390)
+    assert (seen.said, seen.requests) == ([], [])
+    assert seen.page.evaluate("document.documentElement.scrollWidth") == 390

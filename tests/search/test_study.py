@@ -1,0 +1,365 @@
+from __future__ import annotations
+
+import math
+import multiprocessing
+import random
+from dataclasses import replace
+
+import optuna
+import pytest
+
+from formula import FINITE, FINITE_CELLS, MIXED, NUMERIC, objective, run_all, sequence, train
+from hpo.errors import SpecError
+from hpo.records import TrialResult, TrialState
+from hpo.search.open import open_study
+from hpo.storage.optuna_storage import RESULT, read_study
+from hpo.storage.trial_attrs import key_of
+
+FORK = multiprocessing.get_context("fork")
+
+
+def report_all(study, candidate, curve):
+    """Whether the pruner would end the trial after any of nine epochs."""
+    asked = [study.report(candidate.number, epoch, curve(epoch)) for epoch in range(1, 10)]
+    return any(asked)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "pruner", "space"),
+    [
+        ("random", "none", MIXED),
+        ("tpe", "none", MIXED),
+        ("tpe", "median", NUMERIC),
+        ("tpe", "successive_halving", NUMERIC),
+        ("tpe", "hyperband", NUMERIC),
+        ("tpe", "curve", NUMERIC),
+        ("cmaes", "none", NUMERIC),
+        ("gp", "none", NUMERIC),
+        ("qmc", "none", MIXED),
+        ("grid", "none", FINITE),
+    ],
+)
+def test_study_in_pieces_tries_the_same_candidates_as_in_one_go(home, make_spec, sampler, pruner, space):
+    spec = make_spec(sampler, pruner, space, startup=8 if sampler == "gp" else 3)
+    epochs = 1 if pruner == "none" else 9
+    whole = open_study(home, spec, data_digest="d")
+    run_all(whole, 11, epochs)
+    expected = sequence(whole.result())
+    whole.close()
+
+    # The same title keeps Hyperband's brackets.
+    other = replace(home, root=home.root / "b", storage_url=f"sqlite:///{home.root / 'b' / 'optuna.db'}")
+    for piece in range(4):
+        study = open_study(other, spec, data_digest="d")
+        study.reap()
+        for _ in range(2):
+            train(study, study.ask(budget=11, worker="w"), epochs=epochs)
+        broken = study.ask(budget=11, worker="w")
+        # Rungs that it reached, and what samplers noted of it, must not weigh twice.
+        for epoch in range(1, epochs):
+            study.report(broken.number, epoch, objective(broken.parameters) * epoch / epochs)
+        if piece % 2:
+            study.tell(TrialResult(broken.number, TrialState.STOPPED))
+        study.close()
+    study = open_study(other, spec, data_digest="d")
+    study.reap()
+    run_all(study, 11, epochs)
+    result = study.result()
+    study.close()
+    assert result.count(TrialState.STOPPED) == 4
+    assert sequence(result) == expected
+    assert [ordinal for _, ordinal, *_ in expected] == list(range(11))
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "cmaes", "gp"])
+def test_sampler_learns_from_results(home, make_spec, sampler):
+    study = open_study(
+        home, make_spec(sampler, space={"training.optimizer.lr": MIXED["training.optimizer.lr"]}), data_digest="d"
+    )
+    run_all(study, 20)
+    values = [objective(trial.candidate.parameters) for trial in study.result().trials]
+    study.close()
+    assert sum(values[12:]) / 8 > sum(values[:6]) / 6
+
+
+@pytest.mark.parametrize(
+    ("pruner", "prunes"),
+    [
+        ("none", False),
+        ("median", True),
+        ("successive_halving", True),
+        ("hyperband", True),
+        ("patient", True),
+        ("wilcoxon", True),
+    ],
+)
+def test_pruner_ends_a_hopeless_trial_and_no_good_one(home, make_spec, pruner, prunes):
+    study = open_study(home, make_spec(pruner=pruner), data_digest="d")
+    for _ in range(6):
+        good = study.ask(budget=20, worker="w")
+        assert not report_all(study, good, lambda epoch: 0.9 + epoch / 100)
+        study.tell(TrialResult(good.number, TrialState.COMPLETE, 0.99, 9))
+    # Hyperband's brackets differ in patience: one of several hopeless trials falls into an eager one.
+    pruned = []
+    for _ in range(4):
+        poor = study.ask(budget=20, worker="w")
+        pruned.append(report_all(study, poor, lambda epoch: 0.3 - epoch / 100))
+        study.tell(TrialResult(poor.number, TrialState.PRUNED, 0.29, 1))
+    study.close()
+    assert any(pruned) == prunes
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("pruner", ["none", "median", "successive_halving", "hyperband", "patient", "wilcoxon"])
+def test_report_of_no_number_is_recorded_and_the_study_goes_on(home, make_spec, pruner, value):
+    study = open_study(home, make_spec("tpe", pruner, startup=1), data_digest="d")
+    train(study, study.ask(budget=3, worker="w"))
+    odd = study.ask(budget=3, worker="w")
+    for epoch in range(1, 6):
+        study.report(odd.number, epoch, value)
+    study.tell(TrialResult(odd.number, TrialState.COMPLETE, value, 5))
+    train(study, study.ask(budget=3, worker="w"))
+    result = study.result()
+    study.close()
+    assert [trial.state is TrialState.FAILED for trial in result.trials] == [False, True, False]
+    assert "not a finite number" in result.trials[odd.number].result.reason
+
+
+def test_candidate_holds_real_values_and_only_active_parameters(home, make_spec):
+    space = {**FINITE, "data.size": {"choice": [None, 28]}}
+    study = open_study(home, make_spec("random", space=space), data_digest="d")
+    seen = [study.ask(budget=30, worker="w").parameters for _ in range(30)]
+    stored = [trial.candidate.parameters for trial in study.result().trials]
+    study.close()
+    assert stored == seen
+    assert {str(values["model.hidden"]) for values in seen} == {"32", "[64, 32]", "[]"}
+    assert {values["data.size"] for values in seen} == {None, 28}
+    for values in seen:
+        assert ("training.optimizer.momentum" in values) == (values["training.optimizer.name"] == "sgd")
+
+
+def test_seed_of_the_spec_or_the_space_outranks_the_trial_own(home, make_spec):
+    spec = make_spec(space={"training.seed": {"choice": [5]}, **NUMERIC})
+    study = open_study(home, spec, data_digest="d")
+    assert study.ask(budget=1, worker="w").seed == 5
+    study.close()
+
+
+def test_budget_counts_running_and_waiting_trials_over_all_supervisors(home, make_spec):
+    one = open_study(home, make_spec(), data_digest="d")
+    two = open_study(home, make_spec(), data_digest="d")
+    first = one.ask(budget=3, worker="a")
+    second = two.ask(budget=3, worker="b")
+    third = one.ask(budget=3, worker="c")
+    assert two.ask(budget=3, worker="b") is None
+    one.tell(TrialResult(third.number, TrialState.STOPPED))
+    assert (one.counted(), two.counted()) == (3, 3)
+    again = two.ask(budget=3, worker="b")
+    assert (again.ordinal, again.parameters, again.seed) == (third.ordinal, third.parameters, third.seed)
+    assert again.attempt == 2
+    assert one.ask(budget=3, worker="a") is None
+    assert not one.exhausted
+    assert len({first.ordinal, second.ordinal, again.ordinal}) == 3
+    assert one.ask(budget=4, worker="a").ordinal == 3
+    one.close()
+    two.close()
+
+
+def test_running_trial_is_reaped_once_its_supervisor_is_gone_and_never_before(home, make_spec):
+    one = open_study(home, make_spec(), data_digest="d")
+    two = open_study(home, make_spec(), data_digest="d")
+    candidate = one.ask(budget=5, worker="a")
+    assert two.reap() == []
+    assert one.reap() == []
+    assert two.result().trials[0].state is TrialState.RUNNING
+    one.close()
+    assert two.reap() == [candidate.number]
+    assert two.reap() == []
+    assert [trial.state for trial in two.result().trials] == [TrialState.STOPPED, TrialState.WAITING]
+    two.close()
+    assert not list(home.locks.glob("lease-*"))
+
+
+def test_result_written_before_the_kill_is_told_and_not_tried_again(home, make_spec):
+    one = open_study(home, make_spec(), data_digest="d")
+    candidate = one.ask(budget=5, worker="a")
+    done = TrialResult(candidate.number, TrialState.COMPLETE, 0.5, 2)
+    one._storage.set_trial_user_attr(one._running[candidate.number]._trial_id, RESULT, done.to_json())
+    one.close()
+    two = open_study(home, make_spec(), data_digest="d")
+    assert two.reap() == [candidate.number]
+    result = two.result()
+    two.close()
+    assert [(trial.state, trial.value) for trial in result.trials] == [(TrialState.COMPLETE, 0.5)]
+
+
+def test_kill_between_stop_and_retry_makes_one_retry(home, make_spec, monkeypatch):
+    one = open_study(home, make_spec(), data_digest="d")
+    candidate = one.ask(budget=5, worker="a")
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(one._storage, "end_trial", killed)
+    with pytest.raises(KeyboardInterrupt):
+        one.tell(TrialResult(candidate.number, TrialState.STOPPED))
+    one.close()
+    two = open_study(home, make_spec(), data_digest="d")
+    two.reap()
+    states = [trial.state for trial in two.result().trials]
+    two.close()
+    assert states == [TrialState.STOPPED, TrialState.WAITING]
+
+
+def test_candidate_of_a_grid_is_not_lost_where_its_retry_is_killed_while_it_is_taken_up(home, make_spec, monkeypatch):
+    study = open_study(home, make_spec("grid", space=FINITE), data_digest="d")
+    first = study.ask(budget=100, worker="w")
+    study.tell(TrialResult(first.number, TrialState.STOPPED))
+    suggest, names = optuna.Trial._suggest, []
+
+    def killed(trial, name, found):
+        names.append(name)
+        if len(names) > 1:
+            raise KeyboardInterrupt
+        return suggest(trial, name, found)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.Trial, "_suggest", killed)
+        with pytest.raises(KeyboardInterrupt):
+            study.ask(budget=100, worker="w")
+    study.close()
+    study = open_study(home, make_spec("grid", space=FINITE), data_digest="d")
+    assert study.reap() == [first.number + 1]
+    again = study.ask(budget=100, worker="w")
+    study.close()
+    assert (again.parameters, again.ordinal, again.attempt) == (first.parameters, first.ordinal, 3)
+
+
+def test_candidate_whose_process_dies_three_times_is_failed_but_ctrl_c_is_no_death(home, make_spec):
+    for _ in range(4):
+        study = open_study(home, make_spec(), data_digest="d")
+        study.tell(TrialResult(study.ask(budget=1, worker="w").number, TrialState.STOPPED))
+        study.close()
+    for _ in range(3):
+        study = open_study(home, make_spec(), data_digest="d")
+        study.reap()
+        study.ask(budget=1, worker="w")
+        study.close()
+    study = open_study(home, make_spec(), data_digest="d")
+    study.reap()
+    last = study.result().trials[-1]
+    assert study.ask(budget=1, worker="w") is None
+    study.close()
+    assert last.state is TrialState.FAILED
+    assert "interrupted 3 times" in last.result.reason
+
+
+def test_grid_gives_every_cell_once_over_workers_restarts_and_failures(home, make_spec):
+    chance = random.Random(1)  # noqa: S311
+    spec = make_spec("grid", space=FINITE)
+    handles, running, exhausted = [], [], False
+    while not exhausted:
+        handles = handles or [open_study(home, spec, data_digest="d") for _ in range(2)]
+        handles[0].reap()
+        study = chance.choice(handles)
+        if candidate := study.ask(budget=1000, worker="w"):
+            running.append((study, candidate))
+        exhausted = study.exhausted and not running
+        if running and chance.random() < 0.6:
+            study, candidate = running.pop(chance.randrange(len(running)))
+            state = chance.choice([TrialState.COMPLETE, TrialState.FAILED, TrialState.STOPPED])
+            study.tell(TrialResult(candidate.number, state, 0.5 if state is TrialState.COMPLETE else None))
+        if chance.random() < 0.1:
+            for study in handles:
+                study.close()
+            handles, running = [], []
+    result = handles[0].result()
+    for study in handles:
+        study.close()
+    done = [str(sorted(trial.candidate.parameters.items())) for trial in result.trials if trial.state.finished]
+    assert len(done) == len(set(done)) == FINITE_CELLS
+    assert result.count(TrialState.RUNNING, TrialState.WAITING) == 0
+    assert result.count(TrialState.STOPPED) > 0
+
+
+def test_grid_that_grew_runs_its_new_cells_only(home, make_spec):
+    small = make_spec("grid", space={"model.dropout": {"float": [0, 0.2], "step": 0.1}})
+    study = open_study(home, small, data_digest="d")
+    run_all(study, 100)
+    study.close()
+    large = make_spec("grid", space={"model.dropout": {"float": [0, 0.4], "step": 0.1}})
+    study = open_study(home, large, data_digest="d")
+    run_all(study, 100)
+    values = [trial.candidate.parameters["model.dropout"] for trial in study.result().trials]
+    study.close()
+    assert sorted(values[:3]) == pytest.approx([0, 0.1, 0.2])
+    assert sorted(values[3:]) == pytest.approx([0.3, 0.4])
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "qmc"])
+def test_running_workers_have_different_candidates_of_a_finite_space(home, make_spec, sampler):
+    study = open_study(home, make_spec(sampler, space={"model.hidden": {"choice": [8, 16, 32, 64]}}), data_digest="d")
+    run_all(study, 4)
+    running = [study.ask(budget=7, worker="w").parameters["model.hidden"] for _ in range(3)]
+    study.close()
+    assert len(set(running)) == 3
+
+
+def test_resume_with_another_experiment_names_every_difference(home, make_spec):
+    open_study(home, make_spec(epochs=20), data_digest="d").close()
+    with pytest.raises(SpecError, match=r"training\.epochs: 20 -> 5.*data digest: d -> e") as caught:
+        open_study(home, make_spec(epochs=5), data_digest="e")
+    assert "--fresh" in caught.value.hint
+
+
+def test_sampler_pruner_and_ranges_may_change_on_resume_options_may_not(home, make_spec):
+    study = open_study(home, make_spec("random", space=FINITE), data_digest="d")
+    run_all(study, 3)
+    study.close()
+    wider = {**FINITE, "model.dropout": {"float": [0, 0.9]}}
+    study = open_study(home, make_spec("tpe", "median", wider), data_digest="d")
+    run_all(study, 6)
+    result = study.result()
+    study.close()
+    assert result.spec["search"]["sampler"]["name"] == "tpe"
+    assert "model.dropout" in result.trials[5].candidate.parameters
+    with pytest.raises(SpecError, match=r"search\.space\.model\.hidden: was .* is now .*") as caught:
+        open_study(home, make_spec(space={"model.hidden": {"choice": [32, 64]}}), data_digest="d")
+    assert "--fresh" in caught.value.hint
+    with pytest.raises(SpecError, match=r"search\.space\.model\.hidden"):
+        open_study(home, make_spec(space={"model.hidden": {"int": [32, 64]}}), data_digest="d")
+
+
+def test_fresh_starts_the_next_generation_and_a_resume_continues_the_newest(home, make_spec):
+    titles = []
+    for fresh in (False, True, True, False):
+        study = open_study(home, make_spec(epochs=4 + fresh), data_digest="d", fresh=fresh) if fresh else None
+        study = study or open_study(home, make_spec(epochs=4 + bool(titles)), data_digest="d")
+        run_all(study, len(titles) + 1)
+        titles.append(study.title)
+        study.close()
+    assert titles == ["study", "study~2", "study~3", "study~3"]
+    assert len(read_study(home, "study").trials) == 4
+    assert len(read_study(home, "study~2").trials) == 2
+
+
+def test_last_cell_of_a_grid_is_kept_for_a_candidate_that_died_before_it_was_drawn(home, make_spec, monkeypatch):
+    study = open_study(home, make_spec("grid", space=FINITE), data_digest="d")
+    for _ in range(FINITE_CELLS - 1):
+        train(study, study.ask(budget=100, worker="w"), epochs=1)
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "_suggest", killed)
+    with pytest.raises(KeyboardInterrupt):
+        study.ask(budget=100, worker="w")
+    study.close()
+    other = open_study(home, make_spec("grid", space=FINITE), data_digest="d")
+    assert other.ask(budget=100, worker="w") is None
+    assert other.blocked
+    assert len(other.reap()) == 1
+    run_all(other)
+    keys = [key_of(trial.candidate.parameters) for trial in other.result().trials if trial.state.finished]
+    other.close()
+    assert len(keys) == len(set(keys)) == FINITE_CELLS

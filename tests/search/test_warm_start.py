@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import pytest
+
+from formula import FINITE, FINITE_CELLS, MIXED, NUMERIC, run_all, train
+from hpo.errors import SpecError
+from hpo.records import TrialResult, TrialState
+from hpo.search.open import open_study
+
+LR, DROP = "training.optimizer.lr", "model.dropout"
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "cmaes", "qmc"])
+def test_given_candidates_come_first_and_the_sampler_draws_the_rest(home, make_spec, sampler):
+    start = [{LR: 0.05, DROP: 0.2, "training.batch_size": 32}, {LR: 0.02}]
+    study = open_study(home, make_spec(sampler, space=NUMERIC, start=start), data_digest="d")
+    first, second, third = (study.ask(budget=9, worker="w") for _ in range(3))
+    study.close()
+    assert first.parameters == start[0]
+    assert second.parameters[LR] == 0.02
+    assert second.parameters.keys() == NUMERIC.keys()
+    assert [one.ordinal for one in (first, second, third)] == [0, 1, 2]
+    assert third.parameters[LR] not in (0.05, 0.02)
+
+
+def test_given_candidate_that_was_interrupted_keeps_its_values(home, make_spec, monkeypatch):
+    spec = make_spec(space=NUMERIC, start=[{LR: 0.05}])
+    study = open_study(home, spec, data_digest="d")
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "_sign", killed)
+    with pytest.raises(KeyboardInterrupt):
+        study.ask(budget=9, worker="w")
+    study.close()
+    study = open_study(home, spec, data_digest="d")
+    study.reap()
+    again = study.ask(budget=9, worker="w")
+    assert (again.parameters[LR], again.ordinal) == (0.05, 0)
+    study.tell(TrialResult(again.number, TrialState.STOPPED))
+    assert study.ask(budget=9, worker="w").parameters == again.parameters
+    assert study.ask(budget=9, worker="w").parameters[LR] != 0.05
+    study.close()
+
+
+def test_given_values_are_cells_of_a_grid_and_the_grid_stays_whole(home, make_spec):
+    start = [
+        {"training.optimizer.name": "sgd", "model.hidden": [64, 32]},
+        {"training.optimizer.name": "adam", "training.optimizer.momentum": 0.3},
+        {"training.optimizer.name": "adam", "model.hidden": 32},
+        {"model.hidden": 32, "training.optimizer.name": "adam"},
+        {"training.optimizer.name": "adam", "model.hidden": [64, 32]},
+        {"training.optimizer.name": "adam", "model.hidden": []},
+        {"training.optimizer.name": "adam"},
+    ]
+    study = open_study(home, make_spec("grid", space=FINITE, start=start), data_digest="d")
+    run_all(study)
+    trials = [trial.candidate.parameters for trial in study.result().trials]
+    study.close()
+    assert start[0].items() <= trials[0].items()
+    assert trials[2] == start[2]
+    assert len(trials) == len({str(sorted(one.items())) for one in trials}) == FINITE_CELLS
+
+
+def test_each_stage_takes_what_it_varies_of_the_given_candidates(home, make_spec):
+    stages = [
+        {"name": "drop", "space": {DROP: MIXED[DROP]}, "sampler": "random", "trials": 2},
+        {"name": "rate", "space": {LR: MIXED[LR]}, "sampler": "random", "trials": 2},
+    ]
+    study = open_study(home, make_spec(space={}, stages=stages, start=[{LR: 0.05, DROP: 0.2}]), data_digest="d")
+    run_all(study)
+    trials = [trial.candidate.parameters for trial in study.result().trials]
+    study.close()
+    assert trials[0] == {DROP: pytest.approx(0.2)}
+    assert trials[2][LR] == 0.05
+
+
+@pytest.mark.parametrize(
+    ("path", "value"), [(LR, 5), (DROP, 0.25), ("model.hidden", 33), ("training.batch_size", 20.5), (LR, "much")]
+)
+def test_given_value_outside_the_space_is_refused(home, make_spec, path, value):
+    with pytest.raises(SpecError, match=rf"search\.start\[0\]\.{path}: .* is not in the space"):
+        open_study(home, make_spec(start=[{path: value}]), data_digest="d")
+
+
+def test_study_starts_from_the_best_of_another_where_they_fit(home, make_spec):
+    other = open_study(home, make_spec("random", name="other"), data_digest="d")
+    run_all(other, 8)
+    best = [trial.candidate.parameters for trial in other.result().ranked()[:2]]
+    other.close()
+    lr = best[0][LR]
+    space = {
+        LR: {"float": [lr / 1.001, lr * 1.001]},
+        DROP: MIXED[DROP],
+        "training.label_smoothing": {"float": [0, 0.1]},
+    }
+    spec = make_spec("random", space=space, start_from={"study": "other", "best": 2}, start=[{DROP: 0.5}])
+    study = open_study(home, spec, data_digest="d")
+    given, first, second = (study.ask(budget=9, worker="w").parameters for _ in range(3))
+    assert given[DROP] == 0.5
+    assert (first[LR], first[DROP]) == (lr, best[0][DROP])
+    assert second[DROP] == best[1][DROP]
+    assert study.notes == [f"start_from other: {LR}={best[1][LR]!r} is not in this space and is left to the sampler."]
+    study.close()
+    # What it started from was written down: the other study may change.
+    other = open_study(home, make_spec("random", name="other"), data_digest="d", fresh=True)
+    train(other, other.ask(budget=1, worker="w"))
+    other.close()
+    study = open_study(home, spec, data_digest="d")
+    study.reap()
+    again = [study.ask(budget=9, worker="w").parameters for _ in range(3)]
+    study.close()
+    assert again == [given, first, second]
+
+
+def test_start_from_an_absent_study_names_those_there_are(home, make_spec):
+    open_study(home, make_spec(name="other"), data_digest="d").close()
+    with pytest.raises(SpecError, match=r"no study 'othr' has run here \(known: other\)"):
+        open_study(home, make_spec(start_from={"study": "othr"}), data_digest="d")
+    study = open_study(home, make_spec(start_from={"study": "other"}), data_digest="d")
+    assert study.notes == ["start_from other: it has no complete trial with a place that this space varies."]
+    study.close()
