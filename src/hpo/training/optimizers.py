@@ -14,7 +14,6 @@ from hpo.models.backbones import stages
 from hpo.models.transfer import standing_of
 from hpo.spec.training import OptimizerSpec, ScheduleSpec
 
-
 Kind = TypeVar("Kind", bound=torch.optim.Optimizer)
 
 
