@@ -13,7 +13,7 @@ from hpo.cli.options import AsJson, Debug, HomeFolder, Study, read_duration, stu
 from hpo.records import FINAL, TrialState
 
 if TYPE_CHECKING:
-    from hpo.storage.reader import Look
+    from hpo.storage.reader import StudySnapshot
 
 
 def stop(
@@ -66,11 +66,11 @@ def status(
 ) -> None:
     """Show what every study has done and who is at work on it; it disturbs nothing that runs."""
     from hpo.home import Home
-    from hpo.storage.reader import look
+    from hpo.storage.reader import read_snapshots
 
     place = Home.find(home)
     wanted = study_name(study) if study else None
-    found = [one for one in look(place, results=False) if wanted in (None, one.study.name, one.study.title)]
+    found = [one for one in read_snapshots(place, results=False) if wanted in (None, one.study.name, one.study.title)]
     if as_json:
         output.print_json([_facts(one) for one in found])
         return
@@ -93,7 +93,7 @@ def status(
             output.print_warning(f"{one.study.title}: {text}")
 
 
-def _row(one: Look) -> list[str]:
+def _row(one: StudySnapshot) -> list[str]:
     counts = _counts(one)
     workers = {(one.leases[trial.number], trial.worker) for trial in one.running}
     at_work = "-"
@@ -112,18 +112,18 @@ def _row(one: Look) -> list[str]:
     ]
 
 
-def _counts(one: Look) -> dict[TrialState, int]:
+def _counts(one: StudySnapshot) -> dict[TrialState, int]:
     searched = [trial.state for trial in one.study.counted if trial.candidate.stage != FINAL]
     return {state: searched.count(state) for state in TrialState}
 
 
-def _budget(one: Look) -> int | None:
+def _budget(one: StudySnapshot) -> int | None:
     """The study's total; None where it is the sum over stages, which only the running study knows."""
     search = one.study.spec.get("search") or {}
     return None if search.get("stages") else search.get("trials")
 
 
-def _facts(one: Look) -> dict[str, Any]:
+def _facts(one: StudySnapshot) -> dict[str, Any]:
     return {
         "study": one.study.title,
         "objective": one.study.objective,
