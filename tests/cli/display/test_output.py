@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hpo.cli.display.output import duration, parse_duration, plain, short_paths, show_bytes, show_parameters
+from hpo.cli.display.output import parse_duration, plain, show_bytes, show_parameters
+from hpo.report.text import duration, short_paths
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_a_picture_that_fails_is_told_and_costs_no_other(left, tmp_path, monkeyp
     drawn = {path.stem for path in draw_trial(*left, tmp_path / "figures")}
     assert "roc" not in drawn
     assert "confusion" in drawn
-    assert told == ["trial 3: the picture roc could not be drawn: no ink"]
+    assert told == ["trial 3: the figure roc could not be drawn: no ink"]
 
 
 def test_a_study_is_drawn_into_an_empty_folder_and_without_a_complete_trial_not_at_all(left, tmp_path):
