@@ -11,6 +11,7 @@ import typer
 from hpo.cli.display import output
 from hpo.cli.options import AsJson, Debug, HomeFolder, Study, read_duration, study_name
 from hpo.records import FINAL, TrialState
+from hpo.report.text import duration
 
 if TYPE_CHECKING:
     from hpo.storage.reader import StudySnapshot
@@ -54,7 +55,7 @@ def stop(
         return
     count = len(done.stopped)
     words = "no trial was running" if not count else f"{count} trial{'s' * (count > 1)} stopped, to be tried again"
-    output.print_text(f"{done.title}: stopped in {output.show_seconds(done.seconds)}; {words}.")
+    output.print_text(f"{done.title}: stopped in {duration(done.seconds)}; {words}.")
     output.print_text(f"Go on with: {again}")
 
 
@@ -82,7 +83,7 @@ def status(
     for one in found:
         for holder in one.holders:
             where = f"process {holder.pid} on {holder.host}" if holder.pid else f"a process on {holder.host}"
-            since = f", for {output.show_seconds(time.time() - holder.since)}" if holder.since else ""
+            since = f", for {duration(time.time() - holder.since)}" if holder.since else ""
             numbers = [str(trial.number) for trial in one.running if one.leases[trial.number] == holder.lease]
             trials = f", trial {', '.join(numbers)}" if numbers else ""
             output.print_text(f"{one.study.title}: {where}{since}{trials}")
