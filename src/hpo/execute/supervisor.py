@@ -31,9 +31,9 @@ from hpo.records import (
     TrialResult,
     TrialStarted,
     TrialState,
-    best_of,
 )
 from hpo.search.constraints import judge, most_parameters, needs_latency
+from hpo.search.pruners import report_step
 from hpo.search.study import Study
 from hpo.spec.study import Setup, StudySpec
 from hpo.tracking.tracker import Tracker
@@ -271,22 +271,9 @@ class Supervisor:
                 raise StoreError(message.result.reason, NO_SPACE)
 
     def _report(self, running: _Running, message: EpochEnded) -> bool:
-        """Report an epoch to Optuna: epochs of later folds follow those of earlier ones.
-
-        Wilcoxon wants whole folds. Patience is with the first fold: the others begin anew, far below its best.
-        """
-        epoch, training = message.epoch, running.setup.training
-        objective, pruner = self._spec.search.objective, self._spec.search.pruner.name
-        if pruner == "patient" and epoch.fold:
-            return False
-        if pruner == "wilcoxon" and running.setup.split.kind == "kfold":
-            if not epoch.last:
-                return False
-            fold = tuple(other.epoch for other in running.epochs if other.epoch.fold == epoch.fold)
-            best = best_of(fold, training.monitor)
-            return self._study.report(message.number, epoch.fold + 1, best.scores[objective])
-        step = epoch.fold * training.epochs + epoch.number
-        return self._study.report(message.number, step, epoch.scores[objective])
+        """Report an epoch to the pruner; True: prune the trial now."""
+        step = report_step(self._spec, running.setup, [ended.epoch for ended in running.epochs])
+        return step is not None and self._study.report(message.number, *step)
 
     def _stopped(self, running: _Running, reason: str, failure: FailureKind) -> TrialResult:
         return TrialResult(
