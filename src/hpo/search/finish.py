@@ -11,7 +11,7 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from hpo.records import FINAL, FailureKind, TrialResult, TrialState
-from hpo.search.constraints import aims, violations
+from hpo.search.constraints import aims, judge, violations
 from hpo.spec.study import StudySpec
 from hpo.storage.optuna_storage import RESULT, START, Start, Storage, stage_of, start_of
 
@@ -30,7 +30,6 @@ class Settler:
 
     def __init__(self, spec: StudySpec, storage: Storage, study: optuna.Study, *, lease: str) -> None:
         self._spec = spec
-        self._aims = aims(spec)
         self._storage = storage
         self._study = study
         self._id: int = study._study_id
@@ -38,11 +37,8 @@ class Settler:
 
     def settle(self, trial: FrozenTrial, result: TrialResult, *, died: bool = False) -> TrialResult:
         """Record, enqueue, close, in this order: killed between two of them, reap can do the rest."""
-        result = self._checked(result, final=stage_of(trial) == FINAL)
         deaths = start_of(trial).deaths + died
-        if result.state is TrialState.STOPPED and deaths >= _MOST_DEATHS:
-            reason = f"interrupted {deaths} times: its process died each time; the last time: {result.reason}"
-            result = replace(result, state=TrialState.FAILED, reason=reason, failure=FailureKind.WORKER_DIED)
+        result = final_result(self._spec, result, final=stage_of(trial) == FINAL, deaths=deaths)
         self._storage.set_trial_user_attr(trial._trial_id, RESULT, result.to_json())
         if result.state is TrialState.STOPPED and trial.number not in self._storage.books(self._id).again:
             self.retry(trial, deaths=deaths)
@@ -50,29 +46,12 @@ class Settler:
             for text, amount in violations(self._spec, result.scores).items():
                 # What trial.set_constraint writes; a trial of a dead process has no Optuna handle.
                 self._storage.set_trial_system_attr(trial._trial_id, f"constraints:{text}", min(amount, _UNBOUNDED))
-        values = self._values(result) if result.state is TrialState.COMPLETE else None
+        values = _objective_values(self._spec, result) if result.state is TrialState.COMPLETE else None
         if values and stage_of(trial) == FINAL:
             # Nobody compares these in Optuna, and it takes no NaN.
             values = [value if _finite(value) else 0.0 for value in values]
         self._storage.end_trial(trial, _OPTUNA_STATES[result.state], values)
         return result
-
-    def _checked(self, result: TrialResult, *, final: bool) -> TrialResult:
-        """The result, failed where it is complete without a finite value for each objective."""
-        if result.state is not TrialState.COMPLETE:
-            return result
-        # A final training on all images has no validation scores beside the value that it was given.
-        values = self._values(result)[: 1 if final else None]
-        odd = next((index for index, value in enumerate(values) if not _finite(value)), None)
-        if odd is None:
-            return result
-        reason = f"the objective {self._aims[odd][0]} is {values[odd]}, not a finite number"
-        not_finite = FailureKind.NOT_FINITE
-        return replace(result, state=TrialState.FAILED, value=None, values=(), reason=reason, failure=not_finite)
-
-    def _values(self, result: TrialResult) -> list[float | None]:
-        """One value for each objective."""
-        return [result.value] if len(self._aims) == 1 else list(result.values) or [None for _ in self._aims]
 
     def retry(self, trial: FrozenTrial, *, deaths: int) -> None:
         """Enqueue the candidate of a trial again; deaths is how many of its tries have died so far."""
@@ -89,6 +68,36 @@ class Settler:
     ) -> None:
         """Put a candidate in the queue. fixed are values it is to have, notes what samplers know of it."""
         self._study.add_trial(template(optuna.trial.TrialState.WAITING, start, fixed or {}, notes or {}))
+
+
+def final_result(spec: StudySpec, result: TrialResult, *, final: bool = False, deaths: int = 0) -> TrialResult:
+    """The result as it is recorded, from what a worker or a supervisor reports; applied twice, it changes nothing more.
+
+    The objective becomes the value, unless one is given, and constraints decide what is feasible. A complete trial
+    without a finite value for each objective fails, and so does one that was stopped when its process had died three
+    times. final: it is a final training, which may have no validation scores beside its given value.
+    """
+    if result.state in (TrialState.COMPLETE, TrialState.PRUNED) and not result.values:
+        value = result.scores.get(spec.search.objective) if result.value is None else result.value
+        result = judge(spec, replace(result, value=value))
+    if result.state is TrialState.COMPLETE:
+        values = _objective_values(spec, result)[: 1 if final else None]
+        odd = next((index for index, value in enumerate(values) if not _finite(value)), None)
+        if odd is not None:
+            reason = f"the objective {aims(spec)[odd][0]} is {values[odd]}, not a finite number"
+            kind = FailureKind.NOT_FINITE
+            return replace(result, state=TrialState.FAILED, value=None, values=(), reason=reason, failure=kind)
+    if result.state is TrialState.STOPPED and deaths >= _MOST_DEATHS:
+        reason = f"interrupted {deaths} times: its process died each time; the last time: {result.reason}"
+        return replace(result, state=TrialState.FAILED, reason=reason, failure=FailureKind.WORKER_DIED)
+    return result
+
+
+def _objective_values(spec: StudySpec, result: TrialResult) -> list[float | None]:
+    """One value for each objective."""
+    if not spec.search.objectives:
+        return [result.value]
+    return list(result.values) or [None for _ in spec.search.objectives]
 
 
 def template(
