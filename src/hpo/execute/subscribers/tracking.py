@@ -63,6 +63,7 @@ class Tracking(Subscriber):
         self._figures = figures
         self._joined = joined
         self._keeps = keeps
+        self._study: StudyResult | None = None
         self._drawing: Job | None = None
         self._registered: Future[ModelVersion] | None = None
 
@@ -71,6 +72,7 @@ class Tracking(Subscriber):
         submit, tracker = self._queue.submit, self._tracker
         match event:
             case StudyOpened(study):
+                self._study = study
                 submit(tracker.open_study, study, self._spec, event.data, event.split)
                 if not self._joined:
                     submit(tracker.reconcile, study, self._spec, leave=event.attended)
@@ -81,18 +83,16 @@ class Tracking(Subscriber):
                 submit(tracker.end_trial, result)
             case TrialsReaped(study, attended):
                 submit(tracker.reconcile, study, self._spec, leave=attended)
-            case SearchEnded(study, _, attended) if event.summarize:
+            case SearchEnded(study, _, attended, True):
                 self._drawing = self._jobs.submit(draw_study, study, self._figures) if self._jobs else None
                 # Other runs of the study may have ended without writing everything since this one began.
                 submit(tracker.reconcile, study, self._spec, leave=attended)
-            case StudyProfiled():
+            case StudyProfiled() if self._study is not None:
                 submit(tracker.log_profile, self._study, event)
             case WinnerChosen():
                 self._close_study(event)
             case _:
                 pass
-        if isinstance(event, StudyOpened | SearchEnded):
-            self._study: StudyResult = event.study
 
     def poll(self) -> None:
         """Pass on the notices of the queue."""
