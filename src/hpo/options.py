@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from hpo.errors import HpoError, SpecError
 
 
-def _option(default: Any, flag: str = "", *, once: bool = False, worker: bool = False) -> Any:
+def _option(default: Any, **metadata: Any) -> Any:
     """A field with its default.
 
     flag is its name on the command line where that is not the field's. once: it concerns one run only, and the printed
-    command that resumes the study leaves it out. worker: the workers that a scheduler starts have it too.
+    command that resumes the study leaves it out. worker: the workers that a scheduler starts have it too. engine: it
+    exists for that engine only; not_for: for all but that one.
     """
-    return field(default=default, metadata={"flag": flag, "once": once, "worker": worker})
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,26 +36,26 @@ class RunOptions:
     detach and print_script are SLURM's. Raises HpoError for values out of range.
     """
 
-    settings: tuple[str, ...] = _option((), "--set")
+    settings: tuple[str, ...] = _option((), flag="--set")
     trust: bool = _option(False, worker=True)
     precision: str | None = _option(None)
-    home: str | Path | None = _option(None)
+    home: str | Path | None = _option(None)  # noqa: RUF009 - a field, whatever ruff makes of Path
     trials: int | None = _option(None)
     workers: int | None = _option(None)
     stack: int | None = _option(None, worker=True)
     device: str = _option("auto", worker=True)
     keep_models: str | None = _option(None)
     engine: str = _option("processes")
-    address: str | None = _option(None)
-    gpus_per_trial: float | None = _option(None)
-    cpus_per_trial: float | None = _option(None)
-    slurm: tuple[str, ...] = _option(())
-    timeout: float | None = _option(None, once=True)
-    profile: bool = _option(False, once=True)
+    address: str | None = _option(None, engine="ray")
+    gpus_per_trial: float | None = _option(None, engine="ray")
+    cpus_per_trial: float | None = _option(None, engine="ray")
+    slurm: tuple[str, ...] = _option((), engine="slurm")
+    timeout: float | None = _option(None, once=True, not_for="slurm")
+    profile: bool = _option(False, once=True, not_for="slurm")
     fresh: bool = _option(False, once=True)
     retry_failed: bool = _option(False, once=True)
-    detach: bool = _option(False, once=True)
-    print_script: bool = _option(False, "--print", once=True)
+    detach: bool = _option(False, once=True, engine="slurm")
+    print_script: bool = _option(False, flag="--print", once=True, engine="slurm")
 
     def __post_init__(self) -> None:
         for name in ("settings", "slurm"):  # lists of the command line
@@ -65,6 +66,13 @@ class RunOptions:
             raise HpoError(f"--workers {self.workers}: is negative.", "Give 1 or more, or 0 to train in this process.")
         if self.stack is not None and self.stack < 1:
             raise HpoError(f"--stack {self.stack}: is not positive.", "Give 1 or more, or auto.")
+        for part in self._given():
+            flag, needed = _flag(part), part.metadata.get("engine", self.engine)
+            if needed != self.engine:
+                raise HpoError(f"{flag}: is only for --engine {needed}.", f"Add: --engine {needed}")
+            if part.metadata.get("not_for") == self.engine:
+                hint = "Leave it out; the time of a job: --slurm timeout_min=60"
+                raise HpoError(f"{flag}: is not for --engine {self.engine}.", hint)
 
     @classmethod
     def pick(cls, given: Mapping[str, Any]) -> RunOptions:
@@ -73,22 +81,24 @@ class RunOptions:
 
     def to_resume(self) -> RunOptions:
         """The options of the command that resumes the study: all but those that concern one run."""
-        return replace(self, **{part.name: part.default for part in fields(self) if part.metadata["once"]})
+        once: dict[str, Any] = {part.name: part.default for part in fields(self) if part.metadata.get("once")}
+        return replace(self, **once)
 
     def of_worker(self) -> RunOptions:
         """The options that each `hpo worker` of a scheduler's jobs has too."""
-        return RunOptions(**{part.name: getattr(self, part.name) for part in fields(self) if part.metadata["worker"]})
+        return RunOptions(
+            **{part.name: getattr(self, part.name) for part in fields(self) if part.metadata.get("worker")}
+        )
 
-    def given(self) -> Iterator[tuple[str, Any]]:
-        """(flag, value) of each option that differs from its default, in the order of the fields."""
-        for part in fields(self):
-            if (value := getattr(self, part.name)) != part.default:
-                yield part.metadata["flag"] or f"--{part.name.replace('_', '-')}", value
+    def _given(self) -> Iterator[Field[Any]]:
+        """The fields that differ from their default, in order."""
+        return (part for part in fields(self) if getattr(self, part.name) != part.default)
 
     def flags(self) -> list[str]:
         """The words of a command line that parse to these options."""
         words: list[str] = []
-        for flag, value in self.given():
+        for part in self._given():
+            flag, value = _flag(part), getattr(self, part.name)
             if value is True:
                 words.append(flag)
             elif isinstance(value, tuple):
@@ -100,3 +110,7 @@ class RunOptions:
     def command_line(self, command: str, study: str) -> str:
         """`hpo COMMAND STUDY` with these options, quoted for a shell."""
         return shlex.join(["hpo", command, study, *self.flags()])
+
+
+def _flag(part: Field[Any]) -> str:
+    return str(part.metadata.get("flag", f"--{part.name.replace('_', '-')}"))

@@ -1,14 +1,17 @@
 """The supervisor's logic, on a formula in place of training and a real study storage."""
 
 import dataclasses
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 
 from formula_study import formula, formula_spec
-from hpo.execute.engines.local import WorkerLost
-from hpo.records import FINAL, Epoch, EpochEnded, TrialEnded, TrialResult, TrialStarted, TrialState
+from hpo.execute.engines.base import WorkerLost
+from hpo.execute.events import Subscriber
+from hpo.records import FINAL, EndReason, Epoch, EpochEnded, TrialEnded, TrialResult, TrialStarted, TrialState
 from hpo.spec.models import MlpSpec
 from hpo.spec.study import FinalSpec, SplitSpec
 
@@ -259,3 +262,34 @@ def formula_alone_with_epochs(task):
         yield message
         message = training.send(True)
     yield message
+
+
+def test_a_study_runs_with_no_subscriber_at_all(run_formula, spec):
+    run = run_formula(spec, subscribers=[])
+    assert run.reason is EndReason.BUDGET
+    assert [trial.state for trial in run.trials] == [TrialState.COMPLETE] * 6
+    assert run.tracker.calls == []
+    assert run.events == []
+    assert run.study.result().best is not None
+
+
+def test_subscribers_hear_every_event_in_their_order_and_of_results_that_optuna_has(run_formula, spec):
+    heard = []
+
+    class Hearing(Subscriber):
+        def __init__(self, name):
+            self.name = name
+
+        def __call__(self, event):
+            heard.append((self.name, type(event)))
+
+    run = run_formula(spec, trials=1, subscribers=[Hearing("first"), Hearing("second")])
+    kinds = [TrialStarted, *[EpochEnded] * 3, TrialEnded]
+    assert heard == [(name, kind) for kind in kinds for name in ("first", "second")]
+    assert run.trials[0].state is TrialState.COMPLETE
+
+
+def test_the_supervisor_imports_neither_tracking_nor_model_retention():
+    code = "import sys, hpo.execute.supervisor; print([name for name in sys.modules if 'tracking' in name or 'sub' in name])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not [name for name in ("hpo.tracking", "hpo.execute.subscribers", "tracking_queue") if name in done.stdout]

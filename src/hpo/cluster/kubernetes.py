@@ -39,7 +39,9 @@ class Pods:
                     f"{option} {size}: is not an amount of bytes.", "Write it as Kubernetes does: 8Gi, 500Mi"
                 )
         if not _NAME.fullmatch(self.secret):
-            raise HpoError(f"--secret {self.secret}: is not a name in Kubernetes.", "Use small letters, digits, - and .")
+            raise HpoError(
+                f"--secret {self.secret}: is not a name in Kubernetes.", "Use small letters, digits, - and ."
+            )
         if not self.image or re.search(r"\s", self.image):
             raise HpoError(f"--image {self.image!r}: is not the name of an image.", "Write REGISTRY/NAME:TAG")
         return self

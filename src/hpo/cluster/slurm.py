@@ -25,7 +25,7 @@ _NOT_PRINTED = ("stderr_to_stdout", "teardown", "use_srun", "wckey")
 
 
 def read_settings(texts: Iterable[str]) -> dict[str, Any]:
-    """Parse parameters of submitit from texts such as `slurm_partition=gpu`, `timeout_min=60`, `setup=["module load cuda"]`.
+    """Parameters of submitit, from texts such as `slurm_partition=gpu`, `timeout_min=60`, `setup=["module load cuda"]`.
 
     A value that is JSON is read as such; slurm_ may be left out. Raises HpoError where submitit does not know one, or
     is not installed.

@@ -51,10 +51,10 @@ def run_array(
     submitted. cluster is slurm, or local for processes of this machine. Raises HpoError, also where all jobs have ended
     before the study.
     """
-    settings = read_settings(options.slurm)
-    home = shared_home(options.home)
     if not options.workers:
         raise HpoError("--engine slurm: the number of jobs is missing.", "Give it: --workers 8")
+    settings = read_settings(options.slurm)
+    home = shared_home(options.home)
     emit: Watch = watch or (lambda _: None)
     if cluster == "slurm" and shutil.which("sbatch") is None:  # before anything is written
         raise HpoError(

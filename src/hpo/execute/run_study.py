@@ -229,7 +229,8 @@ def _finish(run: _Run, opened: _OpenStudy, reason: EndReason, tracking: Tracking
     """Choose the winner, wait for the tracking store, and end the study."""
     spec, emit = run.spec, run.events.emit
     summarize = not run.join or (reason.orderly and opened.study.claim_end())
-    attended, study = frozenset(opened.study.attended()), opened.study.result()
+    attended = frozenset(opened.study.attended())
+    study: StudyResult = opened.study.result()
     emit(SearchEnded(study, reason, attended, summarize))
     outcome = race(spec, study, data=opened.prepared.data)
     remarks = [str(outcome)] * bool(outcome) + stage_warnings(study)

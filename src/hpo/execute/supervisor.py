@@ -134,7 +134,7 @@ class Supervisor:
                 idle = not self._running and any(map(self._engine.accepts, range(self._engine.slots)))
                 if idle and not self._study.blocked:
                     return EndReason.EXHAUSTED if self._study.exhausted else EndReason.BUDGET
-                # The next candidate waits for trials of another supervisor: many of us must not ask a server constantly.
+                # The next candidate waits for trials of another supervisor: a server must not be asked constantly.
                 wait = min(2 * wait, _LONGEST_WAIT) if self._study.shared and not handed else _TICK
                 ask_at = time.monotonic() + (wait if self._study.shared and self._study.blocked else 0.0)
             if not self._running:

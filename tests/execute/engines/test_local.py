@@ -11,12 +11,14 @@ from unittest.mock import ANY
 
 import pytest
 
-from hpo.execute.engines.local import InProcess, LocalProcesses, WorkerLost
+from hpo.execute.engines.base import WorkerLost
+from hpo.execute.engines.in_process import InProcess
+from hpo.execute.engines.local import LocalProcesses
 from hpo.execute.engines.ray import RayActors
 from hpo.execute.process import process_context
-from hpo.execute.workers.job_process import Helper
+from hpo.execute.workers.job_process import JobProcess
 from hpo.execute.workers.job_process import prepare as prepare_in_helper
-from hpo.execute.workers.ray_actor import Ground
+from hpo.execute.workers.ray_actor import WorkerSetup
 from hpo.execute.workers.task import Task, train_task
 from hpo.records import EpochEnded, TrialEnded, TrialState
 from hpo.spec.load import load_study
@@ -46,7 +48,7 @@ def _task(card, tmp_path, number=0, *, wait=False, setup=None):
 def test_processes_see_the_environment_of_now_not_of_the_fork_server(processes, tmp_path, monkeypatch):
     """A notebook that says where data lies after its first study must not have it prepared somewhere else."""
     monkeypatch.setenv("HPO_DATA", str(tmp_path))
-    helper = Helper(process_context())
+    helper = JobProcess(process_context())
     try:
         prepared = helper.submit(prepare_in_helper, SPEC.data, SPEC.split, "cpu").result(60)
     finally:
@@ -63,7 +65,7 @@ def engine(request):
 @pytest.fixture(scope="module")
 def actors(cluster, card):
     """Two Ray actors."""
-    engine = RayActors(Ground(SPEC.data, SPEC.split, card), slots=2, cpus=cluster.cpus)
+    engine = RayActors(WorkerSetup(SPEC.data, SPEC.split, card), slots=2, cpus=cluster.cpus)
     while not (engine.accepts(0) and engine.accepts(1)):
         engine.poll(1.0)
     yield engine
@@ -147,7 +149,7 @@ def test_workers_import_neither_mlflow_nor_optuna():
 
 @pytest.fixture(scope="module")
 def stacked():
-    engine = LocalProcesses(["cpu"], threads=1, places=3)
+    engine = LocalProcesses(["cpu"], threads=1, stack=3)
     yield engine
     engine.close()
 
@@ -232,13 +234,13 @@ def _result(training):
 
 
 def test_a_task_that_is_to_be_alone_waits_for_its_process_and_keeps_it(card, tmp_path):
-    engine = LocalProcesses(["cpu"], threads=1, places=3)
+    engine = LocalProcesses(["cpu"], threads=1, stack=3)
     try:
         engine.submit(0, _task(card, tmp_path, 0, wait=True))
         while not (told := engine.poll(0.5)):
             pass
         assert engine.accepts(1)
-        engine.submit(1, replace(_task(card, tmp_path, 1), alone=True))
+        engine.submit(1, replace(_task(card, tmp_path, 1), exclusive=True))
         assert not engine.accepts(2)
         assert engine.poll(0.5) == []  # it waits
         engine.verdict(0, go_on=False)
@@ -251,12 +253,12 @@ def test_a_task_that_is_to_be_alone_waits_for_its_process_and_keeps_it(card, tmp
 
 
 def test_a_task_that_waits_to_be_alone_outlives_the_worker_that_it_waits_for(card, tmp_path):
-    engine = LocalProcesses(["cpu"], threads=1, places=2)
+    engine = LocalProcesses(["cpu"], threads=1, stack=2)
     try:
         engine.submit(0, _task(card, tmp_path, 0, wait=True))
         while not engine.poll(0.5):
             pass
-        engine.submit(1, replace(_task(card, tmp_path, 1), alone=True))
+        engine.submit(1, replace(_task(card, tmp_path, 1), exclusive=True))
         engine._workers[0].process.kill()
         messages = _until_end(engine)
         assert [slot for slot, message in messages if isinstance(message, WorkerLost)] == [0]
@@ -268,7 +270,7 @@ def test_a_task_that_waits_to_be_alone_outlives_the_worker_that_it_waits_for(car
 
 
 def test_all_trials_of_a_worker_that_dies_are_lost_and_its_places_free_again(card, tmp_path):
-    engine = LocalProcesses(["cpu"], threads=1, places=2)
+    engine = LocalProcesses(["cpu"], threads=1, stack=2)
     try:
         setup = SPEC.with_values({"training.epochs": 10000})
         for slot in range(2):

@@ -14,7 +14,7 @@ from typing import Any
 from hpo.errors import HpoError, StoreError, disk_full
 from hpo.execute.engines.base import Message, Trainer, WorkerLost
 from hpo.execute.workers.ray_actor import Files, RayWorker, WorkerSetup, write_files
-from hpo.execute.workers.task import Task, train_task, disk_full_result
+from hpo.execute.workers.task import Task, disk_full_result, train_task
 from hpo.records import TrialEnded
 
 _MOST_STARTS = 5  # actors of one slot in a row that die before one is ready; a lost node costs each of its slots one
@@ -84,7 +84,9 @@ class RayActors:
         """Send the task."""
         entry = self._slots[slot]
         if task.checkpoint and task.setup.training.checkpoint:
-            Path(task.checkpoint).parent.mkdir(parents=True, exist_ok=True)  # actors that see this folder share the disk
+            Path(task.checkpoint).parent.mkdir(
+                parents=True, exist_ok=True
+            )  # actors that see this folder share the disk
         entry.task = task
         entry.answers.append(entry.actor.train.remote(task))
         if not task.wait:
@@ -96,7 +98,7 @@ class RayActors:
         entry.answers.append(entry.actor.step.remote(go_on))
 
     def poll(self, timeout: float) -> list[tuple[int, Message]]:
-        """The messages that have arrived, in the order of slots. Raises HpoError where a node cannot train this study."""
+        """The messages that have arrived, by slot. Raises HpoError where a node cannot train this study."""
         self._notify_if_idle()
         slots = {entry.answers[0]: slot for slot, entry in enumerate(self._slots) if entry.answers}
         if not slots or not self._ray.wait(list(slots), timeout=timeout)[0]:

@@ -126,7 +126,8 @@ def _attempt(
                 epochs.append(epoch)
                 go_on = yield EpochEnded(task.number, epoch)
         except StopIteration as end:
-            return replace(end.value, epochs=tuple(epochs))
+            result: TrialResult = end.value
+            return replace(result, epochs=tuple(epochs))
     except BrokenStackError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever a candidate does, the study continues
