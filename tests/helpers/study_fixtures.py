@@ -19,7 +19,7 @@ from hpo.execute.supervisor import Supervisor
 from hpo.execute.tracking_queue import TrackingQueue
 from hpo.execute.workdir import WorkdirCleanup
 from hpo.home import Home
-from hpo.records import Event
+from hpo.records import Event, SplitCard, StudyOpened
 from hpo.search.open import open_study
 from hpo.search.study import Study
 from hpo.tracking.repair import move_places
@@ -55,6 +55,7 @@ def run_formula(tmp_path: Path):
             tracking = Tracking(tracker, queue, spec, emit=events.emit)
             retention = ModelRetention(tracker, queue, None, spec, data=CARD, emit=events.emit)
             cleanup = WorkdirCleanup(tmp_path / "work", study)
+            cleanup(StudyOpened(study.result(), CARD, SplitCard({}, {}), 0, 0, workers=1, device="cpu"))
             watchers = [Watcher(seen.append), *([Watcher(watch)] if watch else [])]
             subscribers = [tracking, retention, cleanup, *watchers]
         events.subscribe_first(*subscribers)
