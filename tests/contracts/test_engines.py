@@ -30,7 +30,7 @@ ENDLESS = SPEC.with_values({"training.epochs": 100_000, "training.patience": Non
 
 
 @dataclass
-class Tested:
+class Subject:
     """An engine with two slots, or with one where it can have no more; kill ends the worker of a slot."""
 
     engine: Any
@@ -59,22 +59,22 @@ class Tested:
         raise AssertionError(f"no {kinds}: {messages}")
 
 
-def _in_process(request: pytest.FixtureRequest) -> Tested:
-    return Tested(InProcess())
+def _in_process(request: pytest.FixtureRequest) -> Subject:
+    return Subject(InProcess())
 
 
-def _processes(request: pytest.FixtureRequest) -> Tested:
+def _processes(request: pytest.FixtureRequest) -> Subject:
     factory = engine_factory(RunOptions(workers=2, device="cpu"))
     work = StudyWork(SPEC, request.getfixturevalue("card"), print)
     engine: Any = factory.start(factory.plan(["cpu"], most=9), work, stack=1)
-    return Tested(engine, lambda slot: os.kill(engine._workers[slot].process.pid, signal.SIGKILL))
+    return Subject(engine, lambda slot: os.kill(engine._workers[slot].process.pid, signal.SIGKILL))
 
 
-def _ray(request: pytest.FixtureRequest) -> Tested:
+def _ray(request: pytest.FixtureRequest) -> Subject:
     ray = request.getfixturevalue("cluster")
     needs = WorkerSetup(SPEC.data, SPEC.split, request.getfixturevalue("card"))
     engine = RayActors(needs, slots=2, cpus=ray.cpus)
-    return Tested(engine, lambda slot: ray._ray.kill(engine._slots[slot].actor))
+    return Subject(engine, lambda slot: ray._ray.kill(engine._slots[slot].actor))
 
 
 MAKERS = {"in_process": _in_process, "processes": _processes, "ray": _ray}
@@ -113,7 +113,7 @@ def test_a_worker_trains_bit_for_bit_as_the_calling_process_does(tested, card, t
 
     torch.set_num_threads(1)
     ends = []
-    for other, folder in ((tested, tmp_path / "a"), (Tested(InProcess()), tmp_path / "b")):
+    for other, folder in ((tested, tmp_path / "a"), (Subject(InProcess()), tmp_path / "b")):
         other.submit(0, _task(card, folder))
         messages = other.until(TrialEnded)
         assert [message.epoch.number for _, message in messages[:-1]] == [1, 2, 3]
