@@ -1,4 +1,4 @@
-"""The loop that owns a study: ask for candidates, hand them to workers, report and prune, tell, until it is done."""
+"""The loop that owns a study: it asks for candidates, hands them to workers, prunes, and tells Optuna the results."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class _RunningTrial:
     candidate: Candidate
     setup: Setup
     started: float
-    found_by_search: float | None = None  # the objective that the search found for a final candidate
+    found_by_search: float | None = None  # see _found_by_search
     epochs: list[EpochEnded] = field(default_factory=list)
 
 
@@ -108,9 +108,7 @@ class Supervisor:
 
     def _search(self) -> EndReason:
         reason = self._run_phase(partial(self._study.ask, budget=self._budget))
-        if not reason.completed:
-            return reason
-        chosen = finalists(self._spec, self._study.result())
+        chosen = finalists(self._spec, self._study.result()) if reason.completed else []
         if not chosen:
             return reason
         self._study.enqueue_finals(chosen)
