@@ -65,6 +65,7 @@ class _Run:
 class _OpenStudy:
     """The study (hpo.search.study.Study), its state at the start of the run, and its folder of work in progress."""
 
+    spec: StudySpec
     study: Any
     before: StudyResult
     attended: frozenset[int]
@@ -149,12 +150,12 @@ def _open_study(run: _Run, cleanup: contextlib.ExitStack) -> _OpenStudy:
     attended, before = frozenset(study.attended()), study.result()
     work = run.home.work / before.title
     sweep(work, study)
-    return _OpenStudy(study, before, attended, prepared, work)
+    return _OpenStudy(spec, study, before, attended, prepared, work)
 
 
 def _choose_workers(run: _Run, opened: _OpenStudy) -> tuple[WorkerPlan, StackSize]:
     """The workers, and the number of trainings that each does at once."""
-    spec, options, prepared = run.spec, run.options, opened.prepared
+    spec, options, prepared = opened.spec, run.options, opened.prepared
     left = max(1, opened.study.budget - opened.finished, len(finalists(spec, opened.before)))
     plan = run.factory.plan(prepared.devices, most=left)
     # A profile could not divide the time of a shared computation among its trainings.
@@ -168,11 +169,11 @@ def _choose_workers(run: _Run, opened: _OpenStudy) -> tuple[WorkerPlan, StackSiz
 def _subscribe(run: _Run, opened: _OpenStudy, cleanup: contextlib.ExitStack) -> Tracking:
     """Subscribe all that follows the events of this run; callers' watch functions come last."""
     emit, data = run.events.emit, opened.prepared.data
-    retention = ModelRetention(run.tracker, run.queue, run.jobs, run.spec, data=data, emit=emit)
+    retention = ModelRetention(run.tracker, run.queue, run.jobs, opened.spec, data=data, emit=emit)
     tracking = Tracking(
         run.tracker,
         run.queue,
-        run.spec,
+        opened.spec,
         emit=emit,
         jobs=run.jobs,
         figures=pictures_folder(opened.work, opened.study),
@@ -208,11 +209,11 @@ def _supervise(
     run: _Run, opened: _OpenStudy, plan: WorkerPlan, stack: StackSize, cleanup: contextlib.ExitStack
 ) -> EndReason:
     """Start the workers and run the trials."""
-    work = StudyWork(run.spec, opened.prepared.data, run.notify)
+    work = StudyWork(opened.spec, opened.prepared.data, run.notify)
     engine = run.factory.start(plan, work, stack=stack.count)
     cleanup.callback(engine.close)
     return Supervisor(
-        run.spec,
+        opened.spec,
         opened.study,
         engine,
         data=opened.prepared.data,
@@ -227,7 +228,7 @@ def _supervise(
 
 def _finish(run: _Run, opened: _OpenStudy, reason: EndReason, tracking: Tracking) -> StudyResult:
     """Choose the winner, wait for the tracking store, and end the study."""
-    spec, emit = run.spec, run.events.emit
+    spec, emit = opened.spec, run.events.emit
     summarize = not run.join or (reason.orderly and opened.study.claim_end())
     attended = frozenset(opened.study.attended())
     study: StudyResult = opened.study.result()

@@ -78,7 +78,7 @@ def final_result(spec: StudySpec, result: TrialResult, *, final: bool = False, d
     times. final: it is a final training, which may have no validation scores beside its given value.
     """
     if result.state in (TrialState.COMPLETE, TrialState.PRUNED) and not result.values:
-        value = result.scores.get(spec.search.objective) if result.value is None else result.value
+        value = result.scores.get(aims(spec)[0][0]) if result.value is None else result.value
         result = judge(spec, replace(result, value=value))
     if result.state is TrialState.COMPLETE:
         values = _objective_values(spec, result)[: 1 if final else None]
