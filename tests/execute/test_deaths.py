@@ -22,7 +22,7 @@ from hpo.execute.workers.job_process import JobProcess
 from hpo.execute.workers.task import Task
 from hpo.home import Home
 from hpo.records import TrialEnded, TrialResult, TrialState
-from hpo.search.open import open_study
+from hpo.search.lifecycle import open_study
 
 FORK = multiprocessing.get_context("fork")
 

@@ -20,7 +20,7 @@ from hpo.execute.tracking_queue import TrackingQueue
 from hpo.execute.workdir import WorkdirCleanup
 from hpo.home import Home
 from hpo.records import Event, SplitCard, StudyOpened
-from hpo.search.open import open_study
+from hpo.search.lifecycle import open_study
 from hpo.search.study import Study
 from hpo.tracking.repair import move_places
 from kept_study import make_kept_study

@@ -19,7 +19,7 @@ from hpo.options import RunOptions
 from hpo.records import EndReason, ModelVersion, Notice, StudyEnded, StudyOpened, StudyResult
 from hpo.spec.study import StudySpec
 from hpo.storage.reader import list_trials
-from hpo.storage.watch import Follower
+from hpo.storage.watch import StudyWatcher
 from hpo.tracking.registry import versions
 
 _TICK = 1.0  # seconds between readings of the study
@@ -66,8 +66,8 @@ def run_array(
         emit(opened)
         emit(StudyEnded(study, EndReason.BUDGET, _model(home, study)))
         return study
-    follower = Follower(home, study)
-    follower.news()  # the state before the first job
+    follower = StudyWatcher(home, study)
+    follower.new_events()  # the state before the first job
     folder = home.root / "jobs" / study.title
     flags = (worker or options.of_worker()).flags()
     command = worker_command(study.exact, flags, home=home.root.parent)
@@ -80,7 +80,7 @@ def run_array(
 
 
 class _ArrayRun:
-    def __init__(self, home: Home, opened: StudyOpened, follower: Follower, jobs: Jobs, emit: Watch) -> None:
+    def __init__(self, home: Home, opened: StudyOpened, follower: StudyWatcher, jobs: Jobs, emit: Watch) -> None:
         self._home, self._opened, self._follower, self._jobs, self._emit = home, opened, follower, jobs, emit
         self._unreadable = False
 
@@ -118,7 +118,7 @@ class _ArrayRun:
 
     def _read(self) -> None:
         try:
-            events = self._follower.news()
+            events = self._follower.new_events()
         except StoreError as error:  # the jobs wait for the storage too
             if not self._unreadable:
                 self._emit(Notice(f"the study cannot be read: {error} The jobs continue."))

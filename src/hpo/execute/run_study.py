@@ -129,7 +129,7 @@ def _open_study(run: _Run, cleanup: contextlib.ExitStack) -> _OpenStudy:
     spec, options = run.spec, run.options
     job = run.jobs.submit(prepare, spec.data, spec.split, run.factory.device)
     run.queue.submit(load_mlflow)  # its import takes seconds, and happens while data are prepared
-    from hpo.search.open import open_study  # and so does optuna's
+    from hpo.search.lifecycle import open_study  # and so does optuna's
 
     cleanup.callback(run.factory.close)
     run.factory.connect()
