@@ -27,7 +27,7 @@ from hpo.cli.display.output import (
 from hpo.cli.display.profile import profile_report
 from hpo.cli.display.run_summary import NextCommands, RunningTrial, Tally, closing, next_steps, opening
 from hpo.profile import StudyProfiled
-from hpo.records import FINAL, Event, Notice, StudyEnded, StudyOpened, TrialEnded, TrialResult, TrialState
+from hpo.records import FINAL, Event, Notice, StudyEnded, StudyOpened, TrialEnded, TrialResult, TrialStarted, TrialState
 from hpo.report.text import duration
 
 FRAMES_PER_SECOND = 4  # calm to look at, and cheap beside the training
@@ -66,7 +66,7 @@ class Watcher(ABC):
     def exit_code(self) -> int:
         """130 after Ctrl-C or hpo stop, 1 if the study has no complete trial, else 0."""
         ended = self.tally.ended
-        if ended and ended.reason in ("interrupted", "stopped"):
+        if ended and ended.reason.by_user:
             return INTERRUPTED
         return 0 if ended and ended.study.best else 1
 
@@ -86,7 +86,9 @@ class JsonLines(Watcher):
             case TrialEnded(result):
                 body["result"] = _fields(result, "epochs", "folder")
             case StudyOpened(study):
-                body["study"] = _fields(study, "trials")
+                body = {**_fields(event, "attended"), "study": _fields(study, "trials")}
+            case TrialStarted():
+                body = _fields(event, "setup", "started")
             case StudyEnded(study):
                 trials = [
                     {

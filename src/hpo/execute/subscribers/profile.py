@@ -6,8 +6,10 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
-from hpo.profile import Limit, Profile, StudyProfiled
-from hpo.records import Event, TrialEnded, TrialResult
+from hpo.execute.events import Emit, Subscriber
+from hpo.execute.workers.job_process import JobProcess, spent
+from hpo.profile import Clock, Limit, Profile, StudyProfiled
+from hpo.records import RunEvent, SearchEnded, StudyOpened, TrialEnded, TrialResult, WinnerChosen
 
 # Methods of Study that a worker's next candidate waits for, and of Tracker, by the name of their phase.
 STUDY = {"ask": "ask", "ask_final": "ask", "report": "report", "tell": "tell"}
@@ -26,7 +28,7 @@ class Profiler:
         self._began = time.monotonic()
         self._seconds = 0.0
 
-    def hear(self, event: Event) -> None:
+    def hear(self, event: RunEvent) -> None:
         """Keep the trials that were profiled; an answer taken from an earlier trial took no time."""
         if isinstance(event, TrialEnded) and event.result.profile and event.result.seconds:
             self._results.append(event.result)
@@ -74,6 +76,26 @@ class Profiler:
                 traffic=sum(one.traffic for one in profiles) / seconds,
                 peak_traffic=max(one.peak_traffic for one in profiles),
             )
+
+
+class Profiling(Subscriber):
+    """Emits a StudyProfiled once the winner is chosen. clock has timed this process; jobs has a clock of its own."""
+
+    def __init__(self, clock: Clock, jobs: JobProcess, *, emit: Emit) -> None:
+        self._clock, self._jobs, self._emit = clock, jobs, emit
+        self._profiler = Profiler()
+        self._workers = 1
+
+    def __call__(self, event: RunEvent) -> None:
+        """Add up the trials between the opening of the study and the end of the search."""
+        if isinstance(event, StudyOpened):
+            self._profiler, self._workers = Profiler(), event.workers
+        self._profiler.hear(event)
+        if isinstance(event, SearchEnded):
+            self._profiler.stop()
+        elif isinstance(event, WinnerChosen):
+            other = [(self._clock.seconds, self._clock.cpu_seconds), self._jobs.submit(spent).result()]
+            self._emit(self._profiler.sum_up(workers=self._workers, beside=other))
 
 
 def _sum(times: Iterable[tuple[Times, Times]]) -> dict[str, tuple[float, float]]:
