@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
-from hpo.profile import Profile, StudyProfiled
-
 # The stage of trials that train the winner again after the search: samplers never see them.
 FINAL = "final"
 
@@ -94,6 +92,31 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Profile:
+    """Seconds of a trial's epochs by phase, and the shares of its slowest operators in the time of all operators."""
+
+    seconds: Mapping[str, float]
+    operators: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StudyProfiled:
+    """Where the time of a run went.
+
+    trials counts those that this run profiled. seconds is how long its workers were ready; phases holds seconds of all
+    workers together and adds up to workers * seconds. outside holds CPU seconds of the other processes. operators holds
+    shares as in Profile, averaged over the trials.
+    """
+
+    trials: int
+    workers: int
+    seconds: float
+    phases: Mapping[str, float]
+    outside: Mapping[str, float]
+    operators: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class TrialResult:
     """How one candidate ended.
 
@@ -145,7 +168,8 @@ class TrialResult:
         known["values"] = tuple(known.get("values", ()))
         known["folds"] = tuple(known.get("folds", ()))
         known["confusion"] = tuple(tuple(row) for row in known.get("confusion", ()))
-        known["profile"] = Profile(**known["profile"]) if known.get("profile") else None
+        profile = known.get("profile") or {}  # of older versions with more fields
+        known["profile"] = Profile(profile["seconds"], profile.get("operators", {})) if profile else None
         return cls(**known)
 
 

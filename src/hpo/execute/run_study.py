@@ -20,14 +20,13 @@ from hpo.execute.engines.ray_cluster import Cluster, RayOptions
 from hpo.execute.finals import finalists, race
 from hpo.execute.process import cores, process_context
 from hpo.execute.stack_size import Places, most_places
-from hpo.execute.subscribers import profile as profiling
 from hpo.execute.subscribers.model_retention import Keeper
+from hpo.execute.subscribers.profile import StudyProfiler
 from hpo.execute.supervisor import Supervisor, Watch
 from hpo.execute.tracking_queue import PATIENCE, Background
 from hpo.execute.workdir import pictures_folder, sweep
-from hpo.execute.workers.job_process import Helper, Job, Prepared, draw_study, measure_stack, prepare, spent
+from hpo.execute.workers.job_process import Helper, Job, Prepared, draw_study, measure_stack, prepare
 from hpo.home import Home
-from hpo.profile import NO_CLOCK, Clock, timed
 from hpo.records import Event, Notice, StudyEnded, StudyOpened, StudyResult
 from hpo.report.summary import study_summary
 from hpo.search.stages import budget_of, stage_warnings
@@ -84,14 +83,13 @@ def run_study(
     deadline = time.monotonic() + timeout if timeout is not None else float("inf")
     say: Watch = watch or _ignore
     context = process_context()
-    clock = Clock() if profile else NO_CLOCK
 
     def tell(text: str) -> None:
         say(Notice(text))
 
     with contextlib.ExitStack() as cleanup:
         interrupted = cleanup.enter_context(interruptible())
-        tracker, background = timed(Tracker(place), clock, **profiling.TRACKER), Background()
+        tracker, background = Tracker(place), Background()
         cleanup.callback(background.join, patience=5.0)
         helper = Helper(context)
         cleanup.callback(helper.close)
@@ -106,7 +104,6 @@ def run_study(
         budget = budget_of(spec, trials)
         study = open_study(place, spec, data_digest=prepared.data.digest, budget=budget, fresh=fresh, join=join)
         budget = study.budget
-        study = timed(study, clock, **profiling.STUDY)
         cleanup.callback(study.close)
         # Before the lease is given up: others leave our runs alone until then.
         cleanup.callback(background.join, patience=5.0)
@@ -150,7 +147,7 @@ def run_study(
             say(Notice(note))
         keeper = Keeper(tracker, background, helper, spec, data=prepared.data, watch=say)
         keeper.resume(before, kept, leave=attended)
-        profiler = profiling.Profiler()
+        profiler = StudyProfiler()
         engine: Engine
         if cluster is not None:
             engine = cluster.workers(spec, prepared.data, slots=len(devices), say=tell)
@@ -216,8 +213,10 @@ def run_study(
             background.submit(tracker.close_study, after, status=status, summary=text, figures=figures)
         last: list[Event] = []
         if profile:
-            beside = [(clock.seconds, clock.cpu_seconds), helper.submit(spent).result()]
-            profiled = profiler.sum_up(workers=len(devices), beside=beside)
+            outside = {"export and figures": helper.submit(time.process_time).result()}
+            if workers != 0:  # else it is the process that trains
+                outside["search and tracking"] = time.process_time()
+            profiled = profiler.profile(workers=len(devices), outside=outside)
             background.submit(tracker.log_profile, after, profiled)
             last.append(profiled)
         background.join(patience=patience, hear=tell)

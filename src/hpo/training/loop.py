@@ -16,7 +16,6 @@ from hpo.data.prepare import TrialData
 from hpo.metrics import scores
 from hpo.models.inputs import input_of
 from hpo.models.transfer import standing_of
-from hpo.profile import NO_CLOCK, Clock
 from hpo.records import Epoch
 from hpo.spec.training import TrainingSpec
 from hpo.training.augment import mix_batch
@@ -26,6 +25,7 @@ from hpo.training.compute.precision import lay_out
 from hpo.training.early_stopping import Progress
 from hpo.training.growing_subset import GrowingRows
 from hpo.training.optimizers import build_optimizer, learning_rate_factor
+from hpo.training.profiler import phase
 
 if TYPE_CHECKING:
     from hpo.training.compute.cuda_graphs import Graph
@@ -78,7 +78,6 @@ def train(
     precision: str,
     resume: Mapping[str, Any] | None = None,
     save: Save | None = None,
-    clock: Clock = NO_CLOCK,
     graph: Graph | None = None,
 ) -> Generator[Epoch, None, None]:
     """Train net in place and yield an Epoch after each evaluation; at the end net has its best epoch's weights.
@@ -89,13 +88,11 @@ def train(
     device, thread count and precision.
 
     save is called before every spec.checkpoint-th epoch but the last is yielded. resume is a state that it was given:
-    the training goes on after that epoch, to the result that it would have had in one go. clock is told what each part
-    of the time was for. graph computes the batches that it fits; it was made of this network, on this data.
+    the training goes on after that epoch, to the result that it would have had in one go. graph computes the batches
+    that it fits; it was made of this network, on this data.
     """
     try:
-        yield from _epochs(
-            net, data, spec, seed=seed, precision=precision, resume=resume, save=save, clock=clock, graph=graph
-        )
+        yield from _epochs(net, data, spec, seed=seed, precision=precision, resume=resume, save=save, graph=graph)
     finally:
         torch.set_flush_denormal(False)
 
@@ -109,7 +106,6 @@ def _epochs(
     precision: str,
     resume: Mapping[str, Any] | None,
     save: Save | None,
-    clock: Clock,
     graph: Graph | None,
 ) -> Generator[Epoch, None, None]:
     device = data.images.device
@@ -141,7 +137,6 @@ def _epochs(
         progress.score, progress.epoch, progress.state = resume["best"]
         first = resume["epoch"] + 1
     step = growing.batches(first - 1)
-    clock.lap("load")
 
     for number in range(first, spec.epochs + 1):
         started = time.perf_counter()
@@ -161,30 +156,27 @@ def _epochs(
         order = order[:-1] if single else order  # batch norm cannot learn from a single image
         places = take.places(order, spec.batch_size, generator)
         for rows, place in zip(*(torch.split(part, spec.batch_size) for part in (order, places)), strict=True):
-            factor = learning_rate_factor(spec.schedule, step=step, steps=steps, steps_per_epoch=steps_per_epoch)
-            step += 1
-            rate = spec.optimizer.lr * factor
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["scale"]
-            labels = data.labels.index_select(0, rows)
-            clock.lap("batch")
-            images = take(place, generator)
-            inputs, labels, others, share = mix_batch(normalise(images), labels, spec.augment, generator)
-            clock.lap("augment")
+            with phase("batch"):
+                factor = learning_rate_factor(spec.schedule, step=step, steps=steps, steps_per_epoch=steps_per_epoch)
+                step += 1
+                rate = spec.optimizer.lr * factor
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * group["scale"]
+                labels = data.labels.index_select(0, rows)
+            with phase("augment"):
+                images = take(place, generator)
+                inputs, labels, others, share = mix_batch(normalise(images), labels, spec.augment, generator)
             optimizer.zero_grad(set_to_none=True)
-            loss, logits = _backward(
-                net, inputs, (labels, others, share), loss_of, spec.micro_batch, precision, clock, graph
-            )
-            if spec.clip_norm is not None:
-                nn.utils.clip_grad_norm_(net.parameters(), spec.clip_norm)
-            optimizer.step()
-            if averaged is not None:
-                averaged.update_parameters(net)
-            clock.lap("optimizer")
+            loss, logits = _backward(net, inputs, (labels, others, share), loss_of, spec.micro_batch, precision, graph)
+            with phase("optimizer"):
+                if spec.clip_norm is not None:
+                    nn.utils.clip_grad_norm_(net.parameters(), spec.clip_norm)
+                optimizer.step()
+                if averaged is not None:
+                    averaged.update_parameters(net)
             batch_losses.append(loss)
             batch_hits.append((logits.argmax(1) == labels).sum())
             counts.append(len(rows))
-            clock.lap("evaluate")
 
         step += single
         # Added up once an epoch, in one transfer from the device.
@@ -196,7 +188,6 @@ def _epochs(
             logits = predict_logits(judged, data, data.valid, precision=precision, micro_batch=spec.micro_batch)
             measured |= {f"valid_{name}": value for name, value in scores(logits, valid_labels).items()}
         last = progress.note(number, measured, judged)
-        clock.lap("evaluate")
         seconds = time.perf_counter() - started
         torch.set_flush_denormal(False)
         epoch = Epoch(number=number, scores=measured, learning_rate=rate, seconds=seconds, last=last)
@@ -204,7 +195,6 @@ def _epochs(
             state = {name: part.state_dict() for name, part in learning.items()}
             chance, best = get_chance(generator, device), (progress.score, progress.epoch, progress.state)
             save(epoch, {**state, "epoch": number, "best": best, "chance": chance})
-            clock.lap("checkpoint")
         yield epoch
         if last:
             break
@@ -220,7 +210,6 @@ def _backward(
     loss_of: partial[Tensor],
     micro_batch: int | None,
     precision: str,
-    clock: Clock,
     graph: Graph | None,
 ) -> tuple[Tensor, Tensor]:
     """Add the gradient of a batch's mean loss to the weights, piece by piece; returns that loss and the logits.
@@ -233,18 +222,18 @@ def _backward(
     for part, first, second in zip(
         inputs.tensor_split(pieces), labels.tensor_split(pieces), others.tensor_split(pieces), strict=True
     ):
-        if graph is not None and graph.forward is not None and part.shape == graph.shape:
-            logits = graph.forward(part)
-        else:
-            with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-                logits = net(part)
-            logits = logits.float()
-        piece = loss_of(logits, first) * _weight(first, labels, loss_of)
-        if share < 1:
-            piece = share * piece + (1 - share) * loss_of(logits, second) * _weight(second, others, loss_of)
-        clock.lap("forward")
-        torch.autograd.backward(piece)
-        clock.lap("backward")
+        with phase("forward"):
+            if graph is not None and graph.forward is not None and part.shape == graph.shape:
+                logits = graph.forward(part)
+            else:
+                with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                    logits = net(part)
+                logits = logits.float()
+            piece = loss_of(logits, first) * _weight(first, labels, loss_of)
+            if share < 1:
+                piece = share * piece + (1 - share) * loss_of(logits, second) * _weight(second, others, loss_of)
+        with phase("backward"):
+            torch.autograd.backward(piece)
         loss += piece.detach()
         answers.append(logits.detach())
     return loss, torch.cat(answers)

@@ -29,9 +29,9 @@ from hpo.spec.study import Setup, SplitSpec
 from hpo.training.checkpoint import Checkpoint, Saved
 from hpo.training.compute.cuda_graphs import Graph, choose_graph
 from hpo.training.compute.precision import faster_precision, layout
-from hpo.training.compute.trial_profiler import NO_METER, Meter
 from hpo.training.features import cached_views, features_of
 from hpo.training.loop import predict_logits, train
+from hpo.training.profiler import TrainingProfiler
 from hpo.training.stacking.compatibility import convolves
 from hpo.training.stacking.speed import shared_precision, why_apart
 from hpo.training.stacking.stack import Stacks, beside, why_alone
@@ -92,7 +92,7 @@ def train_trial(
     With profile=True the result says where the time went; stacks are to be None then.
     """
     spec = setup.training
-    meter = Meter(device_name) if profile else NO_METER
+    profiler = TrainingProfiler() if profile else None
     keep = Checkpoint(checkpoint if spec.checkpoint else None, setup, card, seed=seed, device_name=device_name)
     saved = keep.load()
     precisions = {**precisions, **saved.precisions}
@@ -128,7 +128,6 @@ def train_trial(
         earlier = saved.of(fold)
         ended = bool(earlier) and earlier[-1].last
         epochs: list[Epoch] = []
-        meter.built(made.net, made.data, spec, precision=made.precision)
 
         def save(epoch: Epoch, state: Mapping[str, Any]) -> None:
             keep.save([*before, *epochs, replace(epoch, fold=fold)], precisions, state)  # noqa: B023 - called at once
@@ -143,7 +142,7 @@ def train_trial(
             how["layout"] = layout(torch.device(device_name), made.precision)
             graph = _graph(made, setup) if not ended else None
             how |= {"graph": graph.how} if graph else {}
-            fit = train(
+            alone = train(
                 made.net,
                 made.data,
                 spec,
@@ -151,9 +150,9 @@ def train_trial(
                 precision=made.precision,
                 resume=resume,
                 save=save,
-                clock=meter.clock,
                 graph=graph,
             )
+            fit = profiler.watch(alone) if profiler else alone
             if stacks is not None:
                 how["stack"], fit = f"alone: {made.alone}", beside(fit, made.data.images.device)
         for epoch in chain(earlier, () if ended else fit):
@@ -162,13 +161,11 @@ def train_trial(
                 continue
             epochs.append(replace(epoch, fold=fold))
             go_on = yield epochs[-1]
-            meter.clock.lap("wait")
             # A verdict on the very last epoch comes too late to save anything.
             complete = go_on or (epoch.last and fold == folds - 1)
             if not complete:
                 fit.close()
                 break
-        meter.trained([epoch.number for epoch in epochs[len(earlier) :]])
         best.append(best_of(tuple(epochs), spec.monitor))
         if not complete:
             break
@@ -178,7 +175,6 @@ def train_trial(
     scores = {**_means(best), "parameters": float(made.parameters)}
     if latency:
         scores["latency_ms"] = latency_ms(made.whole, made.pixels)
-        meter.clock.lap("evaluate")
     result = TrialResult(
         number=number,
         state=TrialState.COMPLETE if complete else TrialState.PRUNED,
@@ -190,8 +186,7 @@ def train_trial(
     )
     if complete and folds == 1:
         result = _left(result, made, setup, folder)
-    meter.clock.lap("save")
-    return replace(result, profile=meter.profile())
+    return replace(result, profile=profiler.result() if profiler else None)
 
 
 def _graph(made: Built, setup: Setup) -> Graph | None:

@@ -14,9 +14,9 @@ from hpo.data.prepare import TrialData
 from hpo.models.inputs import input_of
 from hpo.models.transfer import standing_of
 from hpo.spec.training import TrainingSpec
+from hpo.training.compute.device import device_clock
 from hpo.training.compute.memory import free_memory
 from hpo.training.compute.precision import lay_out
-from hpo.training.compute.roofline import device_clock
 
 # Makes of a network and inputs to try it with a function of such inputs, of the same gradients.
 Grapher = Callable[[nn.Module, Tensor], Callable[[Tensor], Tensor]]

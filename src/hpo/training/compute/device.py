@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -38,3 +39,21 @@ def threads(count: int) -> Iterator[None]:
 def use_threads(count: int) -> None:
     """Let torch compute with so many CPU threads in this process."""
     torch.set_num_threads(count)
+
+
+def device_clock(device: torch.device) -> Callable[[], float]:
+    """A clock for computing on device, in seconds: CPU seconds of this thread on a CPU, else wall seconds.
+
+    On a CPU other processes do not count. Elsewhere each reading waits until the device has finished.
+    """
+    if device.type == "cpu":
+        return time.thread_time
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        elif device.type == "mps":
+            torch.mps.synchronize()
+        return time.perf_counter()
+
+    return now

@@ -12,8 +12,8 @@ from torch import nn
 from hpo.data.prepare import TrialData
 from hpo.records import Epoch
 from hpo.spec.training import TrainingSpec
+from hpo.training.compute.device import device_clock
 from hpo.training.compute.precision import has_bfloat16
-from hpo.training.compute.roofline import device_clock
 from hpo.training.loop import train
 from hpo.training.stacking.stack import Stack
 
