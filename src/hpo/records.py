@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
+from hpo.metrics import direction_of
+
 # The stage of trials that train the winner again after the search: samplers never see them.
 FINAL = "final"
 
@@ -52,8 +54,8 @@ class Epoch:
     """One pass over the training part, and what the network was worth after it.
 
     number counts from 1; fold from 0; last says that the fold ends with it. scores holds train_loss, train_accuracy
-    and, where there is a validation part, valid_loss, valid_accuracy, valid_balanced_accuracy, valid_macro_f1 and
-    valid_macro_auc: losses in nats per image, the rest in [0, 1].
+    and, where there is a validation part, valid_<name> for each of hpo.metrics.METRICS: the loss in nats per image, the
+    rest in [0, 1].
     """
 
     number: int
@@ -68,7 +70,7 @@ def best_of(epochs: Sequence[Epoch], monitor: str) -> Epoch:
     """The epoch whose weights a training keeps: the first with the best monitored score; without one, the last."""
     if monitor not in epochs[-1].scores:
         return epochs[-1]
-    sign = -1.0 if monitor.endswith("_loss") else 1.0
+    sign = 1.0 if direction_of(monitor) == "maximize" else -1.0
     return max(epochs, key=lambda epoch: (sign * epoch.scores[monitor], -epoch.number))
 
 

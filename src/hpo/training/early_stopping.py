@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from hpo.errors import NotFiniteError
-from hpo.spec.scores import SCORES
+from hpo.metrics import direction_of
 from hpo.spec.training import TrainingSpec
 
 
@@ -22,7 +22,7 @@ class Progress:
         self.score, self.epoch = -math.inf, 0
         self.state: dict[str, Tensor] | None = None
         self._spec, self._validates = spec, validates
-        self._sign = 1.0 if SCORES[spec.monitor] == "maximize" else -1.0
+        self._sign = 1.0 if direction_of(spec.monitor) == "maximize" else -1.0
 
     def note(self, number: int, measured: Mapping[str, float], net: nn.Module) -> bool:
         """Take in the scores of an epoch of net; True where it is the last, by spec.epochs or spec.patience.

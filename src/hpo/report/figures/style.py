@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hpo.metrics import label_of
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
 
 DPI = 80
 # Okabe & Ito (2008), without the yellow, which white paper swallows.
@@ -163,9 +166,7 @@ def value_text(value: Any) -> str:
 
 def score_text(score: str) -> str:
     """A score's name as an axis label: valid_macro_auc -> validation macro AUC."""
-    words = {"valid": "validation", "auc": "AUC", "f1": "F1", "ms": "(ms)"}
-    text = " ".join(words.get(word, word) for word in score.split("_"))
-    return f"{text} (nats per image)" if score.endswith("loss") else text
+    return label_of(score)
 
 
 def _middle_out(name: str, width: int, _: int) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hpo.metrics import METRICS
 from hpo.records import Epoch
 from hpo.report.figures.style import (
     BLACK,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SIDE_BY_SIDE = 12  # with more classes the two matrices stand one above the other
-_FURTHER = ("valid_balanced_accuracy", "valid_macro_f1", "valid_macro_auc")
 
 
 def training_curves(epochs: Sequence[Epoch], *, best_epoch: int = 0, title: str = "") -> Figure:
@@ -38,7 +38,8 @@ def training_curves(epochs: Sequence[Epoch], *, best_epoch: int = 0, title: str 
 
     Each fold is a line of its own. Without a validation part its lines are missing; best_epoch 0 marks none.
     """
-    further = [score for score in _FURTHER if score in epochs[0].scores]
+    names = [name for name, metric in METRICS.items() if metric.direction == "maximize" and name != "accuracy"]
+    further = tuple(f"valid_{name}" for name in names if f"valid_{name}" in epochs[0].scores)
     count = 3 if further else 2
     boxes = [(0.7 + 3.95 * index, 0.55, 3.1, 2.5) for index in range(count)]
     figure, panels = placed_figure(3.95 * count, 3.5, boxes)

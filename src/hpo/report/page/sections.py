@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from hpo.metrics import METRICS
 from hpo.records import FINAL, DataCard, Trial, TrialState
 from hpo.report.figures.style import score_text, value_text
 from hpo.report.page import words
@@ -41,7 +42,7 @@ def result(findings: Findings) -> str:
     intervals = confusion_intervals(shown.result.confusion, seed=seed) if shown.result.confusion else {}
     opened = _opened(findings)
     measured = _test_intervals(findings, opened.scores) if opened else {}
-    scores = ["accuracy", "balanced_accuracy", "macro_f1", "macro_auc", "loss"]
+    scores = sorted(METRICS, key=lambda name: METRICS[name].direction)  # losses last
     rows = [
         (
             score_text(score),
