@@ -16,7 +16,8 @@ from hpo.spec.models import CnnSpec
 from hpo.spec.pretrained import TimmSpec
 from hpo.spec.study import DataSpec, Setup, SplitSpec
 from hpo.spec.training import AugmentSpec, TrainingSpec
-from hpo.training.features import cached_views, features_of, forward, pick_view
+from hpo.training.batches import pick_view
+from hpo.training.features import cached_views, features_of, forward
 from hpo.training.loop import train
 from hpo.training.trial import build
 from small_nets import TINY, weights_file

@@ -21,7 +21,7 @@ from hpo.models.transfer import Transfer
 from hpo.spec.pretrained import Tuned
 from hpo.spec.study import Setup
 from hpo.spec.training import AugmentSpec
-from hpo.training.augment import build_augment
+from hpo.training.batches import augmenter
 
 _FORMAT = 1  # part of every key
 _CHUNK = 256  # images that one worker claims at a time
@@ -56,17 +56,6 @@ def features_of(net: Transfer, setup: Setup, data: TrialData, *, digest: str, ca
 def _beside(parts: tuple[Tensor, ...]) -> Tensor:
     """Features of several bodies in one tensor; remembered, for the candidates of a study nearly always share them."""
     return torch.cat(parts, dim=-1)
-
-
-def pick_view(features: Tensor, generator: torch.Generator) -> Tensor:
-    """Features (n, 1 + views, count) -> (n, count): one of the augmented views of each image, by chance.
-
-    Without views, (n, count), they stay as they are.
-    """
-    if features.ndim == 2:
-        return features
-    picked = torch.randint(1, features.shape[1], (len(features),), generator=generator).to(features.device)
-    return features[torch.arange(len(features), device=features.device), picked]
 
 
 def _complete(body: Backbone, images: Tensor, augment: AugmentSpec, views: int, digest: str, cache: Path) -> Path:
@@ -125,7 +114,7 @@ def _compute(body: Backbone, images: Tensor, augment: AugmentSpec, views: int, *
     """Write the features of a chunk, whole or not at all."""
     body = _quick(body)
     generator = torch.Generator().manual_seed(seed)
-    change = build_augment(augment)
+    change = augmenter(augment)
     seen = [forward(body, images)]
     if change is not None:
         seen += [forward(body, change(images, generator)) for _ in range(views)]

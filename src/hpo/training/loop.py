@@ -19,7 +19,7 @@ from hpo.models.transfer import standing_of
 from hpo.records import Epoch
 from hpo.spec.training import TrainingSpec
 from hpo.training.augment import mix_batch
-from hpo.training.batches import Take
+from hpo.training.batches import Batches
 from hpo.training.checkpoint import get_chance, set_chance
 from hpo.training.compute.precision import lay_out
 from hpo.training.early_stopping import Progress
@@ -115,7 +115,7 @@ def _epochs(
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     optimizer = build_optimizer(spec.optimizer, net)
-    take = Take(data.images, spec.augment)
+    batches = Batches(data.images, spec.augment)
     normalise = input_of(data)
     averaged = moving_average(net, spec.ema) if spec.ema else None
     judged = net if averaged is None else averaged.module
@@ -154,8 +154,8 @@ def _epochs(
         rate = 0.0
         single = len(order) % spec.batch_size == 1 < min(spec.batch_size, len(order))
         order = order[:-1] if single else order  # batch norm cannot learn from a single image
-        places = take.places(order, spec.batch_size, generator)
-        for rows, place in zip(*(torch.split(part, spec.batch_size) for part in (order, places)), strict=True):
+        sources = batches.rows(order, spec.batch_size, generator)
+        for rows, source in zip(*(torch.split(part, spec.batch_size) for part in (order, sources)), strict=True):
             with phase("batch"):
                 factor = learning_rate_factor(spec.schedule, step=step, steps=steps, steps_per_epoch=steps_per_epoch)
                 step += 1
@@ -164,7 +164,7 @@ def _epochs(
                     group["lr"] = rate * group["scale"]
                 labels = data.labels.index_select(0, rows)
             with phase("augment"):
-                images = take(place, generator)
+                images = batches.gather(source, generator)
                 inputs, labels, others, share = mix_batch(normalise(images), labels, spec.augment, generator)
             optimizer.zero_grad(set_to_none=True)
             loss, logits = _backward(net, inputs, (labels, others, share), loss_of, spec.micro_batch, precision, graph)

@@ -39,7 +39,7 @@ def training_curves(epochs: Sequence[Epoch], *, best_epoch: int = 0, title: str 
     Each fold is a line of its own. Without a validation part its lines are missing; best_epoch 0 marks none.
     """
     names = [name for name, metric in METRICS.items() if metric.direction == "maximize" and name != "accuracy"]
-    further = tuple(f"valid_{name}" for name in names if f"valid_{name}" in epochs[0].scores)
+    further = [f"valid_{name}" for name in names if f"valid_{name}" in epochs[0].scores]
     count = 3 if further else 2
     boxes = [(0.7 + 3.95 * index, 0.55, 3.1, 2.5) for index in range(count)]
     figure, panels = placed_figure(3.95 * count, 3.5, boxes)
@@ -62,8 +62,8 @@ def training_curves(epochs: Sequence[Epoch], *, best_epoch: int = 0, title: str 
                 )
         if best_epoch:
             panel.axvline(best_epoch, color=RED, linewidth=1, linestyle="-.", label=f"best epoch {best_epoch}")
-        names = ("loss (nats per image)", "accuracy", "validation score")
-        tidy(panel, x="epoch", y=names[panels.index(panel)], whole="x")
+        heads = ("loss (nats per image)", "accuracy", "validation score")
+        tidy(panel, x="epoch", y=heads[panels.index(panel)], whole="x")
         legend(panel)
     figure.suptitle(title, fontsize=11)
     return figure

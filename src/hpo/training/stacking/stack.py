@@ -20,7 +20,7 @@ from hpo.models.inputs import input_of
 from hpo.records import Epoch
 from hpo.spec.training import TrainingSpec
 from hpo.training.augment import mix_batch
-from hpo.training.batches import Take
+from hpo.training.batches import Batches
 from hpo.training.checkpoint import get_chance, set_chance
 from hpo.training.early_stopping import Progress
 from hpo.training.loop import class_weights, evaluation_batch, moving_average
@@ -38,7 +38,7 @@ class Member:
     spec: TrainingSpec
     generator: torch.Generator  # data order and augmentation
     noise: torch.Generator  # dropout
-    take: Take
+    batches: Batches
     averaged: AveragedModel | None
     progress: Progress
     ready: deque[Epoch | Exception] = field(default_factory=deque)
@@ -150,7 +150,7 @@ class Stack:
             spec=spec,
             generator=torch.Generator().manual_seed(seed),
             noise=torch.Generator(data.images.device).manual_seed(seed),
-            take=Take(data.images, spec.augment),
+            batches=Batches(data.images, spec.augment),
             averaged=moving_average(net, spec.ema) if spec.ema else None,
             progress=Progress(spec, validates=len(data.valid) > 0),
         )
@@ -238,14 +238,14 @@ class Stack:
         steps_per_epoch, count = -(-len(data.train) // spec.batch_size), len(data.train)
         single = count % spec.batch_size == 1 < min(spec.batch_size, count)
         totals = torch.zeros(2, len(members), dtype=torch.float64, device=device)
-        orders, places = [], []
+        orders, sources = [], []
         for member in members:
             member.epoch += 1
             order = data.train[torch.randperm(count, generator=member.generator).to(device)]
             orders.append(order[:-1] if single else order)  # batch norm cannot learn from a single image
-            places.append(member.take.places(orders[-1], spec.batch_size, member.generator))
-        batches = [torch.split(torch.stack(each), spec.batch_size, dim=1) for each in (orders, places)]
-        for rows, taken in zip(*batches, strict=True):
+            sources.append(member.batches.rows(orders[-1], spec.batch_size, member.generator))
+        batches = [torch.split(torch.stack(each), spec.batch_size, dim=1) for each in (orders, sources)]
+        for rows, gathered in zip(*batches, strict=True):
             for member in members:
                 factor = learning_rate_factor(
                     member.spec.schedule,
@@ -255,7 +255,7 @@ class Stack:
                 )
                 member.step += 1
                 member.group["lr"] = member.spec.optimizer.lr * factor
-            inputs, labels, others, shares = inputs_of(rows, taken)
+            inputs, labels, others, shares = inputs_of(rows, gathered)
             logits = stacked(inputs, noises, half=self._precision == "bfloat16")
             losses = cross_entropies(logits, labels, smoothed, weights)
             if shares is not None:
@@ -300,30 +300,30 @@ class _Inputs:
         self._members, self._data = members, members[0].data
         self._normalise = input_of(self._data)
         self._mixes = any(member.spec.augment.mixup or member.spec.augment.cutmix for member in members)
-        sources = [member.take.source for member in members]
+        sources = [member.batches.source for member in members]
         # Where nothing is drawn for a batch, the images of all are gathered and normalised in one go.
         together = not self._mixes and all(source is sources[0] for source in sources)
         self._source = sources[0] if together else None
 
-    def __call__(self, rows: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """rows (members, n), places likewise, see Take -> inputs (members, n, ...), labels, others, shares.
+    def __call__(self, rows: Tensor, gathered: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Inputs (members, n, ...), labels, other labels and shares of rows (members, n); gathered: of Batches.rows.
 
         Labels and the others that they are mixed with are (members, n); shares of the first are (members,), None where
         nothing is mixed.
         """
         labels = self._data.labels.index_select(0, rows.flatten()).view(rows.shape)
         if self._source is not None:
-            inputs = self._normalise(self._source.index_select(0, places.flatten()))
+            inputs = self._normalise(self._source.index_select(0, gathered.flatten()))
             return inputs.view(*rows.shape, *inputs.shape[1:]), labels, labels, None
-        parts = [self._mixed(*each) for each in zip(self._members, places, labels, strict=True)]
+        parts = [self._mixed(*each) for each in zip(self._members, gathered, labels, strict=True)]
         inputs = torch.stack([part for part, _, _ in parts])
         if not self._mixes:
             return inputs, labels, labels, None
         shares = torch.tensor([share for _, _, share in parts], device=labels.device)
         return inputs, labels, torch.stack([other for _, other, _ in parts]), shares
 
-    def _mixed(self, member: Member, places: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, float]:
-        images = self._normalise(member.take(places, member.generator))
+    def _mixed(self, member: Member, gathered: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, float]:
+        images = self._normalise(member.batches.gather(gathered, member.generator))
         inputs, _, others, share = mix_batch(images, labels, member.spec.augment, member.generator)
         return inputs, others, share
 
