@@ -32,8 +32,7 @@ from hpo.models import build_model
 from hpo.models.inputs import input_of
 from hpo.spec.models import ModelSpec
 from hpo.spec.training import OptimizerSpec, TrainingSpec
-from hpo.training.compute.device import device_clock, resolve_devices, use_threads
-from hpo.training.compute.precision import has_bfloat16
+from hpo.training.compute.device import device_clock, has_bfloat16, resolve_devices, use_threads
 from hpo.training.loop import train
 
 CLASSES, SIDE, FEATURES = 8, 28, 1280

@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from hpo.errors import TrainingError
 from hpo.models import build_model, parameter_count
-from hpo.models.binary import OneLogit
+from hpo.models.basic import OneLogit
 from hpo.spec.models import ConvnetSpec, MlpSpec
 
 

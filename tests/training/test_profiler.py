@@ -7,7 +7,7 @@ from hpo.spec.models import MlpSpec
 from hpo.spec.study import DataSpec, Setup, SplitSpec
 from hpo.spec.training import AugmentSpec, TrainingSpec
 from hpo.training.profiler import PHASES, phase
-from hpo.training.trial import train_trial
+from hpo.training.trial import TrialPlan, train_trial
 
 
 def _train(card, folder, *, profile, **training):
@@ -19,8 +19,7 @@ def _train(card, folder, *, profile, **training):
             **{"epochs": 3, "precision": "float32", "augment": AugmentSpec(flip_horizontal=True), **training}
         ),
     )
-    options = {"number": 0, "seed": 5, "folder": folder, "device_name": "cpu", "precisions": {}}
-    trial, epochs = train_trial(setup, card, **options, profile=profile), []
+    trial, epochs = train_trial(TrialPlan(setup, card, 0, 5, folder, "cpu", profile=profile)), []
     try:
         epochs.append(next(trial))
         while True:

@@ -10,8 +10,7 @@ from torch import nn
 
 from hpo.data.prepare import models_folder
 from hpo.errors import TrainingError
-from hpo.models.basic import build_cnn, build_mlp
-from hpo.models.binary import OneLogit
+from hpo.models.basic import OneLogit, build_cnn, build_mlp
 from hpo.models.convnet import build_convnet
 from hpo.models.own import build_own
 from hpo.models.resnet import build_resnet

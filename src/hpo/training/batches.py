@@ -1,4 +1,4 @@
-"""Images of a batch: gathered from the data set, flipped, and changed at random."""
+"""Batches: the training images of each epoch, gathered from the data set, flipped, and changed at random."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from hpo.data.prepare import TrialData
 from hpo.errors import TrainingError
-from hpo.spec.training import AugmentSpec
+from hpo.spec.training import AugmentSpec, TrainingSpec
 from hpo.training.augment import MIXES, Augment, build_augment
 
 _MOST_BYTES = 2**28  # of all flips of a data set, in each worker
@@ -184,3 +185,45 @@ class Batches:
 def _all_flipped(images: Tensor, flips: Flips) -> Tensor:
     """Remembered, for the trials of a study nearly always share their data and their augmentation."""
     return flips.of_all(images)
+
+
+class GrowingSubset:
+    """The training images of each epoch: all, or with data_growth a share that grows, see TrainingSpec.share.
+
+    The images of an epoch are among those of every later one. Classes keep their shares, to one image. seed decides
+    which images come first.
+    """
+
+    def __init__(self, data: TrialData, spec: TrainingSpec, *, seed: int) -> None:
+        self._spec = spec
+        self._rows = data.train
+        if spec.data_growth < 1:
+            self._rows = data.train[stratified_order(data.labels[data.train].cpu(), seed=seed).to(data.train.device)]
+
+    def of(self, epoch: int) -> Tensor:
+        """The rows (n,) int64 of an epoch, counted from 1, in no particular order."""
+        return self._rows[: self._count(epoch)]
+
+    def batches(self, epochs: int) -> int:
+        """The number of batches in the first `epochs` epochs."""
+        if self._spec.data_growth == 1:
+            return epochs * -(-len(self._rows) // self._spec.batch_size)
+        return sum(-(-self._count(epoch) // self._spec.batch_size) for epoch in range(1, epochs + 1))
+
+    def _count(self, epoch: int) -> int:
+        # Batch norm cannot learn from a single image.
+        return min(len(self._rows), max(2, round(self._spec.share(epoch) * len(self._rows))))
+
+
+def stratified_order(labels: Tensor, *, seed: int) -> Tensor:
+    """labels (n,) int64 on the CPU -> a random order (n,) of 0..n-1 of which every beginning has the same class shares.
+
+    The first m hold m * n_c / n images of a class of n_c, to one or two.
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    by_class = order[labels[order].argsort(stable=True)]
+    counts = labels.bincount()
+    each = labels[by_class]
+    place = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[each]
+    # The k-th of n_c images comes after a share of (k + 1/2) / n_c of all images.
+    return by_class[((place + 0.5) / counts[each]).argsort(stable=True)]

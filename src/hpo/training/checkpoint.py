@@ -107,14 +107,14 @@ def _plain(epoch: Epoch) -> dict[str, Any]:
     return {**asdict(epoch), "scores": {name: float(value) for name, value in epoch.scores.items()}}
 
 
-def get_chance(generator: torch.Generator, device: torch.device) -> list[Tensor]:
+def random_state(generator: torch.Generator, device: torch.device) -> list[Tensor]:
     """The state of what draws in a training: data order, torch's own generator, the device's if it has one."""
     own = [_GET[device.type](device)] if device.type in _GET else []
     return [generator.get_state(), torch.get_rng_state(), *own]
 
 
-def set_chance(states: Sequence[Tensor], generator: torch.Generator, device: torch.device) -> None:
-    """Draw on from what get_chance gave."""
+def set_random_state(states: Sequence[Tensor], generator: torch.Generator, device: torch.device) -> None:
+    """Draw on from what random_state gave."""
     generator.set_state(states[0])
     torch.set_rng_state(states[1])
     if device.type in _SET:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hpo.models.backbones import stages
-from hpo.models.transfer import standing_of
+from hpo.models.transfer import transfer_of
 from hpo.spec.training import OptimizerSpec, ScheduleSpec
 
 
@@ -50,8 +50,8 @@ def build_optimizer(spec: OptimizerSpec, net: nn.Module) -> torch.optim.Optimize
     Each of its groups has a `scale`, which its learning rate is to be multiplied by: layer_decay to the power of the
     stages between it and the head.
     """
-    standing = standing_of(net)
-    later = standing is not None and standing.unfreeze_epoch is not None
+    transfer = transfer_of(net)
+    later = transfer is not None and transfer.unfreeze_epoch is not None
     groups: list[dict[str, Any]] = [
         {"params": [weight for weight in weights if weight.requires_grad or later], "scale": spec.layer_decay**distance}
         for distance, weights in by_depth(net).items()
@@ -63,8 +63,8 @@ def build_optimizer(spec: OptimizerSpec, net: nn.Module) -> torch.optim.Optimize
 
 def by_depth(net: nn.Module) -> dict[int, list[nn.Parameter]]:
     """The weights of net by their distance from the head, in stages; the head's is 0."""
-    standing = standing_of(net)
-    columns = [[*stages(body), standing.head] for body in standing.bodies] if standing else [stages(net)]
+    transfer = transfer_of(net)
+    columns = [[*stages(body), transfer.head] for body in transfer.bodies] if transfer else [stages(net)]
     far = max(map(len, columns))  # weights outside of any stage, such as a class token, go with the first
     distance = {
         id(weight): place

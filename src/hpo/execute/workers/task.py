@@ -31,7 +31,7 @@ class Task:
 
     data never leads to the test part, whatever card is given. folder is where weights and validation probabilities are
     left; checkpoint is the file that the training is saved in and goes on from ("": none). precisions, most_parameters,
-    latency and profile are those of hpo.training.trial.train_trial. wait says whether every epoch waits for a verdict;
+    latency and profile are those of hpo.training.trial.TrialPlan. wait says whether every epoch waits for a verdict;
     alone, that it shares neither process nor
     computation with another.
     """
@@ -64,7 +64,7 @@ def train_task(task: Task, device_name: str, stacks: Stacks | None = None) -> Tr
     pruned, so that samplers learn from it.
     """
     # Imported here: the supervisor knows tasks and engines without waiting for torch.
-    from hpo.training.compute.memory import free_memory, halved
+    from hpo.training.compute.device import free_memory, halved
     from hpo.training.stacking.compatibility import BrokenStackError
 
     started, asked, apart = time.perf_counter(), task.setup, ""
@@ -96,12 +96,12 @@ def _attempt(
 ) -> Generator[EpochEnded | None, bool, TrialResult]:
     """Train once; the result has its epochs. Raises BrokenStackError."""
     from hpo.training.stacking.compatibility import BrokenStackError
-    from hpo.training.trial import train_trial
+    from hpo.training.trial import TrialPlan, train_trial
 
     epochs: list[Epoch] = []
     how: dict[str, str] = {}
     try:
-        training = train_trial(
+        plan = TrialPlan(
             task.setup,
             task.data,
             number=task.number,
@@ -113,10 +113,9 @@ def _attempt(
             latency=task.latency,
             checkpoint=Path(task.checkpoint) if task.checkpoint else None,
             profile=task.profile,
-            stacks=None if task.alone else stacks,
-            apart=apart,
-            how=how,
+            not_stacked=apart,
         )
+        training = train_trial(plan, stacks=None if task.alone else stacks, decided=how)
         go_on: bool | None = None
         try:
             while True:
@@ -145,7 +144,7 @@ def _attempt(
 
 def _kind(error: Exception, *, own: bool) -> FailureKind:
     """own: the network is the user's."""
-    from hpo.training.compute.memory import is_out_of_memory
+    from hpo.training.compute.device import is_out_of_memory
 
     if is_out_of_memory(error):
         return FailureKind.OUT_OF_MEMORY

@@ -9,18 +9,18 @@ from dataclasses import replace
 from torch import float32, nn
 
 from hpo.data.prepare import TrialData
-from hpo.models.binary import OneLogit
-from hpo.models.transfer import standing_of
+from hpo.models.basic import OneLogit
+from hpo.models.transfer import transfer_of
 from hpo.records import DataCard
 from hpo.spec.models import OwnModelSpec
 from hpo.spec.study import Setup
 from hpo.spec.training import TrainingSpec
-from hpo.training.compute.memory import free_memory
+from hpo.training.compute.device import free_memory
 from hpo.training.features import cached_views
 from hpo.training.stacking.compatibility import UnstackableError
 from hpo.training.stacking.speed import FULL, shared_seconds, step_seconds
 from hpo.training.stacking.stack import key_of
-from hpo.training.trial import build_whole, measured_precision
+from hpo.training.trial import build_full, measured_precision
 
 _SIZES = (4, 8, 16, 32, 64)
 _WORTH = 1.15  # a stack must be faster by this: below it noise decides, and alone is plainer
@@ -70,13 +70,13 @@ def _made(setup: Setup, card: DataCard, device_name: str) -> tuple[nn.Module, Tr
     """
     if isinstance(setup.model, OwnModelSpec):
         raise UnstackableError("it is a network of your own")
-    net, data = build_whole(setup, card, seed=0, device_name=device_name)
-    standing = standing_of(net)
-    if standing is not None:
+    net, data = build_full(setup, card, seed=0, device_name=device_name)
+    transfer = transfer_of(net)
+    if transfer is not None:
         if cached_views(setup) is None:
             raise UnstackableError("it has a backbone")
-        net = OneLogit(standing.head) if setup.task == "binary" else standing.head
-        first = next(layer for layer in standing.head.modules() if isinstance(layer, nn.Linear))
+        net = OneLogit(transfer.head) if setup.task == "binary" else transfer.head
+        first = next(layer for layer in transfer.head.modules() if isinstance(layer, nn.Linear))
         features = data.images.new_zeros(1, dtype=float32).expand(len(data.images), first.in_features)
         data = replace(data, images=features)
     key_of(net, data, setup.training, "float32")

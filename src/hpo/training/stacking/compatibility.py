@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from hpo.models.basic import ACTIVATIONS, POOLS
-from hpo.models.binary import OneLogit
+from hpo.models.basic import ACTIVATIONS, POOLS, OneLogit
 
 
 class UnstackableError(Exception):

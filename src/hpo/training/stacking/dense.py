@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hpo.models.binary import OneLogit
+from hpo.models.basic import OneLogit
 from hpo.training.stacking.compatibility import Segment, parts_of
 from hpo.training.stacking.conv import Maps
 from hpo.training.stacking.layers import Activations, Norm, drop

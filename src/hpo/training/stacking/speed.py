@@ -12,8 +12,7 @@ from torch import nn
 from hpo.data.prepare import TrialData
 from hpo.records import Epoch
 from hpo.spec.training import TrainingSpec
-from hpo.training.compute.device import device_clock
-from hpo.training.compute.precision import has_bfloat16
+from hpo.training.compute.device import device_clock, has_bfloat16
 from hpo.training.loop import train
 from hpo.training.stacking.stack import Stack
 
@@ -56,7 +55,7 @@ def shared_precision(net: nn.Module, data: TrialData, spec: TrainingSpec) -> str
     return min(seconds, key=seconds.__getitem__)
 
 
-def why_apart(net: nn.Module, data: TrialData, spec: TrainingSpec) -> str:
+def why_slower_stacked(net: nn.Module, data: TrialData, spec: TrainingSpec) -> str:
     """Why a network like this one trains faster alone on its device; "" where it does not."""
     alone = min(shared_seconds(net, data, spec, together=1).values())
     if data.images.device.type == "cpu" and alone > FULL:

@@ -21,8 +21,8 @@ from hpo.records import Epoch
 from hpo.spec.training import TrainingSpec
 from hpo.training.augment import mix_batch
 from hpo.training.batches import Batches
-from hpo.training.checkpoint import get_chance, set_chance
-from hpo.training.early_stopping import Progress
+from hpo.training.checkpoint import random_state, set_random_state
+from hpo.training.early_stopping import EarlyStopping
 from hpo.training.loop import class_weights, evaluation_batch, moving_average
 from hpo.training.optimizers import OPTIMIZERS, learning_rate_factor
 from hpo.training.stacking.compatibility import BrokenStackError, UnstackableError, shape_of, sort_key
@@ -40,7 +40,7 @@ class Member:
     noise: torch.Generator  # dropout
     batches: Batches
     averaged: AveragedModel | None
-    progress: Progress
+    stopping: EarlyStopping
     ready: deque[Epoch | Exception] = field(default_factory=deque)
     waits: bool = False
     epoch: int = 0
@@ -50,7 +50,7 @@ class Member:
     weights: list[nn.Parameter] = field(default_factory=list)
 
     @property
-    def judged(self) -> nn.Module:
+    def evaluated(self) -> nn.Module:
         """The network that is evaluated and kept."""
         kept: nn.Module = self.net if self.averaged is None else self.averaged.module
         return kept
@@ -73,7 +73,7 @@ def key_of(net: nn.Module, data: TrialData, spec: TrainingSpec, precision: str) 
     return (*shape_of(net), place, str(data.images.device), spec.batch_size, spec.class_weights, precision)
 
 
-def why_alone(net: nn.Module, data: TrialData, spec: TrainingSpec) -> str:
+def unstackable_reason(net: nn.Module, data: TrialData, spec: TrainingSpec) -> str:
     """Why a training can share its computation with no other; "" where it can."""
     try:
         key_of(net, data, spec, "")
@@ -93,7 +93,7 @@ class Stacks:
     def __init__(self, places: int) -> None:
         self.places = places
         self.precisions: dict[str, str] = {}
-        self.apart: dict[str, str] = {}
+        self.slower: dict[str, str] = {}
         self._stacks: dict[tuple[Any, ...], Stack] = {}
 
     def join(
@@ -106,7 +106,7 @@ class Stacks:
         return self._stacks.setdefault(key, Stack(precision=precision)).join(net, data, spec, seed=seed)
 
 
-def beside(fit: Generator[Epoch, None, None], device: torch.device) -> Generator[Epoch, None, None]:
+def alongside(fit: Generator[Epoch, None, None], device: torch.device) -> Generator[Epoch, None, None]:
     """A training that shares its process, but not its computation: torch's global chance is its own while it trains."""
     chance = None
     devices = [device] if device.type == "cuda" else []
@@ -114,9 +114,9 @@ def beside(fit: Generator[Epoch, None, None], device: torch.device) -> Generator
         while True:
             with torch.random.fork_rng(devices=devices):
                 if chance is not None:
-                    set_chance(chance, torch.Generator(), device)
+                    set_random_state(chance, torch.Generator(), device)
                 epoch = next(fit, None)
-                chance = get_chance(torch.Generator(), device)
+                chance = random_state(torch.Generator(), device)
             if epoch is None:
                 return
             yield epoch
@@ -152,7 +152,7 @@ class Stack:
             noise=torch.Generator(data.images.device).manual_seed(seed),
             batches=Batches(data.images, spec.augment),
             averaged=moving_average(net, spec.ema) if spec.ema else None,
-            progress=Progress(spec, validates=len(data.valid) > 0),
+            stopping=EarlyStopping(spec, validates=len(data.valid) > 0),
         )
         self._dissolve()
         self.members.append(member)
@@ -172,8 +172,8 @@ class Stack:
         finally:
             self._dissolve()
             self.members.remove(member)
-            if member.progress.state is not None or member.averaged is not None:
-                net.load_state_dict(member.progress.state or member.judged.state_dict())
+            if member.stopping.state is not None or member.averaged is not None:
+                net.load_state_dict(member.stopping.state or member.evaluated.state_dict())
 
     def _dissolve(self) -> None:
         """Give every member its own weights and optimizer state, before another stack is made of others."""
@@ -280,7 +280,7 @@ class Stack:
         """Logits (validation images, classes) of each member, from batches that all of them share."""
         data = members[0].data
         normalise = input_of(data)
-        judged = [member.judged.eval() for member in members]
+        judged = [member.evaluated.eval() for member in members]
         parts: list[list[Tensor]] = [[] for _ in members]
         half = self._precision == "bfloat16"
         with torch.inference_mode(), torch.autocast(data.images.device.type, torch.bfloat16, enabled=half):
@@ -335,7 +335,7 @@ def _judge(member: Member, total: tuple[float, float], logits: Tensor) -> Epoch 
         labels = member.data.labels[member.data.valid]
         measured |= {f"valid_{name}": value for name, value in scores(logits, labels).items()}
     try:
-        last = member.progress.note(member.epoch, measured, member.judged)
+        last = member.stopping.note(member.epoch, measured, member.evaluated)
     except NotFiniteError as error:  # its own fault, and no other member's
         return error
     return Epoch(number=member.epoch, scores=measured, learning_rate=member.group["lr"], seconds=0.0, last=last)
