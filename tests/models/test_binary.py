@@ -38,7 +38,7 @@ def test_probability_of_the_second_class_is_the_sigmoid():
 
 
 def test_more_than_two_classes_are_refused():
-    with pytest.raises(TrainingError, match="tells 2 classes apart, not 10"):
+    with pytest.raises(TrainingError, match="separates 2 classes, not 10"):
         build_model(MlpSpec(kind="mlp"), image_shape=(8, 8, 1), classes=10, seed=0, binary=True)
 
 

@@ -127,7 +127,10 @@ def _worker(file: str, card, cache: str, count) -> None:
     np.save(Path(cache) / f"{os.getpid()}.npy", images.numpy())
 
 
-def test_workers_that_begin_together_share_the_images_and_get_all_features(file, digits_card, digits, tmp_path):
+def test_workers_that_begin_together_share_the_images_and_get_all_features(
+    file, digits_card, digits, tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])  # where the processes find this module
     context = multiprocessing.get_context("spawn")
     count = context.Value("i", 0)
     workers = [context.Process(target=_worker, args=(file, digits_card, str(tmp_path), count)) for _ in range(3)]
