@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -13,27 +14,43 @@ from hpo.models.backbones import stages
 from hpo.models.transfer import transfer_of
 from hpo.spec.training import OptimizerSpec, ScheduleSpec
 
+Kind = TypeVar("Kind", bound=torch.optim.Optimizer)
+
+
+def eager(kind: type[Kind]) -> type[Kind]:
+    """The same optimizer without torch's compiler, whose import at the first step takes longer than that of torch.
+
+    torch decorates `step` and the methods of Optimizer for its compiler. `step` loses its decorator here; the others
+    get the answer that the compiler would give outside of a compiled function: the method itself.
+    """
+    for method in vars(torch.optim.Optimizer).values():
+        plain = inspect.unwrap(method) if callable(method) else method
+        if plain is not method:
+            plain.__dynamo_disable = plain
+    step = torch.no_grad()(inspect.unwrap(kind.step))
+    return cast("type[Kind]", type(kind.__name__, (kind,), {"step": step}))
+
 
 def _sgd(weights: Any, spec: OptimizerSpec, **fast: bool) -> torch.optim.Optimizer:
     # torch refuses Nesterov without momentum; a search over both may propose it, and it means plain SGD.
     nesterov = spec.nesterov and spec.momentum > 0
-    return torch.optim.SGD(
+    return eager(torch.optim.SGD)(
         weights, spec.lr, momentum=spec.momentum, nesterov=nesterov, weight_decay=spec.weight_decay, **fast
     )
 
 
 def _rmsprop(weights: Any, spec: OptimizerSpec, **_: bool) -> torch.optim.Optimizer:
-    return torch.optim.RMSprop(weights, spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay)
+    return eager(torch.optim.RMSprop)(weights, spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay)
 
 
 def _adam(weights: Any, spec: OptimizerSpec, **fast: bool) -> torch.optim.Optimizer:
     betas = (spec.beta1, spec.beta2)
-    return torch.optim.Adam(weights, spec.lr, betas=betas, weight_decay=spec.weight_decay, **fast)
+    return eager(torch.optim.Adam)(weights, spec.lr, betas=betas, weight_decay=spec.weight_decay, **fast)
 
 
 def _adamw(weights: Any, spec: OptimizerSpec, **fast: bool) -> torch.optim.Optimizer:
     betas = (spec.beta1, spec.beta2)
-    return torch.optim.AdamW(weights, spec.lr, betas=betas, weight_decay=spec.weight_decay, **fast)
+    return eager(torch.optim.AdamW)(weights, spec.lr, betas=betas, weight_decay=spec.weight_decay, **fast)
 
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {

@@ -6,8 +6,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hpo.cli.display.output import show_seconds
 from hpo.records import StudyProfiled
+from hpo.report.text import duration
 
 
 def profile_report(profiled: StudyProfiled) -> RenderableType:
@@ -18,10 +18,8 @@ def profile_report(profiled: StudyProfiled) -> RenderableType:
         table.add_column(column, justify="right", no_wrap=True)
     trials, total = max(1, profiled.trials), sum(profiled.phases.values())
     for phase, seconds in profiled.phases.items():
-        table.add_row(
-            phase, show_seconds(seconds), f"{seconds / total:.1%}" if total else "", show_seconds(seconds / trials)
-        )
+        table.add_row(phase, duration(seconds), f"{seconds / total:.1%}" if total else "", duration(seconds / trials))
     for process, seconds in profiled.outside.items():
-        table.add_row(f"{process}, CPU", show_seconds(seconds), "", show_seconds(seconds / trials), style="dim")
+        table.add_row(f"{process}, CPU", duration(seconds), "", duration(seconds / trials), style="dim")
     operators = ", ".join(f"{name.removeprefix('aten::')} {share:.0%}" for name, share in profiled.operators.items())
     return Group("", table, *([Text(f"slowest operators: {operators}", "dim")] if operators else []), "")

@@ -2,9 +2,6 @@
 
 import signal
 
-# torch.optim imports the compiler at an optimizer's first step, whether it compiles or not: 5 s for each worker.
-import torch._dynamo  # noqa: F401
-
 import hpo.training.compute.device
 import hpo.training.trial  # noqa: F401
 
