@@ -23,7 +23,7 @@ WEIGHTS, CONFIG, SETUP, PROGRAM = "weights.safetensors", "config.json", "setup.j
 
 
 def save_trained(net: nn.Module, setup: Setup, data: TrialData, folder: Path) -> None:
-    """Leave in folder what export_program needs: the weights, their setup, and how images become their input."""
+    """Write to folder what export_program needs: weights, setup, and the normalisation of images."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
     save_file(state, folder / WEIGHTS)
@@ -90,7 +90,7 @@ class _Whole(nn.Module):
 
 
 def export_program(folder: Path) -> Path:
-    """Write net.pt2 beside the weights in folder: float32, on the CPU, any number of images at a time."""
+    """Write net.pt2 next to the weights in folder: float32, on the CPU, for any number of images."""
     net, config = load_trained(folder)
     whole = _Whole(net, mean=config["mean"], std=config["std"], image_shape=config["image_shape"]).eval()
     # A batch of one would be taken for a constant.

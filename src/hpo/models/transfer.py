@@ -1,4 +1,4 @@
-"""Networks that stand on others: bodies that may be frozen, and a new head."""
+"""Transfer learning: pretrained bodies, which may be frozen, and a new head."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Transfer(nn.Module):
 
 
 def transfer_of(net: nn.Module) -> Transfer | None:
-    """The part of a network that stands on others, if it has one."""
+    """The Transfer module of a network, if it has one."""
     return next((part for part in net.modules() if isinstance(part, Transfer)), None)
 
 

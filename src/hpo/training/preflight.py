@@ -1,4 +1,4 @@
-"""One real batch through everything that a trial does, timed."""
+"""A timed rehearsal of a trial: a few real batches, their evaluation, an export."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class Preflight:
 
 
 def preflight(setup: Setup, card: DataCard, *, device_name: str, seed: int, folder: Path) -> Preflight:
-    """Train a few batches, evaluate them, and export. Raises TrainingError where the loss is not finite."""
+    """Train a few batches, evaluate them, and export. Raises TrainingError if the loss is not finite."""
     net, data = build_full(setup, card, seed=seed, device_name=device_name)
     whole, spec = net, setup.training
     steps = min(4, -(-len(data.train) // spec.batch_size))
-    # Rows spread over the part: the first rows of a sorted file may be of one class.
+    # Rows are spread over the part, because the first rows of a sorted file may be of one class.
     some = torch.linspace(0, len(data.train) - 1, min(len(data.train), steps * spec.batch_size)).long()
     few = replace(data, train=data.train[some.to(data.train.device)], valid=data.valid[:1024])
     transfer, features_seconds = transfer_of(net), 0.0
@@ -70,11 +70,11 @@ def preflight(setup: Setup, card: DataCard, *, device_name: str, seed: int, fold
 
 
 def _seen(net: Transfer, few: TrialData, views: int) -> tuple[TrialData, float]:
-    """A batch of the data as frozen backbones see it, in place of all of it; seconds for each image."""
+    """The data with features of one batch repeated for all images, and the seconds for each image."""
     images = few.images.index_select(0, few.train[:64])
     started = time.perf_counter()
     features = torch.cat([forward(body, images) for body in net.bodies if isinstance(body, Backbone)], dim=1)
     seconds = (time.perf_counter() - started) / len(images)
-    # Which image has which features makes no difference to the time that a step takes.
+    # The time of a step does not depend on which image has which features.
     spread = features.to(images.device)[torch.arange(len(few.images), device=images.device) % len(features)]
     return replace(few, images=spread[:, None].expand(-1, 1 + views, -1) if views else spread), seconds

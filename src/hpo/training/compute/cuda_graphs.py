@@ -27,7 +27,7 @@ _TOLERANCE = {"float32": 0.01, "bfloat16": 0.05}  # of a tensor's norm; what is 
 
 @dataclass(frozen=True)
 class Graph:
-    """How training batches of this shape are computed: by forward, or eagerly where that is None; how says why."""
+    """The computation of training batches of this shape: forward, or eagerly if it is None; how is the reason."""
 
     forward: Callable[[Tensor], Tensor] | None
     shape: torch.Size
@@ -145,7 +145,7 @@ def _step(forward: Callable[[Tensor], Tensor], net: nn.Module, batch: tuple[Tens
 def _left_by(
     forward: Callable[[Tensor], Tensor], net: nn.Module, state: Mapping[str, Tensor], batch: tuple[Tensor, Tensor]
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """The gradients, and the running statistics, after one step from this state; chance begins anew."""
+    """The gradients and running statistics after one step from this state, with the same random numbers each time."""
     net.load_state_dict(state)
     torch.manual_seed(0)
     _step(forward, net, batch)

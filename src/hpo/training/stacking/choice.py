@@ -1,4 +1,4 @@
-"""How many trainings a worker does side by side, and in which precision: by a short measurement."""
+"""Choose the number of trainings in a stack by a short measurement."""
 
 from __future__ import annotations
 
@@ -23,16 +23,13 @@ from hpo.training.stacking.stack import key_of
 from hpo.training.trial import build_full, measured_precision
 
 _SIZES = (4, 8, 16, 32, 64)
-_WORTH = 1.15  # a stack must be faster by this: below it noise decides, and alone is plainer
-_MORE = 1.05  # and a larger stack than a smaller one by this
+_WORTH = 1.15  # a stack must be faster by this factor; below it noise would decide
+_MORE = 1.05  # and a larger stack faster than a smaller one by this factor
 _PATIENCE = 1.0  # seconds after which no larger stack is tried
 
 
 def choose_places(setups: Sequence[Setup], card: DataCard, *, device_name: str, most: int) -> tuple[int, str]:
-    """The size of stack at which these setups, together, train fastest, and "".
-
-    1 where none wins or one cannot be stacked, and why.
-    """
+    """The stack size at which these setups together train fastest, and ""; or 1, and the reason."""
     try:
         made = [_made(setup, card, device_name) for setup in setups]
     except UnstackableError as why:
@@ -45,7 +42,7 @@ def choose_places(setups: Sequence[Setup], card: DataCard, *, device_name: str, 
     for size in [size for size in _SIZES if size <= most] or [most]:
         try:
             shared = [min(shared_seconds(*each, together=size).values()) for each in made]
-        except RuntimeError:  # so many do not fit, or do not work, on this device
+        except RuntimeError:  # a stack of this size does not fit on this device or fails there
             free_memory()
             break
         gain = sum(alone) / sum(shared)
@@ -64,9 +61,9 @@ def _alone(net: nn.Module, data: TrialData, spec: TrainingSpec) -> str:
 
 
 def _made(setup: Setup, card: DataCard, device_name: str) -> tuple[nn.Module, TrialData, TrainingSpec]:
-    """The part of a network that learns, and what it learns from: features, where a frozen backbone is to see images.
+    """The network or head that is trained, its data and its training; a head gets features of zeros.
 
-    Those are not computed for this: any numbers take the same time. Raises UnstackableError.
+    Real features would take the same time. Raises UnstackableError.
     """
     if isinstance(setup.model, OwnModelSpec):
         raise UnstackableError("it is a network of your own")

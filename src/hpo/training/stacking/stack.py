@@ -1,4 +1,4 @@
-"""Several trainings in one loop: each with its own rates, order of images and end, all with one computation."""
+"""Several trainings in one loop: one computation; rates, order of images and end are each training's own."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from hpo.training.stacking.dense import StackedNets
 
 @dataclass
 class Member:
-    """One training of a stack: what train() knows in its local variables."""
+    """The state of one training of a stack, as _Training of hpo.training.loop holds it."""
 
     net: nn.Module
     data: TrialData
@@ -59,7 +59,7 @@ class Member:
 def key_of(net: nn.Module, data: TrialData, spec: TrainingSpec, precision: str) -> tuple[Any, ...]:
     """Trainings with the same key can share a stack. Raises UnstackableError, with the reason.
 
-    Networks of less than half the width of the widest would mostly compute with padding, and stand in another stack.
+    Networks of less than half the width of the widest would mostly compute padding, and are put into another stack.
     """
     for reason, applies in (
         ("its batches are computed in pieces", spec.micro_batch is not None),
@@ -74,7 +74,7 @@ def key_of(net: nn.Module, data: TrialData, spec: TrainingSpec, precision: str) 
 
 
 def unstackable_reason(net: nn.Module, data: TrialData, spec: TrainingSpec) -> str:
-    """Why a training can share its computation with no other; "" where it can."""
+    """The reason why a training can share its computation with no other; "" if it can."""
     try:
         key_of(net, data, spec, "")
     except UnstackableError as reason:
@@ -83,11 +83,11 @@ def unstackable_reason(net: nn.Module, data: TrialData, spec: TrainingSpec) -> s
 
 
 class Stacks:
-    """The stacks of a process in which so many trainings have a place.
+    """The stacks of a process that runs up to `places` trainings at once.
 
-    precisions are the automatic ones that were measured here, by their kind and size of network: like trainings have to
-    agree, or they could not share. apart says of kinds and sizes with convolutions why they train faster alone here, ""
-    of those that do not.
+    precisions holds the automatic ones measured here, by kind and size of network (Built.key): similar trainings need
+    the same one to share. slower holds, by the same key, the reason why networks with convolutions train faster alone
+    here, "" if they do not.
     """
 
     def __init__(self, places: int) -> None:
@@ -107,16 +107,16 @@ class Stacks:
 
 
 def alongside(fit: Generator[Epoch, None, None], device: torch.device) -> Generator[Epoch, None, None]:
-    """A training that shares its process, but not its computation: torch's global chance is its own while it trains."""
-    chance = None
+    """Epochs of a training that shares only its process: torch's global random state is its own while it trains."""
+    state = None
     devices = [device] if device.type == "cuda" else []
     try:
         while True:
             with torch.random.fork_rng(devices=devices):
-                if chance is not None:
-                    set_random_state(chance, torch.Generator(), device)
+                if state is not None:
+                    set_random_state(state, torch.Generator(), device)
                 epoch = next(fit, None)
-                chance = random_state(torch.Generator(), device)
+                state = random_state(torch.Generator(), device)
             if epoch is None:
                 return
             yield epoch
@@ -127,9 +127,9 @@ def alongside(fit: Generator[Epoch, None, None], device: torch.device) -> Genera
 class Stack:
     """Trainings of one key. They join and leave between epochs; each is iterated by its own trial.
 
-    An iteration of a member gives None once in each epoch, for "everyone is to be asked before I train", and then the
-    Epoch: so a worker asks all its trials once, and those that gave None again. Where the computation fails all of them
-    raise BrokenStackError, and may go on alone.
+    The iterator of a member yields None before each Epoch. A worker advances all its trials once, so that every member
+    is ready, and then again those that yielded None: the first of these trains the epoch of all. If the computation
+    fails, all members raise BrokenStackError and may continue alone.
     """
 
     def __init__(self, *, precision: str) -> None:
@@ -142,7 +142,7 @@ class Stack:
     def join(
         self, net: nn.Module, data: TrialData, spec: TrainingSpec, *, seed: int
     ) -> Generator[Epoch | None, None, None]:
-        """The epochs of one training, as train() gives them, with a None before each."""
+        """The epochs of one training, as train() yields them, with a None before each."""
         net.to(data.images.device)
         member = Member(
             net=net,
@@ -176,7 +176,7 @@ class Stack:
                 net.load_state_dict(member.stopping.state or member.evaluated.state_dict())
 
     def _dissolve(self) -> None:
-        """Give every member its own weights and optimizer state, before another stack is made of others."""
+        """Return weights and optimizer state to each member, before a stack of other members is formed."""
         if self._stacked is None:
             return
         self._stacked.release()
@@ -201,7 +201,7 @@ class Stack:
         return stacked
 
     def _train_epoch(self, members: list[Member]) -> None:
-        """Train one epoch of all of these and leave each its Epoch, or what went wrong."""
+        """Train one epoch of these members; each receives its Epoch or an error."""
         started = time.perf_counter()
         if self._stacked is None or len(members) != len(self._in_stack):
             self._dissolve()
@@ -213,14 +213,14 @@ class Stack:
             logits = self._validate(members)
             judged = [_judge(*each) for each in zip(members, totals, logits, strict=True)]
         except Exception as error:  # noqa: BLE001
-            # Words only: with its traceback the error would hold all that was computed until the last one has seen it.
+            # The text only: an error with its traceback would keep tensors alive until the last member has received it.
             words = f"{type(error).__name__}: {error}"
             for member in members:
                 member.ready.append(BrokenStackError(words))
             return
         finally:
             torch.set_flush_denormal(False)
-        # What each of them would have taken alone is unknown: they share the time.
+        # The time of each alone is unknown: all get an equal share.
         seconds = (time.perf_counter() - started) / len(members)
         for member, epoch in zip(members, judged, strict=True):
             member.ready.append(replace(epoch, seconds=seconds) if isinstance(epoch, Epoch) else epoch)
@@ -294,7 +294,7 @@ class Stack:
 
 
 class _Inputs:
-    """What the members of a stack learn from in a step."""
+    """The inputs of a stack's members in a step."""
 
     def __init__(self, members: list[Member]) -> None:
         self._members, self._data = members, members[0].data
@@ -336,7 +336,7 @@ def _judge(member: Member, total: tuple[float, float], logits: Tensor) -> Epoch 
         measured |= {f"valid_{name}": value for name, value in scores(logits, labels).items()}
     try:
         last = member.stopping.note(member.epoch, measured, member.evaluated)
-    except NotFiniteError as error:  # its own fault, and no other member's
+    except NotFiniteError as error:  # concerns this member only
         return error
     return Epoch(number=member.epoch, scores=measured, learning_rate=member.group["lr"], seconds=0.0, last=last)
 
