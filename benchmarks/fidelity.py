@@ -110,16 +110,16 @@ def table_of(data: str, *, growing: bool, cache: Path) -> Table:
 
     from hpo.data.prepare import prepare
     from hpo.errors import NotFiniteError
-    from hpo.training.growing_subset import stratified_order
+    from hpo.training.batches import stratified_order
     from hpo.training.loop import train
-    from hpo.training.trial import build
+    from hpo.training.trial import TrialPlan, build
 
     spec: StudySpec = spec_of(data, growing=growing)
     card = prepare(spec.data, spec.split)
     for count, cell in enumerate(lacking, 1):
         started = time.perf_counter()
         setup = spec.with_values(cell)
-        made = build(setup, card, seed=0, device_name="cpu")
+        made = build(TrialPlan(setup, card, 0, 0, Path(), "cpu"))
         rows = {"train": DATA[data].train, "valid": DATA[data].valid}
         parts = {
             name: part[stratified_order(made.data.labels[part], seed=0)[:limit]].sort().values

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
-from hpo.profile import Profile, StudyProfiled
+from hpo.metrics import direction_of
 
 # The stage of trials that train the winner again after the search: samplers never see them.
 FINAL = "final"
@@ -84,8 +84,8 @@ class Epoch:
     """One pass over the training part, and what the network was worth after it.
 
     number counts from 1; fold from 0; last says that the fold ends with it. scores holds train_loss, train_accuracy
-    and, where there is a validation part, valid_loss, valid_accuracy, valid_balanced_accuracy, valid_macro_f1 and
-    valid_macro_auc: losses in nats per image, the rest in [0, 1].
+    and, where there is a validation part, valid_<name> for each of hpo.metrics.METRICS: the loss in nats per image, the
+    rest in [0, 1].
     """
 
     number: int
@@ -100,7 +100,7 @@ def best_of(epochs: Sequence[Epoch], monitor: str) -> Epoch:
     """The epoch whose weights a training keeps: the first with the best monitored score; without one, the last."""
     if monitor not in epochs[-1].scores:
         return epochs[-1]
-    sign = -1.0 if monitor.endswith("_loss") else 1.0
+    sign = 1.0 if direction_of(monitor) == "maximize" else -1.0
     return max(epochs, key=lambda epoch: (sign * epoch.scores[monitor], -epoch.number))
 
 
@@ -121,6 +121,31 @@ class Candidate:
     attempt: int = 1
     stage: str | None = None
     deaths: int = 0
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Seconds of a trial's epochs by phase, and the shares of its slowest operators in the time of all operators."""
+
+    seconds: Mapping[str, float]
+    operators: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StudyProfiled:
+    """Where the time of a run went.
+
+    trials counts those that this run profiled. seconds is how long its workers were ready; phases holds seconds of all
+    workers together and adds up to workers * seconds. outside holds CPU seconds of the other processes. operators holds
+    shares as in Profile, averaged over the trials.
+    """
+
+    trials: int
+    workers: int
+    seconds: float
+    phases: Mapping[str, float]
+    outside: Mapping[str, float]
+    operators: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -175,7 +200,8 @@ class TrialResult:
         known["values"] = tuple(known.get("values", ()))
         known["folds"] = tuple(known.get("folds", ()))
         known["confusion"] = tuple(tuple(row) for row in known.get("confusion", ()))
-        known["profile"] = Profile(**known["profile"]) if known.get("profile") else None
+        profile = known.get("profile") or {}  # of older versions with more fields
+        known["profile"] = Profile(profile["seconds"], profile.get("operators", {})) if profile else None
         return cls(**known)
 
 

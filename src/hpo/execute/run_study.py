@@ -21,8 +21,8 @@ from hpo.execute.events import Emit, Events, Subscriber, Watch, Watcher
 from hpo.execute.finals import finalists, race
 from hpo.execute.process import process_context
 from hpo.execute.stack_size import StackSize, largest_stack
-from hpo.execute.subscribers import profile as profiling
 from hpo.execute.subscribers.model_retention import ModelRetention
+from hpo.execute.subscribers.profile import Profiling
 from hpo.execute.subscribers.tracking import QUICK_TIMEOUT, Tracking
 from hpo.execute.supervisor import Supervisor
 from hpo.execute.tracking_queue import TrackingQueue
@@ -30,7 +30,6 @@ from hpo.execute.workdir import WorkdirCleanup, pictures_folder, sweep
 from hpo.execute.workers.job_process import Job, JobProcess, Prepared, measure_stack, prepare
 from hpo.home import Home
 from hpo.options import RunOptions
-from hpo.profile import NO_CLOCK, Clock, timed
 from hpo.records import EndReason, Notice, SearchEnded, StudyEnded, StudyOpened, StudyResult, WinnerChosen
 from hpo.search.stages import budget_of, stage_warnings
 from hpo.spec.study import KeepSpec, StudySpec
@@ -54,7 +53,6 @@ class _Run:
     jobs: JobProcess
     queue: TrackingQueue
     tracker: Tracker
-    clock: Clock
 
     def notify(self, text: str) -> None:
         """Emit a line for the user."""
@@ -115,13 +113,12 @@ def _start(
     spec = with_model(with_options(spec, options), home)
     deadline = time.monotonic() + options.timeout if options.timeout is not None else float("inf")
     interrupted = cleanup.enter_context(interruptible())
-    clock = Clock() if options.profile else NO_CLOCK
-    tracker, queue = timed(Tracker(home), clock, **profiling.TRACKER), TrackingQueue()
+    tracker, queue = Tracker(home), TrackingQueue()
     cleanup.callback(queue.close, timeout=QUICK_TIMEOUT)
     jobs = JobProcess(process_context())
     cleanup.callback(jobs.close)
     events = Events([Watcher(watch)] if watch else [])
-    return _Run(spec, options, home, join, deadline, interrupted, events, factory, jobs, queue, tracker, clock)
+    return _Run(spec, options, home, join, deadline, interrupted, events, factory, jobs, queue, tracker)
 
 
 def _open_study(run: _Run, cleanup: contextlib.ExitStack) -> _OpenStudy:
@@ -142,7 +139,6 @@ def _open_study(run: _Run, cleanup: contextlib.ExitStack) -> _OpenStudy:
         fresh=options.fresh,
         join=run.join,
     )
-    study = timed(study, run.clock, **profiling.STUDY)
     cleanup.callback(study.close)
     study.reap()
     if options.retry_failed:
@@ -180,7 +176,9 @@ def _subscribe(run: _Run, opened: _OpenStudy, cleanup: contextlib.ExitStack) -> 
         joined=bool(run.join),
         keeps=retention.keeps,
     )
-    profile: list[Subscriber] = [profiling.Profiling(run.clock, run.jobs, emit=emit)] if run.options.profile else []
+    profile: list[Subscriber] = (
+        [Profiling(run.jobs, in_process=run.options.workers == 0, emit=emit)] if run.options.profile else []
+    )
     run.events.subscribe_first(*profile, tracking, retention, WorkdirCleanup(opened.work, opened.study))
     # Before the study gives up its lease: until then others leave this run's trials alone.
     cleanup.callback(run.events.close)

@@ -7,12 +7,14 @@ paired bootstrap of scores, McNemar's test, Holm's adjustment, and groups of cla
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from hpo.metrics import counted
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -56,24 +58,6 @@ def percentiles(value: float, drawn: Floats, *, level: float = 0.95) -> Interval
     return Interval(float(value), float(low), float(high))
 
 
-# Each score from counts (..., classes): hits, images of the class, images predicted to be of it. As in
-# sklearn.metrics: balanced accuracy is the mean recall of the classes present, macro F1 the mean of those present or
-# predicted; a resample may lack a class.
-SCORES: Mapping[str, Callable[[Floats, Floats, Floats], Floats]] = {
-    "accuracy": lambda hits, true, _: hits.sum(-1) / true.sum(-1),
-    "balanced_accuracy": lambda hits, true, _: _mean_share(hits, true),
-    "macro_f1": lambda hits, true, predicted: _mean_share(2 * hits, true + predicted),
-}
-
-
-def _mean_share(part: Floats, whole: Floats) -> Floats:
-    """Mean of part / whole over the last axis, where whole is not 0."""
-    some = whole > 0
-    shares = np.divide(part, whole, out=np.zeros_like(part), where=some)
-    means: Floats = shares.sum(-1) / some.sum(-1)
-    return means
-
-
 def score_intervals(
     labels: Ints, predicted: Ints, *, classes: int, seed: int, resamples: int = 10_000, level: float = 0.95
 ) -> tuple[list[dict[str, Interval]], list[dict[str, Interval]]]:
@@ -86,7 +70,7 @@ def score_intervals(
     values, drawn = _replicates(labels, predicted, classes=classes, seed=seed, resamples=resamples)
 
     def named(values: Floats, drawn: Floats) -> dict[str, Interval]:
-        each = zip(SCORES, values, drawn, strict=True)
+        each = zip(counted(), values, drawn, strict=True)
         return {name: percentiles(value, replicates, level=level) for name, value, replicates in each}
 
     own = [named(*pair) for pair in zip(values, drawn, strict=True)]
@@ -105,14 +89,16 @@ def mean_lead(
     resamples: int = 10_000,
     level: float = 0.95,
 ) -> Interval:
-    """Mean of a score (a key of SCORES) over trainings of one candidate minus that of another, on the same images.
+    """Mean of a score over trainings of one candidate minus that of another, on the same images.
+
+    score is a key of hpo.metrics.counted().
 
     first (a, n) and second (b, n) are the classes that a and b trainings predicted, labels (n,) the true ones; the
     interval is that of score_intervals: whole images are resampled, the same for all trainings.
     """
     both = np.concatenate([first, second])
     values, drawn = _replicates(labels, both, classes=classes, seed=seed, resamples=resamples)
-    place, count = list(SCORES).index(score), len(first)
+    place, count = list(counted()).index(score), len(first)
     lead = values[:count, place].mean() - values[count:, place].mean()
     return percentiles(float(lead), drawn[:count, place].mean(0) - drawn[count:, place].mean(0), level=level)
 
@@ -129,7 +115,7 @@ def _replicates(labels: Ints, predicted: Ints, *, classes: int, seed: int, resam
         """Counts of each cell (resamples, cells) -> (classifiers, scores, resamples)."""
         true = drawn @ truth
         return np.array(
-            [[score(drawn @ (truth * each), true, drawn @ each) for score in SCORES.values()] for each in answers]
+            [[score(drawn @ (truth * each), true, drawn @ each) for score in counted().values()] for each in answers]
         )
 
     # The scores depend only on the counts of each combination of true and predicted classes, so resampling n images is

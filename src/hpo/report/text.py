@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from hpo.metrics import label_of
+
 if TYPE_CHECKING:
     from hpo.records import StudyResult, Trial
     from hpo.spec.space import Choice, Float, Int
@@ -104,9 +106,7 @@ def value_text(value: Any) -> str:
 
 def score_text(score: str) -> str:
     """A score's name as a label: valid_macro_auc -> validation macro AUC."""
-    words = {"valid": "validation", "auc": "AUC", "f1": "F1", "ms": "(ms)"}
-    text = " ".join(words.get(word, word) for word in score.split("_"))
-    return f"{text} (nats per image)" if score.endswith("loss") else text
+    return label_of(score)
 
 
 def trial_tooltip(study: StudyResult, trial: Trial) -> str:

@@ -11,13 +11,13 @@ from typing import Any
 from hpo.errors import ModelError, StoreError
 from hpo.home import Home
 from hpo.locks import lock
-from hpo.profile import StudyProfiled
 from hpo.records import (
     Candidate,
     DataCard,
     Epoch,
     ModelVersion,
     SplitCard,
+    StudyProfiled,
     StudyResult,
     Trial,
     TrialResult,

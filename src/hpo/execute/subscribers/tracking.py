@@ -9,7 +9,6 @@ from pathlib import Path
 from hpo.execute.events import Emit, Subscriber
 from hpo.execute.tracking_queue import TIMEOUT, TrackingQueue
 from hpo.execute.workers.job_process import Job, JobProcess, draw_study
-from hpo.profile import StudyProfiled
 from hpo.records import (
     EndReason,
     ModelVersion,
@@ -17,6 +16,7 @@ from hpo.records import (
     RunEvent,
     SearchEnded,
     StudyOpened,
+    StudyProfiled,
     StudyResult,
     Trial,
     TrialEnded,

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from hpo.errors import HpoError
 from hpo.execute.process import follow_supervisor, hidden_main
 from hpo.execute.stack_size import StackSize, measure_stack_size
-from hpo.profile import Clock
 from hpo.records import DataCard, Notice, SplitCard, StudyResult, TrialResult
 from hpo.spec.study import DataSpec, SplitSpec, StudySpec
 
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     Drawing = Callable[[], Figure | None]
 
 _MOST_TRIES = 3
-_clock = Clock()  # the time of the job process, by phase
 _progress: Connection | None = None  # from the job process to its supervisor
 
 
@@ -134,12 +132,6 @@ def _notify(text: str, done: int, total: int) -> None:
         _progress.send(Notice(text, done, total))
 
 
-def spent() -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds and CPU seconds of this process by phase: prepare, export, figures."""
-    return dict(_clock.seconds), dict(_clock.cpu_seconds)
-
-
-@_clock.span("prepare")
 def prepare(data: DataSpec, split: SplitSpec, device: str) -> Prepared:
     """Fetch and check the data, and resolve the devices. Raises HpoError."""
     from hpo.data.prepare import prepare as prepare_data
@@ -200,8 +192,7 @@ def finish_trial(result: TrialResult, data: DataCard, *, figures: bool) -> Path:
 
     use_threads(1)
     folder = Path(result.folder)
-    with _clock.span("export"):
-        export_program(folder)
+    export_program(folder)
     if result.confusion:
         report, table = classification_report(result.confusion, data.class_names)
         (folder / "classification_report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
@@ -245,7 +236,6 @@ def draw_trial(result: TrialResult, data: DataCard, folder: Path) -> list[Path]:
     return _draw(figures, folder, f"trial {result.number}")
 
 
-@_clock.span("figures")
 def _draw(figures: Mapping[str, Drawing], folder: Path, owner: str) -> list[Path]:
     """Write each figure that is not None to folder. An error costs one figure, never a model or the end of a study."""
     from hpo.report.figures.style import save_png

@@ -31,7 +31,7 @@ class Task:
 
     data never leads to the test part, whatever card is given. The worker writes weights and validation probabilities to
     folder, and saves the training in the file checkpoint, from which it resumes ("": none). precisions,
-    most_parameters, latency and profile are those of hpo.training.trial.train_trial. wait: every epoch waits for a
+    most_parameters, latency and profile are those of hpo.training.trial.TrialPlan. wait: every epoch waits for a
     verdict. exclusive: it shares neither process nor computation with another task.
     """
 
@@ -62,7 +62,7 @@ def train_task(task: Task, device_name: str, stacks: Stacks | None = None) -> Tr
     batch; its epochs are yielded again then. After that the candidate is infeasible: pruned, so that samplers learn.
     """
     # Imported here: the supervisor knows tasks and engines without waiting for torch.
-    from hpo.training.compute.memory import free_memory, halved
+    from hpo.training.compute.device import free_memory, halved
     from hpo.training.stacking.compatibility import BrokenStackError
 
     started, requested, not_stacked = time.perf_counter(), task.setup, ""
@@ -95,12 +95,12 @@ def _attempt(
 ) -> Generator[EpochEnded | None, bool, TrialResult]:
     """Train once; the result has its epochs. Raises BrokenStackError."""
     from hpo.training.stacking.compatibility import BrokenStackError
-    from hpo.training.trial import train_trial
+    from hpo.training.trial import TrialPlan, train_trial
 
     epochs: list[Epoch] = []
     settings: dict[str, str] = {}
     try:
-        training = train_trial(
+        plan = TrialPlan(
             task.setup,
             task.data,
             number=task.number,
@@ -112,10 +112,9 @@ def _attempt(
             latency=task.latency,
             checkpoint=Path(task.checkpoint) if task.checkpoint else None,
             profile=task.profile,
-            stacks=None if task.exclusive else stacks,
-            apart=not_stacked,
-            how=settings,
+            not_stacked=not_stacked,
         )
+        training = train_trial(plan, stacks=None if task.exclusive else stacks, decided=settings)
         go_on: bool | None = None
         try:
             while True:
@@ -153,7 +152,7 @@ def _failed(task: Task, error: Exception, epochs: Sequence[Epoch], settings: Map
 
 def _kind(error: Exception, *, own: bool) -> FailureKind:
     """The kind of a failure; own: the network is the user's."""
-    from hpo.training.compute.memory import is_out_of_memory
+    from hpo.training.compute.device import is_out_of_memory
 
     if is_out_of_memory(error):
         return FailureKind.OUT_OF_MEMORY

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hpo.metrics import METRICS
 from hpo.records import Epoch
 from hpo.report.figures.style import (
     BLACK,
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from hpo.report.comparison import Comparison, Contestant
 
 _SIDE_BY_SIDE = 12  # with more classes one matrix is above the other
-_FURTHER = ("valid_balanced_accuracy", "valid_macro_f1", "valid_macro_auc")
 
 
 def training_curves(epochs: Sequence[Epoch], *, best_epoch: int = 0, title: str = "") -> Figure:
@@ -40,7 +40,8 @@ def training_curves(epochs: Sequence[Epoch], *, best_epoch: int = 0, title: str 
 
     Each fold has a line of its own. Without a validation part its lines are missing; best_epoch 0 marks none.
     """
-    further = [score for score in _FURTHER if score in epochs[0].scores]
+    names = [name for name, metric in METRICS.items() if metric.direction == "maximize" and name != "accuracy"]
+    further = [f"valid_{name}" for name in names if f"valid_{name}" in epochs[0].scores]
     count = 3 if further else 2
     boxes = [(0.7 + 3.95 * index, 0.55, 3.1, 2.5) for index in range(count)]
     figure, panels = placed_figure(3.95 * count, 3.5, boxes)
@@ -67,8 +68,8 @@ def training_curves(epochs: Sequence[Epoch], *, best_epoch: int = 0, title: str 
                 )
         if best_epoch:
             panel.axvline(best_epoch, color=RED, linewidth=1, linestyle="-.", label=f"best epoch {best_epoch}")
-        names = ("loss (nats per image)", "accuracy", "validation score")
-        tidy(panel, x="epoch", y=names[panels.index(panel)], whole="x")
+        heads = ("loss (nats per image)", "accuracy", "validation score")
+        tidy(panel, x="epoch", y=heads[panels.index(panel)], whole="x")
         legend(panel)
     figure.suptitle(title, fontsize=11)
     return figure

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hpo.metrics import direction_of
 from hpo.records import StudyResult, Trial
 from hpo.report.figures.style import (
     BLACK,
@@ -24,7 +25,6 @@ from hpo.report.figures.style import (
 )
 from hpo.report.parameters import Group, Parameter, groups
 from hpo.report.text import score_text, short_name, value_text
-from hpo.spec.scores import SCORES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,7 +63,7 @@ def effects(study: StudyResult, *, score: str = "", columns: int = 3) -> Figure 
     """
     shown = [(group, parameter) for group in groups(study) for parameter in group.parameters]
     name = score or study.objective
-    better = (SCORES.get(name) or "minimize") if score else study.direction
+    better = direction_of(name) if score else study.direction
     found = [_effect(name, group, group.scores(score) if score else group.values, part) for group, part in shown]
     if not any(found):
         return None

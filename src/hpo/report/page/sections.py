@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from hpo.metrics import METRICS
 from hpo.records import FINAL, DataCard, Trial, TrialState
 from hpo.report import text
 from hpo.report.page.data_page import channel_table, origin_rows
@@ -47,7 +48,7 @@ def result(findings: Findings) -> str:
     )
     opened = _opened(findings)
     measured = _test_intervals(findings, opened.scores) if opened else {}
-    scores = ["accuracy", "balanced_accuracy", "macro_f1", "macro_auc", "loss"]
+    scores = sorted(METRICS, key=lambda name: METRICS[name].direction)  # losses last
     rows = [
         (
             score_text(score),

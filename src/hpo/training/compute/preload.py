@@ -1,4 +1,4 @@
-"""What the fork server imports once, so that every worker forked from it has it."""
+"""Imports of the fork server, which every worker forked from it shares."""
 
 import signal
 
