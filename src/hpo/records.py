@@ -32,6 +32,36 @@ class TrialState(StrEnum):
         return self in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAILED)
 
 
+class EndReason(StrEnum):
+    """Why a run of a study ended.
+
+    BUDGET: all trials are done. EXHAUSTED: every candidate of the space was tried. TIMEOUT: --timeout has passed.
+    INTERRUPTED: Ctrl-C or SIGTERM. STOPPED: hpo stop. FAILING: the first trials all failed.
+    """
+
+    BUDGET = "budget"
+    EXHAUSTED = "exhausted"
+    TIMEOUT = "timeout"
+    INTERRUPTED = "interrupted"
+    STOPPED = "stopped"
+    FAILING = "failing"
+
+    @property
+    def completed(self) -> bool:
+        """True where nothing is left to search."""
+        return self in (EndReason.BUDGET, EndReason.EXHAUSTED)
+
+    @property
+    def orderly(self) -> bool:
+        """True where the run ended by itself, so that its best model is registered."""
+        return self.completed or self is EndReason.TIMEOUT
+
+    @property
+    def by_user(self) -> bool:
+        """True where the user ended the run, and waits for it to be gone."""
+        return self in (EndReason.INTERRUPTED, EndReason.STOPPED)
+
+
 class FailureKind(StrEnum):
     """Why a trial did not come to its end.
 
@@ -354,12 +384,12 @@ class ModelVersion:
         return self.study if "~" in self.study else f"{self.study}~1"
 
 
-# What a running study tells whoever watches it, in order. The terminal draws them; --json prints them.
+# Events: all that leaves the supervisor. Subscribers write them to tracking, keep models, clean up, and draw them.
 
 
 @dataclass(frozen=True)
 class Notice:
-    """Something worth a line: a download under way, a decision, a warning. total 0: no measure of progress."""
+    """A line for the user: a download in progress, a decision, a warning. total 0: no measure of progress."""
 
     text: str
     done: int = 0
@@ -368,10 +398,11 @@ class Notice:
 
 @dataclass(frozen=True)
 class StudyOpened:
-    """The study is ready to hand out trials. budget is the study's total; finished counts those done before.
+    """The study is ready to hand out trials.
 
-    stack is the number of trainings that each worker does side by side; alone says why that is 1, where that was
-    measured.
+    budget is the study's total of trials; finished counts those done by earlier runs. stack is the number of trainings
+    that each worker does at once; alone says why that is 1, where it was measured. attended holds the numbers of trials
+    that other living supervisors answer for.
     """
 
     study: StudyResult
@@ -383,14 +414,20 @@ class StudyOpened:
     device: str
     stack: int = 1
     alone: str = ""
+    attended: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
 class TrialStarted:
-    """A worker has the candidate."""
+    """A worker has the candidate. setup (hpo.spec.study.Setup) is all it trains with; started is in epoch seconds.
+
+    Where the event was read from a storage, setup is None and started 0.0.
+    """
 
     candidate: Candidate
     worker: str
+    setup: Any = None
+    started: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -403,22 +440,57 @@ class EpochEnded:
 
 @dataclass(frozen=True)
 class TrialEnded:
-    """A trial is over and told to Optuna."""
+    """A trial is over, and Optuna's storage has its result. best: the best of the search so far."""
 
     result: TrialResult
     best: bool = False
 
 
 @dataclass(frozen=True)
-class StudyEnded:
-    """The run is over; model is the registered challenger.
+class TrialsReaped:
+    """Trials of another supervisor that died were stopped or finished; study holds them. attended as in StudyOpened."""
 
-    reason is budget, exhausted, timeout, interrupted (Ctrl-C), stopped (hpo stop) or failing.
+    study: StudyResult
+    attended: frozenset[int]
+
+
+@dataclass(frozen=True)
+class SearchEnded:
+    """The run hands out no more trials, and none is running. attended as in StudyOpened.
+
+    summarize: this run writes the study's summary; of several supervisors that end together one does.
     """
 
     study: StudyResult
-    reason: str
+    reason: EndReason
+    attended: frozenset[int] = frozenset()
+    summarize: bool = True
+
+
+@dataclass(frozen=True)
+class WinnerChosen:
+    """The study's best trial, if any. remarks are lines for the summary.
+
+    register: its model is to become the challenger; False where the study was cut short or goes on elsewhere.
+    """
+
+    study: StudyResult
+    reason: EndReason
+    winner: Trial | None
+    remarks: tuple[str, ...] = ()
+    register: bool = True
+    summarize: bool = True
+
+
+@dataclass(frozen=True)
+class StudyEnded:
+    """The run is over; model is the registered challenger."""
+
+    study: StudyResult
+    reason: EndReason
     model: ModelVersion | None = None
 
 
+# The events that a caller's watch function sees. Subscribers inside the run see RunEvent.
 Event = Notice | StudyOpened | TrialStarted | EpochEnded | TrialEnded | StudyProfiled | StudyEnded
+RunEvent = Event | TrialsReaped | SearchEnded | WinnerChosen

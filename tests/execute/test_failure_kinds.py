@@ -10,7 +10,8 @@ import torch
 
 from formula_study import formula, formula_spec
 from hpo.data.prepare import prepare
-from hpo.execute.engines.local import LocalProcesses, WorkerLost
+from hpo.execute.engines.base import WorkerLost
+from hpo.execute.engines.local import LocalProcesses
 from hpo.execute.run_study import run_study
 from hpo.execute.workers.task import Task, train_task
 from hpo.home import Home

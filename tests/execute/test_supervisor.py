@@ -1,14 +1,17 @@
 """The supervisor's logic, on a formula in place of training and a real study storage."""
 
 import dataclasses
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 
 from formula_study import formula, formula_spec
-from hpo.execute.engines.local import WorkerLost
-from hpo.records import FINAL, Epoch, EpochEnded, TrialEnded, TrialResult, TrialStarted, TrialState
+from hpo.execute.engines.base import WorkerLost
+from hpo.execute.events import Subscriber
+from hpo.records import FINAL, EndReason, Epoch, EpochEnded, TrialEnded, TrialResult, TrialStarted, TrialState
 from hpo.spec.models import MlpSpec
 from hpo.spec.study import FinalSpec, SplitSpec
 
@@ -247,3 +250,35 @@ def test_a_broken_constraint_keeps_a_trial_from_being_best(run_formula):
     sizes = [trial.candidate.parameters["model.hidden"] for trial in run.trials]
     assert min(sizes) <= 500 < max(sizes)
     assert run.study.result().best.candidate.parameters["model.hidden"] <= 500
+
+
+def test_a_study_runs_with_no_subscriber_at_all(run_formula, spec):
+    run = run_formula(spec, subscribers=[])
+    assert run.reason is EndReason.BUDGET
+    assert [trial.state for trial in run.trials] == [TrialState.COMPLETE] * 6
+    assert run.tracker.calls == []
+    assert run.events == []
+    assert run.study.result().best is not None
+
+
+def test_subscribers_hear_every_event_in_their_order_and_of_results_that_optuna_has(run_formula, spec):
+    heard = []
+
+    class Hearing(Subscriber):
+        def __init__(self, name):
+            self.name = name
+
+        def __call__(self, event):
+            heard.append((self.name, type(event)))
+
+    run = run_formula(spec, trials=1, subscribers=[Hearing("first"), Hearing("second")])
+    kinds = [TrialStarted, *[EpochEnded] * 3, TrialEnded]
+    assert heard == [(name, kind) for kind in kinds for name in ("first", "second")]
+    assert run.trials[0].state is TrialState.COMPLETE
+
+
+def test_the_supervisor_imports_neither_tracking_nor_model_retention():
+    code = "import sys, hpo.execute.supervisor; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    unwanted = ("hpo.tracking", "hpo.execute.subscribers", "hpo.execute.tracking_queue")
+    assert not [name for name in done.stdout.split() if name.startswith(unwanted)]

@@ -40,7 +40,7 @@ def make_kept_study(home: Home) -> None:
         assert candidate is not None
         tracker.start_trial(candidate, spec.with_values(candidate.parameters), worker="worker 0")
         result = result_of(candidate.number, state, value)
-        study.tell(result)
+        result = study.tell(result)
         tracker.log_epochs(result.number, result.epochs)
         tracker.end_trial(result)
     for number in (0, 1):

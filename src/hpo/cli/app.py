@@ -1,4 +1,4 @@
-"""The command `hpo`: every command parses, calls and prints."""
+"""The command `hpo` and its subcommands, each of which parses, calls and prints."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _root(
     pass
 
 
-# Before all others: --help lists commands and their groups as they come.
+# First, because --help lists commands and their groups in this order.
 app.command(cls=Command, rich_help_panel="Search")(run)
 
 
@@ -84,8 +84,8 @@ app.command(cls=Command, rich_help_panel="Search")(run)
 def preview(
     study: Study,
     target: Annotated[Path, typer.Option("--output", "-o", help="The PNG to write.")] = Path("augmented.png"),
-    images: Annotated[int, typer.Option(min=1, max=100, help="Rows: training images, classes in turn.")] = 8,
-    copies: Annotated[int, typer.Option(min=1, max=50, help="Changes of each, beside the image itself.")] = 7,
+    images: Annotated[int, typer.Option(min=1, max=100, help="Rows: training images of alternating classes.")] = 8,
+    copies: Annotated[int, typer.Option(min=1, max=50, help="Augmented copies of each image.")] = 7,
     settings: Settings = None,
     trust: Trust = False,
     _debug: Debug = False,
@@ -147,7 +147,7 @@ def _range(shares: tuple[float, ...] | None) -> str:
 
 
 class Order(StrEnum):
-    """How trials are listed."""
+    """The order in which trials are listed."""
 
     VALUE = "value"
     NUMBER = "number"
@@ -156,8 +156,8 @@ class Order(StrEnum):
 @app.command(cls=Command, rich_help_panel="Look")
 def trials(
     study: Study,
-    sort: Annotated[Order, typer.Option(help="Best first, or as they were asked.")] = Order.NUMBER,
-    top: Annotated[int | None, typer.Option(min=1, help="Only so many, best first.", show_default="all")] = None,
+    sort: Annotated[Order, typer.Option(help="Best first, or in the order of their numbers.")] = Order.NUMBER,
+    top: Annotated[int | None, typer.Option(min=1, help="Only the best N.", show_default="all")] = None,
     home: HomeFolder = None,
     as_json: AsJson = False,
     _debug: Debug = False,
@@ -172,8 +172,8 @@ def trials(
         shown = list(result.ranked()[:top])
     elif sort is Order.VALUE:
         ranked = result.ranked()
-        best_first = {trial.number: place for place, trial in enumerate(ranked)}
-        shown.sort(key=lambda trial: (best_first.get(trial.number, len(ranked)), trial.number))
+        rank = {trial.number: index for index, trial in enumerate(ranked)}
+        shown.sort(key=lambda trial: (rank.get(trial.number, len(ranked)), trial.number))
     if as_json:
         output.print_json(replace(result, trials=tuple(shown)))
         return
@@ -193,7 +193,7 @@ def _trial_row(trial: Trial, names: dict[str, str]) -> list[str]:
 
 @app.command(cls=Command, rich_help_panel="Look")
 def studies(as_json: AsJson = False, _debug: Debug = False) -> None:
-    """List the studies at hand, by data set."""
+    """List the available studies, by data set."""
     from hpo.errors import SpecError
     from hpo.spec.load import load_study, study_files
 
@@ -220,7 +220,7 @@ def studies(as_json: AsJson = False, _debug: Debug = False) -> None:
     else:
         cells = [[row[key] for key in ("data", "name", "model", "trials", "question")] for row in rows]
         for above, row in reversed(list(pairwise(cells))):
-            # A data set is named once, above all its studies.
+            # A data set is named once, above its studies.
             row[0] = "" if row[0] == above[0] else row[0]
         output.print_table(cells, ["data", "study", "model", ">trials", "~question"])
     for warning in broken:
@@ -237,7 +237,7 @@ def show(study: Study, settings: Settings = None, as_json: AsJson = False, _debu
     if as_json:
         output.print_json({"spec": spec.model_dump(mode="json"), "parameters": len(spec.search.space), "size": size})
         return
-    points = f"{size:,} combinations" if size is not None else "no end of combinations"
+    points = f"{size:,} combinations" if size is not None else "continuous (unlimited combinations)"
     output.print_text(f"# search space: {len(spec.search.space)} parameters, {points}")
     output.print_text(dump_study(spec).rstrip())
 
@@ -262,7 +262,9 @@ def ui(
     from hpo.tracking.ui import is_local, open_ui
 
     if not is_local(host):
-        output.print_warning(f"whoever reaches {host}:{port} can read and change everything: MLflow asks no password.")
+        output.print_warning(
+            f"whoever reaches {host}:{port} can read and change everything: MLflow asks for no password."
+        )
     typer.echo(f"MLflow starts at http://{host}:{port} in half a minute; Ctrl-C ends it.", err=True)
     raise typer.Exit(open_ui(Home.find(home), host=host, port=port))
 
@@ -297,7 +299,7 @@ def main() -> None:
     except SystemExit as end:
         if "mlflow" not in sys.modules:
             raise
-        # Taking down the modules of mlflow and optuna one by one takes two seconds that nobody needs.
+        # Unloading the modules of mlflow and optuna one by one would take two seconds.
         from hpo.execute.process import end_fork_server
 
         atexit._run_exitfuncs()

@@ -11,7 +11,7 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from hpo.records import FINAL, FailureKind, TrialResult, TrialState
-from hpo.search.constraints import aims, violations
+from hpo.search.constraints import aims, judge, violations
 from hpo.spec.study import StudySpec
 from hpo.storage.optuna_private import CONSTRAINT, FIXED, RUNG, trial_id_of
 from hpo.storage.optuna_storage import Storage
@@ -32,7 +32,6 @@ class Finisher:
 
     def __init__(self, spec: StudySpec, storage: Storage, study_id: int, *, lease: str) -> None:
         self._spec = spec
-        self._objectives = aims(spec)
         self._storage = storage
         self._id = study_id
         self._lease = lease
@@ -43,11 +42,8 @@ class Finisher:
         In this order: after a kill between two of these steps, reap can do the rest. died: its process died, which a
         candidate may three times. Returns the result as it was recorded.
         """
-        result = self._checked(result, final=stage_of(trial) == FINAL)
         deaths = attrs_of(trial).deaths + died
-        if result.state is TrialState.STOPPED and deaths >= _MOST_DEATHS:
-            reason = f"interrupted {deaths} times: its process died each time; the last time: {result.reason}"
-            result = replace(result, state=TrialState.FAILED, reason=reason, failure=FailureKind.WORKER_DIED)
+        result = final_result(self._spec, result, final=stage_of(trial) == FINAL, deaths=deaths)
         database, trial_id = self._storage.database, trial_id_of(trial)
         database.set_trial_user_attr(trial_id, RESULT, result.to_json())
         if result.state is TrialState.STOPPED and trial.number not in self._storage.index(self._id).retried:
@@ -56,30 +52,12 @@ class Finisher:
             for text, amount in violations(self._spec, result.scores).items():
                 # As trial.set_constraint of Optuna does; there is no Optuna trial where its process died.
                 database.set_trial_system_attr(trial_id, f"{CONSTRAINT}{text}", min(amount, _UNBOUNDED))
-        values = self._values(result) if result.state is TrialState.COMPLETE else None
+        values = _objective_values(self._spec, result) if result.state is TrialState.COMPLETE else None
         if values and stage_of(trial) == FINAL:
             # Optuna takes no NaN, and these values are compared nowhere in it.
             values = [value if _is_finite(value) else 0.0 for value in values]
         self._storage.end_trial(trial, _OPTUNA_STATES[result.state], values)
         return result
-
-    def _checked(self, result: TrialResult, *, final: bool) -> TrialResult:
-        """The result; failed if it is complete without a finite value for each objective."""
-        if result.state is not TrialState.COMPLETE:
-            return result
-        # A final training on all images has no validation scores: its value is that of the search.
-        values = self._values(result)[: 1 if final else None]
-        wrong = next((index for index, value in enumerate(values) if not _is_finite(value)), None)
-        if wrong is None:
-            return result
-        reason = f"the objective {self._objectives[wrong][0]} is {values[wrong]}, not a finite number"
-        return replace(
-            result, state=TrialState.FAILED, value=None, values=(), reason=reason, failure=FailureKind.NOT_FINITE
-        )
-
-    def _values(self, result: TrialResult) -> list[float | None]:
-        """One value for each objective."""
-        return [result.value] if len(self._objectives) == 1 else list(result.values) or [None for _ in self._objectives]
 
     def retry(self, trial: FrozenTrial, *, deaths: int) -> None:
         """Enqueue the candidate of a trial again; deaths is the number of its attempts that have died so far."""
@@ -96,6 +74,36 @@ class Finisher:
     ) -> None:
         """Put a candidate in the queue. fixed are values of its parameters, notes those of samplers on it."""
         self._storage.create_trial(self._id, template(optuna.trial.TrialState.WAITING, attrs, fixed or {}, notes or {}))
+
+
+def final_result(spec: StudySpec, result: TrialResult, *, final: bool = False, deaths: int = 0) -> TrialResult:
+    """The result as it is recorded, from what a worker or a supervisor reports; applied twice, it changes nothing more.
+
+    The objective becomes the value, unless one is given, and constraints decide what is feasible. A complete trial
+    without a finite value for each objective fails, and so does one that was stopped when its process had died three
+    times. final: it is a final training, which may have no validation scores beside its given value.
+    """
+    if result.state in (TrialState.COMPLETE, TrialState.PRUNED) and not result.values:
+        value = result.scores.get(aims(spec)[0][0]) if result.value is None else result.value
+        result = judge(spec, replace(result, value=value))
+    if result.state is TrialState.COMPLETE:
+        values = _objective_values(spec, result)[: 1 if final else None]
+        odd = next((index for index, value in enumerate(values) if not _is_finite(value)), None)
+        if odd is not None:
+            reason = f"the objective {aims(spec)[odd][0]} is {values[odd]}, not a finite number"
+            kind = FailureKind.NOT_FINITE
+            return replace(result, state=TrialState.FAILED, value=None, values=(), reason=reason, failure=kind)
+    if result.state is TrialState.STOPPED and deaths >= _MOST_DEATHS:
+        reason = f"interrupted {deaths} times: its process died each time; the last time: {result.reason}"
+        return replace(result, state=TrialState.FAILED, reason=reason, failure=FailureKind.WORKER_DIED)
+    return result
+
+
+def _objective_values(spec: StudySpec, result: TrialResult) -> list[float | None]:
+    """One value for each objective."""
+    if not spec.search.objectives:
+        return [result.value]
+    return list(result.values) or [None for _ in spec.search.objectives]
 
 
 def template(

@@ -16,7 +16,9 @@ from hpo.records import EpochEnded, Event, Notice, StudyOpened, StudyProfiled, T
 from told_study import STORY, ended, opened, study, trial_events, trial_result, whole_story
 
 COMMANDS = NextCommands(
-    again="hpo run digits-mlp --home /data --trials 4", more="hpo run digits-mlp --home /data", home=" --home /data"
+    again="hpo run digits-mlp --home /data --trials 4",
+    more=lambda trials: f"hpo run digits-mlp --home /data --trials {trials}",
+    home=" --home /data",
 )
 
 

@@ -9,6 +9,7 @@ from formula_study import formula, formula_spec
 from hpo.errors import SpecError
 from hpo.execute.run_study import run_study, with_options
 from hpo.execute.subscribers.profile import StudyProfiler
+from hpo.options import RunOptions
 from hpo.records import Profile, StudyProfiled, TrialEnded
 from hpo.spec.study import SplitSpec
 
@@ -54,10 +55,10 @@ def test_a_run_without_profiled_trials_has_an_empty_profile(run_formula):
 
 def test_precision_is_that_of_the_option():
     spec = formula_spec()
-    assert with_options(spec, trials=None, keep_models=None, precision=None).training.precision == "auto"
-    assert with_options(spec, trials=None, keep_models=None, precision="bfloat16").training.precision == "bfloat16"
+    assert with_options(spec, RunOptions()).training.precision == "auto"
+    assert with_options(spec, RunOptions(precision="bfloat16")).training.precision == "bfloat16"
     with pytest.raises(SpecError, match="--precision float16"):
-        with_options(spec, trials=None, keep_models=None, precision="float16")
+        with_options(spec, RunOptions(precision="float16"))
 
 
 def test_a_profiled_run_tells_its_profile_last_but_one_and_keeps_it(tmp_path, monkeypatch):

@@ -50,7 +50,7 @@ def test_a_picture_that_fails_is_told_and_costs_no_other(left, tmp_path, monkeyp
 
     told = []
     monkeypatch.setattr(classifier, "roc_figure", fail)
-    monkeypatch.setattr(job_process, "_say", lambda text, done, total: told.append(text))
+    monkeypatch.setattr(job_process, "_notify", lambda text, done, total: told.append(text))
     drawn = {path.stem for path in draw_trial(*left, tmp_path / "figures")}
     assert "roc" not in drawn
     assert "confusion" in drawn

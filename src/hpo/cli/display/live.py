@@ -35,6 +35,7 @@ from hpo.records import (
     StudyProfiled,
     TrialEnded,
     TrialResult,
+    TrialStarted,
     TrialState,
 )
 from hpo.report.text import duration
@@ -75,7 +76,7 @@ class Watcher(ABC):
     def exit_code(self) -> int:
         """130 after Ctrl-C or hpo stop, 1 if the study has no complete trial, else 0."""
         ended = self.tally.ended
-        if ended and ended.reason in ("interrupted", "stopped"):
+        if ended and ended.reason.by_user:
             return INTERRUPTED
         return 0 if ended and ended.study.best else 1
 
@@ -95,7 +96,9 @@ class JsonLines(Watcher):
             case TrialEnded(result):
                 body["result"] = _fields(result, "epochs", "folder")
             case StudyOpened(study):
-                body["study"] = _fields(study, "trials")
+                body = {**_fields(event, "attended"), "study": _fields(study, "trials")}
+            case TrialStarted():
+                body = _fields(event, "setup", "started")
             case StudyEnded(study):
                 trials = [
                     {

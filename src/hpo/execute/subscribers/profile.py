@@ -6,7 +6,9 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 
-from hpo.records import Event, StudyProfiled, TrialEnded
+from hpo.execute.events import Emit, Subscriber
+from hpo.execute.workers.job_process import JobProcess
+from hpo.records import RunEvent, SearchEnded, StudyOpened, StudyProfiled, TrialEnded, WinnerChosen
 
 
 class StudyProfiler:
@@ -19,7 +21,7 @@ class StudyProfiler:
         self._phases: Counter[str] = Counter()
         self._operators: Counter[str] = Counter()
 
-    def hear(self, event: Event) -> None:
+    def hear(self, event: RunEvent) -> None:
         """Add a trial's profile; a result copied from an earlier trial took no time and does not count."""
         if isinstance(event, TrialEnded) and event.result.profile and event.result.seconds:
             self._trials += 1
@@ -43,3 +45,24 @@ class StudyProfiler:
             outside=dict(outside),
             operators={name: share / self._trials for name, share in self._operators.most_common(8)},
         )
+
+
+class Profiling(Subscriber):
+    """Emits a StudyProfiled once the winner is chosen. in_process: this process trains; its CPU time is left out."""
+
+    def __init__(self, jobs: JobProcess, *, emit: Emit, in_process: bool) -> None:
+        self._jobs, self._emit, self._in_process = jobs, emit, in_process
+        self._profiler, self._workers = StudyProfiler(), 1
+
+    def __call__(self, event: RunEvent) -> None:
+        """Add up the trials between the opening of the study and the end of the search."""
+        if isinstance(event, StudyOpened):
+            self._profiler, self._workers = StudyProfiler(), event.workers
+        self._profiler.hear(event)
+        if isinstance(event, SearchEnded):
+            self._profiler.stop()
+        elif isinstance(event, WinnerChosen):
+            outside = {"export and figures": self._jobs.submit(time.process_time).result()}
+            if not self._in_process:
+                outside["search and tracking"] = time.process_time()
+            self._emit(self._profiler.profile(workers=self._workers, outside=outside))
