@@ -147,7 +147,7 @@ def test_study_that_went_on_in_both_stores_is_not_mixed(home, other, make_spec):
         run_all(study := open_study(place, make_spec(), data_digest="d"), budget=5, worth=worth)
         study.close()
     before = _trials(home)
-    with pytest.raises(StoreError, match="has gone on here and where it comes from"):
+    with pytest.raises(StoreError, match="was continued both here and in its source"):
         _move(other, home)
     assert _trials(home) == before
 
@@ -171,7 +171,7 @@ def test_what_a_killed_import_left_is_cleared_away_and_seen_by_nobody(home, othe
     assert read_snapshots(other) == []
     _move(home, other)
     storage = moving.open_storage(other)
-    assert [each.study_name for each in storage.get_all_studies()] == ["study"]
+    assert list(storage.study_ids()) == ["study"]
     storage.close()
     assert _trials(home) == _trials(other)
 

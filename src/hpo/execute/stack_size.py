@@ -10,7 +10,6 @@ from hpo.spec.study import Setup, StudySpec
 
 # At most a fifth of the remaining trials run at a time: samplers that learn need results before they propose.
 _IN_FLIGHT = 5
-_LEARNING = ("tpe", "cmaes", "gp")
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,10 @@ def largest_stack(spec: StudySpec, *, left: int, workers: int, by_default: bool)
     """
     if workers == 1 and not by_default:
         return 1
+    from hpo.search.samplers import SAMPLERS
+
     samplers = [spec.search.sampler, *(stage.sampler for stage in spec.search.stages if stage.sampler)]
-    if not any(sampler.name in _LEARNING for sampler in samplers):
+    if not any(SAMPLERS[sampler.name].learns for sampler in samplers):
         return max(1, left // workers)
     return max(1, left // _IN_FLIGHT // workers)
 

@@ -29,9 +29,9 @@ from hpo.records import (
     TrialsReaped,
     TrialStarted,
     TrialState,
-    best_of,
 )
 from hpo.search.constraints import most_parameters, needs_latency
+from hpo.search.pruners import report_step
 from hpo.search.study import Study
 from hpo.spec.study import Setup, StudySpec
 
@@ -240,23 +240,9 @@ class Supervisor:
                 raise StoreError(message.result.reason, NO_SPACE)
 
     def _report(self, trial: _RunningTrial, message: EpochEnded) -> bool:
-        """Report an epoch to Optuna; True: prune the trial. Epochs of later folds follow those of earlier ones.
-
-        The Wilcoxon pruner compares whole folds. The patient pruner sees the first fold only: each later one begins far
-        below the best of the first.
-        """
-        epoch, training = message.epoch, trial.setup.training
-        objective, pruner = self._spec.search.objective, self._spec.search.pruner.name
-        if pruner == "patient" and epoch.fold:
-            return False
-        if pruner == "wilcoxon" and trial.setup.split.kind == "kfold":
-            if not epoch.last:
-                return False
-            fold = tuple(other.epoch for other in trial.epochs if other.epoch.fold == epoch.fold)
-            best = best_of(fold, training.monitor)
-            return self._study.report(message.number, epoch.fold + 1, best.scores[objective])
-        step = epoch.fold * training.epochs + epoch.number
-        return self._study.report(message.number, step, epoch.scores[objective])
+        """Report an epoch to the pruner; True: prune the trial now."""
+        step = report_step(self._spec, trial.setup, [ended.epoch for ended in trial.epochs])
+        return step is not None and self._study.report(message.number, *step)
 
     def _stopped(self, trial: _RunningTrial, reason: str, failure: FailureKind) -> TrialResult:
         return TrialResult(

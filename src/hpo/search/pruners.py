@@ -86,7 +86,8 @@ def score_and_gain(curve: Floats, epoch: int) -> tuple[float, float]:
     """
     last = len(curve) - 1
     level = curve[min(epoch - 1, last)]
-    return level, level - curve[min((epoch - 1) // 2, last)]
+    with np.errstate(invalid="ignore"):  # infinite scores: the gain is NaN
+        return level, level - curve[min((epoch - 1) // 2, last)]
 
 
 def running_best(reported: Mapping[int, float], sign: float) -> Floats:

@@ -156,11 +156,11 @@ class StageSampler(optuna.samplers.BaseSampler):  # type: ignore[misc]
         if self._build is None:
             cell = self.free_cell(fixed) or self.free_cell() or self._cells[ordinal % len(self._cells)][1]
             return self._encoded(cell)
-        drawn = self._draw(study, trial, self._build(self._stage, self._seed(ordinal), ordinal), fixed)
+        drawn = self._draw(study, trial, self._build(self._stage, self._seed_of(ordinal), ordinal), fixed)
         if self._rejects or self._finite:
             running = self._running(but=ordinal)
             # A model of the results would propose the same candidate again and again.
-            random_sampler = optuna.samplers.RandomSampler(seed=self._seed(ordinal))
+            random_sampler = optuna.samplers.RandomSampler(seed=self._seed_of(ordinal))
             redrawn = (self._draw(study, trial, random_sampler, fixed) for _ in range(_REDRAWS))
             new = next((new for new in chain([drawn], redrawn) if not self._is_taken(new, ordinal, running)), None)
             drawn = new or (self.free_cell(fixed) if self._rejects else None) or drawn
@@ -168,7 +168,7 @@ class StageSampler(optuna.samplers.BaseSampler):  # type: ignore[misc]
 
     def sample_independent(self, study: Any, trial: FrozenTrial, param_name: str, param_distribution: Any) -> Any:
         """The value of a parameter that a retried candidate lacks, because the space has grown since."""
-        sampler = optuna.samplers.RandomSampler(seed=self._seed(attrs_of(trial).ordinal))
+        sampler = optuna.samplers.RandomSampler(seed=self._seed_of(attrs_of(trial).ordinal))
         return sampler.sample_independent(study, trial, param_name, param_distribution)
 
     def _draw(self, study: Any, trial: FrozenTrial, sampler: Any, fixed: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,6 +207,6 @@ class StageSampler(optuna.samplers.BaseSampler):  # type: ignore[misc]
         ended = self._index().ended(self._stage.name).with_key(key) if self._rejects else ()
         return key in running or any(attrs_of(trial).ordinal != ordinal for trial in ended)
 
-    def _seed(self, ordinal: int) -> int:
+    def _seed_of(self, ordinal: int) -> int:
         digest = hashlib.sha256(f"{self._stage.spec.seed}/sampler/{ordinal}".encode()).digest()
         return int.from_bytes(digest[:4], "big")
