@@ -177,7 +177,7 @@ def _subscribe(run: _Run, opened: _OpenStudy, cleanup: contextlib.ExitStack) -> 
         keeps=retention.keeps,
     )
     profile: list[Subscriber] = (
-        [Profiling(run.jobs, in_process=run.options.workers == 0, emit=emit)] if run.options.profile else []
+        [Profiling(run.jobs, emit=emit, in_process=run.options.workers == 0)] if run.options.profile else []
     )
     run.events.subscribe_first(*profile, tracking, retention, WorkdirCleanup(opened.work, opened.study))
     # Before the study gives up its lease: until then others leave this run's trials alone.

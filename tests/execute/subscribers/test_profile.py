@@ -9,6 +9,7 @@ from formula_study import formula, formula_spec
 from hpo.errors import SpecError
 from hpo.execute.run_study import run_study, with_options
 from hpo.execute.subscribers.profile import StudyProfiler
+from hpo.options import RunOptions
 from hpo.records import Profile, StudyProfiled, TrialEnded
 from hpo.spec.study import SplitSpec
 
@@ -28,7 +29,7 @@ def _profiled(task, device):
 
 def _sum(run_formula, spec, trainer=_profiled, **options):
     profiler = StudyProfiler()
-    run_formula(spec, trainer=trainer, watch=profiler.add, **options)
+    run_formula(spec, trainer=trainer, watch=profiler.hear, **options)
     profiler.stop()
     return profiler.profile(workers=1, outside={"export and figures": 1.5})
 

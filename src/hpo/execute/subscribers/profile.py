@@ -21,7 +21,7 @@ class StudyProfiler:
         self._phases: Counter[str] = Counter()
         self._operators: Counter[str] = Counter()
 
-    def add(self, event: RunEvent) -> None:
+    def hear(self, event: RunEvent) -> None:
         """Add a trial's profile; a result copied from an earlier trial took no time and does not count."""
         if isinstance(event, TrialEnded) and event.result.profile and event.result.seconds:
             self._trials += 1
@@ -48,18 +48,17 @@ class StudyProfiler:
 
 
 class Profiling(Subscriber):
-    """Emits a StudyProfiled once the winner is chosen. in_process: the trials train in the supervisor's own process."""
+    """Emits a StudyProfiled once the winner is chosen. in_process: this process trains; its CPU time is left out."""
 
-    def __init__(self, jobs: JobProcess, *, in_process: bool, emit: Emit) -> None:
-        self._jobs, self._in_process, self._emit = jobs, in_process, emit
-        self._profiler = StudyProfiler()
-        self._workers = 1
+    def __init__(self, jobs: JobProcess, *, emit: Emit, in_process: bool) -> None:
+        self._jobs, self._emit, self._in_process = jobs, emit, in_process
+        self._profiler, self._workers = StudyProfiler(), 1
 
     def __call__(self, event: RunEvent) -> None:
         """Add up the trials between the opening of the study and the end of the search."""
         if isinstance(event, StudyOpened):
             self._profiler, self._workers = StudyProfiler(), event.workers
-        self._profiler.add(event)
+        self._profiler.hear(event)
         if isinstance(event, SearchEnded):
             self._profiler.stop()
         elif isinstance(event, WinnerChosen):
