@@ -1,4 +1,4 @@
-"""Stores that earlier code wrote open, resume, promote, predict and report; tests/stores/README.md says what they are."""
+"""Stores of earlier code open, resume, promote, predict and report; tests/stores/README.md says what they are."""
 
 from __future__ import annotations
 

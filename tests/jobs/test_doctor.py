@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from hpo.home import Home
+from hpo.jobs import stores
 from hpo.jobs.doctor import doctor
-from hpo.jobs.shared import database_schema, doctor_disk
+from hpo.jobs.shared import doctor_disk
 from hpo.records import TrialState
 from hpo.tracking.registry import versions
 from hpo.tracking.store import connect
@@ -261,7 +262,7 @@ def test_a_moved_project_is_told_and_its_places_rewritten_after_a_copy(kept, unt
 
 @pytest.mark.parametrize(("file", "package"), [("mlflow.db", "mlflow"), ("optuna.db", "optuna")])
 def test_schemas_of_other_versions_are_told_with_the_command(kept, file, package):
-    known, head = database_schema._revisions(package)
+    known, head = stores._revisions(package)
     older = sorted(known - {head})[0]
     write(kept, "UPDATE alembic_version SET version_num = ?", older, file=file)
     found = doctor(home=where(kept))

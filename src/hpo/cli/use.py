@@ -67,7 +67,7 @@ def promote(
 
 
 def _copy(model: str, to: str, *, force: bool, home: Path | None, as_json: bool) -> None:
-    from hpo.jobs.shared.copy_champion import copy_champion
+    from hpo.jobs.promote import copy_champion
 
     copied = copy_champion(model, to=to, home=home, force=force)
     if as_json:

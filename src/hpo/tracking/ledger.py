@@ -10,9 +10,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from hpo.home import Home
+from hpo.locks import lock
 from hpo.records import ModelVersion, StudyResult
 from hpo.tracking.runs import find_parent, user
-from hpo.tracking.store import connect, exists, lock, told
+from hpo.tracking.store import connect, exists, told
 
 _TAG = "hpo.test_opening."
 
@@ -82,7 +83,7 @@ def openings(home: Home, study: StudyResult) -> list[Opening]:
 def add_openings(home: Home, known: Sequence[Opening]) -> None:
     """Write down openings of another store that this folder's ledger has not."""
     path = home.root / "openings.jsonl"
-    with lock(home, "openings"):
+    with lock(home.create(), "openings"):
         there = list(_parse(path.read_text(encoding="utf-8").splitlines())) if path.is_file() else []
         for opening in known:
             if opening not in there:
@@ -103,7 +104,7 @@ def _parse(lines: list[str]) -> Iterator[Opening]:
 def _write(home: Home, study: StudyResult, opening: Opening) -> None:
     line = json.dumps(asdict(opening))
     path = home.root / "openings.jsonl"
-    with lock(home, "openings"):
+    with lock(home.create(), "openings"):
         _append(path, line)
     client = connect(home)
     parent = find_parent(client, study)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from hpo.home import Home
+from hpo.locks import locked
 from hpo.tracking import models, runs
 from hpo.tracking.reader import Experiment, Model, Run
-from hpo.tracking.store import connect, load_mlflow, lock, told
+from hpo.tracking.store import connect, load_mlflow, told
 
 ORPHAN = "hpo.orphan"  # the tag of a run that no trial of the study storage answers for
 # Where MLflow's database holds absolute places.
@@ -62,7 +63,7 @@ def move_places(home: Home, old: Path, new: Path) -> Path:
     """
     file = home.root / "mlflow.db"
     copy = file.with_name(f"mlflow.db.before-move-{time.strftime('%Y%m%d-%H%M%S')}")
-    with lock(home, "mlflow-create"), closing(sqlite3.connect(file, timeout=60)) as database:
+    with locked(home.locks / "mlflow-create.lock"), closing(sqlite3.connect(file, timeout=60)) as database:
         with closing(sqlite3.connect(copy)) as target:
             database.backup(target)
         with database:

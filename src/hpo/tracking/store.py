@@ -11,15 +11,14 @@ import socket
 import sqlite3
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
-from filelock import FileLock
-
 from hpo.errors import HpoError, StoreAwayError, StoreError, disk_full
 from hpo.home import Home
+from hpo.locks import lock, locked
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -64,7 +63,7 @@ def connect(home: Home) -> Any:
             _knock(home.tracking_uri)
             return load_mlflow().MlflowClient(home.tracking_uri, home.tracking_uri)
         # MLflow's first migrations race where several processes open a fresh database.
-        with lock(home, "mlflow-create"), quiet("alembic"):
+        with _creation_lock(home), quiet("alembic"):
             if home.embedded:
                 if not exists(home):
                     _make_file(home.root / "mlflow.db")
@@ -89,7 +88,7 @@ def server_version(home: Home) -> str:
 
 def upgrade_tracking(home: Home) -> None:
     """Bring the tables of an older MLflow up to date. Raises StoreError."""
-    with _faults_told(home), lock(home, "mlflow-create"), quiet("alembic"):
+    with _faults_told(home), _creation_lock(home), quiet("alembic"):
         load_mlflow()
         from mlflow.store.db.utils import _upgrade_db, create_sqlalchemy_engine
 
@@ -134,9 +133,14 @@ def exists(home: Home) -> bool:
     return not home.embedded or (home.root / "mlflow.db").is_file()
 
 
-def lock(home: Home, name: str) -> FileLock:
-    """An inter-process lock of this home, freed by the system when its holder dies."""
-    return FileLock(home.create().locks / f"{name}.lock")
+def _creation_lock(home: Home) -> AbstractContextManager[None]:
+    """The lock for making or upgrading the tracking database.
+
+    The embedded file belongs to this folder, so its lock is a local file and works while the study server is away. A
+    database on a server may be made from several machines: its lock is the one that they share.
+    """
+    home.create()
+    return locked(home.locks / "mlflow-create.lock") if home.embedded else lock(home, "mlflow-create")
 
 
 def told(method: Callable[P, R]) -> Callable[P, R]:

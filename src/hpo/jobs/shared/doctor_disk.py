@@ -11,8 +11,8 @@ from urllib.parse import quote
 from hpo.database import engine_name, reading, sqlite_file
 from hpo.errors import StoreError
 from hpo.home import Home
-from hpo.jobs.shared.database_schema import read_schema
 from hpo.jobs.shared.home_snapshot import Case, Finding, Scene, leftovers, size_of
+from hpo.jobs.stores import read_schema
 from hpo.storage.lease import seen_held
 from hpo.tracking.reader import place_of
 from hpo.tracking.repair import move_places

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hpo.home import Home
 from hpo.locks import lock
-from hpo.records import StudyResult
+from hpo.records import ModelVersion, StudyResult
 from hpo.tracking import runs
 from hpo.tracking.champions import rewritten
-from hpo.tracking.ledger import add_openings
+from hpo.tracking.ledger import Opening, add_openings
+from hpo.tracking.models import delete_model
 from hpo.tracking.reader import pages
-from hpo.tracking.registry import REGISTERED
-from hpo.tracking.store import connect, told
+from hpo.tracking.registry import ORIGIN, REGISTERED, fetch, resolve
+from hpo.tracking.store import connect, load_mlflow, shown, told
 from hpo.tracking.transfer.export_runs import BORN, URI, WHOLE, Side, logged_models, registered_at
 
 _BEGUN = "hpo.moving"  # tag of a version whose other tags are still to come
+MODEL_DIGEST = "hpo.model_digest"  # tag of a copied version: the digest of its files
 _CHUNK = 100  # runs made under one hold of a lock, which a server frees after a minute
 
 Extract = Callable[[str, Path], list[str]]
@@ -133,17 +137,10 @@ def _fill_model(
     client: Any, model_id: str, run_id: str | None, model: Mapping[str, Any], extract: Extract, added: Added
 ) -> None:
     from mlflow.entities import Metric
-    from mlflow.models import Model
 
     with tempfile.TemporaryDirectory() as scratch:
         added.files += len(extract(f"models/{model['id']}", Path(scratch)))
-        if (Path(scratch) / "MLmodel").is_file():
-            # The same file, but for what says which model of which run it is.
-            facts = Model.load(scratch)
-            facts.model_id = facts.model_uuid = model_id
-            facts.run_id = run_id
-            facts.save(str(Path(scratch) / "MLmodel"))
-        client.log_model_artifacts(model_id, scratch)
+        _log_files(client, model_id, run_id, Path(scratch))
     if run_id and model["metrics"]:
         scores = [Metric(*point, model_id=model_id, run_id=run_id) for point in model["metrics"]]
         client.log_batch(run_id, metrics=scores)
@@ -264,3 +261,116 @@ def _add_version(
             await_creation_for=0,
         )
     return made
+
+
+@told
+def copy_version(home: Home, version: ModelVersion, target: Home, *, looks: Sequence[Opening]) -> ModelVersion:
+    """The version as the registry of `target` has it, copied there first where it has none with the same files.
+
+    looks are the openings of the test part that measured it; each becomes a tag of the copy. No alias is touched.
+    Machines that share the study storage share the lock. Others may copy at the same time: of copies of the same files
+    the lowest version stays. Raises StoreError, ModelError.
+    """
+    client = connect(home)
+    source = client.get_model_version(version.name, str(version.version))
+    run = client.get_run(version.run_id) if version.run_id else None
+    with tempfile.TemporaryDirectory() as scratch, lock(target.create(), "mlflow-copy"):
+        folder = fetch(home, version, Path(scratch))
+        digest = model_digest(folder)
+        number = _known(target, version.name, digest)
+        if number is None:
+            tags = {
+                **source.tags,
+                MODEL_DIGEST: digest,
+                ORIGIN: source.tags.get(ORIGIN) or shown(home.tracking_uri),
+                **{f"hpo.test_opening.{number}": json.dumps(asdict(look)) for number, look in enumerate(looks)},
+            }
+            added = _add(target, version.name, folder, tags, run)
+            number = _known(target, version.name, digest) or added
+            if number != added:
+                _withdraw(target, version.name, added)
+    return resolve(target, f"{version.name}/{number}")
+
+
+@told
+def _known(target: Home, name: str, digest: str) -> int | None:
+    """The lowest number of the versions with these files; None where there is none."""
+    known = pages(connect(target).search_model_versions, filter_string=f"name = '{name}'")
+    return min((int(each.version) for each in known if each.tags.get(MODEL_DIGEST) == digest), default=None)
+
+
+@told
+def _add(target: Home, name: str, folder: Path, tags: Mapping[str, str], origin: Any) -> int:
+    """Log and register the model in folder; a run beside it has the parameters and scores of the run that made it."""
+    load_mlflow()
+    from mlflow.exceptions import MlflowException
+
+    client = connect(target)
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    place = runs.experiment(client, target, name)
+    run_id = client.create_run(place, tags={runs.KIND: "copy", **tags}, run_name=f"{name}, copied").info.run_id
+    logged = None
+    try:
+        if origin is not None:
+            metrics = runs.metrics(origin.data.metrics, time.time())
+            runs.log(client, run_id, params=origin.data.params, metrics=metrics)
+        logged = client.create_logged_model(place, name=name, source_run_id=run_id, tags=tags)
+        with tempfile.TemporaryDirectory() as scratch:
+            whole = shutil.copytree(folder, Path(scratch) / "model")
+            _log_files(client, logged.model_id, run_id, whole)
+        client.finalize_logged_model(logged.model_id, "READY")
+        client.set_terminated(run_id)
+        made = client.create_model_version(
+            name,
+            logged.artifact_location,
+            run_id=run_id,
+            tags=tags,
+            model_id=logged.model_id,
+            await_creation_for=0,  # as in registry
+        )
+    except BaseException:
+        if logged is not None:
+            delete_model(client, logged.model_id)
+        client.delete_run(run_id)
+        raise
+    return int(made.version)
+
+
+@told
+def _withdraw(target: Home, name: str, number: int) -> None:
+    """Delete a version that was just added, with its logged model and its run."""
+    client = connect(target)
+    version = client.get_model_version(name, str(number))
+    client.delete_model_version(name, str(number))
+    for model in client.search_logged_models(
+        [client.get_run(version.run_id).info.experiment_id], f"source_run_id = '{version.run_id}'"
+    ):
+        delete_model(client, model.model_id)
+    client.delete_run(version.run_id)
+
+
+def _log_files(client: Any, model_id: str, run_id: str | None, folder: Path) -> None:
+    """Log the files of a model from another store; MLmodel, if there is one, gets the ids of this store."""
+    from mlflow.models import Model
+
+    if (folder / "MLmodel").is_file():
+        facts = Model.load(str(folder))
+        facts.model_id = facts.model_uuid = model_id
+        facts.run_id = run_id
+        facts.save(str(folder / "MLmodel"))
+    client.log_model_artifacts(model_id, str(folder))
+
+
+def model_digest(folder: Path) -> str:
+    """sha256:... over the names and bytes of a model's files; MLmodel, which names where it was logged, is left out."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "MLmodel"):
+        digest.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}\n".encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return f"sha256:{digest.hexdigest()}"
