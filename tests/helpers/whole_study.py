@@ -13,7 +13,7 @@ import yaml
 
 from hpo.home import Home
 from hpo.records import StudyResult
-from hpo.tracking.champions import champions
+from hpo.tracking.registry import champions
 from hpo.tracking.ledger import openings
 from hpo.tracking.store import connect
 

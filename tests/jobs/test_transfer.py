@@ -24,7 +24,7 @@ from hpo.jobs.transfer import export_study, import_study
 from hpo.records import TrialResult, TrialState
 from hpo.search.open import open_study
 from hpo.storage.optuna_storage import open_storage, read_study
-from hpo.tracking.champions import record_champion
+from hpo.tracking.registry import record_champion
 from hpo.tracking.ledger import announce_opening, complete_opening
 from hpo.tracking.registry import resolve, set_alias
 from hpo.tracking.store import connect

@@ -93,7 +93,7 @@ def models(
 ) -> None:
     """List registered models: versions, aliases, scores; of one model, also who was champion, and why."""
     from hpo.home import Home
-    from hpo.tracking.champions import champions
+    from hpo.tracking.registry import champions
     from hpo.tracking.registry import versions
 
     place = Home.find(home)

@@ -15,7 +15,7 @@ from hpo.home import Home
 from hpo.records import Notice, StudyOpened
 from hpo.search.stages import budget_of
 from hpo.spec.study import StudySpec
-from hpo.tracking.store import knock
+from hpo.tracking.store import check_reachable
 from hpo.tracking.tracker import Tracker
 
 
@@ -48,7 +48,7 @@ def begin_study(
     HpoError.
     """
     place = shared_home(home).create()
-    knock(place)
+    check_reachable(place)
     spec = with_model(with_options(spec, trials=trials, keep_models=keep_models, precision=precision), place)
     say: Watch = watch or (lambda _: None)
     with contextlib.ExitStack() as cleanup:

@@ -33,7 +33,7 @@ from hpo.report.summary import study_summary
 from hpo.search.stages import budget_of, stage_warnings
 from hpo.spec.study import KeepSpec, StudySpec
 from hpo.spec.training import TrainingSpec
-from hpo.tracking.store import knock, load_mlflow
+from hpo.tracking.store import check_reachable, load_mlflow
 from hpo.tracking.tracker import Tracker
 
 
@@ -72,7 +72,7 @@ def run_study(
     if ray is not None:
         ray.knock()
     place = Home.find(home).create()
-    knock(place)  # an outage later on is waited for; at the start it is more likely a wrong address
+    check_reachable(place)  # an outage later on is waited for; at the start it is more likely a wrong address
     spec = with_model(with_options(spec, trials=trials, keep_models=keep_models, precision=precision), place)
     if workers is not None and workers < 0:
         raise HpoError(f"--workers {workers}: is negative.", "Give 1 or more, or 0 to train in this process.")

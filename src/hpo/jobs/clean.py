@@ -17,7 +17,7 @@ from hpo.records import FINAL
 from hpo.spec.study import KeepSpec
 from hpo.storage.reader import Look
 from hpo.tracking import runs
-from hpo.tracking.reader import Experiment, Model, Run, Tracking, place_of
+from hpo.tracking.reader import Experiment, Model, Run, Tracking, local_path
 from hpo.tracking.repair import purge
 from hpo.tracking.tracker import Tracker
 
@@ -118,7 +118,7 @@ def _deleted(scene: Scene, study: str | None) -> Plan:
     Only in databases: a server has its own `mlflow gc`. What a registered version loads stays, deleted or not.
     """
     tracking = scene.tracking
-    if tracking is None or scene.home.tracking_uri.startswith(("http://", "https://")):
+    if tracking is None or is_server(scene.home.tracking_uri):
         return
     names = {one.key: one.name for one in tracking.experiments}
     held = {model.experiment for model in tracking.models if tracking.registered(model)}
@@ -132,7 +132,7 @@ def _deleted(scene: Scene, study: str | None) -> Plan:
         name = one.name if isinstance(one, Experiment) else names.get(one.experiment, "")
         if name in scene.live_names or study not in (None, name):
             continue
-        folder = place_of(one.place)
+        folder = local_path(one.place)
         there = folder is not None and not isinstance(one, Experiment) and folder.exists()
         if isinstance(one, Model) and folder is not None and not there:
             continue  # a row that holds nothing: hpo deletes the files of a model with it
@@ -160,11 +160,11 @@ def _beyond(scene: Scene, one: Look, *, models: float | None, figures: float | N
         if number in safe or any(version.run == run.key for version in tracking.versions):
             continue
         if models is not None and place >= models and model is not None:
-            folder, report = place_of(model.place), place_of(run.place)
+            folder, report = local_path(model.place), local_path(run.place)
             size = sum(size_of(path) for path in (folder, *_parts(report)) if path is not None)
             yield Waste("model", study.title, f"trial {number}", size), partial(tracker.drop_model, number, study)
         elif figures is not None and place >= figures:
-            folder = place_of(run.place)
+            folder = local_path(run.place)
             if folder is not None and (folder / "figures").is_dir():
                 size = size_of(folder / "figures")
                 yield (

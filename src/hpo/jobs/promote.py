@@ -1,4 +1,4 @@
-"""Make a challenger the champion of its study, after the gates and the test part, or copy a champion to another store."""
+"""Promote a challenger to champion of its study, after the gates and the test part; copy a champion to another store."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from hpo.jobs.shared.gates import Verdict, same_signature, verdicts
 from hpo.jobs.shared.test_set_access import measure, test_scores
 from hpo.records import ModelVersion
 from hpo.spec.load import parse_study
-from hpo.tracking.champions import record_champion
+from hpo.tracking.registry import record_champion
 from hpo.tracking.ledger import Opening, openings
 from hpo.tracking.registry import resolve, set_alias, versions
-from hpo.tracking.store import shown
+from hpo.tracking.store import without_password
 from hpo.tracking.transfer.import_runs import copy_version
 
 
@@ -132,12 +132,12 @@ def copy_champion(model: str, *, to: str | Path, home: str | Path | None = None,
     if there is not None:
         verdict = same_signature(target, load_model(version.model_uri, home=place), there)
         refusal = None if verdict.passed else verdict
-    store = shown(str(to))
+    store = without_password(str(to))
     if refusal is not None and not force:
         return Copied(version, None, store, refusal)
     copy = copy_version(place, version, target, looks=_looks(place, version))
     if there is None or there.version != copy.version:
-        why = f"copied: version {version.version} of {shown(place.tracking_uri)}"
+        why = f"copied: version {version.version} of {without_password(place.tracking_uri)}"
         record_champion(target, copy.name, copy.version, why=why, forced=refusal is not None)
         copy = set_alias(target, copy.name, "champion", copy.version)
     return Copied(version, copy, store, refusal, forced=refusal is not None)
@@ -150,7 +150,7 @@ def find_store(to: str | Path, home: Home) -> Home:
         text = str(Path(text.removeprefix("sqlite:///")).parents[1])
     target = replace(home, tracking_uri=text) if "://" in text else Home.at(text).create()
     if target.tracking_uri == home.tracking_uri:
-        raise HpoError(f"--to {shown(text)}: that is the store that the model is in.", "Name another one.")
+        raise HpoError(f"--to {without_password(text)}: that is the store that the model is in.", "Name another one.")
     return target
 
 

@@ -16,9 +16,8 @@ from hpo.errors import HpoError, StoreError
 from hpo.home import Home
 from hpo.storage.lease import holders
 from hpo.storage.reader import count_trials
-from hpo.tracking.store import server_version, shown
+from hpo.tracking.store import is_server, server_version, without_password
 
-_IS_SERVER = ("http://", "https://")
 _REVISION = re.compile(r"^(revision|down_revision)\s*(?::[^=]*)?=\s*[\"']([^\"']+)[\"']", re.MULTILINE)
 # Package -> where its migrations lie.
 _MIGRATIONS = {"optuna": "storages/_rdb/alembic/versions", "mlflow": "store/db_migrations/versions"}
@@ -71,10 +70,10 @@ def store_status(home: str | Path | None = None) -> list[StoreState]:
 
 def _state(name: str, package: str, home: Home) -> StoreState:
     url = home.storage_url if package == "optuna" else home.tracking_uri
-    address = str(sqlite_file(url) or (shown(url) if url.startswith(_IS_SERVER) else engine_name(url)))
+    address = str(sqlite_file(url) or (without_password(url) if is_server(url) else engine_name(url)))
     began = time.perf_counter()
     try:
-        if url.startswith(_IS_SERVER):
+        if is_server(url):
             detail, state, step = f"server, MLflow {server_version(home)}", "ok", ""
         else:
             schema = read_schema(package, url)
@@ -107,7 +106,7 @@ def upgrade_stores(home: str | Path | None = None, *, backed_up: bool = False) -
         raise StoreError(f"{at_work[0].title}: process {at_work[0].pid} has it open.", "End all runs first: hpo stop")
     done = []
     for package, url in (("optuna", place.storage_url), ("mlflow", place.tracking_uri)):
-        if url.startswith(_IS_SERVER):
+        if is_server(url):
             continue  # its own machine upgrades it: mlflow db upgrade
         schema, file = read_schema(package, url), sqlite_file(url)
         if schema.current or schema.is_new:

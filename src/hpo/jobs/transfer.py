@@ -15,7 +15,7 @@ from hpo.jobs.shared.archive import Archive, damaged, reading, writing
 from hpo.locks import locked
 from hpo.records import StudyResult, TrialState
 from hpo.tracking.ledger import Opening
-from hpo.tracking.store import knock, shown
+from hpo.tracking.store import check_reachable, without_password
 
 if TYPE_CHECKING:
     from hpo.tracking.transfer.export_runs import Side
@@ -119,7 +119,7 @@ def import_study(file: str | Path, *, home: str | Path | None = None) -> Importe
     disk = next(folder for folder in place.root.parents if folder.is_dir())
     with reading(Path(file), scratch=disk) as archive:
         study, record, side = _read(archive)
-        knock(place.create())
+        check_reachable(place.create())
         with locked(place.locks / "import.lock"):
             moving.refuse_running(place, record.title)
             standing = moving.standing(place, study)
@@ -130,7 +130,7 @@ def import_study(file: str | Path, *, home: str | Path | None = None) -> Importe
                 trials = moving.put(place, study)
     return Imported(
         title=record.title,
-        store=shown(place.tracking_uri),
+        store=without_password(place.tracking_uri),
         standing=standing.value,
         trials=trials,
         runs=added.runs,

@@ -13,7 +13,7 @@ from hpo.home import Home
 from hpo.locks import lock
 from hpo.records import ModelVersion, StudyResult
 from hpo.tracking.runs import find_parent, user
-from hpo.tracking.store import connect, exists, told
+from hpo.tracking.store import connect, exists, translate_errors
 
 _TAG = "hpo.test_opening."
 
@@ -37,7 +37,7 @@ class Opening:
     purpose: str = ""
 
 
-@told
+@translate_errors
 def announce_opening(home: Home, study: StudyResult, *, model: ModelVersion, trial: int, purpose: str) -> Opening:
     """Write down that the test part is about to be opened; complete_opening adds the result. Raises StoreError."""
     opening = Opening(
@@ -54,7 +54,7 @@ def announce_opening(home: Home, study: StudyResult, *, model: ModelVersion, tri
     return opening
 
 
-@told
+@translate_errors
 def complete_opening(home: Home, study: StudyResult, opening: Opening, scores: Mapping[str, float]) -> Opening:
     """Write down what an announced opening showed. Raises StoreError."""
     complete = replace(opening, scores=dict(scores))
@@ -62,7 +62,7 @@ def complete_opening(home: Home, study: StudyResult, opening: Opening, scores: M
     return complete
 
 
-@told
+@translate_errors
 def openings(home: Home, study: StudyResult) -> list[Opening]:
     """The openings of a study's generation, oldest first, from this folder and, with a server, from elsewhere."""
     path = home.root / "openings.jsonl"

@@ -14,7 +14,7 @@ from hpo.home import Home
 from hpo.jobs.shared.home_snapshot import Case, Finding, Scene, leftovers, size_of
 from hpo.jobs.stores import read_schema
 from hpo.storage.lease import seen_held
-from hpo.tracking.reader import place_of
+from hpo.tracking.reader import local_path
 from hpo.tracking.repair import move_places
 
 _LEAST_FREE_BYTES = 1_000_000_000
@@ -38,7 +38,7 @@ def disk_cases(scene: Scene) -> Iterator[Case]:
 
 def _databases(home: Home) -> dict[str, str]:
     addresses = {"optuna": home.storage_url, "mlflow": home.tracking_uri}
-    return {package: url for package, url in addresses.items() if not url.startswith(("http://", "https://"))}
+    return {package: url for package, url in addresses.items() if not is_server(url)}
 
 
 def _shown(url: str) -> str:
@@ -89,7 +89,7 @@ def _moved(scene: Scene) -> Iterator[Case]:
         return
     roots = set()
     for experiment in scene.tracking.experiments:
-        place = place_of(experiment.place)
+        place = local_path(experiment.place)
         if place is not None and experiment.place.endswith(f"/artifacts/{quote(experiment.name)}"):
             roots.add(place.parents[1])
     for old in sorted(root for root in roots if root != scene.home.root and not _same(root, scene.home.root)):

@@ -14,7 +14,7 @@ from hpo.home import Home
 from hpo.storage.lease import seen_held
 from hpo.storage.reader import Look
 from hpo.storage.reader import look as look_at_storage
-from hpo.tracking.reader import Tracking, place_of
+from hpo.tracking.reader import Tracking, local_path
 from hpo.tracking.reader import look as look_at_tracking
 
 # What a trial, or the drawing of a study's pictures, leaves in the study's folder of work. Checkpoints are none of it.
@@ -74,7 +74,7 @@ class Scene:
 
     def inside(self, uri: str) -> Path | None:
         """The path of artifacts that lie in this home; None for those elsewhere, which are nobody's to judge here."""
-        place = place_of(uri)
+        place = local_path(uri)
         return place if place is not None and place.is_relative_to(self.home.artifacts) else None
 
 

@@ -16,9 +16,8 @@ from hpo.home import Home
 from hpo.records import StudyResult
 from hpo.tracking import runs
 from hpo.tracking.ledger import Opening, openings
-from hpo.tracking.reader import pages
 from hpo.tracking.registry import REGISTERED
-from hpo.tracking.store import connect, exists, local_path, told
+from hpo.tracking.store import connect, exists, is_missing, local_path, pages, translate_errors
 
 BORN = "hpo.moved_from"  # tag of a run or a logged model that was copied: the id of the first one
 WHOLE = "hpo.moved"  # tag of a run that was copied to its end: the digest of what was copied
@@ -43,7 +42,7 @@ class Side:
     openings: list[Opening] = field(default_factory=list)
 
 
-@told
+@translate_errors
 def take(home: Home, study: StudyResult, add_file: AddFile) -> Side:
     """What the store holds of a study; add_file("runs/ID/PATH" or "models/ID/PATH", file) gets each of its files.
 
@@ -113,7 +112,7 @@ def _active_run(client: Any, run_id: str) -> Any | None:
     try:
         run = client.get_run(run_id)
     except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+        if not is_missing(error):
             raise
         return None
     return run if run.info.lifecycle_stage == "active" else None

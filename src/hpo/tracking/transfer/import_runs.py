@@ -16,12 +16,10 @@ from hpo.home import Home
 from hpo.locks import lock
 from hpo.records import ModelVersion, StudyResult
 from hpo.tracking import runs
-from hpo.tracking.champions import rewritten
 from hpo.tracking.ledger import Opening, add_openings
 from hpo.tracking.models import delete_model
-from hpo.tracking.reader import pages
-from hpo.tracking.registry import ORIGIN, REGISTERED, fetch, resolve
-from hpo.tracking.store import connect, load_mlflow, shown, told
+from hpo.tracking.registry import ORIGIN, REGISTERED, fetch, renumber_champions, resolve
+from hpo.tracking.store import connect, load_mlflow, pages, translate_errors, without_password
 from hpo.tracking.transfer.export_runs import BORN, URI, WHOLE, Side, logged_models, registered_at
 
 _BEGUN = "hpo.moving"  # tag of a version whose other tags are still to come
@@ -42,7 +40,7 @@ class Added:
     notes: list[str] = field(default_factory=list)
 
 
-@told
+@translate_errors
 def put(home: Home, study: StudyResult, side: Side, extract: Extract) -> Added:
     """Have the store hold all of it; what it has already is completed where that is needed, and not written again.
 
@@ -221,7 +219,7 @@ def _register(
             client.delete_model_version_tag(name, there.version, _BEGUN)
     numbers = {number: int(version.version) for number, version in here.items()}
     registered = client.get_registered_model(name)
-    for key, value in rewritten(model["tags"], numbers).items():
+    for key, value in renumber_champions(model["tags"], numbers).items():
         if key not in registered.tags:
             client.set_registered_model_tag(name, key, value)
     created = {version["number"]: version["created"] for version in model["versions"]}
@@ -263,7 +261,7 @@ def _add_version(
     return made
 
 
-@told
+@translate_errors
 def copy_version(home: Home, version: ModelVersion, target: Home, *, looks: Sequence[Opening]) -> ModelVersion:
     """The version as the registry of `target` has it, copied there first where it has none with the same files.
 
@@ -282,7 +280,7 @@ def copy_version(home: Home, version: ModelVersion, target: Home, *, looks: Sequ
             tags = {
                 **source.tags,
                 MODEL_DIGEST: digest,
-                ORIGIN: source.tags.get(ORIGIN) or shown(home.tracking_uri),
+                ORIGIN: source.tags.get(ORIGIN) or without_password(home.tracking_uri),
                 **{f"hpo.test_opening.{number}": json.dumps(asdict(look)) for number, look in enumerate(looks)},
             }
             added = _add(target, version.name, folder, tags, run)
@@ -292,14 +290,14 @@ def copy_version(home: Home, version: ModelVersion, target: Home, *, looks: Sequ
     return resolve(target, f"{version.name}/{number}")
 
 
-@told
+@translate_errors
 def _known(target: Home, name: str, digest: str) -> int | None:
     """The lowest number of the versions with these files; None where there is none."""
     known = pages(connect(target).search_model_versions, filter_string=f"name = '{name}'")
     return min((int(each.version) for each in known if each.tags.get(MODEL_DIGEST) == digest), default=None)
 
 
-@told
+@translate_errors
 def _add(target: Home, name: str, folder: Path, tags: Mapping[str, str], origin: Any) -> int:
     """Log and register the model in folder; a run beside it has the parameters and scores of the run that made it."""
     load_mlflow()
@@ -340,7 +338,7 @@ def _add(target: Home, name: str, folder: Path, tags: Mapping[str, str], origin:
     return int(made.version)
 
 
-@told
+@translate_errors
 def _withdraw(target: Home, name: str, number: int) -> None:
     """Delete a version that was just added, with its logged model and its run."""
     client = connect(target)
