@@ -24,9 +24,8 @@ from hpo.records import FINAL
 from hpo.spec.load import load_study
 from hpo.spec.study import PromoteSpec, StudySpec
 from hpo.storage.optuna_storage import read_study
-from hpo.tracking.registry import champions
 from hpo.tracking.ledger import openings
-from hpo.tracking.registry import set_alias, versions
+from hpo.tracking.registry import champions, set_alias, versions
 
 QUICK = {
     "training.precision": "float32",

@@ -24,9 +24,8 @@ from hpo.jobs.transfer import export_study, import_study
 from hpo.records import TrialResult, TrialState
 from hpo.search.open import open_study
 from hpo.storage.optuna_storage import open_storage, read_study
-from hpo.tracking.registry import record_champion
 from hpo.tracking.ledger import announce_opening, complete_opening
-from hpo.tracking.registry import resolve, set_alias
+from hpo.tracking.registry import record_champion, resolve, set_alias
 from hpo.tracking.store import connect
 from hpo.tracking.tracker import Tracker
 from kept_study import go_on, kept_spec, left, stored

@@ -93,8 +93,7 @@ def models(
 ) -> None:
     """List registered models: versions, aliases, scores; of one model, also who was champion, and why."""
     from hpo.home import Home
-    from hpo.tracking.registry import champions
-    from hpo.tracking.registry import versions
+    from hpo.tracking.registry import champions, versions
 
     place = Home.find(home)
     found = versions(place, name)

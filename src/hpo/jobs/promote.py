@@ -1,4 +1,4 @@
-"""Promote a challenger to champion of its study, after the gates and the test part; copy a champion to another store."""
+"""Promote a challenger to champion of its study, after gates and the test part; copy a champion to another store."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from hpo.jobs.shared.gates import Verdict, same_signature, verdicts
 from hpo.jobs.shared.test_set_access import measure, test_scores
 from hpo.records import ModelVersion
 from hpo.spec.load import parse_study
-from hpo.tracking.registry import record_champion
 from hpo.tracking.ledger import Opening, openings
-from hpo.tracking.registry import resolve, set_alias, versions
+from hpo.tracking.registry import record_champion, resolve, set_alias, versions
 from hpo.tracking.store import without_password
 from hpo.tracking.transfer.import_runs import copy_version
 

@@ -1,7 +1,7 @@
-"""Read the tracking store without disturbing its writers: of a database nothing is locked or created, without MLflow.
+"""Read the tracking store without disturbing its writers: a database without locks, new files and MLflow.
 
-A database is read by SQL: MLflow's client takes four milliseconds a run and seconds to import, and does not list deleted
-models. A server offers nothing but its client.
+A database is read by SQL: MLflow's client takes four milliseconds a run and seconds to import, and does not list
+deleted models. A server is read by its client.
 """
 
 from __future__ import annotations
@@ -147,7 +147,8 @@ def _from_server(home: Home) -> TrackingSnapshot:
         Experiment(each.experiment_id, each.name, each.artifact_location, each.lifecycle_stage == "deleted")
         for each in pages(client.search_experiments, view_type=3)
     ]
-    runs, models = [], []
+    runs: list[Run] = []
+    models: list[Model] = []
     for experiment in experiments:
         runs += map(_run, pages(client.search_runs, experiment_ids=[experiment.id], run_view_type=3))
         models += [

@@ -17,7 +17,7 @@ from hpo.tracking.store import connect, load_mlflow, translate_errors
 
 ORPHAN = "hpo.orphan"  # the tag of a run that no trial of the study storage answers for
 # Where MLflow's database holds absolute places.
-_PLACES = {
+_LOCATIONS = {
     "experiments": ("artifact_location",),
     "runs": ("artifact_uri",),
     "logged_models": ("artifact_location",),
@@ -51,7 +51,7 @@ def restore_files(home: Home, run_id: str, files: Mapping[str, Any]) -> None:
 
 
 @translate_errors
-def move_places(home: Home, old: Path, new: Path) -> Path:
+def move_artifacts(home: Home, old: Path, new: Path) -> Path:
     """Have every place under the folder old point to the same one under new; returns the copy of the database before.
 
     For the embedded database only, and while nobody writes it.
@@ -62,7 +62,7 @@ def move_places(home: Home, old: Path, new: Path) -> Path:
         with closing(sqlite3.connect(copy)) as target:
             database.backup(target)
         with database:
-            for table, columns in _PLACES.items():
+            for table, columns in _LOCATIONS.items():
                 for column in columns:
                     for before, after in ((old.as_uri(), new.as_uri()), (str(old), str(new))):
                         # Names of this table only; substr, because a folder may have % or _ in its name.

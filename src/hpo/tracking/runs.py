@@ -150,7 +150,7 @@ def scores_of(metrics: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-# The files of every trial's run: path among its artifacts -> content, a text for .txt and else JSON; None: no such file.
+# The files of the run of every trial: path among its artifacts -> content, a text for .txt and else JSON, or None.
 # The tracker writes them, and hpo doctor misses and restores them.
 TRIAL_FILES: Mapping[str, Callable[[TrialResult], Any]] = {
     "confusion.json": lambda result: {"true_by_predicted": result.confusion} if result.confusion else None,

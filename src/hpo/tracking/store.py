@@ -155,7 +155,7 @@ def _write_ahead(path: Path, engine: Any) -> None:
     """
     from sqlalchemy import event
 
-    with closing(sqlite3.connect(path)) as database, suppress(sqlite3.OperationalError):  # busy: another process sets it
+    with closing(sqlite3.connect(path)) as database, suppress(sqlite3.OperationalError):  # busy: another sets it
         database.execute("PRAGMA journal_mode=WAL")
     event.listen(engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous=NORMAL"))
     engine.dispose()
