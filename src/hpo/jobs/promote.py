@@ -134,7 +134,7 @@ def copy_champion(model: str, *, to: str | Path, home: str | Path | None = None,
     store = without_password(str(to))
     if refusal is not None and not force:
         return Copied(version, None, store, refusal)
-    copy = copy_version(place, version, target, looks=_looks(place, version))
+    copy = copy_version(place, version, target, openings=_openings(place, version))
     if there is None or there.version != copy.version:
         why = f"copied: version {version.version} of {without_password(place.tracking_uri)}"
         record_champion(target, copy.name, copy.version, why=why, forced=refusal is not None)
@@ -153,11 +153,11 @@ def find_store(to: str | Path, home: Home) -> Home:
     return target
 
 
-def _looks(home: Home, version: ModelVersion) -> list[Opening]:
+def _openings(home: Home, version: ModelVersion) -> list[Opening]:
     """The openings that measured it; none where its study is gone."""
     from hpo.storage.optuna_storage import read_study
 
     with contextlib.suppress(HpoError):
         study = read_study(home, version.generation) if not version.origin else None
-        return [look for look in openings(home, study) if look.trial == version.trial] if study else []
+        return [each for each in openings(home, study) if each.trial == version.trial] if study else []
     return []

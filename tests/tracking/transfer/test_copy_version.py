@@ -149,7 +149,7 @@ def test_two_machines_that_copy_one_champion_at_once_leave_one_version(
     ]
     targets = [replace(target, storage_url=url or target.storage_url) for target in targets]
     both_looked = threading.Barrier(2)
-    look, add, added = import_runs._known, import_runs._add, []
+    look, add, added = import_runs._find_copy, import_runs._add_copy, []
 
     def look_together(target: Home, name: str, digest: str) -> int | None:
         found = look(target, name, digest)
@@ -161,11 +161,11 @@ def test_two_machines_that_copy_one_champion_at_once_leave_one_version(
         added.append(arguments)
         return add(*arguments)
 
-    monkeypatch.setattr(import_runs, "_known", look_together)
-    monkeypatch.setattr(import_runs, "_add", count)
+    monkeypatch.setattr(import_runs, "_find_copy", look_together)
+    monkeypatch.setattr(import_runs, "_add_copy", count)
     with ThreadPoolExecutor(2) as machines:
         copies = list(
-            machines.map(lambda target: import_runs.copy_version(home, champion, target, looks=[]).version, targets)
+            machines.map(lambda target: import_runs.copy_version(home, champion, target, openings=[]).version, targets)
         )
     (copy,) = versions(other)
     assert copies == [copy.version] * 2

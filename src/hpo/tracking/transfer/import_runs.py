@@ -1,4 +1,4 @@
-"""A study's side of MLflow, as moving.take gives it, into another tracking store: each part is there once."""
+"""Import an exported study, or copy a registered version, into another tracking store; both are safe to repeat."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from hpo.tracking.ledger import Opening, add_openings
 from hpo.tracking.models import delete_model
 from hpo.tracking.registry import ORIGIN, REGISTERED, fetch, renumber_champions, resolve
 from hpo.tracking.store import connect, load_mlflow, pages, translate_errors, without_password
-from hpo.tracking.transfer.export_runs import BORN, URI, WHOLE, Side, logged_models, registered_at
+from hpo.tracking.transfer.export_runs import COPIED, COPY_OF, URI, TrackedStudy, logged_models, registered_at
 
-_BEGUN = "hpo.moving"  # tag of a version whose other tags are still to come
+_INCOMPLETE = "hpo.moving"  # tag of a version whose other tags are not yet written
 MODEL_DIGEST = "hpo.model_digest"  # tag of a copied version: the digest of its files
-_CHUNK = 100  # runs made under one hold of a lock, which a server frees after a minute
+_CHUNK = 100  # runs created while a lock is held once; a server frees it after a minute
 
 Extract = Callable[[str, Path], list[str]]
 
 
 @dataclass
-class Added:
-    """How much was new in a store: runs, logged models, registered versions, files of runs and models."""
+class Imports:
+    """Counts of what was new in a store: runs, logged models, registered versions, files of runs and models."""
 
     runs: int = 0
     models: int = 0
@@ -41,46 +41,46 @@ class Added:
 
 
 @translate_errors
-def put(home: Home, study: StudyResult, side: Side, extract: Extract) -> Added:
-    """Have the store hold all of it; what it has already is completed where that is needed, and not written again.
+def import_runs(home: Home, study: StudyResult, tracked: TrackedStudy, extract: Extract) -> Imports:
+    """Write into the store what it does not hold yet of an exported study.
 
-    extract("runs/ID", folder) writes the files of a run there and returns their paths. Called again after a kill it
-    ends as if it had never been cut short. Raises StoreError.
+    extract("runs/ID", folder) writes the files of a run into folder and returns their paths. After a kill, a repeated
+    call completes the import. Raises StoreError.
     """
-    added = Added()
-    add_openings(home, side.openings)
-    if not side.runs and side.registered is None:
+    added = Imports()
+    add_openings(home, tracked.openings)
+    if not tracked.runs and tracked.registered is None:
         return added
     client = connect(home)
     with lock(home, "mlflow-open"):
         experiment = runs.experiment(client, home, study.name)
-    ids = _enter_runs(client, home, experiment, side.runs, added)
-    models = _enter_models(client, home, experiment, side.models, ids, extract, added)
-    for run in side.runs:
+    ids = _create_runs(client, home, experiment, tracked.runs, added)
+    models = _create_models(client, home, experiment, tracked.models, ids, extract, added)
+    for run in tracked.runs:
         _fill_run(client, ids, models, run, extract, added)
-    if side.registered is not None:
+    if tracked.registered is not None:
         with lock(home, "mlflow-register"):
-            _register(client, side.registered, ids, models, added)
+            _register(client, tracked.registered, ids, models, added)
     return added
 
 
-def _enter_runs(
-    client: Any, home: Home, experiment: str, wanted: Sequence[Mapping[str, Any]], added: Added
+def _create_runs(
+    client: Any, home: Home, experiment: str, wanted: Sequence[Mapping[str, Any]], added: Imports
 ) -> dict[str, str]:
-    """Make the runs that are not there, still empty; returns born id -> id here."""
+    """Create the missing runs, without content; returns original id -> id in this store."""
     # Parents first: a child names its parent.
     ordered = sorted(wanted, key=lambda run: runs.PARENT in run["tags"])
     while True:
         with lock(home, "mlflow-open"):
             ids: dict[str, str] = {}
             for run in pages(client.search_runs, experiment_ids=[experiment], max_results=1000):
-                ids.setdefault(run.data.tags.get(BORN, run.info.run_id), run.info.run_id)
+                ids.setdefault(run.data.tags.get(COPY_OF, run.info.run_id), run.info.run_id)
             missing = [run for run in ordered if run["id"] not in ids]
             for run in missing[:_CHUNK]:
                 made = client.create_run(
                     experiment,
                     start_time=run["started"],
-                    tags={**_run_tags(run, ids, {}), BORN: run["id"]},
+                    tags={**_run_tags(run, ids, {}), COPY_OF: run["id"]},
                     run_name=run["name"],
                 )
                 ids[run["id"]] = made.info.run_id
@@ -90,36 +90,36 @@ def _enter_runs(
 
 
 def _run_tags(run: Mapping[str, Any], ids: Mapping[str, str], models: Mapping[str, str]) -> dict[str, str]:
-    """The tags of a run, with the ids of this store; without those that name what is not here (yet)."""
+    """The tags of a run with the ids of this store; tags that name a missing run or model are left out."""
     tags = dict(run["tags"])
     parent, model = tags.pop(runs.PARENT, None), tags.pop(runs.MODEL, "").removeprefix(URI)
     tags |= {runs.PARENT: ids[parent]} if parent in ids else {}
     return tags | ({runs.MODEL: URI + models[model]} if model in models else {})
 
 
-def _enter_models(
+def _create_models(
     client: Any,
     home: Home,
     experiment: str,
     wanted: Sequence[Mapping[str, Any]],
     ids: Mapping[str, str],
     extract: Extract,
-    added: Added,
+    added: Imports,
 ) -> dict[str, str]:
-    """Log the models that are not there whole; returns born id -> id here."""
+    """Log the models that are missing or incomplete; returns original id -> id in this store."""
     with lock(home, "mlflow-open"):
         models: dict[str, str] = {}
         whole = set()
         for model in logged_models(client, experiment):
-            models.setdefault(model.tags.get(BORN, model.model_id), model.model_id)
-            whole |= {model.tags.get(BORN, model.model_id)} if str(model.status) == "READY" else set()
+            models.setdefault(model.tags.get(COPY_OF, model.model_id), model.model_id)
+            whole |= {model.tags.get(COPY_OF, model.model_id)} if str(model.status) == "READY" else set()
         for model in wanted:
             if model["id"] not in models:
                 made = client.create_logged_model(
                     experiment,
                     name=model["name"],
                     source_run_id=ids.get(model["run"]),
-                    tags={**model["tags"], BORN: model["id"]},
+                    tags={**model["tags"], COPY_OF: model["id"]},
                     params=model["params"],
                     model_type=model["kind"],
                 )
@@ -132,7 +132,7 @@ def _enter_models(
 
 
 def _fill_model(
-    client: Any, model_id: str, run_id: str | None, model: Mapping[str, Any], extract: Extract, added: Added
+    client: Any, model_id: str, run_id: str | None, model: Mapping[str, Any], extract: Extract, added: Imports
 ) -> None:
     from mlflow.entities import Metric
 
@@ -151,7 +151,7 @@ def _fill_run(
     models: Mapping[str, str],
     run: Mapping[str, Any],
     extract: Extract,
-    added: Added,
+    added: Imports,
 ) -> None:
     from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric
 
@@ -159,15 +159,15 @@ def _fill_run(
     there = client.get_run(ids[run["id"]])
     run_id = there.info.run_id
     tags = _run_tags(run, ids, models)
-    if there.data.tags.get(WHOLE) == digest and tags.items() <= there.data.tags.items():
+    if there.data.tags.get(COPIED) == digest and tags.items() <= there.data.tags.items():
         return
     # MLflow's databases take a point that they have already as the same one, and know parameters by name.
     params = {name: value for name, value in run["params"].items() if name not in there.data.params}
     runs.log(client, run_id, metrics=[Metric(*point) for point in run["metrics"]], params=params)
     datasets = []
-    for told_of in run["datasets"]:
-        known = {name: value for name, value in told_of.items() if name != "tags"}
-        datasets.append(DatasetInput(Dataset(**known), [InputTag(*tag) for tag in told_of["tags"].items()]))
+    for dataset in run["datasets"]:
+        known = {name: value for name, value in dataset.items() if name != "tags"}
+        datasets.append(DatasetInput(Dataset(**known), [InputTag(*tag) for tag in dataset["tags"].items()]))
     if datasets:
         client.log_inputs(run_id, datasets)
     logged = {one.model_id for one in (there.outputs.model_outputs if there.outputs else ())}
@@ -181,16 +181,16 @@ def _fill_run(
         added.files += len(files)
     if run["status"] != "RUNNING":
         client.set_terminated(run_id, run["status"], end_time=run["ended"])
-    # Last: what is marked whole is whole.
-    runs.log(client, run_id, tags={**tags, WHOLE: digest})
+    # Last, so that a run with this tag is complete.
+    runs.log(client, run_id, tags={**tags, COPIED: digest})
 
 
 def _register(
-    client: Any, model: Mapping[str, Any], ids: Mapping[str, str], models: Mapping[str, str], added: Added
+    client: Any, model: Mapping[str, Any], ids: Mapping[str, str], models: Mapping[str, str], added: Imports
 ) -> None:
-    """Register the versions that are not there, under their numbers where these are free, and bring tags and aliases.
+    """Register the missing versions, under their own numbers where these are free, with their tags and aliases.
 
-    An alias that is here already moves only to a version that was registered later.
+    An alias that exists here moves only to a version that was registered later.
     """
     from mlflow.exceptions import MlflowException
 
@@ -204,19 +204,19 @@ def _register(
     here: dict[int, Any] = {}
     for version in sorted(model["versions"], key=lambda one: one["number"]):
         if version["model"] not in models:
-            added.notes.append(f"version {version['number']} of {name} has no logged model, and stays behind")
+            added.notes.append(f"version {version['number']} of {name} has no logged model, and is left out")
             continue
         place = client.get_logged_model(models[version["model"]]).artifact_location
         there = known.get(place)
-        if there is None or _BEGUN in there.tags:
+        if there is None or _INCOMPLETE in there.tags:
             there = _add_version(client, name, place, version, ids, models, there)
             added.versions += 1
         here[version["number"]] = there
         for key, value in {**version["tags"], REGISTERED: str(version["created"])}.items():
             if there.tags.get(key) != value:
                 client.set_model_version_tag(name, there.version, key, value)
-        if _BEGUN in there.tags:
-            client.delete_model_version_tag(name, there.version, _BEGUN)
+        if _INCOMPLETE in there.tags:
+            client.delete_model_version_tag(name, there.version, _INCOMPLETE)
     numbers = {number: int(version.version) for number, version in here.items()}
     registered = client.get_registered_model(name)
     for key, value in renumber_champions(model["tags"], numbers).items():
@@ -241,9 +241,10 @@ def _add_version(
     models: Mapping[str, str],
     begun: Any | None,
 ) -> Any:
-    """Register a version, or take the one that was begun. Lower numbers that are free here were deleted in its store.
+    """Register a version, or complete one whose registration was cut short.
 
-    They are used up, so that NAME/3 means the same in both.
+    Lower numbers that are free here were deleted in the other store. They are used up, so that NAME/3 means the same
+    version in both.
     """
     made = begun
     while made is None or int(made.version) < version["number"]:
@@ -253,7 +254,7 @@ def _add_version(
             name,
             place,
             run_id=ids.get(version["run"]),
-            tags={_BEGUN: "true"},
+            tags={_INCOMPLETE: "true"},
             description=version["description"] or None,
             model_id=models[version["model"]],
             await_creation_for=0,
@@ -262,10 +263,10 @@ def _add_version(
 
 
 @translate_errors
-def copy_version(home: Home, version: ModelVersion, target: Home, *, looks: Sequence[Opening]) -> ModelVersion:
-    """The version as the registry of `target` has it, copied there first where it has none with the same files.
+def copy_version(home: Home, version: ModelVersion, target: Home, *, openings: Sequence[Opening]) -> ModelVersion:
+    """The version of `target` with the same files, copied there first if it has none.
 
-    looks are the openings of the test part that measured it; each becomes a tag of the copy. No alias is touched.
+    openings are those of the test part that measured the version; each becomes a tag of the copy. Aliases stay.
     Machines that share the study storage share the lock. Others may copy at the same time: of copies of the same files
     the lowest version stays. Raises StoreError, ModelError.
     """
@@ -275,31 +276,33 @@ def copy_version(home: Home, version: ModelVersion, target: Home, *, looks: Sequ
     with tempfile.TemporaryDirectory() as scratch, lock(target.create(), "mlflow-copy"):
         folder = fetch(home, version, Path(scratch))
         digest = model_digest(folder)
-        number = _known(target, version.name, digest)
+        number = _find_copy(target, version.name, digest)
         if number is None:
             tags = {
                 **source.tags,
                 MODEL_DIGEST: digest,
                 ORIGIN: source.tags.get(ORIGIN) or without_password(home.tracking_uri),
-                **{f"hpo.test_opening.{number}": json.dumps(asdict(look)) for number, look in enumerate(looks)},
+                **{
+                    f"hpo.test_opening.{number}": json.dumps(asdict(opening)) for number, opening in enumerate(openings)
+                },
             }
-            added = _add(target, version.name, folder, tags, run)
-            number = _known(target, version.name, digest) or added
+            added = _add_copy(target, version.name, folder, tags, run)
+            number = _find_copy(target, version.name, digest) or added
             if number != added:
-                _withdraw(target, version.name, added)
+                _delete_copy(target, version.name, added)
     return resolve(target, f"{version.name}/{number}")
 
 
 @translate_errors
-def _known(target: Home, name: str, digest: str) -> int | None:
+def _find_copy(target: Home, name: str, digest: str) -> int | None:
     """The lowest number of the versions with these files; None where there is none."""
     known = pages(connect(target).search_model_versions, filter_string=f"name = '{name}'")
     return min((int(each.version) for each in known if each.tags.get(MODEL_DIGEST) == digest), default=None)
 
 
 @translate_errors
-def _add(target: Home, name: str, folder: Path, tags: Mapping[str, str], origin: Any) -> int:
-    """Log and register the model in folder; a run beside it has the parameters and scores of the run that made it."""
+def _add_copy(target: Home, name: str, folder: Path, tags: Mapping[str, str], origin: Any) -> int:
+    """Log and register the model in folder, with a run that has the parameters and scores of its original run."""
     load_mlflow()
     from mlflow.exceptions import MlflowException
 
@@ -339,7 +342,7 @@ def _add(target: Home, name: str, folder: Path, tags: Mapping[str, str], origin:
 
 
 @translate_errors
-def _withdraw(target: Home, name: str, number: int) -> None:
+def _delete_copy(target: Home, name: str, number: int) -> None:
     """Delete a version that was just added, with its logged model and its run."""
     client = connect(target)
     version = client.get_model_version(name, str(number))
