@@ -39,7 +39,7 @@ def test_a_study_on_a_server_needs_no_local_artifacts(server: Home, folder: Path
     asked = read_tracking(server)
     assert database is not None
     assert asked is not None
-    assert sorted(database.runs, key=lambda run: run.key) == sorted(asked.runs, key=lambda run: run.key)
+    assert sorted(database.runs, key=lambda run: run.id) == sorted(asked.runs, key=lambda run: run.id)
     assert database.versions == asked.versions
     assert [model for model in database.models if not model.deleted] == list(asked.models)
     model = load_model("tiny", home=server)

@@ -143,9 +143,7 @@ def _plain_run(client: Any, run: Any, originals: _OriginalIds) -> dict[str, Any]
             {**one.dataset.to_dictionary(), "tags": {tag.key: tag.value for tag in one.tags}}
             for one in run.inputs.dataset_inputs
         ],
-        "outputs": [
-            [originals.model(one.model_id), one.step] for one in (run.outputs.model_outputs if run.outputs else ())
-        ],
+        "outputs": [[originals.model(one.model_id), one.step] for one in outputs],
     }
 
 
