@@ -19,7 +19,7 @@ from hpo.errors import HpoError
 from hpo.home import Home
 from hpo.records import FailureKind, StudyEnded, TrialStarted, TrialState
 from hpo.spec.load import load_study
-from hpo.storage.reader import look
+from hpo.storage.reader import read_snapshots
 from hpo.tracking.registry import versions
 
 ONE = ["--workers", "1", "--stack", "1"]
@@ -68,7 +68,7 @@ def test_array_spends_the_budget_exactly_registers_once_and_then_has_nothing_to_
     assert isinstance(ended, StudyEnded)
     assert (ended.reason, ended.model.trial) == ("budget", study.best.number)
     assert [version.version for version in versions(Home.find(project))] == [1]
-    (seen,) = look(Home.find(project))
+    (seen,) = read_snapshots(Home.find(project))
     assert len({row["lease"] for row in _starts(project)}) == 2 >= len(seen.holders) == 0
     # A second time there is nothing to do, and no job is submitted.
     before = sorted((project / "mlruns" / "jobs").rglob("*"))
@@ -119,7 +119,7 @@ def test_ctrl_c_ends_the_study_and_its_jobs(project):
         run.send_signal(signal.SIGINT)
         said = run.stdout.read()
     assert "StudyEnded interrupted" in said
-    (seen,) = look(Home.find(project))
+    (seen,) = read_snapshots(Home.find(project))
     assert seen.holders == () == seen.abandoned
     assert {trial.state for trial in seen.study.trials} == {TrialState.STOPPED, TrialState.WAITING}
     ends = time.monotonic() + 10
@@ -144,7 +144,7 @@ def test_detached_array_goes_on_alone(project):
     assert len(done.jobs) == 2
     ends = time.monotonic() + 60
     while time.monotonic() < ends:
-        (seen,) = look(Home.find(project))
+        (seen,) = read_snapshots(Home.find(project))
         if seen.best and len(seen.study.trials) == 2 and not _workers(project):
             break
         time.sleep(0.5)

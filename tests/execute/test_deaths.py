@@ -21,7 +21,7 @@ from hpo.execute.workers.job_process import Helper
 from hpo.execute.workers.task import Task
 from hpo.home import Home
 from hpo.records import TrialEnded, TrialResult, TrialState
-from hpo.search.open import open_study
+from hpo.search.lifecycle import open_study
 
 FORK = multiprocessing.get_context("fork")
 

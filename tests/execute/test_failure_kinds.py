@@ -15,7 +15,7 @@ from hpo.execute.run_study import run_study
 from hpo.execute.workers.task import Task, train_task
 from hpo.home import Home
 from hpo.records import Candidate, EpochEnded, FailureKind, StudyResult, Trial, TrialEnded, TrialResult, TrialState
-from hpo.report.failures import failure_lines
+from hpo.report.summary import failure_lines
 from hpo.spec.load import load_study
 from hpo.spec.models import CnnSpec, MlpSpec, OwnModelSpec
 from hpo.spec.study import DataSpec, Setup, SplitSpec

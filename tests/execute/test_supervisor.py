@@ -42,15 +42,15 @@ def test_every_trial_is_told_to_the_tracker_in_order(run_formula, spec):
     ]
 
 
-def test_a_resumed_study_tries_what_an_unbroken_one_would(run_formula, spec, tmp_path):
-    pieces = [run_formula(spec, trials=count) for count in (1, 3, 6)][-1]
-    values = [trial.value for trial in pieces.trials]
-    assert len(set(values)) == 6
-    whole = [
-        spec.with_values(trial.candidate.parameters).model.hidden
-        for trial in sorted(pieces.trials, key=lambda trial: trial.candidate.ordinal)
-    ]
-    assert len(set(whole)) == 6
+def test_a_resumed_study_tries_what_an_unbroken_one_would(run_formula, spec):
+    def trials(run):
+        done = [(trial.candidate, trial.value) for trial in run.trials]
+        return [(candidate.ordinal, candidate.seed, candidate.parameters, value) for candidate, value in done]
+
+    unbroken = trials(run_formula(spec.model_copy(update={"name": "unbroken"})))
+    resumed = trials([run_formula(spec, trials=count) for count in (1, 3, 6)][-1])
+    assert resumed == unbroken
+    assert len({value for *_, value in resumed}) == 6
 
 
 def test_an_interrupted_trial_is_stopped_and_tried_again_with_the_same_candidate(run_formula, spec):
@@ -76,18 +76,23 @@ def test_an_interrupted_trial_is_stopped_and_tried_again_with_the_same_candidate
 
 def test_a_deadline_stops_what_runs(run_formula, spec):
     def slow(task, device):
-        for message in formula(task, device):
+        for message in _unpruned(task):
             time.sleep(0.05)
             yield message
 
-    run = run_formula(spec, trainer=lambda task, device: _forward(slow(task, device)), deadline=time.monotonic() + 0.3)
+    run = run_formula(spec, trainer=slow, deadline=time.monotonic() + 0.3)
     assert run.reason == "timeout"
     assert not [trial for trial in run.trials if trial.state is TrialState.RUNNING]
 
 
-def _forward(generator):
-    """A training that is always told to go on, whatever it hears."""
-    yield from generator
+def _unpruned(task):
+    """The messages of a whole training, whatever the supervisor's verdicts are."""
+    training = formula(task, "cpu")
+    message = next(training)
+    while not isinstance(message, TrialEnded):
+        yield message
+        message = training.send(True)
+    yield message
 
 
 def test_a_failed_trial_has_its_reason_and_the_study_goes_on(run_formula, spec):
@@ -177,7 +182,7 @@ class _Dying:
                 self.died = True
                 messages.append((slot, WorkerLost(-9)))
             else:
-                *_, end = _forward(formula_alone(task))
+                *_, end = _unpruned(task)
                 messages.append((slot, end))
         self.tasks = {}
         return messages
@@ -187,14 +192,6 @@ class _Dying:
 
     def close(self):
         self.tasks = {}
-
-
-def formula_alone(task):
-    training = formula(task, "cpu")
-    message = next(training)
-    while not isinstance(message, TrialEnded):
-        message = training.send(True)
-    yield message
 
 
 def test_a_candidate_whose_worker_dies_is_tried_again(run_formula, spec):
@@ -240,7 +237,7 @@ def test_a_broken_constraint_keeps_a_trial_from_being_best(run_formula):
     spec = formula_spec(constraints=["parameters <= 500"], trials=8)
 
     def sized(task, device):
-        for message in _forward(formula_alone_with_epochs(task)):
+        for message in _unpruned(task):
             if isinstance(message, TrialEnded):
                 scores = {**message.result.scores, "parameters": float(task.setup.model.hidden)}
                 message = TrialEnded(dataclasses.replace(message.result, scores=scores))
@@ -250,12 +247,3 @@ def test_a_broken_constraint_keeps_a_trial_from_being_best(run_formula):
     sizes = [trial.candidate.parameters["model.hidden"] for trial in run.trials]
     assert min(sizes) <= 500 < max(sizes)
     assert run.study.result().best.candidate.parameters["model.hidden"] <= 500
-
-
-def formula_alone_with_epochs(task):
-    training = formula(task, "cpu")
-    message = next(training)
-    while not isinstance(message, TrialEnded):
-        yield message
-        message = training.send(True)
-    yield message

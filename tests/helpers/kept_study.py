@@ -12,10 +12,10 @@ from hpo.data.prepare import prepare
 from hpo.data.split import split_card
 from hpo.home import Home
 from hpo.records import Epoch, StudyResult, TrialResult, TrialState
-from hpo.search.open import open_study
+from hpo.search.lifecycle import open_study
 from hpo.search.study import Study
 from hpo.spec.study import SplitSpec, StudySpec
-from hpo.storage.reader import look
+from hpo.storage.reader import read_snapshots
 from hpo.tracking.store import connect
 from hpo.tracking.tracker import Tracker
 
@@ -85,7 +85,7 @@ def left(folder: Path) -> Path:
 
 def stored(home: Home) -> StudyResult:
     """The study as its storage has it."""
-    (one,) = look(home)
+    (one,) = read_snapshots(home)
     return one.study
 
 

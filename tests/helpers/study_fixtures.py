@@ -17,7 +17,7 @@ from hpo.execute.supervisor import Supervisor
 from hpo.execute.tracking_queue import Background
 from hpo.home import Home
 from hpo.records import Event
-from hpo.search.open import open_study
+from hpo.search.lifecycle import open_study
 from hpo.search.study import Study
 from hpo.tracking.repair import move_artifacts
 from kept_study import make_kept_study

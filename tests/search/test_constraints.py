@@ -10,7 +10,7 @@ from formula import NUMERIC, train
 from hpo.errors import SpecError
 from hpo.records import FINAL, Candidate, StudyResult, Trial, TrialResult, TrialState
 from hpo.search.constraints import aims, judge, most_parameters, needs_latency, parse_constraint, violation
-from hpo.search.open import open_study
+from hpo.search.lifecycle import open_study
 
 LR = {"training.optimizer.lr": NUMERIC["training.optimizer.lr"]}
 WIDTH = {"model.hidden": {"int": [1, 1000]}}

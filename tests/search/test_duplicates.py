@@ -6,7 +6,7 @@ import pytest
 
 from formula import FINITE, FINITE_CELLS, objective, run_all, sequence, train
 from hpo.records import Epoch, TrialResult, TrialState
-from hpo.search.open import open_study
+from hpo.search.lifecycle import open_study
 from hpo.storage.trial_attrs import key_of
 
 SIZES = {"model.hidden": {"choice": [8, 16, 32]}}

@@ -6,7 +6,7 @@ import pytest
 
 from formula import FINITE, MIXED, NUMERIC, objective, run_all, sequence, train
 from hpo.records import FINAL, TrialResult, TrialState
-from hpo.search.open import open_study
+from hpo.search.lifecycle import open_study
 
 BUDGET = 8
 

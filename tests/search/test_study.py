@@ -11,9 +11,10 @@ import pytest
 from formula import FINITE, FINITE_CELLS, MIXED, NUMERIC, objective, run_all, sequence, train
 from hpo.errors import SpecError
 from hpo.records import TrialResult, TrialState
-from hpo.search.open import open_study
-from hpo.storage.optuna_storage import RESULT, read_study
-from hpo.storage.trial_attrs import key_of
+from hpo.search.lifecycle import open_study
+from hpo.storage.optuna_private import trial_id_of
+from hpo.storage.optuna_storage import read_study
+from hpo.storage.trial_attrs import RESULT, key_of
 
 FORK = multiprocessing.get_context("fork")
 
@@ -184,7 +185,7 @@ def test_result_written_before_the_kill_is_told_and_not_tried_again(home, make_s
     one = open_study(home, make_spec(), data_digest="d")
     candidate = one.ask(budget=5, worker="a")
     done = TrialResult(candidate.number, TrialState.COMPLETE, 0.5, 2)
-    one._storage.set_trial_user_attr(one._running[candidate.number]._trial_id, RESULT, done.to_json())
+    one._storage.database.set_trial_user_attr(trial_id_of(one._running[candidate.number]), RESULT, done.to_json())
     one.close()
     two = open_study(home, make_spec(), data_digest="d")
     assert two.reap() == [candidate.number]

@@ -42,6 +42,7 @@ from hpo.cli.store import app as store_app
 from hpo.cli.transfer import export, import_
 from hpo.cli.use import models, predict, promote
 from hpo.cli.worker import worker
+from hpo.report.text import duration, short_paths
 
 if TYPE_CHECKING:
     from hpo.records import Trial
@@ -120,8 +121,8 @@ def check(
     data, split = report.data, report.split
     origin = "the publisher's file" if data.official else "not the publisher's file"
     size = " x ".join(map(str, data.image_shape))
-    features = output.show_seconds(report.features_seconds)
-    time, disk = output.show_seconds(report.estimated_seconds), output.show_bytes(report.estimated_bytes)
+    features = duration(report.features_seconds)
+    time, disk = duration(report.estimated_seconds), output.show_bytes(report.estimated_bytes)
     output.print_facts(
         [
             ("data", f"{data.name}, {origin}, {data.digest}"),
@@ -130,9 +131,9 @@ def check(
             ("network", f"{report.parameter_count:,} parameters, {output.show_bytes(report.model_bytes)} as a model"),
             ("device", f"{report.device}, {report.precision}, {report.workers} workers"),
             *([("features", f"{features}, once")] if report.features_seconds else []),
-            ("batch", output.show_seconds(report.batch_seconds)),
-            ("epoch", output.show_seconds(report.epoch_seconds)),
-            ("export", output.show_seconds(report.export_seconds)),
+            ("batch", duration(report.batch_seconds)),
+            ("epoch", duration(report.epoch_seconds)),
+            ("export", duration(report.export_seconds)),
             (f"{report.trials} trials", f"about {time} and {disk}"),
         ]
     )
@@ -176,7 +177,7 @@ def trials(
     if as_json:
         output.print_json(replace(result, trials=tuple(shown)))
         return
-    names = output.short_names({path for trial in shown for path in trial.candidate.parameters})
+    names = short_paths({path for trial in shown for path in trial.candidate.parameters})
     columns = [">trial", "state", f">{result.objective}", ">epoch", ">time", "~parameters"]
     output.print_table([_trial_row(trial, names) for trial in shown], columns)
 
@@ -186,7 +187,7 @@ def _trial_row(trial: Trial, names: dict[str, str]) -> list[str]:
     words = output.show_parameters(trial.candidate.parameters, names)
     if trial.result and trial.result.reason:
         words = f"{trial.result.reason} ({words})"
-    time = output.show_seconds(trial.run_seconds) if trial.state.finished else ""
+    time = duration(trial.run_seconds) if trial.state.finished else ""
     return [str(trial.number), trial.state.value, output.show_score(trial.value), epoch, time, words]
 
 

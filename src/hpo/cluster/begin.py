@@ -56,7 +56,7 @@ def begin_study(
         helper = Helper(process_context())
         cleanup.callback(helper.close)
         job = helper.submit(prepare, spec.data, spec.split, "cpu")  # the machine that begins it may have no GPU
-        from hpo.search.open import open_study  # optuna's import goes on beside the preparation
+        from hpo.search.lifecycle import open_study  # optuna's import goes on beside the preparation
 
         prepared: Prepared = await_job(job, helper, say, interrupted)
         budget = budget_of(spec, trials)

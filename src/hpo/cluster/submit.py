@@ -20,7 +20,7 @@ from hpo.jobs.stop import stop_study
 from hpo.records import ModelVersion, Notice, StudyEnded, StudyOpened, StudyResult
 from hpo.spec.study import StudySpec
 from hpo.storage.reader import list_trials
-from hpo.storage.watch import Follower
+from hpo.storage.watch import StudyWatcher
 from hpo.tracking.registry import versions
 
 _TICK = 1.0  # seconds between looks at the study
@@ -70,8 +70,8 @@ def run_array(
         say(opened)
         say(StudyEnded(study, "budget", _model(place, study)))
         return study
-    follower = Follower(place, study)
-    follower.news()  # as it stands before the first job
+    follower = StudyWatcher(place, study)
+    follower.new_events()  # as it stands before the first job
     folder = place.root / "jobs" / study.title
     command = worker_command(study.exact, options, home=place.root.parent)
     jobs = submit(command, name=study.name, workers=workers, folder=folder, settings=chosen, cluster=cluster)
@@ -83,7 +83,7 @@ def run_array(
 
 
 class _Watching:
-    def __init__(self, home: Home, opened: StudyOpened, follower: Follower, jobs: Jobs, say: Watch) -> None:
+    def __init__(self, home: Home, opened: StudyOpened, follower: StudyWatcher, jobs: Jobs, say: Watch) -> None:
         self._home, self._opened, self._follower, self._jobs, self._say = home, opened, follower, jobs, say
         self._away = False
 
@@ -120,7 +120,7 @@ class _Watching:
 
     def _look(self) -> None:
         try:
-            events = self._follower.news()
+            events = self._follower.new_events()
         except StoreError as error:  # the jobs wait for it too
             if not self._away:
                 self._say(Notice(f"the study cannot be seen: {error} The jobs go on."))

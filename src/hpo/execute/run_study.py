@@ -97,7 +97,7 @@ def run_study(
         cleanup.callback(helper.close)
         job = helper.submit(prepare, spec.data, spec.split, "cpu" if ray else device)
         background.submit(load_mlflow)  # mlflow's import takes seconds: it goes on beside the preparation
-        from hpo.search.open import open_study  # and so does optuna's
+        from hpo.search.lifecycle import open_study  # and so does optuna's
 
         cluster = Cluster(ray, device=device) if ray else None
         if cluster is not None:

@@ -33,7 +33,7 @@ def sweep(work: Path, study: Study) -> None:
     found = list(work.iterdir()) if work.is_dir() else []
     needed = wanted(study.result()) | study.attended()
     for path in found:
-        dead = path.name.startswith("lease-") and not study.lease.alive(f"{path.name}.lock")
+        dead = path.name.startswith("lease-") and not study.lease.is_held(f"{path.name}.lock")
         if dead or (path.name.isdecimal() and int(path.name) not in needed):
             shutil.rmtree(path, ignore_errors=True)
     for folder in (work / "checkpoints", work):

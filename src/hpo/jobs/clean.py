@@ -14,7 +14,7 @@ from hpo.home import Home
 from hpo.jobs.shared.home_snapshot import HomeSnapshot, leftover_work, remove, size_of, take_snapshot
 from hpo.records import FINAL
 from hpo.spec.study import KeepSpec
-from hpo.storage.reader import Look
+from hpo.storage.reader import StudySnapshot
 from hpo.tracking import runs
 from hpo.tracking.reader import Experiment, Model, Run, TrackingSnapshot
 from hpo.tracking.repair import purge
@@ -135,7 +135,7 @@ def _deleted(snapshot: HomeSnapshot, study: str | None) -> Plan:
         yield Waste(kind, name, one.id, size), partial(purge, snapshot.home, [one])
 
 
-def _not_kept(snapshot: HomeSnapshot, one: Look, *, models: float | None, figures: float | None) -> Plan:
+def _not_kept(snapshot: HomeSnapshot, one: StudySnapshot, *, models: float | None, figures: float | None) -> Plan:
     """Models and figures of trials that are not among the best of a study."""
     tracking, study = snapshot.tracking or TrackingSnapshot(), one.study
     parent = next((run for run in tracking.runs if runs.study_tags(study).items() <= run.tags.items()), None)

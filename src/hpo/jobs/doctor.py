@@ -15,7 +15,7 @@ from hpo.home import Home
 from hpo.jobs.shared.doctor_runs import numbers, run_cases
 from hpo.jobs.shared.home_snapshot import Case, Finding, HomeSnapshot, leftover_work, remove, size_of, take_snapshot
 from hpo.jobs.stores import read_schema
-from hpo.storage.lease import seen_held
+from hpo.storage.liveness import seen_held
 from hpo.tracking.repair import move_artifacts
 from hpo.tracking.store import is_server, local_path
 

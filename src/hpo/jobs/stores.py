@@ -14,7 +14,7 @@ from pathlib import Path
 from hpo.database import engine_name, reading, sqlite_file
 from hpo.errors import HpoError, StoreError
 from hpo.home import Home
-from hpo.storage.lease import holders
+from hpo.storage.liveness import holders
 from hpo.storage.reader import count_trials
 from hpo.tracking.store import is_server, server_version, without_password
 

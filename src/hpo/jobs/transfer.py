@@ -133,7 +133,7 @@ def export_study(study: str, *, home: str | Path | None = None, file: str | Path
     if found.count(TrialState.RUNNING):
         repair.reap(place, found.title)
         storage.refuse_running(place, found.title)
-    stored = storage.take(place, found.exact)
+    stored = storage.export_study(place, found.exact)
     try:
         record = storage.check(stored)
     except _WRONG as error:
@@ -179,12 +179,12 @@ def import_study(file: str | Path, *, home: str | Path | None = None) -> Importe
         check_reachable(place.create())
         with locked(place.locks / "import.lock"):
             storage.refuse_running(place, record.title)
-            standing = storage.standing(place, study)
+            standing = storage.relation(place, study)
             added, trials = import_runs.Imports(), 0
-            if standing is not storage.Standing.AHEAD:
+            if standing is not storage.Relation.AHEAD:
                 # The trials last: a study that can be run is complete.
                 added = import_runs.import_runs(place, record, side, archive.extract)
-                trials = storage.put(place, study)
+                trials = storage.import_study(place, study)
     return Imported(
         title=record.title,
         store=without_password(place.tracking_uri),

@@ -8,8 +8,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hpo.cli.display.output import show_seconds
 from hpo.profile import Limit, StudyProfiled
+from hpo.report.text import duration
 
 
 def profile_report(profiled: StudyProfiled) -> RenderableType:
@@ -30,7 +30,7 @@ def profile_report(profiled: StudyProfiled) -> RenderableType:
 
 
 def _cells(phase: str, seconds: float, share: str, cpu_seconds: float, trials: int) -> list[str]:
-    return [phase, show_seconds(seconds), share, show_seconds(cpu_seconds), show_seconds(seconds / trials)]
+    return [phase, duration(seconds), share, duration(cpu_seconds), duration(seconds / trials)]
 
 
 def limit_line(limit: Limit) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hpo.cli.display.output import short_names, show_parameters, show_score, show_seconds
+from hpo.cli.display.output import show_parameters, show_score
 from hpo.records import (
     FINAL,
     EpochEnded,
@@ -19,7 +19,8 @@ from hpo.records import (
     TrialStarted,
     TrialState,
 )
-from hpo.report.failures import failure_lines
+from hpo.report.summary import failure_lines
+from hpo.report.text import duration, short_paths
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Tally:
         search = study.spec.get("search") or {}
         spaces = [search.get("space") or {}, *(stage.get("space") or {} for stage in search.get("stages") or ())]
         space = {path for each in spaces for path in each}
-        self.names = short_names(space or {path for trial in study.trials for path in trial.candidate.parameters})
+        self.names = short_paths(space or {path for trial in study.trials for path in trial.candidate.parameters})
         if study.best:
             self.best, self.best_parameters = study.best.result, study.best.candidate.parameters
 
@@ -195,7 +196,7 @@ def _done(tally: Tally) -> str:
     if not tally.finished_here and tally.finished >= tally.budget:
         return f"all {tally.finished} trials were done before: {tally.counts()}"
     counts = f": {tally.counts()}" if tally.finished else ""
-    return f"{tally.finished} of {tally.budget} trials, {show_seconds(tally.seconds)}{counts}"
+    return f"{tally.finished} of {tally.budget} trials, {duration(tally.seconds)}{counts}"
 
 
 def next_steps(tally: Tally, commands: NextCommands) -> list[tuple[str, str]]:

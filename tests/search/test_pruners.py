@@ -6,8 +6,8 @@ import pytest
 
 from formula import NUMERIC, objective, run_all
 from hpo.records import TrialResult, TrialState
-from hpo.search.curve_pruner import CurvePruner, chance_to_beat, running_best, standing
-from hpo.search.open import open_study
+from hpo.search.lifecycle import open_study
+from hpo.search.pruners import CurvePruner, chance_to_beat, running_best, score_and_gain
 
 EPOCHS = 10
 
@@ -27,8 +27,8 @@ def _chance(curve, *, best=None, epochs=4):
 
 
 def _forecast(best, curve, curves, finals, *, epochs):
-    earlier = np.array([standing(other, epochs) for other in curves])
-    return chance_to_beat(best, np.array(standing(curve, epochs)), earlier, finals)
+    earlier = np.array([score_and_gain(other, epochs) for other in curves])
+    return chance_to_beat(best, np.array(score_and_gain(curve, epochs)), earlier, finals)
 
 
 def test_a_curve_above_all_others_will_beat_the_best_and_one_below_will_not():
