@@ -24,9 +24,8 @@ from hpo.records import FINAL
 from hpo.spec.load import load_study
 from hpo.spec.study import PromoteSpec, StudySpec
 from hpo.storage.optuna_storage import read_study
-from hpo.tracking.champions import champions
 from hpo.tracking.ledger import openings
-from hpo.tracking.registry import set_alias, versions
+from hpo.tracking.registry import champions, set_alias, versions
 
 QUICK = {
     "training.precision": "float32",
@@ -171,15 +170,15 @@ def test_without_images_to_compare_on_the_objective_decides_and_says_so(home: Ho
 
 
 def test_a_model_that_answers_otherwise_than_its_trial_is_refused(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hpo.tracking.predictions import validation_answers
+    from hpo.tracking.runs import validation_predictions
 
     def answers(home: Home, run_id: str):
-        told = validation_answers(home, run_id)
+        told = validation_predictions(home, run_id)
         return told | {"probabilities": told["probabilities"] * (1 - 1e-3)}
 
     stand(home, champion=None, challenger=2)
     assert float(gates.parity(home, _entrants(home)[0], load_model("digits-mlp/2")).measured.split()[2]) < 1e-5
-    monkeypatch.setattr("hpo.tracking.predictions.validation_answers", answers)
+    monkeypatch.setattr("hpo.tracking.runs.validation_predictions", answers)
     promotion = promote("digits-mlp")
     assert promotion.refused
     assert promotion.reason.startswith("reloads: probabilities within 0.001 of the trial's, 0 of 288")

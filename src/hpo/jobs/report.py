@@ -24,7 +24,7 @@ from hpo.spec.study import StudySpec
 from hpo.tracking.ledger import openings
 from hpo.tracking.registry import versions
 from hpo.tracking.runs import TRIAL, artifact, children, find_parent
-from hpo.tracking.store import connect, exists, told
+from hpo.tracking.store import connect, exists, translate_errors
 
 _SAMPLES = 6  # images of each class
 _PIXELS = 50_000_000  # that mean and deviation are taken over, at most: half a second
@@ -136,7 +136,7 @@ def _noting(missing: list[str], what: str) -> Iterator[None]:
         missing.append(f"{what[0].upper()}{what[1:]}: {getattr(error, 'message', error)}")
 
 
-@told
+@translate_errors
 def _tracked(home: Home, study: StudyResult) -> _Tracked:
     looks = tuple(
         Opening(datetime.fromisoformat(look.when), look.version, look.trial, look.scores, look.purpose)

@@ -157,9 +157,9 @@ def _remembered(trial: Trial) -> list[int]:
 
 def parity(home: Home, new: Entrant, model: Classifier) -> Verdict:
     """Whether the model that was logged answers as the trial did that left it."""
-    from hpo.tracking.predictions import validation_answers
+    from hpo.tracking.runs import validation_predictions
 
-    answers = validation_answers(home, new.kept("it is to be promoted").run_id)
+    answers = validation_predictions(home, new.kept("it is to be promoted").run_id)
     if answers is None:
         return Verdict(
             "reloads", True, "it loads; no answers of its training are on record to compare with", "it loads"
