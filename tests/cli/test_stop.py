@@ -90,7 +90,7 @@ def test_stop_ends_every_run_of_a_study_cleanly(place):
             told, _ = run.communicate(timeout=60)
             assert run.returncode == 130, told
             assert "stopped" in told
-            assert "go on where this stopped" in told
+            assert "resume" in told
     finally:
         for run in runs:
             end(run)

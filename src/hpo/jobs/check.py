@@ -1,4 +1,4 @@
-"""Pre-flight of a study: one real batch through model, loss, backward and export, and what N trials would take."""
+"""Check a study: one real batch through model, loss, backward and export, and an estimate of its cost."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from hpo.spec.study import StudySpec
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What one batch told. Seconds and bytes are estimates: of the spec as written, on this machine, as busy as it is.
+    """Measurements of one batch. Seconds and bytes are estimates for this spec and the present load of this machine.
 
-    estimated_seconds is for `trials` trials of the full number of epochs on `workers` workers; estimated_bytes for the
-    models that are kept of them. warnings name what is allowed but rarely meant.
+    estimated_seconds is for `trials` trials of the full number of epochs on `workers` workers, estimated_bytes for
+    their kept models. warnings name settings that are allowed but rarely intended.
     """
 
     data: DataCard

@@ -1,4 +1,4 @@
-"""Draw what a registered model looks at in image files."""
+"""Draw the saliency maps of a registered model for image files."""
 
 from __future__ import annotations
 
@@ -92,10 +92,10 @@ def explain_mistakes(
     home: AnyPath | Home | None = None,
     trust: bool = False,
 ) -> list[Explained]:
-    """explain for the validation images that the model got wrong most surely, five at most.
+    """Explain the most confident mistakes of the model on validation images, five at most.
 
-    Their pictures are named by their order and true class; what is explained is the wrong answer. The model must be
-    the one that its study's report shows. Raises ModelError where its validation answers or the images are gone.
+    Pictures are named by their order and true class; the wrong class is explained. The model must be the one that its
+    study's report shows. Raises ModelError if its validation predictions or the images are gone.
     """
     from hpo.data.overview import to_png
     from hpo.jobs.report import gather
@@ -108,8 +108,8 @@ def explain_mistakes(
     answers, shown = findings.answers, findings.shown
     if answers is None or not answers.images or shown is None or shown.number != version.trial:
         raise ModelError(
-            f"{model}: its answers on the validation images, or these images, are not there.",
-            f"Take the study's newest model, where its data is prepared: {version.name}",
+            f"{model}: its validation predictions, or the images, are not available.",
+            f"Use the study's newest model, on a machine with its data: {version.name}",
         )
     with tempfile.TemporaryDirectory() as scratch:
         files = []
@@ -123,7 +123,7 @@ def explain_mistakes(
 
 @contextmanager
 def _parts(model: AnyPath, home: AnyPath | Home | None, *, trust: bool) -> Iterator[Path]:
-    """The folder in a logged model with its program, config and setup, whose functions may be imported."""
+    """The folder of a logged model with program, config and setup, whose functions may be imported."""
     from hpo.tracking.registry import fetch, resolve
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -133,7 +133,7 @@ def _parts(model: AnyPath, home: AnyPath | Home | None, *, trust: bool) -> Itera
             found = home if isinstance(home, Home) else Home.find(home)
             place = fetch(found, resolve(found, str(model)), Path(scratch))
         if not (place / "artifacts" / "config.json").is_file():
-            raise ModelError(f"{model}: not a model that a study has logged.", "List those that are: hpo models")
+            raise ModelError(f"{model}: not a model that a study has logged.", "List the models: hpo models")
         check_setup(place / "artifacts" / "setup.json", trust=trust)
         yield place / "artifacts"
 
@@ -142,12 +142,12 @@ def _label(name: str, names: Sequence[str]) -> int:
     if name not in names:
         close = difflib.get_close_matches(name, names, n=1)
         hint = f"Did you mean {close[0]}? " if close else ""
-        raise ModelError(f"--class: the model has no class {name!r}.", f"{hint}There is: {', '.join(names)}.")
+        raise ModelError(f"--class: the model has no class {name!r}.", f"{hint}Classes: {', '.join(names)}.")
     return names.index(name)
 
 
 def _pictures(paths: Sequence[AnyPath], folder: Path) -> list[Path]:
-    """A PNG for each file, named after it; files of one name in several folders are numbered."""
+    """A PNG for each file, named after it; files with the same name in several folders are numbered."""
     seen: dict[str, int] = {}
     pictures = []
     for path in paths:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from hpo.errors import HpoError, ModelError
 from hpo.home import Home
-from hpo.jobs.compare import Entrant, find_entrant
 from hpo.jobs.shared.gates import Verdict, same_signature, verdicts
+from hpo.jobs.shared.model_reference import ModelReference, find_model
 from hpo.jobs.shared.test_set_access import measure, test_scores
 from hpo.records import ModelVersion
 from hpo.spec.load import parse_study
@@ -67,7 +67,7 @@ def promote(study: str, *, home: str | Path | None = None, force: bool = False, 
     if champion is not None and champion.version == challenger.version:
         known, count = test_scores(champion.scores), len(openings(place, record))
         return Promotion(False, "the challenger is the champion already", challenger, champion, known, known, count)
-    new = find_entrant(place, f"{name}/{challenger.version}", trust=trust)
+    new = find_model(place, f"{name}/{challenger.version}", trust=trust)
     old, why = _trained(place, champion, trust=trust)
     model = load_model(challenger.model_uri, home=place)
     gates = tuple(verdicts(place, new, model, champion, old, why))
@@ -90,12 +90,12 @@ def promote(study: str, *, home: str | Path | None = None, force: bool = False, 
     return Promotion(True, reason, challenger, champion, scores, before, count, gates, forced=bool(failed))
 
 
-def _trained(home: Home, champion: ModelVersion | None, *, trust: bool) -> tuple[Entrant | None, str]:
+def _trained(home: Home, champion: ModelVersion | None, *, trust: bool) -> tuple[ModelReference | None, str]:
     """The champion's training; None where there is no champion, or where it cannot be found: why not."""
     if champion is None:
         return None, ""
     try:
-        return find_entrant(home, f"{champion.name}/{champion.version}", trust=trust), ""
+        return find_model(home, f"{champion.name}/{champion.version}", trust=trust), ""
     except HpoError as error:
         return None, f"the champion's training is not at hand: {error.message}"
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from hpo.errors import HpoError
 from hpo.home import Home
-from hpo.jobs.compare import Entrant
+from hpo.jobs.shared.model_reference import ModelReference
 from hpo.metrics import counted, direction_of
 from hpo.records import FINAL, ModelVersion, Trial, TrialResult, unpack_classes
 from hpo.report.statistics import Ints, mean_lead
@@ -44,7 +44,12 @@ class Verdict:
 
 
 def verdicts(
-    home: Home, new: Entrant, model: Classifier, champion: ModelVersion | None, old: Entrant | None, why: str
+    home: Home,
+    new: ModelReference,
+    model: Classifier,
+    champion: ModelVersion | None,
+    old: ModelReference | None,
+    why: str,
 ) -> Iterator[Verdict]:
     """The verdicts on a challenger in order, the ones on its champion first; without one they fall away.
 
@@ -59,7 +64,9 @@ def verdicts(
     yield from limits(home, new, model)
 
 
-def beats_champion(home: Home, new: Entrant, champion: ModelVersion, old: Entrant | None, why: str) -> Verdict:
+def beats_champion(
+    home: Home, new: ModelReference, champion: ModelVersion, old: ModelReference | None, why: str
+) -> Verdict:
     """Whether the challenger is better on validation images that neither model has learnt from, beyond chance.
 
     The score is the objective where it can be counted from classes, else accuracy; a candidate that a race trained
@@ -85,7 +92,7 @@ def beats_champion(home: Home, new: Entrant, champion: ModelVersion, old: Entran
     )
 
 
-def _by_objective(new: Entrant, champion: ModelVersion, old: Entrant | None, *, why: str) -> Verdict:
+def _by_objective(new: ModelReference, champion: ModelVersion, old: ModelReference | None, *, why: str) -> Verdict:
     objective = new.spec.search.objective
     ours = new.kept("it is to be promoted").scores.get(objective, new.trial.value)
     theirs = champion.scores.get(objective, old.trial.value if old is not None else None)
@@ -97,7 +104,7 @@ def _by_objective(new: Entrant, champion: ModelVersion, old: Entrant | None, *, 
     return Verdict("beats the champion", better, said, wanted)
 
 
-def _unseen(new: Entrant, old: Entrant) -> tuple[Part | None, str]:
+def _unseen(new: ModelReference, old: ModelReference) -> tuple[Part | None, str]:
     """The challenger's validation images that the champion has not learnt from, and a remark on them; None: why not."""
     from hpo.data.evaluation_sets import Part, rows_unseen, validation_part
 
@@ -120,7 +127,7 @@ def _unseen(new: Entrant, old: Entrant) -> tuple[Part | None, str]:
     return Part(part.images[rows], part.labels[rows]), less
 
 
-def _said(home: Home, entrant: Entrant, part: Part, class_names: tuple[str, ...]) -> Ints:
+def _said(home: Home, entrant: ModelReference, part: Part, class_names: tuple[str, ...]) -> Ints:
     """(seeds, n) the classes that each training of a candidate gives to the images, as places in class_names.
 
     As remembered, where these images were all validated on; else the kept model is asked.
@@ -142,7 +149,7 @@ def _said(home: Home, entrant: Entrant, part: Part, class_names: tuple[str, ...]
     return said
 
 
-def _seeds(entrant: Entrant) -> list[Trial]:
+def _seeds(entrant: ModelReference) -> list[Trial]:
     """The trainings of the entrant's candidate in its race; only itself where it ran none."""
     mine = entrant.trial.candidate
     if mine.stage != FINAL:
@@ -155,7 +162,7 @@ def _remembered(trial: Trial) -> list[int]:
     return unpack_classes(trial.result.predicted) if trial.result is not None else []
 
 
-def parity(home: Home, new: Entrant, model: Classifier) -> Verdict:
+def parity(home: Home, new: ModelReference, model: Classifier) -> Verdict:
     """Whether the model that was logged answers as the trial did that left it."""
     from hpo.tracking.runs import validation_predictions
 
@@ -204,7 +211,7 @@ def _shown(names: tuple[str, ...]) -> str:
     return f"{len(names)} classes: {', '.join(names)}"
 
 
-def limits(home: Home, new: Entrant, model: Classifier) -> Iterator[Verdict]:
+def limits(home: Home, new: ModelReference, model: Classifier) -> Iterator[Verdict]:
     """Whether the model keeps what the study declares: the constraints of its search, and `promote`."""
     from hpo.search.constraints import parse_constraint, violations
     from hpo.tracking.registry import fetch
