@@ -47,7 +47,7 @@ def explain(
     """Highlight the pixels that support a class: one picture for each image file."""
     from hpo.errors import HpoError
     from hpo.jobs.explain import explain as draw
-    from hpo.jobs.explain import explain_mistakes
+    from hpo.jobs.report import explain_mistakes
 
     if bool(images) == mistakes:
         raise HpoError("hpo explain needs image files, or --mistakes.", f"For example: hpo explain {model} --mistakes")
