@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from formula import run_all, train
-from hpo.records import TrialEnded, TrialResult, TrialStarted, TrialState
+from hpo.events import TrialEnded, TrialStarted
+from hpo.records import TrialResult, TrialState
 from hpo.search.lifecycle import open_study
 from hpo.search.repair import ask_to_stop
 from hpo.storage.watch import StudyWatcher

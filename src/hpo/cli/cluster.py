@@ -23,8 +23,8 @@ from hpo.cli.options import (
     Trust,
     study_name,
 )
+from hpo.events import Event, Notice
 from hpo.options import RunOptions
-from hpo.records import Event, Notice
 
 if TYPE_CHECKING:
     from hpo.cli.display.live import Watcher

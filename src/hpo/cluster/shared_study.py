@@ -7,14 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from hpo.errors import StoreError
+from hpo.events import Notice, StudyOpened
 from hpo.execute.base_model import with_model
-from hpo.execute.events import Events, Watch, Watcher
 from hpo.execute.process import process_context
 from hpo.execute.run_study import await_job, interruptible, run_study, with_options
+from hpo.execute.subscribers import Events, Watch, Watcher
 from hpo.execute.workers.job_process import JobProcess, Prepared, prepare
 from hpo.home import Home
 from hpo.options import RunOptions
-from hpo.records import Notice, StudyOpened, StudyResult
+from hpo.records import StudyResult
 from hpo.search.stages import budget_of
 from hpo.spec.load import override_study
 from hpo.spec.study import StudySpec

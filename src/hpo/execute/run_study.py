@@ -14,13 +14,14 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from hpo.errors import SpecError
+from hpo.events import Notice, SearchEnded, StudyEnded, StudyOpened, WinnerChosen
 from hpo.execute.base_model import with_model
 from hpo.execute.engines import engine_factory
 from hpo.execute.engines.base import EngineFactory, StudyWork, WorkerPlan
-from hpo.execute.events import Emit, Events, Subscriber, Watch, Watcher
 from hpo.execute.finals import finalists, race
 from hpo.execute.process import process_context
 from hpo.execute.stack_size import StackSize, largest_stack
+from hpo.execute.subscribers import Emit, Events, Subscriber, Watch, Watcher
 from hpo.execute.subscribers.model_retention import ModelRetention
 from hpo.execute.subscribers.profile import Profiling
 from hpo.execute.subscribers.tracking import QUICK_TIMEOUT, Tracking
@@ -30,7 +31,7 @@ from hpo.execute.workdir import WorkdirCleanup, pictures_folder, sweep
 from hpo.execute.workers.job_process import Job, JobProcess, Prepared, measure_stack, prepare
 from hpo.home import Home
 from hpo.options import RunOptions
-from hpo.records import EndReason, Notice, SearchEnded, StudyEnded, StudyOpened, StudyResult, WinnerChosen
+from hpo.records import EndReason, StudyResult
 from hpo.search.stages import budget_of, stage_warnings
 from hpo.spec.study import KeepSpec, StudySpec
 from hpo.spec.training import TrainingSpec

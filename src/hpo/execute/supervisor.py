@@ -11,25 +11,14 @@ from pathlib import Path
 from typing import Protocol
 
 from hpo.errors import NO_SPACE, HpoError, StoreError
+from hpo.events import EpochEnded, TrialEnded, TrialsReaped, TrialStarted
 from hpo.execute.engines.base import Engine, Message, WorkerLost
-from hpo.execute.events import Events
 from hpo.execute.finals import final_setup, finalists
 from hpo.execute.progress import Progress
+from hpo.execute.subscribers import Events
 from hpo.execute.workdir import checkpoint_file
 from hpo.execute.workers.task import Task
-from hpo.records import (
-    FINAL,
-    Candidate,
-    DataCard,
-    EndReason,
-    EpochEnded,
-    FailureKind,
-    TrialEnded,
-    TrialResult,
-    TrialsReaped,
-    TrialStarted,
-    TrialState,
-)
+from hpo.records import FINAL, Candidate, DataCard, EndReason, FailureKind, TrialResult, TrialState
 from hpo.search.constraints import most_parameters, needs_latency
 from hpo.search.pruners import report_step
 from hpo.search.study import Study

@@ -8,8 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from hpo.database import Reader, reading
+from hpo.events import Event, TrialEnded, TrialStarted
 from hpo.home import Home
-from hpo.records import FINAL, Event, StudyResult, Trial, TrialEnded, TrialResult, TrialStarted, TrialState
+from hpo.records import FINAL, StudyResult, Trial, TrialResult, TrialState
 from hpo.storage.liveness import host_of
 from hpo.storage.reader import read_trial, trial_rows
 from hpo.storage.trial_attrs import CLAIM, RESULT, START, STOP

@@ -9,20 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from hpo.errors import ModelError, StoreError
+from hpo.events import StudyProfiled
 from hpo.home import Home
 from hpo.locks import lock
-from hpo.records import (
-    Candidate,
-    DataCard,
-    Epoch,
-    ModelVersion,
-    SplitCard,
-    StudyProfiled,
-    StudyResult,
-    Trial,
-    TrialResult,
-    TrialState,
-)
+from hpo.records import Candidate, DataCard, Epoch, ModelVersion, SplitCard, StudyResult, Trial, TrialResult, TrialState
 from hpo.spec.study import Setup, StudySpec
 from hpo.tracking import models, registry, runs
 from hpo.tracking.reader import trial_runs

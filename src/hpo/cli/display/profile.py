@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hpo.records import StudyProfiled
+from hpo.events import StudyProfiled
 from hpo.report.text import duration
 
 

@@ -8,18 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hpo.cli.display.output import show_parameters, show_score
-from hpo.records import (
-    FINAL,
-    EndReason,
-    EpochEnded,
-    Event,
-    StudyEnded,
-    StudyOpened,
-    TrialEnded,
-    TrialResult,
-    TrialStarted,
-    TrialState,
-)
+from hpo.events import EpochEnded, Event, StudyEnded, StudyOpened, TrialEnded, TrialStarted
+from hpo.records import FINAL, EndReason, TrialResult, TrialState
 from hpo.report.summary import failure_lines
 from hpo.report.text import duration, short_paths
 

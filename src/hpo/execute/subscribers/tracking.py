@@ -6,24 +6,21 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
-from hpo.execute.events import Emit, Subscriber
-from hpo.execute.tracking_queue import TIMEOUT, TrackingQueue
-from hpo.execute.workers.job_process import Job, JobProcess, draw_study
-from hpo.records import (
-    EndReason,
-    ModelVersion,
+from hpo.events import (
     Notice,
     RunEvent,
     SearchEnded,
     StudyOpened,
     StudyProfiled,
-    StudyResult,
-    Trial,
     TrialEnded,
     TrialsReaped,
     TrialStarted,
     WinnerChosen,
 )
+from hpo.execute.subscribers import Emit, Subscriber
+from hpo.execute.tracking_queue import TIMEOUT, TrackingQueue
+from hpo.execute.workers.job_process import Job, JobProcess, draw_study
+from hpo.records import EndReason, ModelVersion, StudyResult, Trial
 from hpo.report.summary import study_summary
 from hpo.spec.study import StudySpec
 from hpo.tracking.tracker import Tracker

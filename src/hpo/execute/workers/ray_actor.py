@@ -11,9 +11,10 @@ from pathlib import Path
 
 from hpo import __version__
 from hpo.errors import HpoError
+from hpo.events import EpochEnded, TrialEnded
 from hpo.execute.engines.base import Trainer
 from hpo.execute.workers.task import Task, Training, train_task
-from hpo.records import DataCard, EpochEnded, TrialEnded
+from hpo.records import DataCard
 from hpo.spec.study import DataSpec, SplitSpec
 
 Files = Mapping[str, bytes]  # of one folder: names to contents
