@@ -15,9 +15,10 @@ from hpo.models import build_model, parameter_count
 from hpo.models.backbones import build_backbone, quick, stages
 from hpo.models.export import export_program, save_trained
 from hpo.models.transfer import transfer_of
-from hpo.spec.models import CnnSpec, MlpSpec
-from hpo.spec.pretrained import (
+from hpo.spec.models import (
+    CnnSpec,
     FusionSpec,
+    MlpSpec,
     TimmBackbone,
     TimmSpec,
     TorchvisionBackbone,

@@ -19,8 +19,7 @@ from hpo.home import Home
 from hpo.jobs.stop import stop_study
 from hpo.locks import lock
 from hpo.records import TrialResult, TrialState
-from hpo.search.lifecycle import open_study
-from hpo.search.repair import reap
+from hpo.search.lifecycle import open_study, reap
 from hpo.storage import liveness, retry
 from hpo.storage.optuna_storage import list_studies, open_storage, read_study
 from hpo.storage.reader import read_snapshots

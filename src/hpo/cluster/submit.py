@@ -19,8 +19,7 @@ from hpo.jobs.stop import stop_study
 from hpo.options import RunOptions
 from hpo.records import EndReason, ModelVersion, StudyResult
 from hpo.spec.study import StudySpec
-from hpo.storage.reader import list_trials
-from hpo.storage.watch import StudyWatcher
+from hpo.storage.reader import StudyWatcher, list_trials
 from hpo.tracking.registry import versions
 
 _TICK = 1.0  # seconds between readings of the study

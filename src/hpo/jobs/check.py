@@ -103,7 +103,7 @@ def _warnings(spec: StudySpec, card: DataCard, split: SplitCard) -> list[str]:
 def preview_study(spec: StudySpec, path: Path, *, images: int = 8, copies: int = 7) -> Path:
     """Write a PNG of training images as the study's augmentation changes them. Raises HpoError."""
     from hpo.data.prepare import prepare
-    from hpo.training.preview import save_preview
+    from hpo.training.preflight import save_preview
 
     card = prepare(spec.data, spec.split)
     return save_preview(spec.setup, card, path, images=images, copies=copies, seed=spec.seed)

@@ -10,16 +10,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from hpo.data.dotted_path import load_function
 from hpo.data.prepare import models_folder
-from hpo.errors import ModelError, TrainingError
-from hpo.models.basic import OneLogit, build_cnn, build_mlp
-from hpo.models.convnet import build_convnet
-from hpo.models.own import build_own
+from hpo.errors import HpoError, ModelError, TrainingError
+from hpo.models.basic import OneLogit, build_cnn, build_convnet, build_mlp
 from hpo.models.resnet import build_resnet
 from hpo.models.safe_loader import load_program, read_config
 from hpo.models.transfer import build_transfer
-from hpo.spec.models import ModelSpec
-from hpo.spec.pretrained import Tuned
+from hpo.spec.models import ModelSpec, OwnModelSpec, Tuned
 from hpo.spec.study import Setup
 
 WEIGHTS, CONFIG, SETUP, PROGRAM = "weights.safetensors", "config.json", "setup.json", "net.pt2"
@@ -118,3 +116,39 @@ def _weights(folder: Path) -> dict[str, Tensor]:
 def parameter_count(net: nn.Module, *, trainable: bool = True) -> int:
     """Number of weights and biases; with trainable=True only those that training changes."""
     return sum(weight.numel() for weight in net.parameters() if weight.requires_grad or not trainable)
+
+
+def build_own(spec: OwnModelSpec, image_shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """The network that the named function returns for these images, classes and options, tried on two black images.
+
+    Raises SpecError where there is no such function, TrainingError where it fails or returns something else than a
+    network from float images (n, channels, height, width) to logits (n, classes).
+    """
+    function = load_function(spec.kind, what="model")
+    height, width, channels = image_shape
+    try:
+        net = function(image_shape=image_shape, classes=classes, **spec.options)
+        if not isinstance(net, nn.Module):
+            raise TrainingError(
+                f"model {spec.kind} returned {type(net).__name__}, not a network.", "Return a torch.nn.Module."
+            )
+        was_training = net.training
+        with torch.inference_mode():
+            logits = net.eval()(torch.zeros(2, channels, height, width))
+        net.train(was_training)
+    except HpoError:
+        raise
+    except Exception as error:
+        shown = ", ".join(f"{name}={value!r}" for name, value in spec.options.items())
+        raise TrainingError(
+            f"model {spec.kind} fails for images of {image_shape}, {classes} classes and options {{{shown}}}: "
+            f"{type(error).__name__}: {error}.",
+            "Call the function yourself with these, then mend it or model.options.",
+        ) from error
+    found = tuple(getattr(logits, "shape", ()))
+    if found != (2, classes):
+        raise TrainingError(
+            f"model {spec.kind} gives {found or type(logits).__name__} for 2 images and {classes} classes.",
+            f"Return logits of shape (n, classes), here (2, {classes}).",
+        )
+    return net

@@ -11,15 +11,7 @@ from torch import Tensor, nn
 from hpo.errors import ModelError
 from hpo.models.backbones import AnyBackbone, Backbone, build_backbone, check_channels, shared_backbone, stages
 from hpo.models.basic import dense_layers
-from hpo.spec.pretrained import (
-    Freeze,
-    FusionSpec,
-    TimmBackbone,
-    TorchvisionBackbone,
-    TorchvisionSpec,
-    TransferSpec,
-    Tuned,
-)
+from hpo.spec.models import Freeze, FusionSpec, TimmBackbone, TorchvisionBackbone, TorchvisionSpec, TransferSpec, Tuned
 
 
 class Transfer(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -13,11 +14,13 @@ from optuna.trial import FrozenTrial
 
 from hpo.errors import SpecError, StoreError
 from hpo.home import Home
+from hpo.locks import lock
 from hpo.search.constraints import aims, parse_constraint
 from hpo.search.distributions import distribution, fits
 from hpo.search.samplers import SAMPLERS
 from hpo.search.stages import check_stages
 from hpo.search.study import Study
+from hpo.spec.load import parse_study
 from hpo.spec.space import Choice, Float, Int
 from hpo.spec.study import StudySpec
 from hpo.storage import outbox
@@ -25,7 +28,7 @@ from hpo.storage.liveness import Lease, clean_leases
 from hpo.storage.optuna_storage import Storage, generations, open_storage
 from hpo.storage.reader import to_result
 from hpo.storage.retry import store_errors
-from hpo.storage.trial_attrs import STUDY, key_of
+from hpo.storage.trial_attrs import STOP, STUDY, key_of
 
 
 def new_lease(home: Home, title: str) -> Lease:
@@ -215,3 +218,48 @@ def _best_of_other_study(spec: StudySpec, storage: Storage) -> tuple[list[dict[s
     if not any(best):
         notes.append(f"start_from {title}: it has no complete trial with a path that this space varies.")
     return [values for values in best if values], notes
+
+
+@contextmanager
+def opened(home: Home, title: str) -> Iterator[Study]:
+    """The handle of one generation of a study, in the block. Raises StoreError, or SpecError for another version's."""
+    storage = open_storage(home)
+    try:
+        with store_errors(home):
+            record = storage.studies()[title][1]
+        study = Study(home, parse_study(record["spec"], trust=True), storage, title, new_lease(home, title))
+    except BaseException:
+        storage.close()
+        raise
+    try:
+        yield study
+    finally:
+        study.close()
+
+
+def reap(home: Home, title: str) -> list[int]:
+    """Finish the trials of dead supervisors of a study, see Study.reap. Takes half a minute on a shared storage."""
+    with opened(home, title) as study:
+        study.listen()
+        return study.reap()
+
+
+def ask_to_stop(home: Home, title: str, token: str) -> None:
+    """Ask every supervisor that has the study open now to stop; token is any text that was not used before."""
+    storage = open_storage(home)
+    try:
+        with store_errors(home):
+            studies = storage.studies()
+            if title not in studies:
+                raise StoreError(f"no study {title!r} has run here.", "List them: hpo status")
+            storage.database.set_study_user_attr(studies[title][0], STOP, token)
+    finally:
+        storage.close()
+
+
+def drop_locks(home: Home, titles: set[str]) -> None:
+    """Remove leases that no process holds, and the locks of the studies with these titles, which were deleted."""
+    with lock(home, "studies"):
+        clean_leases(home.locks)
+        for title in titles:
+            (home.locks / f"{title}.ask.lock").unlink(missing_ok=True)

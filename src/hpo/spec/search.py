@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from hpo.metrics import direction_of
-from hpo.spec.scores import Cost, Positive, Score, Share
 from hpo.spec.space import Part, Space
+from hpo.spec.types import Cost, Positive, Score, Share
 
 _CONSTRAINT = r"^ *(parameters|latency_ms|valid_[a-z0-9_]+) *(<=|>=) *[0-9.eE+-]+ *$"
 

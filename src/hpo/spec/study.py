@@ -12,10 +12,10 @@ from pydantic import Field, model_validator
 
 from hpo.errors import SpecError
 from hpo.spec.models import ModelSpec
-from hpo.spec.scores import Positive, PublishedScore, Seed, Share
 from hpo.spec.search import SearchSpec
 from hpo.spec.space import Part
 from hpo.spec.training import TrainingSpec
+from hpo.spec.types import Positive, PublishedScore, Seed, Share
 
 Task = Literal["multiclass", "binary"]
 

@@ -6,9 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from hpo.spec.basic import Rate
-from hpo.spec.scores import Positive, Score, Seed
 from hpo.spec.space import Part
+from hpo.spec.types import Positive, Rate, Score, Seed
 
 
 class OptimizerSpec(Part):

@@ -18,7 +18,7 @@ from hpo.data.atomic_folder import intact, write_folder
 from hpo.data.prepare import TrialData, load_tensor
 from hpo.models.backbones import Backbone, quick
 from hpo.models.transfer import Transfer
-from hpo.spec.pretrained import Tuned
+from hpo.spec.models import Tuned
 from hpo.spec.study import Setup
 from hpo.spec.training import AugmentSpec
 from hpo.training.batches import augmenter

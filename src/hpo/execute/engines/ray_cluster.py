@@ -20,7 +20,7 @@ from hpo.execute.engines.ray import RayActors
 from hpo.execute.process import cores
 from hpo.execute.workers.ray_actor import WorkerSetup, read_files
 from hpo.options import RunOptions
-from hpo.spec.pretrained import TransferSpec
+from hpo.spec.models import TransferSpec
 
 _NO_GPU = "Add nodes with GPUs, or train on CPUs: leave --device and --gpus-per-trial out."
 _CONNECT_TIMEOUT = 5.0  # seconds

@@ -22,8 +22,7 @@ from hpo.spec.training import TrainingSpec
 from hpo.training.augment import mix_batch
 from hpo.training.batches import Batches
 from hpo.training.checkpoint import random_state, set_random_state
-from hpo.training.early_stopping import EarlyStopping
-from hpo.training.loop import class_weights, evaluation_batch, moving_average
+from hpo.training.loop import EarlyStopping, class_weights, evaluation_batch, moving_average
 from hpo.training.optimizers import OPTIMIZERS, learning_rate_factor
 from hpo.training.stacking.compatibility import BrokenStackError, UnstackableError, shape_of, sort_key
 from hpo.training.stacking.dense import StackedNets

@@ -1,4 +1,4 @@
-"""The vocabulary of study files: shares, counts, and the scores a study may aim at."""
+"""Types that several parts of a study file share: shares, counts, activations, scores to aim at."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from hpo.metrics import METRICS
+
+Activation = Literal["relu", "leaky_relu", "elu", "gelu", "silu", "tanh", "sigmoid"]
+Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
+Width = Annotated[int, Field(ge=1, le=65536)]
+
 
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 Positive = Annotated[int, Field(ge=1)]
