@@ -47,14 +47,13 @@ class NotAnImageError(Exception):
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of its image: kind of pixel (a numpy dtype), size (width, height) upright, grey or not.
+    """What a file says of its image: kind of pixel (a numpy dtype), grey or not.
 
     bands is the number of channels where they are neither grey, RGB nor transparent, else 0. frames counts the images
     in the file, of which the first is read.
     """
 
     kind: str
-    size: tuple[int, int]
     grey: bool
     bands: int = 0
     frames: int = 1
@@ -116,7 +115,7 @@ def _read_tiff(stream: BinaryIO) -> NDArray[Any]:
 
 def _deep(image: Image) -> str:
     """The raw mode of an image of several 16-bit channels, whose lower bytes Pillow drops; "" for any other."""
-    if image.mode not in ("RGB", "RGBA", "LA") or not image.tile:
+    if image.mode not in ("RGB", "RGBA") or not image.tile:
         return ""
     arguments = image.tile[0].args
     raw = arguments if isinstance(arguments, str) else arguments[0] if arguments else ""
@@ -138,13 +137,10 @@ def read_header(file: AnyFile) -> Header:
     with _reasons(file), _opened(file) as image:
         if isinstance(image, np.ndarray):
             bands = image.shape[2] if image.ndim == 3 and image.shape[2] != 3 else 0
-            return Header(image.dtype.name, (image.shape[1], image.shape[0]), image.ndim == 2, bands)
-        turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-        size = (image.height, image.width) if turned else image.size
+            return Header(image.dtype.name, image.ndim == 2, bands)
         grey = image.mode in _GREY or image.mode.startswith("I") or image.mode == "F" or _deep(image).startswith("LA")
         # The second image of an MPO, which telephones write, is a preview.
-        frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-        return Header(_kind(image), size, grey, frames=frames)
+        return Header(_kind(image), grey, frames=1 if image.format == "MPO" else getattr(image, "n_frames", 1))
 
 
 @contextmanager
@@ -189,8 +185,8 @@ def read_values(file: AnyFile) -> NDArray[Any]:
 def _pixels(image: Image | NDArray[Any], file: AnyFile) -> Pixels:
     if isinstance(image, np.ndarray):
         return Pixels(image)
+    raw = _deep(image)  # first: reading the EXIF tag of a PNG decodes it
     turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1), _as_it_is)
-    raw = _deep(image)
     if not raw:
         return Pixels(turn(np.asarray(image)))
     pixels = turn(_deep_values(file, raw))
