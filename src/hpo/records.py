@@ -288,9 +288,9 @@ class DataCard:
     source: str
     licence: str = ""
     citation: str = ""
-    files: Mapping[str, int] = field(default_factory=dict)
-    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
+    files: Mapping[str, int] = field(default_factory=dict, hash=False)
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict, hash=False)
+    warnings: tuple[str, ...] = field(default=(), hash=False)
     groups: int = 0
 
     @property

@@ -64,8 +64,7 @@ def judge(looks: Mapping[str, Look], labels: Mapping[str, NDArray[np.int64]], ra
         )
     if constant == total:
         raise DataError(
-            f"{origin}: all {total:,} images are constant: no pixel differs from another of its image (range of pixels: "
-            f"{limits}).",
+            f"{origin}: all {total:,} images are constant, each of one level only (range of pixels: {limits}).",
             f"Check how they were written, or declare the range of their pixels: {_RANGE_HINT}",
         )
     different = _contradicting(inverse.reshape(-1), classes)

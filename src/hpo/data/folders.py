@@ -195,7 +195,10 @@ def _read(
     ranges = _ranges(ordered, of, asked, place)
     several = [item for item, header in zip(ordered, of, strict=True) if header.frames > 1]
     if several:
-        warnings = [*warnings, f"{len(several):,} files hold several images, such as {several[0].path}: the first is read"]
+        warnings = [
+            *warnings,
+            f"{len(several):,} files hold several images, such as {several[0].path}: the first is read",
+        ]
     shape = _fill(asked.scratch / "levels", ordered, mode, ranges, asked)
     source = ImageFile(asked.scratch / "levels", (len(ordered), *shape))
     names = sorted({item.label for item in ordered})
@@ -210,7 +213,11 @@ def _read(
             pairs[part] = Images(source, rows, {}), labels
             if any(ordered[row].group for row in rows):
                 groups[part] = np.array([ordered[row].group for row in rows])
-    files = {"seen": len(ordered) + sum(listing.skipped.values()), "used": len(ordered), **sorted_counts(listing.skipped)}
+    files = {
+        "seen": len(ordered) + sum(listing.skipped.values()),
+        "used": len(ordered),
+        **sorted_counts(listing.skipped),
+    }
     return FolderImages(pairs, tuple(names), groups, files, ranges, tuple(warnings))
 
 
@@ -296,5 +303,3 @@ def _sizes(ordered: Sequence[Labelled]) -> list[int]:
 
 def _size(shape: Sequence[int]) -> str:
     return f"{shape[1]}x{shape[0]}"
-
-

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,7 @@ FORMATS = (
 _GREY = ("1", "L", "LA")
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _ORIENTATION, _SAMPLE_FORMAT, _SIGNED = 0x0112, 339, 2
-_UPRIGHT = {
+_UPRIGHT: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
     2: lambda pixels: pixels[:, ::-1],
     3: lambda pixels: pixels[::-1, ::-1],
     4: lambda pixels: pixels[::-1],
@@ -94,12 +94,12 @@ def _signed(image: Image) -> bool:
     return _SIGNED in tuple(getattr(image, "tag_v2", {}).get(_SAMPLE_FORMAT, ()))
 
 
-def _read_tiff(stream: BinaryIO) -> NDArray[Any]:
+def _read_tiff(stream: IO[bytes]) -> NDArray[Any]:
     """The first page of a TIFF of fractions, signed numbers or several bands, (h, w) or (h, w, bands), upright."""
     import tifffile
 
     with tifffile.TiffFile(stream) as file:
-        page = file.pages[0]
+        page: Any = file.pages[0]
         pixels: NDArray[Any] = np.asarray(page.asarray())
         if pixels.ndim == 3 and getattr(page, "planarconfig", 1) == 2:
             pixels = np.moveaxis(pixels, 0, 2)
@@ -113,7 +113,7 @@ def _read_tiff(stream: BinaryIO) -> NDArray[Any]:
     return turn(pixels) if turn is not None else pixels
 
 
-def _deep(image: Image) -> str:
+def _deep(image: Any) -> str:
     """The raw mode of an image of several 16-bit channels, whose lower bytes Pillow drops; "" for any other."""
     if image.mode not in ("RGB", "RGBA") or not image.tile:
         return ""
@@ -161,7 +161,8 @@ def unreadable(reasons: list[str]) -> DataError:
         return DataError(f"{reasons[0]}.", "Check the file, or leave it out.")
     more = f"; and {len(reasons) - 10:,} more" if len(reasons) > 10 else ""
     return DataError(
-        f"{len(reasons):,} files cannot be read: {'; '.join(reasons[:10])}{more}.", "Check the files, or leave them out."
+        f"{len(reasons):,} files cannot be read: {'; '.join(reasons[:10])}{more}.",
+        "Check the files, or leave them out.",
     )
 
 
@@ -203,18 +204,19 @@ def _as_it_is(pixels: NDArray[Any]) -> NDArray[Any]:
 def _deep_values(file: AnyFile, raw: str) -> NDArray[np.uint16]:
     """Channels of 16 bits as (h, w, channels). Pillow unpacks only the upper byte of each, so it decodes them twice."""
     if raw == "LA;16B":
-        whole = _unpacked(file, "RGBA").astype(np.uint16)  # as four bytes a pixel
-        return whole[:, :, ::2] << 8 | whole[:, :, 1::2]
+        whole = _unpacked(file, "RGBA")  # as four bytes a pixel
+        return whole[:, :, ::2] * np.uint16(256) + whole[:, :, 1::2]
     little = raw[-1] == "L" or (raw[-1] == "N" and sys.byteorder == "little")
     lower = raw[:-1] + ("B" if little else "L")
-    return _unpacked(file, raw).astype(np.uint16) << 8 | _unpacked(file, lower)
+    return _unpacked(file, raw) * np.uint16(256) + _unpacked(file, lower)
 
 
 def _unpacked(file: AnyFile, raw: str) -> NDArray[np.uint8]:
     """The pixels of a file as Pillow unpacks them in another raw mode than the file's own."""
     from PIL import Image
 
-    with file.open("rb") as stream, Image.open(stream, formats=_formats()) as image:
+    with file.open("rb") as stream, Image.open(stream, formats=_formats()) as opened:
+        image: Any = opened
         image.tile = [
             tile._replace(args=raw if isinstance(tile.args, str) else (raw, *tile.args[1:])) for tile in image.tile
         ]
@@ -286,9 +288,7 @@ def _limits(values: NDArray[Any], file: AnyFile, ranges: Ranges) -> Range:
     """The range of these pixels. Raises DataError where none is known, and where values are not finite."""
     kind, extent = kind_of(values.dtype), extent_of(values)
     if extent.not_finite:
-        raise DataError(
-            f"{file}: {extent.not_finite:,} pixel values are NaN or infinite.", "Replace them by numbers."
-        )
+        raise DataError(f"{file}: {extent.not_finite:,} pixel values are NaN or infinite.", "Replace them by numbers.")
     limits = range_for(kind, ranges)
     if limits is None and kind in ("uint16", "int32") and extent.low >= 0 and 16383 < extent.high <= 65535:
         limits = (0.0, 65535.0)  # all 16 bits are used

@@ -21,7 +21,6 @@ class ImageFile:
 
     path: Path
     shape: tuple[int, ...]
-    dtype: np.dtype[Any] = np.dtype(np.uint8)
 
     def take(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         """A copy of some images, in the order of rows."""
@@ -32,7 +31,7 @@ class ImageFile:
             for first, last in zip([0, *breaks], [*breaks, len(rows)], strict=True):
                 if first < last:
                     file.seek(int(rows[first]) * stride)
-                    file.readinto(memoryview(found[first:last]).cast("B"))  # type: ignore[attr-defined]
+                    file.readinto(found[first:last].data)
         return found
 
 

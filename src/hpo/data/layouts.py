@@ -14,12 +14,19 @@ from hpo.data.image_files import AnyFile
 from hpo.errors import DataError
 
 PART_NAMES: Mapping[str, str] = {
-    **{"train": "train", "training": "train"},
-    **{"val": "valid", "valid": "valid", "validation": "valid"},
-    **{"test": "test", "testing": "test"},
+    "train": "train",
+    "training": "train",
+    "val": "valid",
+    "valid": "valid",
+    "validation": "valid",
+    "test": "test",
+    "testing": "test",
 }
 IMAGE_ENDINGS = frozenset(
-    ".avif .bmp .dib .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .qoi .tif .tiff .webp".split()
+    (
+        *(".avif", ".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
+        *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".qoi", ".tif", ".tiff", ".webp"),
+    )
 )
 HIDDEN = "hidden or of the system"
 NO_CLASS = "in no class folder"
@@ -38,7 +45,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Labelled:
-    """An image file with its class and the part it belongs to: train, valid or test. group is "" where none is known."""
+    """An image file with its class, its part (train, valid or test) and its group, "" where none is known."""
 
     file: AnyFile
     path: PurePosixPath
@@ -140,7 +147,7 @@ def label_by_folders(listing: Listing, *, place: AnyFile, label: str | None, ima
             listing.skipped["outside the folders of the parts"] += 1
     if label is not None:
         return [each for part, items in inside.items() for each in _by_pattern(items, part, label)]
-    found = []
+    found: list[Labelled] = []
     for part, items in inside.items():
         flat = bool(items) and all(len(rest) == 1 for _, rest in items)
         found += _by_names(items, part, listing, place) if flat else _by_class_folders(items, part, listing)
@@ -245,8 +252,6 @@ def doubtful(found: Sequence[Labelled]) -> list[str]:
         below.setdefault(item.label, set()).add(inner[0] if inner else "")
     kinds = {frozenset(names) for names in below.values()}
     if len(below) > 1 and len(kinds) == 1 and len(names := next(iter(kinds))) > 1 and "" not in names:
-        return [
-            f"the class folders {first_ten(sorted(below))} all hold the folders {first_ten(sorted(names))}: "
-            "are those the classes?"
-        ]
+        inside = f"all hold the folders {first_ten(sorted(names))}: are those the classes?"
+        return [f"the class folders {first_ten(sorted(below))} {inside}"]
     return []

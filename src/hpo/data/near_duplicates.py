@@ -19,7 +19,10 @@ _BUCKET = 512  # of a fuller one, only neighbours in the order of the hashes are
 _NEIGHBOURS = 64
 _LEAST_CORRELATION = 0.98
 _MOST_RMS = 8.0  # levels, after the difference in brightness is taken away
-_PAIRS, _MOST_PAIRS = 4096, 500_000  # verified at once, and in all: where so many look alike, the number is a lower bound
+_PAIRS, _MOST_PAIRS = (
+    4096,
+    500_000,
+)  # verified at once, and in all: where so many look alike, the number is a lower bound
 
 Pixels = Callable[[NDArray[np.int64]], NDArray[np.uint8]]
 

@@ -396,15 +396,14 @@ def _check_groups(parts: Mapping[str, Part], origin: str, split: SplitSpec) -> N
     if split.kind == "official":
         official.insert(0, ("train", "valid"))
     for one, other in official:
-        if one not in parts or parts[one].groups is None:
-            continue
-        shared, images = groups_shared(parts[one].groups, parts[other].groups) if other in parts else (0, 0)
+        first, second = (parts[name].groups if name in parts else None for name in (one, other))
+        shared, images = groups_shared(first, second) if first is not None and second is not None else (0, 0)
         if shared:
             what = "groups" if split.near_duplicates == "count" else "groups or near-duplicates"
             raise DataError(
                 f"{origin}: {shared:,} {what} are in both {one} and {other}, {images:,} images of {other} among them.",
-                "The parts that the data came with divide them. Leave the images in one part, and have the others drawn: "
-                "without a validation or test part, split.kind holdout and split.test_share keep groups whole.",
+                "These are the parts that the data came with. Move images so that no two parts share a group, or put "
+                "all into train: split.kind holdout and split.test_share draw whole groups.",
             )
 
 
@@ -493,7 +492,7 @@ class TrialData:
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    ranges: Ranges = field(default_factory=dict)
+    ranges: Ranges = field(default_factory=dict, hash=False)
 
 
 def open_trial(card: DataCard, split: SplitSpec, *, device: torch.device, fold: int = 0) -> TrialData:

@@ -110,7 +110,7 @@ def ranges_of(extents: Mapping[str, Extent], declared: Range | None, origin: str
         )
     for kind, extent in extents.items():
         low, high = found[kind]
-        if extent.high <= low or extent.low >= high:
+        if extent.high < low or extent.low > high:
             raise DataError(
                 f"{origin}: {kind} pixels are {extent.low:g} to {extent.high:g}, all outside the range {low:g} to "
                 f"{high:g}.",
@@ -127,9 +127,7 @@ def range_for(kind: str, ranges: Ranges) -> Range | None:
         return EIGHT_BIT["uint8"] if kind == "uint8" else (0.0, 1.0)
     fractions = kind.startswith("float")
     family = {
-        each
-        for name, each in ranges.items()
-        if name not in ("uint8", "bool") and name.startswith("float") == fractions
+        each for name, each in ranges.items() if name not in ("uint8", "bool") and name.startswith("float") == fractions
     }
     return family.pop() if len(family) == 1 else None
 

@@ -63,15 +63,16 @@ def package_file(package: str, *parts: str) -> Path:
     return Path(spec.submodule_search_locations[0]).joinpath(*parts)
 
 
-def read_npz(place: Path, asked: Asked) -> Parts:
+def read_npz(place: Path, asked: Asked | None = None) -> Parts:
     """MedMNIST's keys: {train,val,test}_images and _labels, of which train is required; class_names is optional.
 
     {train,val,test}_groups, or groups where there is only train, name what must not be divided.
     """
     if not zipfile.is_zipfile(place):
         raise DataError(f"{place}: not an npz file, or a damaged one.", "Write it with numpy.savez, or copy it again.")
-    kinds = ("images", "labels", *([asked.group] if asked.group else []))
-    wanted = {f"{prefix}_{kind}" for prefix in _NPZ_PARTS.values() for kind in kinds} | {"class_names", asked.group}
+    group = asked.group if asked else None
+    kinds = ("images", "labels", *([group] if group else []))
+    wanted = {f"{prefix}_{kind}" for prefix in _NPZ_PARTS.values() for kind in kinds} | {"class_names", group}
     try:
         with np.load(place, allow_pickle=False) as file:
             _check_room(place, file.zip)
@@ -86,7 +87,7 @@ def read_npz(place: Path, asked: Asked) -> Parts:
                 "Save plain arrays: images as uint8, labels as int64, class_names as str.",
             ) from None
         raise DataError(f"{place}: the npz is damaged: {error}.", "Copy or write it again.") from None
-    return _parts(arrays, place, keys, asked.group)
+    return _parts(arrays, place, keys, group)
 
 
 def _check_room(place: Path, archive: zipfile.ZipFile) -> None:
@@ -154,7 +155,7 @@ def _groups(
     return found
 
 
-def read_digits(place: Path, _asked: Asked) -> Parts:
+def read_digits(place: Path, _asked: Asked | None = None) -> Parts:
     """scikit-learn's digits.csv.gz: 64 grey values 0..16 and the digit in each line; scaled to 0..255."""
     # As sklearn.datasets.load_digits does, without the seconds that importing scikit-learn takes.
     table = np.loadtxt(place, delimiter=",")
@@ -162,7 +163,7 @@ def read_digits(place: Path, _asked: Asked) -> Parts:
     return Parts({"train": (images, table[:, -1].astype(np.int64))}, tuple("0123456789"))
 
 
-def read_idx(place: Path, _asked: Asked) -> Parts:
+def read_idx(place: Path, _asked: Asked | None = None) -> Parts:
     """A folder with the four files of MNIST's format, {train,t10k}-{images-idx3,labels-idx1}-ubyte, gzipped or not."""
     return Parts(
         {
@@ -189,7 +190,7 @@ def _idx(folder: Path, name: str, dims: int) -> NDArray[np.uint8]:
         raise DataError(f"{path}: the idx file is damaged: {error}.", "Copy or download it again.") from None
 
 
-def read_cifar10(place: Path, asked: Asked) -> Parts:
+def read_cifar10(place: Path, asked: Asked | None = None) -> Parts:
     """An npz, the publisher's cifar-10-python.tar.gz, or the folder cifar-10-batches-py that lies in it."""
     if place.suffix == ".npz":
         return read_npz(place, asked)

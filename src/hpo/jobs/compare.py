@@ -319,7 +319,7 @@ def _validated(
     """What a model says of validation images; without a model, what its training remembers it to have said."""
     if entrant.version is not None:
         return _answers(
-            entrant, _load(home, entrant).predict_proba(part.images[rows]), class_names=class_names, groups=groups
+            entrant, _load(home, entrant).predict_levels(part.images[rows]), class_names=class_names, groups=groups
         )
     remembered = unpack_classes(entrant.trial.result.predicted) if entrant.trial.result is not None else []
     if groups or len(remembered) != len(part.labels):

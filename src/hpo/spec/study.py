@@ -28,8 +28,8 @@ class DataSpec(Part):
     """Which images."""
 
     name: str
-    """A data set of `hpo data`, or npz (medmnist keys), folder (one folder a class) or table (a CSV or Parquet file that
-    names images and their classes) with a path."""
+    """A data set of `hpo data`, or npz (medmnist keys), folder (one folder a class) or table (a CSV or Parquet file of
+    images and their classes) with a path."""
     size: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Side of the images in pixels: one of 28, 64, 128, 224 for MedMNIST; what folder images are resized to."""
     path: str | None = None
@@ -39,9 +39,8 @@ class DataSpec(Part):
     """New classes made of old ones: {Clothing: [Shirt, Coat], Footwear: [Sneaker]}. Each old class goes into one group;
     images of classes in no group are left out."""
     range: tuple[float, float] | None = None
-    """Pixel values that are black and white, such as [0, 4095] or [-1024, 3071], where not all 8 bits are used. null:
-    measured over the whole data set, for each kind of pixel. It is stored with each model, and what it is given later is
-    scaled alike."""
+    """The pixel values that are black and white, such as [0, 4095] or [-1024, 3071]. null: measured over the whole data
+    set, for each kind of pixel; 8 bits keep 0 to 255. It is stored with each model, which scales its images by it."""
     image: str | None = None
     """table: the column with the names of the image files. null: file_name, image, file, filename or path."""
     label: str | None = None
@@ -50,7 +49,7 @@ class DataSpec(Part):
     group: str | None = None
     """table: the column that says which images must not be divided, as `split.group` does."""
     part: str | None = None
-    """table: the column that says train, valid or test. null: the folders train, valid and test, where there are such."""
+    """table: the column that says train, valid or test. null: the folders train, valid and test, if there."""
 
     @model_validator(mode="after")
     def _fits(self) -> DataSpec:
