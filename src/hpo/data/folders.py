@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -157,8 +157,19 @@ def _headers(
         else:
             headers[item.path] = header
     if broken:
-        raise unreadable(broken)
+        raise unreadable(broken + _undecodable(item.file for item in listing.files if item.path in headers))
     return headers
+
+
+def _undecodable(files: Iterable[AnyFile]) -> list[str]:
+    """Which files have a header but no image, and why: all faults are told at once."""
+    broken = []
+    for file in files:
+        try:
+            read_picture(file, ranges=None) if read_header(file).kind == "uint8" else read_values(file)
+        except DataError as error:
+            broken.append(error.message.rstrip("."))
+    return broken
 
 
 def _with_groups(labelled: Sequence[Labelled], pattern: str | None) -> list[Labelled]:
@@ -256,7 +267,8 @@ def _ranges(ordered: Sequence[Labelled], headers: Sequence[Header], asked: Asked
         if number % 64 == 0:
             asked.progress("measuring the range of pixels", 0, 0)
     if broken:
-        raise unreadable(broken)
+        eight_bit = (item.file for item, header in zip(ordered, headers, strict=True) if header.kind == "uint8")
+        raise unreadable(broken + _undecodable(eight_bit))
     return ranges_of(extents, asked.data.range, str(place))
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from hpo.data.ranges import Ranges, kind_of, range_for, to_levels
 
-_CHUNK_BYTES = 1 << 24  # small enough that a request to stop is heard at once
+_CHUNK_BYTES = 1 << 22  # what is computed of a piece takes some times that; a request to stop is heard between two
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 _ROWS, _COLUMNS = 8, 9
-_MOST_BITS = 8  # of 64 that two hashes may differ in
-_BANDS = 8  # of 8 bits: two hashes with up to 7 differing bits share one
+_MOST_BITS = 16  # of 64 that two hashes may differ in; saved again, flat parts of a photo lose many
+_BANDS, _STEP = 16, 4  # windows of 8 bits, each four bits on: pairs are looked for where one is equal
 _BUCKET = 512  # of a fuller one, only neighbours in the order of the hashes are compared
 _NEIGHBOURS = 64
-_LEAST_CORRELATION = 0.98
+_LEAST_CORRELATION = 0.99
 _MOST_RMS = 8.0  # levels, after the difference in brightness is taken away
 _PAIRS, _MOST_PAIRS = (
     4096,
@@ -72,11 +72,11 @@ def clusters(codes: NDArray[np.uint64], digests: NDArray[Any], pixels: Pixels) -
 
 
 def candidates(codes: NDArray[np.uint64]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Pairs of rows whose hashes differ in few bits, in pieces: half a million pairs at most."""
+    """Pairs of rows whose hashes differ in few bits, in pieces: a quarter of a million at most."""
     crowded: list[NDArray[np.bool_]] = []  # of each band so far: which of the 256 buckets were too full
     found = 0
     for band in range(_BANDS):
-        turned = (codes << np.uint64(8 * band)) | (codes >> np.uint64(64 - 8 * band)) if band else codes
+        turned = _turned(codes, band)
         order = np.argsort(turned, kind="stable").astype(np.int64)
         sizes = np.bincount((turned >> np.uint64(56)).astype(np.int64), minlength=256)
         for start, size in zip(np.cumsum(sizes) - sizes, sizes, strict=True):
@@ -113,10 +113,15 @@ def _close(
     different = codes[left] ^ codes[right]
     near = np.flatnonzero(np.bitwise_count(different) <= _MOST_BITS)
     for band, full in enumerate(crowded):
-        shift = np.uint64(56 - 8 * band)
-        apart = (different[near] >> shift) & np.uint64(255) != 0
-        near = near[apart | full[(codes[left[near]] >> shift).astype(np.int64) & 255]]
+        apart = _turned(different[near], band) >> np.uint64(56) != 0
+        near = near[apart | full[(_turned(codes[left[near]], band) >> np.uint64(56)).astype(np.int64)]]
     return near
+
+
+def _turned(codes: NDArray[np.uint64], band: int) -> NDArray[np.uint64]:
+    """The hashes with the window of a band in their upper eight bits."""
+    by = _STEP * band
+    return (codes << np.uint64(by)) | (codes >> np.uint64(64 - by)) if by else codes
 
 
 def _alike(pixels: Pixels, left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -214,7 +214,8 @@ def _written(
         warnings=warnings,
         groups=len(np.unique(np.concatenate(grouped))) if grouped else 0,
     )
-    if not intact(folder):
+    # What an older version of hpo prepared lacks the clusters of near-duplicates.
+    if not intact(folder) or not (folder / "development" / "development_near.npy").is_file():
         places = {"development": development, "test": ["test"]}
         write_folder(folder, lambda made: _write(made, places, parts, near, card))
     write_text(entry, json.dumps(asdict(card)))
