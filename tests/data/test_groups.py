@@ -54,9 +54,7 @@ def test_no_group_is_in_two_parts(given, kind, by, share, seed):
     dealt = []
     for fold in range(3 if kind == "kfold" else 1):
         try:
-            train, valid = indices(
-                labels[rest], split=split, valid_start=None, fold=fold, groups=groups[rest]
-            )
+            train, valid = indices(labels[rest], split=split, valid_start=None, fold=fold, groups=groups[rest])
         except DataError:
             return  # too few groups of a class, which is refused in words
         assert not set(groups[rest][train]) & set(groups[rest][valid])
@@ -143,7 +141,9 @@ def test_official_parts_that_share_a_group_are_refused_with_the_numbers(tmp_path
     split = SplitSpec(group="groups")
     data = npz(tmp_path, parts=("train", other), shared=True)
     name = "valid" if other == "val" else other
-    with pytest.raises(DataError, match=f"{count} groups are in both train and {name}, {4 * count} images of {name} am"):
+    with pytest.raises(
+        DataError, match=f"{count} groups are in both train and {name}, {4 * count} images of {name} am"
+    ):
         prepare(data, split, cache=tmp_path / "cache")
     check_apart(prepare(npz(tmp_path, parts=("train", "val")), split, cache=tmp_path / "cache"), split)
 
