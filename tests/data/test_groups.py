@@ -4,11 +4,11 @@ import time
 
 import numpy as np
 import pytest
-from blobs import as_set, blob, png, write_blobs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
+from blobs import as_set, blob, png, write_blobs
 from hpo.data.near_duplicates import candidates, clusters, hashes
 from hpo.data.overview import near_duplicates, near_words, open_development
 from hpo.data.prepare import prepare

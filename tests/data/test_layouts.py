@@ -8,9 +8,9 @@ import zipfile
 
 import numpy as np
 import pytest
-from blobs import NAMES, as_set, blob, png, prepared_images, write_blobs
 from PIL import Image
 
+from blobs import NAMES, as_set, blob, png, write_blobs
 from hpo.data.prepare import prepare
 from hpo.errors import DataError
 from hpo.spec.study import DataSpec, SplitSpec

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from blobs import SIDE, as_set, blob, deep_png, png, prepared_images, tiff, write_blobs
 from PIL import Image
 
+from blobs import SIDE, as_set, blob, deep_png, png, prepared_images, tiff, write_blobs
 from hpo.data.prepare import prepare
 from hpo.data.ranges import nominal, to_levels
 from hpo.errors import DataError

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from blobs import as_set, deep_png, prepared_images, tiff
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from blobs import as_set, deep_png, prepared_images, tiff
 from hpo.data.prepare import prepare
 from hpo.execute.workers.task import Task, train_task
 from hpo.models.export import export_program

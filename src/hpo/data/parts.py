@@ -222,6 +222,7 @@ def check_groups(parts: Mapping[str, Part], origin: str, split: SplitSpec) -> No
 
 
 def check_classes(parts: Mapping[str, Part], class_names: Sequence[str], origin: str) -> None:
+    """Refuse data of one class, classes without an image to train on, and an empty test part. Raises DataError."""
     present = np.unique(parts["train"].labels)
     if len(present) < 2:
         raise DataError(
