@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -192,7 +193,7 @@ def test_names_of_another_form_are_refused_and_a_pattern_reads_them(tmp_path):
     assert "data.label=" in caught.value.hint
     card = card_of(place, tmp_path, label=r"([A-Za-z_]+)_\d+")
     assert card.class_names == ("Persian", "great_pug")
-    with pytest.raises(DataError, match="finds no class in 10 paths: great_pug_1.png"):
+    with pytest.raises(DataError, match=r"finds no class in 10 paths: great_pug_1\.png"):
         card_of(place, tmp_path, label=r"(Persian)")
 
 
@@ -281,10 +282,10 @@ def test_rows_that_cannot_be_right_are_named(tmp_path):
     write_table(place / "labels.csv", rows[:10])
     with pytest.raises(DataError, match="1 names stand for several files: ISIC_0030"):
         card_of(place, tmp_path, **table(place))
-    with pytest.raises(DataError, match="has no column 'diagnosis' .it has: image_id, dx, lesion_id, part"):
+    with pytest.raises(DataError, match=r"has no column 'diagnosis' \(it has: image_id, dx, lesion_id, part"):
         card_of(place, tmp_path, **{**table(place), "label": "diagnosis"})
     write_table(place / "labels.csv", [(f"ISIC_{n:04}", "nv", "", "fold 3") for n in range(10)])
-    with pytest.raises(DataError, match="1 values that are no part: 'fold 3' .10 rows."):
+    with pytest.raises(DataError, match=r"1 values that are no part: 'fold 3' \(10 rows\)"):
         card_of(place, tmp_path, **table(place, part="part"))
 
 
@@ -354,7 +355,7 @@ def test_a_zip_archive_of_eurosat_keeps_the_account_of_its_files(tmp_path):
 # Memory and time
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs limits of processes")
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 def test_a_folder_larger_than_the_memory_it_may_use_is_prepared(tmp_path):
     import subprocess
     import sys
@@ -370,8 +371,6 @@ def test_a_folder_larger_than_the_memory_it_may_use_is_prepared(tmp_path):
         "card = prepare(DataSpec(name='folder', path=sys.argv[1], size=1024), SplitSpec(), cache=Path(sys.argv[2]))\n"
         "print(card.development_count + card.test_count)"
     )
-    if not os.path.exists("/proc/self/statm"):
-        pytest.skip("needs /proc")
     command = [sys.executable, "-c", code, str(photos), str(tmp_path / "cache")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.stdout.strip() == "200", done.stderr
@@ -386,8 +385,8 @@ def test_a_preparation_that_is_interrupted_ends_at_once_and_leaves_nothing(tmp_p
             began.append(time.monotonic())
             raise KeyboardInterrupt
 
+    spec = DataSpec(name="folder", path=str(photos), size=1024)
     with pytest.raises(KeyboardInterrupt):
-        spec = DataSpec(name="folder", path=str(photos), size=1024)
         prepare(spec, HOLDOUT, cache=tmp_path / "cache", progress=progress)
     assert time.monotonic() - began[0] < 2
     assert [path.name for path in (tmp_path / "cache" / "prepared").iterdir() if path.name.startswith(".r")] == []

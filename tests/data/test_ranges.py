@@ -161,8 +161,8 @@ def test_images_that_cannot_be_right_are_refused_with_the_numbers(tmp_path):
     twice = np.repeat(GIVEN[:20], 2, axis=0)  # each with both labels
     with pytest.raises(DataError, match="40 of 40 images have the same pixels as an image of another class"):
         prepare(npz(tmp_path, twice), HOLDOUT, cache=cache)
+    data = npz(tmp_path, GIVEN.astype(np.uint16) * 16).model_copy(update={"range": (5000, 6000)})
     with pytest.raises(DataError, match=r"uint16 pixels are 0 to 4080, all outside the range 5000 to 6000"):
-        data = npz(tmp_path, GIVEN.astype(np.uint16) * 16).model_copy(update={"range": (5000, 6000)})
         prepare(data, HOLDOUT, cache=cache)
     with pytest.raises(DataError, match="is not a range of 8-bit pixels"):
         prepare(npz(tmp_path, GIVEN).model_copy(update={"range": (0, 4095)}), HOLDOUT, cache=cache)
