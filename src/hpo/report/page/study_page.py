@@ -66,7 +66,7 @@ class Findings:
     """The content of a study's page. A part that is None or empty is left out, and `missing` says why in sentences.
 
     made is the time of the page. versions maps software (python, torch, commit, ...) to its version. importances maps
-    stage -> method -> path to a share of the score's variance. saliency holds a PNG for each mistake, if requested. near_duplicates counts those across the parts, in words.
+    stage -> method -> path to a share of the score's variance. saliency holds a PNG for each mistake, if requested.
     """
 
     study: StudyResult
