@@ -95,7 +95,9 @@ def explain_mistakes(
             name = "".join(letter if letter.isalnum() else "-" for letter in findings.class_names[mistake.true])
             files.append(Path(scratch) / f"mistake-{number}-{name}.png")
             files[-1].write_bytes(to_png(answers.images[mistake.position]))
-        rows = explain(model, files, folder=folder, methods=methods, home=place, trust=trust) if files else []
+        rows = (
+            explain(model, files, folder=folder, methods=methods, home=place, trust=trust, scaled=True) if files else []
+        )
     return [replace(row, file=Path(row.file).stem) for row in rows]
 
 
@@ -125,6 +127,7 @@ def gather(home: Home, study: StudyResult) -> Findings:
     else:
         with _noting(missing, "the images could not be read"):
             findings = replace(findings, samples=_samples(data, spec), split=findings.split or _split(data, spec))
+            findings = replace(findings, near_duplicates=_near_duplicates(data, spec))
     shown = findings.shown
     if shown is not None:
         if tracked.answers is not None:
@@ -243,6 +246,12 @@ def _split(data: DataCard, spec: StudySpec) -> SplitCard:
     from hpo.data.split import split_card
 
     return split_card(data, spec.split)
+
+
+def _near_duplicates(data: DataCard, spec: StudySpec) -> str:
+    from hpo.data.overview import near_words
+
+    return near_words(data, spec.split)
 
 
 def _answers(arrays: Mapping[str, NDArray[Any]], data: DataCard | None) -> Answers:
