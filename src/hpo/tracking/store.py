@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 from urllib.parse import unquote, urlsplit
 
+from hpo.database import sqlite_address
 from hpo.errors import HpoError, StoreAwayError, StoreError, disk_full
 from hpo.home import Home
 from hpo.locks import lock, locked
@@ -142,7 +143,7 @@ def _create_file(path: Path) -> None:
     part = path.with_name(f"{path.name}.part")
     for leftover in path.parent.glob(f"{part.name}*"):
         leftover.unlink()
-    engine = create_sqlalchemy_engine(f"sqlite:///{part}")
+    engine = create_sqlalchemy_engine(sqlite_address(part))
     _initialize_tables(engine)
     engine.dispose()
     part.replace(path)
