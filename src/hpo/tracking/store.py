@@ -89,6 +89,7 @@ def connect(home: Home) -> Any:
             client.search_registered_models(max_results=1)  # the registry's store opens at its first use
         if home.embedded:
             _write_ahead(home.root / "mlflow.db", client._tracking_client.store.engine)
+            _remove_stray_folder(home)
         return client
 
 
@@ -101,6 +102,15 @@ def pages(search: Callable[..., Any], **arguments: Any) -> Iterator[Any]:
         token = page.token
         if not token:
             return
+
+
+def _remove_stray_folder(home: Home) -> None:
+    """Remove the empty folder that MLflow makes where a path is quoted in its address: it takes that for the path."""
+    folder = Path(home.tracking_uri.removeprefix("sqlite:///")).parent
+    with suppress(OSError):
+        if folder != home.root:
+            folder.rmdir()
+            folder.parent.rmdir()
 
 
 def server_version(home: Home) -> str:
