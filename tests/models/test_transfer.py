@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 from torchvision import models
 
-from hpo.data.prepare import models_folder
+from hpo.data.cache import models_folder
 from hpo.errors import DataError, SpecError, TrainingError
 from hpo.models import build_model, parameter_count
 from hpo.models.backbones import build_backbone, quick, stages

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from hpo.data.atomic_folder import intact, write_folder, write_text
+from hpo.data.cache import cache_folder, intact, write_folder, write_text
 from hpo.data.download import Progress
 from hpo.data.examine import judge, look_at
 from hpo.data.folders import Asked
@@ -48,18 +47,6 @@ if TYPE_CHECKING:
 # Part of every key: raise it when prepared files of an earlier version must not be used any more.
 _FORMAT = 2
 _STATISTICS_ROWS = 4096
-
-
-def cache_folder() -> Path:
-    """HPO_DATA, else `hpo` in the user's cache folder (XDG_CACHE_HOME, else ~/.cache)."""
-    own = os.environ.get("HPO_DATA")
-    folder = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "hpo"
-    return folder.expanduser().absolute()
-
-
-def models_folder() -> Path:
-    """Where models of a store lie that other networks stand on, each in a folder named by its id."""
-    return cache_folder() / "models"
 
 
 def prepare(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from hpo.data.prepare import models_folder
+from hpo.data.cache import models_folder
 from hpo.errors import ModelError
 from hpo.home import Home
 from hpo.spec.models import TransferSpec

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from hpo.data.cache import models_folder
 from hpo.data.dotted_path import load_function
-from hpo.data.prepare import models_folder
 from hpo.errors import HpoError, ModelError, TrainingError
 from hpo.models.basic import OneLogit, build_cnn, build_convnet, build_mlp
 from hpo.models.resnet import build_resnet

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hpo.data.prepare import models_folder
+from hpo.data.cache import models_folder
 from hpo.errors import HpoError
 from hpo.execute.engines.base import StudyWork, WorkerPlan
 from hpo.execute.engines.ray import RayActors

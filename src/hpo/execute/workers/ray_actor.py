@@ -60,7 +60,8 @@ class RayWorker:
         return node
 
     def _open(self, needs: WorkerSetup) -> None:
-        from hpo.data.prepare import at_hand, models_folder
+        from hpo.data.cache import models_folder
+        from hpo.data.prepare import at_hand
 
         if needs.version != __version__:
             raise HpoError(
@@ -85,7 +86,7 @@ class RayWorker:
 
     def train(self, task: Task) -> Answer:
         """Begin a task; returns its first message."""
-        from hpo.data.prepare import cache_folder
+        from hpo.data.cache import cache_folder
 
         # The training makes it when it has something to write; task.folder is a path of the supervisor's machine.
         folder = cache_folder() / "results" / uuid.uuid4().hex
