@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from hpo.metrics import direction_of
-from hpo.spec.scores import Cost, Positive, Score, Share
+from hpo.spec.scores import Cost, Positive, PrunerName, SamplerName, Score, Share
 from hpo.spec.space import Part, Space
 
 _CONSTRAINT = r"^ *(parameters|latency_ms|valid_[a-z0-9_]+) *(<=|>=) *[0-9.eE+-]+ *$"
@@ -19,10 +19,6 @@ def _by_name(value: Any) -> Any:
 
 def _by_score(value: Any) -> Any:
     return {"score": value} if isinstance(value, str) else value
-
-
-SamplerName = Literal["random", "grid", "tpe", "cmaes", "gp", "qmc"]
-PrunerName = Literal["none", "median", "successive_halving", "hyperband", "patient", "wilcoxon", "curve"]
 
 
 class SamplerSpec(Part):
