@@ -10,8 +10,8 @@ from sklearn import metrics as reference
 
 from hpo.metrics import METRICS, Metric, confusion_matrix, direction_of, label_of, macro_auc, metric_of, scores
 from hpo.records import Epoch, best_of
-from hpo.report.figures.style import score_text
 from hpo.report.statistics import score_intervals
+from hpo.report.text import score_text
 from hpo.spec.load import study_schema
 from hpo.spec.search import SearchSpec
 from hpo.spec.training import TrainingSpec
