@@ -21,4 +21,5 @@ SCORES: Mapping[str, Literal["maximize", "minimize"]] = {
 }
 # What a network costs: trainable and frozen weights; milliseconds an image takes, one at a time, on the trial's device.
 Cost = Literal["parameters", "latency_ms"]
+LIMITED: tuple[Cost, ...] = ("parameters", "latency_ms")
 Score = Literal["valid_loss", "valid_accuracy", "valid_balanced_accuracy", "valid_macro_f1", "valid_macro_auc"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -171,6 +171,12 @@ class SearchSpec(Part):
     def better(self) -> Literal["maximize", "minimize"]:
         """The direction in which the objective improves."""
         return self.direction or SCORES[self.objective]
+
+    @property
+    def judged_by(self) -> Score:
+        """The score by which the best epoch of a training is chosen where the study names none."""
+        scores = [aim.score for aim in self.objectives if aim.score in SCORES]
+        return cast("Score", scores[0]) if scores else self.objective
 
     @property
     def whole_space(self) -> Space:
