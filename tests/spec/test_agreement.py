@@ -91,20 +91,26 @@ CONFLICTS: dict[str, tuple[str, str, str]] = {
         "lies inside training, which is searched too",
     ),
     "a condition on a part of a searched place": (
-        "    training.schedule: {choice: [{name: step}, {name: cosine}]}\n"
-        "    training.augment.zoom: {choice: [0.0, 0.1], when: {training.schedule.name: step}}\n",
+        (
+            "    training.schedule: {choice: [{name: step}, {name: cosine}]}\n"
+            "    training.augment.zoom: {choice: [0.0, 0.1], when: {training.schedule.name: step}}\n"
+        ),
         f":{LINE + 1}: search.space.training.augment.zoom.when.training.schedule.name",
         "Name training.schedule in `when`",
     ),
     "a condition on an option that is not there": (
-        "    training.optimizer.name: {choice: [sgd, adam]}\n"
-        "    training.optimizer.momentum: {float: [0.0, 0.9], when: {training.optimizer.name: SGD}}\n",
+        (
+            "    training.optimizer.name: {choice: [sgd, adam]}\n"
+            "    training.optimizer.momentum: {float: [0.0, 0.9], when: {training.optimizer.name: SGD}}\n"
+        ),
         f":{LINE + 1}: search.space.training.optimizer.momentum.when.training.optimizer.name",
         "waits for 'SGD', but training.optimizer.name is searched in ['sgd', 'adam']",
     ),
     "a condition of which one value is never met": (
-        "    training.optimizer.name: {choice: [sgd, adam]}\n"
-        "    training.optimizer.momentum: {float: [0.0, 0.9], when: {training.optimizer.name: [sgd, rmsprop]}}\n",
+        (
+            "    training.optimizer.name: {choice: [sgd, adam]}\n"
+            "    training.optimizer.momentum: {float: [0.0, 0.9], when: {training.optimizer.name: [sgd, rmsprop]}}\n"
+        ),
         f":{LINE + 1}: search.space",
         "waits for 'rmsprop'",
     ),
@@ -124,9 +130,11 @@ CONFLICTS: dict[str, tuple[str, str, str]] = {
         "meets no value exactly",
     ),
     "conditions that contradict": (
-        "    model.batch_norm: {choice: [true, false]}\n"
-        "    model.activation: {choice: [relu, tanh], when: {model.batch_norm: true}}\n"
-        "    model.dropout: {float: [0.0, 0.5], when: {model.activation: tanh, model.batch_norm: false}}\n",
+        (
+            "    model.batch_norm: {choice: [true, false]}\n"
+            "    model.activation: {choice: [relu, tanh], when: {model.batch_norm: true}}\n"
+            "    model.dropout: {float: [0.0, 0.5], when: {model.activation: tanh, model.batch_norm: false}}\n"
+        ),
         f":{LINE + 2}: search.space.model.dropout.when",
         "model.batch_norm would have to be both",
     ),
@@ -141,8 +149,10 @@ CONFLICTS: dict[str, tuple[str, str, str]] = {
         "changes nothing while training.optimizer.name is 'adam'. Set training.optimizer.name to sgd or rmsprop",
     ),
     "momentum where its condition picks another": (
-        "    training.optimizer.name: {choice: [sgd, adam]}\n"
-        "    training.optimizer.momentum: {float: [0.0, 0.9], when: {training.optimizer.name: adam}}\n",
+        (
+            "    training.optimizer.name: {choice: [sgd, adam]}\n"
+            "    training.optimizer.momentum: {float: [0.0, 0.9], when: {training.optimizer.name: adam}}\n"
+        ),
         f":{LINE + 1}: search.space",
         "changes nothing while training.optimizer.name is 'adam'",
     ),
