@@ -60,7 +60,15 @@ def begin_study(
 
         prepared: Prepared = await_job(job, helper, say, interrupted)
         budget = budget_of(spec, trials)
-        study = open_study(place, spec, data_digest=prepared.data.digest, budget=budget, fresh=fresh)
+        study = open_study(
+            place,
+            spec,
+            data_digest=prepared.data.digest,
+            class_names=prepared.data.class_names,
+            budget=budget,
+            fresh=fresh,
+        )
+        spec = study.spec
         cleanup.callback(study.close)
         for note in study.notes:
             say(Notice(note))

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -100,19 +100,29 @@ def at_hand(card: DataCard, data: DataSpec, split: SplitSpec) -> DataCard:
             f"{found.source}: has other images or labels ({found.digest}) than the study ({card.digest}).",
             "Bring the study's data there, to the same path, or share the folder.",
         )
-    return found.sealed
+    # Names of classes are not in the digest: those of the card count, not those of other data with the same pixels.
+    return replace(found, class_names=card.class_names).sealed
 
 
 def _request(data: DataSpec, split: SplitSpec) -> str:
     """A key of what was asked for: another file, size, or share to seal away is another request."""
-    files: list[tuple[str, int, int]] = []
+    files: list[tuple[str, int, int, int]] = []
     if data.path is not None:
         place = Path(data.path).absolute()
-        paths = [Path(folder, name) for folder, _, names in os.walk(place) for name in names] or [place]
-        stats = {str(path): path.stat() for path in paths if path.is_file()}
-        files = sorted((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats.items())
+        stats = {str(path): path.stat() for path in _files_below(place)}
+        # The time of the last change, which nobody sets, tells of other content under the same size and time.
+        files = sorted((path, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for path, each in stats.items())
     asked = [_FORMAT, data.name, data.size, data.path, files, data.groups, split.test_share, split.seed]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
+
+
+def _files_below(place: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """Every file of a folder, through links to folders too; the file itself where it is one."""
+    if place.is_file():
+        yield place
+    elif place.is_dir() and (real := place.resolve()) not in above:  # not a link back to a folder above
+        for item in place.iterdir():
+            yield from _files_below(item, above | {real})
 
 
 def _indexed(entry: Path) -> DataCard | None:

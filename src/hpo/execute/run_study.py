@@ -104,8 +104,16 @@ def run_study(
             cleanup.callback(cluster.close)
         prepared: Prepared = await_job(job, helper, say, interrupted)
         budget = budget_of(spec, trials)
-        study = open_study(place, spec, data_digest=prepared.data.digest, budget=budget, fresh=fresh, join=join)
-        budget = study.budget
+        study = open_study(
+            place,
+            spec,
+            data_digest=prepared.data.digest,
+            class_names=prepared.data.class_names,
+            budget=budget,
+            fresh=fresh,
+            join=join,
+        )
+        budget, spec = study.budget, study.spec
         study = timed(study, clock, **profiling.STUDY)
         cleanup.callback(study.close)
         # Before the lease is given up: others leave our runs alone until then.

@@ -15,6 +15,7 @@ from hpo.search.constraints import aims, parse_constraint
 from hpo.search.stages import check_stages
 from hpo.search.strategy import distribution
 from hpo.search.warm_start import warm_starts
+from hpo.spec.content import content_changes, library_changes, with_digests
 from hpo.spec.space import Choice, Float, Int
 from hpo.spec.study import StudySpec
 from hpo.storage.optuna_storage import STUDY, Storage, generations
@@ -28,8 +29,12 @@ def enter_study(
     budget: int | None = None,
     fresh: bool = False,
     join: str = "",
-) -> tuple[str, list[str]]:
-    """Write the study's record, old or new, and return its title and what there is to note about its start.
+    content: Mapping[str, Any] | None = None,
+) -> tuple[str, list[str], StudySpec]:
+    """Write the study's record, old or new; its title, what there is to note about its start, and its spec.
+
+    The spec is the one given, but for a monitor that it does not give: a study keeps the one that it began with.
+    content are the fingerprints that hpo.spec.content makes, with the data set's `class_names`.
 
     budget is the total of trials that it is run for; join is the title of a study that is there: its record is compared
     with, and left.
@@ -43,6 +48,8 @@ def enter_study(
     generation = max(known, default=0) + (fresh or not known)
     generation = next((number for number, title in known.items() if title == join), generation)
     title = spec.name if generation == 1 else f"{spec.name}~{generation}"
+    before = storage.studies()[known[generation]][1] if generation in known else None
+    spec = spec.resumed_as(before["spec"]) if before else spec
     objectives = aims(spec)
     identity = spec.identity()
     if spec.search.constraints:
@@ -58,14 +65,19 @@ def enter_study(
         "data_digest": data_digest,
         "created": time.time(),
         "budget": budget,
+        "content": content or {},
     }
     notes: list[str] = []
-    if generation in known:
-        number, before = storage.studies()[title]
+    if before is not None:
+        number = storage.studies()[title][0]
         _check_same(before, record)
+        if libraries := library_changes(before.get("content", {}), content or {}):
+            notes.append(
+                f"its earlier trials ran with other libraries, and may differ in the last digits: {libraries}."
+            )
         _check_space(spec, storage.every_trial(number))
         if join:
-            return title, notes
+            return title, notes, spec
         record |= {"created": before["created"], "start": before.get("start", [])}
     else:
         record["start"], notes = warm_starts(spec, storage)
@@ -76,7 +88,7 @@ def enter_study(
             there[title] = optuna.create_study(storage=storage, study_name=title, directions=directions)._study_id
         number = there[title]
     storage.set_study_user_attr(number, STUDY, record)
-    return title, notes
+    return title, notes, spec
 
 
 def _check_search(spec: StudySpec) -> None:
@@ -90,15 +102,28 @@ def _check_search(spec: StudySpec) -> None:
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    old = dict(_flat({**before["identity"], "data digest": before["data_digest"]}))
-    new = dict(_flat({**now["identity"], "data digest": now["data_digest"]}))
+    old, new = before.get("content", {}), now["content"]
+    # A study of before knows no content: its paths are compared as they were.
+    by_content = "files" in old and "files" in new
+    flat = [
+        dict(
+            _flat(
+                {
+                    **with_digests(record["identity"], content.get("files", {}) if by_content else {}),
+                    "data digest": record["data_digest"],
+                }
+            )
+        )
+        for record, content in ((before, old), (now, new))
+    ]
     absent = object()
-    places = [place for place in {**old, **new} if old.get(place, absent) != new.get(place, absent)]
-    if places:
-        changes = ", ".join(f"{place}: {old.get(place, 'absent')} -> {new.get(place, 'absent')}" for place in places)
+    places = [place for place in {**flat[0], **flat[1]} if flat[0].get(place, absent) != flat[1].get(place, absent)]
+    changes = [f"{place}: {flat[0].get(place, 'absent')} -> {flat[1].get(place, 'absent')}" for place in places]
+    changes += content_changes(old, new)
+    if changes:
         raise SpecError(
-            f"{now['name']}: its trials were run otherwise, and would not be comparable: {changes}.",
-            "Run it as it was, or start it anew with --fresh.",
+            f"{now['name']}: its trials were run otherwise, and would not be comparable: {', '.join(changes)}.",
+            "Restore what has changed and run it as it was, or start it anew with --fresh.",
         )
 
 

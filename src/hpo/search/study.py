@@ -279,6 +279,11 @@ class Study:
         return self._roll.attended(self._trials())
 
     @property
+    def spec(self) -> StudySpec:
+        """The study as it is run: what was given, but for what it keeps of its beginning."""
+        return self._spec
+
+    @property
     def lease(self) -> Lease:
         """The proof of life of this handle."""
         return self._lease
