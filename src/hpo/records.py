@@ -270,7 +270,8 @@ class DataCard:
     images that a trial may see, an official training part first and an official validation part from row valid_start
     (None: the data set has none). The test part lies in test_folder, which no trial is given: see sealed.
     image_shape is (height, width, channels). digest is "sha256:..." over pixels and labels of all parts.
-    official says whether the bytes had the publisher's checksum.
+    official says whether the bytes had the publisher's checksum. shared tells, in words, which parts of the user's own
+    hold the same images, and how many.
     """
 
     name: str
@@ -286,6 +287,7 @@ class DataCard:
     source: str
     licence: str = ""
     citation: str = ""
+    shared: tuple[str, ...] = ()
 
     @property
     def sealed(self) -> DataCard:

@@ -8,7 +8,7 @@ from pathlib import Path
 from hpo.errors import StoreError
 from hpo.execute.base_model import with_model
 from hpo.execute.process import process_context
-from hpo.execute.run_study import await_job, interruptible, with_options
+from hpo.execute.run_study import await_job, interruptible, refuse_new, with_options
 from hpo.execute.supervisor import Watch
 from hpo.execute.workers.job_process import Helper, Prepared, prepare
 from hpo.home import Home
@@ -59,6 +59,7 @@ def begin_study(
         from hpo.search.open import open_study  # optuna's import goes on beside the preparation
 
         prepared: Prepared = await_job(job, helper, say, interrupted)
+        refuse_new(place, spec, prepared.data, fresh=fresh)
         budget = budget_of(spec, trials)
         study = open_study(
             place,

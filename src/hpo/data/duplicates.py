@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from hashlib import blake2b
+from itertools import combinations
 from typing import Any
 
 from numpy.typing import NDArray
+
+from hpo.errors import DataError
+from hpo.records import DataCard
+
+_MOST_SHARED = 0.01  # of a part: published data sets hold a few copies
 
 Digests = Sequence[bytes]
 
@@ -33,3 +39,30 @@ def contradictions(digests: Digests, labels: Sequence[int]) -> list[list[int]]:
     for row, digest in enumerate(digests):
         groups.setdefault(digest, []).append(row)
     return [rows for rows in groups.values() if len({labels[row] for row in rows}) > 1]
+
+
+def shared_images(parts: Mapping[str, NDArray[Any]]) -> tuple[str, ...]:
+    """Which parts share more than one in a hundred of their images, with counts, in words.
+
+    parts maps train, valid and test to images (n, height, width, channels) uint8.
+    """
+    digests = {part: pixel_digests(images) for part, images in parts.items()}
+    found = []
+    for first, second in combinations(digests, 2):
+        count, size = found_in(digests[second], digests[first]), len(digests[second])
+        if count > _MOST_SHARED * size:
+            found.append(f"{count} of the {size} {second} images are {first} images too")
+    return tuple(found)
+
+
+def refuse_shared(card: DataCard) -> None:
+    """Refuse data of the user's own whose parts share images. Raises DataError with the counts.
+
+    What a model has seen in training says nothing of how it does on new images, and a test part that chose the model is
+    none.
+    """
+    if card.shared:
+        raise DataError(
+            f"{card.source}: {'; '.join(card.shared)}, pixel for pixel.",
+            "Remove them from one of the parts. Or leave a part out: its images are then drawn from the others.",
+        )

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from hpo.data.atomic_folder import intact, write_folder, write_text
 from hpo.data.download import Progress
+from hpo.data.duplicates import shared_images
 from hpo.data.readers import Pair, Parts
 from hpo.data.sources import Source, find, gather
 from hpo.data.split import indices, stratified
@@ -135,6 +136,7 @@ def _card(file: Path) -> DataCard | None:
     try:
         plain = json.loads(file.read_text(encoding="utf-8"))
         plain.update(class_names=tuple(plain["class_names"]), image_shape=tuple(plain["image_shape"]))
+        plain.update(shared=tuple(plain.get("shared", ())))
         return DataCard(**plain)
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -146,6 +148,8 @@ def _prepare(source: Source, data: DataSpec, split: SplitSpec, root: Path, entry
     pairs, class_names = _checked(found.parts, sides, found.origin)
     if data.groups:
         pairs, class_names = _grouped(pairs, class_names, data.groups)
+    # Published sets are what they are; copies between parts that are drawn here are counted by hpo data show.
+    shared = () if source.sizes else shared_images({part: images for part, (images, _) in pairs.items()})
     if "test" not in pairs:
         pairs = _sealed(pairs, split)
     _check_classes(pairs, class_names, found.origin)
@@ -166,6 +170,7 @@ def _prepare(source: Source, data: DataSpec, split: SplitSpec, root: Path, entry
         source=found.origin,
         licence=source.licence,
         citation=source.citation,
+        shared=shared,
     )
     if not intact(folder):
         parts = {"development": development, "test": [pairs["test"]]}

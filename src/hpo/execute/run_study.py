@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
+from hpo.data.duplicates import refuse_shared
 from hpo.errors import HpoError, SpecError
 from hpo.execute.base_model import with_model
 from hpo.execute.engines.local import Engine, InProcess, LocalProcesses
@@ -28,11 +29,12 @@ from hpo.execute.workdir import pictures_folder, sweep
 from hpo.execute.workers.job_process import Helper, Job, Prepared, draw_study, measure_stack, prepare, spent
 from hpo.home import Home
 from hpo.profile import NO_CLOCK, Clock, timed
-from hpo.records import Event, Notice, StudyEnded, StudyOpened, StudyResult
+from hpo.records import DataCard, Event, Notice, StudyEnded, StudyOpened, StudyResult
 from hpo.report.summary import study_summary
 from hpo.search.stages import budget_of, stage_warnings
 from hpo.spec.study import KeepSpec, StudySpec
 from hpo.spec.training import TrainingSpec
+from hpo.storage.reader import look
 from hpo.tracking.store import knock, load_mlflow
 from hpo.tracking.tracker import Tracker
 
@@ -103,6 +105,7 @@ def run_study(
         if cluster is not None:
             cleanup.callback(cluster.close)
         prepared: Prepared = await_job(job, helper, say, interrupted)
+        refuse_new(place, spec, prepared.data, fresh=fresh)
         budget = budget_of(spec, trials)
         study = open_study(
             place,
@@ -238,6 +241,12 @@ def run_study(
         for event in (*last, StudyEnded(after, reason, model)):
             say(event)
         return after
+
+
+def refuse_new(home: Home, spec: StudySpec, data: DataCard, *, fresh: bool) -> None:
+    """Refuse to begin a study on parts that share images; one that has begun goes on. Raises DataError."""
+    if data.shared and (fresh or spec.name not in {each.study.name for each in look(home, results=False)}):
+        refuse_shared(data)
 
 
 def _ignore(event: Event) -> None:

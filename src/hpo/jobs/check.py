@@ -6,6 +6,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpo.data.duplicates import refuse_shared
 from hpo.execute.base_model import with_model
 from hpo.execute.process import cores
 from hpo.home import Home
@@ -51,6 +52,7 @@ def check_study(
     spec = with_model(spec, Home.find(home))
     devices = resolve_devices(device)
     card = prepare(spec.data, spec.split)
+    refuse_shared(card)
     split = split_card(card, spec.split)
     with tempfile.TemporaryDirectory() as folder:
         flight = preflight(spec.setup, card, device_name=devices[0], seed=spec.seed_of(0), folder=Path(folder))
