@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hpo.errors import StoreError
 from hpo.execute.base_model import with_model
+from hpo.execute.finals import check_final
 from hpo.execute.process import process_context
 from hpo.execute.run_study import await_job, interruptible, refuse_new, with_options
 from hpo.execute.supervisor import Watch
@@ -60,6 +61,7 @@ def begin_study(
 
         prepared: Prepared = await_job(job, helper, say, interrupted)
         refuse_new(place, spec, prepared.data, fresh=fresh)
+        check_final(spec, prepared.data)
         budget = budget_of(spec, trials)
         study = open_study(
             place,

@@ -18,7 +18,7 @@ from hpo.errors import HpoError, SpecError
 from hpo.execute.base_model import with_model
 from hpo.execute.engines.local import Engine, InProcess, LocalProcesses
 from hpo.execute.engines.ray_cluster import Cluster, RayOptions
-from hpo.execute.finals import finalists, race
+from hpo.execute.finals import check_final, finalists, race
 from hpo.execute.process import cores, process_context
 from hpo.execute.stack_size import Places, most_places
 from hpo.execute.subscribers import profile as profiling
@@ -106,6 +106,7 @@ def run_study(
             cleanup.callback(cluster.close)
         prepared: Prepared = await_job(job, helper, say, interrupted)
         refuse_new(place, spec, prepared.data, fresh=fresh)
+        check_final(spec, prepared.data)
         budget = budget_of(spec, trials)
         study = open_study(
             place,
