@@ -68,9 +68,22 @@ def server_engine(url: str) -> Engine:
     return create_engine(url, poolclass=NullPool, connect_args=SERVER_ARGUMENTS)
 
 
+def sqlite_address(file: Path) -> str:
+    """The address of a SQLite file, an absolute path. One with %, ? or # in it names its driver.
+
+    In an address these three stand for something else, so they are written as codes. MLflow makes the folder that it
+    reads in `sqlite:///`, codes and all, but none for an address with a driver.
+    """
+    if not set("%?#") & set(str(file)):
+        return f"sqlite:///{file}"
+    from sqlalchemy.engine import URL
+
+    return URL.create("sqlite+pysqlite", database=str(file)).render_as_string(hide_password=False)
+
+
 def sqlite_file(url: str) -> Path | None:
     """The file of a SQLite address, absolute; None for a database on a server."""
-    if not url.startswith("sqlite:"):
+    if not url.startswith(("sqlite:", "sqlite+")):
         return None
     from sqlalchemy.engine import make_url
 

@@ -125,26 +125,49 @@ def read_images(paths: Sequence[AnyPath], shape: tuple[int, int, int]) -> np.nda
     They are turned upright by their EXIF tag, laid on white where they are transparent, made grey (1 channel) or RGB
     (3) and stretched bilinearly to height and width. Raises DataError naming the file that is missing or damaged.
     """
-    height, width, channels = shape
-    if channels not in (1, 3):
-        raise DataError(f"a model of {channels} channels cannot read image files.", "Use predict_proba with an array.")
+    _check_channels(shape)
     images = np.empty((len(paths), *shape), np.uint8)
     for row, path in enumerate(paths):
-        mode = "L" if channels == 1 else "RGB"
-        images[row] = read_picture(Path(path), mode=mode, size=(width, height)).reshape(shape)
+        images[row] = _read_image(path, shape)
     return images
 
 
+def _check_channels(shape: tuple[int, int, int]) -> None:
+    if shape[2] not in (1, 3):
+        raise DataError(f"a model of {shape[2]} channels cannot read image files.", "Use predict_proba with an array.")
+
+
+def _read_image(path: AnyPath, shape: tuple[int, int, int]) -> np.ndarray:
+    height, width, channels = shape
+    return read_picture(Path(path), mode="L" if channels == 1 else "RGB", size=(width, height)).reshape(shape)
+
+
 def predict_files(model: Classifier, paths: Sequence[AnyPath]) -> list[dict[str, Any]]:
-    """One row per image file: file, class, probability (of that class), probabilities (class name -> probability)."""
+    """One row per image file: file, class, probability (of that class), probabilities (class name -> probability).
+
+    A file that cannot be read has a row with `error`, which says why, and neither class nor probabilities.
+    """
+    _check_channels(model.image_shape)
     return list(_rows(model, paths))
 
 
 def _rows(model: Classifier, paths: Sequence[AnyPath]) -> Iterator[dict[str, Any]]:
     for start in range(0, len(paths), _CHUNK_FILES):
+        read: dict[int, np.ndarray] = {}
+        errors: dict[int, DataError] = {}
         chunk = paths[start : start + _CHUNK_FILES]
-        for path, row in zip(chunk, model.predict_proba(read_images(chunk, model.image_shape)), strict=True):
-            probabilities = dict(zip(model.class_names, map(float, row), strict=True))
+        for index, path in enumerate(chunk):
+            try:
+                read[index] = _read_image(path, model.image_shape)
+            except DataError as error:
+                errors[index] = error
+        found = dict(zip(read, model.predict_proba(np.stack(list(read.values()))), strict=True)) if read else {}
+        for index, path in enumerate(chunk):
+            if index in errors:
+                row: dict[str, Any] = {"file": str(path), "class": None, "probability": None, "probabilities": {}}
+                yield {**row, "error": errors[index].message}
+                continue
+            probabilities = dict(zip(model.class_names, map(float, found[index]), strict=True))
             name = max(probabilities, key=probabilities.__getitem__)
             yield {
                 "file": str(path),

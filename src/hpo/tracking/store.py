@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
+from hpo.database import sqlite_address
 from hpo.errors import HpoError, StoreAwayError, StoreError, disk_full
 from hpo.home import Home
 
@@ -110,7 +111,7 @@ def _make_file(path: Path) -> None:
     part = path.with_name(f"{path.name}.part")
     for left in path.parent.glob(f"{part.name}*"):
         left.unlink()
-    engine = create_sqlalchemy_engine(f"sqlite:///{part}")
+    engine = create_sqlalchemy_engine(sqlite_address(part))
     _initialize_tables(engine)
     engine.dispose()
     part.replace(path)

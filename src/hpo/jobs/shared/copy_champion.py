@@ -6,6 +6,7 @@ import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hpo.database import sqlite_file
 from hpo.errors import HpoError
 from hpo.home import Home
 from hpo.jobs.shared.gates import Verdict, same_signature
@@ -58,8 +59,9 @@ def copy_champion(model: str, *, to: str | Path, home: str | Path | None = None,
 def find_store(to: str | Path, home: Home) -> Home:
     """The stores of a project's folder, or those of `home` with tracking at an MLflow URI. Raises HpoError."""
     text = str(to)
-    if text.startswith("sqlite:///") and text.endswith("/mlruns/mlflow.db"):
-        text = str(Path(text.removeprefix("sqlite:///")).parents[1])
+    file = sqlite_file(text)
+    if file is not None and file.parts[-2:] == ("mlruns", "mlflow.db"):
+        text = str(file.parents[1])
     target = replace(home, tracking_uri=text) if "://" in text else Home.at(text).create()
     if target.tracking_uri == home.tracking_uri:
         raise HpoError(f"--to {shown(text)}: that is the store that the model is in.", "Name another one.")
