@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, get_args
 
@@ -203,6 +204,7 @@ def run_study(
             # What other runs of the study have left since this one began.
             background.submit(tracker.reconcile, after, spec, leave=attended)
         keeper.resume(after, background.submit(tracker.kept_models, after), leave=attended)
+        deleted = background.submit(tracker.deleted_runs, after)
         background.settle(patience=patience, hear=tell)
         keeper.collect(wait=True)
         outcome = race(spec, after, data=prepared.data)
@@ -214,6 +216,14 @@ def run_study(
         early = join and reason == "timeout"  # the study goes on without us: its best is not known yet
         if winner is not None and orderly and not early and keeper.keeps(winner):
             registered = background.submit(tracker.register, after, winner.number)
+        elif winner is not None and orderly and winner.number in _answer(deleted):
+            lost = _answer(deleted)[winner.number]
+            say(
+                Notice(
+                    f"the run of trial {winner.number}, the best, was deleted in MLflow, so its model is not "
+                    f"registered. Bring it back: mlflow runs restore --run-id {lost}, then run again"
+                )
+            )
         elif winner is not None and orderly and sums_up and place.shared and not early and spec.keep.models != "none":
             say(
                 Notice(
@@ -248,6 +258,11 @@ def refuse_new(home: Home, spec: StudySpec, data: DataCard, *, fresh: bool) -> N
     """Refuse to begin a study on parts that share images; one that has begun goes on. Raises DataError."""
     if data.shared and (fresh or spec.name not in {each.study.name for each in look(home, results=False)}):
         refuse_shared(data)
+
+
+def _answer(asked: Future[dict[int, str]]) -> dict[int, str]:
+    """What the tracker has answered; {} where it is not reached."""
+    return asked.result() if asked.done() and asked.exception() is None else {}
 
 
 def _ignore(event: Event) -> None:

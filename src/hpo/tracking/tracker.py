@@ -63,6 +63,10 @@ class Tracker:
         with lock(self.home, "mlflow-open"):
             experiment_id = self._experiment(study.name)
             parent = runs.find_parent(client, study)
+            if parent is None and (trashed := runs.find_parent(client, study, deleted=True)) is not None:
+                # As with a deleted experiment: the runs of its trials name it, and a second one would have none.
+                client.restore_run(trashed.info.run_id)
+                parent = client.get_run(trashed.info.run_id)
             if parent is None:
                 parent = client.create_run(experiment_id, tags=runs.study_tags(study), run_name=study.title)
             else:
@@ -191,14 +195,16 @@ class Tracker:
         """Bring the runs in line with the study storage: missing ones made, unfinished ones ended as the trials did.
 
         What a killed process had begun to log of a model is deleted. Trials that are waiting or running are left alone,
-        and so are those in `leave`: another supervisor may be about to write them.
+        and so are those in `leave`: another supervisor may be about to write them. A run that somebody has deleted in
+        MLflow stays deleted: it can be restored, and a second one would hide that.
         """
+        deleted = self.deleted_runs(study)
         found = {int(run.tags[runs.TRIAL]): run for run in trial_runs(self.home, self._parent_of(study))}
         self._runs.update({number: run.key for number, run in found.items()})
         ended: dict[str, str] = {}
         for trial in study.trials:
             run = found.pop(trial.number, None)
-            if trial.state not in runs.STATUS or trial.number in leave:
+            if trial.state not in runs.STATUS or trial.number in leave or (run is None and trial.number in deleted):
                 continue
             if run is not None:
                 ended[run.key] = run.tags.get(runs.MODEL, "")
@@ -211,6 +217,18 @@ class Tracker:
                 self._client.set_tag(run.key, runs.STATE, TrialState.STOPPED.value)
                 self._client.set_terminated(run.key, "KILLED")
         models.delete_unfinished(self._client, self._parent.info.experiment_id, ended)
+
+    @told
+    def deleted_runs(self, study: StudyResult) -> dict[int, str]:
+        """Trial number -> id of its run, of the trials whose only run somebody has deleted in MLflow."""
+        parent = self._parent_of(study)
+        found = {
+            int(run.data.tags[runs.TRIAL]): run.info.run_id for run in runs.children(self._client, parent, deleted=True)
+        }
+        if found:
+            for run in trial_runs(self.home, parent):
+                found.pop(int(run.tags[runs.TRIAL]), None)
+        return found
 
     @told
     def kept_models(self, study: StudyResult) -> dict[int, str]:
@@ -239,6 +257,11 @@ class Tracker:
         if study is not None:
             self._parent_of(study)
         if number not in self._runs and not self._find(number):
+            for run in runs.children(self._client, self._parent, f"tags.`{runs.TRIAL}` = '{number}'", deleted=True):
+                raise StoreError(
+                    f"the run of trial {number} was deleted in MLflow.",
+                    f"Bring it back: mlflow runs restore --run-id {run.info.run_id}",
+                )
             raise StoreError(f"MLflow has no run of trial {number}.", "Run the study again: it mends its runs.")
         return self._runs[number]
 
