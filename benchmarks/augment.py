@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from hpo.spec.training import AugmentSpec
-from hpo.training.augment import build_augment
+from hpo.training.batches import augmenter
 
 CASES: dict[str, tuple[AugmentSpec, v2.Transform]] = {
     "flip": (AugmentSpec(flip_horizontal=True), v2.RandomHorizontalFlip(0.5)),
@@ -82,7 +82,7 @@ def main() -> None:
     print(f"images/s, batches of {asked.batch} x {asked.size} x {asked.size} x 3, one thread")
     print(f"{'':22}{'ours':>10}{'v2':>10}{'ours / v2':>12}")
     for name, (spec, transform) in CASES.items():
-        augment = build_augment(spec)
+        augment = augmenter(spec)
         assert augment is not None
 
         def each(transform: v2.Transform = transform) -> Tensor:

@@ -37,7 +37,7 @@ from against_peer import machine
 from hpo.database import server_address
 from hpo.home import Home
 from hpo.records import TrialResult, TrialState
-from hpo.search.open import open_study
+from hpo.search.lifecycle import open_study
 from hpo.spec.load import parse_study
 from hpo.spec.study import StudySpec
 from hpo.storage.optuna_storage import read_study

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import json
 import math
 import os
@@ -31,12 +30,9 @@ import optuna
 
 from hpo.home import Home
 from hpo.records import TrialResult, TrialState
-from hpo.search.lifecycle import enter_study
-from hpo.search.open import lease_of
-from hpo.search.study import Study
+from hpo.search.lifecycle import open_study
 from hpo.spec.load import parse_study
 from hpo.spec.study import StudySpec
-from hpo.storage.optuna_storage import stage_of
 
 GROWTH = 0.1
 
@@ -114,16 +110,16 @@ def table_of(data: str, *, growing: bool, cache: Path) -> Table:
 
     from hpo.data.prepare import prepare
     from hpo.errors import NotFiniteError
-    from hpo.training.growing_subset import stratified_order
+    from hpo.training.batches import stratified_order
     from hpo.training.loop import train
-    from hpo.training.trial import build
+    from hpo.training.trial import TrialPlan, build
 
     spec: StudySpec = spec_of(data, growing=growing)
     card = prepare(spec.data, spec.split)
     for count, cell in enumerate(lacking, 1):
         started = time.perf_counter()
         setup = spec.with_values(cell)
-        made = build(setup, card, seed=0, device_name="cpu")
+        made = build(TrialPlan(setup, card, 0, 0, Path(), "cpu"))
         rows = {"train": DATA[data].train, "valid": DATA[data].valid}
         parts = {
             name: part[stratified_order(made.data.labels[part], seed=0)[:limit]].sort().values
@@ -143,40 +139,12 @@ def table_of(data: str, *, growing: bool, cache: Path) -> Table:
     return known
 
 
-class Memory(optuna.storages.InMemoryStorage):
-    """hpo.storage.optuna_storage.Storage without a database, to the same numbers: a replay asks a thousand times."""
-
-    stage: str | None = None
-
-    def get_all_trials(self, study_id: int, deepcopy: bool = True, states: Any = None) -> list[Any]:
-        every = super().get_all_trials(study_id, deepcopy=False, states=states)
-        seen = [trial for trial in every if stage_of(trial) == self.stage]
-        return copy.deepcopy(seen) if deepcopy else seen
-
-    def every_trial(self, study_id: int) -> list[Any]:
-        return super().get_all_trials(study_id, deepcopy=False)
-
-    def studies(self) -> dict[str, Any]:
-        return {}
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-
-def open_in_memory(home: Home, spec: StudySpec) -> Study:
-    """What open_study gives, for one process and as long as it lives."""
-    home.create()
-    storage: Any = Memory()
-    title, _ = enter_study(storage, spec, data_digest="curves", fresh=False)
-    return Study(home, spec, storage, title, lease_of(home, title))
-
-
 def spent(spec: StudySpec, table: Table, aims: list[float], folder: Path) -> list[float]:
     """For each of the rising aims: full epochs until a training of this search first sees it; inf where none does."""
     home = Home.at(folder)
     epochs, prunes = spec.training.epochs, spec.search.pruner.name != "none"
     total, seen = 0.0, []
-    study = open_in_memory(home, spec)
+    study = open_study(home, spec, data_digest="curves")
     try:
         while len(seen) < len(aims) and (candidate := study.ask(budget=spec.search.trials, worker="replay")):
             curve = table[key_of(candidate.parameters)]

@@ -93,11 +93,11 @@ def make_study(home: Home, spec: StudySpec, count: int, *, images: int = IMAGES,
     """Give a study without stages so many more trials that have ended, 17 of 20 complete, 2 pruned, 1 failed."""
     from optuna.storages._rdb import models
 
-    from hpo.search.open import open_study
+    from hpo.search.lifecycle import open_study
 
     study = open_study(home, spec, data_digest=digest)
     try:
-        engine: Any = study._storage._backend.engine
+        engine: Any = study._storage.database.engine
         tables = {
             name: getattr(models, f"{name}Model").__table__
             for name in ("Trial", "TrialParam", "TrialValue", "TrialUserAttribute", "TrialSystemAttribute")
@@ -121,24 +121,27 @@ def _rows(
     """The rows of each trial, with the names of their tables."""
     from optuna.distributions import distribution_to_json
 
+    from hpo.search.distributions import decode, distribution
+    from hpo.search.samplers import StageSampler
     from hpo.search.stages import make_stage
-    from hpo.search.strategy import Proposer, decode, distribution
-    from hpo.storage.optuna_storage import RESULT, START, Start
+    from hpo.storage.trial_attrs import RESULT, START, TrialAttrs
 
     stage = make_stage(spec, 0, origins={})
-    proposer = Proposer(stage, list)
+    sampler = StageSampler(stage, list)
     names = {path: distribution_to_json(distribution(part)) for path, part in spec.search.space.items()}
-    cells = iter(proposer._cells if spec.search.sampler.name == "grid" else ())
+    cells = iter(sampler._cells if spec.search.sampler.name == "grid" else ())
     began = datetime.datetime(2026, 1, 1)
     for number in numbers:
         chance = random.Random(number)  # noqa: S311
         values, trial = dict(next(cells, (None, {}))[1]), first + number - numbers.start
-        while active := proposer.active(values):
+        while active := sampler.active(values):
             path, parameter = active[0]
             values[path] = decode(parameter, _drawn(distribution(parameter), chance))
         state = [TrialState.FAILED, TrialState.PRUNED, TrialState.PRUNED, *[TrialState.COMPLETE] * 17][number % 20]
         result = result_of(number, values, state=state, images=images)
-        start = Start(number, seed=spec.seed_of(number), parameters=values, worker="worker 0", lease="lease-0.lock")
+        start = TrialAttrs(
+            number, seed=spec.seed_of(number), parameters=values, worker="worker 0", lease="lease-0.lock"
+        )
         time = began + datetime.timedelta(seconds=3 * number)
         word = {"failed": "FAIL"}.get(state.value, state.name)
         ended = {"datetime_start": time, "datetime_complete": time + datetime.timedelta(seconds=3)}

@@ -62,13 +62,13 @@ def train(config: Mapping[str, Any], *, file: str, card: Any) -> None:
 
     from hpo.spec.load import load_study
     from hpo.training.compute.device import use_threads
-    from hpo.training.trial import train_trial
+    from hpo.training.trial import TrialPlan, train_trial
 
     use_threads(1)
     setup = load_study(file).with_values(config)
     seconds, began = 0.0, time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        epochs = train_trial(setup, card, number=0, seed=0, folder=Path(folder), device_name="cpu", precisions={})
+        epochs = train_trial(TrialPlan(setup, card, 0, 0, Path(folder), "cpu"))
         go_on: bool | None = None
         while True:
             try:

@@ -40,7 +40,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
 
 def one_more(home: Home, spec: Any, *, asks: int) -> tuple[float, float, float]:
     """CPU seconds to open the study, to read its result, and of one more trial."""
-    from hpo.search.open import open_study
+    from hpo.search.lifecycle import open_study
 
     marks = [time.process_time()]
     study = open_study(home, spec, data_digest="sha256:0")

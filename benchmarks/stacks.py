@@ -27,8 +27,7 @@ from hpo.records import Epoch
 from hpo.spec.models import CnnSpec, MlpSpec
 from hpo.spec.study import DataSpec, SplitSpec
 from hpo.spec.training import TrainingSpec
-from hpo.training.compute.precision import has_bfloat16
-from hpo.training.compute.roofline import device_clock
+from hpo.training.compute.device import device_clock, has_bfloat16
 from hpo.training.loop import predict_logits, train
 from hpo.training.stacking.stack import Stack
 

@@ -1,11 +1,20 @@
 """Scores, held against scikit-learn."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from sklearn import metrics as reference
 
-from hpo.metrics import confusion_matrix, macro_auc, scores
+from hpo.metrics import METRICS, Metric, confusion_matrix, direction_of, label_of, macro_auc, metric_of, scores
+from hpo.records import Epoch, best_of
+from hpo.report.figures.style import score_text
+from hpo.report.statistics import score_intervals
+from hpo.spec.load import study_schema
+from hpo.spec.search import SearchSpec
+from hpo.spec.training import TrainingSpec
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -16,12 +25,14 @@ def test_scores_agree_with_scikit_learn(seed):
     logits = (torch.randn(300, 5, generator=generator) + 1.5 * torch.eye(5)[labels]).mul(4).round() / 4
     measured = scores(logits, labels)
     predicted, probabilities = logits.argmax(1), logits.double().softmax(1)
-    assert measured["accuracy"] == pytest.approx(reference.accuracy_score(labels, predicted))
-    assert measured["balanced_accuracy"] == pytest.approx(reference.balanced_accuracy_score(labels, predicted))
-    assert measured["macro_f1"] == pytest.approx(reference.f1_score(labels, predicted, average="macro"))
+    assert measured["accuracy"] == pytest.approx(reference.accuracy_score(labels, predicted), abs=1e-12)
+    assert measured["balanced_accuracy"] == pytest.approx(
+        reference.balanced_accuracy_score(labels, predicted), abs=1e-12
+    )
+    assert measured["macro_f1"] == pytest.approx(reference.f1_score(labels, predicted, average="macro"), abs=1e-12)
     assert measured["loss"] == pytest.approx(reference.log_loss(labels, probabilities), rel=1e-5)
     expected = reference.roc_auc_score(labels, probabilities, multi_class="ovr", average="macro")
-    assert measured["macro_auc"] == pytest.approx(expected)
+    assert measured["macro_auc"] == pytest.approx(expected, abs=1e-12)
 
 
 def test_absent_classes_do_not_count():
@@ -40,3 +51,64 @@ def test_rows_of_the_confusion_matrix_are_true_classes():
 
 def test_the_area_of_a_single_class_is_not_a_number():
     assert np.isnan(macro_auc(torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64)).item())
+
+
+SPACE = {"training.optimizer.lr": {"float": [0.001, 0.1], "log": True}}
+
+
+def test_a_metric_is_added_by_one_entry_of_the_table(monkeypatch):
+    error = Metric("error_rate", "error rate", "minimize", lambda hits, true, _: 1 - hits.sum(-1) / true.sum(-1))
+    monkeypatch.setitem(METRICS, "error_rate", error)
+    labels, predicted = np.array([0, 0, 0, 0, 1, 1]), np.array([[0, 0, 0, 1, 1, 0]])
+    assert scores(torch.eye(2)[predicted[0]], torch.tensor(labels))["error_rate"] == pytest.approx(1 / 3)
+
+    search = SearchSpec(objective="valid_error_rate", space=SPACE, constraints=["valid_error_rate <= 0.3"])
+    assert search.better == "minimize"
+    assert TrainingSpec(epochs=1, monitor="valid_error_rate").monitor == "valid_error_rate"
+    assert "valid_error_rate" in str(study_schema())
+    epochs = [Epoch(number, {"valid_error_rate": value}, 0.1, 1.0) for number, value in ((1, 0.2), (2, 0.4))]
+    assert best_of(epochs, "valid_error_rate").number == 1
+
+    assert score_text("valid_error_rate") == "validation error rate"
+    (interval,), _ = score_intervals(labels, predicted, classes=2, seed=0, resamples=200)
+    assert interval["error_rate"].value == pytest.approx(1 / 3)
+    assert interval["error_rate"].low < 1 / 3 < interval["error_rate"].high
+
+
+@pytest.mark.parametrize("score", ["valid_error_rate", "accuracy", "train_loss", "test_accuracy"])
+def test_an_objective_is_a_validation_score_of_the_table(score):
+    with pytest.raises(ValueError, match=r"Input should be 'valid_loss', .*'valid_macro_f1' or 'valid_macro_auc'"):
+        SearchSpec(objective=score, space=SPACE)
+
+
+def test_scores_of_all_parts_have_the_direction_and_label_of_their_metric():
+    assert [direction_of(score) for score in ("train_loss", "valid_macro_f1", "parameters", "latency_ms")] == [
+        "minimize",
+        "maximize",
+        "minimize",
+        "minimize",
+    ]
+    assert [label_of(score) for score in ("valid_macro_auc", "test_loss", "macro_f1", "latency_ms")] == [
+        "validation macro AUC",
+        "test loss (nats per image)",
+        "macro F1",
+        "latency (ms)",
+    ]
+    assert metric_of("parameters") is None
+
+
+def test_the_table_loads_no_heavy_library():
+    heavy = ("torch", "numpy", "sklearn")
+    code = f"import sys, hpo.metrics; print([name for name in {heavy} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_counts_of_resamples_and_of_epochs_give_the_same_scores():
+    generator = torch.Generator().manual_seed(3)
+    labels, predicted = torch.randint(4, (2, 90), generator=generator)
+    labels[labels == 3] = 0  # an absent class
+    measured = scores(torch.eye(4)[predicted], labels)
+    (interval,), _ = score_intervals(labels.numpy(), predicted.numpy()[None], classes=4, seed=0, resamples=5)
+    for name, found in interval.items():
+        assert found.value == pytest.approx(measured[name], abs=1e-12)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
-from hpo.profile import Profile, StudyProfiled
+from hpo.metrics import direction_of
 
 # The stage of trials that train the winner again after the search: samplers never see them.
 FINAL = "final"
@@ -30,6 +30,36 @@ class TrialState(StrEnum):
     def finished(self) -> bool:
         """True for the states that count against a study's budget and are never tried again."""
         return self in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAILED)
+
+
+class EndReason(StrEnum):
+    """Why a run of a study ended.
+
+    BUDGET: all trials are done. EXHAUSTED: every candidate of the space was tried. TIMEOUT: --timeout has passed.
+    INTERRUPTED: Ctrl-C or SIGTERM. STOPPED: hpo stop. FAILING: the first trials all failed.
+    """
+
+    BUDGET = "budget"
+    EXHAUSTED = "exhausted"
+    TIMEOUT = "timeout"
+    INTERRUPTED = "interrupted"
+    STOPPED = "stopped"
+    FAILING = "failing"
+
+    @property
+    def completed(self) -> bool:
+        """True where nothing is left to search."""
+        return self in (EndReason.BUDGET, EndReason.EXHAUSTED)
+
+    @property
+    def orderly(self) -> bool:
+        """True where the run ended by itself, so that its best model is registered."""
+        return self.completed or self is EndReason.TIMEOUT
+
+    @property
+    def by_user(self) -> bool:
+        """True where the user ended the run, and waits for it to be gone."""
+        return self in (EndReason.INTERRUPTED, EndReason.STOPPED)
 
 
 class FailureKind(StrEnum):
@@ -54,8 +84,8 @@ class Epoch:
     """One pass over the training part, and what the network was worth after it.
 
     number counts from 1; fold from 0; last says that the fold ends with it. scores holds train_loss, train_accuracy
-    and, where there is a validation part, valid_loss, valid_accuracy, valid_balanced_accuracy, valid_macro_f1 and
-    valid_macro_auc: losses in nats per image, the rest in [0, 1].
+    and, where there is a validation part, valid_<name> for each of hpo.metrics.METRICS: the loss in nats per image, the
+    rest in [0, 1].
     """
 
     number: int
@@ -70,7 +100,7 @@ def best_of(epochs: Sequence[Epoch], monitor: str) -> Epoch:
     """The epoch whose weights a training keeps: the first with the best monitored score; without one, the last."""
     if monitor not in epochs[-1].scores:
         return epochs[-1]
-    sign = -1.0 if monitor.endswith("_loss") else 1.0
+    sign = 1.0 if direction_of(monitor) == "maximize" else -1.0
     return max(epochs, key=lambda epoch: (sign * epoch.scores[monitor], -epoch.number))
 
 
@@ -91,6 +121,31 @@ class Candidate:
     attempt: int = 1
     stage: str | None = None
     deaths: int = 0
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Seconds of a trial's epochs by phase, and the shares of its slowest operators in the time of all operators."""
+
+    seconds: Mapping[str, float]
+    operators: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StudyProfiled:
+    """Where the time of a run went.
+
+    trials counts those that this run profiled. seconds is how long its workers were ready; phases holds seconds of all
+    workers together and adds up to workers * seconds. outside holds CPU seconds of the other processes. operators holds
+    shares as in Profile, averaged over the trials.
+    """
+
+    trials: int
+    workers: int
+    seconds: float
+    phases: Mapping[str, float]
+    outside: Mapping[str, float]
+    operators: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -145,7 +200,8 @@ class TrialResult:
         known["values"] = tuple(known.get("values", ()))
         known["folds"] = tuple(known.get("folds", ()))
         known["confusion"] = tuple(tuple(row) for row in known.get("confusion", ()))
-        known["profile"] = Profile(**known["profile"]) if known.get("profile") else None
+        profile = known.get("profile") or {}  # of older versions with more fields
+        known["profile"] = Profile(profile["seconds"], profile.get("operators", {})) if profile else None
         return cls(**known)
 
 
@@ -330,12 +386,12 @@ class ModelVersion:
         return self.study if "~" in self.study else f"{self.study}~1"
 
 
-# What a running study tells whoever watches it, in order. The terminal draws them; --json prints them.
+# Events: all that leaves the supervisor. Subscribers write them to tracking, keep models, clean up, and draw them.
 
 
 @dataclass(frozen=True)
 class Notice:
-    """Something worth a line: a download under way, a decision, a warning. total 0: no measure of progress."""
+    """A line for the user: a download in progress, a decision, a warning. total 0: no measure of progress."""
 
     text: str
     done: int = 0
@@ -344,10 +400,11 @@ class Notice:
 
 @dataclass(frozen=True)
 class StudyOpened:
-    """The study is ready to hand out trials. budget is the study's total; finished counts those done before.
+    """The study is ready to hand out trials.
 
-    stack is the number of trainings that each worker does side by side; alone says why that is 1, where that was
-    measured.
+    budget is the study's total of trials; finished counts those done by earlier runs. stack is the number of trainings
+    that each worker does at once; alone says why that is 1, where it was measured. attended holds the numbers of trials
+    that other living supervisors answer for.
     """
 
     study: StudyResult
@@ -359,14 +416,20 @@ class StudyOpened:
     device: str
     stack: int = 1
     alone: str = ""
+    attended: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
 class TrialStarted:
-    """A worker has the candidate."""
+    """A worker has the candidate. setup (hpo.spec.study.Setup) is all it trains with; started is in epoch seconds.
+
+    Where the event was read from a storage, setup is None and started 0.0.
+    """
 
     candidate: Candidate
     worker: str
+    setup: Any = None
+    started: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -379,22 +442,57 @@ class EpochEnded:
 
 @dataclass(frozen=True)
 class TrialEnded:
-    """A trial is over and told to Optuna."""
+    """A trial is over, and Optuna's storage has its result. best: the best of the search so far."""
 
     result: TrialResult
     best: bool = False
 
 
 @dataclass(frozen=True)
-class StudyEnded:
-    """The run is over; model is the registered challenger.
+class TrialsReaped:
+    """Trials of another supervisor that died were stopped or finished; study holds them. attended as in StudyOpened."""
 
-    reason is budget, exhausted, timeout, interrupted (Ctrl-C), stopped (hpo stop) or failing.
+    study: StudyResult
+    attended: frozenset[int]
+
+
+@dataclass(frozen=True)
+class SearchEnded:
+    """The run hands out no more trials, and none is running. attended as in StudyOpened.
+
+    summarize: this run writes the study's summary; of several supervisors that end together one does.
     """
 
     study: StudyResult
-    reason: str
+    reason: EndReason
+    attended: frozenset[int] = frozenset()
+    summarize: bool = True
+
+
+@dataclass(frozen=True)
+class WinnerChosen:
+    """The study's best trial, if any. remarks are lines for the summary.
+
+    register: its model is to become the challenger; False where the study was cut short or goes on elsewhere.
+    """
+
+    study: StudyResult
+    reason: EndReason
+    winner: Trial | None
+    remarks: tuple[str, ...] = ()
+    register: bool = True
+    summarize: bool = True
+
+
+@dataclass(frozen=True)
+class StudyEnded:
+    """The run is over; model is the registered challenger."""
+
+    study: StudyResult
+    reason: EndReason
     model: ModelVersion | None = None
 
 
+# The events that a caller's watch function sees. Subscribers inside the run see RunEvent.
 Event = Notice | StudyOpened | TrialStarted | EpochEnded | TrialEnded | StudyProfiled | StudyEnded
+RunEvent = Event | TrialsReaped | SearchEnded | WinnerChosen

@@ -4,8 +4,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hpo.cli.app import app
-from hpo.cli.ray import EngineName, read_ray
-from hpo.execute.engines.ray_cluster import RayOptions
+from hpo.options import RunOptions
 
 
 @pytest.mark.parametrize("option", ["--address", "--gpus-per-trial", "--cpus-per-trial"])
@@ -16,10 +15,9 @@ def test_options_of_ray_without_ray_are_refused(option, tmp_path):
 
 
 def test_the_next_command_places_workers_as_this_one_did():
-    options, words = read_ray(EngineName.RAY, address="auto", gpus_per_trial=0.25, cpus_per_trial=None)
-    assert options == RayOptions("auto", cpus_per_trial=1.0, gpus_per_trial=0.25)
-    assert words == ["--engine", "ray", "--address", "auto", "--gpus-per-trial", "0.25"]
-    assert read_ray(EngineName.PROCESSES, address=None, gpus_per_trial=None, cpus_per_trial=None) == (None, [])
+    options = RunOptions(engine="ray", address="auto", gpus_per_trial=0.25)
+    assert options.to_resume().flags() == ["--engine", "ray", "--address", "auto", "--gpus-per-trial", "0.25"]
+    assert RunOptions().flags() == []
 
 
 def test_a_wrong_address_is_one_message_with_the_next_step(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from hpo.cli.app import app
 from hpo.home import Home
 from hpo.records import TrialState
-from hpo.storage.reader import Look, look
+from hpo.storage.reader import StudySnapshot, read_snapshots
 
 HPO = [sys.executable, "-m", "hpo"]
 LONG = ["--set", "training.epochs=100000", "--set", "training.patience=null", "--set", "search.pruner=none"]
@@ -56,15 +56,15 @@ def end(run: subprocess.Popen[str]) -> None:
     run.communicate()
 
 
-def seen(place: Path, ready) -> Look:
+def seen(place: Path, ready) -> StudySnapshot:
     """Wait until the study is as it should be."""
     ends = time.monotonic() + 120
     while time.monotonic() < ends:
-        found = look(Home.find(place), results=False)
+        found = read_snapshots(Home.find(place), results=False)
         if found and ready(found[0]):
             return found[0]
         time.sleep(0.2)
-    raise AssertionError(look(Home.find(place), results=False))
+    raise AssertionError(read_snapshots(Home.find(place), results=False))
 
 
 def test_stop_ends_every_run_of_a_study_cleanly(place):
@@ -94,7 +94,7 @@ def test_stop_ends_every_run_of_a_study_cleanly(place):
     finally:
         for run in runs:
             end(run)
-    (one,) = look(Home.find(place))
+    (one,) = read_snapshots(Home.find(place))
     assert [trial.state for trial in one.study.trials] == [TrialState.STOPPED] * 2 + [TrialState.WAITING] * 2
     assert {trial.result.reason for trial in one.study.trials if trial.result} == {"stopped"}
     assert "All is well." in hpo("doctor")

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from hpo.cli.app import app
 from hpo.home import Home
 from hpo.records import TrialResult, TrialState
-from hpo.search.open import open_study
+from hpo.search.lifecycle import open_study
 from hpo.spec.load import parse_study
 from hpo.storage.optuna_storage import read_study
 

@@ -12,6 +12,7 @@ from hpo.cluster.slurm import read_settings, script, submit, worker_command
 from hpo.cluster.submit import run_array
 from hpo.errors import HpoError
 from hpo.execute.process import cores
+from hpo.options import RunOptions
 from hpo.spec.load import load_study
 
 PASSWORD = "a-word-that-nobody-sees"  # noqa: S105 - of no server
@@ -143,7 +144,7 @@ def test_refusal_of_sbatch_is_passed_on(tmp_path, bin_folder):
 def test_array_needs_a_storage_that_its_jobs_can_share(tmp_path, monkeypatch):
     monkeypatch.delenv("HPO_STORAGE", raising=False)
     with pytest.raises(HpoError) as error:
-        run_array(load_study("digits-mlp"), workers=2, home=tmp_path)
+        run_array(load_study("digits-mlp"), RunOptions(engine="slurm", workers=2, home=tmp_path))
     assert "HPO_STORAGE" in error.value.hint
     assert not (tmp_path / "mlruns").exists()
 

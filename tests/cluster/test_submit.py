@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,13 @@ import pytest
 from hpo.cluster.submit import Submitted, run_array
 from hpo.errors import HpoError
 from hpo.home import Home
+from hpo.options import RunOptions
 from hpo.records import FailureKind, StudyEnded, TrialStarted, TrialState
 from hpo.spec.load import load_study
-from hpo.storage.reader import look
+from hpo.storage.reader import read_snapshots
 from hpo.tracking.registry import versions
 
-ONE = ["--workers", "1", "--stack", "1"]
+ONE = RunOptions(workers=1, stack=1)
 
 
 @pytest.fixture
@@ -38,11 +40,10 @@ def project(tmp_path, database, monkeypatch) -> Iterator[Path]:
         os.kill(process, signal.SIGKILL)
 
 
-def _run(project, *overrides, watch=None, options=(), **begin):
+def _run(project, *overrides, watch=None, worker=ONE, trials=6, **options):
     spec = load_study("digits-mlp", overrides=overrides)
-    return run_array(
-        spec, workers=2, home=project, cluster="local", options=[*ONE, *options], watch=watch, **{"trials": 6, **begin}
-    )
+    options = RunOptions(engine="slurm", workers=2, home=project, trials=trials, **options)
+    return run_array(spec, options, worker=worker, cluster="local", watch=watch)
 
 
 def _workers(project) -> list[int]:
@@ -68,7 +69,7 @@ def test_array_spends_the_budget_exactly_registers_once_and_then_has_nothing_to_
     assert isinstance(ended, StudyEnded)
     assert (ended.reason, ended.model.trial) == ("budget", study.best.number)
     assert [version.version for version in versions(Home.find(project))] == [1]
-    (seen,) = look(Home.find(project))
+    (seen,) = read_snapshots(Home.find(project))
     assert len({row["lease"] for row in _starts(project)}) == 2 >= len(seen.holders) == 0
     # A second time there is nothing to do, and no job is submitted.
     before = sorted((project / "mlruns" / "jobs").rglob("*"))
@@ -111,7 +112,10 @@ def test_ctrl_c_ends_the_study_and_its_jobs(project):
     command = "import sys; from hpo.cluster.submit import run_array; from hpo.spec.load import load_study\n"
     command += "spec = load_study('digits-mlp', overrides=['training.epochs=100000', 'training.patience=null'])\n"
     command += "said = lambda event: print(type(event).__name__, getattr(event, 'reason', ''), flush=True)\n"
-    command += f"run_array(spec, workers=2, home={str(project)!r}, cluster='local', options={ONE!r}, watch=said)"
+    command += "from hpo.options import RunOptions\n"
+    command += f"options = RunOptions(engine='slurm', workers=2, home={str(project)!r})\n"
+    command += "worker = RunOptions(workers=1, stack=1)\n"
+    command += "run_array(spec, options, worker=worker, cluster='local', watch=said)"
     with subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, text=True) as run:
         for _ in range(2):
             while not run.stdout.readline().startswith("TrialStarted"):
@@ -119,7 +123,7 @@ def test_ctrl_c_ends_the_study_and_its_jobs(project):
         run.send_signal(signal.SIGINT)
         said = run.stdout.read()
     assert "StudyEnded interrupted" in said
-    (seen,) = look(Home.find(project))
+    (seen,) = read_snapshots(Home.find(project))
     assert seen.holders == () == seen.abandoned
     assert {trial.state for trial in seen.study.trials} == {TrialState.STOPPED, TrialState.WAITING}
     ends = time.monotonic() + 10
@@ -133,7 +137,7 @@ def test_jobs_that_all_fail_are_told_with_the_last_words_of_one(project):
     with pytest.raises(
         HpoError, match=r"all jobs have ended, with 0 of 6 trials done\..*there is no data set"
     ) as error:
-        _run(project, options=["--set", "data.name=mnist"])
+        _run(project, worker=replace(ONE, settings=("data.name=mnist",)))
     assert "Logs: " in error.value.hint
 
 
@@ -144,7 +148,7 @@ def test_detached_array_goes_on_alone(project):
     assert len(done.jobs) == 2
     ends = time.monotonic() + 60
     while time.monotonic() < ends:
-        (seen,) = look(Home.find(project))
+        (seen,) = read_snapshots(Home.find(project))
         if seen.best and len(seen.study.trials) == 2 and not _workers(project):
             break
         time.sleep(0.5)

@@ -6,11 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from hpo.cli.app import app
 from hpo.data.duplicates import refuse_shared
 from hpo.data.prepare import prepare
 from hpo.errors import DataError
+from hpo.home import Home
 from hpo.spec.study import DataSpec, SplitSpec
+from hpo.storage.reader import read_snapshots
 
 SPLIT = SplitSpec(kind="holdout")
 
@@ -57,3 +61,18 @@ def test_a_single_copy_among_many_is_taken(tmp_path):
     assert (
         prepare(written(tmp_path, train=TRAIN, val=VALID, test=test), SPLIT, cache=tmp_path / "cache").test_count == 201
     )
+
+
+@pytest.mark.parametrize("words", [["check"], ["run", "--trials", "1", "--workers", "0"]], ids=" ".join)
+def test_check_and_run_refuse_before_anything_is_trained(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HPO_DATA", str(tmp_path / "cache"))
+    written(tmp_path, train=TRAIN, val=TEST, test=TEST)
+    (tmp_path / "leak.yaml").write_text(
+        "data: {name: npz, path: x.npz}\nmodel: {kind: mlp, hidden: 4}\ntraining: {epochs: 1}\n"
+        "search: {trials: 1, space: {training.optimizer.lr: {float: [0.1, 0.2]}}}\n"
+    )
+    result = CliRunner().invoke(app, [words[0], "leak.yaml", *words[1:]])
+    assert result.exit_code == 2
+    assert "200 of the 200 test images are valid images too" in result.stderr
+    assert not read_snapshots(Home.at(tmp_path))

@@ -25,8 +25,8 @@ def digits_cache(tmp_path_factory):
 def study(tmp_path, monkeypatch, digits_cache):
     """run(folder, trials, watch) of a real study: one worker process with one thread, TPE, median pruner, digits."""
     monkeypatch.setenv("HPO_DATA", str(digits_cache))
-    monkeypatch.setattr("hpo.execute.run_study.cores", lambda: 1)
-    monkeypatch.setattr("hpo.execute.run_study.draw_study", draw_nothing)
+    monkeypatch.setattr("hpo.execute.engines.local.cores", lambda: 1)
+    monkeypatch.setattr("hpo.execute.subscribers.tracking.draw_study", draw_nothing)
     settings = {
         "training.epochs": EPOCHS,
         "training.checkpoint": 1,
@@ -124,7 +124,7 @@ def test_a_checkpoint_that_a_killed_process_left_of_a_finished_trial_is_deleted(
     folder = tmp_path / "work" / "checkpoints"
     folder.mkdir(parents=True)
     study = run_formula(formula_spec(), trials=2).study.result()
-    from hpo.execute.checkpoints import checkpoint_file
+    from hpo.execute.workdir import checkpoint_file
 
     done = checkpoint_file(tmp_path / "work", study.trials[0].candidate)
     other = folder / "search-77-1.pt"

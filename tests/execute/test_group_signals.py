@@ -14,7 +14,7 @@ import pytest
 
 from hpo.home import Home
 from hpo.records import TrialState
-from hpo.storage.reader import look
+from hpo.storage.reader import read_snapshots
 
 
 @pytest.mark.slow
@@ -43,7 +43,7 @@ def test_signal_to_all_processes_of_a_run_ends_it_cleanly(number, tmp_path, monk
             time.sleep(0.05)
         told = run.stdout.read()
     assert run.returncode == 130, told
-    (seen,) = look(Home.find(tmp_path))
+    (seen,) = read_snapshots(Home.find(tmp_path))
     assert seen.abandoned == () == seen.holders
     first = [trial for trial in seen.study.trials if trial.candidate.attempt == 1]
     assert {trial.state for trial in first} == {TrialState.STOPPED}

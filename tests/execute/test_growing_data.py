@@ -28,8 +28,8 @@ def project(tmp_path_factory):
     folder = tmp_path_factory.mktemp("project")
     patch = pytest.MonkeyPatch()
     patch.setenv("HPO_DATA", str(folder / "cache"))
-    patch.setattr("hpo.execute.run_study.cores", lambda: 1)
-    patch.setattr("hpo.execute.run_study.draw_study", draw_nothing)
+    patch.setattr("hpo.execute.engines.local.cores", lambda: 1)
+    patch.setattr("hpo.execute.subscribers.tracking.draw_study", draw_nothing)
     result = run_study(load_study("digits-mlp", overrides=SETTINGS), trials=8, workers=1, home=folder)
     yield folder, result
     patch.undo()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hpo.execute.stack_size import measure_places, most_places
+from hpo.execute.stack_size import largest_stack, measure_stack_size
 from hpo.spec.load import load_study
 
 
@@ -26,7 +26,7 @@ def _spec(*settings):
 )
 def test_samplers_that_learn_have_few_trials_under_way(sampler, left, workers, by_default, most):
     spec = _spec(f"search.sampler={sampler}", "search.space={model.hidden: {choice: [8, 16]}}")
-    assert most_places(spec, left=left, workers=workers, by_default=by_default) == most
+    assert largest_stack(spec, left=left, workers=workers, by_default=by_default) == most
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def card(tmp_path_factory):
 
 
 def test_the_measurement_chooses_a_number_within_the_limit(card):
-    places = measure_places(_spec(), card, "cpu", threads=1, most=6)
+    places = measure_stack_size(_spec(), card, "cpu", threads=1, most=6)
     assert places.count in (1, 4)
     assert bool(places.reason) == (places.count == 1)
 
@@ -54,6 +54,6 @@ def test_the_measurement_chooses_a_number_within_the_limit(card):
 )
 def test_what_cannot_share_says_why(card, settings, most, reason):
     spec = _spec("search.space={training.optimizer.lr: {choice: [0.1]}}", *settings)
-    places = measure_places(spec, card, "cpu", threads=1, most=most)
+    places = measure_stack_size(spec, card, "cpu", threads=1, most=most)
     assert places.count == 1
     assert reason in places.reason

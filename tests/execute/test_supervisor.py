@@ -1,14 +1,17 @@
 """The supervisor's logic, on a formula in place of training and a real study storage."""
 
 import dataclasses
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 
 from formula_study import formula, formula_spec
-from hpo.execute.engines.local import WorkerLost
-from hpo.records import FINAL, Epoch, EpochEnded, TrialEnded, TrialResult, TrialStarted, TrialState
+from hpo.execute.engines.base import WorkerLost
+from hpo.execute.events import Subscriber
+from hpo.records import FINAL, EndReason, Epoch, EpochEnded, TrialEnded, TrialResult, TrialStarted, TrialState
 from hpo.spec.models import MlpSpec
 from hpo.spec.study import FinalSpec, SplitSpec
 
@@ -42,15 +45,15 @@ def test_every_trial_is_told_to_the_tracker_in_order(run_formula, spec):
     ]
 
 
-def test_a_resumed_study_tries_what_an_unbroken_one_would(run_formula, spec, tmp_path):
-    pieces = [run_formula(spec, trials=count) for count in (1, 3, 6)][-1]
-    values = [trial.value for trial in pieces.trials]
-    assert len(set(values)) == 6
-    whole = [
-        spec.with_values(trial.candidate.parameters).model.hidden
-        for trial in sorted(pieces.trials, key=lambda trial: trial.candidate.ordinal)
-    ]
-    assert len(set(whole)) == 6
+def test_a_resumed_study_tries_what_an_unbroken_one_would(run_formula, spec):
+    def trials(run):
+        done = [(trial.candidate, trial.value) for trial in run.trials]
+        return [(candidate.ordinal, candidate.seed, candidate.parameters, value) for candidate, value in done]
+
+    unbroken = trials(run_formula(spec.model_copy(update={"name": "unbroken"})))
+    resumed = trials([run_formula(spec, trials=count) for count in (1, 3, 6)][-1])
+    assert resumed == unbroken
+    assert len({value for *_, value in resumed}) == 6
 
 
 def test_an_interrupted_trial_is_stopped_and_tried_again_with_the_same_candidate(run_formula, spec):
@@ -76,18 +79,23 @@ def test_an_interrupted_trial_is_stopped_and_tried_again_with_the_same_candidate
 
 def test_a_deadline_stops_what_runs(run_formula, spec):
     def slow(task, device):
-        for message in formula(task, device):
+        for message in _unpruned(task):
             time.sleep(0.05)
             yield message
 
-    run = run_formula(spec, trainer=lambda task, device: _forward(slow(task, device)), deadline=time.monotonic() + 0.3)
+    run = run_formula(spec, trainer=slow, deadline=time.monotonic() + 0.3)
     assert run.reason == "timeout"
     assert not [trial for trial in run.trials if trial.state is TrialState.RUNNING]
 
 
-def _forward(generator):
-    """A training that is always told to go on, whatever it hears."""
-    yield from generator
+def _unpruned(task):
+    """The messages of a whole training, whatever the supervisor's verdicts are."""
+    training = formula(task, "cpu")
+    message = next(training)
+    while not isinstance(message, TrialEnded):
+        yield message
+        message = training.send(True)
+    yield message
 
 
 def test_a_failed_trial_has_its_reason_and_the_study_goes_on(run_formula, spec):
@@ -177,7 +185,7 @@ class _Dying:
                 self.died = True
                 messages.append((slot, WorkerLost(-9)))
             else:
-                *_, end = _forward(formula_alone(task))
+                *_, end = _unpruned(task)
                 messages.append((slot, end))
         self.tasks = {}
         return messages
@@ -187,14 +195,6 @@ class _Dying:
 
     def close(self):
         self.tasks = {}
-
-
-def formula_alone(task):
-    training = formula(task, "cpu")
-    message = next(training)
-    while not isinstance(message, TrialEnded):
-        message = training.send(True)
-    yield message
 
 
 def test_a_candidate_whose_worker_dies_is_tried_again(run_formula, spec):
@@ -240,7 +240,7 @@ def test_a_broken_constraint_keeps_a_trial_from_being_best(run_formula):
     spec = formula_spec(constraints=["parameters <= 500"], trials=8)
 
     def sized(task, device):
-        for message in _forward(formula_alone_with_epochs(task)):
+        for message in _unpruned(task):
             if isinstance(message, TrialEnded):
                 scores = {**message.result.scores, "parameters": float(task.setup.model.hidden)}
                 message = TrialEnded(dataclasses.replace(message.result, scores=scores))
@@ -252,10 +252,33 @@ def test_a_broken_constraint_keeps_a_trial_from_being_best(run_formula):
     assert run.study.result().best.candidate.parameters["model.hidden"] <= 500
 
 
-def formula_alone_with_epochs(task):
-    training = formula(task, "cpu")
-    message = next(training)
-    while not isinstance(message, TrialEnded):
-        yield message
-        message = training.send(True)
-    yield message
+def test_a_study_runs_with_no_subscriber_at_all(run_formula, spec):
+    run = run_formula(spec, subscribers=[])
+    assert run.reason is EndReason.BUDGET
+    assert [trial.state for trial in run.trials] == [TrialState.COMPLETE] * 6
+    assert run.tracker.calls == []
+    assert run.events == []
+    assert run.study.result().best is not None
+
+
+def test_subscribers_hear_every_event_in_their_order_and_of_results_that_optuna_has(run_formula, spec):
+    heard = []
+
+    class Hearing(Subscriber):
+        def __init__(self, name):
+            self.name = name
+
+        def __call__(self, event):
+            heard.append((self.name, type(event)))
+
+    run = run_formula(spec, trials=1, subscribers=[Hearing("first"), Hearing("second")])
+    kinds = [TrialStarted, *[EpochEnded] * 3, TrialEnded]
+    assert heard == [(name, kind) for kind in kinds for name in ("first", "second")]
+    assert run.trials[0].state is TrialState.COMPLETE
+
+
+def test_the_supervisor_imports_neither_tracking_nor_model_retention():
+    code = "import sys, hpo.execute.supervisor; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    unwanted = ("hpo.tracking", "hpo.execute.subscribers", "hpo.execute.tracking_queue")
+    assert not [name for name in done.stdout.split() if name.startswith(unwanted)]

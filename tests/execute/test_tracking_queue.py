@@ -6,7 +6,7 @@ import threading
 import time
 
 from hpo.errors import StoreAwayError, StoreError
-from hpo.execute.tracking_queue import Background
+from hpo.execute.tracking_queue import TrackingQueue
 
 
 class _Store:
@@ -25,40 +25,40 @@ class _Store:
         return number
 
 
-def _background() -> Background:
-    return Background(first_pause=0.01, longest_pause=0.02)
+def _queue() -> TrackingQueue:
+    return TrackingQueue(first_pause=0.01, longest_pause=0.02)
 
 
-def _wait_for_news(background: Background) -> list[str]:
+def _wait_for_notices(queue: TrackingQueue) -> list[str]:
     deadline = time.monotonic() + 10
-    while not (news := background.news()) and time.monotonic() < deadline:
+    while not (notices := queue.notices()) and time.monotonic() < deadline:
         time.sleep(0.01)
-    return news
+    return notices
 
 
 def test_calls_wait_in_order_while_the_store_is_away_and_the_user_hears_of_it_twice():
-    background, store = _background(), _Store()
-    background.submit(store.take, 0).result()
+    queue, store = _queue(), _Store()
+    queue.submit(store.take, 0).result()
     store.up.clear()
-    futures = [background.submit(store.take, number) for number in range(1, 6)]
-    (away,) = _wait_for_news(background)
+    futures = [queue.submit(store.take, number) for number in range(1, 6)]
+    (away,) = _wait_for_notices(queue)
     assert away.startswith("tracking waits: the store: nothing answers.")
     time.sleep(0.1)
-    assert background.news() == []
+    assert queue.notices() == []
     store.up.set()
-    background.join()
+    queue.close()
     assert store.taken == list(range(6))
     assert [future.result() for future in futures] == [1, 2, 3, 4, 5]
-    assert background.news() == ["tracking is back: 5 records delivered."]
+    assert queue.notices() == ["tracking is back: 5 records delivered."]
 
 
 def test_the_end_waits_for_a_store_that_is_away_only_so_long():
-    background, store = _background(), _Store(up=False)
-    futures = [background.submit(store.take, number) for number in range(3)]
+    queue, store = _queue(), _Store(up=False)
+    futures = [queue.submit(store.take, number) for number in range(3)]
     heard: list[str] = []
     started = time.monotonic()
-    assert not background.settle(patience=0.3, hear=heard.append)
-    background.join(patience=0.3, hear=heard.append)  # the same patience, not once more
+    assert not queue.wait(timeout=0.3, notify=heard.append)
+    queue.close(timeout=0.3, notify=heard.append)  # the same seconds, not once more
     assert time.monotonic() - started < 3
     assert len(heard) == 2
     assert heard[1].startswith("tracking: 3 records still to be delivered. the store: nothing answers.")
@@ -70,14 +70,14 @@ def test_the_end_waits_for_a_store_that_is_away_only_so_long():
 
 
 def test_a_call_that_is_refused_for_good_is_told_once_and_the_next_follows():
-    background, store = _background(), _Store()
+    queue, store = _queue(), _Store()
 
     def refuse() -> None:
         raise StoreError("no such run.")
 
-    background.submit(refuse)
-    background.submit(refuse)
-    background.submit(store.take, 1)
-    background.join()
+    queue.submit(refuse)
+    queue.submit(refuse)
+    queue.submit(store.take, 1)
+    queue.close()
     assert store.taken == [1]
-    assert background.news() == ["tracking: no such run. The next hpo run of this study mends it."]
+    assert queue.notices() == ["tracking: no such run. The next hpo run of this study mends it."]

@@ -6,8 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from hpo.home import Home
 from hpo.records import FINAL, Candidate, StudyResult, TrialResult, TrialState
+from hpo.search.lifecycle import open_study
 from hpo.search.study import Study
+from hpo.spec.study import StudySpec
 
 MIXED = {
     "training.optimizer.lr": {"float": [1e-4, 1e-1], "log": True},
@@ -58,3 +61,34 @@ def sequence(result: StudyResult) -> list[tuple[Any, ...]]:
     done.sort(key=lambda trial: trial.candidate.ordinal)
     parts = [(trial.candidate, trial.state) for trial in done]
     return [(one.stage, one.ordinal, one.seed, one.parameters, state) for one, state in parts]
+
+
+def run_in_pieces(home: Home, spec: StudySpec, budget: int, *, epochs: int = 1) -> StudyResult:
+    """A study that is resumed four times, each time after a trial that was killed or stopped."""
+    for piece in range(4):
+        study = open_study(home, spec, data_digest="d")
+        study.reap()
+        for _ in range(2):
+            train(study, study.ask(budget=budget, worker="w"), epochs=epochs)
+        broken = study.ask(budget=budget, worker="w")
+        # Rungs that it reached, and what samplers noted of it, must not count twice.
+        for epoch in range(1, epochs):
+            study.report(broken.number, epoch, objective(broken.parameters) * epoch / epochs)
+        if piece % 2:
+            study.tell(TrialResult(broken.number, TrialState.STOPPED))
+        study.close()
+    study = open_study(home, spec, data_digest="d")
+    study.reap()
+    run_all(study, budget, epochs)
+    result = study.result()
+    study.close()
+    return result
+
+
+def run_whole(home: Home, spec: StudySpec, budget: int, *, epochs: int = 1) -> StudyResult:
+    """A study that is run without interruption."""
+    study = open_study(home, spec, data_digest="d")
+    run_all(study, budget, epochs)
+    result = study.result()
+    study.close()
+    return result

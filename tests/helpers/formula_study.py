@@ -58,8 +58,8 @@ def formula(task: Task, device: str):
 
 
 @dataclass
-class Told:
-    """A tracker that remembers what it was told, in order."""
+class RecordedTracker:
+    """A tracker that records its calls, in order."""
 
     calls: list[tuple[str, Any]] = field(default_factory=list)
 
@@ -92,7 +92,7 @@ class Run:
     reason: str
     study: Study
     events: list[Event]
-    tracker: Told
+    tracker: RecordedTracker
 
     @property
     def trials(self):

@@ -12,10 +12,10 @@ from hpo.data.prepare import prepare
 from hpo.data.split import split_card
 from hpo.home import Home
 from hpo.records import Epoch, StudyResult, TrialResult, TrialState
-from hpo.search.open import open_study
+from hpo.search.lifecycle import open_study
 from hpo.search.study import Study
 from hpo.spec.study import SplitSpec, StudySpec
-from hpo.storage.reader import look
+from hpo.storage.reader import read_snapshots
 from hpo.tracking.store import connect
 from hpo.tracking.tracker import Tracker
 
@@ -40,7 +40,7 @@ def make_kept_study(home: Home) -> None:
         assert candidate is not None
         tracker.start_trial(candidate, spec.with_values(candidate.parameters), worker="worker 0")
         result = result_of(candidate.number, state, value)
-        study.tell(result)
+        result = study.tell(result)
         tracker.log_epochs(result.number, result.epochs)
         tracker.end_trial(result)
     for number in (0, 1):
@@ -85,7 +85,7 @@ def left(folder: Path) -> Path:
 
 def stored(home: Home) -> StudyResult:
     """The study as its storage has it."""
-    (one,) = look(home)
+    (one,) = read_snapshots(home)
     return one.study
 
 

@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from hpo.records import Candidate, DataCard, Epoch, ModelVersion, SplitCard, StudyResult, Trial, TrialResult, TrialState
-from hpo.report.mistakes import confident_mistakes
-from hpo.report.page.findings import Answers, Findings, Opening, Samples
+from hpo.report.figures.images import confident_mistakes
+from hpo.report.page.study_page import Answers, Findings, Opening, Samples
 from hpo.spec.load import parse_study
 
 SPACE = {

@@ -9,15 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from formula_study import CARD, Run, Told, formula, formula_spec
-from hpo.execute.engines.local import InProcess
+from formula_study import CARD, RecordedTracker, Run, formula, formula_spec
+from hpo.execute.engines.in_process import InProcess
 from hpo.execute.engines.ray_cluster import Cluster, RayOptions
-from hpo.execute.subscribers.model_retention import Keeper
+from hpo.execute.events import Events, Watcher
+from hpo.execute.subscribers.model_retention import ModelRetention
+from hpo.execute.subscribers.tracking import Tracking
 from hpo.execute.supervisor import Supervisor
-from hpo.execute.tracking_queue import Background
+from hpo.execute.tracking_queue import TrackingQueue
+from hpo.execute.workdir import WorkdirCleanup
 from hpo.home import Home
-from hpo.records import Event
-from hpo.search.open import open_study
+from hpo.records import Event, SplitCard, StudyOpened
+from hpo.search.lifecycle import open_study
 from hpo.search.study import Study
 from hpo.tracking.repair import move_places
 from kept_study import make_kept_study
@@ -38,6 +41,7 @@ def run_formula(tmp_path: Path):
         watch=None,
         interrupted=None,
         profile=False,
+        subscribers=None,
     ):
         spec = spec or formula_spec()
         for earlier in studies:
@@ -45,35 +49,33 @@ def run_formula(tmp_path: Path):
         study = open_study(Home.find(tmp_path).create(), spec, data_digest=CARD.digest)
         studies.append(study)
         study.reap()
-        events: list[Event] = []
-        background, tracker = Background(), Told()
-
-        def hear(event: Event) -> None:
-            events.append(event)
-            if watch is not None:
-                watch(event)
-
-        keeper = Keeper(tracker, background, None, spec, data=CARD, watch=hear)
+        seen: list[Event] = []
+        events, queue, tracker = Events(), TrackingQueue(), RecordedTracker()
+        if subscribers is None:
+            tracking = Tracking(tracker, queue, spec, emit=events.emit)
+            retention = ModelRetention(tracker, queue, None, spec, data=CARD, emit=events.emit)
+            cleanup = WorkdirCleanup(tmp_path / "work", study)
+            cleanup(StudyOpened(study.result(), CARD, SplitCard({}, {}), 0, 0, workers=1, device="cpu"))
+            watchers = [Watcher(seen.append), *([Watcher(watch)] if watch else [])]
+            subscribers = [tracking, retention, cleanup, *watchers]
+        events.subscribe_first(*subscribers)
         supervisor = Supervisor(
             spec,
             study,
             engine or InProcess(trainer=trainer),
             data=CARD,
+            work=tmp_path / "work",
+            events=events,
             budget=trials or spec.search.trials,
             deadline=deadline,
             interrupted=interrupted or threading.Event(),
-            tracker=tracker,
-            background=background,
-            keeper=keeper,
-            work=tmp_path / "work",
-            watch=hear,
             profile=profile,
         )
         try:
             reason = supervisor.run()
         finally:
-            background.join()
-        return Run(reason, study, events, tracker)
+            queue.close()
+        return Run(reason, study, seen, tracker)
 
     yield run
     for study in studies:

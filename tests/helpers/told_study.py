@@ -8,6 +8,7 @@ from typing import Any
 from hpo.records import (
     Candidate,
     DataCard,
+    EndReason,
     Epoch,
     EpochEnded,
     Event,
@@ -82,7 +83,7 @@ def trial_events(number: int, *, best: bool = False) -> Iterator[Event]:
 def ended(*numbers: int, reason: str = "budget") -> StudyEnded:
     result = study(*numbers)
     best = result.best
-    return StudyEnded(result, reason, version(best.number) if best else None)
+    return StudyEnded(result, EndReason(reason), version(best.number) if best else None)
 
 
 def version(trial: int, number: int = 7, **changes: Any) -> ModelVersion:

@@ -37,7 +37,7 @@ def home(tmp_path_factory):
     }
     patch = pytest.MonkeyPatch()
     patch.setenv("HPO_DATA", str(folder / "cache"))
-    patch.setattr("hpo.execute.run_study.cores", lambda: 1)
+    patch.setattr("hpo.execute.engines.local.cores", lambda: 1)
     run_study(load_study("digits-mlp", overrides=settings), trials=3, workers=1, home=folder)
     yield folder
     patch.undo()

@@ -103,10 +103,10 @@ def test_store_of_a_newer_version_is_named_and_left_alone(tmp_path):
 
 
 def test_nothing_is_upgraded_under_a_living_run(tmp_path):
-    from hpo.search.open import lease_of
+    from hpo.search.lifecycle import new_lease
 
     home = Home.at(tmp_path).create()
-    lease = lease_of(home, "study")
+    lease = new_lease(home, "study")
     with pytest.raises(StoreError, match="has it open"):
         upgrade_stores(tmp_path)
     lease.close()

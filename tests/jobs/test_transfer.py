@@ -22,7 +22,7 @@ from hpo.jobs.doctor import doctor
 from hpo.jobs.stop import stop_study
 from hpo.jobs.transfer import export_study, import_study
 from hpo.records import TrialResult, TrialState
-from hpo.search.open import open_study
+from hpo.search.lifecycle import open_study
 from hpo.storage.optuna_storage import open_storage, read_study
 from hpo.tracking.champions import record_champion
 from hpo.tracking.ledger import announce_opening, complete_opening

@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from hpo.errors import TrainingError
 from hpo.models import build_model, parameter_count
-from hpo.models.binary import OneLogit
+from hpo.models.basic import OneLogit
 from hpo.spec.models import ConvnetSpec, MlpSpec
 
 
@@ -38,7 +38,7 @@ def test_probability_of_the_second_class_is_the_sigmoid():
 
 
 def test_more_than_two_classes_are_refused():
-    with pytest.raises(TrainingError, match="tells 2 classes apart, not 10"):
+    with pytest.raises(TrainingError, match="separates 2 classes, not 10"):
         build_model(MlpSpec(kind="mlp"), image_shape=(8, 8, 1), classes=10, seed=0, binary=True)
 
 

@@ -10,10 +10,9 @@ from torch.nn import functional
 
 from hpo.errors import ModelError
 from hpo.models import build_model
-from hpo.models.binary import OneLogit
-from hpo.models.export import export_program
+from hpo.models.basic import OneLogit
+from hpo.models.export import export_program, save_trained
 from hpo.models.saliency import METHODS, explain_images, integrated_gradients, last_maps, log_odds, saliency
-from hpo.models.saved import save_trained
 from hpo.spec.models import CnnSpec, ConvnetSpec, MlpSpec, ResnetSpec
 from hpo.spec.study import DataSpec, Setup, SplitSpec
 from hpo.spec.training import TrainingSpec

@@ -13,9 +13,8 @@ from hpo.data.prepare import models_folder
 from hpo.errors import DataError, SpecError, TrainingError
 from hpo.models import build_model, parameter_count
 from hpo.models.backbones import build_backbone, quick, stages
-from hpo.models.export import export_program
-from hpo.models.saved import save_trained
-from hpo.models.transfer import standing_of
+from hpo.models.export import export_program, save_trained
+from hpo.models.transfer import transfer_of
 from hpo.spec.models import CnnSpec, MlpSpec
 from hpo.spec.pretrained import (
     FusionSpec,
@@ -66,19 +65,19 @@ def _same(before, module):
 @pytest.mark.parametrize("net", [SQUEEZE, TINY], ids=lambda net: net["kind"])
 def test_a_frozen_network_keeps_weights_and_running_means_while_its_head_learns(files, net, pixels):
     built = _build(_spec(files, net, freeze="all"))
-    standing = standing_of(built)
-    before, head = _state(standing.bodies), _state(standing.head)
+    transfer = transfer_of(built)
+    before, head = _state(transfer.bodies), _state(transfer.head)
     spec = TrainingSpec(epochs=2, optimizer=OptimizerSpec(name="adamw", weight_decay=0.1))
     list(train(built, pixels, spec, seed=0, precision="float32"))
-    assert _same(before, standing.bodies)
-    assert not _same(head, standing.head)
-    assert parameter_count(built) == sum(weight.numel() for weight in standing.head.parameters())
+    assert _same(before, transfer.bodies)
+    assert not _same(head, transfer.head)
+    assert parameter_count(built) == sum(weight.numel() for weight in transfer.head.parameters())
 
 
 def test_a_torchvision_network_sees_what_torchvision_shows_it(files):
     """Grey images as three equal channels, resized, normalised; features as its own classifier gets them."""
     images = torch.rand(4, 1, 8, 8)
-    body = standing_of(_build(_spec(files, SQUEEZE, freeze="all"))).bodies[0]
+    body = transfer_of(_build(_spec(files, SQUEEZE, freeze="all"))).bodies[0]
     net = models.get_model(SQUEEZE["name"], weights=None)
     net.load_state_dict(torch.load(files["torchvision"], weights_only=True))
     net.fc = torch.nn.Identity()
@@ -91,7 +90,7 @@ def test_a_torchvision_network_sees_what_torchvision_shows_it(files):
 
 def test_so_many_stages_stay_and_the_others_learn(files, pixels):
     built = _build(_spec(files, freeze=2))
-    parts = stages(standing_of(built).bodies[0])
+    parts = stages(transfer_of(built).bodies[0])
     before = [_state(part) for part in parts]
     list(train(built, pixels, TrainingSpec(epochs=1), seed=0, precision="float32"))
     assert [_same(state, part) for state, part in zip(before, parts, strict=True)][:3] == [True, True, False]
@@ -104,7 +103,7 @@ def test_more_frozen_stages_than_there_are_is_an_error_that_counts_them(files):
 
 def test_what_is_frozen_learns_from_the_epoch_of_unfreezing(files, pixels):
     built = _build(_spec(files, freeze="all", unfreeze_epoch=2))
-    body = standing_of(built).bodies[0]
+    body = transfer_of(built).bodies[0]
     before = _state(body)
     same = [_same(before, body) for _ in train(built, pixels, TrainingSpec(epochs=2), seed=0, precision="float32")]
     assert same == [True, False]
@@ -113,7 +112,7 @@ def test_what_is_frozen_learns_from_the_epoch_of_unfreezing(files, pixels):
 def test_stages_nearer_to_the_image_learn_slower(files):
     optimizer = build_optimizer(OptimizerSpec(layer_decay=0.5), _build(_spec(files)))
     scales = [group["scale"] for group in optimizer.param_groups]
-    count = len(stages(standing_of(_build(_spec(files))).bodies[0]))
+    count = len(stages(transfer_of(_build(_spec(files))).bodies[0]))
     assert sorted(scales, reverse=True) == [0.5**distance for distance in range(count + 1)]
 
 
@@ -126,19 +125,19 @@ def test_every_weight_of_a_plain_network_has_one_depth():
 
 def test_the_head_begins_alike_whether_a_backbone_is_made_or_remembered(files):
     first, again = (_build(_spec(files, freeze="all"), seed=7) for _ in range(2))
-    assert standing_of(first).bodies[0] is standing_of(again).bodies[0]
-    assert _same(_state(standing_of(first).head), standing_of(again).head)
+    assert transfer_of(first).bodies[0] is transfer_of(again).bodies[0]
+    assert _same(_state(transfer_of(first).head), transfer_of(again).head)
 
 
 @pytest.mark.parametrize("pool", [1, 2])
 def test_fusion_lays_the_maps_of_all_backbones_side_by_side(files, pool):
     backbones = [{**net, "weights": files[net["kind"]], "input_size": 64} for net in (SQUEEZE, TINY)]
     spec = FusionSpec(kind="fusion", backbones=backbones, pool=pool, freeze="all")
-    standing = standing_of(_build(spec))
+    transfer = transfer_of(_build(spec))
     images = torch.rand(2, 1, 8, 8)
     with torch.inference_mode():
-        counts = [body(images).shape[1] for body in standing.bodies]
-    assert standing.head[-1].in_features == sum(counts)
+        counts = [body(images).shape[1] for body in transfer.bodies]
+    assert transfer.head[-1].in_features == sum(counts)
     assert all(count % pool**2 == 0 for count in counts)
 
 
@@ -216,7 +215,7 @@ def test_convolutions_of_28_pixels_serve_64_with_a_new_head(cells):
     image = torch.rand(1, 3, 64, 64)
     with torch.inference_mode():
         expected = cells[:4]((image - 0.5) / 0.2)
-        torch.testing.assert_close(standing_of(net).bodies[0](image), expected)
+        torch.testing.assert_close(transfer_of(net).bodies[0](image), expected)
 
 
 def test_a_model_without_convolutions_cannot_change_its_resolution(cells, digits):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from hpo.report.roc import roc, roc_per_class
+from hpo.report.statistics import roc, roc_per_class
 
 
 @pytest.mark.parametrize("decimals", [1, 8])

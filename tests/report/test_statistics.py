@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, chi2
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, f1_score, roc_auc_score
 
-from hpo.report.comparison import Answers, Comparison, compare_answers
+from hpo.report.comparison import Comparison, Predictions, compare_predictions
 from hpo.report.statistics import (
     binarise_confusion,
     binarise_probabilities,
-    confusion_counts,
     holm,
     macro_roc,
     mcnemar,
@@ -222,8 +221,8 @@ def test_binarised_decisions_make_the_binarised_matrix(seed):
     np.testing.assert_allclose(summed[:, 1], sum(probabilities[:, NAMES.index(name)] for name in CLOTHING))
     truth = np.array([name in CLOTHING for name in NAMES]).astype(np.int64)[labels]
     ten = confusion_matrix(labels, probabilities.argmax(1), labels=range(10))
-    np.testing.assert_array_equal(confusion_counts(labels, probabilities.argmax(1), classes=10), ten)
-    two = confusion_counts(truth, decided, classes=2)
+    np.testing.assert_array_equal(confusion_matrix(labels, probabilities.argmax(1)), ten)
+    two = confusion_matrix(truth, decided)
     np.testing.assert_array_equal(binarise_confusion(ten, NAMES, GROUPS), two)
 
 
@@ -242,8 +241,8 @@ def _comparison(*errors: tuple[int, int], count: int = 1712) -> Comparison:
     for number, (a, b) in enumerate(errors):
         predicted = labels.copy()
         predicted[a:b] = 1 - predicted[a:b]
-        answers.append(Answers("ABCD"[number], f"trial {number}", predicted))
-    return compare_answers(labels, answers, class_names=("no", "yes"), part="validation")
+        answers.append(Predictions("ABCD"[number], f"trial {number}", predicted))
+    return compare_predictions(labels, answers, class_names=("no", "yes"), part="validation")
 
 
 def test_a_difference_is_told_with_its_interval_and_its_test():

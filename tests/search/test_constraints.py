@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import optuna
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +11,7 @@ from formula import NUMERIC, train
 from hpo.errors import SpecError
 from hpo.records import FINAL, Candidate, StudyResult, Trial, TrialResult, TrialState
 from hpo.search.constraints import aims, judge, most_parameters, needs_latency, parse_constraint, violation
-from hpo.search.open import open_study
+from hpo.search.lifecycle import open_study
 
 LR = {"training.optimizer.lr": NUMERIC["training.optimizer.lr"]}
 WIDTH = {"model.hidden": {"int": [1, 1000]}}
@@ -87,7 +88,7 @@ def test_network_that_is_too_large_is_pruned_untrained_and_the_sampler_knows_why
         scores = {"parameters": 10.0 * candidate.parameters["model.hidden"]}
         state = TrialState.COMPLETE if scores["parameters"] <= 3000 else TrialState.PRUNED
         study.tell(judge(spec, TrialResult(candidate.number, state, 0.5, scores=scores)))
-    trials = [study._storage.get_all_trials(study._id)[number] for number in range(6)]
+    trials = [study._storage.every_trial(study._id)[number] for number in range(6)]
     assert [trial.constraints["parameters <= 3000"] > 0 for trial in trials] == [
         trial.params["model.hidden"] > 300 for trial in trials
     ]
@@ -110,9 +111,9 @@ def test_several_objectives_are_all_told_and_the_front_is_kept(home, make_spec, 
         scores = {"valid_accuracy": width / 1000 - lr, "parameters": float(width)}
         assert not study.report(candidate.number, 1, 0.5)
         study.tell(judge(spec, TrialResult(candidate.number, TrialState.COMPLETE, scores=scores)))
-    told = [trial.values for trial in study._storage.get_all_trials(study._id)]
+    told = [trial.values for trial in study._storage.every_trial(study._id)]
     result = study.result()
-    front = {trial.number for trial in study._study.best_trials}
+    front = {trial.number for trial in optuna.load_study(study_name=study.title, storage=home.storage_url).best_trials}
     study.close()
     assert told == [list(trial.result.values) for trial in result.trials]
     assert (result.objective, result.direction) == ("valid_accuracy", "maximize")

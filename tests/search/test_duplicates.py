@@ -6,7 +6,7 @@ import pytest
 
 from formula import FINITE, FINITE_CELLS, objective, run_all, sequence, train
 from hpo.records import Epoch, TrialResult, TrialState
-from hpo.search.open import open_study
+from hpo.search.lifecycle import open_study
 from hpo.storage.trial_attrs import key_of
 
 SIZES = {"model.hidden": {"choice": [8, 16, 32]}}
@@ -71,7 +71,7 @@ def test_reuse_goes_on_after_a_kill_while_it_answers(home, make_spec, monkeypatc
 
     def go_on():
         while candidate := study.ask(budget=30, worker="w"):
-            study._settler.settle(
+            study._finisher.finish(
                 study._trials()[candidate.number], TrialResult(candidate.number, TrialState.COMPLETE, 0.5)
             )
 

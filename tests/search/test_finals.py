@@ -6,7 +6,7 @@ import pytest
 
 from formula import FINITE, MIXED, NUMERIC, objective, run_all, sequence, train
 from hpo.records import FINAL, TrialResult, TrialState
-from hpo.search.open import open_study
+from hpo.search.lifecycle import open_study
 
 BUDGET = 8
 
@@ -60,7 +60,7 @@ def test_enqueueing_finals_again_adds_only_what_is_missing(home, make_spec, monk
     study = open_study(home, spec, data_digest="d")
     run_all(study, BUDGET)
     wanted = [(trial.candidate.parameters, seed) for trial in study.result().ranked()[:2] for seed in (1, 2)]
-    add, left = study._study.add_trial, [2]
+    add, left = study._finisher.enqueue, [2]
 
     def killed(trial):
         left[0] -= 1
@@ -68,7 +68,7 @@ def test_enqueueing_finals_again_adds_only_what_is_missing(home, make_spec, monk
             raise KeyboardInterrupt
         add(trial)
 
-    monkeypatch.setattr(study._study, "add_trial", killed)
+    monkeypatch.setattr(study._finisher, "enqueue", killed)
     with pytest.raises(KeyboardInterrupt):
         study.enqueue_finals(wanted)
     study.close()

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from hpo.errors import SpecError
-from hpo.search.open import open_study
+from hpo.search.lifecycle import open_study
 from hpo.spec.load import parse_study
-from hpo.storage.optuna_storage import STUDY, open_storage
+from hpo.storage.optuna_storage import open_storage
+from hpo.storage.trial_attrs import STUDY
 
 SPACE = {"training.optimizer.lr": {"float": [0.1, 1.0]}}
 
@@ -51,7 +52,7 @@ def record_of(home):
 def write_record(home, record):
     storage = open_storage(home)
     try:
-        storage.set_study_user_attr(storage.studies()["study"][0], STUDY, record)
+        storage.database.set_study_user_attr(storage.studies()["study"][0], STUDY, record)
     finally:
         storage.close()
 

@@ -6,7 +6,7 @@ import pytest
 
 from formula import run_all
 from hpo.errors import SpecError, StoreError
-from hpo.search.open import open_study
+from hpo.search.lifecycle import open_study
 from hpo.storage.optuna_storage import read_study
 
 

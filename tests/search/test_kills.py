@@ -16,7 +16,7 @@ from formula import FINITE, FINITE_CELLS, run_all, sequence, train
 from hpo.database import server_address
 from hpo.records import FINAL, TrialResult, TrialState
 from hpo.search import finish
-from hpo.search.open import open_study
+from hpo.search.lifecycle import open_study
 from hpo.storage.optuna_storage import read_study
 from hpo.storage.trial_attrs import key_of
 from staged import STAGES, worth

@@ -12,10 +12,10 @@ import pytest
 
 from formula import objective, train
 from hpo.home import Home
-from hpo.search.open import open_study
+from hpo.search.lifecycle import open_study
 from hpo.storage.optuna_storage import read_study
 from hpo.storage.reader import list_trials
-from hpo.storage.trial_index import BEST, LATEST, MOST, OTHERS, Shelf
+from hpo.storage.trial_index import BEST, LATEST, MOST, OTHERS, EndedTrials
 from many_trials import CONDITIONAL, GRID, SPACE, make_study
 
 SHORT, LONG = 510, 1500
@@ -100,19 +100,19 @@ def test_long_study_resumed_asks_what_it_would_have_asked_unbroken(tmp_path, hom
 
 
 def ended(number, *values, broken=0.0):
-    """A complete trial as a shelf takes it."""
+    """A complete trial as EndedTrials takes it."""
     trial = optuna.trial.create_trial(values=values, system_attrs={"constraints:limit": broken})
     trial.number = number
     return trial
 
 
 def test_samplers_see_the_best_the_latest_and_some_of_all_others():
-    shelf = Shelf([True])
+    ended_trials = EndedTrials([True])
     for number in range(5000):
-        shelf.add(ended(number, -abs(number - 1000.0), broken=float(number == 1000)))
+        ended_trials.add(ended(number, -abs(number - 1000.0), broken=float(number == 1000)))
         if number < MOST:
-            assert shelf.shown() == shelf.ended
-    shown = [trial.number for trial in shelf.shown()]
+            assert ended_trials.sample() == ended_trials.visible
+    shown = [trial.number for trial in ended_trials.sample()]
     assert shown == sorted(set(shown))
     assert len(shown) <= MOST
     assert {*range(5000 - LATEST, 5000)} <= {*shown}
@@ -125,19 +125,19 @@ def test_samplers_see_the_best_the_latest_and_some_of_all_others():
 
 def test_what_samplers_see_does_not_depend_on_the_order_in_which_trials_ended():
     trials = [ended(number, float(number * 7919 % 1009)) for number in range(2000)]
-    forwards, backwards = Shelf([False]), Shelf([False])
+    forwards, backwards = EndedTrials([False]), EndedTrials([False])
     for one, other in zip(trials, trials[::-1], strict=True):
         forwards.add(one)
         backwards.add(other)
-    assert forwards.shown() == backwards.shown()
+    assert forwards.sample() == backwards.sample()
 
 
 def test_with_several_objectives_samplers_see_the_front():
-    shelf = Shelf([True, False])
+    ended_trials = EndedTrials([True, False])
     for number in range(3000):
         spoilt = float(number % 100 != 7)  # one in a hundred is on the front
-        shelf.add(ended(number, number - 5000 * spoilt, number + 5000 * spoilt))
-    assert {*range(7, 3000, 100)} <= {trial.number for trial in shelf.shown()}
+        ended_trials.add(ended(number, number - 5000 * spoilt, number + 5000 * spoilt))
+    assert {*range(7, 3000, 100)} <= {trial.number for trial in ended_trials.sample()}
 
 
 def test_pruners_see_every_trial(home, make_spec):
@@ -145,9 +145,13 @@ def test_pruners_see_every_trial(home, make_spec):
     make_study(home, spec, SHORT, images=10)
     study = open_study(home, spec, data_digest="sha256:0")
     candidate = study.ask(budget=10_000, worker="w")
-    assert len(study._study.get_trials(deepcopy=False)) < SHORT
-    study.report(candidate.number, 1, objective(candidate.parameters))
-    assert len(study._study.get_trials(deepcopy=False)) == SHORT + 1
+    sampled = study._view(None, sampled=True).get_all_trials(study._id, deepcopy=False)
+    assert len(sampled) < SHORT
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study._pruner, "prune", lambda view, trial: seen.extend(view.get_trials(deepcopy=False)) or False)
+        study.report(candidate.number, 1, objective(candidate.parameters))
+    assert len(seen) == SHORT + 1
     study.close()
 
 

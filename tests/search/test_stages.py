@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from formula import run_all, sequence, train
 from hpo.errors import SpecError
 from hpo.records import Candidate, StudyResult, Trial, TrialResult, TrialState
-from hpo.search.narrow import fits, refined
-from hpo.search.open import open_study
+from hpo.search.distributions import fits, narrowed
+from hpo.search.lifecycle import open_study
 from hpo.search.stages import stage_warnings, total_trials
 from hpo.spec.space import Space
 from staged import RATE, SIZES, STAGES, worth
@@ -226,7 +226,7 @@ def test_refined_range_holds_its_centre_and_stays_within_the_old_one(low, width,
     grid = space["x"].grid() if step else [low + at * width]
     centre = grid[int(at * (len(grid) - 1))]
     centre = round(centre) if kind == "int" else centre
-    new = refined(space, {"x": centre, "y": 2}, share)
+    new = narrowed(space, {"x": centre, "y": 2}, share)
     (first, last), (start, end) = new["x"].ends(), space["x"].ends()
     assert fits(new["x"], centre)
     assert start - 1e-9 <= first <= last <= end + 1e-9
@@ -251,7 +251,7 @@ def test_refined_ends_are_those_of_the_formula():
             "epochs": {"int": [1, 100], "when": {"lr": [0.1]}},
         }
     )
-    new = refined(space, {"lr": 1e-2, "drop": 0.1, "batch": 256, "epochs": 50}, 1 / 3)
+    new = narrowed(space, {"lr": 1e-2, "drop": 0.1, "batch": 256, "epochs": 50}, 1 / 3)
     assert new["lr"].ends() == pytest.approx([10**-2.5, 10**-1.5])
     assert new["drop"].ends() == pytest.approx([0, 0.2])
     assert new["batch"].ends() == [math.floor(256 / 16 ** (1 / 6)), 256]

@@ -1,128 +1,20 @@
 from __future__ import annotations
 
-import math
 import multiprocessing
 import random
-from dataclasses import replace
 
 import optuna
 import pytest
 
-from formula import FINITE, FINITE_CELLS, MIXED, NUMERIC, objective, run_all, sequence, train
+from formula import FINITE, FINITE_CELLS, NUMERIC, run_all, train
 from hpo.errors import SpecError
 from hpo.records import TrialResult, TrialState
-from hpo.search.open import open_study
-from hpo.storage.optuna_storage import RESULT, read_study
-from hpo.storage.trial_attrs import key_of
+from hpo.search.lifecycle import open_study
+from hpo.storage.optuna_private import trial_id_of
+from hpo.storage.optuna_storage import read_study
+from hpo.storage.trial_attrs import RESULT, key_of
 
 FORK = multiprocessing.get_context("fork")
-
-
-def report_all(study, candidate, curve):
-    """Whether the pruner would end the trial after any of nine epochs."""
-    asked = [study.report(candidate.number, epoch, curve(epoch)) for epoch in range(1, 10)]
-    return any(asked)
-
-
-@pytest.mark.parametrize(
-    ("sampler", "pruner", "space"),
-    [
-        ("random", "none", MIXED),
-        ("tpe", "none", MIXED),
-        ("tpe", "median", NUMERIC),
-        ("tpe", "successive_halving", NUMERIC),
-        ("tpe", "hyperband", NUMERIC),
-        ("tpe", "curve", NUMERIC),
-        ("cmaes", "none", NUMERIC),
-        ("gp", "none", NUMERIC),
-        ("qmc", "none", MIXED),
-        ("grid", "none", FINITE),
-    ],
-)
-def test_study_in_pieces_tries_the_same_candidates_as_in_one_go(home, make_spec, sampler, pruner, space):
-    spec = make_spec(sampler, pruner, space, startup=8 if sampler == "gp" else 3)
-    epochs = 1 if pruner == "none" else 9
-    whole = open_study(home, spec, data_digest="d")
-    run_all(whole, 11, epochs)
-    expected = sequence(whole.result())
-    whole.close()
-
-    # The same title keeps Hyperband's brackets.
-    other = replace(home, root=home.root / "b", storage_url=f"sqlite:///{home.root / 'b' / 'optuna.db'}")
-    for piece in range(4):
-        study = open_study(other, spec, data_digest="d")
-        study.reap()
-        for _ in range(2):
-            train(study, study.ask(budget=11, worker="w"), epochs=epochs)
-        broken = study.ask(budget=11, worker="w")
-        # Rungs that it reached, and what samplers noted of it, must not weigh twice.
-        for epoch in range(1, epochs):
-            study.report(broken.number, epoch, objective(broken.parameters) * epoch / epochs)
-        if piece % 2:
-            study.tell(TrialResult(broken.number, TrialState.STOPPED))
-        study.close()
-    study = open_study(other, spec, data_digest="d")
-    study.reap()
-    run_all(study, 11, epochs)
-    result = study.result()
-    study.close()
-    assert result.count(TrialState.STOPPED) == 4
-    assert sequence(result) == expected
-    assert [ordinal for _, ordinal, *_ in expected] == list(range(11))
-
-
-@pytest.mark.parametrize("sampler", ["tpe", "cmaes", "gp"])
-def test_sampler_learns_from_results(home, make_spec, sampler):
-    study = open_study(
-        home, make_spec(sampler, space={"training.optimizer.lr": MIXED["training.optimizer.lr"]}), data_digest="d"
-    )
-    run_all(study, 20)
-    values = [objective(trial.candidate.parameters) for trial in study.result().trials]
-    study.close()
-    assert sum(values[12:]) / 8 > sum(values[:6]) / 6
-
-
-@pytest.mark.parametrize(
-    ("pruner", "prunes"),
-    [
-        ("none", False),
-        ("median", True),
-        ("successive_halving", True),
-        ("hyperband", True),
-        ("patient", True),
-        ("wilcoxon", True),
-    ],
-)
-def test_pruner_ends_a_hopeless_trial_and_no_good_one(home, make_spec, pruner, prunes):
-    study = open_study(home, make_spec(pruner=pruner), data_digest="d")
-    for _ in range(6):
-        good = study.ask(budget=20, worker="w")
-        assert not report_all(study, good, lambda epoch: 0.9 + epoch / 100)
-        study.tell(TrialResult(good.number, TrialState.COMPLETE, 0.99, 9))
-    # Hyperband's brackets differ in patience: one of several hopeless trials falls into an eager one.
-    pruned = []
-    for _ in range(4):
-        poor = study.ask(budget=20, worker="w")
-        pruned.append(report_all(study, poor, lambda epoch: 0.3 - epoch / 100))
-        study.tell(TrialResult(poor.number, TrialState.PRUNED, 0.29, 1))
-    study.close()
-    assert any(pruned) == prunes
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("pruner", ["none", "median", "successive_halving", "hyperband", "patient", "wilcoxon"])
-def test_report_of_no_number_is_recorded_and_the_study_goes_on(home, make_spec, pruner, value):
-    study = open_study(home, make_spec("tpe", pruner, startup=1), data_digest="d")
-    train(study, study.ask(budget=3, worker="w"))
-    odd = study.ask(budget=3, worker="w")
-    for epoch in range(1, 6):
-        study.report(odd.number, epoch, value)
-    study.tell(TrialResult(odd.number, TrialState.COMPLETE, value, 5))
-    train(study, study.ask(budget=3, worker="w"))
-    result = study.result()
-    study.close()
-    assert [trial.state is TrialState.FAILED for trial in result.trials] == [False, True, False]
-    assert "not a finite number" in result.trials[odd.number].result.reason
 
 
 def test_candidate_holds_real_values_and_only_active_parameters(home, make_spec):
@@ -184,7 +76,7 @@ def test_result_written_before_the_kill_is_told_and_not_tried_again(home, make_s
     one = open_study(home, make_spec(), data_digest="d")
     candidate = one.ask(budget=5, worker="a")
     done = TrialResult(candidate.number, TrialState.COMPLETE, 0.5, 2)
-    one._storage.set_trial_user_attr(one._running[candidate.number]._trial_id, RESULT, done.to_json())
+    one._storage.database.set_trial_user_attr(trial_id_of(one._running[candidate.number]), RESULT, done.to_json())
     one.close()
     two = open_study(home, make_spec(), data_digest="d")
     assert two.reap() == [candidate.number]

@@ -5,7 +5,7 @@ import pytest
 from formula import FINITE, FINITE_CELLS, MIXED, NUMERIC, run_all, train
 from hpo.errors import SpecError
 from hpo.records import TrialResult, TrialState
-from hpo.search.open import open_study
+from hpo.search.lifecycle import open_study
 
 LR, DROP = "training.optimizer.lr", "model.dropout"
 

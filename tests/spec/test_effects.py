@@ -25,7 +25,7 @@ from hpo.spec.space import Part
 from hpo.spec.study import DataSpec, Setup, SplitSpec, StudySpec
 from hpo.spec.training import TrainingSpec
 from hpo.training.loop import train
-from hpo.training.trial import build_whole
+from hpo.training.trial import build_full
 
 KINDS: Mapping[str, type[Part]] = {"mlp": MlpSpec, "cnn": CnnSpec, "convnet": ConvnetSpec, "resnet": ResnetSpec}
 SMALL: Mapping[str, dict[str, Any]] = {
@@ -122,7 +122,7 @@ _CARDS: list[DataCard] = []
 def outcome(text: str) -> tuple[Any, ...]:
     """What comes out of a training: every score of every epoch, and the number of weights."""
     setup = Setup.model_validate_json(text)
-    net, data = build_whole(setup, _CARDS[-1], seed=1, device_name="cpu")
+    net, data = build_full(setup, _CARDS[-1], seed=1, device_name="cpu")
     seed = 1 if setup.training.seed is None else setup.training.seed
     epochs = list(train(net, data, setup.training, seed=seed, precision="float32"))
     weights = [weight.detach().double().sum().item() for weight in net.parameters()]

@@ -12,7 +12,7 @@ from sqlalchemy.engine import Engine
 from formula import train
 from hpo.errors import StoreError
 from hpo.records import Epoch, TrialResult, TrialState
-from hpo.search.open import open_study
+from hpo.search.lifecycle import open_study
 from hpo.spec.load import parse_study
 from hpo.storage import optuna_storage, retry
 from hpo.storage.optuna_storage import list_studies, read_study
@@ -100,7 +100,7 @@ def test_storage_of_another_optuna_is_one_clear_error(home, make_spec):
 
 def test_database_kept_busy_by_another_program_is_one_clear_error(home, make_spec, monkeypatch):
     monkeypatch.setattr(optuna_storage, "_BUSY_SECONDS", 0.05)
-    monkeypatch.setattr(retry, "PATIENCE", 1.0)
+    monkeypatch.setattr(retry, "RETRY_SECONDS", 1.0)
     study = open_study(home, make_spec(), data_digest="d")
     candidate = study.ask(budget=2, worker="w")
     other = sqlite3.connect(home.root / "optuna.db", isolation_level=None)

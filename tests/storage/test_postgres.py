@@ -19,11 +19,11 @@ from hpo.home import Home
 from hpo.jobs.stop import stop_study
 from hpo.locks import lock
 from hpo.records import TrialResult, TrialState
-from hpo.search.open import open_study
+from hpo.search.lifecycle import open_study
 from hpo.search.repair import reap
-from hpo.storage import heartbeat, optuna_storage, retry
+from hpo.storage import liveness, retry
 from hpo.storage.optuna_storage import list_studies, open_storage, read_study
-from hpo.storage.reader import look
+from hpo.storage.reader import read_snapshots
 
 FORK = multiprocessing.get_context("fork")
 
@@ -42,9 +42,8 @@ def make_home(tmp_path, database):
 def impatient(monkeypatch):
     """Signs of life every two seconds, death after five without, and short pauses between tries, as of 15, 60 and 8."""
     for room, name, seconds in (
-        (optuna_storage, "BEAT", 2),
-        (heartbeat, "BEAT", 2),
-        (optuna_storage, "GRACE", 5),
+        (liveness, "HEARTBEAT_SECONDS", 2),
+        (liveness, "GRACE_SECONDS", 5),
         (retry, "_LONGEST_PAUSE", 0.5),
     ):
         monkeypatch.setattr(room, name, seconds)
@@ -134,7 +133,7 @@ def test_trial_of_a_living_machine_is_left_alone_however_long_it_takes(make_home
     time.sleep(7)
     assert second.reap() == []
     assert second.attended() == {candidate.number}
-    (seen,) = look(make_home("b"))
+    (seen,) = read_snapshots(make_home("b"))
     assert seen.abandoned == ()
     train(first, candidate)
     assert second.attended() == set()  # told without a time
@@ -144,7 +143,7 @@ def test_trial_of_a_living_machine_is_left_alone_however_long_it_takes(make_home
 
 def test_supervisor_that_stood_still_finds_its_trial_taken_and_goes_on(make_home, make_spec, impatient):
     slow = open_study(make_home("slow"), make_spec(), data_digest="d")
-    slow._roll._pulse.close()  # it stands still
+    slow._liveness.close()  # it stands still
     taken = slow.ask(budget=10, worker="w")
     other = open_study(make_home("other"), make_spec(), data_digest="d")
     assert _wait(lambda: other.reap() == [taken.number])
@@ -172,7 +171,7 @@ def test_after_an_outage_nobody_is_taken_for_dead_by_those_who_lived_through_it_
     owner.start()
     assert ours.recv() == 0
     witness = open_study(make_home("witness"), make_spec(), data_digest="d")
-    assert _wait(lambda: witness._roll._pulse.steady)  # it knows by now who lives
+    assert _wait(lambda: witness._liveness._heartbeat.reliable)  # it knows by now who lives
     postgres.control("stop", "-m", "fast")
     time.sleep(7)  # longer than the grace
     postgres.control("start")
@@ -231,7 +230,7 @@ def test_wrong_password_is_told_without_it(make_home, database):
 
 
 def test_database_without_server_is_told_with_the_next_step(make_home, monkeypatch):
-    monkeypatch.setattr("hpo.storage.retry.PATIENCE", 0.0)
+    monkeypatch.setattr("hpo.storage.retry.RETRY_SECONDS", 0.0)
     nobody = replace(make_home("a"), storage_url="postgresql+psycopg://hpo@127.0.0.1:1/hpo")
     with pytest.raises(StoreError) as error:
         open_storage(nobody)
@@ -295,16 +294,16 @@ def _break_off(database) -> None:
 def test_stopped_trial_whose_end_broke_off_half_way_is_tried_again(make_home, make_spec, database, monkeypatch):
     study = open_study(make_home("a"), make_spec(), data_digest="d")
     candidate = study.ask(budget=10, worker="w")
-    retry, broken = study._settler.retry, []
+    retry, broken = study._finisher.retry, []
 
     def break_off(trial, *, deaths):
         retry(trial, deaths=deaths)
         if not broken:
-            study._storage.books(study._id)  # as samplers and others do
+            study._storage.index(study._id)  # as samplers and others do
             broken.append(trial.number)
             _break_off(database)
 
-    monkeypatch.setattr(study._settler, "retry", break_off)
+    monkeypatch.setattr(study._finisher, "retry", break_off)
     study.tell(TrialResult(candidate.number, TrialState.STOPPED, reason="Ctrl-C"))
     assert broken == [0]
     states = [trial.state for trial in study.result().trials]
@@ -319,7 +318,7 @@ def test_trials_of_the_dead_are_all_tried_again_though_one_was_told_meanwhile(ma
     study = open_study(make_home("a"), make_spec(), data_digest="d")
     first, second = (study.ask(budget=10, worker="w") for _ in range(2))
     study._running.clear()  # as if another process had died with them
-    settle, told = study._settler.settle, []
+    settle, told = study._finisher.finish, []
 
     def told_meanwhile(trial, result, *, died=False):
         if trial.number == second.number and not told:
@@ -327,7 +326,7 @@ def test_trials_of_the_dead_are_all_tried_again_though_one_was_told_meanwhile(ma
             raise optuna.exceptions.UpdateFinishedTrialError
         return settle(trial, result, died=died)
 
-    monkeypatch.setattr(study._settler, "settle", told_meanwhile)
+    monkeypatch.setattr(study._finisher, "finish", told_meanwhile)
     assert study.reap() == []
     assert study.reap() == [first.number, second.number]
     assert sorted(trial.candidate.ordinal for trial in study.result().trials) == [0, 0, 1, 1]

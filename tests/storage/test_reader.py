@@ -12,11 +12,11 @@ import pytest
 from formula import run_all, train
 from hpo.errors import StoreError
 from hpo.records import TrialResult, TrialState
-from hpo.search.open import open_study
+from hpo.search.lifecycle import open_study
 from hpo.search.repair import ask_to_stop, reap
-from hpo.storage.lease import holders
+from hpo.storage.liveness import holders
 from hpo.storage.optuna_storage import list_studies
-from hpo.storage.reader import look
+from hpo.storage.reader import read_snapshots
 
 
 def test_looking_says_what_optuna_says(home, make_spec):
@@ -31,9 +31,9 @@ def test_looking_says_what_optuna_says(home, make_spec):
     other.enqueue_finals([(other.result().best.candidate.parameters, 1)])
     train(other, other.ask_final(worker="w"), worth=lambda _: 99.0)
     known = list_studies(home)
-    assert [one.study for one in look(home)] == known
-    assert [one.best for one in look(home)] == [result.best for result in known]
-    brief = look(home, results=False)
+    assert [one.study for one in read_snapshots(home)] == known
+    assert [one.best for one in read_snapshots(home)] == [result.best for result in known]
+    brief = read_snapshots(home, results=False)
     assert [one.best for one in brief] == [result.best for result in known]
     assert [[t.state for t in one.study.trials] for one in brief] == [[t.state for t in r.trials] for r in known]
     study.close()
@@ -43,16 +43,16 @@ def test_looking_says_what_optuna_says(home, make_spec):
 def test_the_living_and_the_dead_are_told_apart(home, make_spec):
     study = open_study(home, make_spec(), data_digest="d")
     candidate = study.ask(budget=9, worker="w")
-    (one,) = look(home)
+    (one,) = read_snapshots(home)
     assert [holder.title for holder in one.holders] == ["study"]
     assert [trial.number for trial in one.running] == [candidate.number]
     assert not one.abandoned
     study.close()
-    (one,) = look(home)
+    (one,) = read_snapshots(home)
     assert not one.holders
     assert one.abandoned == (candidate.number,)
     assert reap(home, "study") == [candidate.number]
-    (one,) = look(home)
+    (one,) = read_snapshots(home)
     assert not one.abandoned
     assert not holders(home.locks)
 
@@ -71,7 +71,7 @@ def test_a_stop_reaches_who_has_the_study_open_and_nobody_later(home, make_spec)
 
 
 def test_looking_where_nothing_is_makes_nothing(home):
-    assert look(home) == []
+    assert read_snapshots(home) == []
     assert not home.root.exists()
 
 
@@ -82,7 +82,7 @@ def test_looking_waits_for_no_writer_and_no_lock(home, make_spec):
     with closing(sqlite3.connect(home.root / "optuna.db", isolation_level=None)) as writer:
         writer.execute("BEGIN IMMEDIATE")
         writer.execute("UPDATE trials SET number = number + 100")
-        assert [trial.number for trial in look(home)[0].study.trials] == [0, 1]
+        assert [trial.number for trial in read_snapshots(home)[0].study.trials] == [0, 1]
         writer.execute("ROLLBACK")
 
 
@@ -90,7 +90,7 @@ def test_a_file_that_is_no_database_is_told(home):
     home.create()
     (home.root / "optuna.db").write_text("a text that is no database " * 50)
     with pytest.raises(StoreError, match=r"optuna\.db: the database cannot be read"):
-        look(home)
+        read_snapshots(home)
 
 
 def test_looking_loads_neither_optuna_nor_mlflow():

@@ -13,14 +13,14 @@ from sqlalchemy.exc import OperationalError
 from formula import objective
 from hpo.errors import StoreError
 from hpo.records import Epoch, TrialResult, TrialState
-from hpo.search.open import open_study
+from hpo.search.lifecycle import open_study
 from hpo.storage import optuna_storage, outbox, retry
 
 
 @pytest.fixture
 def study(home, make_spec, monkeypatch):
     monkeypatch.setattr(optuna_storage, "_BUSY_SECONDS", 0.05)
-    monkeypatch.setattr(retry, "PATIENCE", 0.5)
+    monkeypatch.setattr(retry, "RETRY_SECONDS", 0.5)
     opened = open_study(home, make_spec(), data_digest="d")
     yield opened
     opened.close()
@@ -40,7 +40,7 @@ def _hold(home) -> sqlite3.Connection:
 
 
 def test_a_locked_database_is_waited_for(home, study, monkeypatch):
-    monkeypatch.setattr(retry, "PATIENCE", 30.0)
+    monkeypatch.setattr(retry, "RETRY_SECONDS", 30.0)
     candidate = study.ask(budget=5, worker="w")
     connection = _hold(home)
     threading.Timer(1.0, connection.rollback).start()
@@ -66,7 +66,7 @@ def test_a_result_that_cannot_be_told_is_told_by_the_next_run(home, study, make_
     assert json.dumps(told.result.to_json()) == json.dumps(result.to_json())
     assert stopped.state is TrialState.STOPPED
     assert (retry.candidate.ordinal, retry.state) == (1, TrialState.WAITING)
-    assert outbox.left(home, "study") == {}
+    assert outbox.pending(home, "study") == {}
     assert again.reap() == []
     again.close()
 
@@ -89,7 +89,7 @@ def test_half_a_result_is_none(home, study):
     folder = home.work / "study" / "3"
     folder.mkdir(parents=True)
     (folder / "result.json").write_text('{"number": 3, "sta')
-    assert outbox.left(home, "study") == {}
+    assert outbox.pending(home, "study") == {}
 
 
 class _Server:
@@ -108,7 +108,7 @@ class _Server:
 def test_a_server_that_restarts_is_waited_for(monkeypatch):
     monkeypatch.setattr(retry, "_FIRST_PAUSE", 0.01)
     server = _Server(ConnectionError("server closed the connection unexpectedly"), times=3)
-    assert retry.Patient(server).read() == 7
+    assert retry.Retrying(server).read() == 7
     assert server.calls == 4
 
 
@@ -116,5 +116,5 @@ def test_a_server_that_restarts_is_waited_for(monkeypatch):
 def test_a_fault_that_stays_is_told_at_once(text):
     server = _Server(sqlite3.OperationalError(text), times=9)
     with pytest.raises(OperationalError, match=text):
-        retry.Patient(server).read()
+        retry.Retrying(server).read()
     assert server.calls == 1

@@ -13,11 +13,11 @@ from hpo.database import server_address
 from hpo.errors import StoreError
 from hpo.home import Home
 from hpo.records import TrialResult, TrialState
-from hpo.search.open import open_study
+from hpo.search.lifecycle import open_study
 from hpo.storage import transfer as moving
 from hpo.storage.optuna_storage import read_study
-from hpo.storage.reader import look
-from hpo.storage.transfer import Standing
+from hpo.storage.reader import read_snapshots
+from hpo.storage.transfer import Relation
 
 
 @pytest.fixture
@@ -32,9 +32,9 @@ def server(tmp_path, database) -> Home:
 
 def _move(home: Home, target: Home, name: str = "study") -> int:
     """Through a file's bytes, as far as they go."""
-    study = json.loads(json.dumps(moving.take(home, name)))
+    study = json.loads(json.dumps(moving.export_study(home, name)))
     moving.check(study)
-    return moving.put(target, study)
+    return moving.import_study(target, study)
 
 
 def _trials(home: Home, title: str = "study") -> str:
@@ -68,7 +68,7 @@ def _every_kind(home: Home, spec) -> None:
 
 def test_trials_of_all_kinds_are_the_same_on_postgresql_and_back(home, server, other, make_spec):
     _every_kind(home, make_spec("tpe", "median"))
-    (before,) = look(home)
+    (before,) = read_snapshots(home)
     states = {trial.state for trial in before.study.trials}
     assert states >= {TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAILED, TrialState.STOPPED, TrialState.WAITING}
     assert _move(home, server) == len(before.study.trials)
@@ -123,18 +123,18 @@ def test_generations_move_one_by_one(home, other, make_spec):
         study.close()
     _move(home, other)
     _move(home, other, "study~1")
-    assert [(one.study.title, len(one.study.trials)) for one in look(other)] == [("study", 2), ("study~2", 3)]
+    assert [(one.study.title, len(one.study.trials)) for one in read_snapshots(other)] == [("study", 2), ("study~2", 3)]
 
 
 def test_study_moves_back_with_what_it_did_meanwhile(home, other, make_spec):
     run_all(study := open_study(home, make_spec(), data_digest="d"), budget=3)
     study.close()
-    early = moving.take(home, "study")
+    early = moving.export_study(home, "study")
     _move(home, other)
     run_all(study := open_study(other, make_spec(), data_digest="d"), budget=5)
     study.close()
-    assert moving.standing(other, early) is Standing.AHEAD
-    assert moving.put(other, early) == 0
+    assert moving.relation(other, early) is Relation.AHEAD
+    assert moving.import_study(other, early) == 0
     assert _move(other, home) == 2
     assert _trials(home) == _trials(other)
 
@@ -147,7 +147,7 @@ def test_study_that_went_on_in_both_stores_is_not_mixed(home, other, make_spec):
         run_all(study := open_study(place, make_spec(), data_digest="d"), budget=5, worth=worth)
         study.close()
     before = _trials(home)
-    with pytest.raises(StoreError, match="has gone on here and where it comes from"):
+    with pytest.raises(StoreError, match="was continued both here and in its source"):
         _move(other, home)
     assert _trials(home) == before
 
@@ -164,14 +164,14 @@ def test_another_study_of_the_title_is_left_alone(home, other, make_spec):
 def test_what_a_killed_import_left_is_cleared_away_and_seen_by_nobody(home, other, make_spec):
     run_all(study := open_study(home, make_spec(), data_digest="d"), budget=2)
     study.close()
-    study = moving.take(home, "study")
+    study = moving.export_study(home, "study")
     storage = moving.open_storage(other)
     moving._write(storage, {**study, "trials": study["trials"][:1]})
     storage.close()
-    assert look(other) == []
+    assert read_snapshots(other) == []
     _move(home, other)
     storage = moving.open_storage(other)
-    assert [each.study_name for each in storage.get_all_studies()] == ["study"]
+    assert list(storage.study_ids()) == ["study"]
     storage.close()
     assert _trials(home) == _trials(other)
 
@@ -181,8 +181,8 @@ def test_a_file_cannot_name_a_folder_to_be_deleted(home, other, make_spec, tmp_p
     candidate = study.ask(budget=1, worker="w")
     study.tell(TrialResult(candidate.number, TrialState.COMPLETE, 0.5, folder=str(tmp_path)))
     study.close()
-    taken = moving.take(home, "study")
+    taken = moving.export_study(home, "study")
     assert str(tmp_path) not in json.dumps(taken)
     taken["trials"][0]["user_attrs"]["hpo.result"]["folder"] = str(tmp_path)
-    moving.put(other, taken)
+    moving.import_study(other, taken)
     assert read_study(other, "study").trials[0].result.folder == ""

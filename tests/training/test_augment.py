@@ -9,7 +9,19 @@ from torch.nn import functional
 
 from hpo.errors import TrainingError
 from hpo.spec.training import AugmentSpec
-from hpo.training.augment import build_augment, erase, mix_batch, preview, recolour, warp
+from hpo.training.augment import (
+    AUGMENTATIONS,
+    MIXES,
+    OPTIONS,
+    Augmentation,
+    build_augment,
+    erase,
+    mix_batch,
+    recolour,
+    warp,
+)
+from hpo.training.batches import augmenter
+from hpo.training.preview import preview
 
 STEPS = [
     {"flip_horizontal": True},
@@ -44,7 +56,7 @@ def _planes(images):
 
 
 def _augmented(images, seed=0, **fields):
-    return build_augment(AugmentSpec(**fields))(images, _generator(seed))
+    return augmenter(AugmentSpec(**fields))(images, _generator(seed))
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -79,8 +91,8 @@ def test_images_need_not_be_square(fields):
 
 
 def test_what_is_off_draws_nothing():
-    assert build_augment(AugmentSpec()) is None
-    assert build_augment(AugmentSpec(mixup=0.2, cutmix=1.0, magnitude=1.0, erase_area=0.5, fill="edge")) is None
+    assert augmenter(AugmentSpec()) is None
+    assert augmenter(AugmentSpec(mixup=0.2, cutmix=1.0, magnitude=1.0, erase_area=0.5, fill="edge")) is None
     generator, untouched = _generator(), _generator()
     images, labels = torch.rand(4, 1, 8, 8), torch.arange(4)
     mixed, first, second, share = mix_batch(images, labels, AugmentSpec(), generator)
@@ -313,3 +325,27 @@ def test_preview_without_changes_repeats_the_image():
 def test_amounts_out_of_range_are_refused(fields):
     with pytest.raises(ValidationError):
         AugmentSpec(**fields)
+
+
+@pytest.mark.parametrize("name", [name for name in AugmentSpec.model_fields if name not in OPTIONS])
+def test_every_field_of_the_spec_changes_a_batch_when_it_is_the_only_one(name):
+    value = True if AugmentSpec.model_fields[name].annotation is bool else 1 if name in ("crop", "randaugment") else 0.5
+    spec, images = AugmentSpec(**{name: value}), _images(20, 12, 12)
+    if name in MIXES:
+        mixed, *_ = mix_batch(_planes(images), torch.arange(20), spec, _generator())
+        assert not torch.equal(mixed, _planes(images))
+    else:
+        assert not torch.equal(augmenter(spec)(images, _generator()), images)
+
+
+class _Inverting(AugmentSpec):
+    invert: bool = False
+
+
+def test_an_augmentation_is_added_by_one_entry_of_the_table(monkeypatch):
+    images, spec = _images(20, 12, 12), _Inverting(invert=True)
+    with pytest.raises(TrainingError, match=r"augment\.invert: is not implemented"):
+        build_augment(spec)
+    monkeypatch.setitem(AUGMENTATIONS, "invert", Augmentation(change=lambda _spec, batch, _generator: 255 - batch))
+    assert torch.equal(build_augment(spec)(images, _generator()), 255 - images)
+    assert augmenter(_Inverting()) is None

@@ -15,9 +15,9 @@ IMAGES = torch.randint(0, 256, (200, 6, 6, 3), dtype=torch.uint8, generator=torc
 def _taken(spec, monkeypatch, most):
     monkeypatch.setattr(batches, "_MOST_BYTES", most)
     generator = torch.Generator().manual_seed(2)
-    taken = batches.Take(IMAGES, spec)
-    places = taken.places(torch.randperm(200), 64, generator)
-    return [taken(some, generator) for some in places.split(64)], generator.get_state()
+    taken = batches.Batches(IMAGES, spec)
+    places = taken.rows(torch.randperm(200), 64, generator)
+    return [taken.gather(some, generator) for some in places.split(64)], generator.get_state()
 
 
 @pytest.mark.parametrize("flags", list(itertools.product((False, True), repeat=3)))
@@ -35,8 +35,8 @@ def test_kept_turns_are_those_made_batch_by_batch(flags, more, monkeypatch):
 def test_turns_draw_what_one_change_after_the_other_drew():
     """Seeds of earlier studies give the trainings that they gave."""
     spec, generator = AugmentSpec(**dict.fromkeys(FLAGS, True)), torch.Generator().manual_seed(3)
-    taken = batches.Take(IMAGES, spec)
-    new = taken(taken.places(torch.arange(200), 200, generator), generator)
+    taken = batches.Batches(IMAGES, spec)
+    new = taken.gather(taken.rows(torch.arange(200), 200, generator), generator)
     chance = torch.Generator().manual_seed(3)
     old = IMAGES
     for change in (
@@ -52,13 +52,13 @@ def test_turns_draw_what_one_change_after_the_other_drew():
 
 def test_turned_images_of_a_data_set_are_made_once():
     spec = AugmentSpec(flip_horizontal=True)
-    batches.Take(IMAGES, spec)
-    before = batches._all_turned.cache_info().misses
-    batches.Take(IMAGES, spec)
-    assert batches._all_turned.cache_info().misses == before
+    batches.Batches(IMAGES, spec)
+    before = batches._all_flipped.cache_info().misses
+    batches.Batches(IMAGES, spec)
+    assert batches._all_flipped.cache_info().misses == before
 
 
 def test_features_are_taken_as_they_are():
     features = torch.randn(200, 5)
-    taken = batches.Take(features, AugmentSpec(flip_horizontal=True))
-    assert torch.equal(taken(torch.tensor([3, 1]), torch.Generator()), features[[3, 1]])
+    taken = batches.Batches(features, AugmentSpec(flip_horizontal=True))
+    assert torch.equal(taken.gather(torch.tensor([3, 1]), torch.Generator()), features[[3, 1]])

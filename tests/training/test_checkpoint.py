@@ -12,7 +12,7 @@ from hpo.spec.models import MlpSpec
 from hpo.spec.study import DataSpec, Setup, SplitSpec
 from hpo.spec.training import AugmentSpec, OptimizerSpec, ScheduleSpec, TrainingSpec
 from hpo.training.checkpoint import Checkpoint
-from hpo.training.trial import VALIDATION, train_trial
+from hpo.training.trial import VALIDATION, TrialPlan, train_trial
 
 HOLDOUT, FOLDS = SplitSpec(kind="holdout"), SplitSpec(kind="kfold", folds=3)
 # All that a training remembers from one epoch to the next: momenta, dropout, data order, averages, schedule.
@@ -42,9 +42,7 @@ def _setup(optimizer="adamw", *, split=HOLDOUT, epochs=7, every=2, **training):
 
 def _train(setup, card, folder, file, *, until=None):
     """Epochs and result of a training; until: it is killed after so many epochs, and has no result."""
-    training = train_trial(
-        setup, card, number=0, seed=5, folder=folder, device_name="cpu", precisions={}, checkpoint=file
-    )
+    training = train_trial(TrialPlan(setup, card, 0, seed=5, folder=folder, device_name="cpu", checkpoint=file))
     epochs = []
     try:
         epoch = next(training)

@@ -11,14 +11,15 @@ import torch
 
 import hpo.training.features as features_module
 from hpo.models import build_model
-from hpo.models.transfer import standing_of
+from hpo.models.transfer import transfer_of
 from hpo.spec.models import CnnSpec
 from hpo.spec.pretrained import TimmSpec
 from hpo.spec.study import DataSpec, Setup, SplitSpec
 from hpo.spec.training import AugmentSpec, TrainingSpec
-from hpo.training.features import cached_views, features_of, forward, pick_view
+from hpo.training.batches import pick_view
+from hpo.training.features import cached_views, features_of, forward
 from hpo.training.loop import train
-from hpo.training.trial import build
+from hpo.training.trial import TrialPlan, build
 from small_nets import TINY, weights_file
 
 FLIPS = AugmentSpec(flip_horizontal=True)
@@ -36,7 +37,7 @@ def _setup(file, training=None, **model):
 
 
 def _net(setup):
-    return standing_of(build_model(setup.model, image_shape=(8, 8, 1), classes=10, seed=0))
+    return transfer_of(build_model(setup.model, image_shape=(8, 8, 1), classes=10, seed=0))
 
 
 def _features(setup, data, cache, digest="sha256:1"):
@@ -50,11 +51,11 @@ def _no_forward(*_):
 def test_a_head_learns_from_the_cache_what_it_learns_from_the_images(file, digits_card, tmp_path, monkeypatch):
     monkeypatch.setenv("HPO_DATA", str(tmp_path))
     setup = _setup(file, TrainingSpec(epochs=2, precision="float32"))
-    made = build(setup, digits_card, seed=3, device_name="cpu")
+    made = build(TrialPlan(setup, digits_card, 0, 3, tmp_path, "cpu"))
     assert made.data.images.dtype == torch.float32
     cached = list(train(made.net, made.data, setup.training, seed=1, precision="float32"))
-    again = build(setup, digits_card, seed=3, device_name="cpu")
-    whole = list(train(again.whole, again.pixels, setup.training, seed=1, precision="float32"))
+    again = build(TrialPlan(setup, digits_card, 0, 3, tmp_path, "cpu"))
+    whole = list(train(again.full_net, again.pixels, setup.training, seed=1, precision="float32"))
     for ours, theirs in zip(cached, whole, strict=True):
         assert ours.scores == pytest.approx(theirs.scores, abs=1e-4)
 
@@ -126,7 +127,10 @@ def _worker(file: str, card, cache: str, count) -> None:
     np.save(Path(cache) / f"{os.getpid()}.npy", images.numpy())
 
 
-def test_workers_that_begin_together_share_the_images_and_get_all_features(file, digits_card, digits, tmp_path):
+def test_workers_that_begin_together_share_the_images_and_get_all_features(
+    file, digits_card, digits, tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])  # where the processes find this module
     context = multiprocessing.get_context("spawn")
     count = context.Value("i", 0)
     workers = [context.Process(target=_worker, args=(file, digits_card, str(tmp_path), count)) for _ in range(3)]

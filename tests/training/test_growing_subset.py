@@ -10,7 +10,7 @@ import torch
 from hpo.models import build_model
 from hpo.spec.models import MlpSpec
 from hpo.spec.training import OptimizerSpec, ScheduleSpec, TrainingSpec
-from hpo.training.growing_subset import GrowingRows, stratified_order
+from hpo.training.batches import GrowingSubset, stratified_order
 from hpo.training.loop import train
 
 
@@ -33,17 +33,17 @@ def test_every_beginning_of_the_order_has_the_class_shares():
 
 def test_the_images_of_an_epoch_are_among_those_of_every_later_one(digits):
     spec = TrainingSpec(epochs=5, data_growth=0.3, batch_size=32)
-    rows = GrowingRows(digits, spec, seed=1)
+    rows = GrowingSubset(digits, spec, seed=1)
     parts = [set(rows.of(epoch).tolist()) for epoch in range(1, 6)]
     assert [len(part) for part in parts] == [round(share * len(digits.train)) for share in (0.3, 0.6, 0.9, 1, 1)]
     assert all(first <= second for first, second in itertools.pairwise(parts))
     assert parts[-1] == set(digits.train.tolist())
-    assert set(GrowingRows(digits, spec, seed=1).of(1).tolist()) == parts[0]
-    assert set(GrowingRows(digits, spec, seed=2).of(1).tolist()) != parts[0]
+    assert set(GrowingSubset(digits, spec, seed=1).of(1).tolist()) == parts[0]
+    assert set(GrowingSubset(digits, spec, seed=2).of(1).tolist()) != parts[0]
 
 
 def test_data_that_do_not_grow_are_the_training_rows_as_they_stand(digits):
-    rows = GrowingRows(digits, TrainingSpec(batch_size=100), seed=1)
+    rows = GrowingSubset(digits, TrainingSpec(batch_size=100), seed=1)
     assert torch.equal(rows.of(1), digits.train)
     assert rows.batches(3) == 3 * -(-len(digits.train) // 100)
 
@@ -56,7 +56,7 @@ def test_an_epoch_has_an_image_at_least(digits):
 def test_short_epochs_cost_what_they_go_through(digits):
     spec = TrainingSpec(epochs=6, data_growth=0.25, batch_size=10)
     assert [spec.share(epoch) for epoch in range(1, 7)] == [0.25, 0.5, 0.75, 1, 1, 1]
-    rows = GrowingRows(digits, spec, seed=0)
+    rows = GrowingSubset(digits, spec, seed=0)
     assert rows.batches(6) == sum(-(-len(rows.of(epoch)) // 10) for epoch in range(1, 7))
 
 

@@ -10,7 +10,7 @@ from hpo.spec.models import CnnSpec, MlpSpec
 from hpo.spec.study import DataSpec, Setup, SplitSpec
 from hpo.spec.training import AugmentSpec, TrainingSpec
 from hpo.training.stacking.stack import Stacks
-from hpo.training.trial import VALIDATION, train_trial
+from hpo.training.trial import VALIDATION, TrialPlan, train_trial
 
 DIGITS = DataSpec(name="digits")
 EVEN_ODD = {"even": ["0", "2", "4", "6", "8"], "odd": ["1", "3", "5", "7", "9"]}
@@ -22,7 +22,9 @@ def _setup(**parts):
 
 
 def _train(setup, card, folder, *, verdict=lambda epoch: True, **options):
-    training = train_trial(setup, card, number=0, seed=5, folder=folder, device_name="cpu", precisions={}, **options)
+    stacks = options.pop("stacks", None)
+    plan = TrialPlan(setup, card, number=0, seed=5, folder=folder, device_name="cpu", **options)
+    training = train_trial(plan, stacks=stacks)
     epochs = []
     try:
         epoch = next(training)

@@ -1,4 +1,4 @@
-"""The command `hpo`: every command parses, calls and prints."""
+"""The command `hpo` and its subcommands, each of which parses, calls and prints."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ from hpo.cli.store import app as store_app
 from hpo.cli.transfer import export, import_
 from hpo.cli.use import models, predict, promote
 from hpo.cli.worker import worker
+from hpo.report.text import duration, short_paths
 
 if TYPE_CHECKING:
     from hpo.records import Trial
@@ -75,7 +76,7 @@ def _root(
     pass
 
 
-# Before all others: --help lists commands and their groups as they come.
+# First, because --help lists commands and their groups in this order.
 app.command(cls=Command, rich_help_panel="Search")(run)
 
 
@@ -83,8 +84,8 @@ app.command(cls=Command, rich_help_panel="Search")(run)
 def preview(
     study: Study,
     target: Annotated[Path, typer.Option("--output", "-o", help="The PNG to write.")] = Path("augmented.png"),
-    images: Annotated[int, typer.Option(min=1, max=100, help="Rows: training images, classes in turn.")] = 8,
-    copies: Annotated[int, typer.Option(min=1, max=50, help="Changes of each, beside the image itself.")] = 7,
+    images: Annotated[int, typer.Option(min=1, max=100, help="Rows: training images of alternating classes.")] = 8,
+    copies: Annotated[int, typer.Option(min=1, max=50, help="Augmented copies of each image.")] = 7,
     settings: Settings = None,
     trust: Trust = False,
     _debug: Debug = False,
@@ -120,8 +121,8 @@ def check(
     data, split = report.data, report.split
     origin = "the publisher's file" if data.official else "not the publisher's file"
     size = " x ".join(map(str, data.image_shape))
-    features = output.show_seconds(report.features_seconds)
-    time, disk = output.show_seconds(report.estimated_seconds), output.show_bytes(report.estimated_bytes)
+    features = duration(report.features_seconds)
+    time, disk = duration(report.estimated_seconds), output.show_bytes(report.estimated_bytes)
     output.print_facts(
         [
             ("data", f"{data.name}, {origin}, {data.digest}"),
@@ -130,9 +131,9 @@ def check(
             ("network", f"{report.parameter_count:,} parameters, {output.show_bytes(report.model_bytes)} as a model"),
             ("device", f"{report.device}, {report.precision}, {report.workers} workers"),
             *([("features", f"{features}, once")] if report.features_seconds else []),
-            ("batch", output.show_seconds(report.batch_seconds)),
-            ("epoch", output.show_seconds(report.epoch_seconds)),
-            ("export", output.show_seconds(report.export_seconds)),
+            ("batch", duration(report.batch_seconds)),
+            ("epoch", duration(report.epoch_seconds)),
+            ("export", duration(report.export_seconds)),
             (f"{report.trials} trials", f"about {time} and {disk}"),
         ]
     )
@@ -146,7 +147,7 @@ def _range(shares: tuple[float, ...] | None) -> str:
 
 
 class Order(StrEnum):
-    """How trials are listed."""
+    """The order in which trials are listed."""
 
     VALUE = "value"
     NUMBER = "number"
@@ -155,8 +156,8 @@ class Order(StrEnum):
 @app.command(cls=Command, rich_help_panel="Look")
 def trials(
     study: Study,
-    sort: Annotated[Order, typer.Option(help="Best first, or as they were asked.")] = Order.NUMBER,
-    top: Annotated[int | None, typer.Option(min=1, help="Only so many, best first.", show_default="all")] = None,
+    sort: Annotated[Order, typer.Option(help="Best first, or in the order of their numbers.")] = Order.NUMBER,
+    top: Annotated[int | None, typer.Option(min=1, help="Only the best N.", show_default="all")] = None,
     home: HomeFolder = None,
     as_json: AsJson = False,
     _debug: Debug = False,
@@ -171,12 +172,12 @@ def trials(
         shown = list(result.ranked()[:top])
     elif sort is Order.VALUE:
         ranked = result.ranked()
-        best_first = {trial.number: place for place, trial in enumerate(ranked)}
-        shown.sort(key=lambda trial: (best_first.get(trial.number, len(ranked)), trial.number))
+        rank = {trial.number: index for index, trial in enumerate(ranked)}
+        shown.sort(key=lambda trial: (rank.get(trial.number, len(ranked)), trial.number))
     if as_json:
         output.print_json(replace(result, trials=tuple(shown)))
         return
-    names = output.short_names({path for trial in shown for path in trial.candidate.parameters})
+    names = short_paths({path for trial in shown for path in trial.candidate.parameters})
     columns = [">trial", "state", f">{result.objective}", ">epoch", ">time", "~parameters"]
     output.print_table([_trial_row(trial, names) for trial in shown], columns)
 
@@ -186,13 +187,13 @@ def _trial_row(trial: Trial, names: dict[str, str]) -> list[str]:
     words = output.show_parameters(trial.candidate.parameters, names)
     if trial.result and trial.result.reason:
         words = f"{trial.result.reason} ({words})"
-    time = output.show_seconds(trial.run_seconds) if trial.state.finished else ""
+    time = duration(trial.run_seconds) if trial.state.finished else ""
     return [str(trial.number), trial.state.value, output.show_score(trial.value), epoch, time, words]
 
 
 @app.command(cls=Command, rich_help_panel="Look")
 def studies(as_json: AsJson = False, _debug: Debug = False) -> None:
-    """List the studies at hand, by data set."""
+    """List the available studies, by data set."""
     from hpo.errors import SpecError
     from hpo.spec.load import load_study, study_files
 
@@ -219,7 +220,7 @@ def studies(as_json: AsJson = False, _debug: Debug = False) -> None:
     else:
         cells = [[row[key] for key in ("data", "name", "model", "trials", "question")] for row in rows]
         for above, row in reversed(list(pairwise(cells))):
-            # A data set is named once, above all its studies.
+            # A data set is named once, above its studies.
             row[0] = "" if row[0] == above[0] else row[0]
         output.print_table(cells, ["data", "study", "model", ">trials", "~question"])
     for warning in broken:
@@ -236,7 +237,7 @@ def show(study: Study, settings: Settings = None, as_json: AsJson = False, _debu
     if as_json:
         output.print_json({"spec": spec.model_dump(mode="json"), "parameters": len(spec.search.space), "size": size})
         return
-    points = f"{size:,} combinations" if size is not None else "no end of combinations"
+    points = f"{size:,} combinations" if size is not None else "continuous (unlimited combinations)"
     output.print_text(f"# search space: {len(spec.search.space)} parameters, {points}")
     output.print_text(dump_study(spec).rstrip())
 
@@ -261,7 +262,9 @@ def ui(
     from hpo.tracking.ui import is_local, open_ui
 
     if not is_local(host):
-        output.print_warning(f"whoever reaches {host}:{port} can read and change everything: MLflow asks no password.")
+        output.print_warning(
+            f"whoever reaches {host}:{port} can read and change everything: MLflow asks for no password."
+        )
     typer.echo(f"MLflow starts at http://{host}:{port} in half a minute; Ctrl-C ends it.", err=True)
     raise typer.Exit(open_ui(Home.find(home), host=host, port=port))
 
@@ -296,7 +299,7 @@ def main() -> None:
     except SystemExit as end:
         if "mlflow" not in sys.modules:
             raise
-        # Taking down the modules of mlflow and optuna one by one takes two seconds that nobody needs.
+        # Unloading the modules of mlflow and optuna one by one would take two seconds.
         from hpo.execute.process import end_fork_server
 
         atexit._run_exitfuncs()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,85 +21,39 @@ from hpo.cli.options import (
     Study,
     Trials,
     Trust,
-    read_stack,
     study_name,
 )
+from hpo.options import RunOptions
 from hpo.records import Event, Notice
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from hpo.cli.display.live import Watcher
     from hpo.spec.study import StudySpec
 
-SlurmSettings = Annotated[
-    list[str] | None,
-    typer.Option("--slurm", metavar="KEY=VALUE", help="A parameter of submitit: partition=gpu, timeout_min=60, ..."),
-]
-Detach = Annotated[bool, typer.Option("--detach", help="Submit the jobs and return.")]
-PrintScript = Annotated[bool, typer.Option("--print", help="Print a script for sbatch, and submit nothing.")]
 
-
-def on_slurm(engine: str, study: str, *, alone: Mapping[str, object], never: Mapping[str, object]) -> bool:
-    """Whether the study runs as jobs of an array.
-
-    alone maps options that are for arrays only to what was given, never those that are not for them. Raises HpoError.
-    """
-    from hpo.errors import HpoError
-
-    if engine == "kubernetes":
-        raise HpoError(
-            "--engine kubernetes: is a manifest.", f"Print it: hpo manifest {shlex.quote(study)} --image IMAGE"
-        )
-    array = engine == "slurm"
-    for option in (name for name, given in (never if array else alone).items() if given):
-        hint = "Leave it out; how long a job may take: --slurm timeout_min=60" if array else "Add: --engine slurm"
-        raise HpoError(f"{option}: is {'not' if array else 'only'} for --engine slurm.", hint)
-    return array
-
-
-def engine_options(engine: str, workers: int | None, slurm: Sequence[str]) -> list[str]:
-    """What says again where a study runs."""
-    if engine != "slurm":
-        return []
-    return ["--engine", engine, "--workers", str(workers), *(part for text in slurm for part in ("--slurm", text))]
-
-
-def run_slurm(
-    spec: StudySpec,
-    watcher: Watcher,
-    *,
-    workers: int | None,
-    slurm: Sequence[str],
-    options: Sequence[str],
-    home: Path | None,
-    detach: bool,
-    printed: bool,
-    as_json: bool,
-    **begin: Any,
-) -> int:
+def run_slurm(spec: StudySpec, options: RunOptions, watcher: Watcher, *, as_json: bool) -> int:
     """Submit the study's workers, or print the script that does; returns the exit code."""
-    from hpo.cluster.slurm import read_settings, script
     from hpo.errors import HpoError
 
-    if not workers:
-        raise HpoError("--engine slurm: how many jobs?", "Say it: --workers 8")
-    if printed:
-        output.print_text(script(spec.name, options, workers=workers, settings=read_settings(slurm)).rstrip())
+    if not options.workers:
+        raise HpoError("--engine slurm: the number of jobs is missing.", "Give it: --workers 8")
+    if options.print_script:
+        from hpo.cluster.slurm import read_settings, script
+
+        flags, settings = options.of_worker().flags(), read_settings(options.slurm)
+        output.print_text(script(spec.name, flags, workers=options.workers, settings=settings).rstrip())
         return 0
     with watcher as watch:
         from hpo.cluster.submit import Submitted, run_array
 
-        done = run_array(
-            spec, workers=workers, settings=slurm, options=options, home=home, detach=detach, watch=watch, **begin
-        )
+        done = run_array(spec, options, watch=watch)
     if not isinstance(done, Submitted):
         return watch.exit_code
-    place = f" --home {shlex.quote(str(home))}" if home else ""
+    home = f" --home {shlex.quote(str(options.home))}" if options.home else ""
     if as_json:
         output.print_json({"event": "submitted", **output.plain(done)}, indent=None)
     else:
-        output.print_text(f"Look: hpo status {done.study}{place}; end it: hpo stop {done.study}{place}")
+        output.print_text(f"Look: hpo status {done.study}{home}; end it: hpo stop {done.study}{home}")
     return 0
 
 
@@ -118,21 +71,13 @@ def begin(
     _debug: Debug = False,
 ) -> None:
     """Begin a study on a shared storage, for `hpo worker` to join: check its data, write its record, train nothing."""
+    options = RunOptions.pick(locals())
     from hpo.spec.load import load_study
 
-    spec = load_study(study, overrides=settings or [], trust=trust)
-    from hpo.cluster.begin import begin_study
+    spec = load_study(study, overrides=options.settings, trust=trust)
+    from hpo.cluster.shared_study import begin_study
 
-    opened = begin_study(
-        spec,
-        trials=trials,
-        home=home,
-        fresh=fresh,
-        retry_failed=retry_failed,
-        keep_models=keep_models,
-        precision=precision,
-        watch=None if as_json else _say,
-    )
+    opened = begin_study(spec, options, watch=None if as_json else _print_notice)
     title = opened.study.title
     if as_json:
         output.print_json(
@@ -140,10 +85,10 @@ def begin(
         )
         return
     output.print_text(f"{title} has begun: {opened.finished} of {opened.budget} trials are done.")
-    output.print_text(f"Take part, on any machine that reaches the storage: hpo worker {spec.name}")
+    output.print_text(f"Join it on any machine that reaches the storage: hpo worker {spec.name}")
 
 
-def _say(event: Event) -> None:
+def _print_notice(event: Event) -> None:
     if isinstance(event, Notice) and not event.total:
         typer.echo(event.text, err=True)
 
@@ -168,15 +113,5 @@ def manifest(
     from hpo.cluster.kubernetes import manifest as print_manifest
 
     pods = Pods(image, workers, cpus, memory, gpus, scratch, secret)
-    output.print_text(
-        print_manifest(
-            study_name(study), pods, options=worker_options(device=device, stack="auto", trust=trust)
-        ).rstrip()
-    )
-
-
-def worker_options(*, device: str, stack: str, trust: bool) -> list[str]:
-    """What of the command line `hpo worker` is to be told."""
-    read_stack(stack)
-    said = ["--device", device] if device != "auto" else []
-    return said + (["--stack", stack] if stack != "auto" else []) + ["--trust"] * trust
+    flags = RunOptions(device=device, trust=trust).flags()
+    output.print_text(print_manifest(study_name(study), pods, options=flags).rstrip())

@@ -1,4 +1,4 @@
-"""What the commands share: their options, and one place that tells errors."""
+"""The options that commands share, and one place that prints errors."""
 
 from __future__ import annotations
 
@@ -12,32 +12,41 @@ from hpo.cli.display import output
 
 
 class Command(TyperCommand):
-    """A command whose errors are told in one place."""
+    """A command whose errors are printed in one place."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; what it raises becomes one message and an exit code."""
+        """Run the command; an exception becomes one message and an exit code."""
         try:
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
-        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - all errors are told here
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - all errors are printed here
             debug = ctx.params.get("debug") or ctx.params.get("_debug") or ctx.find_root().params.get("debug")
             raise typer.Exit(output.fail(error, as_json=bool(ctx.params.get("as_json")), debug=bool(debug))) from None
 
 
 def complete_study(incomplete: str) -> list[str]:
-    """Names of studies that begin so, for the shell."""
+    """Names of studies that begin with the text, for the shell."""
     from hpo.spec.load import study_files
 
     return [name for name in study_files() if name.startswith(incomplete)]
 
 
 def read_duration(text: str) -> float:
-    """Seconds in the text of an option."""
+    """The seconds in the text of an option."""
     try:
         return output.parse_duration(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+
+
+def read_engine(text: str) -> str:
+    """The text of --engine, which must be an engine or a scheduler."""
+    from hpo.execute.engines import ENGINES
+
+    if text not in (*ENGINES, "slurm", "kubernetes"):
+        raise typer.BadParameter(f"{text}: choose one of processes, ray, slurm", param_hint="--engine")
+    return text
 
 
 def read_stack(text: str) -> int | None:
@@ -55,27 +64,64 @@ Study = Annotated[
 ]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="PLACE=VALUE", help="Override a place of the study file: training.epochs=5"),
+    typer.Option("--set", metavar="PLACE=VALUE", help="Override an entry of the study file: training.epochs=5"),
 ]
 Trials = Annotated[
     int | None, typer.Option(min=1, help="The study's total, all runs together.", show_default="the study's")
 ]
 Workers = Annotated[int | None, typer.Option(min=0, help="Processes that train.", show_default="one a core or GPU")]
 StackSize = Annotated[
-    str, typer.Option(metavar="auto|N", help="Small networks that a worker trains side by side, in one computation.")
+    int | None,
+    typer.Option(
+        parser=read_stack,
+        metavar="auto|N",
+        help="Small networks that a worker trains at once, in one computation.",
+        show_default="auto",
+    ),
 ]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew, beside what there is.")]
+Timeout = Annotated[
+    float | None, typer.Option(parser=read_duration, metavar="TIME", help="Stop cleanly after 90, 30m or 1h.")
+]
+EngineName = Annotated[
+    str,
+    typer.Option(
+        "--engine",
+        parser=read_engine,
+        metavar="processes|ray|slurm",
+        help="Processes of this machine, actors of a Ray cluster, or jobs of a SLURM array.",
+    ),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|HOST:PORT", help="The Ray cluster.", show_default="$RAY_ADDRESS, or a Ray of this run's own"
+    ),
+]
+GpusPerTrial = Annotated[
+    float | None,
+    typer.Option(metavar="N", help="GPUs of a Ray worker, such as 0.25.", show_default="1 if the cluster has any"),
+]
+CpusPerTrial = Annotated[float | None, typer.Option(metavar="N", help="CPU cores of a Ray worker.", show_default="1")]
+SlurmSettings = Annotated[
+    list[str] | None,
+    typer.Option("--slurm", metavar="KEY=VALUE", help="A parameter of submitit: partition=gpu, timeout_min=60, ..."),
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start a new study; the old one is kept.")]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Try failed trials again.")]
 KeepModels = Annotated[
     str | None,
-    typer.Option(metavar="all|best:K|none", help="Whose models stay on disk.", show_default="the study's, best:10"),
+    typer.Option(
+        metavar="all|best:K|none", help="The trials whose models are kept.", show_default="the study's, best:10"
+    ),
 ]
-AsEvents = Annotated[bool, typer.Option("--json", help="One JSON object an event a line; the last is the result.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only the last word.")]
+AsEvents = Annotated[bool, typer.Option("--json", help="One JSON object per event and line; the last is the result.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the final result.")]
 DeviceName = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.")]
 PrecisionName = Annotated[
     str | None,
-    typer.Option("--precision", metavar="auto|float32|bfloat16", help="To compute with.", show_default="the study's"),
+    typer.Option(
+        "--precision", metavar="auto|float32|bfloat16", help="Precision of the computation.", show_default="the study's"
+    ),
 ]
 HomeFolder = Annotated[
     Path | None,
@@ -85,14 +131,15 @@ Trust = Annotated[
     bool, typer.Option("--trust", help="Import the functions that a study from elsewhere names: read them first.")
 ]
 AllowPickle = Annotated[
-    bool, typer.Option("--allow-pickle", help="Load a model that can run code of its maker: only of those you trust.")
+    bool,
+    typer.Option("--allow-pickle", help="Load a model that can run its author's code: only from authors you trust."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
 def study_name(study: str) -> str:
-    """The name of a study given by name or by its file; a study whose file is gone can still be looked at."""
+    """The name of a study given by its name or its file; with the name, a study can be read after its file is gone."""
     if not study.endswith((".yaml", ".yml")):
         return study
     from hpo.spec.load import load_study

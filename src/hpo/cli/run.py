@@ -1,42 +1,46 @@
-"""`hpo run`: a study from its beginning, or from where it stands, to its best model."""
+"""`hpo run`: start or resume a study, and register its best model."""
 
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from typing import Annotated
 
 import typer
 
-from hpo.cli import cluster
 from hpo.cli.options import (
+    Address,
     AsEvents,
+    CpusPerTrial,
     Debug,
     DeviceName,
+    EngineName,
     Fresh,
+    GpusPerTrial,
     HomeFolder,
     KeepModels,
     PrecisionName,
     Quiet,
     RetryFailed,
     Settings,
+    SlurmSettings,
     StackSize,
     Study,
+    Timeout,
     Trials,
     Trust,
     Workers,
-    read_duration,
-    read_stack,
 )
-from hpo.cli.ray import Address, CpusPerTrial, Engine, EngineName, GpusPerTrial, read_ray
+from hpo.options import RunOptions
 
 
 def run(
     study: Study,
     trials: Trials = None,
     workers: Workers = None,
-    stack: StackSize = "auto",
+    stack: StackSize = None,
     device: DeviceName = "auto",
-    engine: Engine = EngineName.PROCESSES,
+    engine: EngineName = "processes",
     address: Address = None,
     gpus_per_trial: GpusPerTrial = None,
     cpus_per_trial: CpusPerTrial = None,
@@ -45,75 +49,52 @@ def run(
     home: HomeFolder = None,
     fresh: Fresh = False,
     retry_failed: RetryFailed = False,
-    timeout: Annotated[
-        float | None, typer.Option(parser=read_duration, metavar="TIME", help="Stop cleanly after 90, 30m or 1h.")
-    ] = None,
+    timeout: Timeout = None,
     keep_models: KeepModels = None,
     precision: PrecisionName = None,
-    profile: Annotated[bool, typer.Option("--profile", help="Say where the time went.")] = False,
-    slurm: cluster.SlurmSettings = None,
-    detach: cluster.Detach = False,
-    print_script: cluster.PrintScript = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Report where the time went.")] = False,
+    slurm: SlurmSettings = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Submit the jobs and return.")] = False,
+    print_script: Annotated[
+        bool, typer.Option("--print", help="Print a script for sbatch, and submit nothing.")
+    ] = False,
     as_json: AsEvents = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Run a study, or go on with it; register its best model.
+    """Run a study, or resume it; register its best model.
 
-    Ctrl-C ends it cleanly; the same command goes on. A study whose trials are all done asks for more: --trials N.
+    Ctrl-C ends it cleanly; the same command resumes it. If all trials of a study are done, ask for more: --trials N.
     """
+    start(study, RunOptions.pick(locals()), as_json=as_json, quiet=quiet, debug=debug)
+
+
+def start(study: str, options: RunOptions, *, as_json: bool, quiet: bool, debug: bool) -> None:
+    """Run a study with these options, here or on a scheduler's jobs."""
     from hpo.cli.display.live import watcher
     from hpo.cli.display.run_summary import NextCommands
+    from hpo.errors import HpoError
     from hpo.spec.load import load_study
 
-    spec = load_study(study, overrides=settings or [], trust=trust)
-    options = [part for setting in settings or [] for part in ("--set", setting)] + ["--trust"] * trust
-    options += ["--precision", precision] if precision else []  # a study goes on as it began
-    ray, again_by_ray = read_ray(engine, address=address, gpus_per_trial=gpus_per_trial, cpus_per_trial=cpus_per_trial)
-    options += again_by_ray
-    options += cluster.engine_options(engine, workers, slurm or [])
-    place = f" --home {shlex.quote(str(home))}" if home else ""
-    more = shlex.join(["hpo", "run", study, *options]) + place
-    again = f"{more} --trials {trials}" if trials else more
-    commands = NextCommands(again, more, home=place)
-    shown = watcher(as_json=as_json, quiet=quiet)(commands, debug=debug)
-    alone = {"--slurm": slurm, "--detach": detach, "--print": print_script}
-    if cluster.on_slurm(engine, study, alone=alone, never={"--timeout": timeout, "--profile": profile}):
-        code = cluster.run_slurm(
-            spec,
-            shown,
-            workers=workers,
-            slurm=slurm or [],
-            options=cluster.worker_options(device=device, stack=stack, trust=trust),
-            detach=detach,
-            printed=print_script,
-            as_json=as_json,
-            trials=trials,
-            home=home,
-            fresh=fresh,
-            retry_failed=retry_failed,
-            keep_models=keep_models,
-            precision=precision,
-        )
-        raise typer.Exit(code)
-    with shown as watch:
-        # Inside, because its imports take a moment in which the terminal should not look dead.
+    if options.engine == "kubernetes":
+        hint = f"Print it: hpo manifest {shlex.quote(study)} --image IMAGE"
+        raise HpoError("--engine kubernetes: is a manifest.", hint)
+    spec = load_study(study, overrides=options.settings, trust=options.trust)
+    resume = options.to_resume()
+
+    def with_trials(trials: int) -> str:
+        return replace(resume, trials=trials).command_line("run", study)
+
+    home = f" --home {shlex.quote(str(options.home))}" if options.home else ""
+    commands = NextCommands(resume.command_line("run", study), with_trials, home=home)
+    display = watcher(as_json=as_json, quiet=quiet)(commands, debug=debug)
+    if options.engine == "slurm":
+        from hpo.cli.cluster import run_slurm
+
+        raise typer.Exit(run_slurm(spec, options, display, as_json=as_json))
+    with display as watch:
+        # Imported inside, because it takes a moment in which the terminal should not look dead.
         from hpo.execute.run_study import run_study
 
-        run_study(
-            spec,
-            trials=trials,
-            workers=workers,
-            stack=read_stack(stack),
-            device=device,
-            home=home,
-            fresh=fresh,
-            retry_failed=retry_failed,
-            timeout=timeout,
-            keep_models=keep_models,
-            precision=precision,
-            profile=profile,
-            ray=ray,
-            watch=watch,
-        )
+        run_study(spec, options, watch=watch)
     raise typer.Exit(watch.exit_code)

@@ -11,9 +11,10 @@ import typer
 from hpo.cli.display import output
 from hpo.cli.options import AsJson, Debug, HomeFolder, Study, read_duration, study_name
 from hpo.records import FINAL, TrialState
+from hpo.report.text import duration
 
 if TYPE_CHECKING:
-    from hpo.storage.reader import Look
+    from hpo.storage.reader import StudySnapshot
 
 
 def stop(
@@ -54,7 +55,7 @@ def stop(
         return
     count = len(done.stopped)
     words = "no trial was running" if not count else f"{count} trial{'s' * (count > 1)} stopped, to be tried again"
-    output.print_text(f"{done.title}: stopped in {output.show_seconds(done.seconds)}; {words}.")
+    output.print_text(f"{done.title}: stopped in {duration(done.seconds)}; {words}.")
     output.print_text(f"Go on with: {again}")
 
 
@@ -66,11 +67,11 @@ def status(
 ) -> None:
     """Show what every study has done and who is at work on it; it disturbs nothing that runs."""
     from hpo.home import Home
-    from hpo.storage.reader import look
+    from hpo.storage.reader import read_snapshots
 
     place = Home.find(home)
     wanted = study_name(study) if study else None
-    found = [one for one in look(place, results=False) if wanted in (None, one.study.name, one.study.title)]
+    found = [one for one in read_snapshots(place, results=False) if wanted in (None, one.study.name, one.study.title)]
     if as_json:
         output.print_json([_facts(one) for one in found])
         return
@@ -82,7 +83,7 @@ def status(
     for one in found:
         for holder in one.holders:
             where = f"process {holder.pid} on {holder.host}" if holder.pid else f"a process on {holder.host}"
-            since = f", for {output.show_seconds(time.time() - holder.since)}" if holder.since else ""
+            since = f", for {duration(time.time() - holder.since)}" if holder.since else ""
             numbers = [str(trial.number) for trial in one.running if one.leases[trial.number] == holder.lease]
             trials = f", trial {', '.join(numbers)}" if numbers else ""
             output.print_text(f"{one.study.title}: {where}{since}{trials}")
@@ -93,7 +94,7 @@ def status(
             output.print_warning(f"{one.study.title}: {text}")
 
 
-def _row(one: Look) -> list[str]:
+def _row(one: StudySnapshot) -> list[str]:
     counts = _counts(one)
     workers = {(one.leases[trial.number], trial.worker) for trial in one.running}
     at_work = "-"
@@ -112,18 +113,18 @@ def _row(one: Look) -> list[str]:
     ]
 
 
-def _counts(one: Look) -> dict[TrialState, int]:
+def _counts(one: StudySnapshot) -> dict[TrialState, int]:
     searched = [trial.state for trial in one.study.counted if trial.candidate.stage != FINAL]
     return {state: searched.count(state) for state in TrialState}
 
 
-def _budget(one: Look) -> int | None:
+def _budget(one: StudySnapshot) -> int | None:
     """The study's total; None where it is the sum over stages, which only the running study knows."""
     search = one.study.spec.get("search") or {}
     return None if search.get("stages") else search.get("trials")
 
 
-def _facts(one: Look) -> dict[str, Any]:
+def _facts(one: StudySnapshot) -> dict[str, Any]:
     return {
         "study": one.study.title,
         "objective": one.study.objective,

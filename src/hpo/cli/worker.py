@@ -14,53 +14,47 @@ from hpo.cli.options import (
     HomeFolder,
     Quiet,
     StackSize,
+    Timeout,
     Trust,
     Workers,
-    read_duration,
-    read_stack,
 )
+from hpo.options import RunOptions
 
 
 def worker(
     study: Annotated[str, typer.Argument(help="The name of a study that has begun.", show_default=False)],
     workers: Workers = None,
-    stack: StackSize = "auto",
+    stack: StackSize = None,
     device: DeviceName = "auto",
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="PLACE=VALUE", help="What differs on this machine: data.path=/scratch/x.npz"),
+        typer.Option(
+            "--set", metavar="PLACE=VALUE", help="An entry that differs on this machine: data.path=/scratch/x.npz"
+        ),
     ] = None,
     trust: Trust = False,
     home: HomeFolder = None,
-    timeout: Annotated[
-        float | None, typer.Option(parser=read_duration, metavar="TIME", help="Leave cleanly after 90, 30m or 1h.")
-    ] = None,
+    timeout: Timeout = None,
     as_json: AsEvents = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Train trials of a study that runs on a shared storage, until its budget is spent.
 
-    Start as many as you like, on any machine that reaches the storage (HPO_STORAGE, or hpo.toml). Ctrl-C, SIGTERM and
-    kills lose nothing: what was training is tried again by another one. The images must be those of the study.
+    Start any number of workers, on any machine that reaches the storage (HPO_STORAGE, or hpo.toml). Ctrl-C, SIGTERM and
+    kills lose nothing: another worker tries the interrupted trials again. The images must be those of the study.
     """
+    options = RunOptions.pick(locals())
     from hpo.cli.display.live import watcher
     from hpo.cli.display.run_summary import NextCommands
 
-    place = f" --home {shlex.quote(str(home))}" if home else ""
-    again, more = (shlex.join(["hpo", verb, study]) + place for verb in ("worker", "run"))
-    with watcher(as_json=as_json, quiet=quiet)(NextCommands(again, more, home=place), debug=debug) as watch:
-        from hpo.cluster.join import join_study
+    def with_trials(trials: int) -> str:
+        return RunOptions(home=home, trials=trials).command_line("run", study)
 
-        join_study(
-            study,
-            overrides=settings or [],
-            trust=trust,
-            home=home,
-            watch=watch,
-            workers=workers,
-            stack=read_stack(stack),
-            device=device,
-            timeout=timeout,
-        )
+    home_flag = f" --home {shlex.quote(str(home))}" if home else ""
+    commands = NextCommands(options.to_resume().command_line("worker", study), with_trials, home=home_flag)
+    with watcher(as_json=as_json, quiet=quiet)(commands, debug=debug) as watch:
+        from hpo.cluster.shared_study import join_study
+
+        join_study(study, options, watch=watch)
     raise typer.Exit(watch.exit_code)

@@ -1,1 +1,1 @@
-"""A study on many machines: SLURM, Kubernetes, and workers that join."""
+"""Studies on many machines: SLURM, Kubernetes, and workers that join a shared study."""

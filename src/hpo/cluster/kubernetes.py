@@ -11,14 +11,14 @@ from hpo.errors import HpoError
 
 _SIZE = re.compile(r"[0-9]+(\.[0-9]+)?([EPTGM]i?|Ki|k)?")
 _NAME = re.compile(r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?")
-_LONGEST = 50  # of a Job's name: its pods add an index and five letters to it, and are named in at most 63
-_GRACE = 60  # seconds that a worker has to put away what it trains
+_LONGEST = 50  # letters of a Job's name: pods add an index and five letters, and have at most 63
+_GRACE = 60  # seconds in which a worker stops its trials
 _RETRIES = 6
 
 
 @dataclass(frozen=True)
 class Pods:
-    """How many pods of which image, and what each may use; sizes as Kubernetes writes them.
+    """The number of pods, their image, and the resources of each; sizes as Kubernetes writes them.
 
     secret is the name of the Secret that holds HPO_STORAGE and MLFLOW_TRACKING_URI.
     """
@@ -32,14 +32,16 @@ class Pods:
     secret: str = "hpo-stores"  # noqa: S105 - its name
 
     def check(self) -> Pods:
-        """Itself. Raises HpoError for what Kubernetes would not take."""
+        """Returns itself. Raises HpoError for what Kubernetes would refuse."""
         for option, size in (("--memory", self.memory), ("--scratch", self.scratch)):
             if not _SIZE.fullmatch(size):
                 raise HpoError(
                     f"{option} {size}: is not an amount of bytes.", "Write it as Kubernetes does: 8Gi, 500Mi"
                 )
         if not _NAME.fullmatch(self.secret):
-            raise HpoError(f"--secret {self.secret}: is no name in Kubernetes.", "Use small letters, digits, - and .")
+            raise HpoError(
+                f"--secret {self.secret}: is not a name in Kubernetes.", "Use small letters, digits, - and ."
+            )
         if not self.image or re.search(r"\s", self.image):
             raise HpoError(f"--image {self.image!r}: is not the name of an image.", "Write REGISTRY/NAME:TAG")
         return self
@@ -67,18 +69,18 @@ def _job(study: str, pods: Pods, options: Sequence[str]) -> dict[str, Any]:
         {"name": name, "valueFrom": {"secretKeyRef": {"name": pods.secret, "key": name}}}
         for name in ("HPO_STORAGE", "MLFLOW_TRACKING_URI")
     ]
-    places = [{"name": "HPO_HOME", "value": "/scratch/home"}, {"name": "HPO_DATA", "value": "/scratch/data"}]
+    folders = [{"name": "HPO_HOME", "value": "/scratch/home"}, {"name": "HPO_DATA", "value": "/scratch/data"}]
     container = {
         "name": "worker",
         "image": pods.image,
         "command": ["hpo", "worker", study, *options],
-        "env": [*stores, *places],
-        # It asks for all that it may have: pods that use more than they asked for are the first to be thrown out.
+        "env": [*stores, *folders],
+        # It requests its limits: pods that use more than they requested are evicted first.
         "resources": {"requests": dict(amounts), "limits": dict(amounts)},
         "volumeMounts": [{"name": "scratch", "mountPath": "/scratch"}],
     }
-    # A spot machine that is taken away is nobody's failure. The end that `hpo stop` asked for (130) is to stay. Others
-    # may be those of a store that was away: they are tried again, later each time.
+    # A spot machine that is taken away counts as no failure. After `hpo stop` (exit code 130) pods are not restarted.
+    # Other failures may come from a store that is unavailable: they are tried again, later each time.
     rules = [
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
         {"action": "FailIndex", "onExitCodes": {"containerName": "worker", "operator": "In", "values": [130]}},
@@ -109,5 +111,5 @@ def _job(study: str, pods: Pods, options: Sequence[str]) -> dict[str, Any]:
 
 
 def job_name(study: str) -> str:
-    """hpo- and the study's name, as far as Kubernetes lets it be one."""
+    """The Job's name: hpo- and the study's name, in the letters that Kubernetes allows."""
     return f"hpo-{re.sub('[^a-z0-9]+', '-', study.lower())}"[:_LONGEST].strip("-")

@@ -1,4 +1,4 @@
-"""Workers of a study as a SLURM array: submitted through submitit, or as a script for a person to submit."""
+"""Workers of a study as a SLURM array: submitted through submitit, or printed as a script for sbatch."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from typing import Any
 
 from hpo.errors import HpoError, redact
 
-_MINUTES = 240  # of a job, where nothing is said
-_ASK = 10.0  # seconds between questions to SLURM, which many may have
+_MINUTES = 240  # of a job, by default
+_ASK = 10.0  # seconds between questions to SLURM, which serves many users
 _NOTICE = 90  # seconds between SIGTERM and the end of a job's time
-# What only has a place in submitit's own script.
+# Parameters that only submitit's own script can have.
 _NOT_PRINTED = ("stderr_to_stdout", "teardown", "use_srun", "wckey")
 
 
 def read_settings(texts: Iterable[str]) -> dict[str, Any]:
-    """submitit's parameters in texts such as `slurm_partition=gpu`, `timeout_min=60`, `setup=["module load cuda"]`.
+    """Parameters of submitit, from texts such as `slurm_partition=gpu`, `timeout_min=60`, `setup=["module load cuda"]`.
 
     A value that is JSON is read as such; slurm_ may be left out. Raises HpoError where submitit does not know one, or
     is not installed.
@@ -42,7 +42,7 @@ def read_settings(texts: Iterable[str]) -> dict[str, Any]:
             meant = f"Did you mean {close[0]}? " if close else ""
             raise HpoError(
                 f"--slurm {key}: submitit knows no such parameter.",
-                f"{meant}There is: {', '.join(sorted(from_all | of_slurm))}; others of sbatch: "
+                f"{meant}Choose one of: {', '.join(sorted(from_all | of_slurm))}; others of sbatch: "
                 """--slurm 'additional_parameters={"reservation": "r1"}'""",
             )
         name = bare if bare in from_all else f"slurm_{bare}"
@@ -64,7 +64,7 @@ class Jobs:
         self.folder = folder
         self._jobs, self._cluster = jobs, cluster
         self._array = str(jobs[0].job_id).partition("_")[0]
-        self._ask_at, self._left = 0.0, True
+        self._ask_at, self._any_left = 0.0, True
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -74,42 +74,42 @@ class Jobs:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What the scheduler calls each of them."""
+        """The scheduler's name of each job."""
         return tuple(str(job.job_id) for job in self._jobs)
 
     def left(self) -> bool:
-        """Whether any of them waits or runs. SLURM is asked every 10 s at most; while it does not answer, they do."""
+        """True while a job is waiting or running; also while SLURM, asked every 10 s at most, does not answer."""
         if self._cluster != "slurm":
             return not all(job.done() for job in self._jobs)
-        if self._left and time.monotonic() >= self._ask_at:
+        if self._any_left and time.monotonic() >= self._ask_at:
             self._ask_at = time.monotonic() + _ASK
-            # Not sacct, which submitit asks: without an accounting database it knows nothing.
+            # Not sacct, which submitit asks: it needs an accounting database.
             asked = _call("squeue", "--noheader", "--format=%T", f"--jobs={self._array}")
             gone = asked.returncode != 0 and "Invalid job id" in asked.stderr
-            self._left = not gone and (asked.returncode != 0 or bool(asked.stdout.strip()))
-        return self._left
+            self._any_left = not gone and (asked.returncode != 0 or bool(asked.stdout.strip()))
+        return self._any_left
 
     def cancel(self, *, waiting: bool = False) -> None:
-        """End them, by SIGTERM first; waiting: only those that have not begun."""
+        """End the jobs, with SIGTERM first; waiting: only those that have not begun."""
         if self._cluster == "slurm":
             _call("scancel", *["--state=PENDING"] * waiting, self._array)
         elif not waiting:
             for job in self._jobs:
                 job.cancel(check=False)
 
-    def last_words(self, *, lines: int = 3) -> str:
-        """The last lines of the newest log that says anything, and its name, without secrets; "" where none does."""
+    def end_of_log(self, *, lines: int = 3) -> str:
+        """The name and the last lines of the newest log that is not empty, without secrets; "" where there is none."""
         logs = [path for name in self.names for path in self.folder.glob(f"{name}_*_log.*")]
         for path in sorted(logs, key=lambda path: (path.suffix == ".err", path.stat().st_mtime), reverse=True):
-            said = map(str.strip, path.read_text(encoding="utf-8", errors="replace").splitlines())
-            words = [line for line in said if line and not line.startswith("submitit")]
+            content = map(str.strip, path.read_text(encoding="utf-8", errors="replace").splitlines())
+            words = [line for line in content if line and not line.startswith("submitit")]
             if words:
                 return redact(f"{path.name}: {' / '.join(words[-lines:])}")
         return ""
 
 
 def _call(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own words
+    return subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - the command is ours
 
 
 def submit(
@@ -123,8 +123,8 @@ def submit(
 ) -> Jobs:
     """Submit one array of `workers` jobs that each become the command.
 
-    Scripts and logs lie in folder, which all machines must see. The jobs have the environment of this process, as
-    sbatch hands it on: addresses and passwords stand in no command and in no file. cluster is submitit's: slurm, or
+    Scripts and logs are in folder, which all machines must see. sbatch passes this process's environment to the jobs:
+    addresses and passwords are in no command and in no file. cluster is submitit's: slurm, or
     local for processes of this machine. Raises HpoError.
     """
     from submitit import AutoExecutor
@@ -137,11 +137,11 @@ def submit(
     try:
         executor = AutoExecutor(folder, cluster=cluster)
         executor.update_parameters(**chosen)
-        # exec: no process of submitit is left between SLURM's signals and the worker, which knows what they mean.
+        # exec: no process of submitit stays between SLURM's signals and the worker, which handles them.
         jobs = executor.map_array(os.execv, [command[0]] * workers, [list(command)] * workers)
     except (AssertionError, NameError, TypeError, ValueError, FailedJobError, FailedSubmissionError) as error:
         raise HpoError(
-            f"--engine slurm: the jobs were not submitted: {error}", "Mend what it names, and run this again."
+            f"--engine slurm: the jobs were not submitted: {error}", "Fix what it names, and run this again."
         ) from None
     except RuntimeError as error:
         raise HpoError(
@@ -153,7 +153,7 @@ def submit(
 
 
 def worker_command(study: str, options: Sequence[str], *, home: Path) -> list[str]:
-    """`hpo worker` in this interpreter, for the folder that holds mlruns."""
+    """The command of `hpo worker` in this interpreter; home is the folder that holds mlruns."""
     return [sys.executable, "-u", "-m", "hpo", "worker", study, *options, "--home", str(home)]
 
 
@@ -161,12 +161,12 @@ def script(study: str, options: Sequence[str], *, workers: int, settings: Mappin
     """A script for sbatch that starts the workers: an array of `workers` jobs. Raises HpoError."""
     odd = [key for key in settings if key.removeprefix("slurm_") in _NOT_PRINTED]
     if odd:
-        raise HpoError(f"--slurm {odd[0]}: has no place in a printed script.", "Leave it out and edit the script.")
-    said = {_FLAGS.get(key, key.removeprefix("slurm_")): value for key, value in settings.items()}
-    if "mem_gb" in said:
-        said["mem"] = f"{int(1024 * said.pop('mem_gb'))}M"
-    parallel, notice = said.pop("array_parallelism", None), said.pop("signal_delay_s", _NOTICE)
-    setup, arguments = said.pop("setup", []), map(str, said.pop("srun_args", []))
+        raise HpoError(f"--slurm {odd[0]}: is not possible in a printed script.", "Leave it out and edit the script.")
+    flagged = {_FLAGS.get(key, key.removeprefix("slurm_")): value for key, value in settings.items()}
+    if "mem_gb" in flagged:
+        flagged["mem"] = f"{int(1024 * flagged.pop('mem_gb'))}M"
+    parallel, notice = flagged.pop("array_parallelism", None), flagged.pop("signal_delay_s", _NOTICE)
+    setup, arguments = flagged.pop("setup", []), map(str, flagged.pop("srun_args", []))
     flags = {
         "job_name": re.sub(r"[^\w.-]", "-", f"hpo-{study}"),
         "array": f"0-{workers - 1}" + (f"%{parallel}" if parallel else ""),
@@ -175,8 +175,8 @@ def script(study: str, options: Sequence[str], *, workers: int, settings: Mappin
         "requeue": True,
         "signal": f"TERM@{notice}",
         "time": _MINUTES,
-        **said.pop("additional_parameters", {}),
-        **said,
+        **flagged.pop("additional_parameters", {}),
+        **flagged,
     }
     return _SCRIPT.format(
         workers=workers,
@@ -192,11 +192,11 @@ _SCRIPT = """\
 #!/bin/bash
 # {workers} workers of the study {study}. Once, before: hpo begin {study}
 # Then, in the folder that holds mlruns: sbatch THIS_FILE. The workers find the stores in hpo.toml there, or in
-# HPO_STORAGE and MLFLOW_TRACKING_URI: sbatch hands on the environment in which it is called.
+# HPO_STORAGE and MLFLOW_TRACKING_URI: sbatch passes on the environment in which it is called.
 {flags}
 
-{setup}# SIGTERM comes before the time is up, and before a preemption. The worker then puts away what it trains and
-# ends; the shell waits for it. Others go on from there, or this job where SLURM queues it again.
+{setup}# SIGTERM comes before the time is up, and before a preemption. The worker then stops its
+# trials and ends; the shell waits for it. Other workers resume them, or this job once SLURM has queued it again.
 trap : TERM
 {command} --home "${{SLURM_SUBMIT_DIR:-.}}"
 """

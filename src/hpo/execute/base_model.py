@@ -1,4 +1,4 @@
-"""Bring models of the store, on which other networks stand, to where workers find them."""
+"""Fetch logged models that networks of a study start from, to a folder where workers find them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hpo.spec.trust import check_stored
 def check_setup(file: Path, *, trust: bool = False) -> None:
     """Refuse a logged model whose network is a function from outside the working directory. Raises SpecError.
 
-    A model without a setup names none; a damaged setup is told by whoever reads it.
+    A model without a setup names no function; a damaged setup is reported when it is read.
     """
     with contextlib.suppress(OSError, ValueError, RecursionError):
         setup = json.loads(file.read_text(encoding="utf-8"))
@@ -30,9 +30,9 @@ def check_setup(file: Path, *, trust: bool = False) -> None:
 
 
 def with_model(spec: StudySpec, home: Home, *, trust: bool = False) -> StudySpec:
-    """The spec with model.from_model as the id of the model that it means now; its files are there afterwards.
+    """The spec with model.from_model replaced by the id of the model it names now, whose files are fetched.
 
-    A study remembers the id, so an alias that has moved on is another study. trust as in check_setup. Raises
+    A study records the id, so that an alias that has moved makes another study. trust as in check_setup. Raises
     ModelError, and SpecError as check_setup does.
     """
     if not isinstance(spec.model, TransferSpec):
@@ -42,17 +42,17 @@ def with_model(spec: StudySpec, home: Home, *, trust: bool = False) -> StudySpec
     version = resolve(home, spec.model.from_model)
     models_folder().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=models_folder(), prefix=".making-") as scratch:
-        found = fetch(home, version, Path(scratch))
-        facts = yaml.safe_load((found / "MLmodel").read_text(encoding="utf-8"))
+        fetched = fetch(home, version, Path(scratch))
+        facts = yaml.safe_load((fetched / "MLmodel").read_text(encoding="utf-8"))
         folder = models_folder() / facts["model_id"]
-        if not (found / "artifacts" / "setup.json").is_file():
+        if not (fetched / "artifacts" / "setup.json").is_file():
             raise ModelError(
                 f"model.from_model: {spec.model.from_model} was logged by an earlier version of hpo.",
                 f"Run its study again: hpo run {version.study} --fresh",
             )
-        check_setup(found / "artifacts" / "setup.json", trust=trust)
+        check_setup(fetched / "artifacts" / "setup.json", trust=trust)
         if not folder.is_dir():
-            shutil.copytree(found / "artifacts", Path(scratch) / "whole")
+            shutil.copytree(fetched / "artifacts", Path(scratch) / "whole")
             with contextlib.suppress(OSError):  # another process was faster
                 (Path(scratch) / "whole").rename(folder)
     uri = f"models:/{folder.name}"

@@ -1,4 +1,4 @@
-"""After the search: who is trained again, with which settings, and whose model wins."""
+"""Final trainings after the search: the candidates, their settings, and the comparison that chooses the winner."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hpo.records import FINAL, DataCard, StudyResult, Trial, unpack_classes
 from hpo.report.statistics import Interval, paired_bootstrap
 from hpo.spec.study import FinalSpec, Setup, SplitSpec, StudySpec
 
-# Seeds of finals lie beyond those of any search trial, so that they are fresh.
+# Offsets of the seeds of finals: larger than those of any search trial, so that no seed repeats.
 _FRESH = 1_000_000_000
 
 
@@ -46,7 +46,7 @@ def final_setup(spec: StudySpec, study: StudyResult, parameters: Mapping[str, An
 
 
 def final_split(spec: StudySpec, data: DataCard) -> SplitSpec:
-    """What a final training validates on. After folds: the official part, or a stratified holdout without one."""
+    """The split of a final training. After folds: the official validation part, or else a stratified holdout."""
     if spec.final is not None and spec.final.split is not None:
         return spec.final.split
     if spec.split.kind != "kfold":
@@ -66,7 +66,7 @@ def check_final(spec: StudySpec, data: DataCard) -> None:
 
 @dataclass(frozen=True)
 class Race:
-    """How the finals ended. ranking holds each finalist's trials, best mean first.
+    """The outcome of the finals. ranking holds each finalist's trials, best mean first.
 
     lead is the difference in validation accuracy, first minus second, with its 95 % interval; None without a second or
     without validation images. tie: the interval holds 0.
@@ -78,7 +78,7 @@ class Race:
 
     @property
     def tie(self) -> bool:
-        """Whether chance explains the lead."""
+        """True if chance explains the lead."""
         return self.lead is not None and self.lead.low <= 0
 
     def __str__(self) -> str:

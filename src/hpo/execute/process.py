@@ -1,4 +1,4 @@
-"""The processes that a study starts: how they begin, whom they follow, how they end."""
+"""The processes of a run: their start, their environment and signals, and their end."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
-_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of the own container, as it sees it
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of this container, seen from inside
 
 
 def process_context() -> BaseContext:
-    """Processes forked from a server that has imported torch: 0.03 s each instead of 5 s; spawned where none is."""
+    """The start method: a fork server that has imported torch (0.03 s per process instead of 5 s), else spawn."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -28,9 +28,9 @@ def process_context() -> BaseContext:
 
 
 def end_fork_server() -> None:
-    """Kill the fork server of this process, if it has one; it has no other way to be ended before its interpreter.
+    """Kill the fork server of this process, if it has one; multiprocessing has no call for that.
 
-    Left alone it takes seconds to take torch down, and whoever reads our output through a pipe waits for it.
+    By itself it takes seconds to end, and a reader of our output through a pipe waits for it.
     """
     server = getattr(sys.modules.get("multiprocessing.forkserver"), "_forkserver", None)
     pid = getattr(server, "_forkserver_pid", None)
@@ -41,7 +41,7 @@ def end_fork_server() -> None:
 
 @contextlib.contextmanager
 def hidden_main() -> Iterator[None]:
-    """Start processes inside: they do not import the user's script again, which needs no `if __name__` guard then."""
+    """Processes started inside do not import the user's script again, so that it needs no `if __name__` guard."""
     main = sys.modules["__main__"]
     kept = {name: getattr(main, name) for name in ("__file__", "__spec__") if hasattr(main, name)}
     main.__spec__ = None
@@ -54,16 +54,16 @@ def hidden_main() -> Iterator[None]:
 
 
 def follow_supervisor(environment: Mapping[str, str], connection: Connection | None = None) -> None:
-    """Called in a process of ours: it leaves Ctrl-C and SIGTERM to its supervisor, and ends at once when that dies.
+    """Make this process ignore Ctrl-C and SIGTERM, and end at once when its supervisor dies.
 
-    environment is the supervisor's: the fork server keeps the one that it was started with, and a notebook may have
-    changed its own since. With a connection on which nothing is sent this way, the process also ends when the
-    supervisor closes that.
+    environment is the supervisor's: the fork server keeps the environment of its start, and a notebook may have changed
+    its own since. With a connection, on which the supervisor sends nothing, the process also ends when the supervisor
+    closes it.
     """
     os.environ.clear()
     os.environ.update(environment)
-    # Ctrl-C reaches the whole terminal group, a scheduler's SIGTERM the whole job: the supervisor alone decides what
-    # they mean, and needs its workers until then.
+    # Ctrl-C reaches the whole terminal group, and a scheduler's SIGTERM the whole job. The supervisor decides what to
+    # do, and needs its workers until then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     supervisor = multiprocessing.parent_process()
@@ -78,7 +78,7 @@ def _end_with(signs: list[Any]) -> None:
 
 
 def cores(quota: Path = _QUOTA) -> int:
-    """CPU cores that this process may use: those it may run on, or fewer where its container is given less time."""
+    """The number of CPU cores that this process may use, by its affinity and by the quota of its container."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         most, period = quota.read_text(encoding="ascii").split()  # microseconds: "200000 100000", "max 100000"

@@ -1,4 +1,4 @@
-"""How many trainings each worker does side by side."""
+"""The number of trainings that each worker does at once, in one computation."""
 
 from __future__ import annotations
 
@@ -8,54 +8,55 @@ from hpo.errors import HpoError, SpecError
 from hpo.records import DataCard
 from hpo.spec.study import Setup, StudySpec
 
-# One in so many of the trials still to come may be under way at a time: samplers that learn from results need some.
+# At most a fifth of the remaining trials run at a time: samplers that learn need results before they propose.
 _IN_FLIGHT = 5
-_LEARNING = ("tpe", "cmaes", "gp")
 
 
 @dataclass(frozen=True)
-class Places:
-    """What each worker does side by side, and why not more: "" where that was asked for."""
+class StackSize:
+    """The number of trainings in each worker at once; reason says why it is 1, "" where a number was asked for."""
 
     count: int
     reason: str = ""
 
 
-def most_places(spec: StudySpec, *, left: int, workers: int, by_default: bool) -> int:
-    """The most trainings that a worker should have at a time, with so many trials left.
+def largest_stack(spec: StudySpec, *, left: int, workers: int, by_default: bool) -> int:
+    """The most trainings that a worker should do at once, with `left` trials to go.
 
-    by_default says that nobody asked for a number of workers. Who asks for one gets one training at a time, so that
-    nothing depends on a clock.
+    by_default: the user asked for no number of workers. One worker that was asked for trains one candidate at a time,
+    so that its results do not depend on a measurement.
     """
     if workers == 1 and not by_default:
         return 1
+    from hpo.search.samplers import SAMPLERS
+
     samplers = [spec.search.sampler, *(stage.sampler for stage in spec.search.stages if stage.sampler)]
-    if not any(sampler.name in _LEARNING for sampler in samplers):
+    if not any(SAMPLERS[sampler.name].learns for sampler in samplers):
         return max(1, left // workers)
     return max(1, left // _IN_FLIGHT // workers)
 
 
-def measure_places(spec: StudySpec, card: DataCard, device_name: str, *, threads: int, most: int) -> Places:
-    """The number at which the smallest and the largest candidates, together, train fastest; for the helper process."""
+def measure_stack_size(spec: StudySpec, card: DataCard, device_name: str, *, threads: int, most: int) -> StackSize:
+    """The number at which the smallest and the largest candidates, together, train fastest; run in the job process."""
     if most < 2:
-        return Places(1, "one worker was asked for, or few trials are left")
+        return StackSize(1, "one worker was asked for, or few trials are left")
+    from hpo.training.compute.device import free_memory
     from hpo.training.compute.device import threads as with_threads
-    from hpo.training.compute.memory import free_memory
     from hpo.training.stacking.choice import choose_places
     from hpo.training.trial import trial_data
 
     try:
         with with_threads(threads):
-            return Places(*choose_places(_ends(spec), card, device_name=device_name, most=most))
-    except (HpoError, RuntimeError, MemoryError) as error:  # the trials will tell
-        return Places(1, (str(error).splitlines() or [type(error).__name__])[0])
+            return StackSize(*choose_places(_ends(spec), card, device_name=device_name, most=most))
+    except (HpoError, RuntimeError, MemoryError) as error:  # the trials will fail with it, if it matters
+        return StackSize(1, (str(error).splitlines() or [type(error).__name__])[0])
     finally:
-        trial_data.cache_clear()  # the workers are to have a GPU's memory
+        trial_data.cache_clear()  # the workers need the memory
         free_memory()
 
 
 def _ends(spec: StudySpec) -> list[Setup]:
-    """The candidates at both ends of the space, where they are valid; else the spec as it is written."""
+    """The candidates at both ends of the space, as far as they are valid; else the spec without a search."""
     found = []
     for end in (0, -1):
         try:

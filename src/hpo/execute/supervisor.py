@@ -1,50 +1,43 @@
-"""The loop that owns a study: ask, hand out, report or prune, tell, record, until the budget is spent."""
+"""The loop that owns a study: it asks for candidates, hands them to workers, prunes, and tells Optuna the results."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from hpo.errors import NO_SPACE, HpoError, StoreError
-from hpo.execute.checkpoints import checkpoint_file, drop_finished
-from hpo.execute.engines.local import Engine, Message, WorkerLost
+from hpo.execute.engines.base import Engine, Message, WorkerLost
+from hpo.execute.events import Events
 from hpo.execute.finals import final_setup, finalists
-from hpo.execute.subscribers.model_retention import Keeper
-from hpo.execute.tracking_queue import Background
+from hpo.execute.progress import Progress
+from hpo.execute.workdir import checkpoint_file
 from hpo.execute.workers.task import Task
 from hpo.records import (
     FINAL,
     Candidate,
     DataCard,
+    EndReason,
     EpochEnded,
-    Event,
     FailureKind,
-    Notice,
     TrialEnded,
     TrialResult,
+    TrialsReaped,
     TrialStarted,
     TrialState,
-    best_of,
 )
-from hpo.search.constraints import judge, most_parameters, needs_latency
+from hpo.search.constraints import most_parameters, needs_latency
+from hpo.search.pruners import report_step
 from hpo.search.study import Study
 from hpo.spec.study import Setup, StudySpec
-from hpo.tracking.tracker import Tracker
 
-Watch = Callable[[Event], None]
-
-# So many failures before the first success mean that the study itself is wrong, not its candidates.
-_HOPELESS = 5
 _TICK = 0.2  # seconds; how soon Ctrl-C, --timeout and finished exports are noticed
-_REAP, _LONGEST_REAP = 15.0, 120.0  # seconds between looks for trials of other supervisors that died; of many, in turn
-_STOP, _SHARED_STOP = 2.0, 10.0  # seconds between looks for a stop asked for elsewhere
+_REAP, _LONGEST_REAP = 15.0, 120.0  # seconds between searches for trials of dead supervisors; the longer, the more run
+_STOP, _SHARED_STOP = 2.0, 10.0  # seconds between checks for hpo stop
 _LONGEST_WAIT = 5.0  # seconds between questions for a candidate to a server that has none now
 
 
@@ -56,18 +49,20 @@ class Ask(Protocol):
 
 
 @dataclass
-class _Running:
+class _RunningTrial:
     candidate: Candidate
     setup: Setup
     started: float
-    searched: float | None = None  # what the search found for a final candidate
+    found_by_search: float | None = None  # see _found_by_search
     epochs: list[EpochEnded] = field(default_factory=list)
 
 
 class Supervisor:
-    """One run of a study: candidates go to the engine's slots, what became of them to Optuna and the tracker.
+    """One run of a study: it hands candidates to the engine's slots, tells Optuna the results, and emits events.
 
-    budget is the study's total number of trials; deadline is a time.monotonic() value or inf.
+    budget is the study's total number of trials; deadline is a time.monotonic() value or inf; interrupted ends the run
+    when it is set. work is the study's folder of work in progress. Every result is in Optuna's storage before its event
+    is emitted.
     """
 
     def __init__(
@@ -77,48 +72,33 @@ class Supervisor:
         engine: Engine,
         *,
         data: DataCard,
+        work: Path,
+        events: Events,
         budget: int,
         deadline: float,
         interrupted: threading.Event,
-        tracker: Tracker,
-        background: Background,
-        keeper: Keeper,
-        work: Path,
-        watch: Watch,
         profile: bool = False,
     ) -> None:
         self._spec = spec
         self._study = study
         self._engine = engine
         self._data = data
+        self._work = work
+        self._events = events
         self._budget = budget
         self._deadline = deadline
         self._interrupted = interrupted
-        self._tracker = tracker
-        self._background = background
-        self._keeper = keeper
-        self._folder = work
-        self._watch = watch
         self._profile = profile
         self._prunes = spec.search.pruner.name != "none"
-        self._running: dict[int, _Running] = {}
-        self._precisions: dict[str, str] = {}
-        self._best: float | None = None
-        self._failed = 0
-        self._succeeded = False
-        self._looked = time.monotonic()
-        before = study.result()
-        drop_finished(work, before)
-        for trial in before.trials:
-            if trial.result is not None:
-                self._remember(trial.result, final=trial.candidate.stage == FINAL)
-        self._failed = 0  # what failed before may have been mended since
+        self._running: dict[int, _RunningTrial] = {}  # by slot
+        self._progress = Progress(spec, study.result())
+        self._stop_checked = time.monotonic()
 
-    def run(self) -> str:
-        """Search, then train the finals; returns budget, exhausted, timeout, interrupted, stopped or failing.
+    def run(self) -> EndReason:
+        """Search, then train the finals; returns why the run ended.
 
         Raises StoreError where the study storage or the disk refuses for good, and another HpoError where no worker can
-        train this study; what has come in is on disk by then, and the next run tells it.
+        train this study. Results that have arrived are on disk by then, and the next run tells them to Optuna.
         """
         try:
             return self._search()
@@ -126,19 +106,17 @@ class Supervisor:
             self._leave_all(f"the run ended: {error.message}")
             raise
 
-    def _search(self) -> str:
-        reason = self._work(partial(self._study.ask, budget=self._budget))
-        if reason != "budget" and reason != "exhausted":
-            return reason
-        chosen = finalists(self._spec, self._study.result())
+    def _search(self) -> EndReason:
+        reason = self._run_phase(partial(self._study.ask, budget=self._budget))
+        chosen = finalists(self._spec, self._study.result()) if reason.completed else []
         if not chosen:
             return reason
         self._study.enqueue_finals(chosen)
-        ended = self._work(self._study.ask_final)
-        return reason if ended in ("budget", "exhausted") else ended
+        ended = self._run_phase(self._study.ask_final)
+        return reason if ended.completed else ended
 
-    def _work(self, ask: Ask) -> str:
-        """Hand out what ask gives until it gives nothing and nothing runs."""
+    def _run_phase(self, ask: Ask) -> EndReason:
+        """Hand out the candidates of ask until there are none and no trial is running."""
         reap_at, ask_at, wait = time.monotonic() + _REAP, 0.0, _TICK
         while True:
             if time.monotonic() > reap_at:
@@ -146,16 +124,15 @@ class Supervisor:
                 ask_at = 0.0
                 crowd = self._study.crowd if self._study.shared else 1
                 reap_at = time.monotonic() + min(_REAP * max(1, crowd), _LONGEST_REAP)
-            reason = self._reason_to_stop()
-            if reason:
+            if reason := self._reason_to_stop():
                 self._stop_running(reason)
                 return reason
             if time.monotonic() >= ask_at:
                 handed = self._hand_out(ask)
                 idle = not self._running and any(map(self._engine.accepts, range(self._engine.slots)))
                 if idle and not self._study.blocked:
-                    return "exhausted" if self._study.exhausted else "budget"
-                # What comes next waits for trials of another supervisor: a crowd must not ask a server all the time.
+                    return EndReason.EXHAUSTED if self._study.exhausted else EndReason.BUDGET
+                # The next candidate waits for trials of another supervisor: a server must not be asked constantly.
                 wait = min(2 * wait, _LONGEST_WAIT) if self._study.shared and not handed else _TICK
                 ask_at = time.monotonic() + (wait if self._study.shared and self._study.blocked else 0.0)
             if not self._running:
@@ -165,192 +142,143 @@ class Supervisor:
                 self._handle(slot, message)
             if len(self._running) < busy:
                 ask_at = 0.0
-            self._keeper.collect()
-            for text in self._background.news():
-                self._watch(Notice(text))
+            self._events.poll()
 
     def _reap(self) -> None:
-        """Settle what a supervisor that died beside this one has left, in the tracker too."""
+        """Finish or retry the trials of supervisors that have died since the last look."""
         if self._study.reap():
-            self._background.submit(
-                self._tracker.reconcile, self._study.result(), self._spec, leave=self._study.attended()
-            )
+            study = self._study.result()
+            self._events.emit(TrialsReaped(study, frozenset(self._study.attended())))
 
-    def _reason_to_stop(self) -> str:
+    def _reason_to_stop(self) -> EndReason | None:
         if self._interrupted.is_set():
-            return "interrupted"
+            return EndReason.INTERRUPTED
         if time.monotonic() >= self._deadline:
-            return "timeout"
-        if self._failed >= _HOPELESS and not self._succeeded:
-            return "failing"
-        if time.monotonic() - self._looked > (_SHARED_STOP if self._study.shared else _STOP):
-            self._looked = time.monotonic()
-            with contextlib.suppress(StoreError):  # what refuses now is told by the next ask
+            return EndReason.TIMEOUT
+        if self._progress.hopeless:
+            return EndReason.FAILING
+        if time.monotonic() - self._stop_checked > (_SHARED_STOP if self._study.shared else _STOP):
+            self._stop_checked = time.monotonic()
+            with contextlib.suppress(StoreError):  # the next ask reports what refuses now
                 if self._study.stop_asked():
-                    return "stopped"
-        return ""
+                    return EndReason.STOPPED
+        return None
 
     def _hand_out(self, ask: Ask) -> bool:
-        """Fill the slots as far as there are candidates; whether there were any."""
+        """Fill the slots as far as there are candidates; True if there were any."""
         handed = False
         for slot in range(self._engine.slots):
             if slot in self._running or not self._engine.accepts(slot):
                 continue
             worker = f"worker {slot}"
             candidate = ask(worker=worker)
-            self._tell_reused(worker)
+            self._emit_reused(worker)
             if candidate is None:
                 break
             handed = True
-            final = candidate.stage == FINAL
-            setup = self._setup(candidate)
-            task = Task(
-                number=candidate.number,
-                setup=setup,
-                seed=candidate.seed,
-                data=self._data,
-                folder=str(self._folder / str(candidate.number)),
-                precisions=dict(self._precisions),
-                most_parameters=float("inf") if final else most_parameters(self._spec),
-                latency=needs_latency(self._spec),
-                wait=self._prunes and not final,
-                checkpoint=str(checkpoint_file(self._folder, candidate)),
-                profile=self._profile,
-                # Whoever may have taken others down with it is not put beside others again.
-                alone=candidate.deaths > 0,
-            )
-            self._engine.submit(slot, task)
-            self._running[slot] = _Running(candidate, setup, time.monotonic(), self._searched(candidate))
-            self._background.submit(self._tracker.start_trial, candidate, setup, worker=worker, started=time.time())
-            self._watch(TrialStarted(candidate, worker))
+            self._start(slot, candidate, worker)
         return handed
+
+    def _start(self, slot: int, candidate: Candidate, worker: str) -> None:
+        final = candidate.stage == FINAL
+        setup = self._setup(candidate)
+        task = Task(
+            number=candidate.number,
+            setup=setup,
+            seed=candidate.seed,
+            data=self._data,
+            folder=str(self._work / str(candidate.number)),
+            precisions=dict(self._progress.precisions),
+            most_parameters=float("inf") if final else most_parameters(self._spec),
+            latency=needs_latency(self._spec),
+            wait=self._prunes and not final,
+            checkpoint=str(checkpoint_file(self._work, candidate)),
+            profile=self._profile,
+            # It may have killed the process that it shared with others.
+            exclusive=candidate.deaths > 0,
+        )
+        self._engine.submit(slot, task)
+        self._running[slot] = _RunningTrial(candidate, setup, time.monotonic(), self._found_by_search(candidate))
+        self._events.emit(TrialStarted(candidate, worker, setup, time.time()))
 
     def _setup(self, candidate: Candidate) -> Setup:
         if candidate.stage == FINAL:
             return final_setup(self._spec, self._study.result(), candidate.parameters, data=self._data)
         return self._spec.with_values(candidate.parameters)
 
-    def _searched(self, candidate: Candidate) -> float | None:
-        """What the search found for a final candidate: trained on all images, it has no other value."""
+    def _found_by_search(self, candidate: Candidate) -> float | None:
+        """The objective that the search found for a final candidate: trained on all images, it has no other value."""
         if candidate.stage != FINAL:
             return None
         ranked = self._study.result().ranked()
         return next((trial.value for trial in ranked if trial.candidate.parameters == candidate.parameters), None)
 
-    def _tell_reused(self, worker: str) -> None:
-        """Candidates that the study answered itself, with an earlier result."""
+    def _emit_reused(self, worker: str) -> None:
+        """Emit the events of candidates that the study answered itself, with an earlier result."""
         for candidate, result in self._study.take_reused():
-            self._background.submit(
-                self._tracker.start_trial,
-                candidate,
-                self._spec.with_values(candidate.parameters),
-                worker=worker,
-                started=result.ended,
-            )
-            self._background.submit(self._tracker.end_trial, result)
-            self._watch(TrialStarted(candidate, worker))
-            self._watch(TrialEnded(result))
+            setup = self._spec.with_values(candidate.parameters)
+            self._events.emit(TrialStarted(candidate, worker, setup, result.ended))
+            self._events.emit(TrialEnded(result))
 
     def _handle(self, slot: int, message: Message) -> None:
-        running = self._running[slot]
+        trial = self._running[slot]
         if isinstance(message, EpochEnded):
-            place = (message.epoch.fold, message.epoch.number)
-            # A training that begins again with smaller pieces tells its epochs again.
-            running.epochs = [told for told in running.epochs if (told.epoch.fold, told.epoch.number) < place]
-            running.epochs.append(message)
-            prune = running.candidate.stage != FINAL and self._report(running, message)
-            if self._prunes and running.candidate.stage != FINAL:
+            position = (message.epoch.fold, message.epoch.number)
+            # A training that begins again with smaller pieces reports its epochs again.
+            trial.epochs = [other for other in trial.epochs if (other.epoch.fold, other.epoch.number) < position]
+            trial.epochs.append(message)
+            prune = trial.candidate.stage != FINAL and self._report(trial, message)
+            if self._prunes and trial.candidate.stage != FINAL:
                 self._engine.verdict(slot, go_on=not prune)
-            self._watch(message)
+            self._events.emit(message)
         elif isinstance(message, WorkerLost):
-            died = self._stopped(running, f"its worker died ({message.cause})", FailureKind.WORKER_DIED)
-            self._end(slot, replace(died, traceback=message.traceback), died=True)
+            lost = self._stopped(trial, f"its worker died ({message.cause})", FailureKind.WORKER_DIED)
+            self._end(slot, replace(lost, traceback=message.traceback), died=True)
         else:
             self._end(slot, message.result)
-            if message.result.state is TrialState.STOPPED:  # by its worker, which has no room
+            if message.result.state is TrialState.STOPPED:  # by its worker, whose disk is full
                 raise StoreError(message.result.reason, NO_SPACE)
 
-    def _report(self, running: _Running, message: EpochEnded) -> bool:
-        """Report an epoch to Optuna: epochs of later folds follow those of earlier ones.
+    def _report(self, trial: _RunningTrial, message: EpochEnded) -> bool:
+        """Report an epoch to the pruner; True: prune the trial now."""
+        step = report_step(self._spec, trial.setup, [ended.epoch for ended in trial.epochs])
+        return step is not None and self._study.report(message.number, *step)
 
-        Wilcoxon wants whole folds. Patience is with the first fold: the others begin anew, far below its best.
-        """
-        epoch, training = message.epoch, running.setup.training
-        objective, pruner = self._spec.search.objective, self._spec.search.pruner.name
-        if pruner == "patient" and epoch.fold:
-            return False
-        if pruner == "wilcoxon" and running.setup.split.kind == "kfold":
-            if not epoch.last:
-                return False
-            fold = tuple(other.epoch for other in running.epochs if other.epoch.fold == epoch.fold)
-            best = best_of(fold, training.monitor)
-            return self._study.report(message.number, epoch.fold + 1, best.scores[objective])
-        step = epoch.fold * training.epochs + epoch.number
-        return self._study.report(message.number, step, epoch.scores[objective])
-
-    def _stopped(self, running: _Running, reason: str, failure: FailureKind) -> TrialResult:
+    def _stopped(self, trial: _RunningTrial, reason: str, failure: FailureKind) -> TrialResult:
         return TrialResult(
-            running.candidate.number,
+            trial.candidate.number,
             TrialState.STOPPED,
-            epochs=tuple(message.epoch for message in running.epochs),
-            seconds=time.monotonic() - running.started,
+            epochs=tuple(message.epoch for message in trial.epochs),
+            seconds=time.monotonic() - trial.started,
             reason=reason,
             failure=failure,
         )
 
     def _end(self, slot: int, result: TrialResult, *, died: bool = False) -> None:
-        running = self._running.pop(slot)
-        result = replace(self._valued(result, running), ended=time.time())
-        result = self._study.tell(result, died=died)
-        if result.state.finished:
-            checkpoint_file(self._folder, running.candidate).unlink(missing_ok=True)
-        self._background.submit(self._tracker.log_epochs, result.number, result.epochs, ended=result.ended)
-        self._background.submit(self._tracker.end_trial, result)
-        final = running.candidate.stage == FINAL
-        best = self._remember(result, final=final)
-        self._keeper.add(result, final=final)
-        self._watch(TrialEnded(result, best=best))
+        """Tell Optuna first: what subscribers then fail to write, the next run finds in its storage."""
+        trial = self._running.pop(slot)
+        result = self._study.tell(self._stamped(result, trial), died=died)
+        best = self._progress.add(result, final=trial.candidate.stage == FINAL)
+        self._events.emit(TrialEnded(result, best=best))
 
-    def _valued(self, result: TrialResult, running: _Running) -> TrialResult:
-        """The result with the objective as its value, and judged by the constraints."""
-        if result.state not in (TrialState.COMPLETE, TrialState.PRUNED):
-            return result
-        objective = self._spec.search.objective
-        value = result.scores.get(objective)
-        value = running.searched if value is None else value
-        if result.state is TrialState.COMPLETE and (value is None or not math.isfinite(value)):
-            reason = f"{objective} is {value}"
-            return replace(result, state=TrialState.FAILED, reason=reason, failure=FailureKind.NOT_FINITE)
-        return judge(self._spec, replace(result, value=value))
-
-    def _remember(self, result: TrialResult, *, final: bool) -> bool:
-        """Note what later trials need of this one; True if it is the best of the search so far."""
-        # One that is pruned for want of memory is no success.
-        self._failed += result.state is TrialState.FAILED or (result.state.finished and result.failure is not None)
-        self._succeeded |= result.state in (TrialState.COMPLETE, TrialState.PRUNED) and result.failure is None
-        if key := result.settings.get("precision_key"):
-            self._precisions.setdefault(key, result.settings["precision"])
-        if final or result.state is not TrialState.COMPLETE or result.value is None or not result.feasible:
-            return False
-        sign = 1 if self._spec.search.better == "maximize" else -1
-        if self._best is None or sign * result.value > sign * self._best:
-            self._best = result.value
-            return True
-        return False
+    def _stamped(self, result: TrialResult, trial: _RunningTrial) -> TrialResult:
+        """The result with the time of its end, and with the search's value where a final training has none."""
+        missing = result.value is None and self._spec.search.objective not in result.scores
+        value = trial.found_by_search if missing else result.value
+        return replace(result, value=value, ended=time.time())
 
     def _leave_all(self, reason: str) -> None:
-        """Write what workers have finished meanwhile, and that the others were stopped, to disk for the next run."""
+        """Write results that have arrived meanwhile to disk for the next run, and the other trials as stopped."""
         deadline = time.monotonic() + 1.0
         while self._running and time.monotonic() < deadline and (messages := self._engine.poll(0.0)):
             for slot, message in messages:
                 if isinstance(message, TrialEnded):
-                    running = self._running.pop(slot)
-                    self._study.leave(replace(self._valued(message.result, running), ended=time.time()))
+                    self._study.leave(self._stamped(message.result, self._running.pop(slot)))
         self._engine.close()
-        for running in self._running.values():
-            self._study.leave(self._stopped(running, reason, FailureKind.INTERRUPTED))
+        for trial in self._running.values():
+            self._study.leave(self._stopped(trial, reason, FailureKind.INTERRUPTED))
 
     def _stop_running(self, reason: str) -> None:
         self._engine.close()
-        for slot, running in list(self._running.items()):
-            self._end(slot, self._stopped(running, reason, FailureKind.INTERRUPTED))
+        for slot, trial in list(self._running.items()):
+            self._end(slot, self._stopped(trial, reason, FailureKind.INTERRUPTED))

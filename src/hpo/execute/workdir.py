@@ -1,4 +1,4 @@
-"""What killed processes leave in a study's folder of work in progress, and how it goes."""
+"""A study's folder of work in progress: checkpoints, files of trials, and their removal once nothing needs them."""
 
 from __future__ import annotations
 
@@ -7,35 +7,91 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpo.records import FINAL, StudyResult, TrialState
+from hpo.execute.events import Subscriber
+from hpo.records import (
+    FINAL,
+    Candidate,
+    RunEvent,
+    StudyEnded,
+    StudyOpened,
+    StudyResult,
+    TrialEnded,
+    TrialStarted,
+    TrialState,
+)
 
 if TYPE_CHECKING:
     from hpo.search.study import Study
 
 
+def checkpoint_file(work: Path, candidate: Candidate) -> Path:
+    """The file of a candidate's checkpoint, the same for all its attempts; work is the study's folder."""
+    return work / "checkpoints" / f"{candidate.stage or 'search'}-{candidate.ordinal}-{candidate.seed}.pt"
+
+
+def drop_finished(work: Path, study: StudyResult) -> None:
+    """Delete the checkpoints of finished candidates, and the parts that a killed process was writing.
+
+    They remain where a process was killed between the end of a trial and the removal of its checkpoint.
+    """
+    if not (work / "checkpoints").is_dir():
+        return
+    last = {checkpoint_file(work, trial.candidate): trial for trial in study.trials}
+    for file, trial in last.items():
+        if trial.state.finished:
+            for path in (file, *file.parent.glob(f"{file.name}.*.part")):
+                path.unlink(missing_ok=True)
+
+
 def wanted(study: StudyResult) -> set[int]:
-    """Trials whose folder of work is still needed: those under way, and those that a model is still to be made of."""
-    under_way = {t.number for t in study.trials if t.state in (TrialState.WAITING, TrialState.RUNNING)}
-    return under_way | {trial.number for trial in [*study.ranked(), *study.ranked(FINAL)]}
+    """The trials whose folder is still needed: those in progress, and those whose model is still to be made."""
+    in_progress = {t.number for t in study.trials if t.state in (TrialState.WAITING, TrialState.RUNNING)}
+    return in_progress | {trial.number for trial in [*study.ranked(), *study.ranked(FINAL)]}
 
 
 def pictures_folder(work: Path, study: Study) -> Path:
-    """Where this run draws the study's pictures: another run of the study may be drawing its own."""
+    """The folder for this run's figures of the study; each run of a study has its own."""
     return work / study.lease.stem
 
 
 def sweep(work: Path, study: Study) -> None:
-    """Remove folders of trials that have ended, and of dead runs; what a model is still to be made from stays.
+    """Remove the folders of ended trials and of dead runs, but keep the files of models that are still to be made.
 
-    work is the study's own folder. Trials that a living run answers for are left alone.
+    work is the study's folder. Trials that another living run answers for are left alone.
     """
-    # Listed before the trials are read: a folder is made after its trial is written down.
-    found = list(work.iterdir()) if work.is_dir() else []
+    # Listed before the trials are read: a trial's folder is made after the trial is recorded.
+    paths = list(work.iterdir()) if work.is_dir() else []
     needed = wanted(study.result()) | study.attended()
-    for path in found:
-        dead = path.name.startswith("lease-") and not study.lease.alive(f"{path.name}.lock")
+    for path in paths:
+        dead = path.name.startswith("lease-") and not study.lease.is_held(f"{path.name}.lock")
         if dead or (path.name.isdecimal() and int(path.name) not in needed):
             shutil.rmtree(path, ignore_errors=True)
     for folder in (work / "checkpoints", work):
-        with contextlib.suppress(OSError):  # there is something in it, or there is none
+        with contextlib.suppress(OSError):  # it is not empty, or does not exist
             folder.rmdir()
+
+
+class WorkdirCleanup(Subscriber):
+    """Removes checkpoints as trials finish, and at the end of the run whatever else is not needed."""
+
+    def __init__(self, work: Path, study: Study) -> None:
+        self._work = work
+        self._study = study
+        self._running: dict[int, Candidate] = {}
+
+    def __call__(self, event: RunEvent) -> None:
+        """Remove the files that the event makes superfluous."""
+        match event:
+            case StudyOpened(study):
+                drop_finished(self._work, study)
+            case TrialStarted(candidate):
+                self._running[candidate.number] = candidate
+            case TrialEnded(result):
+                candidate = self._running.pop(result.number)
+                if result.state.finished:
+                    checkpoint_file(self._work, candidate).unlink(missing_ok=True)
+            case StudyEnded():
+                shutil.rmtree(pictures_folder(self._work, self._study), ignore_errors=True)
+                sweep(self._work, self._study)
+            case _:
+                pass

@@ -15,7 +15,7 @@ from hpo.home import Home
 from hpo.jobs.shared.home_snapshot import Scene, leftovers, see, size_of
 from hpo.records import FINAL
 from hpo.spec.study import KeepSpec
-from hpo.storage.reader import Look
+from hpo.storage.reader import StudySnapshot
 from hpo.tracking import runs
 from hpo.tracking.reader import Experiment, Model, Run, Tracking, place_of
 from hpo.tracking.repair import purge
@@ -141,7 +141,7 @@ def _deleted(scene: Scene, study: str | None) -> Plan:
         yield Waste(kind, name, one.key, size), partial(purge, scene.home, [one])
 
 
-def _beyond(scene: Scene, one: Look, *, models: float | None, figures: float | None) -> Plan:
+def _beyond(scene: Scene, one: StudySnapshot, *, models: float | None, figures: float | None) -> Plan:
     """Models and pictures of trials that are not among the best of a study."""
     tracking, study = scene.tracking or Tracking(), one.study
     parent = next((run for run in tracking.runs if runs.study_tags(study).items() <= run.tags.items()), None)

@@ -18,10 +18,11 @@ from hpo.home import Home
 from hpo.jobs.shared.study_data import study_data
 from hpo.jobs.shared.test_set_access import open_sealed
 from hpo.records import FINAL, DataCard, ModelVersion, StudyResult, Trial, TrialState, unpack_classes
-from hpo.report.comparison import Answers, Comparison, compare_answers
+from hpo.report.comparison import Comparison, Predictions, compare_predictions
 from hpo.report.statistics import Ints, binarise_probabilities, group_matrix
+from hpo.report.text import split_text
 from hpo.spec.load import parse_study
-from hpo.spec.study import Setup, SplitSpec, StudySpec
+from hpo.spec.study import Setup, StudySpec
 
 if TYPE_CHECKING:
     from hpo.data.evaluation_sets import Part
@@ -102,7 +103,7 @@ def compare(
     notes.append(
         "Validation images: the models were chosen on them, so each score flatters; --test measures, and is counted."
     )
-    return compare_answers(labels, answers, class_names=class_names, part="validation", seed=seed, notes=notes)
+    return compare_predictions(labels, answers, class_names=class_names, part="validation", seed=seed, notes=notes)
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
@@ -111,10 +112,10 @@ def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
     try:
         written[0].write_text(comparison.markdown(), encoding="utf-8")
         if any(contestant.curve for contestant in comparison.contestants):
-            from hpo.report.figures.comparison import roc_figure
+            from hpo.report.figures.classifier import compared_roc_figure
 
             written.append(folder / "roc.png")
-            roc_figure(comparison).savefig(written[1])
+            compared_roc_figure(comparison).savefig(written[1])
     except OSError as error:
         raise _unwritable(folder, error) from None
     return written
@@ -270,7 +271,7 @@ def _shared(entrants: Sequence[Entrant], parts: Sequence[Part], name: str) -> tu
 
     rows = shared_rows([part.images for part in parts])
     sizes = "; ".join(
-        f"{entrant.asked} has {len(part.labels):,} ({entrant.card.name}, {_split_words(entrant.setup.split)})"
+        f"{entrant.asked} has {len(part.labels):,} ({entrant.card.name}, {split_text(entrant.setup.split)})"
         for entrant, part in zip(entrants, parts, strict=True)
     )
     if not len(rows[0]):
@@ -282,10 +283,6 @@ def _shared(entrants: Sequence[Entrant], parts: Sequence[Part], name: str) -> tu
     if all(len(part.labels) == len(rows[0]) for part in parts):
         return rows, []
     return rows, [f"Only the {len(rows[0]):,} images that are in the {name} part of all count: {sizes}."]
-
-
-def _split_words(split: SplitSpec) -> str:
-    return f"holdout of {split.share:.3g} by {split.by}, seed {split.seed}" if split.kind == "holdout" else split.kind
 
 
 def _labels(
@@ -318,7 +315,7 @@ def _labels(
 
 def _validated(
     home: Home, entrant: Entrant, part: Part, rows: np.ndarray, *, class_names: tuple[str, ...], groups: Groups
-) -> Answers:
+) -> Predictions:
     """What a model says of validation images; without a model, what its training remembers it to have said."""
     if entrant.version is not None:
         return _answers(
@@ -328,7 +325,7 @@ def _validated(
     if groups or len(remembered) != len(part.labels):
         entrant.kept("its probabilities are needed" if groups else "its predictions were not either")
     place = np.array([class_names.index(name) for name in entrant.card.class_names])
-    return Answers(entrant.asked, f"{entrant.model}, model not kept", place[np.array(remembered)[rows]])
+    return Predictions(entrant.asked, f"{entrant.model}, model not kept", place[np.array(remembered)[rows]])
 
 
 def _load(home: Home, entrant: Entrant) -> Classifier:
@@ -338,14 +335,16 @@ def _load(home: Home, entrant: Entrant) -> Classifier:
     return load_model(version.model_uri, home=home)
 
 
-def _answers(entrant: Entrant, probabilities: np.ndarray, *, class_names: tuple[str, ...], groups: Groups) -> Answers:
+def _answers(
+    entrant: Entrant, probabilities: np.ndarray, *, class_names: tuple[str, ...], groups: Groups
+) -> Predictions:
     """Probabilities of the model's own classes (n, classes) as answers about class_names."""
     known = entrant.card.class_names
     if groups and not entrant.spec.data.groups:
         summed, decided = binarise_probabilities(probabilities, known, groups)
-        return Answers(entrant.asked, f"{entrant.model}, {len(known)} classes binarised", decided, summed)
+        return Predictions(entrant.asked, f"{entrant.model}, {len(known)} classes binarised", decided, summed)
     ordered = probabilities[:, [known.index(name) for name in class_names]].astype(np.float64)
-    return Answers(entrant.asked, entrant.model, ordered.argmax(axis=1), ordered)
+    return Predictions(entrant.asked, entrant.model, ordered.argmax(axis=1), ordered)
 
 
 def _on_test(
@@ -368,6 +367,6 @@ def _on_test(
         for entrant, each, own in zip(entrants, seen, rows, strict=True)
     ]
     counted = {entrant.study.title: len(openings(home, entrant.study)) for entrant in entrants}
-    return compare_answers(
+    return compare_predictions(
         labels, answers, class_names=class_names, part="test", seed=seed, notes=notes, openings=counted
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hpo.errors import DataError, HpoError
 from hpo.report.page.data_page import DataFacts, data_page
+from hpo.report.text import split_text
 from hpo.spec.load import load_study, study_files
 from hpo.spec.study import DataSpec, SplitSpec
 
@@ -67,7 +68,7 @@ def explore_data(
     groups = contradictions(digests, labels.tolist())
     facts = DataFacts(
         data=card,
-        split=_words(split),
+        split=split_text(split),
         counts={part: _counts(shares.counts[part], shares.shares[part]) for part in (*parts, "test")},
         mean=mean,
         std=std,
@@ -91,14 +92,3 @@ def write_page(facts: DataFacts, pictures: Mapping[int, bytes], file: Path) -> P
 
 def _counts(total: int, shares: tuple[float, ...]) -> tuple[int, ...]:
     return tuple(round(total * share) for share in shares)
-
-
-def _words(split: SplitSpec) -> str:
-    """How train and validation were divided."""
-    taken = "" if split.fraction == 1 else f" of {split.fraction:.0%} of the images"
-    return {
-        "official": "the parts that the data set comes with",
-        "holdout": f"{split.share:.0%} held out for validation, {split.by}",
-        "kfold": f"{split.folds} folds{taken}, {split.by}; train and valid are those of the first",
-        "none": "all images but those of the test part train",
-    }[split.kind]

@@ -12,7 +12,7 @@ from hpo.home import Home
 from hpo.jobs.shared.doctor_disk import disk_cases
 from hpo.jobs.shared.doctor_runs import run_cases
 from hpo.jobs.shared.home_snapshot import Case, Finding, Scene, see
-from hpo.storage.reader import Look
+from hpo.storage.reader import StudySnapshot
 
 _ROUNDS = 4  # a repair brings to light what it hid: a trial settled leaves a run to end
 
@@ -93,7 +93,7 @@ def _repair(scene: Scene, cases: list[Case], repairs: _Repairs) -> bool:
     return len(repairs.done) > before
 
 
-def _abandoned(scene: Scene, one: Look) -> Iterator[Case]:
+def _abandoned(scene: Scene, one: StudySnapshot) -> Iterator[Case]:
     if one.abandoned:
         title = one.study.title
         yield Case(

@@ -49,7 +49,7 @@ def explain(
     from hpo.models.safe_loader import read_config
     from hpo.models.saliency import explain_images
     from hpo.predict import read_images
-    from hpo.report.figures.saliency import saliency_figure
+    from hpo.report.figures.images import saliency_figure
 
     target_folder = Path(folder)
     with _parts(model, home, trust=trust) as parts:

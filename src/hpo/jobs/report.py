@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from hpo.errors import HpoError
 from hpo.home import Home
 from hpo.records import FINAL, DataCard, ModelVersion, SplitCard, StudyResult, TrialState
-from hpo.report.mistakes import confident_mistakes
-from hpo.report.page.findings import Answers, Findings, Opening, Samples, shown_trial
+from hpo.report.figures.images import confident_mistakes
+from hpo.report.page.study_page import Answers, Findings, Opening, Samples, shown_trial, study_page
 from hpo.spec.load import parse_study
 from hpo.spec.study import StudySpec
 from hpo.tracking.ledger import openings
@@ -39,7 +39,6 @@ def write_report(
     work. The test part is never opened for it. Raises StoreError where there is no such study and HpoError where the
     file cannot be written; for all else that is missing the page says so.
     """
-    from hpo.report.page.build import study_page
     from hpo.storage.optuna_storage import read_study
 
     place = Home.find(home)

@@ -11,7 +11,7 @@ from pathlib import Path
 from hpo.errors import StoreError
 from hpo.home import Home
 from hpo.records import TrialState
-from hpo.storage.reader import Look, look
+from hpo.storage.reader import StudySnapshot, read_snapshots
 
 _TICK = 0.25  # seconds between looks
 
@@ -80,9 +80,9 @@ def stop_study(
     return Stop(title, len(asked), tuple(cut), now.abandoned, time.monotonic() - began, asked=True)
 
 
-def find_study(home: Home, name: str) -> Look:
+def find_study(home: Home, name: str) -> StudySnapshot:
     """The newest generation of a study, or the one with exactly this title. Raises StoreError."""
-    found = look(home, results=False)
+    found = read_snapshots(home, results=False)
     newest = [one for one in found if one.study.name == name]
     exact = [one for one in found if one.study.exact == name]
     chosen = exact if "~" in name else newest

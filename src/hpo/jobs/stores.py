@@ -13,7 +13,7 @@ from hpo.database import engine_name, sqlite_file
 from hpo.errors import HpoError, StoreError
 from hpo.home import Home
 from hpo.jobs.shared.database_schema import Schema, read_schema
-from hpo.storage.lease import holders
+from hpo.storage.liveness import holders
 from hpo.storage.reader import count_trials
 from hpo.tracking.store import server_version, shown
 

@@ -76,7 +76,7 @@ def export_study(study: str, *, home: str | Path | None = None, file: str | Path
     if found.count(TrialState.RUNNING):
         repair.reap(place, found.title)
         moving.refuse_running(place, found.title)
-    taken = moving.take(place, found.exact)
+    taken = moving.export_study(place, found.exact)
     try:
         record = moving.check(taken)
     except _WRONG as error:
@@ -122,12 +122,12 @@ def import_study(file: str | Path, *, home: str | Path | None = None) -> Importe
         knock(place.create())
         with locked(place.locks / "import.lock"):
             moving.refuse_running(place, record.title)
-            standing = moving.standing(place, study)
+            standing = moving.relation(place, study)
             added, trials = import_runs.Added(), 0
-            if standing is not moving.Standing.AHEAD:
+            if standing is not moving.Relation.AHEAD:
                 # The trials last: a study that can be run is there whole.
                 added = import_runs.put(place, record, side, archive.extract)
-                trials = moving.put(place, study)
+                trials = moving.import_study(place, study)
     return Imported(
         title=record.title,
         store=shown(place.tracking_uri),

@@ -10,8 +10,7 @@ from torch import nn
 
 from hpo.data.prepare import models_folder
 from hpo.errors import TrainingError
-from hpo.models.basic import build_cnn, build_mlp
-from hpo.models.binary import OneLogit
+from hpo.models.basic import OneLogit, build_cnn, build_mlp
 from hpo.models.convnet import build_convnet
 from hpo.models.own import build_own
 from hpo.models.resnet import build_resnet
@@ -19,12 +18,17 @@ from hpo.models.transfer import build_transfer
 from hpo.spec.models import ModelSpec
 from hpo.spec.pretrained import Tuned
 
-# kind in the study file -> builder(spec, image shape (height, width, channels), number of outputs).
-MODELS: dict[str, Callable[[Any, tuple[int, int, int], int], nn.Module]] = {
+# kind in the study file -> builder(spec, image shape (height, width, channels), number of outputs); a dotted kind is a
+# network of the user's own. Builders of pretrained networks also take loaded and models, see build_transfer.
+MODELS: dict[str, Callable[..., nn.Module]] = {
     "mlp": build_mlp,
     "cnn": build_cnn,
     "convnet": build_convnet,
     "resnet": build_resnet,
+    "torchvision": build_transfer,
+    "timm": build_transfer,
+    "fusion": build_transfer,
+    "transfer": build_transfer,
 }
 
 
@@ -40,23 +44,20 @@ def build_model(
     """A freshly initialised network on the CPU; the same seed gives the same weights.
 
     image_shape is (height, width, channels). With binary=True, for 2 classes only, the network has one output and is
-    wrapped in OneLogit. With loaded=False weights of others are not looked for: the caller brings all weights. Raises
-    TrainingError where the images are too small for the network, SpecError where a network of the user's own or of a
-    library cannot be found, DataError where its weights cannot.
+    wrapped in OneLogit. With loaded=False pretrained weights are not loaded, as the caller loads all weights.
+    Raises TrainingError if the images are too small for the network, SpecError if a network of the user's own or of a
+    library cannot be found, DataError if its weights cannot.
     """
     if binary and classes != 2:
         raise TrainingError(
-            f"a network of one output tells 2 classes apart, not {classes}.", "Group the classes into two."
+            f"a network with one output separates 2 classes, not {classes}.", "Group the classes into two."
         )
     with torch.random.fork_rng(devices=[]):
         # torch's initialisers take no generator: the global one is set for the length of the block.
         torch.manual_seed(seed)
         try:
-            outputs = 1 if binary else classes
-            if isinstance(spec, Tuned):
-                net = build_transfer(spec, image_shape, outputs, loaded=loaded, models=models_folder())
-            else:
-                net = MODELS.get(spec.kind, build_own)(spec, image_shape, outputs)
+            weights: dict[str, Any] = {"loaded": loaded, "models": models_folder()} if isinstance(spec, Tuned) else {}
+            net = MODELS.get(spec.kind, build_own)(spec, image_shape, 1 if binary else classes, **weights)
         except (RuntimeError, ValueError) as error:
             raise TrainingError(
                 f"model {spec.kind} does not fit images of {image_shape}: {error}.",

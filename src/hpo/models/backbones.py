@@ -73,8 +73,8 @@ class Backbone(nn.Module):
     @cached_property
     def digest(self) -> str:
         """SHA-256 of everything that decides the features of an image: for backbones that never change."""
-        said = [self.label, str(self.size), str(self.pool), str(self.mean.tolist()), str(self.std.tolist())]
-        digest = hashlib.sha256("|".join([*said, version("torch").partition("+")[0]]).encode())
+        identity = [self.label, str(self.size), str(self.pool), str(self.mean.tolist()), str(self.std.tolist())]
+        digest = hashlib.sha256("|".join([*identity, version("torch").partition("+")[0]]).encode())
         for name, tensor in self.net.state_dict().items():
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -310,7 +310,7 @@ def _timm(spec: AnyBackbone, *, side: int, pool: int | None, loaded: bool) -> Ba
     extra = {"img_size": size} if facts.fixed_input_size and size != usual else {}
     if size is None and side < 32:
         size = 32  # most of its networks halve the maps five times
-    chance = torch.get_rng_state()
+    random_state = torch.get_rng_state()
     # Its builders write notes to stderr.
     with redirect_stderr(io.StringIO()):
         net = timm.create_model(spec.name, pretrained=False, num_classes=0, **extra)
@@ -321,7 +321,7 @@ def _timm(spec: AnyBackbone, *, side: int, pool: int | None, loaded: bool) -> Ba
                     f"timm publishes no weights for {spec.name}.", "Set model.weights to none or to a file."
                 )
             file = hub_file(facts.hf_hub_id, facts.hf_hub_filename) if published else Path(spec.weights)
-            torch.set_rng_state(chance)
+            torch.set_rng_state(random_state)
             net = _loaded_timm(net, spec, file, extra)
     mean, std = (facts.mean, facts.std) if trained else (_IMAGENET_MEAN, _IMAGENET_STD)
     whole = net if pool is None else _TimmMaps(net)

@@ -1,11 +1,12 @@
-"""The two smallest families, a multilayer perceptron and a network of one convolution; and parts of the larger ones."""
+"""The two smallest families, perceptron and one convolution, and layers that the larger families share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from hpo.spec.models import CnnSpec, MlpSpec
 
@@ -93,3 +94,18 @@ def feature_count(net: nn.Module, image_shape: tuple[int, int, int]) -> int:
         features = net.eval()(torch.zeros(1, channels, height, width))
     net.train()
     return int(features.shape[1])
+
+
+class OneLogit(nn.Module):
+    """A network of one output z (n, 1) as one of two logits [0, z] (n, 2).
+
+    softmax([0, z])[1] = sigmoid(z), so cross-entropy on these logits is binary cross-entropy on z.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (n, channels, height, width) -> logits (n, 2); z > 0 means the second class."""
+        return functional.pad(self.net(images), (1, 0))

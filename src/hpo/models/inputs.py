@@ -32,9 +32,9 @@ def normalisation(mean: Sequence[float], std: Sequence[float], image_shape: Sequ
 
 
 def input_of(data: TrialData) -> Callable[[Tensor], Tensor]:
-    """What turns images of this data, (n, height, width, channels) uint8 on its device, into a network's input.
+    """A function from images of this data, (n, height, width, channels) uint8 on its device, to a network's input.
 
-    Of features it gives those of the images as they are.
+    Of features it takes those of the unchanged images.
     """
     if data.images.dtype != torch.uint8:
         return _plain_view

@@ -1,4 +1,4 @@
-"""A network that the study names by a dotted path, package.module:function, and this code does not know."""
+"""A network of the user's own, named by a dotted path, package.module:function."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hpo.spec.models import OwnModelSpec
 
 
 def build_own(spec: OwnModelSpec, image_shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """What the named function returns for these images, classes and options, tried on two black images.
+    """The network that the named function returns for these images, classes and options, tried on two black images.
 
     Raises SpecError where there is no such function, TrainingError where it fails or returns something else than a
     network from float images (n, channels, height, width) to logits (n, classes).

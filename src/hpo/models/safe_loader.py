@@ -80,7 +80,7 @@ def load_program(file: Path) -> Any:
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """The config.json beside a program: class_names, a list of text, and image_shape, [height, width, channels].
+    """The config.json next to a program: class_names, a list of text, and image_shape, [height, width, channels].
 
     What else is in it stays as it is. Raises ModelError where it is missing or damaged.
     """

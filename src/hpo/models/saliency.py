@@ -1,4 +1,4 @@
-"""Which pixels speak for a class: plain gradients, integrated gradients and Grad-CAM, computed by captum.
+"""The pixels that support a class: plain gradients, integrated gradients and Grad-CAM, computed by captum.
 
 What is explained is the log-odds of the class, log p / (1 - p): its logit against all others together. Unlike the logit
 alone, it says what tells the class from its rivals, and it serves both classes of a network of one output.
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hpo.errors import HpoError, ModelError
+from hpo.models.export import SETUP, load_trained
 from hpo.models.inputs import normalisation, to_input
-from hpo.models.saved import SETUP, load_trained
 
 _STEPS = 64  # of the path that gradients are integrated over; Sundararajan et al. take 20 to 300
 
@@ -103,7 +103,7 @@ def last_maps(net: nn.Module, inputs: Tensor) -> nn.Module | None:
 
 
 def saliency(net: nn.Module, image_input: Tensor, target: int, method: str) -> NDArray[np.float32]:
-    """How much each pixel matters for class target: (height, width) in [0, 1], the largest 1; all 0 if none does.
+    """The importance of each pixel for class target: (height, width) in [0, 1], the largest 1; all 0 if none matters.
 
     net is in evaluation mode; image_input is what it takes, normalised, (channels, height, width) or with a leading 1,
     on its device. method is one of METHODS. Neither net nor image_input is changed. Raises ModelError where Grad-CAM

@@ -1,4 +1,4 @@
-"""Networks that stand on others: bodies that may be frozen, and a new head."""
+"""Transfer learning: pretrained bodies, which may be frozen, and a new head."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class Transfer(nn.Module):
             self._frozen = []
 
 
-def standing_of(net: nn.Module) -> Transfer | None:
-    """The part of a network that stands on others, if it has one."""
+def transfer_of(net: nn.Module) -> Transfer | None:
+    """The Transfer module of a network, if it has one."""
     return next((part for part in net.modules() if isinstance(part, Transfer)), None)
 
 
@@ -121,7 +121,7 @@ def _body(named: AnyBackbone, spec: Tuned, *, side: int, pool: int | None, loade
 
 def _registered_body(uri: str, models: Path, loaded: bool) -> Backbone:
     """Everything of a model of the store up to its last maps, laid flat."""
-    from hpo.models.saved import load_trained
+    from hpo.models.export import load_trained
 
     folder = models / uri.removeprefix("models:/")
     if not (folder / "setup.json").is_file():

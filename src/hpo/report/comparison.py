@@ -1,33 +1,34 @@
-"""What a comparison of models on the same images says: numbers, verdicts in words, a table in Markdown."""
+"""A comparison of models on the same images: numbers, verdicts in words, a table in Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 
-from hpo.report.roc import Roc
 from hpo.report.statistics import (
     Floats,
     Interval,
     Ints,
     McNemar,
-    confusion_counts,
+    Roc,
     holm,
     macro_roc,
     mcnemar,
     score_intervals,
 )
+from hpo.report.text import markdown_table
 
 _SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What one model says of n images: predicted classes (n,) and, where its model is kept, probabilities (n, classes).
+class Predictions:
+    """The predictions of one model for n images: classes (n,) and, if the model was kept, probabilities (n, classes).
 
-    name is what people call it; model says which one that is: the version, the trial, whether it was binarised.
+    name is the name that the user gave; model describes it: version, trial, binarised or not.
     """
 
     name: str
@@ -61,7 +62,7 @@ class Contestant:
 class Comparison:
     """Several models on the same images. part is validation or test; level is that of all intervals.
 
-    notes say what a reader must know of the images; openings has, where the test part was opened, study -> how often.
+    notes are remarks on the images. openings maps a study to the number of times its test part was opened.
     """
 
     part: str
@@ -100,26 +101,24 @@ class Comparison:
 
     def markdown(self) -> str:
         """Verdicts, table and notes; scores as shares, differences in points."""
-        head = ["model", "score", "value", f"{self.level:.0%} interval", "difference to the first, points", "McNemar"]
         lines = [f"# {' against '.join(contestant.name for contestant in self.contestants)}", ""]
         lines += [f"{self.image_count:,} {self.part} images, {len(self.class_names)} classes.", ""]
-        lines += [f"- {verdict}" for verdict in self.verdicts]
-        lines += ["", f"| {' | '.join(head)} |", "|---|---|--:|--:|--:|--:|"]
-        for contestant in self.contestants:
-            lines += [f"| {' | '.join(row)} |" for row in rows_of(contestant)]
+        lines += [*(f"- {verdict}" for verdict in self.verdicts), ""]
+        heads = [">value", f">{self.level:.0%} interval", ">difference to the first, points", ">McNemar"]
+        rows = [row for contestant in self.contestants for row in rows_of(contestant)]
+        lines += markdown_table(["model", "score", *heads], rows)
         if len(self.class_names) == 2:
-            lines += ["", f"| model | TN | FP | FN | TP (positive: {self.class_names[1]}) |", "|---|--:|--:|--:|--:|"]
-            for contestant in self.contestants:
-                cells = [contestant.name, *(str(count) for row in contestant.confusion for count in row)]
-                lines += [f"| {' | '.join(cells)} |"]
-        lines += ["", *(f"- {contestant.name}: {contestant.model}" for contestant in self.contestants)]
+            heads = ["model", ">TN", ">FP", ">FN", f">TP (positive: {self.class_names[1]})"]
+            lines += markdown_table(heads, [(each.name, *chain(*each.confusion)) for each in self.contestants])
+        lines += [f"- {contestant.name}: {contestant.model}" for contestant in self.contestants]
         lines += [f"- {note}" for note in self.notes]
+
         return "\n".join(lines) + "\n"
 
 
-def compare_answers(
+def compare_predictions(
     labels: Ints,
-    answers: Sequence[Answers],
+    predictions: Sequence[Predictions],
     *,
     class_names: Sequence[str],
     part: str,
@@ -129,9 +128,11 @@ def compare_answers(
     notes: Sequence[str] = (),
     openings: Mapping[str, int] | None = None,
 ) -> Comparison:
-    """labels (n,) of the images in [0, classes) and what at least two models say of them -> their comparison."""
+    """labels (n,) in [0, classes) and the predictions of at least two models -> their comparison."""
+    from sklearn.metrics import confusion_matrix
+
     classes = len(class_names)
-    predicted = np.array([each.predicted for each in answers])
+    predicted = np.array([each.predicted for each in predictions])
     scores, differences = score_intervals(
         labels, predicted, classes=classes, seed=seed, resamples=resamples, level=level
     )
@@ -139,9 +140,9 @@ def compare_answers(
     tests = [mcnemar(right[0], other) for other in right[1:]]
     adjusted = holm([test.p for test in tests])
     contestants = []
-    for index, each in enumerate(answers):
+    for index, each in enumerate(predictions):
         curve = macro_roc(each.probabilities, labels) if each.probabilities is not None else None
-        counts = confusion_counts(labels, each.predicted, classes=classes)
+        counts = confusion_matrix(labels, each.predicted, labels=range(classes))
         contestants.append(
             Contestant(
                 name=each.name,

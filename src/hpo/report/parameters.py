@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpo.records import FINAL, StudyResult, Trial
-from hpo.report.figures.style import short_paths, value_text
+from hpo.report.text import short_paths, value_text
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,20 @@
-"""Statistics of classifiers on the same images: scores with intervals, tests of a difference, groups of classes."""
+"""Statistics of classifiers on the same images: scores, intervals, tests of a difference, ROC curves, class groups.
+
+Reports and ROC curves are scikit-learn's, imported in the functions that need them. Kept here is what it lacks: the
+paired bootstrap of scores, McNemar's test, Holm's adjustment, and groups of classes.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hpo.report.roc import Roc, roc_per_class
+from hpo.metrics import counted
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -37,12 +42,12 @@ def paired_bootstrap(
 ) -> Interval:
     """Mean of first - second over the images, with a percentile interval (Efron & Tibshirani 1993, ch. 13).
 
-    first and second are (n,) correctness in [0, 1] of two classifiers on the same n images; whole images are drawn
-    again, so what is hard for both cancels.
+    first and second are (n,) correctness in [0, 1] of two classifiers on the same n images. Whole images are
+    resampled, so difficulty that both share cancels.
     """
     difference = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     values, counts = np.unique(difference, return_counts=True)
-    # Drawing n images again is drawing how often each distinct difference comes: one multinomial.
+    # Resampling n images is drawing the count of each distinct difference: one multinomial.
     drawn = np.random.default_rng(seed).multinomial(len(difference), counts / len(difference), size=resamples)
     return percentiles(difference.mean(), drawn @ values / len(difference), level=level)
 
@@ -51,24 +56,6 @@ def percentiles(value: float, drawn: Floats, *, level: float = 0.95) -> Interval
     """value with the percentile interval of its bootstrap replicates drawn (resamples,)."""
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(value), float(low), float(high))
-
-
-# Each score from counts (..., classes): hits, images of the class, images predicted to be of it. As in
-# sklearn.metrics: balanced accuracy is the mean recall of the classes present, macro F1 the mean of those present or
-# predicted; a resample may lack a class.
-SCORES: Mapping[str, Callable[[Floats, Floats, Floats], Floats]] = {
-    "accuracy": lambda hits, true, _: hits.sum(-1) / true.sum(-1),
-    "balanced_accuracy": lambda hits, true, _: _mean_share(hits, true),
-    "macro_f1": lambda hits, true, predicted: _mean_share(2 * hits, true + predicted),
-}
-
-
-def _mean_share(part: Floats, whole: Floats) -> Floats:
-    """Mean of part / whole over the last axis, where whole is not 0."""
-    some = whole > 0
-    shares = np.divide(part, whole, out=np.zeros_like(part), where=some)
-    means: Floats = shares.sum(-1) / some.sum(-1)
-    return means
 
 
 def score_intervals(
@@ -83,7 +70,7 @@ def score_intervals(
     values, drawn = _replicates(labels, predicted, classes=classes, seed=seed, resamples=resamples)
 
     def named(values: Floats, drawn: Floats) -> dict[str, Interval]:
-        each = zip(SCORES, values, drawn, strict=True)
+        each = zip(counted(), values, drawn, strict=True)
         return {name: percentiles(value, replicates, level=level) for name, value, replicates in each}
 
     own = [named(*pair) for pair in zip(values, drawn, strict=True)]
@@ -102,14 +89,16 @@ def mean_lead(
     resamples: int = 10_000,
     level: float = 0.95,
 ) -> Interval:
-    """Mean of a score (a key of SCORES) over trainings of one candidate minus that of another, on the same images.
+    """Mean of a score over trainings of one candidate minus that of another, on the same images.
+
+    score is a key of hpo.metrics.counted().
 
     first (a, n) and second (b, n) are the classes that a and b trainings predicted, labels (n,) the true ones; the
-    interval is that of score_intervals, whole images being drawn again for all trainings alike.
+    interval is that of score_intervals: whole images are resampled, the same for all trainings.
     """
     both = np.concatenate([first, second])
     values, drawn = _replicates(labels, both, classes=classes, seed=seed, resamples=resamples)
-    place, count = list(SCORES).index(score), len(first)
+    place, count = list(counted()).index(score), len(first)
     lead = values[:count, place].mean() - values[count:, place].mean()
     return percentiles(float(lead), drawn[:count, place].mean(0) - drawn[count:, place].mean(0), level=level)
 
@@ -120,17 +109,17 @@ def _replicates(labels: Ints, predicted: Ints, *, classes: int, seed: int, resam
     counts = np.bincount(cell_of.ravel(), minlength=cells.shape[1])
     one = np.eye(classes)
     truth = one[cells[0]]
-    said = [one[classifier] for classifier in cells[1:]]
+    answers = [one[classifier] for classifier in cells[1:]]
 
     def scores(drawn: Floats) -> Floats:
         """Counts of each cell (resamples, cells) -> (classifiers, scores, resamples)."""
         true = drawn @ truth
         return np.array(
-            [[score(drawn @ (truth * each), true, drawn @ each) for score in SCORES.values()] for each in said]
+            [[score(drawn @ (truth * each), true, drawn @ each) for score in counted().values()] for each in answers]
         )
 
-    # The scores depend only on how often each combination of true and predicted classes comes: drawing n images again
-    # is drawing these counts from one multinomial.
+    # The scores depend only on the counts of each combination of true and predicted classes, so resampling n images is
+    # drawing these counts from one multinomial.
     rng = np.random.default_rng(seed)
     step = max(1, _CHUNK_CELLS // len(counts))
     sizes = [min(step, resamples - start) for start in range(0, resamples, step)]
@@ -155,7 +144,7 @@ class McNemar:
 
 
 def mcnemar(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> McNemar:
-    """Whether two classifiers are right equally often; first, second (n,) say on which of the same images they are.
+    """Test whether two classifiers are right equally often; first, second (n,) are True on images each gets right.
 
     Of d discordant images, binomial(d, 1/2) are in favour of either (McNemar 1947). Exact below 25 of them, else
     chi-square with continuity correction (Edwards 1948): (|b - c| - 1)^2 / (b + c).
@@ -180,24 +169,95 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+@dataclass(frozen=True)
+class Roc:
+    """One ROC curve: (points,) false and true positive rates in [0, 1], from (0, 0) to (1, 1), and the area below."""
+
+    false_rate: NDArray[np.float64]
+    true_rate: NDArray[np.float64]
+    area: float
+
+
+def roc(positive: NDArray[np.bool_], score: NDArray[np.floating]) -> Roc | None:
+    """positive (n,) bool, score (n,) higher where a positive is likelier -> the curve; None without both kinds."""
+    from sklearn.metrics import auc, roc_curve
+
+    if positive.all() or not positive.any():
+        return None
+    false, true, _ = roc_curve(positive, score)
+    return Roc(false, true, float(auc(false, true)))
+
+
+def roc_per_class(labels: NDArray[np.integer], probabilities: NDArray[np.floating]) -> list[Roc | None]:
+    """labels (n,), probabilities (n, classes) -> each class against all others; None for a class without images."""
+    return [roc(labels == index, probabilities[:, index]) for index in range(probabilities.shape[1])]
+
+
 def macro_roc(probabilities: NDArray[np.floating], labels: Ints) -> Roc | None:
     """probabilities (n, classes), labels (n,) -> the mean of the one-versus-rest curves, at every false positive rate.
 
-    Two classes: the curve of the second. The area is the mean of theirs; classes without a positive or without a
-    negative image are left out, None if all are (as `macro_auc` among the scores of a trial).
+    Two classes: the curve of the second. The area is the mean of the areas. Classes without a positive or without a
+    negative image are left out (as in a trial's `macro_auc`); None if all are.
     """
-    found = [curve for curve in roc_per_class(labels, probabilities) if curve is not None]
-    if probabilities.shape[1] == 2 or not found:
-        return found[-1] if found else None
-    rates = np.unique(np.concatenate([curve.false_rate for curve in found]))
-    means = np.mean([np.interp(rates, curve.false_rate, curve.true_rate) for curve in found], axis=0)
-    area = float(np.mean([curve.area for curve in found]))
+    curves = [curve for curve in roc_per_class(labels, probabilities) if curve is not None]
+    if probabilities.shape[1] == 2 or not curves:
+        return curves[-1] if curves else None
+    rates = np.unique(np.concatenate([curve.false_rate for curve in curves]))
+    means = np.mean([np.interp(rates, curve.false_rate, curve.true_rate) for curve in curves], axis=0)
+    area = float(np.mean([curve.area for curve in curves]))
     return Roc(np.append(0.0, rates), np.append(0.0, means), area)
 
 
-def confusion_counts(labels: Ints, predicted: Ints, *, classes: int) -> Ints:
-    """labels, predicted (n,) -> counts (classes, classes): row the true class, column the predicted one."""
-    return np.bincount(labels * classes + predicted, minlength=classes * classes).reshape(classes, classes)
+def classification_report(confusion: Sequence[Sequence[int]], class_names: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """(true, predicted) counts -> precision, recall, f1 in [0, 1] and support of each class, as JSON and as text.
+
+    A share of nothing is 0. macro_average is the plain mean over classes, weighted_average weighs by support.
+    """
+    from sklearn import metrics
+
+    true, predicted = _answers_of(confusion)
+    options: dict[str, Any] = {"labels": range(len(class_names)), "zero_division": 0}
+    table = metrics.classification_report(
+        true, predicted, target_names=list(class_names), digits=4, **options, output_dict=False
+    )
+    names = ("precision", "recall", "f1", "support")
+
+    def averaged(kind: str) -> dict[str, float]:
+        found = metrics.precision_recall_fscore_support(true, predicted, average=kind, **options)
+        return dict(zip(names[:3], map(float, found[:3]), strict=True))
+
+    columns = metrics.precision_recall_fscore_support(true, predicted, **options)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    report = {
+        "classes": {name: dict(zip(names, row, strict=True)) for name, row in zip(class_names, rows, strict=True)},
+        "macro_average": averaged("macro"),
+        "weighted_average": averaged("weighted"),
+        "accuracy": float(metrics.accuracy_score(true, predicted)),
+        "support": len(true),
+    }
+    return report, table
+
+
+def _answers_of(confusion: Sequence[Sequence[int]]) -> tuple[Ints, Ints]:
+    """(true, predicted) counts -> the true and the predicted class of each image (n,), in some order."""
+    counts = np.asarray(confusion, dtype=np.int64)
+    true, predicted = (np.repeat(cells, counts.ravel()) for cells in np.indices(counts.shape).reshape(2, -1))
+    return true, predicted
+
+
+def confusion_intervals(confusion: Sequence[Sequence[int]], *, seed: int, resamples: int = 2000) -> dict[str, Interval]:
+    """(true, predicted) counts -> accuracy, balanced_accuracy, macro_f1 with 95 % intervals; {} without images."""
+    true, predicted = _answers_of(confusion)
+    if not len(true):
+        return {}
+    own, _ = score_intervals(true, predicted[np.newaxis], classes=len(confusion), seed=seed, resamples=resamples)
+    return own[0]
+
+
+def share_interval(share: float, count: int, *, seed: int, resamples: int = 2000) -> Interval:
+    """A share of count images, such as an accuracy, with its 95 % interval."""
+    right = np.arange(count) < round(share * count)
+    return paired_bootstrap(right.astype(float), np.zeros(count), seed=seed, resamples=resamples)
 
 
 def group_matrix(class_names: Sequence[str], groups: Mapping[str, Sequence[str]]) -> Ints:

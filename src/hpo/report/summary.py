@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections import Counter
+from collections.abc import Sequence
 
 from hpo.records import FINAL, StudyResult, Trial, TrialState
-from hpo.report.failures import failure_lines
-from hpo.report.figures.style import score_text, value_text
 from hpo.report.parameters import groups
+from hpo.report.text import markdown_table, score_text, value_text
 
 _FRONT = 12  # rows of the table of trade-offs
+_NUMBER = re.compile(r"\d[\d.,e+-]*")
+
+
+def failure_lines(study: StudyResult) -> list[str]:
+    """`3 not_finite, 2 setup`, then the commonest reason; empty where nothing failed.
+
+    Trials that were interrupted and are tried again do not count. Reasons that differ in numbers only are one; the
+    newest of them is shown.
+    """
+    ended = [trial for trial in study.trials if trial.state.finished and trial.result is not None]
+    failed = [
+        trial.result
+        for trial in ended
+        if trial.result is not None and (trial.result.failure is not None or trial.state is TrialState.FAILED)
+    ]
+    if not failed:
+        return []
+    # Records of earlier versions have no kind.
+    kinds = Counter(result.failure.value if result.failure else "unclassified" for result in failed)
+    lines = [", ".join(f"{count} {kind}" for kind, count in kinds.most_common())]
+    reasons = Counter(_NUMBER.sub("#", result.reason) for result in failed if result.reason)
+    if reasons:
+        (commonest, count), *_ = reasons.most_common(1)
+        newest = next(result for result in reversed(failed) if _NUMBER.sub("#", result.reason) == commonest)
+        lines.append(f"{newest.reason} (trial {newest.number}{f', and {count - 1} more so' if count > 1 else ''})")
+    return lines
 
 
 def study_summary(study: StudyResult, *, winner: Trial | None, model: str = "", remarks: Sequence[str] = ()) -> str:
@@ -44,7 +71,9 @@ def _winner(study: StudyResult, trial: Trial, *, chosen: bool) -> list[str]:
     better = "higher" if study.direction == "maximize" else "lower"
     value = f"{score_text(study.objective)} **{trial.value or 0.0:.4f}** ({better} is better)"
     lines = [f"**{heading}: trial {trial.number}**{final}, {value}.", ""]
-    lines += _table(("parameter", "value"), ((path, value_text(v)) for path, v in trial.candidate.parameters.items()))
+    lines += markdown_table(
+        ("parameter", "value"), ((path, value_text(v)) for path, v in trial.candidate.parameters.items())
+    )
     if trial.result is not None:
         scores = trial.result.scores
         rows = [
@@ -54,7 +83,7 @@ def _winner(study: StudyResult, trial: Trial, *, chosen: bool) -> list[str]:
         ]
         rows += [("trainable parameters", f"{trial.result.parameter_count:,}")] if trial.result.parameter_count else []
         rows += [("best epoch", str(trial.result.best_epoch))] if trial.result.best_epoch else []
-        lines += _table(("score", "value"), rows)
+        lines += markdown_table(("score", "value"), rows)
     return lines
 
 
@@ -67,7 +96,7 @@ def _stages(study: StudyResult) -> list[str]:
             chosen = [f"{p.label} = {value_text(held[p.path])}" for p in group.parameters if p.path in held]
             rows.append((group.name, str(len(group.trials)), ", ".join(chosen), f"{best.value:.4f}", str(best.number)))
     heads = ("stage", "complete trials", "its winner", score_text(study.objective), "trial")
-    return ["## Stages", "", *_table(heads, rows)] if rows else []
+    return ["## Stages", "", *markdown_table(heads, rows)] if rows else []
 
 
 def _front(study: StudyResult) -> list[str]:
@@ -82,7 +111,7 @@ def _front(study: StudyResult) -> list[str]:
     return [
         "## Trials that no other beats in every objective",
         "",
-        *_table(("trial", *map(score_text, names)), rows),
+        *markdown_table(("trial", *map(score_text, names)), rows),
         *more,
     ]
 
@@ -108,8 +137,3 @@ def _commands(study: StudyResult, complete: bool, model: str) -> list[str]:
         ]
     width = max(len(command) for command, _ in rows)
     return [f"{command:{width}}  # {text}" for command, text in rows]
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *lines, ""] if lines else []

@@ -1,1 +1,1 @@
-"""What to try and when to stop; Optuna is imported here and nowhere else."""
+"""The search: samplers, pruners, stages and the handle of a running study. Only here and in storage is Optuna used."""

@@ -1,4 +1,4 @@
-"""Several aims and limits: which scores a search is judged by, and whether a result keeps its limits."""
+"""Objectives and constraints: the scores that a search is judged by, and whether a result is within its limits."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Constraint(NamedTuple):
 
 def parse_constraint(text: str) -> Constraint:
     """`parameters <= 200000` -> its parts. Raises SpecError."""
-    found = _FORM.fullmatch(text)
+    match = _FORM.fullmatch(text)
     try:
-        if found:
-            return Constraint(found[1], found[2], float(found[3]))
+        if match:
+            return Constraint(match[1], match[2], float(match[3]))
     except ValueError:
         pass
     raise SpecError(
@@ -37,19 +37,19 @@ def parse_constraint(text: str) -> Constraint:
 
 
 def violation(constraint: Constraint, scores: Mapping[str, float]) -> float:
-    """By how much the scores break the limit, as a share of it; 0 or less: they keep it. inf without the score."""
+    """The amount beyond the limit, as a share of it; 0 or less: within the limit. inf without the score."""
     score = scores.get(constraint.name, math.nan)
     if math.isnan(score):
         return math.inf
     over = score - constraint.limit if constraint.op == "<=" else constraint.limit - score
-    # Limits of different units weigh alike in a sampler's sum over them.
+    # As a share: samplers add up the violations of limits in different units.
     return over / abs(constraint.limit) if constraint.limit else over
 
 
 def violations(spec: StudySpec, scores: Mapping[str, float]) -> dict[str, float]:
     """The text of each constraint -> its violation.
 
-    Limits on validation scores are left out where there is none: a network trained on all images, or not at all.
+    Limits on validation scores are left out where there are none: a network trained on all images, or not at all.
     """
     constraints = {text: parse_constraint(text) for text in spec.search.constraints}
     return {
@@ -60,15 +60,15 @@ def violations(spec: StudySpec, scores: Mapping[str, float]) -> dict[str, float]
 
 
 def aims(spec: StudySpec) -> tuple[tuple[str, str], ...]:
-    """(score, maximize or minimize) of every objective, the first of them the trial's value."""
+    """(score, maximize or minimize) of every objective; the first is the trial's value."""
     several = tuple((aim.score, aim.better) for aim in spec.search.objectives)
     return several or ((spec.search.objective, spec.search.better),)
 
 
 def judge(spec: StudySpec, result: TrialResult) -> TrialResult:
-    """The result with values and feasible filled in from its scores; what is infeasible already stays so.
+    """The result with `values` and `feasible` set from its scores; an infeasible result stays so.
 
-    With several objectives the first is the value; one that has no score is NaN, but for a value that was given.
+    With several objectives the first is the value. An objective without a score is NaN, unless a value was given.
     """
     feasible = result.feasible and all(amount <= 0 for amount in violations(spec, result.scores).values())
     if not spec.search.objectives:

@@ -1,4 +1,4 @@
-"""How a trial of the study storage ends: recorded, tried again if it was cut short, closed; and how it gets there."""
+"""The end of a trial in the study storage: recorded, tried again if it was interrupted, closed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from hpo.records import FINAL, FailureKind, TrialResult, TrialState
-from hpo.search.constraints import aims, violations
+from hpo.search.constraints import aims, judge, violations
 from hpo.spec.study import StudySpec
-from hpo.storage.optuna_storage import RESULT, START, Start, Storage, stage_of, start_of
+from hpo.storage.optuna_private import CONSTRAINT, FIXED, RUNG, trial_id_of
+from hpo.storage.optuna_storage import Storage
+from hpo.storage.trial_attrs import RESULT, START, TrialAttrs, attrs_of, stage_of
 
 _MOST_DEATHS = 3
 _UNBOUNDED = 1e6  # Optuna wants finite violations
@@ -25,82 +27,95 @@ _OPTUNA_STATES = {
 }
 
 
-class Settler:
-    """Ends trials of one study in the name of the supervisor that has this lease."""
+class Finisher:
+    """Ends trials of one study (study_id is Optuna's) in the name of the supervisor with this lease."""
 
-    def __init__(self, spec: StudySpec, storage: Storage, study: optuna.Study, *, lease: str) -> None:
+    def __init__(self, spec: StudySpec, storage: Storage, study_id: int, *, lease: str) -> None:
         self._spec = spec
-        self._aims = aims(spec)
         self._storage = storage
-        self._study = study
-        self._id: int = study._study_id
+        self._id = study_id
         self._lease = lease
 
-    def settle(self, trial: FrozenTrial, result: TrialResult, *, died: bool = False) -> TrialResult:
-        """Record, enqueue, close, in this order: killed between two of them, reap can do the rest."""
-        result = self._checked(result, final=stage_of(trial) == FINAL)
-        deaths = start_of(trial).deaths + died
-        if result.state is TrialState.STOPPED and deaths >= _MOST_DEATHS:
-            reason = f"interrupted {deaths} times: its process died each time; the last time: {result.reason}"
-            result = replace(result, state=TrialState.FAILED, reason=reason, failure=FailureKind.WORKER_DIED)
-        self._storage.set_trial_user_attr(trial._trial_id, RESULT, result.to_json())
-        if result.state is TrialState.STOPPED and trial.number not in self._storage.books(self._id).again:
+    def finish(self, trial: FrozenTrial, result: TrialResult, *, died: bool = False) -> TrialResult:
+        """Record the result, enqueue a retry if the trial was interrupted, and end the trial.
+
+        In this order: after a kill between two of these steps, reap can do the rest. died: its process died, which a
+        candidate may three times. Returns the result as it was recorded.
+        """
+        deaths = attrs_of(trial).deaths + died
+        result = final_result(self._spec, result, final=stage_of(trial) == FINAL, deaths=deaths)
+        database, trial_id = self._storage.database, trial_id_of(trial)
+        database.set_trial_user_attr(trial_id, RESULT, result.to_json())
+        if result.state is TrialState.STOPPED and trial.number not in self._storage.index(self._id).retried:
             self.retry(trial, deaths=deaths)
         if result.state in (TrialState.COMPLETE, TrialState.PRUNED) and stage_of(trial) != FINAL:
             for text, amount in violations(self._spec, result.scores).items():
-                # What trial.set_constraint writes; a trial of a dead process has no Optuna handle.
-                self._storage.set_trial_system_attr(trial._trial_id, f"constraints:{text}", min(amount, _UNBOUNDED))
-        values = self._values(result) if result.state is TrialState.COMPLETE else None
+                # As trial.set_constraint of Optuna does; there is no Optuna trial where its process died.
+                database.set_trial_system_attr(trial_id, f"{CONSTRAINT}{text}", min(amount, _UNBOUNDED))
+        values = _objective_values(self._spec, result) if result.state is TrialState.COMPLETE else None
         if values and stage_of(trial) == FINAL:
-            # Nobody compares these in Optuna, and it takes no NaN.
-            values = [value if _finite(value) else 0.0 for value in values]
+            # Optuna takes no NaN, and these values are compared nowhere in it.
+            values = [value if _is_finite(value) else 0.0 for value in values]
         self._storage.end_trial(trial, _OPTUNA_STATES[result.state], values)
         return result
 
-    def _checked(self, result: TrialResult, *, final: bool) -> TrialResult:
-        """The result, failed where it is complete without a finite value for each objective."""
-        if result.state is not TrialState.COMPLETE:
-            return result
-        # A final training on all images has no validation scores beside the value that it was given.
-        values = self._values(result)[: 1 if final else None]
-        odd = next((index for index, value in enumerate(values) if not _finite(value)), None)
-        if odd is None:
-            return result
-        reason = f"the objective {self._aims[odd][0]} is {values[odd]}, not a finite number"
-        not_finite = FailureKind.NOT_FINITE
-        return replace(result, state=TrialState.FAILED, value=None, values=(), reason=reason, failure=not_finite)
-
-    def _values(self, result: TrialResult) -> list[float | None]:
-        """One value for each objective."""
-        return [result.value] if len(self._aims) == 1 else list(result.values) or [None for _ in self._aims]
-
     def retry(self, trial: FrozenTrial, *, deaths: int) -> None:
-        """Enqueue the candidate of a trial again; deaths is how many of its tries have died so far."""
-        start = start_of(trial)
-        # What was enqueued stays so where the rest was never drawn; a retry killed early has not all of it yet.
-        fixed = {**trial.system_attrs.get("fixed_params", {}), **(trial.params if start.parameters is not None else {})}
-        # What samplers noted about the candidate stays true; the rungs it reached do not.
-        notes = {key: note for key, note in trial.system_attrs.items() if not key.startswith("completed_rung_")}
-        retry = replace(start, attempt=start.attempt + 1, deaths=deaths, retry_of=trial.number, worker="")
+        """Enqueue the candidate of a trial again; deaths is the number of its attempts that have died so far."""
+        attrs = attrs_of(trial)
+        # Enqueued values remain where the others were never sampled; a retry that was killed early lacks some of them.
+        fixed = {**trial.system_attrs.get(FIXED, {}), **(trial.params if attrs.parameters is not None else {})}
+        # Notes of samplers on the candidate remain true; the rungs that it reached do not.
+        notes = {key: note for key, note in trial.system_attrs.items() if not key.startswith(RUNG)}
+        retry = replace(attrs, attempt=attrs.attempt + 1, deaths=deaths, retry_of=trial.number, worker="")
         self.enqueue(replace(retry, lease=self._lease), fixed, notes)
 
     def enqueue(
-        self, start: Start, fixed: Mapping[str, Any] | None = None, notes: Mapping[str, Any] | None = None
+        self, attrs: TrialAttrs, fixed: Mapping[str, Any] | None = None, notes: Mapping[str, Any] | None = None
     ) -> None:
-        """Put a candidate in the queue. fixed are values it is to have, notes what samplers know of it."""
-        self._study.add_trial(template(optuna.trial.TrialState.WAITING, start, fixed or {}, notes or {}))
+        """Put a candidate in the queue. fixed are values of its parameters, notes those of samplers on it."""
+        self._storage.create_trial(self._id, template(optuna.trial.TrialState.WAITING, attrs, fixed or {}, notes or {}))
+
+
+def final_result(spec: StudySpec, result: TrialResult, *, final: bool = False, deaths: int = 0) -> TrialResult:
+    """The result as it is recorded, from what a worker or a supervisor reports; applied twice, it changes nothing more.
+
+    The objective becomes the value, unless one is given, and constraints decide what is feasible. A complete trial
+    without a finite value for each objective fails, and so does one that was stopped when its process had died three
+    times. final: it is a final training, which may have no validation scores beside its given value.
+    """
+    if result.state in (TrialState.COMPLETE, TrialState.PRUNED) and not result.values:
+        value = result.scores.get(aims(spec)[0][0]) if result.value is None else result.value
+        result = judge(spec, replace(result, value=value))
+    if result.state is TrialState.COMPLETE:
+        values = _objective_values(spec, result)[: 1 if final else None]
+        odd = next((index for index, value in enumerate(values) if not _is_finite(value)), None)
+        if odd is not None:
+            reason = f"the objective {aims(spec)[odd][0]} is {values[odd]}, not a finite number"
+            kind = FailureKind.NOT_FINITE
+            return replace(result, state=TrialState.FAILED, value=None, values=(), reason=reason, failure=kind)
+    if result.state is TrialState.STOPPED and deaths >= _MOST_DEATHS:
+        reason = f"interrupted {deaths} times: its process died each time; the last time: {result.reason}"
+        return replace(result, state=TrialState.FAILED, reason=reason, failure=FailureKind.WORKER_DIED)
+    return result
+
+
+def _objective_values(spec: StudySpec, result: TrialResult) -> list[float | None]:
+    """One value for each objective."""
+    if not spec.search.objectives:
+        return [result.value]
+    return list(result.values) or [None for _ in spec.search.objectives]
 
 
 def template(
-    state: optuna.trial.TrialState, start: Start, fixed: Mapping[str, Any], notes: Mapping[str, Any] | None = None
+    state: optuna.trial.TrialState, attrs: TrialAttrs, fixed: Mapping[str, Any], notes: Mapping[str, Any] | None = None
 ) -> FrozenTrial:
-    """A trial to be made, with its start record."""
+    """A trial to be created, with these attributes and fixed values."""
     return optuna.trial.create_trial(
         state=state,
-        user_attrs={START: start.to_json()},
-        system_attrs={**(notes or {}), "fixed_params": dict(fixed)},
+        user_attrs={START: attrs.to_json()},
+        system_attrs={**(notes or {}), FIXED: dict(fixed)},
     )
 
 
-def _finite(value: float | None) -> bool:
+def _is_finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)

@@ -1,4 +1,4 @@
-"""How much each parameter matters to the objective, by two methods, because each overlooks something."""
+"""The importance of each parameter for the objective, by two methods with different blind spots."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ import optuna
 from optuna.importance import FanovaImportanceEvaluator, PedAnovaImportanceEvaluator
 
 from hpo.records import StudyResult, Trial
+from hpo.search.distributions import distribution, encode
 from hpo.search.stages import CARRIED
-from hpo.search.strategy import distribution, encode
 from hpo.spec.space import Space
 
-_FEWEST = 8  # trials that say something about importance
+_FEWEST = 8  # trials; fewer say nothing about importance
 _TREES = 32  # Optuna's 64 take twice the time and change the second decimal
 
 
 def importances(study: StudyResult, *, seed: int = 0) -> dict[str, dict[str, dict[str, float]]]:
     """Stage ("" without stages) -> method -> path -> share in [0, 1]; the shares of a method add up to 1.
 
-    PED-ANOVA (Watanabe et al. 2023) asks what sets the best tenth apart, fANOVA (Hutter et al. 2014) what explains the
-    variance over all complete trials. Parameters that not every trial has are left out, as are stages with fewer than
-    eight complete trials or two such parameters.
+    PED-ANOVA (Watanabe et al. 2023) compares the best tenth of the trials with the others, fANOVA (Hutter et al. 2014)
+    explains the variance over all complete trials. Parameters that some trials lack are left out, and so are stages
+    with fewer than eight complete trials or two such parameters.
     """
     search = study.spec.get("search") or {}
     stages = [(stage["name"], stage.get("space") or {}) for stage in search.get("stages") or ()]
     everything = {path: part for _, space in stages for path, part in space.items()}
-    found = {}
+    stage_shares = {}
     for name, space in [*stages] or [(None, search.get("space") or {})]:
         parts = Space.model_validate(space or everything)
         if shares := _shares(study.ranked(name), parts, direction=study.direction, seed=seed):
-            found[name or ""] = shares
-    return found
+            stage_shares[name or ""] = shares
+    return stage_shares
 
 
 def _shares(trials: list[Trial], space: Space, *, direction: str, seed: int) -> dict[str, dict[str, float]]:

@@ -1,27 +1,80 @@
-"""Enter a study in the storage, or find it there and make sure that it is the same one."""
+"""Open a study: create it in the storage, or find it there and check that it is the same one."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-import optuna
 from optuna.distributions import check_distribution_compatibility
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 
 from hpo.errors import SpecError, StoreError
+from hpo.home import Home
 from hpo.search.constraints import aims, parse_constraint
+from hpo.search.distributions import distribution, fits
+from hpo.search.samplers import SAMPLERS
 from hpo.search.stages import check_stages
-from hpo.search.strategy import distribution
-from hpo.search.warm_start import warm_starts
-from hpo.spec.content import content_changes, library_changes, with_digests
+from hpo.search.study import Study
+from hpo.spec.content import content_changes, content_of, library_changes, with_digests
 from hpo.spec.space import Choice, Float, Int
 from hpo.spec.study import StudySpec
-from hpo.storage.optuna_storage import STUDY, Storage, generations
+from hpo.storage import outbox
+from hpo.storage.liveness import Lease, clean_leases
+from hpo.storage.optuna_storage import Storage, generations, open_storage
+from hpo.storage.reader import to_result
+from hpo.storage.retry import store_errors
+from hpo.storage.trial_attrs import STUDY, key_of
 
 
-def enter_study(
+def new_lease(home: Home, title: str) -> Lease:
+    """A lease for a supervisor of this study."""
+    return Lease(home.locks, shared=home.shared, title=title)
+
+
+def open_study(
+    home: Home,
+    spec: StudySpec,
+    *,
+    data_digest: str,
+    budget: int | None = None,
+    fresh: bool = False,
+    join: str = "",
+    class_names: Sequence[str] = (),
+) -> Study:
+    """Start a study, or resume its newest generation; fresh starts a new generation.
+
+    budget is stored in its record. join is the title of an existing study to take part in, of any generation: its
+    record is left as it is. data_digest is that of the images that trials see, class_names are the data set's. Raises
+    SpecError where the spec cannot be searched, or where spec, data, code or weights differ from those of the study's
+    trials (space, sampler, pruner and budget may change, options of a choice may not), and StoreError where the storage
+    refuses.
+    """
+    storage = open_storage(home)
+    try:
+        outbox.keep_reserve(home)
+        enter = partial(
+            _enter_study,
+            storage,
+            spec,
+            data_digest=data_digest,
+            budget=budget,
+            fresh=fresh,
+            join=join,
+            content={**content_of(spec), "class_names": list(class_names)},
+        )
+        with store_errors(home):
+            title, notes, spec = storage.transact(enter, lock="studies")
+            clean_leases(home.locks)
+            return Study(home, spec, storage, title, new_lease(home, title), notes)
+    except BaseException:
+        storage.close()
+        raise
+
+
+def _enter_study(
     storage: Storage,
     spec: StudySpec,
     *,
@@ -29,26 +82,21 @@ def enter_study(
     budget: int | None = None,
     fresh: bool = False,
     join: str = "",
-    content: Mapping[str, Any] | None = None,
+    content: Mapping[str, Any],
 ) -> tuple[str, list[str], StudySpec]:
-    """Write the study's record, old or new; its title, what there is to note about its start, and its spec.
+    """Write the study's record, new or updated, and return its title, notes on its start, and its spec; see open_study.
 
-    The spec is the one given, but for a monitor that it does not give: a study keeps the one that it began with.
-    content are the fingerprints that hpo.spec.content makes, with the data set's `class_names`.
-
-    budget is the total of trials that it is run for; join is the title of a study that is there: its record is compared
-    with, and left.
-
-    Raises SpecError where the spec cannot be searched, or is not that of the study's trials.
+    The spec is the one given, except that a study keeps the monitor that it began with where the spec sets none.
+    content has the fingerprints of hpo.spec.content and the class names of the data.
     """
     _check_search(spec)
-    known = generations(storage, spec.name)
-    if join and join not in known.values():
+    titles = generations(storage, spec.name)
+    if join and join not in titles.values():
         raise StoreError(f"no study {join!r} has begun here.", f"Begin it: hpo run {spec.name}")
-    generation = max(known, default=0) + (fresh or not known)
-    generation = next((number for number, title in known.items() if title == join), generation)
+    generation = max(titles, default=0) + (fresh or not titles)
+    generation = next((number for number, title in titles.items() if title == join), generation)
     title = spec.name if generation == 1 else f"{spec.name}~{generation}"
-    before = storage.studies()[known[generation]][1] if generation in known else None
+    study_id, before = storage.studies()[titles[generation]] if generation in titles else (-1, None)
     spec = spec.resumed_as(before["spec"]) if before else spec
     objectives = aims(spec)
     identity = spec.identity()
@@ -65,29 +113,25 @@ def enter_study(
         "data_digest": data_digest,
         "created": time.time(),
         "budget": budget,
-        "content": content or {},
+        "content": content,
     }
     notes: list[str] = []
     if before is not None:
-        number = storage.studies()[title][0]
         _check_same(before, record)
-        if libraries := library_changes(before.get("content", {}), content or {}):
-            notes.append(
-                f"its earlier trials ran with other libraries, and may differ in the last digits: {libraries}."
-            )
-        _check_space(spec, storage.every_trial(number))
+        if libraries := library_changes(before.get("content", {}), content):
+            notes.append(f"Earlier trials ran with other libraries and may differ in the last digits: {libraries}.")
+        _check_space(spec, storage.every_trial(study_id))
         if join:
             return title, notes, spec
         record |= {"created": before["created"], "start": before.get("start", [])}
     else:
-        record["start"], notes = warm_starts(spec, storage)
-        # It may exist without our record: its maker was killed between the two writes.
-        there = {study.study_name: study._study_id for study in storage.get_all_studies()}
-        directions = [direction for _, direction in objectives]
-        if title not in there:
-            there[title] = optuna.create_study(storage=storage, study_name=title, directions=directions)._study_id
-        number = there[title]
-    storage.set_study_user_attr(number, STUDY, record)
+        record["start"], notes = _warm_starts(spec, storage)
+        # It may exist without our record: its creator was killed between the two writes.
+        study_id = storage.study_ids().get(title, -1)
+        if study_id == -1:
+            directions = [StudyDirection[direction.upper()] for _, direction in objectives]
+            study_id = storage.database.create_new_study(directions, title)
+    storage.database.set_study_user_attr(study_id, STUDY, record)
     return title, notes, spec
 
 
@@ -95,35 +139,31 @@ def _check_search(spec: StudySpec) -> None:
     check_stages(spec)
     for text in spec.search.constraints:
         parse_constraint(text)
-    if spec.search.objectives and spec.search.sampler.name == "cmaes":
+    name = spec.search.sampler.name
+    if spec.search.objectives and not SAMPLERS[name].several_objectives:
+        *others, last = [other for other, sampler in SAMPLERS.items() if sampler.several_objectives]
         raise SpecError(
-            f"{spec.name}: sampler cmaes searches for one objective only.", "Write sampler: tpe, gp, qmc or random."
+            f"{spec.name}: sampler {name} searches for one objective only.",
+            f"Write sampler: {', '.join(others)} or {last}.",
         )
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    old, new = before.get("content", {}), now["content"]
-    # A study of before knows no content: its paths are compared as they were.
-    by_content = "files" in old and "files" in new
-    flat = [
-        dict(
-            _flat(
-                {
-                    **with_digests(record["identity"], content.get("files", {}) if by_content else {}),
-                    "data digest": record["data_digest"],
-                }
-            )
-        )
-        for record, content in ((before, old), (now, new))
-    ]
+    contents = before.get("content", {}), now["content"]
+    # Records of earlier versions have no fingerprints of files: their paths are compared.
+    files = [content["files"] for content in contents] if all("files" in content for content in contents) else [{}, {}]
+    old, new = (
+        dict(_flat({**with_digests(record["identity"], known), "data digest": record["data_digest"]}))
+        for record, known in zip((before, now), files, strict=True)
+    )
     absent = object()
-    places = [place for place in {**flat[0], **flat[1]} if flat[0].get(place, absent) != flat[1].get(place, absent)]
-    changes = [f"{place}: {flat[0].get(place, 'absent')} -> {flat[1].get(place, 'absent')}" for place in places]
-    changes += content_changes(old, new)
+    paths = [path for path in {**old, **new} if old.get(path, absent) != new.get(path, absent)]
+    changes = [f"{path}: {old.get(path, 'absent')} -> {new.get(path, 'absent')}" for path in paths]
+    changes += content_changes(*contents)
     if changes:
         raise SpecError(
-            f"{now['name']}: its trials were run otherwise, and would not be comparable: {', '.join(changes)}.",
-            "Restore what has changed and run it as it was, or start it anew with --fresh.",
+            f"{now['name']}: its trials used other settings and would not be comparable: {', '.join(changes)}.",
+            "Restore these settings, or start a new generation with --fresh.",
         )
 
 
@@ -136,22 +176,69 @@ def _flat(tree: Mapping[str, Any], stem: str = "") -> Any:
 
 
 def _check_space(spec: StudySpec, trials: list[FrozenTrial]) -> None:
-    """Optuna cannot go on where a parameter has changed its kind or a choice its options."""
-    tried: dict[str, Any] = {path: found for trial in trials for path, found in trial.distributions.items()}
-    for label, place, parameter in _labelled(spec):
+    """Raise SpecError where a parameter has changed its kind, or a choice its options: Optuna cannot resume then."""
+    tried: dict[str, Any] = {label: way for trial in trials for label, way in trial.distributions.items()}
+    for label, path, parameter in _labelled(spec):
         try:
             check_distribution_compatibility(tried.get(label, distribution(parameter)), distribution(parameter))
         except ValueError:
             raise SpecError(
-                f"{spec.name}: {place}: was {tried[label]}, is now {distribution(parameter)}.",
-                "Ends of a range may move while a study goes on, options and kind may not: start it anew with --fresh.",
+                f"{spec.name}: {path}: was {tried[label]}, is now {distribution(parameter)}.",
+                "Only the ends of a range may change when a study is resumed: start a new generation with --fresh.",
             ) from None
 
 
 def _labelled(spec: StudySpec) -> Iterator[tuple[str, str, Float | Int | Choice]]:
-    """(name in Optuna's storage, place in the spec, parameter) of all that is varied."""
+    """(name in Optuna's storage, path in the study file, parameter) of each parameter."""
     for path, parameter in spec.search.space.items():
         yield path, f"search.space.{path}", parameter
     for stage in spec.search.stages:
         for path, parameter in stage.space.items():
             yield f"{stage.name}/{path}", f"search.stages.{stage.name}.{path}", parameter
+
+
+def _warm_starts(spec: StudySpec, storage: Storage) -> tuple[list[dict[str, Any]], list[str]]:
+    """The candidates to try first, perhaps partial, and a note for each value of another study that does not fit.
+
+    Raises SpecError where a listed value does not fit the space, or there is no study of that name.
+    """
+    space = spec.search.whole_space
+    for index, values in enumerate(spec.search.start):
+        for path, value in values.items():
+            if not fits(space[path], value):
+                raise SpecError(
+                    f"{spec.name}: search.start[{index}].{path}: {value!r} is not in the space.",
+                    "Correct the value, or widen the space.",
+                )
+    others, notes = _best_of_other_study(spec, storage)
+    return [*spec.search.start, *others], notes
+
+
+def _best_of_other_study(spec: StudySpec, storage: Storage) -> tuple[list[dict[str, Any]], list[str]]:
+    wanted, space = spec.search.start_from, spec.search.whole_space
+    if wanted is None:
+        return [], []
+    studies, titles = storage.studies(), generations(storage, wanted.study)
+    title = titles[max(titles)] if titles else wanted.study
+    if title not in studies:
+        raise SpecError(
+            f"{spec.name}: search.start_from: no study {wanted.study!r} has run here "
+            f"(known: {', '.join(studies) or 'none'}).",
+            "Run it first, correct the name, or leave start_from out.",
+        )
+    study_id, record = studies[title]
+    different: dict[str, Mapping[str, Any]] = {}
+    for trial in to_result(record, storage.records(study_id)).ranked():
+        different.setdefault(key_of(trial.candidate.parameters), trial.candidate.parameters)
+    best, notes = [], []
+    for parameters in list(different.values())[: wanted.best]:
+        shared = {path: value for path, value in parameters.items() if path in space}
+        best.append({path: value for path, value in shared.items() if fits(space[path], value)})
+        notes += [
+            f"start_from {title}: {path}={value!r} is not in this space and is left to the sampler."
+            for path, value in shared.items()
+            if path not in best[-1]
+        ]
+    if not any(best):
+        notes.append(f"start_from {title}: it has no complete trial with a path that this space varies.")
+    return [values for values in best if values], notes

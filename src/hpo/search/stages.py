@@ -1,4 +1,4 @@
-"""The steps of a search: what each varies, from where, for how long; a search without stages is one step."""
+"""The stages of a search: what each varies, where it starts and how long it is; a plain search is one stage."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from hpo.errors import SpecError
 from hpo.records import StudyResult, Trial, TrialState
-from hpo.search.narrow import fits, refined
+from hpo.search.distributions import fits, narrowed
 from hpo.spec.search import SamplerSpec, StageSpec
 from hpo.spec.space import Choice, Float, Int, Space
 from hpo.spec.study import StudySpec
@@ -22,12 +22,12 @@ CARRIED = "carried"
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of a search as it is run.
+    """One stage of a search as it is run.
 
-    name is None for a search without stages. spec is the study's, with the step's space and sampler in place of the
+    name is None for a search without stages. spec is the study's, with the stage's space and sampler in place of the
     search's. limit is its number of trials; None: until its space, or the study's budget, is spent. origins maps
-    numbers of earlier trials to the parameters that are carried on; none for a first step. first are values, some or
-    all of a candidate's, to try before others.
+    numbers of earlier trials to the parameters that are carried on; it is empty for a first stage. first are the first
+    candidates to try, as values of some or all parameters.
     """
 
     name: str | None
@@ -38,29 +38,29 @@ class Stage:
 
     @property
     def space(self) -> Space:
-        """What the step varies; with several origins, which of them too."""
+        """The parameters of the stage; with several origins, one of them is the origin."""
         return self.spec.search.space
 
     def label(self, path: str) -> str:
-        """What a parameter is called in Optuna's storage: stages may give one place different options."""
+        """The name of a parameter in Optuna's storage: stages may give one path different options."""
         return path if self.name is None else f"{self.name}/{path}"
 
     def parameters(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The whole candidate: what is carried on, and the step's own values over it."""
+        """All parameters of a candidate: those carried on, and the stage's own values over them."""
         own = {path: value for path, value in values.items() if path != CARRIED}
         return {**self._carried(values), **own}
 
-    def known(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Everything that a condition of the step's space may ask for."""
+    def context(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """All values that a condition of the stage's space may depend on."""
         return {**self._fixed, **self._carried(values), **values}
 
     def cells(self) -> dict[str, dict[str, Any]]:
-        """Key -> the step's own values, of every different candidate of a finite space; ValueError otherwise."""
+        """Key -> the stage's own values, of each different candidate of a finite space; ValueError otherwise."""
         own = Space({path: parameter for path, parameter in self.space.items() if path != CARRIED})
         different: dict[str, dict[str, Any]] = {}
         for number in self.origins or [None]:
             start = {CARRIED: number} if CARRIED in self.space else {}
-            for cell in own.cells(self.known(start)):
+            for cell in own.cells(self.context(start)):
                 different.setdefault(key_of(self.parameters({**start, **cell})), {**start, **cell})
         return different
 
@@ -80,13 +80,13 @@ def stage_names(spec: StudySpec) -> list[str | None]:
 def make_stage(
     spec: StudySpec, index: int, *, origins: Mapping[int, Mapping[str, Any]], warm: Sequence[Mapping[str, Any]] = ()
 ) -> Stage:
-    """The step at this place. warm are candidates to try first: each step takes what it varies of them."""
+    """The stage with this index. warm are candidates to try first: each stage takes the values that it varies."""
     if not spec.search.stages:
         return Stage(None, spec, first=_first(spec.search.space, warm))
     part = spec.search.stages[index]
     space = _space(spec, index)
     if part.refine is not None:
-        space = refined(space, next(iter(origins.values())), part.refine)
+        space = narrowed(space, next(iter(origins.values())), part.refine)
     first = _first(space, warm)
     if len(origins) > 1:
         space = Space({CARRIED: Choice(choice=list(origins)), **dict(space.items())})
@@ -112,10 +112,10 @@ def check_stages(spec: StudySpec) -> None:
 
 
 def find_origins(spec: StudySpec, index: int, study: StudyResult) -> dict[int, Mapping[str, Any]]:
-    """Where the stage at this place starts: number -> parameters of the best different trials of the one before.
+    """The trials that the stage with this index starts from: number -> parameters.
 
-    How many, that stage's `carry` says. A refinement starts from the best trial of all stages before. Raises SpecError
-    where no trial can be carried on.
+    They are the best different trials of the stage before, as many as its `carry` says. A refinement starts from the
+    best trial of all stages before. Raises SpecError where there is none.
     """
     if index == 0:
         return {}
@@ -137,20 +137,20 @@ def _nothing_to_carry(name: str, study: StudyResult) -> SpecError:
     ended = [trial for trial in study.counted if trial.candidate.stage == name]
     reasons = [trial.result.reason for trial in ended if trial.result and trial.result.reason]
     if all(trial.state is TrialState.FAILED for trial in ended):
-        what = "every trial failed"
+        problem = "every trial failed"
     else:
-        what = "no trial is complete within the constraints"
+        problem = "no trial is complete within the constraints"
     first = f": {reasons[0]}" if reasons else ""
     return SpecError(
-        f"stage {name}: {what}{first.rstrip('.')}.",
+        f"stage {name}: {problem}{first.rstrip('.')}.",
         "Later stages have nothing to start from: mend the cause and run the failed trials again, or give more trials.",
     )
 
 
 def total_trials(spec: StudySpec) -> int:
-    """The study's total: its number of trials, or the sum over stages, a full grid once for each carried start.
+    """The study's total number of trials, or the sum over its stages; a full grid counts once a trial carried on.
 
-    Where conditions depend on what an earlier stage finds, the most that it can be.
+    It is an upper limit where conditions depend on the result of an earlier stage.
     """
     if not spec.search.stages:
         return spec.search.trials
@@ -166,28 +166,28 @@ def total_trials(spec: StudySpec) -> int:
 
 
 def budget_of(spec: StudySpec, trials: int | None) -> int:
-    """The total to run for: the study's, or so many trials of it."""
+    """The total number of trials to run: `trials`, at most the study's own total."""
     return min(trials or total_trials(spec), total_trials(spec))
 
 
 def stage_warnings(study: StudyResult) -> list[str]:
-    """One line for each place where a stage's choice does not hold at the end: the stages interact.
+    """One line for each path at which the best trial differs from the choice of a stage: the stages interact.
 
-    The end is the best trial of all, and the winner of the last stage. Numbers have moved if they differ by more than a
-    tenth of the stage's range.
+    The winner of the last stage is compared too. Numbers differ if more than a tenth of the stage's range lies between
+    them.
     """
     stages = study.spec.get("search", {}).get("stages", ())
     winners = {stage["name"]: study.ranked(stage["name"])[:1] for stage in stages}
     ends = [("the best trial", study.best)]
-    ends += [(f"the winner of stage {name}", winner) for name, found in list(winners.items())[-1:] for winner in found]
+    ends += [(f"the winner of stage {name}", winner) for name, first in list(winners.items())[-1:] for winner in first]
     lines: dict[tuple[str, str], str] = {}
     for stage in stages:
         for path, parameter in Space.model_validate(stage["space"]).items():
             for chosen in (trial.candidate.parameters for trial in winners[stage["name"]]):
-                for who, end in ends:
+                for label, end in ends:
                     last = end.candidate.parameters if end else {}
                     if path in chosen and path in last and _moved(parameter, chosen[path], last[path]):
-                        line = f"stage {stage['name']} chose {path}={chosen[path]}, {who} has {last[path]}"
+                        line = f"stage {stage['name']} chose {path}={chosen[path]}, {label} has {last[path]}"
                         lines.setdefault((stage["name"], path), f"{line}: the stages interact")
     return list(lines.values())
 
@@ -201,11 +201,11 @@ def _moved(parameter: Float | Int | Choice, chosen: Any, last: Any) -> bool:
 
 
 def _space(spec: StudySpec, index: int) -> Space:
-    """What the stage varies, before a refinement shrinks it."""
+    """The space of the stage, before a refinement shrinks it."""
     part = spec.search.stages[index]
     if part.refine is None:
         return part.space
-    return Space({path: found for stage in spec.search.stages[:index] for path, found in stage.space.items()})
+    return Space({path: part for stage in spec.search.stages[:index] for path, part in stage.space.items()})
 
 
 def _most_cells(spec: StudySpec, index: int) -> int | None:
@@ -222,7 +222,7 @@ def _most_cells(spec: StudySpec, index: int) -> int | None:
 
 
 def _first(space: Space, warm: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """What the space can take of each candidate, different ones only."""
+    """The values of each candidate that fit the space, without duplicates."""
     parts = [
         {path: value for path, value in values.items() if path in space and fits(space[path], value)} for values in warm
     ]

@@ -1,4 +1,4 @@
-"""One study while it runs: candidates out, reports and results in, nothing lost between two processes."""
+"""One study while it runs: hands out candidates, takes reports and results, and loses nothing when a process dies."""
 
 from __future__ import annotations
 
@@ -11,42 +11,43 @@ from functools import partial
 from typing import Any, TypeVar, cast
 
 import optuna
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, Trial
 
 from hpo.errors import StoreError
 from hpo.home import Home
 from hpo.records import FINAL, Candidate, FailureKind, StudyResult, TrialResult, TrialState
-from hpo.search.constraints import aims
-from hpo.search.finish import Settler, template
-from hpo.search.stage_progress import Plan, Step
+from hpo.search.distributions import encode, suggest
+from hpo.search.finish import Finisher, template
+from hpo.search.pruners import build_pruner
+from hpo.search.samplers import StageSampler
+from hpo.search.stage_progress import StageProgress, Step
 from hpo.search.stages import Stage, stage_names, total_trials
-from hpo.search.strategy import Proposer, build_pruner, decode, distribution, encode
 from hpo.spec.study import StudySpec
 from hpo.storage import outbox
-from hpo.storage.errors import store_errors
-from hpo.storage.lease import Lease, clean_leases
-from hpo.storage.liveness import Roll
-from hpo.storage.optuna_storage import (
+from hpo.storage.liveness import Lease, Liveness, clean_leases
+from hpo.storage.optuna_private import trial_id_of
+from hpo.storage.optuna_storage import StageView, Storage
+from hpo.storage.reader import to_result
+from hpo.storage.retry import store_errors
+from hpo.storage.trial_attrs import (
+    CLAIM,
     START,
+    STOP,
     STUDY,
-    Start,
-    Storage,
+    TrialAttrs,
+    attrs_of,
+    key_of,
     result_of,
     stage_of,
-    start_of,
     state_of,
-    to_candidate,
-    to_result,
 )
-from hpo.storage.reader import CLAIM, STOP
-from hpo.storage.trial_attrs import key_of
-from hpo.storage.trial_index import Books
+from hpo.storage.trial_index import TrialIndex
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def _guarded(method: Method) -> Method:
-    """Storage faults become StoreError."""
+    """Turn faults of the storage into StoreError."""
 
     @functools.wraps(method)
     def guarded(self: Study, *args: Any, **options: Any) -> Any:
@@ -57,12 +58,11 @@ def _guarded(method: Method) -> Method:
 
 
 class Study:
-    """The handle of one supervisor on one study; open_study makes it.
+    """The handle of one supervisor on one study, from open_study. All methods raise StoreError where the storage fails.
 
-    title is the study's name in storage and tracking. notes are what there is to say about its start. exhausted: the
-    last ask found the space spent. blocked: the last ask or ask_final had nothing to hand out, but there will be once
-    running trials, perhaps another supervisor's, have ended. shared: the storage is a server's. All methods raise
-    StoreError where the storage refuses.
+    title is the study's name in storage and tracking; notes are remarks on its start. exhausted: the last ask found no
+    further candidate in the space. blocked: the last ask or ask_final had no candidate, but there may be one once
+    running trials, perhaps of another supervisor, have ended. shared: the storage is on a server.
     """
 
     def __init__(
@@ -74,64 +74,64 @@ class Study:
         self.blocked = False
         self._home = home
         self._spec = spec
-        self._aims = aims(spec)
         self._storage = storage
         self._lease = lease
-        self._id: int = storage.get_study_id_from_name(title)
-        self._study = optuna.load_study(study_name=title, storage=storage, pruner=build_pruner(spec))
-        self._plan = Plan(spec, storage, self._id)
-        self._running: dict[int, Any] = {}
+        self._id: int = storage.database.get_study_id_from_name(title)
+        self._pruner = build_pruner(spec)
+        self._progress = StageProgress(spec, storage, self._id)
+        self._running: dict[int, Trial] = {}
         self._reused: list[tuple[Candidate, TrialResult]] = []
         self._stop = self._last_stop()
         self.shared = storage.shared
-        # Elsewhere trials end when their machine does: who is left must be there to try them again.
+        # On other machines trials end with their machine: a supervisor must remain to try them again.
         self._waits = self.shared or spec.final is not None
-        self._roll = Roll(storage, self._id, lease, lambda: list(self._running.values()))
-        self._settler = Settler(spec, storage, self._study, lease=lease.name)
+        self._liveness = Liveness(
+            storage, self._id, lease, lambda: [trial_id_of(trial) for trial in list(self._running.values())]
+        )
+        self._finisher = Finisher(spec, storage, self._id, lease=lease.name)
 
     @_guarded
     def reap(self) -> list[int]:
-        """Settle running trials whose supervisor is gone, and return their numbers; result() says how each stands.
+        """Finish the running trials of dead supervisors and return their numbers; result() has their new states.
 
-        A trial whose result had been written, or left (see tell), is told as that result. Any other is stopped and a
-        retry of it enqueued, or failed once its process has died three times. A trial of a living supervisor is never
-        touched: for half a minute after this handle was opened, or a server was away, nobody elsewhere counts as dead.
+        A trial whose result was written, or kept on disk (see tell), ends with that result. Any other is stopped and
+        retried, or failed once its process has died three times. Trials of living supervisors are never touched: for
+        half a minute after this handle was opened, or the server was unavailable, none elsewhere counts as dead.
         """
-        if not self._gone() and not outbox.left(self._home, self.title):
-            return []  # without the lock: many supervisors look, and hardly ever is there anything
+        if not self._abandoned() and not outbox.pending(self._home, self.title):
+            return []  # without the lock: many supervisors ask, and there is hardly ever any
         try:
-            numbers, known = self._storage.at_once(self._reap, lock=self._lock)
+            numbers, stored = self._storage.transact(self._reap, lock=self._lock)
         except optuna.exceptions.UpdateFinishedTrialError:
-            return []  # one of them was told just now: the next look sees who is left
-        outbox.forget(self._home, self.title, known)  # not before it is sure: a server may undo the step
+            return []  # another supervisor has just finished one: the next call finds the rest
+        outbox.remove(self._home, self.title, stored)  # only now: a server may undo the transaction
         return numbers
 
     def listen(self) -> None:
         """Wait until reap knows of supervisors on other machines, too, whether they are dead."""
-        self._roll.listen()
+        self._liveness.listen()
 
     def _reap(self) -> tuple[list[int], set[int]]:
-        """The trials that were settled, and those whose results need not be left on disk any more."""
-        trials, gone = self._trials(), self._gone()
-        left = outbox.left(self._home, self.title)
-        for trial in gone:
+        """The numbers of the finished trials, and of those whose results on disk are stored now."""
+        trials, abandoned = self._trials(), self._abandoned()
+        pending = outbox.pending(self._home, self.title)
+        for trial in abandoned:
             lost = TrialResult(
                 trial.number, TrialState.STOPPED, reason="its process was gone", failure=FailureKind.INTERRUPTED
             )
-            known = result_of(trial) or left.get(trial.number)
-            self._settler.settle(trial, known or lost, died=trial.number not in left)
-        numbers = [trial.number for trial in gone]
-        closed = {trial.number for trial in trials if trial.state.is_finished()}
-        return numbers, left.keys() & {*numbers, *closed}
+            result = result_of(trial) or pending.get(trial.number) or lost
+            self._finisher.finish(trial, result, died=trial.number not in pending)
+        numbers = [trial.number for trial in abandoned]
+        ended = {trial.number for trial in trials if trial.state.is_finished()}
+        return numbers, pending.keys() & {*numbers, *ended}
 
     @_guarded
     def ask(self, *, budget: int, worker: str) -> Candidate | None:
-        """The next candidate of the search, in the name of a worker; None where there is nothing to hand out now.
+        """The next candidate of the search, for a worker; None where there is none now.
 
-        budget is the study's total of trials: finished ones count, running and waiting ones too; interrupted ones,
-        those run again and final trainings do not. Interrupted candidates come first. Candidates that the spec says to
-        answer with an earlier result are answered here: see take_reused. Raises SpecError where a stage has nothing to
-        start from.
+        budget is the study's total number of trials: finished, running and waiting ones count; interrupted and retried
+        ones and final trainings do not. Interrupted candidates come first. Candidates that reuse an earlier result are
+        finished here: see take_reused. Raises SpecError where a stage has no trial to start from.
         """
         while True:
             candidate = self._hand_out(partial(self._next, budget, worker))
@@ -153,96 +153,99 @@ class Study:
             self._reused.append((candidate, result))
 
     def take_reused(self) -> list[tuple[Candidate, TrialResult]]:
-        """Candidates that ask has answered itself since this was last called, each told as complete."""
-        taken, self._reused = self._reused, []
-        return taken
+        """The candidates that ask has finished with an earlier result since the last call."""
+        reused, self._reused = self._reused, []
+        return reused
 
     @_guarded
     def enqueue_finals(self, candidates: Sequence[tuple[Mapping[str, Any], int]]) -> None:
-        """Have these (parameters, seed) trained after the search; those that were enqueued before are not again."""
+        """Enqueue final trainings with these (parameters, seed), except those that were enqueued before."""
 
         def enqueue() -> None:
-            finals = [start_of(trial) for trial in self._trials() if stage_of(trial) == FINAL]
-            known = {(key_of(start.parameters or {}), start.seed) for start in finals}
-            ordinal = sum(start.retry_of is None for start in finals)
+            finals = [attrs_of(trial) for trial in self._trials() if stage_of(trial) == FINAL]
+            enqueued = {(key_of(attrs.parameters or {}), attrs.seed) for attrs in finals}
+            ordinal = sum(attrs.retry_of is None for attrs in finals)
             for parameters, seed in candidates:
-                if (key_of(parameters), seed) in known:
+                if (key_of(parameters), seed) in enqueued:
                     continue
-                known.add((key_of(parameters), seed))
-                start = Start(ordinal, stage=FINAL, seed=seed, parameters=dict(parameters), lease=self._lease.name)
-                self._settler.enqueue(start)
+                enqueued.add((key_of(parameters), seed))
+                lease = self._lease.name
+                self._finisher.enqueue(
+                    TrialAttrs(ordinal, stage=FINAL, seed=seed, parameters=dict(parameters), lease=lease)
+                )
                 ordinal += 1
 
-        self._storage.at_once(enqueue, lock=self._lock)
+        self._storage.transact(enqueue, lock=self._lock)
 
     @_guarded
     def ask_final(self, *, worker: str) -> Candidate | None:
         """The next final training, interrupted ones included; None where none waits."""
         return self._hand_out(partial(self._next_final, worker))
 
-    def _hand_out(self, step: Callable[[], tuple[Any, Start] | None]) -> Candidate | None:
-        # Noted once it is sure: what a server has broken off is asked for again as a whole.
-        found = self._storage.ask_at_once(self._id, step, lock=self._lock)
-        if found is None:
+    def _hand_out(self, step: Callable[[], tuple[Trial, TrialAttrs] | None]) -> Candidate | None:
+        # Noted after the transaction: a server that undoes it has the whole step called again.
+        handed = self._storage.transact_ask(self._id, step, lock=self._lock)
+        if handed is None:
             return None
-        trial, start = found
+        trial, attrs = handed
+        # Samplers saw a sample of a long stage; pruners see all of it.
+        trial.study = self._view(attrs.stage, sampled=False).study(sampler=trial.study.sampler, pruner=self._pruner)
         self._running[trial.number] = trial
-        return to_candidate(trial.number, start)
+        return attrs.candidate(trial.number)
 
-    def _next_final(self, worker: str) -> tuple[Any, Start] | None:
-        tally = self._books().tally([FINAL])
-        self.blocked = not tally.waiting and tally.running > 0
-        if not tally.waiting:
+    def _next_final(self, worker: str) -> tuple[Trial, TrialAttrs] | None:
+        counts = self._index().count([FINAL])
+        self.blocked = not counts.waiting and counts.running > 0
+        if not counts.waiting:
             return None
         trial = self._pop(FINAL, optuna.samplers.RandomSampler(seed=0))
-        return self._sign(trial, Start(**trial.user_attrs[START]), worker)
+        return self._sign(trial, TrialAttrs(**trial.user_attrs[START]), worker)
 
     @_guarded
     def retry_failed(self) -> int:
-        """Enqueue every failed candidate again, search and final trainings alike; returns how many.
+        """Enqueue every failed candidate again, of search and final trainings; returns their number.
 
-        A failed trial that is run again no longer counts against the budget: its retry does.
+        A failed trial that is retried no longer counts against the budget: its retry does.
         """
 
         def retry() -> int:
             trials = self._trials()
-            again = {start_of(trial).retry_of for trial in trials}
-            known = {*stage_names(self._spec), FINAL}
+            retried = {attrs_of(trial).retry_of for trial in trials}
+            stages = {*stage_names(self._spec), FINAL}
             failed = [
                 trial
                 for trial in trials
-                if state_of(trial) is TrialState.FAILED and trial.number not in again and stage_of(trial) in known
+                if state_of(trial) is TrialState.FAILED and trial.number not in retried and stage_of(trial) in stages
             ]
             for trial in failed:
-                self._settler.retry(trial, deaths=0)
+                self._finisher.retry(trial, deaths=0)
             return len(failed)
 
-        return self._storage.at_once(retry, lock=self._lock)
+        return self._storage.transact(retry, lock=self._lock)
 
     @_guarded
     def report(self, number: int, epoch: int, value: float) -> bool:
         """Record the objective after an epoch (counted from 1; NaN and infinity allowed); True: prune the trial now.
 
-        Final trainings are never pruned. With several objectives nothing is recorded: Optuna has no place for it.
+        Final trainings are never pruned. With several objectives nothing is recorded: Optuna cannot store it.
         """
-        if len(self._aims) > 1:
+        if self._spec.search.objectives:
             return False
         trial = self._running[number]
         try:
             trial.report(value, epoch)
-        except optuna.exceptions.UpdateFinishedTrialError:  # taken from us, see tell
+        except optuna.exceptions.UpdateFinishedTrialError:  # another supervisor has finished it, see tell
             return True
         stage = trial.user_attrs[START]["stage"]
-        self._storage.show(stage)
         return stage != FINAL and self._spec.search.pruner.name != "none" and bool(trial.should_prune())
 
     def tell(self, result: TrialResult, *, died: bool = False) -> TrialResult:
-        """Close a trial of this handle, and return the result as it was recorded.
+        """End a trial of this handle, and return the result as it was recorded.
 
-        died says that its worker did: a candidate whose process has died three times is failed instead. A complete
-        trial without a finite value for each objective is recorded as failed. One that was taken from this handle,
-        which had given no sign of life for a minute, has ended already: what was recorded then stands. Where the
-        storage refuses, the result is left on disk for the next reap, and StoreError is raised.
+        died: its worker did; a candidate whose process has died three times is failed. A complete trial without a
+        finite value for each objective is recorded as failed. A trial that another supervisor has finished, because
+        this one had no heartbeat for a minute, keeps the result of then. Where the storage refuses, the result is kept
+        on disk for the next reap, and StoreError is raised.
         """
         try:
             return self._tell(result, died=died)
@@ -251,32 +254,33 @@ class Study:
             raise
 
     def leave(self, result: TrialResult) -> None:
-        """Leave a result on disk: the first reap after this handle is closed tells it. Touches no storage."""
-        outbox.leave(self._home, self.title, result)
+        """Keep a result on disk: the first reap after this handle is closed stores it. Does not use the storage."""
+        outbox.put(self._home, self.title, result)
 
     @_guarded
     def _tell(self, result: TrialResult, *, died: bool) -> TrialResult:
-        trial_id = self._running[result.number]._trial_id
+        trial_id = trial_id_of(self._running[result.number])
+        database = self._storage.database
         lock = self._lock if result.state is TrialState.STOPPED else ""
 
-        def settle() -> TrialResult:
-            return self._settler.settle(self._storage.get_trial(trial_id), result, died=died)
+        def finish() -> TrialResult:
+            return self._finisher.finish(database.get_trial(trial_id), result, died=died)
 
         try:
-            result = self._storage.at_once(settle, lock=lock)
+            result = self._storage.transact(finish, lock=lock)
         except optuna.exceptions.UpdateFinishedTrialError:
-            result = result_of(self._storage.get_trial(trial_id)) or result
+            result = result_of(database.get_trial(trial_id)) or result
         del self._running[result.number]
         return result
 
     @_guarded
     def attended(self) -> set[int]:
-        """Numbers of the trials that another living supervisor answers for: it tells the tracker of them itself.
+        """The numbers of trials that another living supervisor is responsible for: it writes them to MLflow itself.
 
-        Whether those of another machine live is known only while a trial of theirs runs: a trial of theirs that has
-        ended is theirs for ten minutes.
+        A supervisor on another machine is known to live only while it has running trials: it is responsible for its
+        ended trials for ten minutes.
         """
-        return self._roll.attended(self._trials())
+        return self._liveness.attended(self._trials())
 
     @property
     def spec(self) -> StudySpec:
@@ -285,57 +289,60 @@ class Study:
 
     @property
     def lease(self) -> Lease:
-        """The proof of life of this handle."""
+        """The lease of this handle."""
         return self._lease
 
     @_guarded
     def result(self) -> StudyResult:
-        """Everything that the storage holds of this study."""
-        return to_result(self._storage.get_study_user_attrs(self._id)[STUDY], self._storage.records(self._id))
+        """The study with all its trials, as stored now."""
+        return to_result(self._attribute(STUDY), self._storage.records(self._id))
 
     @_guarded
     def counted(self) -> int:
-        """How many trials count against the budget: finished, running and waiting ones of the search."""
-        return self._plan.tally(self._books()).total
+        """The number of trials that count against the budget: finished, running and waiting ones of the search."""
+        return self._progress.count(self._index()).total
 
     @property
     @_guarded
     def budget(self) -> int:
-        """The total of trials that the study was last run for."""
-        known = self._storage.get_study_user_attrs(self._id)[STUDY].get("budget")
-        return int(known) if known is not None else total_trials(self._spec)
+        """The total number of trials that the study was last run for."""
+        budget = self._attribute(STUDY).get("budget")
+        return int(budget) if budget is not None else total_trials(self._spec)
 
     @property
     def crowd(self) -> int:
-        """How many supervisors had trials running when the storage was last read."""
-        return len({start_of(trial).lease for trial in self._books().open.values()})
+        """The number of supervisors with running trials, as last read from the storage."""
+        return len({attrs_of(trial).lease for trial in self._index().open.values()})
 
     @_guarded
     def claim_end(self) -> bool:
-        """Whether all trials have ended, and no other supervisor has claimed to sum the study up as it stands now."""
+        """Claim to summarise the study; True if all trials have ended and no other supervisor has claimed it."""
 
         def claim() -> bool:
             trials = self._trials()
             ended = all(trial.state.is_finished() for trial in trials)
-            claimed = self._storage.get_study_user_attrs(self._id).get(CLAIM) == len(trials)
+            claimed = self._attribute(CLAIM) == len(trials)
             if ended and not claimed:
-                self._storage.set_study_user_attr(self._id, CLAIM, len(trials))
+                self._storage.database.set_study_user_attr(self._id, CLAIM, len(trials))
             return ended and not claimed
 
-        return self._storage.at_once(claim, lock=self._lock)
+        return self._storage.transact(claim, lock=self._lock)
 
     @_guarded
     def stop_asked(self) -> bool:
-        """Whether `hpo stop` has been called since this handle was opened; a stop of before is no concern of it."""
+        """Whether `hpo stop` has been called since this handle was opened; earlier calls do not count."""
         return self._last_stop() != self._stop
 
     def _last_stop(self) -> str | None:
-        stop: str | None = self._storage.get_study_user_attrs(self._id).get(STOP)
+        stop: str | None = self._attribute(STOP)
         return stop
 
+    def _attribute(self, key: str) -> Any:
+        return self._storage.database.get_study_user_attrs(self._id).get(key)
+
     def close(self) -> None:
-        """Free the lease and the connections; what still runs counts as dead from now on."""
-        self._roll.close()
+        """Release the lease and the connections; trials that still run count as abandoned from now on."""
+        self._liveness.close()
         self._lease.close()
         with contextlib.suppress(StoreError, OSError):
             clean_leases(self._home.locks)
@@ -348,73 +355,74 @@ class Study:
     def _trials(self) -> list[FrozenTrial]:
         return self._storage.every_trial(self._id)
 
-    def _books(self) -> Books:
-        return self._storage.books(self._id)
+    def _index(self) -> TrialIndex:
+        return self._storage.index(self._id)
 
-    def _gone(self) -> list[FrozenTrial]:
-        """Running trials of supervisors that are dead."""
-        return self._roll.gone(self._books().open.values(), mine=self._running)
+    def _view(self, stage: str | None, *, sampled: bool) -> StageView:
+        return StageView(self._storage, self.title, self._id, stage, sampled=sampled)
 
-    def _next(self, budget: int, worker: str) -> tuple[Any, Start] | None:
-        books = self._books()
-        tally = self._plan.tally(books)
+    def _abandoned(self) -> list[FrozenTrial]:
+        """The running trials of supervisors that are dead."""
+        return self._liveness.abandoned(self._index().open.values(), mine=self._running)
+
+    def _next(self, budget: int, worker: str) -> tuple[Trial, TrialAttrs] | None:
+        index = self._index()
+        counts = self._progress.count(index)
         self.exhausted = self.blocked = False
-        if tally.running + tally.ended >= budget:
+        if counts.running + counts.ended >= budget:
             # Final trainings follow once the last result is in.
-            self.blocked = self._waits and tally.running > 0
+            self.blocked = self._waits and counts.running > 0
             return None
-        step = self._plan.current(books)
+        step = self._progress.current(index)
         if step is None:
             self.exhausted = True
             return None
-        stage, proposer = step.stage, step.proposer
-        mine = books.tally([stage.name])
-        if not mine.waiting and step.full(mine):
+        stage, sampler = step.stage, step.sampler
+        own = index.count([stage.name])
+        if not own.waiting and step.is_full(own):
             self.exhausted = step.last
-            self.blocked = not step.last or self._waits or proposer.undrawn > 0
+            self.blocked = not step.last or self._waits or sampler.undrawn > 0
             return None
-        trial = self._pop(stage.name, proposer) if mine.waiting else self._begin(step, books)
-        known = trial.user_attrs.get(START)
-        start = Start(**known) if known else Start(ordinal=books.first_tries(before=trial.number))
-        parameters = stage.parameters(self._suggest(trial, stage, proposer))
+        trial = self._pop(stage.name, sampler) if own.waiting else self._begin(step, index)
+        stored = trial.user_attrs.get(START)
+        attrs = TrialAttrs(**stored) if stored else TrialAttrs(ordinal=index.first_tries(before=trial.number))
+        parameters = stage.parameters(self._suggest(trial, stage, sampler))
         seed = parameters.get("training.seed", self._spec.training.seed)
-        seed = self._spec.seed_of(start.ordinal) if seed is None else seed
-        return self._sign(trial, replace(start, parameters=parameters, seed=seed), worker)
+        seed = self._spec.seed_of(attrs.ordinal) if seed is None else seed
+        return self._sign(trial, replace(attrs, parameters=parameters, seed=seed), worker)
 
-    def _begin(self, step: Step, books: Books) -> Any:
-        """Start a new candidate of the stage; its first ones have the values to start with."""
-        stage, place = step.stage, books.first_tries([step.stage.name])
-        start = Start(ordinal=books.first_tries(), stage=stage.name, lease=self._lease.name)
-        values = stage.first[place] if place < len(stage.first) else {}
-        if not step.proposer.takes(values):
+    def _begin(self, step: Step, index: TrialIndex) -> Trial:
+        """Start a new candidate of the stage; the first ones have the values of Stage.first."""
+        stage, position = step.stage, index.first_tries([step.stage.name])
+        attrs = TrialAttrs(ordinal=index.first_tries(), stage=stage.name, lease=self._lease.name)
+        values = stage.first[position] if position < len(stage.first) else {}
+        if not step.sampler.accepts(values):
             values = {}
         fixed = {stage.label(path): encode(stage.space[path], value) for path, value in values.items()}
-        self._storage.show(stage.name, brief=True)
-        self._study.sampler = step.proposer
-        return self._storage.begin_trial(self._study, template(optuna.trial.TrialState.RUNNING, start, fixed))
+        view = self._view(stage.name, sampled=True)
+        study = view.study(sampler=step.sampler, pruner=self._pruner)
+        return view.begin_trial(study, template(optuna.trial.TrialState.RUNNING, attrs, fixed))
 
-    def _pop(self, stage: str | None, sampler: Any) -> Any:
+    def _pop(self, stage: str | None, sampler: Any) -> Trial:
         """Start the stage's first waiting trial; there must be one."""
-        self._storage.show(stage, brief=True)
-        self._study.sampler = sampler
-        return self._study.ask()
+        return self._view(stage, sampled=True).study(sampler=sampler, pruner=self._pruner).ask()
 
-    def _suggest(self, trial: Any, stage: Stage, proposer: Proposer) -> dict[str, Any]:
+    def _suggest(self, trial: Trial, stage: Stage, sampler: StageSampler) -> dict[str, Any]:
         values: dict[str, Any] = {}
-        while parameters := proposer.active(values):
+        while parameters := sampler.active(values):
             path, parameter = parameters[0]
-            values[path] = decode(parameter, trial._suggest(stage.label(path), distribution(parameter)))
+            values[path] = suggest(trial, stage.label(path), parameter)
         return values
 
-    def _sign(self, trial: Any, start: Start, worker: str) -> tuple[Any, Start]:
-        start = replace(start, worker=worker, lease=self._lease.name)
-        trial.set_user_attr(START, start.to_json())
-        return trial, start
+    def _sign(self, trial: Trial, attrs: TrialAttrs, worker: str) -> tuple[Trial, TrialAttrs]:
+        attrs = replace(attrs, worker=worker, lease=self._lease.name)
+        trial.set_user_attr(START, attrs.to_json())
+        return trial, attrs
 
     def _earlier(self, candidate: Candidate) -> TrialResult | None:
-        """The result that answers the candidate, where the spec says to reuse one."""
+        """The result of an earlier trial that the candidate reuses, if the spec says so."""
         if self._spec.search.duplicates != "reuse":
             return None
-        same = self._books().shelf(candidate.stage).same(key_of(candidate.parameters))
+        same = self._index().ended(candidate.stage).with_key(key_of(candidate.parameters))
         complete = [trial for trial in same if state_of(trial) is TrialState.COMPLETE]
         return result_of(min(complete, key=lambda trial: trial.number)) if complete else None

@@ -12,8 +12,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from hpo.metrics import METRICS, direction_of
 from hpo.spec.effects import effects_of, refusal_of
-from hpo.spec.scores import LIMITED, SCORES
+from hpo.spec.scores import LIMITED
 from hpo.spec.space import Choice, Float, Int, Space, listed
 from hpo.spec.study import Setup, StudySpec, set_place
 from hpo.spec.trust import is_function
@@ -269,13 +270,13 @@ def _limits(spec: StudySpec, _steps: list[_Step]) -> Iterator[Conflict]:
     for index, text in enumerate(spec.search.constraints):
         keys = ("search", "constraints", str(index))
         name, op, number = _limit(text)
-        known = [*SCORES, *LIMITED]
+        known = [*(f"valid_{score}" for score in METRICS), *LIMITED]
         if number is None:
             yield Conflict(keys, f"{text!r} has no number. Write for example: parameters <= 200000")
         elif name not in known:
             yield Conflict(keys, f"there is no score {name!r}. Known: {', '.join(known)}. Correct the name")
-        elif (number < 0 and op == "<=") or (number > 1 and op == ">=" and name in SCORES and name not in _UNBOUNDED):
-            within = "0 to 1" if name in SCORES and name not in _UNBOUNDED else "at least 0"
+        elif (number < 0 and op == "<=" and name in _AT_LEAST_0) or (number > 1 and op == ">=" and name in _SHARES):
+            within = "0 to 1" if name in _SHARES else "at least 0"
             yield Conflict(keys, f"no trial can keep {text.strip()!r}: {name} is {within}. Correct the number")
         else:
             bounds = ends.setdefault(name, {})
@@ -288,7 +289,8 @@ def _limits(spec: StudySpec, _steps: list[_Step]) -> Iterator[Conflict]:
                 )
 
 
-_UNBOUNDED = tuple(name for name, better in SCORES.items() if better == "minimize")
+_SHARES = ("valid_accuracy", "valid_balanced_accuracy", "valid_macro_f1", "valid_macro_auc")
+_AT_LEAST_0 = (*_SHARES, "valid_loss", *LIMITED)
 
 
 def _limit(text: str) -> tuple[str, str, float | None]:
@@ -306,10 +308,11 @@ def _aims(spec: StudySpec, _steps: list[_Step]) -> Iterator[Conflict]:
         keys = ("search", "objectives", str(index))
         if names.index(aim.score) < index:
             yield Conflict(keys, f"{aim.score} is listed twice. Leave one out")
-        if SCORES.get(aim.score) not in (None, aim.better):
+        right = direction_of(aim.score)
+        if aim.score not in LIMITED and aim.better != right:
             yield Conflict(
                 keys,
-                f"direction {aim.better} would look for the worst {aim.score}. Write {SCORES[aim.score]}",
+                f"direction {aim.better} would look for the worst {aim.score}. Write {right}",
             )
     default = type(spec.search).model_fields["objective"].default
     if names and spec.search.objective not in (*names, default):

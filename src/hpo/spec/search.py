@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, cast, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from hpo.spec.scores import SCORES, Cost, Positive, Score, Share
+from hpo.metrics import direction_of
+from hpo.spec.scores import Cost, Positive, Score, Share
 from hpo.spec.space import Part, Space
 
 _CONSTRAINT = r"^ *(parameters|latency_ms|valid_[a-z0-9_]+) *(<=|>=) *[0-9.eE+-]+ *$"
@@ -80,7 +81,7 @@ class Objective(Part):
     @property
     def better(self) -> Literal["maximize", "minimize"]:
         """The direction in which this objective improves."""
-        return self.direction or SCORES.get(self.score, "minimize")
+        return self.direction or direction_of(self.score)
 
 
 class WarmStart(Part):
@@ -146,7 +147,7 @@ class SearchSpec(Part):
         unknown = [path for values in self.start for path in values if path not in self.whole_space]
         if unknown:
             raise ValueError(f"start names {unknown[0]}, which the space does not vary. Correct the path")
-        right = SCORES[self.objective]
+        right = direction_of(self.objective)
         if self.direction not in (None, right):
             raise ValueError(f"direction {self.direction} would look for the worst {self.objective}. Write {right}")
         if self.sampler.name == "grid" and not self.stages:
@@ -170,12 +171,12 @@ class SearchSpec(Part):
     @property
     def better(self) -> Literal["maximize", "minimize"]:
         """The direction in which the objective improves."""
-        return self.direction or SCORES[self.objective]
+        return self.direction or direction_of(self.objective)
 
     @property
     def judged_by(self) -> Score:
         """The score by which the best epoch of a training is chosen where the study names none."""
-        scores = [aim.score for aim in self.objectives if aim.score in SCORES]
+        scores = [aim.score for aim in self.objectives if aim.score not in get_args(Cost)]
         return cast("Score", scores[0]) if scores else self.objective
 
     @property

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from hpo.errors import SpecError
 from hpo.spec.models import ModelSpec
-from hpo.spec.scores import Positive, Seed, Share
+from hpo.spec.scores import Positive, PublishedScore, Seed, Share
 from hpo.spec.search import SearchSpec
 from hpo.spec.space import Part
 from hpo.spec.training import TrainingSpec
@@ -75,7 +75,7 @@ class Reference(Part):
     """A published number to stand beside the study's own."""
 
     label: str
-    score: Literal["test_accuracy", "test_balanced_accuracy", "test_macro_f1", "test_macro_auc", "valid_accuracy"]
+    score: PublishedScore
     value: float
     source: str
     note: str = ""

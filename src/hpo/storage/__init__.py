@@ -1,1 +1,1 @@
-"""The study storage: Optuna's database, opened safely, read cheaply, shared by machines."""
+"""The study storage: Optuna's database, which supervisors on several machines may share, and its read-only views."""

@@ -1,4 +1,4 @@
-"""Results that the study storage would not take: on disk beside the trial's work, until a run can tell them."""
+"""Results that the study storage refused: kept on disk, in the trial's work folder, until a run can store them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _RESERVE_BYTES = 1 << 20  # results with hundreds of epochs take some 100 kB eac
 
 
 def keep_reserve(home: Home) -> None:
-    """Hold some space on the disk, so that results can be left on a full one. Raises StoreError where it is full."""
+    """Reserve some disk space, so that results can be kept on a full disk. Raises StoreError where it is full."""
     path = _reserve(home)
     if path.is_file() and path.stat().st_size == _RESERVE_BYTES:
         return
@@ -31,18 +31,18 @@ def keep_reserve(home: Home) -> None:
         ) from None
 
 
-def leave(home: Home, title: str, result: TrialResult) -> bool:
-    """Write a result to the trial's folder, all of it or nothing; False where even the reserve does not help."""
+def put(home: Home, title: str, result: TrialResult) -> bool:
+    """Write a result to the trial's folder, atomically; False where even the reserved space does not suffice."""
     path = _folder(home, title) / str(result.number) / _FILE
-    half = path.with_suffix(".part")
+    partial = path.with_suffix(".part")
     for _ in range(2):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with half.open("w", encoding="utf-8") as file:
+            with partial.open("w", encoding="utf-8") as file:
                 json.dump(result.to_json(), file)
                 file.flush()
                 os.fsync(file.fileno())
-            half.replace(path)
+            partial.replace(path)
         except OSError:
             with contextlib.suppress(OSError):
                 _reserve(home).unlink(missing_ok=True)
@@ -51,19 +51,19 @@ def leave(home: Home, title: str, result: TrialResult) -> bool:
     return False
 
 
-def left(home: Home, title: str) -> dict[int, TrialResult]:
-    """Trial number -> the result that was left for it."""
-    found = {}
+def pending(home: Home, title: str) -> dict[int, TrialResult]:
+    """Trial number -> the result that waits for it."""
+    results = {}
     for path in _folder(home, title).glob(f"[0-9]*/{_FILE}"):
-        # One that cannot be read is as good as none: its trial is run again.
+        # A result that cannot be read is ignored: its trial is run again.
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             result = TrialResult.from_json(json.loads(path.read_text(encoding="utf-8")))
-            found[result.number] = result
-    return found
+            results[result.number] = result
+    return results
 
 
-def forget(home: Home, title: str, numbers: Iterable[int]) -> None:
-    """Remove what was left for these trials, which have been told."""
+def remove(home: Home, title: str, numbers: Iterable[int]) -> None:
+    """Remove the results of these trials, which are stored now."""
     for number in numbers:
         folder = _folder(home, title) / str(number)
         (folder / _FILE).unlink(missing_ok=True)

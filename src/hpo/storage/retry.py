@@ -1,109 +1,151 @@
-"""Calls of the study storage, tried again while their fault may pass: a busy database, a server that restarts."""
+"""Faults of the study storage: calls are retried while the fault may pass, and fail with a StoreError after that."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from optuna.exceptions import StorageInternalError
-from sqlalchemy.exc import InterfaceError, OperationalError
+from optuna.exceptions import OptunaError, StorageInternalError
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.orm import Session
 
-from hpo.errors import disk_full
+from hpo.database import hint_of
+from hpo.errors import StoreError, disk_full
+from hpo.home import Home
 
-PATIENCE = 60.0  # seconds from the first refusal to the last try
+RETRY_SECONDS = 60.0  # from the first fault to the last try
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 8.0
-
 
 T = TypeVar("T")
 
 
-class Patient:
-    """In front of Optuna's database storage, whose every method is one transaction: all of it or nothing.
+class Retrying:
+    """A proxy of Optuna's RDBStorage, whose every method is one transaction.
 
-    A method that fails is called again, with growing pauses, until it works, its fault is one that stays, or PATIENCE
-    has run out.
+    A method that fails is called again, with growing pauses, until it succeeds, its fault is a lasting one, or
+    RETRY_SECONDS have passed.
     """
 
     def __init__(self, storage: Any) -> None:
         self._storage = storage
-        self._whole = threading.local()
+        self._transaction = threading.local()
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self._storage, name)
-        if not inspect.ismethod(found) or getattr(self._whole, "begun", False):
-            return found
-        return _patient(found)
+        attribute = getattr(self._storage, name)
+        if not inspect.ismethod(attribute) or getattr(self._transaction, "begun", False):
+            return attribute
+        return _retried(attribute)
 
-    def at_once(self, step: Callable[[Any], T]) -> T:
-        """step(session): all methods that it calls in this thread are one transaction, which is tried again as a whole.
+    def transact(self, step: Callable[[Any], T]) -> T:
+        """Call step(session) in one transaction, which is retried as a whole; session is SQLAlchemy's.
 
-        session is SQLAlchemy's. A step within a step is a part of it. Not for SQLite, where what has read before it
-        writes can be refused.
+        All methods that step calls in this thread are part of the transaction, and so is a step within a step. On
+        SQLite a step may only read: a transaction that writes after it has read can be refused there.
         """
-        if getattr(self._whole, "begun", False):
+        if getattr(self._transaction, "begun", False):
             return step(self._storage.scoped_session())
-        done: T = _patient(self._at_once)(step)
-        return done
+        result: T = _retried(self._transact)(step)
+        return result
 
-    def _at_once(self, step: Callable[[Any], T]) -> T:
-        session = self._storage.scoped_session()
-        broken = False
-
-        def roll_back() -> None:
-            nonlocal broken
-            broken = True
-            type(session).rollback(session)
-
-        # How Optuna ends each of its steps; what it rolls back takes all the others with it.
-        session.commit, session.rollback, session.close = session.flush, roll_back, session.expire_all
-        self._whole.begun = True
+    def _transact(self, step: Callable[[Any], T]) -> T:
+        sessions = self._storage.scoped_session
+        sessions.remove()
+        session = _JoinedSession(self._storage.engine)
+        sessions.registry.set(session)
+        self._transaction.begun = True
         try:
             result = step(session)
-        except BaseException:
-            broken = True
-            raise
+            if session.rolled_back:
+                fault = OperationalError("", None, Exception("a part of it was rolled back"))
+                raise StorageInternalError("the step was rolled back") from fault
+            session.end()
         finally:
-            self._whole.begun = False
-            del session.commit, session.rollback, session.close
-            if broken:
-                session.close()
-        if broken:
-            gone = OperationalError("", None, Exception("a part of it was rolled back"))
-            raise StorageInternalError("the step was rolled back") from gone
-        try:
-            session.commit()
-        finally:
-            session.close()
+            self._transaction.begun = False
+            sessions.registry.clear()
+            Session.close(session)  # and with it what was not committed
         return result
 
 
-def _patient(call: Callable[..., Any]) -> Callable[..., Any]:
+class _JoinedSession(Session):
+    """The session of a transaction that several methods of Optuna take part in.
+
+    Optuna commits and closes the session of this thread at the end of each method. Here that only flushes it; end()
+    commits. A method that rolls back undoes all of the transaction.
+    """
+
+    rolled_back = False
+
+    def commit(self) -> None:
+        """Send the changes, without ending the transaction."""
+        self.flush()
+
+    def rollback(self) -> None:
+        """Undo all of the transaction."""
+        self.rolled_back = True
+        super().rollback()
+
+    def close(self) -> None:
+        """Have everything read again by the next method."""
+        self.expire_all()
+
+    def end(self) -> None:
+        """Commit."""
+        super().commit()
+
+
+def _retried(call: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(call)
-    def patient(*arguments: Any, **options: Any) -> Any:
+    def retried(*arguments: Any, **options: Any) -> Any:
         pause, deadline = _FIRST_PAUSE, None
         while True:
             try:
                 return call(*arguments, **options)
             except Exception as error:
                 now = time.monotonic()
-                deadline = now + PATIENCE if deadline is None else deadline
-                if now + pause > deadline or not passes(error):
+                deadline = now + RETRY_SECONDS if deadline is None else deadline
+                if now + pause > deadline or not is_temporary(error):
                     raise
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
-    return patient
+    return retried
 
 
-def passes(error: BaseException) -> bool:
-    """Whether a storage fault may be over soon: a lock that another process holds, a server that does not answer."""
+def is_temporary(error: BaseException) -> bool:
+    """Whether a fault of the storage may pass: a lock of another process, a server that does not answer."""
     if disk_full(error):
         return False
     if isinstance(error, OperationalError | InterfaceError):
         text = str(error.orig).lower()
         return "locked" in text if "sqlite3" in type(error.orig).__module__ else True
-    return error.__cause__ is not None and passes(error.__cause__)
+    return error.__cause__ is not None and is_temporary(error.__cause__)
+
+
+@contextmanager
+def store_errors(home: Home) -> Iterator[None]:
+    """Turn the errors of Optuna, SQLAlchemy and SQLite in the block into one StoreError with place and next step."""
+    try:
+        yield
+    except (SQLAlchemyError, sqlite3.Error, OptunaError, RuntimeError, ImportError) as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        text = str(getattr(cause, "orig", None) or cause).splitlines()[0].rstrip(".")
+        hint = hint_of(text) or "Check the database, then run again."
+        raise StoreError(f"{shown_url(home)}: the study storage refuses: {text}.", hint) from error
+
+
+def shown_url(home: Home) -> str:
+    """The storage as a message may name it: a path, or an address without its password."""
+    try:
+        url = make_url(home.storage_url)
+    except SQLAlchemyError:
+        return "HPO_STORAGE"
+    return url.render_as_string(hide_password=True) if home.shared else url.database or "memory"

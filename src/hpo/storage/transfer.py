@@ -1,4 +1,4 @@
-"""A study as plain data, out of one storage and into another: trials with all that Optuna knows of them."""
+"""Copy a study from one storage to another, as plain data with everything that Optuna stores."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from sqlalchemy import text
 from hpo.errors import StoreError
 from hpo.home import Home
 from hpo.records import StudyResult
-from hpo.storage.errors import shown_url, store_errors
-from hpo.storage.optuna_storage import Storage, generations, open_storage, to_trial
-from hpo.storage.reader import RESULT, STUDY, look, no_study, to_result
+from hpo.storage.optuna_storage import Storage, generations, open_storage
+from hpo.storage.reader import no_study, read_snapshots, to_result
+from hpo.storage.retry import shown_url, store_errors
+from hpo.storage.trial_attrs import RESULT, STUDY, to_trial
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # as of spec.study.StudySpec
-_ASIDE = "hpo import of "  # how Optuna's study is named while it is written; no study of ours has a blank in its name
+_TEMPORARY = "hpo import of "  # + title and a number: the name of a study while it is written; titles have no blanks
 
 
-class Standing(StrEnum):
-    """How a storage stands to a study that is to come into it."""
+class Relation(StrEnum):
+    """The relation of a storage to a study that is to be imported: its copy there is absent, behind, same or ahead."""
 
     ABSENT = "absent"
     BEHIND = "behind"
@@ -36,24 +37,24 @@ class Standing(StrEnum):
     AHEAD = "ahead"
 
 
-def take(home: Home, name: str) -> dict[str, Any]:
-    """A study, by name or title, as JSON types; see put. Trials are in the order of their numbers.
+def export_study(home: Home, name: str) -> dict[str, Any]:
+    """A study, by name or title, as JSON types; see import_study. Trials are in the order of their numbers.
 
-    Where a trial left files on its machine's disk is left out. Raises StoreError.
+    The folders of the trials' files are left out. Raises StoreError.
     """
     storage = open_storage(home)
     try:
         with store_errors(home):
-            studies, known = storage.studies(), generations(storage, name)
-            title = known[max(known)] if known else name.removesuffix("~1")
+            studies, titles = storage.studies(), generations(storage, name)
+            title = titles[max(titles)] if titles else name.removesuffix("~1")
             if title not in studies:
                 raise no_study(name, shown_url(home), studies)
             number = studies[title][0]
             return {
                 "title": title,
-                "directions": [way.name for way in storage.get_study_directions(number)],
-                "user_attrs": storage.get_study_user_attrs(number),
-                "system_attrs": storage.get_study_system_attrs(number),
+                "directions": [way.name for way in storage.directions(number)],
+                "user_attrs": storage.database.get_study_user_attrs(number),
+                "system_attrs": storage.database.get_study_system_attrs(number),
                 "trials": _trials(storage, number),
             }
     finally:
@@ -61,15 +62,15 @@ def take(home: Home, name: str) -> dict[str, Any]:
 
 
 def check(study: Mapping[str, Any]) -> StudyResult:
-    """The record of a study as take gives it, without its trials, once all of it can be read.
+    """Check a study from export_study, and return its record without trials.
 
-    Raises ValueError, KeyError, TypeError or AttributeError where it cannot.
+    Raises ValueError, KeyError, TypeError or AttributeError where it cannot be read.
     """
     record = study["user_attrs"][STUDY]
-    found = to_result(record, ())
-    if not _NAME.fullmatch(found.name) or found.title != study["title"] or type(found.generation) is not int:
+    result = to_result(record, ())
+    if not _NAME.fullmatch(result.name) or result.title != study["title"] or type(result.generation) is not int:
         raise ValueError(f"a study cannot be named {study['title']!r}")
-    if not isinstance(found.created, float) or not all(isinstance(record[key], dict) for key in ("spec", "identity")):
+    if not isinstance(result.created, float) or not all(isinstance(record[key], dict) for key in ("spec", "identity")):
         raise TypeError("the record of the study is of other types")
     directions = _directions(study)
     for number, trial in enumerate(study["trials"]):
@@ -80,48 +81,48 @@ def check(study: Mapping[str, Any]) -> StudyResult:
             raise ValueError(f"trial {number} is not whole")
         if frozen.state is TrialState.RUNNING or ended != (frozen.datetime_complete is not None):
             raise ValueError(f"trial {number} has not ended")
-    return found
+    return result
 
 
 def refuse_running(home: Home, title: str) -> None:
-    """Raise StoreError while a living supervisor has the study of this title."""
-    if any(one.study.title == title and one.holders for one in look(home, results=False)):
+    """Raise StoreError if a living supervisor runs the study of this title."""
+    if any(each.study.title == title and each.holders for each in read_snapshots(home, results=False)):
         raise StoreError(f"{title}: it is running, and cannot be moved now.", f"Stop it first: hpo stop {title}")
 
 
-def standing(home: Home, study: Mapping[str, Any]) -> Standing:
-    """How the storage stands to a study. Raises StoreError where it has another one of this title."""
+def relation(home: Home, study: Mapping[str, Any]) -> Relation:
+    """The relation of the storage to a study. Raises StoreError where it has another study of this title."""
     storage = open_storage(home)
     try:
         with store_errors(home):
-            return _standing(home, storage, study)
+            return _relation(home, storage, study)
     finally:
         storage.close()
 
 
-def put(home: Home, study: Mapping[str, Any]) -> int:
-    """Have the storage hold the study as it is here; returns how many trials are new in it.
+def import_study(home: Home, study: Mapping[str, Any]) -> int:
+    """Write the study into the storage; returns the number of its trials that are new there.
 
-    A copy is written beside what there is and takes its place in one transaction: whoever looks, and whoever comes
-    after a kill, finds the study as before or the whole of this one. One that is the same already, or further on, is
-    left alone. Raises StoreError where there is another study of this title, and where somebody runs it.
+    The copy is written next to the existing one and replaces it in one transaction: readers, also after a kill, see
+    the old study or the whole new one. A study that is the same already, or further, is left as it is. Raises
+    StoreError where there is another study of this title, and where it is running.
     """
     storage = open_storage(home)
     try:
         with store_errors(home):
             _sweep(storage, study["title"])
-            if _standing(home, storage, study) in (Standing.SAME, Standing.AHEAD):
+            if _relation(home, storage, study) in (Relation.SAME, Relation.AHEAD):
                 return 0
             copy = _write(storage, study)
             with storage.locked("studies"):
                 # Another import may have been faster.
                 refuse_running(home, study["title"])
-                late = _standing(home, storage, study) in (Standing.SAME, Standing.AHEAD)
+                late = _relation(home, storage, study) in (Relation.SAME, Relation.AHEAD)
                 before = copy if late else _swap(storage, study, copy)
-            known = len(storage.every_trial(before)) if before is not None else 0
+            existing = len(storage.every_trial(before)) if before is not None else 0
             if before is not None:
-                storage.delete_study(before)
-            return len(study["trials"]) - known
+                storage.database.delete_study(before)
+            return len(study["trials"]) - existing
     finally:
         storage.close()
 
@@ -167,7 +168,7 @@ def _frozen(trial: Mapping[str, Any]) -> FrozenTrial:
 
 
 def _without_folder(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """A result without the folder of its files: a run deletes that folder, and this may be another machine's path."""
+    """The attributes, with a result that lacks the folder of its files: it is a temporary path on one machine."""
     result = attributes.get(RESULT)
     return {**attributes, **({RESULT: {**result, "folder": ""}} if result is not None else {})}
 
@@ -184,13 +185,13 @@ def _directions(study: Mapping[str, Any]) -> list[StudyDirection]:
     return [StudyDirection[way] for way in study["directions"]]
 
 
-def _standing(home: Home, storage: Storage, study: Mapping[str, Any]) -> Standing:
+def _relation(home: Home, storage: Storage, study: Mapping[str, Any]) -> Relation:
     title, record = study["title"], study["user_attrs"][STUDY]
-    number, known = storage.studies().get(title, (None, None))
-    if number is None or known is None:
-        return Standing.ABSENT
+    number, existing = storage.studies().get(title, (None, None))
+    if number is None or existing is None:
+        return Relation.ABSENT
     elsewhere = "Import it into a folder, or stores, of its own: --home DIR."
-    if (known["created"], known["identity"]) != (record["created"], record["identity"]):
+    if (existing["created"], existing["identity"]) != (record["created"], record["identity"]):
         raise StoreError(f"{shown_url(home)}: it has another study that is named {title}.", elsewhere)
     here, there = _trials(storage, number), study["trials"]
     differing = [
@@ -202,13 +203,12 @@ def _standing(home: Home, storage: Storage, study: Mapping[str, Any]) -> Standin
     if differing or (ours - theirs and theirs - ours):
         number = min([*differing, *(ours ^ theirs)])
         raise StoreError(
-            f"{shown_url(home)}: {title} has gone on here and where it comes from, each time otherwise: see trial "
-            f"{number}.",
+            f"{shown_url(home)}: {title} was continued both here and in its source, differently: see trial {number}.",
             elsewhere,
         )
     if _same(here, there):
-        return Standing.SAME
-    return Standing.AHEAD if ours > theirs or (ours == theirs and len(here) > len(there)) else Standing.BEHIND
+        return Relation.SAME
+    return Relation.AHEAD if ours > theirs or (ours == theirs and len(here) > len(there)) else Relation.BEHIND
 
 
 def _same(here: object, there: object) -> bool:
@@ -221,42 +221,42 @@ def _ended(trial: Mapping[str, Any]) -> bool:
 
 
 def _sweep(storage: Storage, title: str) -> None:
-    """Delete what killed imports of this study left."""
-    for each in storage.get_all_studies():
-        if each.study_name.startswith(f"{_ASIDE}{title} "):
+    """Delete the remains of killed imports of this study."""
+    for name, number in storage.study_ids().items():
+        if name.startswith(f"{_TEMPORARY}{title} "):
             with suppress(KeyError):  # another import does the same
-                storage.delete_study(each._study_id)
+                storage.database.delete_study(number)
 
 
 def _write(storage: Storage, study: Mapping[str, Any]) -> int:
-    """Write the study under a name of its own and without our record, so that nobody takes it for one of ours."""
-    name = f"{_ASIDE}{study['title']} {uuid.uuid4().hex}"
-    number: int = storage.create_new_study(_directions(study), name)
+    """Write the study under a temporary name and without its record, so that it is no study of hpo yet."""
+    name = f"{_TEMPORARY}{study['title']} {uuid.uuid4().hex}"
+    number: int = storage.database.create_new_study(_directions(study), name)
     for key, value in study["user_attrs"].items():
         if key != STUDY:
-            storage.set_study_user_attr(number, key, value)
+            storage.database.set_study_user_attr(number, key, value)
     for key, value in study["system_attrs"].items():
-        storage.set_study_system_attr(number, key, value)
+        storage.database.set_study_system_attr(number, key, value)
     for trial in study["trials"]:
-        storage.create_new_trial(number, _frozen(trial))
+        storage.create_trial(number, _frozen(trial))
     return number
 
 
 def _swap(storage: Storage, study: Mapping[str, Any], copy: int) -> int | None:
-    """Give the copy its name and our record, and take both from what had them; returns Optuna's id of that."""
+    """Move title and record from the old study, if there is one, to the copy; returns Optuna's id of the old."""
     title, record = study["title"], json.dumps(study["user_attrs"][STUDY])
-    with storage._backend.engine.begin() as connection:
-        found = connection.execute(
+    with storage.database.engine.begin() as connection:
+        before = connection.execute(
             text("SELECT study_id FROM studies WHERE study_name = :title"), {"title": title}
         ).scalar()
-        if found is not None:
-            aside = f"{_ASIDE}{title} {uuid.uuid4().hex}"
+        if before is not None:
+            temporary = f"{_TEMPORARY}{title} {uuid.uuid4().hex}"
             connection.execute(
-                text("UPDATE studies SET study_name = :aside WHERE study_id = :id"), {"aside": aside, "id": found}
+                text("UPDATE studies SET study_name = :name WHERE study_id = :id"), {"name": temporary, "id": before}
             )
             connection.execute(
                 text("DELETE FROM study_user_attributes WHERE study_id = :id AND key = :key"),
-                {"id": found, "key": STUDY},
+                {"id": before, "key": STUDY},
             )
         connection.execute(
             text("UPDATE studies SET study_name = :title WHERE study_id = :id"), {"title": title, "id": copy}
@@ -265,4 +265,4 @@ def _swap(storage: Storage, study: Mapping[str, Any], copy: int) -> int | None:
             text("INSERT INTO study_user_attributes (study_id, key, value_json) VALUES (:id, :key, :record)"),
             {"id": copy, "key": STUDY, "record": record},
         )
-    return int(found) if found is not None else None
+    return int(before) if before is not None else None

@@ -1,42 +1,52 @@
-"""Our two records on a trial in Optuna's hands: what was known before it ended, and how it ended."""
+"""The records that hpo keeps in Optuna's tables: one on each study, two on each trial. Optuna is not loaded."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import optuna
-from optuna.trial import FrozenTrial
+from hpo.records import Candidate, Trial, TrialResult, TrialState
 
-from hpo.records import TrialResult, TrialState
-from hpo.storage.reader import RESULT, START
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from optuna.trial import FrozenTrial
+
+# Keys of a study's attributes: its record; a token of the last request to stop; the number of trials that a supervisor
+# has claimed to summarise.
+STUDY, STOP, CLAIM = "hpo.study", "hpo.stop", "hpo.claim"
+# Keys of a trial's attributes: TrialAttrs and TrialResult.
+START, RESULT = "hpo.start", "hpo.result"
 
 _STATES = {
-    optuna.trial.TrialState.WAITING: TrialState.WAITING,
-    optuna.trial.TrialState.RUNNING: TrialState.RUNNING,
-    optuna.trial.TrialState.COMPLETE: TrialState.COMPLETE,
-    optuna.trial.TrialState.PRUNED: TrialState.PRUNED,
-    optuna.trial.TrialState.FAIL: TrialState.FAILED,
+    "WAITING": TrialState.WAITING,
+    "RUNNING": TrialState.RUNNING,
+    "COMPLETE": TrialState.COMPLETE,
+    "PRUNED": TrialState.PRUNED,
+    "FAIL": TrialState.FAILED,
 }
 
 
 def key_of(values: Mapping[str, Any]) -> str:
-    """Equal for equal candidates, whatever the order of their places; floats to 12 digits: steps add up otherwise."""
-    return json.dumps({path: _plain(value) for path, value in values.items()}, sort_keys=True)
+    """A text that is equal for equal candidates, in any order of their paths.
+
+    Floats are rounded to 12 digits, because sums of steps differ in the last ones.
+    """
+    return json.dumps({path: _rounded(value) for path, value in values.items()}, sort_keys=True)
 
 
-def _plain(value: Any) -> Any:
+def _rounded(value: Any) -> Any:
     return float(f"{value:.12g}") if isinstance(value, float) else value
 
 
 @dataclass(frozen=True)
-class Start:
-    """What is known of a trial before it ends.
+class TrialAttrs:
+    """The part of a trial that is known before it ends.
 
-    retry_of is the number of the interrupted or failed trial that this one repeats; deaths counts the tries so far
-    whose process died. parameters is None until they are drawn. lease names the supervisor that answers for the trial.
+    retry_of is the number of the interrupted or failed trial that this one repeats. deaths counts the earlier attempts
+    whose process died. parameters is None until they are drawn. lease names the supervisor that owns the trial.
     """
 
     ordinal: int
@@ -53,36 +63,67 @@ class Start:
         """A dict of JSON types."""
         return asdict(self)
 
+    def candidate(self, number: int) -> Candidate:
+        """The candidate of the trial with this number."""
+        return Candidate(number, self.ordinal, self.parameters or {}, self.seed, self.attempt, self.stage, self.deaths)
 
-def start_of(trial: FrozenTrial) -> Start:
-    """The start record of a trial; one that was added through Optuna itself gets what can be known."""
-    known = trial.user_attrs.get(START)
-    return Start(**known) if known else Start(ordinal=trial.number, parameters=trial.params or None)
+
+def attrs_of(trial: FrozenTrial) -> TrialAttrs:
+    """The attributes of a trial; default ones for a trial that was added through Optuna itself."""
+    stored = trial.user_attrs.get(START)
+    return TrialAttrs(**stored) if stored else TrialAttrs(ordinal=trial.number, parameters=trial.params or None)
 
 
 def stage_of(trial: FrozenTrial) -> str | None:
-    """The stage of a trial, without reading all of its record."""
+    """The stage of a trial, without parsing its whole record."""
     stage: str | None = trial.user_attrs.get(START, {}).get("stage")
     return stage
 
 
+def retry_of(trial: FrozenTrial) -> int | None:
+    """The number of the trial that this one repeats, without parsing its whole record."""
+    original: int | None = trial.user_attrs.get(START, {}).get("retry_of")
+    return original
+
+
 def result_of(trial: FrozenTrial) -> TrialResult | None:
-    """The result record of a trial, once there is one."""
-    known = trial.user_attrs.get(RESULT)
-    return TrialResult.from_json(known) if known else None
+    """The stored result of a trial, if there is one."""
+    stored = trial.user_attrs.get(RESULT)
+    return TrialResult.from_json(stored) if stored else None
 
 
 def state_of(trial: FrozenTrial) -> TrialState:
-    """Optuna knows no interrupted trials: they have failed there, and our record tells them apart."""
-    return TrialState.STOPPED if _stopped(trial) else _STATES[trial.state]
+    """The state of a trial. Optuna has no state for interrupted trials: they failed there, our result differs."""
+    return read_state(trial.state.name, trial.user_attrs.get(RESULT))
 
 
-def _stopped(trial: FrozenTrial) -> bool:
-    failed = trial.state is optuna.trial.TrialState.FAIL
-    return failed and bool(trial.user_attrs.get(RESULT, {}).get("state") == TrialState.STOPPED)
+def read_state(name: str, result: Mapping[str, Any] | None) -> TrialState:
+    """The state of a trial from the name of Optuna's state and the stored result."""
+    if name == "FAIL" and result and result.get("state") == TrialState.STOPPED:
+        return TrialState.STOPPED
+    return _STATES[name]
 
 
-def retry_of(trial: FrozenTrial) -> int | None:
-    """The number of the trial that this one repeats, without reading all of its record."""
-    original: int | None = trial.user_attrs.get(START, {}).get("retry_of")
-    return original
+def make_trial(
+    attrs: TrialAttrs,
+    number: int,
+    state: TrialState,
+    result: TrialResult | None,
+    begun: datetime | None,
+    ended: datetime | None,
+) -> Trial:
+    """A trial as the other rooms know it. begun and ended are in local time, as Optuna stores them."""
+    return Trial(
+        candidate=attrs.candidate(number),
+        state=state,
+        result=result,
+        started=begun.timestamp() if begun else 0.0,
+        run_seconds=(ended - begun).total_seconds() if begun and ended else 0.0,
+        worker=attrs.worker,
+    )
+
+
+def to_trial(trial: FrozenTrial) -> Trial:
+    """Optuna's trial as the other rooms know it."""
+    begun, ended = trial.datetime_start, trial.datetime_complete
+    return make_trial(attrs_of(trial), trial.number, state_of(trial), result_of(trial), begun, ended)

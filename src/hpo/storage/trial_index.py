@@ -1,4 +1,4 @@
-"""A study's trials, sorted once as they end, which never change then: asking costs the same in a study of any size."""
+"""An index of a study's trials, updated as they end: asking takes the same time in a study of any size."""
 
 from __future__ import annotations
 
@@ -10,24 +10,23 @@ from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
-import optuna
-from optuna.study._multi_objective import _fast_non_domination_rank
 from optuna.trial import FrozenTrial
 
 from hpo.records import FINAL, TrialState
-from hpo.storage.trial_attrs import key_of, retry_of, stage_of, start_of, state_of
+from hpo.storage.optuna_private import domination_ranks, trial_id_of
+from hpo.storage.trial_attrs import attrs_of, key_of, retry_of, stage_of, state_of
 
-# What samplers are shown of a long study: the best and the latest of the trials that have ended, and a sample of the
-# others. TPE calls at most 25 trials good, which are the same with and without this; what it thinks of the others it
-# learns from the sample. Up to so many trials in all, nothing is left out.
+# Samplers see at most this many trials of a long study: the best and the latest of those that have ended, and a sample
+# of the others. TPE calls at most 25 trials good, which are the same with and without this; the sample tells it of the
+# others. In a study of up to MOST trials, nothing is left out.
 BEST, LATEST, OTHERS = 100, 100, 300
 MOST = BEST + LATEST + OTHERS
 
 _NUMBER = attrgetter("number")
 
 
-class Tally(NamedTuple):
-    """How many trials count against a budget: none that was interrupted, none that is run again."""
+class TrialCounts(NamedTuple):
+    """The number of trials that count against a budget, by state: no interrupted trials, none that is retried."""
 
     waiting: int
     running: int
@@ -35,126 +34,129 @@ class Tally(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The number of all of them."""
         return sum(self)
 
 
-class Shelf:
-    """The trials of one stage that have ended; maximize has one entry for each objective.
+class EndedTrials:
+    """The ended trials of one stage; maximize has one entry for each objective.
 
-    ended are those that samplers and pruners may see, by number: all but the interrupted ones; numbers are theirs.
-    first_tries are the numbers of those that are no retry, interrupted ones too.
+    visible are those that samplers and pruners may see, by number: all but the interrupted ones; numbers are theirs.
+    first_tries are the numbers of the trials that are no retry, interrupted ones included.
     """
 
     def __init__(self, maximize: Sequence[bool]) -> None:
-        self.ended: list[FrozenTrial] = []
+        self.visible: list[FrozenTrial] = []
         self.numbers: set[int] = set()
         self.first_tries: list[int] = []
         self._signs = [-1.0 if up else 1.0 for up in maximize]
         self._costs: list[tuple[float, int, FrozenTrial]] = []  # sorted; of complete and feasible trials
-        self._keyed: dict[str, list[FrozenTrial]] = {}
-        self._unkeyed: list[FrozenTrial] = []
-        self._shown: list[FrozenTrial] = []
-        self._shown_of = 0  # how many had ended when that was chosen
+        self._by_key: dict[str, list[FrozenTrial]] = {}
+        self._without_key: list[FrozenTrial] = []
+        self._sample: list[FrozenTrial] = []
+        self._sampled_at = 0  # the number of visible trials when the sample was chosen
 
     def add(self, trial: FrozenTrial) -> None:
-        """Put a trial on the shelf."""
+        """Add a trial that has ended."""
         if retry_of(trial) is None:
             bisect.insort(self.first_tries, trial.number)
-        self._unkeyed.append(trial)
-        if state_of(trial) is TrialState.STOPPED:
+        self._without_key.append(trial)
+        state = state_of(trial)
+        if state is TrialState.STOPPED:
             return
-        bisect.insort(self.ended, trial, key=_NUMBER)
+        bisect.insort(self.visible, trial, key=_NUMBER)
         self.numbers.add(trial.number)
         feasible = all(amount <= 0 for amount in trial.constraints.values())
-        if trial.state is optuna.trial.TrialState.COMPLETE and feasible:
+        if state is TrialState.COMPLETE and feasible:
             bisect.insort(self._costs, (self._signs[0] * trial.values[0], trial.number, trial))
 
-    def same(self, key: str) -> list[FrozenTrial]:
-        """The trials with these parameters (see key_of), interrupted ones too."""
-        self._key()
-        return self._keyed.get(key, [])
+    def with_key(self, key: str) -> list[FrozenTrial]:
+        """The trials with these parameters (see key_of), interrupted ones included."""
+        # Keys take time and few searches ask for them: they are computed late.
+        for trial in self._without_key:
+            parameters = attrs_of(trial).parameters
+            if parameters is not None:
+                self._by_key.setdefault(key_of(parameters), []).append(trial)
+        self._without_key = []
+        return self._by_key.get(key, [])
 
-    def shown(self) -> list[FrozenTrial]:
-        """What samplers see of it, by number: the same for the same trials, whoever asks and whenever."""
-        if len(self.ended) <= MOST:
-            return self.ended
-        if self._shown_of != len(self.ended):
-            others, latest = self.ended[:-LATEST], self.ended[-LATEST:]
+    def sample(self) -> list[FrozenTrial]:
+        """The trials that samplers see, by number. It depends on the trials only, not on who asks or when."""
+        if len(self.visible) <= MOST:
+            return self.visible
+        if self._sampled_at != len(self.visible):
+            others, latest = self.visible[:-LATEST], self.visible[-LATEST:]
             stride = 1
             while len(others) > stride * OTHERS:
                 stride *= 2  # doubled, so that the sample stays the same for long
             chosen = {trial.number: trial for trial in [*others[::stride], *latest, *self._best()]}
-            self._shown = sorted(chosen.values(), key=_NUMBER)
-            self._shown_of = len(self.ended)
-        return self._shown
+            self._sample = sorted(chosen.values(), key=_NUMBER)
+            self._sampled_at = len(self.visible)
+        return self._sample
 
     def _best(self) -> list[FrozenTrial]:
         if len(self._signs) == 1 or len(self._costs) <= BEST:
             return [trial for _, _, trial in self._costs[:BEST]]
         # With several objectives: the least dominated ones.
         costs = np.array([trial.values for _, _, trial in self._costs]) * self._signs
-        ranks = _fast_non_domination_rank(costs, n_below=BEST)
-        return [self._costs[place][2] for place in np.argsort(ranks, kind="stable")[:BEST]]
-
-    def _key(self) -> None:
-        """Keys take time and few searches ask for them: they are made late."""
-        for trial in self._unkeyed:
-            parameters = start_of(trial).parameters
-            if parameters is not None:
-                self._keyed.setdefault(key_of(parameters), []).append(trial)
-        self._unkeyed = []
+        ranks = domination_ranks(costs, least=BEST)
+        return [self._costs[row][2] for row in np.argsort(ranks, kind="stable")[:BEST]]
 
 
-class Books:
-    """All trials of one study. open maps numbers to trials that have not ended; again are numbers that are run again.
+class TrialIndex:
+    """All trials of one study, by number; a trial that has ended is never looked at twice.
 
-    read takes in what was read from the storage since; a trial that had ended by then is never looked at twice.
+    open are the trials that have not ended; retried are the numbers of trials that another trial repeats. read_up_to is
+    the highest id of an ended trial up to which all trials were read; latest is the highest id of all.
     """
 
     def __init__(self, maximize: Sequence[bool]) -> None:
+        self.trials: dict[int, FrozenTrial] = {}
         self.open: dict[int, FrozenTrial] = {}
-        self.again: set[int] = set()
+        self.retried: set[int] = set()
+        self.read_up_to = self.latest = -1
         self._ended: set[int] = set()
-        self._shelves: defaultdict[str | None, Shelf] = defaultdict(lambda: Shelf(maximize))
+        self._stages: defaultdict[str | None, EndedTrials] = defaultdict(lambda: EndedTrials(maximize))
 
-    def read(self, trials: Sequence[FrozenTrial]) -> None:
-        """Enter trials as they stand now."""
+    def update(self, trials: Sequence[FrozenTrial]) -> None:
+        """Enter trials as they are now."""
         for trial in trials:
+            self.trials[trial.number] = trial
+            self.latest = max(self.latest, trial_id_of(trial))
             if (original := retry_of(trial)) is not None:
-                self.again.add(original)
+                self.retried.add(original)
             if not trial.state.is_finished():
                 self.open[trial.number] = trial
             elif trial.number not in self._ended:
                 self.open.pop(trial.number, None)
                 self._ended.add(trial.number)
-                self._shelves[stage_of(trial)].add(trial)
+                self._stages[stage_of(trial)].add(trial)
 
-    def shelf(self, stage: str | None) -> Shelf:
-        """What has ended of a stage."""
-        return self._shelves[stage]
+    def ended(self, stage: str | None) -> EndedTrials:
+        """The ended trials of a stage."""
+        return self._stages[stage]
 
-    def under_way(self, stage: str | None) -> list[FrozenTrial]:
-        """What has not ended of a stage, by number."""
+    def unfinished(self, stage: str | None) -> list[FrozenTrial]:
+        """The trials of a stage that have not ended, by number."""
         return sorted((trial for trial in self.open.values() if stage_of(trial) == stage), key=_NUMBER)
 
-    def tally(self, stages: Collection[str | None]) -> Tally:
-        """What of these stages counts against a budget."""
-        under_way = (trial for number, trial in self.open.items() if number not in self.again)
-        states = [state_of(trial) for trial in under_way if stage_of(trial) in stages]
-        ended = [self._shelves[stage].numbers for stage in stages]
-        return Tally(
+    def count(self, stages: Collection[str | None]) -> TrialCounts:
+        """The number of trials of these stages that count against a budget."""
+        unfinished = (trial for number, trial in self.open.items() if number not in self.retried)
+        states = [state_of(trial) for trial in unfinished if stage_of(trial) in stages]
+        ended = [self._stages[stage].numbers for stage in stages]
+        return TrialCounts(
             waiting=states.count(TrialState.WAITING),
             running=states.count(TrialState.RUNNING),
-            ended=sum(len(numbers) - len(numbers & self.again) for numbers in ended),
+            ended=sum(len(numbers) - len(numbers & self.retried) for numbers in ended),
         )
 
     def first_tries(self, stages: Collection[str | None] | None = None, *, before: float = math.inf) -> int:
-        """How many candidates of these stages, or of the whole search, there are: trials that are no retry.
+        """The number of candidates of these stages, or of the whole search: trials that are no retry.
 
-        Interrupted ones count. before: only trials with a smaller number.
+        Interrupted trials count. before: only trials with a smaller number.
         """
-        wanted = {*self._shelves, *map(stage_of, self.open.values())} - {FINAL} if stages is None else {*stages}
+        wanted = {*self._stages, *map(stage_of, self.open.values())} - {FINAL} if stages is None else {*stages}
         begun = [trial for trial in self.open.values() if retry_of(trial) is None and trial.number < before]
-        ended = (bisect.bisect_left(self._shelves[stage].first_tries, before) for stage in wanted)
+        ended = (bisect.bisect_left(self._stages[stage].first_tries, before) for stage in wanted)
         return sum(stage_of(trial) in wanted for trial in begun) + sum(ended)

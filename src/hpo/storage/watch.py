@@ -1,4 +1,4 @@
-"""Follow a study that others run: what has become of it since the last look, as events."""
+"""Watch a study that other processes run: its changes since the last call, as events."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from typing import Any
 from hpo.database import Reader, reading
 from hpo.home import Home
 from hpo.records import FINAL, Event, StudyResult, Trial, TrialEnded, TrialResult, TrialStarted, TrialState
-from hpo.storage.lease import host_of
-from hpo.storage.reader import CLAIM, RESULT, START, STOP, read_trial, trial_rows
+from hpo.storage.liveness import host_of
+from hpo.storage.reader import read_trial, trial_rows
+from hpo.storage.trial_attrs import CLAIM, RESULT, START, STOP
 
 
-class Follower:
-    """A reader of one generation of a study, from the state `before` on; it locks and changes nothing.
+class StudyWatcher:
+    """A read-only view of one generation of a study, from the state `before` on.
 
-    finished counts the trials of the search that are done. over: those who took part have ended it and one of them has
-    claimed to sum it up; renewed: there were new trials since `before`. stopped: `hpo stop` was called since the first
-    look. news brings all of them up to date.
+    finished is the number of finished trials of the search. over: all its supervisors have ended, and one has claimed
+    to summarise it. renewed: there are new trials since `before`. stopped: `hpo stop` was called since the first call
+    of new_events, which updates all of them.
     """
 
     def __init__(self, home: Home, before: StudyResult) -> None:
@@ -32,31 +33,33 @@ class Follower:
         self._finished = {trial.candidate.ordinal for trial in before.counted if trial.state.finished}
         self._ended = {trial.number for trial in before.trials if _has_ended(trial)}
         self._stop: Any = None
-        self._looked = False
+        self._called = False
 
     @property
     def finished(self) -> int:
-        """How many trials count as done."""
+        """The number of finished candidates of the search."""
         return len(self._finished)
 
-    def news(self) -> list[Event]:
-        """TrialStarted and TrialEnded of what has happened since the last call. Raises StoreError."""
+    def new_events(self) -> list[Event]:
+        """TrialStarted and TrialEnded for the changes since the last call. Raises StoreError."""
         with reading(self._home.storage_url) as reader:
             if reader is None:
                 return []
-            found = reader.rows("SELECT study_id FROM studies WHERE study_name = :title", title=self._title)
-            if not found:
+            ids = reader.rows("SELECT study_id FROM studies WHERE study_name = :title", title=self._title)
+            if not ids:
                 return []
-            ((study,),) = found
+            ((study,),) = ids
             query = (
                 "SELECT key, value_json FROM study_user_attributes WHERE study_id = :study AND key IN (:stop, :claim)"
             )
-            said = {key: json.loads(text) for key, text in reader.rows(query, study=study, stop=STOP, claim=CLAIM)}
+            attributes = {
+                key: json.loads(text) for key, text in reader.rows(query, study=study, stop=STOP, claim=CLAIM)
+            }
             rows = trial_rows(reader, study)
             events = [event for row in rows for event in self._changes(reader, row)]
-        self.over, self.renewed = said.get(CLAIM) == len(rows), len(rows) > self._count
-        self._stop = self._stop if self._looked else said.get(STOP)
-        self._looked, self.stopped = True, said.get(STOP) != self._stop
+        self.over, self.renewed = attributes.get(CLAIM) == len(rows), len(rows) > self._count
+        self._stop = self._stop if self._called else attributes.get(STOP)
+        self._called, self.stopped = True, attributes.get(STOP) != self._stop
         return events
 
     def _changes(self, reader: Reader, row: Any) -> Iterator[Event]:
@@ -64,11 +67,11 @@ class Follower:
         if self._states.get(number) == state or number in self._ended:
             return
         query = "SELECT key, value_json FROM trial_user_attributes WHERE trial_id = :trial AND key IN (:start, :result)"
-        known = {name: json.loads(text) for name, text in reader.rows(query, trial=key, start=START, result=RESULT)}
-        start = known.get(START) or {}
-        trial = read_trial(row, start, known.get(RESULT))
+        records = {name: json.loads(text) for name, text in reader.rows(query, trial=key, start=START, result=RESULT)}
+        start = records.get(START) or {}
+        trial = read_trial(row, start, records.get(RESULT))
         if trial.state is TrialState.RUNNING and not start.get("worker"):
-            return  # it is being handed out
+            return  # it is just being created
         self._states[number] = state
         if trial.state is TrialState.WAITING:
             self._finished.discard(trial.candidate.ordinal)

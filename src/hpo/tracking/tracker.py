@@ -11,13 +11,13 @@ from typing import Any
 from hpo.errors import ModelError, StoreError
 from hpo.home import Home
 from hpo.locks import lock
-from hpo.profile import StudyProfiled
 from hpo.records import (
     Candidate,
     DataCard,
     Epoch,
     ModelVersion,
     SplitCard,
+    StudyProfiled,
     StudyResult,
     Trial,
     TrialResult,
@@ -217,6 +217,11 @@ class Tracker:
                 self._client.set_tag(run.key, runs.STATE, TrialState.STOPPED.value)
                 self._client.set_terminated(run.key, "KILLED")
         models.delete_unfinished(self._client, self._parent.info.experiment_id, ended)
+
+    @told
+    def require_run(self, study: StudyResult, number: int) -> None:
+        """Raise StoreError where a trial has no run, or one that somebody has deleted."""
+        self._run_id(number, study)
 
     @told
     def deleted_runs(self, study: StudyResult) -> dict[int, str]:

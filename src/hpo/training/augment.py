@@ -8,17 +8,19 @@ together (batches of 128 x 28 x 28 x 3, one CPU thread: uv run python benchmarks
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hpo.errors import TrainingError
 from hpo.spec.training import AugmentSpec
-from hpo.training.flips import Turns
 
+Amounts = dict[str, Tensor]
+Draw = Callable[[AugmentSpec, Tensor, torch.Generator], Amounts]
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 
 # Changes by name, each with an amount for every image (n,); an amount of 0 changes nothing.
@@ -122,67 +124,111 @@ def _between(length: int, start: Tensor, extent: Tensor) -> Tensor:
     return (places >= first) & (places < first + extent.unsqueeze(1))
 
 
-def _draw(spec: AugmentSpec, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-    """Amounts (n,) on the images' device of every move and colour that the spec asks for."""
+def _within(*names: str, limit: Callable[[AugmentSpec], float] | None = None) -> Draw:
+    """Draw amounts uniformly within +- limit(spec), by default the value of the field of the first name."""
+
+    def draw(spec: AugmentSpec, images: Tensor, generator: torch.Generator) -> Amounts:
+        most = limit(spec) if limit else getattr(spec, names[0])
+        return {name: most * (2 * torch.rand(len(images), generator=generator) - 1) for name in names}
+
+    return draw
+
+
+def _crop(spec: AugmentSpec, images: Tensor, generator: torch.Generator) -> Amounts:
     count, height, width, _ = images.shape
-    limits = {
-        "rotate": spec.rotate,
-        "shift_x": spec.shift,
-        "shift_y": spec.shift,
-        "zoom": math.log1p(spec.zoom),
-        **{name: getattr(spec, name) for name in _COLOURS},
-    }
-    amounts = {
-        name: limit * (2 * torch.rand(count, generator=generator) - 1) for name, limit in limits.items() if limit
+    return {
+        name: torch.randint(-spec.crop, spec.crop + 1, (count,), generator=generator) / side
+        for name, side in (("shift_x", width), ("shift_y", height))
     }
 
-    def add(name: str, amount: Tensor) -> None:
-        amounts[name] = amounts[name] + amount if name in amounts else amount
 
-    if spec.crop:
-        for name, side in (("shift_x", width), ("shift_y", height)):
-            add(name, torch.randint(-spec.crop, spec.crop + 1, (count,), generator=generator) / side)
-    if spec.randaugment:
-        # Ranks of random numbers: each image draws different changes, every set of them equally likely.
-        ranks = torch.rand(count, len(_RANDAUGMENT), generator=generator).argsort(1).argsort(1)
-        signs = 1 - 2 * torch.randint(2, ranks.shape, generator=generator)
-        drawn = spec.magnitude * signs * (ranks < spec.randaugment)
-        for (name, most), amount in zip(_RANDAUGMENT.items(), drawn.unbind(1), strict=True):
-            add(name, most * amount)
-    if not amounts:
-        return {}
-    # One transfer for all.
-    moved = torch.stack(list(amounts.values())).to(images.device)
-    return dict(zip(amounts, moved, strict=True))
+def _randaugment(spec: AugmentSpec, images: Tensor, generator: torch.Generator) -> Amounts:
+    # Ranks of random numbers: each image draws different changes, every set of them equally likely.
+    ranks = torch.rand(len(images), len(_RANDAUGMENT), generator=generator).argsort(1).argsort(1)
+    signs = 1 - 2 * torch.randint(2, ranks.shape, generator=generator)
+    drawn = spec.magnitude * signs * (ranks < spec.randaugment)
+    return {name: most * amount for (name, most), amount in zip(_RANDAUGMENT.items(), drawn.unbind(1), strict=True)}
 
 
-def build_augment(spec: AugmentSpec, *, turned: bool = False) -> Augment | None:
-    """All that the spec asks for as one function of (uint8 images (n, height, width, channels), generator); or None.
+def _erase(spec: AugmentSpec, images: Tensor, generator: torch.Generator) -> Tensor:
+    return erase(images, generator, probability=spec.erase, largest=spec.erase_area)
 
-    turned says that the images are mirrored and turned already. The generator is the CPU's. mixup and cutmix are not in
-    it, for they change labels: see mix_batch.
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How a field of AugmentSpec changes a batch; exactly one of amounts and change is given.
+
+    amounts draws one amount for each image (n,) of the changes that warp and recolour know; those of all fields are
+    added up and applied at once. change is applied to the images (n, height, width, channels) uint8 afterwards.
     """
-    turns = None if turned else Turns.of(spec)
-    amounts = (spec.rotate, spec.shift, spec.crop, spec.zoom, spec.randaugment, *(getattr(spec, c) for c in _COLOURS))
-    if not turns and not any(amounts) and not spec.erase:
+
+    amounts: Draw | None = None
+    change: Callable[[AugmentSpec, Tensor, torch.Generator], Tensor] | None = None
+
+
+# By field of AugmentSpec, in the order of their draws. A field is on where its value is neither 0 nor false.
+AUGMENTATIONS: dict[str, Augmentation] = {
+    "rotate": Augmentation(_within("rotate")),
+    "shift": Augmentation(_within("shift_x", "shift_y", limit=lambda spec: spec.shift)),
+    "zoom": Augmentation(_within("zoom", limit=lambda spec: math.log1p(spec.zoom))),
+    **{name: Augmentation(_within(name)) for name in _COLOURS},
+    "crop": Augmentation(_crop),
+    "randaugment": Augmentation(_randaugment),
+    "erase": Augmentation(change=_erase),
+}
+# Fields with an implementation of their own: hpo.training.batches.Flips, and mix_batch.
+FLIPS = ("flip_horizontal", "flip_vertical", "rotate90")
+MIXES = ("mixup", "cutmix")
+OPTIONS = ("fill", "magnitude", "erase_area")  # of other fields; they change nothing alone
+
+
+def build_augment(spec: AugmentSpec) -> Augment | None:
+    """The augmentations of spec but flips and mixes as one function of (images, generator); None if none is on.
+
+    Images are uint8 (n, height, width, channels), the generator is the CPU's. Raises TrainingError for a field of the
+    spec that is on and has no implementation.
+    """
+    on = [name for name in type(spec).model_fields if name not in OPTIONS and getattr(spec, name)]
+    for name in on:
+        if name not in AUGMENTATIONS and name not in FLIPS + MIXES:
+            raise TrainingError(f"augment.{name}: is not implemented.", "Add it to hpo.training.augment.AUGMENTATIONS.")
+    entries = [entry for name, entry in AUGMENTATIONS.items() if name in on]
+    draws = [entry.amounts for entry in entries if entry.amounts is not None]
+    changes = [entry.change for entry in entries if entry.change is not None]
+    if not entries:
         return None
 
     def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-        if turns:
-            images = turns.of_batch(images, generator)
-        drawn = _draw(spec, images, generator)
-        if drawn:
-            planes = images.permute(0, 3, 1, 2).contiguous().float()
-            if not drawn.keys().isdisjoint(_MOVES):
-                planes = warp(planes, drawn, fill=spec.fill)
-            if not drawn.keys().isdisjoint(_COLOURS):
-                planes = recolour(planes, drawn)
-            images = planes.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-        if spec.erase:
-            images = erase(images, generator, probability=spec.erase, largest=spec.erase_area)
+        images = _resample(spec, images, _add_up(draws, spec, images, generator))
+        for change in changes:
+            images = change(spec, images, generator)
         return images
 
     return augment
+
+
+def _add_up(draws: Sequence[Draw], spec: AugmentSpec, images: Tensor, generator: torch.Generator) -> Amounts:
+    """The sums of all drawn amounts by name, on the images' device."""
+    amounts: Amounts = {}
+    for draw in draws:
+        for name, amount in draw(spec, images, generator).items():
+            amounts[name] = amounts[name] + amount if name in amounts else amount
+    if not amounts:
+        return {}
+    moved = torch.stack(list(amounts.values())).to(images.device)  # one transfer for all
+    return dict(zip(amounts, moved, strict=True))
+
+
+def _resample(spec: AugmentSpec, images: Tensor, amounts: Amounts) -> Tensor:
+    """Apply moves and colours to images (n, height, width, channels) uint8."""
+    if not amounts:
+        return images
+    planes = images.permute(0, 3, 1, 2).contiguous().float()
+    if not amounts.keys().isdisjoint(_MOVES):
+        planes = warp(planes, amounts, fill=spec.fill)
+    if not amounts.keys().isdisjoint(_COLOURS):
+        planes = recolour(planes, amounts)
+    return planes.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def mix_batch(
@@ -197,14 +243,14 @@ def mix_batch(
     if not spec.mixup and not spec.cutmix:
         return images, labels, labels, 1.0
     # torch's Beta takes no generator.
-    chance = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+    random = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
     other = torch.randperm(len(images), generator=generator).to(images.device)
-    if not spec.cutmix or (spec.mixup and chance.random() < 0.5):
-        share = float(chance.beta(spec.mixup, spec.mixup))
+    if not spec.cutmix or (spec.mixup and random.random() < 0.5):
+        share = float(random.beta(spec.mixup, spec.mixup))
         return torch.lerp(images[other], images, share), labels, labels[other], share
     height, width = images.shape[2:]
-    side = math.sqrt(1 - chance.beta(spec.cutmix, spec.cutmix))
-    y, x = chance.random() * height, chance.random() * width
+    side = math.sqrt(1 - random.beta(spec.cutmix, spec.cutmix))
+    y, x = random.random() * height, random.random() * width
     # Cut off at the edges, as in the paper: the share is of what was really pasted.
     top, bottom = max(0, round(y - side * height / 2)), min(height, round(y + side * height / 2))
     left, right = max(0, round(x - side * width / 2)), min(width, round(x + side * width / 2))
@@ -212,22 +258,3 @@ def mix_batch(
     mixed[:, :, top:bottom, left:right] = images[other, :, top:bottom, left:right]
     share = 1 - (bottom - top) * (right - left) / (height * width)
     return mixed, labels, labels[other], share
-
-
-def preview(images: Tensor, spec: AugmentSpec, *, generator: torch.Generator, copies: int) -> npt.NDArray[np.uint8]:
-    """What training would see of images (n, height, width, channels) uint8: one picture, uint8 with their channels.
-
-    A row for each image: first itself, then so many copies, each changed anew; white lines of 2 pixels between them.
-    """
-    augment = build_augment(spec)
-    labels = torch.zeros(len(images), dtype=torch.long)
-    columns = [images]
-    for _ in range(copies):
-        changed = images if augment is None else augment(images, generator)
-        mixed, *_ = mix_batch(changed.permute(0, 3, 1, 2).float(), labels, spec, generator)
-        columns.append(mixed.round().to(torch.uint8).permute(0, 2, 3, 1))
-    framed = functional.pad(torch.stack(columns, dim=1), (0, 0, 2, 0, 2, 0), value=255)
-    rows, columns_count, height, width, channels = framed.shape
-    picture = framed.transpose(1, 2).reshape(rows * height, columns_count * width, channels)
-    array: npt.NDArray[np.uint8] = picture[2:, 2:].cpu().numpy()
-    return array

@@ -1,4 +1,4 @@
-"""What an interrupted training goes on from: one file, written whole or not at all, believed only where it fits."""
+"""Checkpoints of trainings: one file each, written atomically, used only if it fits the training."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _SEAL_BYTES = hashlib.sha256().digest_size
 
 @dataclass(frozen=True)
 class Saved:
-    """A training so far: the epochs of all folds, what precision was measured, and the state after the last of them.
+    """A training so far: the epochs of all folds, the measured precisions, and the state after the last epoch.
 
-    state is that of the fold under way, None between two folds.
+    state is that of the current fold, None between two folds.
     """
 
     epochs: tuple[Epoch, ...] = ()
@@ -37,7 +37,7 @@ class Saved:
         return tuple(epoch for epoch in self.epochs if epoch.fold == fold)
 
     def fits(self, net: nn.Module) -> bool:
-        """Whether the state is of a network with these weights: the user may have changed theirs in between."""
+        """True if the state has the weights of net: a user may have changed their own network in between."""
         if self.state is None:
             return True
         kept, own = self.state["net"], net.state_dict()
@@ -45,10 +45,10 @@ class Saved:
 
 
 class Checkpoint:
-    """The file of one training; path None keeps nothing.
+    """The file of one training; with path None nothing is stored.
 
-    It is sealed with a checksum over its content and over what decides the training: setup, data, seed, kind of device
-    and version of torch. A file that is damaged, or of another training, reads as nothing saved.
+    It begins with a checksum of its content and of all that determines the training: setup, data, seed, kind of device
+    and version of torch. A damaged file, or that of another training, is read as an empty Saved.
     """
 
     def __init__(self, path: Path | None, setup: Setup, card: DataCard, *, seed: int, device_name: str) -> None:
@@ -56,7 +56,7 @@ class Checkpoint:
         self._marks = _marks(setup, card, seed=seed, device_name=device_name)
 
     def load(self) -> Saved:
-        """What was saved."""
+        """Read the file; without a valid one, an empty Saved."""
         try:
             raw = memoryview(self._path.read_bytes()) if self._path else memoryview(b"")
         except OSError:
@@ -70,7 +70,7 @@ class Checkpoint:
     def save(
         self, epochs: Sequence[Epoch], precisions: Mapping[str, str], state: Mapping[str, Any] | None = None
     ) -> None:
-        """Put this in the place of what was saved. A disk that refuses costs the checkpoint, not the training."""
+        """Replace the file. If the disk refuses, the training continues without a checkpoint."""
         if self._path is None:
             return
         content = io.BytesIO()
@@ -96,10 +96,10 @@ class Checkpoint:
 
 
 def _marks(setup: Setup, card: DataCard, *, seed: int, device_name: str) -> bytes:
-    """What decides a training, in 32 bytes; how often it is saved does not."""
+    """A digest of everything that determines a training, in 32 bytes; the interval of checkpoints does not."""
     training = setup.training.model_copy(update={"checkpoint": None})
-    said = setup.model_copy(update={"training": training}).model_dump_json()
-    marks = [str(_FORMAT), torch.__version__, said, card.digest, str(seed), torch.device(device_name).type]
+    settings = setup.model_copy(update={"training": training}).model_dump_json()
+    marks = [str(_FORMAT), torch.__version__, settings, card.digest, str(seed), torch.device(device_name).type]
     return hashlib.sha256("\n".join(marks).encode()).digest()
 
 
@@ -107,14 +107,14 @@ def _plain(epoch: Epoch) -> dict[str, Any]:
     return {**asdict(epoch), "scores": {name: float(value) for name, value in epoch.scores.items()}}
 
 
-def get_chance(generator: torch.Generator, device: torch.device) -> list[Tensor]:
-    """The state of what draws in a training: data order, torch's own generator, the device's if it has one."""
+def random_state(generator: torch.Generator, device: torch.device) -> list[Tensor]:
+    """The states of the random generators of a training: data order, torch's own, and the device's if it has one."""
     own = [_GET[device.type](device)] if device.type in _GET else []
     return [generator.get_state(), torch.get_rng_state(), *own]
 
 
-def set_chance(states: Sequence[Tensor], generator: torch.Generator, device: torch.device) -> None:
-    """Draw on from what get_chance gave."""
+def set_random_state(states: Sequence[Tensor], generator: torch.Generator, device: torch.device) -> None:
+    """Restore the states that random_state returned."""
     generator.set_state(states[0])
     torch.set_rng_state(states[1])
     if device.type in _SET:

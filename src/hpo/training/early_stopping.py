@@ -1,4 +1,4 @@
-"""How a training stands: its best epoch so far, and whether the one at hand is its last."""
+"""Early stopping: the best epoch of a training so far, and when it ends."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from hpo.errors import NotFiniteError
-from hpo.spec.scores import SCORES
+from hpo.metrics import direction_of
 from hpo.spec.training import TrainingSpec
 
 
-class Progress:
-    """The best epoch of a training by spec.monitor; validates: there are validation images, or else none is best.
+class EarlyStopping:
+    """The best epoch of a training by spec.monitor; with validates=False, without validation images, none is best.
 
-    state holds the weights of the best epoch (None: there was none); the three attributes can be saved and set.
+    score (higher is better), epoch and state, the weights of the best epoch, are saved in checkpoints.
     """
 
     def __init__(self, spec: TrainingSpec, *, validates: bool) -> None:
         self.score, self.epoch = -math.inf, 0
         self.state: dict[str, Tensor] | None = None
         self._spec, self._validates = spec, validates
-        self._sign = 1.0 if SCORES[spec.monitor] == "maximize" else -1.0
+        self._sign = 1.0 if direction_of(spec.monitor) == "maximize" else -1.0
 
     def note(self, number: int, measured: Mapping[str, float], net: nn.Module) -> bool:
-        """Take in the scores of an epoch of net; True where it is the last, by spec.epochs or spec.patience.
+        """Compare an epoch of net with the best; True if it is the last, by spec.epochs or spec.patience.
 
-        Raises NotFiniteError where a loss is not finite.
+        Raises NotFiniteError if a loss is not finite.
         """
         losses = {name: value for name, value in measured.items() if name.endswith("_loss")}
         if not all(map(math.isfinite, losses.values())):

@@ -1,4 +1,4 @@
-"""What frozen backbones make of a data set: computed once, kept on disk, shared by all trials and workers."""
+"""Features of a data set by frozen backbones: computed once, stored on disk, shared by all trials and workers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hpo.models.transfer import Transfer
 from hpo.spec.pretrained import Tuned
 from hpo.spec.study import Setup
 from hpo.spec.training import AugmentSpec
-from hpo.training.augment import build_augment
+from hpo.training.batches import augmenter
 
 _FORMAT = 1  # part of every key
 _CHUNK = 256  # images that one worker claims at a time
@@ -29,9 +29,9 @@ _BATCH = 8  # maps that stay in the processor's cache: 1.6 times the images/s of
 
 
 def cached_views(setup: Setup) -> int | None:
-    """How many augmented views of each image a training takes from the cache; None where it needs the images.
+    """The number of augmented views of each image in the cache; None if a training needs the images.
 
-    Only a head may learn, from images as they are or from views of them that were drawn before.
+    Features serve only trainings of a head, on unchanged images or on views that are drawn once.
     """
     model, augment = setup.model, setup.training.augment
     if not isinstance(model, Tuned) or not model.frozen or augment.mixup or augment.cutmix:
@@ -40,7 +40,7 @@ def cached_views(setup: Setup) -> int | None:
 
 
 def features_of(net: Transfer, setup: Setup, data: TrialData, *, digest: str, cache: Path) -> TrialData:
-    """The data with features of net's bodies in place of images; what is not in the cache is computed first.
+    """The data with features of net's bodies in place of images; missing ones are computed and cached first.
 
     cached_views(setup) is not None. digest is that of the data set. Several workers share the work, chunk by chunk, and
     each gets all of it.
@@ -49,32 +49,21 @@ def features_of(net: Transfer, setup: Setup, data: TrialData, *, digest: str, ca
     bodies = [body for body in net.bodies if isinstance(body, Backbone)]
     files = tuple(_complete(body, data.images, augment, views, digest, cache) for body in bodies)
     parts = tuple(load_tensor(file, data.images.device) for file in files)
-    return replace(data, images=parts[0] if len(parts) == 1 else _beside(parts))
+    return replace(data, images=parts[0] if len(parts) == 1 else _concatenated(parts))
 
 
 @lru_cache(maxsize=1)
-def _beside(parts: tuple[Tensor, ...]) -> Tensor:
-    """Features of several bodies in one tensor; remembered, for the candidates of a study nearly always share them."""
+def _concatenated(parts: tuple[Tensor, ...]) -> Tensor:
+    """Features of several bodies in one tensor; remembered, for the trials of a study nearly always share them."""
     return torch.cat(parts, dim=-1)
-
-
-def pick_view(features: Tensor, generator: torch.Generator) -> Tensor:
-    """Features (n, 1 + views, count) -> (n, count): one of the augmented views of each image, by chance.
-
-    Without views, (n, count), they stay as they are.
-    """
-    if features.ndim == 2:
-        return features
-    picked = torch.randint(1, features.shape[1], (len(features),), generator=generator).to(features.device)
-    return features[torch.arange(len(features), device=features.device), picked]
 
 
 def _complete(body: Backbone, images: Tensor, augment: AugmentSpec, views: int, digest: str, cache: Path) -> Path:
     """The file with the features of all images by this body."""
     import filelock
 
-    said = "|".join([str(_FORMAT), digest, body.digest, str(views), augment.model_dump_json() if views else ""])
-    key = hashlib.sha256(said.encode()).hexdigest()[:32]
+    parts = "|".join([str(_FORMAT), digest, body.digest, str(views), augment.model_dump_json() if views else ""])
+    key = hashlib.sha256(parts.encode()).hexdigest()[:32]
     folder = cache / "features" / key
     file = folder / "features.npy"
     if intact(folder):
@@ -82,7 +71,7 @@ def _complete(body: Backbone, images: Tensor, augment: AugmentSpec, views: int, 
     scratch = folder.with_suffix(".parts")
     scratch.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(images), _CHUNK)
-    # First whatever nobody else works on, then, waiting for the others, whatever they have not finished.
+    # First the chunks that no other worker computes, then, waiting for their locks, all unfinished ones.
     for wait in (False, True):
         for start in starts:
             if intact(folder):
@@ -90,15 +79,15 @@ def _complete(body: Backbone, images: Tensor, augment: AugmentSpec, views: int, 
             part = scratch / f"{start:09}.npy"
             try:
                 with filelock.FileLock(f"{part}.lock", timeout=-1 if wait else 0):
-                    # Put together and tidied up since the look above, perhaps: then there is nothing to do either.
+                    # Another worker may have merged and removed the chunks since the check above.
                     if _read(part, min(_CHUNK, len(images) - start), views) is None and not intact(folder):
                         _compute(body, images[start : start + _CHUNK], augment, views, seed=start, file=part)
             except (filelock.Timeout, FileNotFoundError):
-                continue  # another works on it, or has put the whole together and tidied up
+                continue  # another worker computes it, or has merged and removed the chunks
     with filelock.FileLock(folder.parent / ".lock"):
         if not intact(folder):
             pieces = [_read(scratch / f"{start:09}.npy", min(_CHUNK, len(images) - start), views) for start in starts]
-            if any(piece is None for piece in pieces):  # damaged since it was written: begin again
+            if any(piece is None for piece in pieces):  # damaged since it was written: start again
                 return _complete(body, images, augment, views, digest, cache)
             whole = [piece for piece in pieces if piece is not None]
             write_folder(folder, lambda made: np.save(made / "features.npy", np.concatenate(whole)))
@@ -122,10 +111,10 @@ def _quick(body: Backbone) -> Backbone:
 
 
 def _compute(body: Backbone, images: Tensor, augment: AugmentSpec, views: int, *, seed: int, file: Path) -> None:
-    """Write the features of a chunk, whole or not at all."""
+    """Write the features of a chunk atomically."""
     body = _quick(body)
     generator = torch.Generator().manual_seed(seed)
-    change = build_augment(augment)
+    change = augmenter(augment)
     seen = [forward(body, images)]
     if change is not None:
         seen += [forward(body, change(images, generator)) for _ in range(views)]

@@ -1,4 +1,4 @@
-"""One training: a generator of epochs that knows nothing of who asks and who remembers."""
+"""One training of one network, as a generator of epochs."""
 
 from __future__ import annotations
 
@@ -15,25 +15,24 @@ from torch.optim.swa_utils import AveragedModel
 from hpo.data.prepare import TrialData
 from hpo.metrics import scores
 from hpo.models.inputs import input_of
-from hpo.models.transfer import standing_of
-from hpo.profile import NO_CLOCK, Clock
+from hpo.models.transfer import transfer_of
 from hpo.records import Epoch
 from hpo.spec.training import TrainingSpec
 from hpo.training.augment import mix_batch
-from hpo.training.batches import Take
-from hpo.training.checkpoint import get_chance, set_chance
-from hpo.training.compute.precision import lay_out
-from hpo.training.early_stopping import Progress
-from hpo.training.growing_subset import GrowingRows
+from hpo.training.batches import Batches, GrowingSubset
+from hpo.training.checkpoint import random_state, set_random_state
+from hpo.training.compute.device import lay_out
+from hpo.training.early_stopping import EarlyStopping
 from hpo.training.optimizers import build_optimizer, learning_rate_factor
+from hpo.training.profiler import phase
 
 if TYPE_CHECKING:
     from hpo.training.compute.cuda_graphs import Graph
 
-# What memory holds one piece of a training batch with all that its gradient needs, holds so many pieces without.
+# A batch that fits into memory with all that its gradient needs fits this many times without.
 _PIECES = 4
 
-# Takes an epoch and the state after it, plain enough for torch.load(weights_only=True).
+# Receives an epoch and the state after it, which torch.load(weights_only=True) can read.
 Save = Callable[[Epoch, Mapping[str, Any]], None]
 
 
@@ -44,9 +43,9 @@ def class_weights(labels: Tensor, classes: int) -> Tensor:
 
 
 def evaluation_batch(device: torch.device) -> int:
-    """Images that go through a network at once where nothing is learnt.
+    """The batch size of evaluation.
 
-    On a CPU as many as its caches hold: with 1024 a network of one convolution takes twice the time.
+    On a CPU it is what its caches hold: with 1024 a network of one convolution takes twice the time.
     """
     return 128 if device.type == "cpu" else 1024
 
@@ -56,13 +55,13 @@ def predict_logits(
 ) -> Tensor:
     """Logits (len(rows), classes) float32 of the images in these rows; the network is left in evaluation mode.
 
-    micro_batch is the training's: where memory is short there, batches are small here too.
+    micro_batch is that of the training: where memory is short, evaluation batches are small, too.
     """
     net.eval()
     device = data.images.device
     normalise = input_of(data)
     # Backbones resize images, and their maps are larger than the images.
-    batch = 64 if standing_of(net) is not None else evaluation_batch(device)
+    batch = 64 if transfer_of(net) is not None else evaluation_batch(device)
     batch = min(batch, _PIECES * micro_batch) if micro_batch else batch
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         parts = [net(normalise(data.images.index_select(0, part))).float() for part in torch.split(rows, batch)]
@@ -78,193 +77,194 @@ def train(
     precision: str,
     resume: Mapping[str, Any] | None = None,
     save: Save | None = None,
-    clock: Clock = NO_CLOCK,
     graph: Graph | None = None,
 ) -> Generator[Epoch, None, None]:
     """Train net in place and yield an Epoch after each evaluation; at the end net has its best epoch's weights.
 
-    precision is float32 or bfloat16. Best is judged by spec.monitor; training ends after spec.epochs, or after
-    spec.patience epochs without a better one. Without validation rows the last weights are kept; closing the generator
-    early leaves the last ones too. Raises NotFiniteError where a loss is not finite. One seed gives one result on one
-    device, thread count and precision.
+    precision is float32 or bfloat16. The best epoch is that of spec.monitor; training ends after spec.epochs, or after
+    spec.patience epochs without a better one. Without validation rows the last weights are kept, as they are when the
+    generator is closed early. Raises NotFiniteError where a loss is not finite. The result depends on seed, device,
+    thread count and precision only.
 
-    save is called before every spec.checkpoint-th epoch but the last is yielded. resume is a state that it was given:
-    the training goes on after that epoch, to the result that it would have had in one go. clock is told what each part
-    of the time was for. graph computes the batches that it fits; it was made of this network, on this data.
+    save is called before every spec.checkpoint-th epoch but the last is yielded. resume is a state that save received:
+    the training continues after that epoch, to the result of an uninterrupted one. graph computes the batches of its
+    shape; it was captured from this network on this data.
     """
     try:
-        yield from _epochs(
-            net, data, spec, seed=seed, precision=precision, resume=resume, save=save, clock=clock, graph=graph
-        )
+        yield from _Training(net, data, spec, seed=seed, precision=precision, graph=graph).epochs(resume, save)
     finally:
         torch.set_flush_denormal(False)
 
 
-def _epochs(
-    net: nn.Module,
-    data: TrialData,
-    spec: TrainingSpec,
-    *,
-    seed: int,
-    precision: str,
-    resume: Mapping[str, Any] | None,
-    save: Save | None,
-    clock: Clock,
-    graph: Graph | None,
-) -> Generator[Epoch, None, None]:
-    device = data.images.device
-    if graph is None or graph.forward is None:  # a graph reads the weights where they lay when it was captured
-        lay_out(net, device, precision)
-    # Dropout draws from torch's global generator; data order and augmentation from one of their own.
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = build_optimizer(spec.optimizer, net)
-    take = Take(data.images, spec.augment)
-    normalise = input_of(data)
-    averaged = moving_average(net, spec.ema) if spec.ema else None
-    judged = net if averaged is None else averaged.module
-    standing = standing_of(net)
-    valid_labels = data.labels[data.valid]
-    classes = len(data.class_names)
-    weights = class_weights(data.labels[data.train], classes) if spec.class_weights == "balanced" else None
-    loss_of = partial(functional.cross_entropy, weight=weights, label_smoothing=spec.label_smoothing)
-    growing = GrowingRows(data, spec, seed=seed)
-    steps, steps_per_epoch = growing.batches(spec.epochs), -(-len(data.train) // spec.batch_size)
-    progress = Progress(spec, validates=len(data.valid) > 0)
-    first = 1
-    # All that learns. How far the schedule is follows from the epoch.
-    learning: dict[str, Any] = {"net": net, "optimizer": optimizer, **({"averaged": averaged} if averaged else {})}
-    if resume is not None:
-        for name, part in learning.items():
-            part.load_state_dict(resume[name])
-        set_chance(resume["chance"], generator, device)
-        progress.score, progress.epoch, progress.state = resume["best"]
-        first = resume["epoch"] + 1
-    step = growing.batches(first - 1)
-    clock.lap("load")
+class _Training:
+    """The state of one training: network, optimizer, random generator, and the best epoch so far."""
 
-    for number in range(first, spec.epochs + 1):
-        started = time.perf_counter()
-        # Numbers near zero that lose digits make a step a hundred times slower, and mean nothing here. Whoever gets the
-        # epoch may count on them, and this is a state of the thread.
-        torch.set_flush_denormal(True)
-        if standing is not None:
-            standing.begin_epoch(number)
-        net.train()
-        batch_losses: list[Tensor] = []
-        batch_hits: list[Tensor] = []
+    def __init__(
+        self, net: nn.Module, data: TrialData, spec: TrainingSpec, *, seed: int, precision: str, graph: Graph | None
+    ) -> None:
+        self._net, self._data, self._spec, self._precision, self._graph = net, data, spec, precision, graph
+        self._device = data.images.device
+        if graph is None or graph.forward is None:  # a graph reads the weights where they were when it was captured
+            lay_out(net, self._device, precision)
+        # Dropout draws from torch's global generator; data order and augmentation from one of their own.
+        torch.manual_seed(seed)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._optimizer = build_optimizer(spec.optimizer, net)
+        self._batches = Batches(data.images, spec.augment)
+        self._normalise = input_of(data)
+        self._averaged = moving_average(net, spec.ema) if spec.ema else None
+        self._evaluated: nn.Module = net if self._averaged is None else self._averaged.module
+        self._transfer = transfer_of(net)
+        balanced = spec.class_weights == "balanced"
+        weights = class_weights(data.labels[data.train], len(data.class_names)) if balanced else None
+        self._loss_of = partial(functional.cross_entropy, weight=weights, label_smoothing=spec.label_smoothing)
+        self._subset = GrowingSubset(data, spec, seed=seed)
+        self._steps, self._steps_per_epoch = self._subset.batches(spec.epochs), -(-len(data.train) // spec.batch_size)
+        self._stopping = EarlyStopping(spec, validates=len(data.valid) > 0)
+        self._step = 0
+        # All that learns. The position in the schedule follows from the epoch.
+        self._learning: dict[str, Any] = {"net": net, "optimizer": self._optimizer}
+        self._learning |= {"averaged": self._averaged} if self._averaged else {}
+
+    def epochs(self, resume: Mapping[str, Any] | None, save: Save | None) -> Generator[Epoch, None, None]:
+        """Yield the epochs, from the first or from the one after resume; see train."""
+        first = 1 if resume is None else self._restore(resume)
+        self._step = self._subset.batches(first - 1)
+        for number in range(first, self._spec.epochs + 1):
+            started = time.perf_counter()
+            # Subnormal numbers make a step a hundred times slower and mean nothing here. This is a state of the thread,
+            # and the receiver of the epoch may need them.
+            torch.set_flush_denormal(True)
+            measured, rate = self._train_epoch(number)
+            if len(self._data.valid):
+                measured |= self._evaluate()
+            last = self._stopping.note(number, measured, self._evaluated)
+            seconds = time.perf_counter() - started
+            torch.set_flush_denormal(False)
+            epoch = Epoch(number=number, scores=measured, learning_rate=rate, seconds=seconds, last=last)
+            if save is not None and self._spec.checkpoint and number % self._spec.checkpoint == 0 and not last:
+                save(epoch, self._state(number))
+            yield epoch
+            if last:
+                break
+        if self._stopping.state is not None or self._averaged is not None:
+            self._net.load_state_dict(self._stopping.state or self._evaluated.state_dict())
+
+    def _state(self, number: int) -> dict[str, Any]:
+        """The state after epoch `number`, for _restore; its keys are those of stored checkpoints."""
+        best = self._stopping.score, self._stopping.epoch, self._stopping.state
+        state = {name: part.state_dict() for name, part in self._learning.items()}
+        return {**state, "epoch": number, "best": best, "chance": random_state(self._generator, self._device)}
+
+    def _restore(self, state: Mapping[str, Any]) -> int:
+        """Return to a state of _state; the number of the next epoch."""
+        for name, part in self._learning.items():
+            part.load_state_dict(state[name])
+        set_random_state(state["chance"], self._generator, self._device)
+        self._stopping.score, self._stopping.epoch, self._stopping.state = state["best"]
+        return int(state["epoch"]) + 1
+
+    def _train_epoch(self, number: int) -> tuple[dict[str, float], float]:
+        """Train the batches of an epoch; their mean loss and accuracy, and the last learning rate."""
+        spec, data, device = self._spec, self._data, self._device
+        if self._transfer is not None:
+            self._transfer.begin_epoch(number)
+        self._net.train()
+        losses: list[Tensor] = []
+        hits: list[Tensor] = []
         counts: list[int] = []  # images in each batch
-        taking_part = growing.of(number)
-        order = taking_part[torch.randperm(len(taking_part), generator=generator).to(device)]
         rate = 0.0
+        subset = self._subset.of(number)
+        order = subset[torch.randperm(len(subset), generator=self._generator).to(device)]
         single = len(order) % spec.batch_size == 1 < min(spec.batch_size, len(order))
         order = order[:-1] if single else order  # batch norm cannot learn from a single image
-        places = take.places(order, spec.batch_size, generator)
-        for rows, place in zip(*(torch.split(part, spec.batch_size) for part in (order, places)), strict=True):
-            factor = learning_rate_factor(spec.schedule, step=step, steps=steps, steps_per_epoch=steps_per_epoch)
-            step += 1
-            rate = spec.optimizer.lr * factor
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["scale"]
-            labels = data.labels.index_select(0, rows)
-            clock.lap("batch")
-            images = take(place, generator)
-            inputs, labels, others, share = mix_batch(normalise(images), labels, spec.augment, generator)
-            clock.lap("augment")
-            optimizer.zero_grad(set_to_none=True)
-            loss, logits = _backward(
-                net, inputs, (labels, others, share), loss_of, spec.micro_batch, precision, clock, graph
-            )
-            if spec.clip_norm is not None:
-                nn.utils.clip_grad_norm_(net.parameters(), spec.clip_norm)
-            optimizer.step()
-            if averaged is not None:
-                averaged.update_parameters(net)
-            clock.lap("optimizer")
-            batch_losses.append(loss)
-            batch_hits.append((logits.argmax(1) == labels).sum())
+        sources = self._batches.rows(order, spec.batch_size, self._generator)
+        for rows, source in zip(*(torch.split(part, spec.batch_size) for part in (order, sources)), strict=True):
+            with phase("batch"):
+                rate = self._set_rate()
+                labels = data.labels.index_select(0, rows)
+            with phase("augment"):
+                images = self._normalise(self._batches.gather(source, self._generator))
+                inputs, labels, others, share = mix_batch(images, labels, spec.augment, self._generator)
+            self._optimizer.zero_grad(set_to_none=True)
+            loss, logits = self._backward(inputs, labels, others, share)
+            with phase("optimizer"):
+                if spec.clip_norm is not None:
+                    nn.utils.clip_grad_norm_(self._net.parameters(), spec.clip_norm)
+                self._optimizer.step()
+                if self._averaged is not None:
+                    self._averaged.update_parameters(self._net)
+            losses.append(loss)
+            hits.append((logits.argmax(1) == labels).sum())
             counts.append(len(rows))
-            clock.lap("evaluate")
-
-        step += single
+        self._step += single
         # Added up once an epoch, in one transfer from the device.
-        seen, images_in = sum(counts), torch.tensor(counts, dtype=torch.float64)
-        each = torch.stack([torch.stack(batch_losses), torch.stack(batch_hits).float()]).cpu().double()
-        loss_sum, hits = float(each[0] @ images_in), float(each[1].sum())
-        measured = {"train_loss": loss_sum / seen, "train_accuracy": hits / seen}
-        if len(data.valid):
-            logits = predict_logits(judged, data, data.valid, precision=precision, micro_batch=spec.micro_batch)
-            measured |= {f"valid_{name}": value for name, value in scores(logits, valid_labels).items()}
-        last = progress.note(number, measured, judged)
-        clock.lap("evaluate")
-        seconds = time.perf_counter() - started
-        torch.set_flush_denormal(False)
-        epoch = Epoch(number=number, scores=measured, learning_rate=rate, seconds=seconds, last=last)
-        if save is not None and spec.checkpoint and number % spec.checkpoint == 0 and not last:
-            state = {name: part.state_dict() for name, part in learning.items()}
-            chance, best = get_chance(generator, device), (progress.score, progress.epoch, progress.state)
-            save(epoch, {**state, "epoch": number, "best": best, "chance": chance})
-            clock.lap("checkpoint")
-        yield epoch
-        if last:
-            break
+        each = torch.stack([torch.stack(losses), torch.stack(hits).float()]).cpu().double()
+        loss_sum, total = float(each[0] @ torch.tensor(counts, dtype=torch.float64)), sum(counts)
+        return {"train_loss": loss_sum / total, "train_accuracy": float(each[1].sum()) / total}, rate
 
-    if progress.state is not None or averaged is not None:
-        net.load_state_dict(progress.state or judged.state_dict())
+    def _set_rate(self) -> float:
+        """Set the learning rate of the next step; without the scales of layer_decay it is returned."""
+        spec = self._spec
+        factor = learning_rate_factor(
+            spec.schedule, step=self._step, steps=self._steps, steps_per_epoch=self._steps_per_epoch
+        )
+        self._step += 1
+        rate = spec.optimizer.lr * factor
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+        return rate
 
+    def _evaluate(self) -> dict[str, float]:
+        """The scores on the validation part."""
+        data, micro_batch = self._data, self._spec.micro_batch
+        logits = predict_logits(self._evaluated, data, data.valid, precision=self._precision, micro_batch=micro_batch)
+        return {f"valid_{name}": value for name, value in scores(logits, data.labels[data.valid]).items()}
 
-def _backward(
-    net: nn.Module,
-    inputs: Tensor,
-    wanted: tuple[Tensor, Tensor, float],
-    loss_of: partial[Tensor],
-    micro_batch: int | None,
-    precision: str,
-    clock: Clock,
-    graph: Graph | None,
-) -> tuple[Tensor, Tensor]:
-    """Add the gradient of a batch's mean loss to the weights, piece by piece; returns that loss and the logits.
+    def _backward(self, inputs: Tensor, labels: Tensor, others: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        """Add the gradient of a batch's mean loss to the weights; returns that loss and the logits.
 
-    wanted is what mix_batch gives: labels, other labels, and the share of the first. Pieces are of nearly equal size.
-    """
-    labels, others, share = wanted
-    pieces = -(-len(labels) // micro_batch) if micro_batch else 1
-    loss, answers = torch.zeros((), device=inputs.device), []
-    for part, first, second in zip(
-        inputs.tensor_split(pieces), labels.tensor_split(pieces), others.tensor_split(pieces), strict=True
-    ):
-        if graph is not None and graph.forward is not None and part.shape == graph.shape:
-            logits = graph.forward(part)
-        else:
-            with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-                logits = net(part)
-            logits = logits.float()
-        piece = loss_of(logits, first) * _weight(first, labels, loss_of)
-        if share < 1:
-            piece = share * piece + (1 - share) * loss_of(logits, second) * _weight(second, others, loss_of)
-        clock.lap("forward")
-        torch.autograd.backward(piece)
-        clock.lap("backward")
-        loss += piece.detach()
-        answers.append(logits.detach())
-    return loss, torch.cat(answers)
+        The arguments are those that mix_batch returns. With micro_batch the batch is computed in pieces of nearly equal
+        size.
+        """
+        graph, loss_of, micro_batch, device = self._graph, self._loss_of, self._spec.micro_batch, inputs.device
+        pieces = -(-len(labels) // micro_batch) if micro_batch else 1
+        loss, all_logits = torch.zeros((), device=device), []
+        for part, first, second in zip(
+            inputs.tensor_split(pieces), labels.tensor_split(pieces), others.tensor_split(pieces), strict=True
+        ):
+            with phase("forward"):
+                if graph is not None and graph.forward is not None and part.shape == graph.shape:
+                    logits = graph.forward(part)
+                else:
+                    with torch.autocast(device.type, torch.bfloat16, enabled=self._precision == "bfloat16"):
+                        logits = self._net(part)
+                    logits = logits.float()
+                piece = loss_of(logits, first) * _weight(first, labels, loss_of)
+                if share < 1:
+                    piece = share * piece + (1 - share) * loss_of(logits, second) * _weight(second, others, loss_of)
+            with phase("backward"):
+                torch.autograd.backward(piece)
+            loss += piece.detach()
+            all_logits.append(logits.detach())
+        return loss, torch.cat(all_logits)
 
 
-def _weight(part: Tensor, whole: Tensor, loss_of: partial[Tensor]) -> Tensor | float:
-    """What the mean loss of a piece counts in that of its batch: torch's mean is over the weights of the classes."""
+def _weight(part: Tensor, batch: Tensor, loss_of: partial[Tensor]) -> Tensor | float:
+    """The share of a piece's mean loss in that of its batch, from their labels: torch's mean is weighted by class."""
     weights = loss_of.keywords["weight"]
-    if len(part) == len(whole):
+    if len(part) == len(batch):
         return 1.0
     share: Tensor | float = (
-        weights[part].sum() / weights[whole].sum() if weights is not None else len(part) / len(whole)
+        weights[part].sum() / weights[batch].sum() if weights is not None else len(part) / len(batch)
     )
     return share
 
 
 def moving_average(net: nn.Module, keep: float) -> AveragedModel:
-    """A copy of net whose weights and running means follow it, keeping `keep` of themselves in every step.
+    """An exponential moving average of net's weights and running means with decay `keep`.
 
-    In step n at most (1 + n) / (10 + n), so that the first weights are soon forgotten.
+    In step n the decay is at most (1 + n) / (10 + n), so that the first weights soon count little.
     """
 
     def follow(own: Any, others: Any, steps: Any) -> None:

@@ -1,4 +1,4 @@
-"""One real batch through everything that a trial does, timed."""
+"""A timed rehearsal of a trial: a few real batches, their evaluation, an export."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from hpo.data.prepare import TrialData
 from hpo.errors import TrainingError
 from hpo.models import parameter_count
 from hpo.models.backbones import Backbone
-from hpo.models.export import export_program
-from hpo.models.saved import save_trained
-from hpo.models.transfer import Transfer, standing_of
+from hpo.models.export import export_program, save_trained
+from hpo.models.transfer import Transfer, transfer_of
 from hpo.records import DataCard
 from hpo.spec.study import Setup
 from hpo.training.features import cached_views, forward
 from hpo.training.loop import train
-from hpo.training.trial import build_whole, measured_precision
+from hpo.training.trial import build_full, measured_precision
 
 
 @dataclass(frozen=True)
@@ -39,17 +38,17 @@ class Preflight:
 
 
 def preflight(setup: Setup, card: DataCard, *, device_name: str, seed: int, folder: Path) -> Preflight:
-    """Train a few batches, evaluate them, and export. Raises TrainingError where the loss is not finite."""
-    net, data = build_whole(setup, card, seed=seed, device_name=device_name)
+    """Train a few batches, evaluate them, and export. Raises TrainingError if the loss is not finite."""
+    net, data = build_full(setup, card, seed=seed, device_name=device_name)
     whole, spec = net, setup.training
     steps = min(4, -(-len(data.train) // spec.batch_size))
-    # Rows spread over the part: the first rows of a sorted file may be of one class.
+    # Rows are spread over the part, because the first rows of a sorted file may be of one class.
     some = torch.linspace(0, len(data.train) - 1, min(len(data.train), steps * spec.batch_size)).long()
     few = replace(data, train=data.train[some.to(data.train.device)], valid=data.valid[:1024])
-    standing, features_seconds = standing_of(net), 0.0
-    if standing is not None and (views := cached_views(setup)) is not None:
-        few, seconds = _seen(standing, few, views)
-        net, features_seconds = standing.head, seconds * (1 + views) * card.development_count
+    transfer, features_seconds = transfer_of(net), 0.0
+    if transfer is not None and (views := cached_views(setup)) is not None:
+        few, seconds = _seen(transfer, few, views)
+        net, features_seconds = transfer.head, seconds * (1 + views) * card.development_count
     once = spec.model_copy(update={"epochs": 2, "patience": None})
     try:
         precision = spec.precision if spec.precision != "auto" else measured_precision(net, few, spec.batch_size)
@@ -80,11 +79,11 @@ def preflight(setup: Setup, card: DataCard, *, device_name: str, seed: int, fold
 
 
 def _seen(net: Transfer, few: TrialData, views: int) -> tuple[TrialData, float]:
-    """A batch of the data as frozen backbones see it, in place of all of it; seconds for each image."""
+    """The data with features of one batch repeated for all images, and the seconds for each image."""
     images = few.images.index_select(0, few.train[:64])
     started = time.perf_counter()
     features = torch.cat([forward(body, images) for body in net.bodies if isinstance(body, Backbone)], dim=1)
     seconds = (time.perf_counter() - started) / len(images)
-    # Which image has which features makes no difference to the time that a step takes.
+    # The time of a step does not depend on which image has which features.
     spread = features.to(images.device)[torch.arange(len(few.images), device=images.device) % len(features)]
     return replace(few, images=spread[:, None].expand(-1, 1 + views, -1) if views else spread), seconds

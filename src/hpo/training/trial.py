@@ -1,15 +1,14 @@
-"""One candidate, trained and left on disk for whoever keeps it: data, network, precision, folds, best weights."""
+"""One trial: build its network, choose its precision, train its folds, leave its best weights on disk."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from statistics import fmean, median, pstdev
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,192 +18,238 @@ from torch import Tensor, nn
 from hpo.data.prepare import TrialData, cache_folder, open_trial
 from hpo.metrics import confusion_matrix
 from hpo.models import build_model, parameter_count
-from hpo.models.binary import OneLogit
+from hpo.models.basic import OneLogit
+from hpo.models.export import save_trained
 from hpo.models.inputs import input_of
-from hpo.models.saved import save_trained
-from hpo.models.transfer import standing_of
+from hpo.models.transfer import transfer_of
 from hpo.records import DataCard, Epoch, TrialResult, TrialState, best_of, pack_classes
 from hpo.spec.models import OwnModelSpec
 from hpo.spec.study import Setup, SplitSpec
 from hpo.training.checkpoint import Checkpoint, Saved
 from hpo.training.compute.cuda_graphs import Graph, choose_graph
-from hpo.training.compute.precision import faster_precision, layout
-from hpo.training.compute.trial_profiler import NO_METER, Meter
+from hpo.training.compute.device import faster_precision, layout
 from hpo.training.features import cached_views, features_of
 from hpo.training.loop import predict_logits, train
+from hpo.training.profiler import TrainingProfiler
 from hpo.training.stacking.compatibility import convolves
-from hpo.training.stacking.speed import shared_precision, why_apart
-from hpo.training.stacking.stack import Stacks, beside, why_alone
+from hpo.training.stacking.speed import shared_precision, why_slower_stacked
+from hpo.training.stacking.stack import Stacks, alongside, unstackable_reason
 
 VALIDATION = "validation.npz"  # rows, labels, probabilities of the validation part at the best epoch
 
 
 @dataclass(frozen=True)
-class Built:
-    """A freshly built network on its device with its data, and how it will be computed.
+class TrialPlan:
+    """What one trial trains, and how; it does not change on the way.
 
-    net learns from data. Where a frozen backbone has seen the images already, that is the head of `whole`, and data has
-    features in place of `pixels`. alone says why it can share its computation with no other training, "" where it can.
+    seed drives initial weights, data order and dropout. folder is where the best weights and validation probabilities
+    are left. precisions holds what was measured before for a kind and size of network
+    (TrialResult.settings["precision_key"]), so that similar trials use the same one. A network with more than
+    most_parameters weights is pruned before its first epoch. latency asks for the score latency_ms. checkpoint is the
+    file of training.checkpoint, which the caller deletes. not_stacked says why the trial must not share its
+    computation, "" if it may. profile asks for TrialResult.profile.
+    """
+
+    setup: Setup
+    card: DataCard
+    number: int
+    seed: int
+    folder: Path
+    device_name: str
+    precisions: Mapping[str, str] = field(default_factory=dict)
+    most_parameters: float = float("inf")
+    latency: bool = False
+    checkpoint: Path | None = None
+    not_stacked: str = ""
+    profile: bool = False
+
+    @property
+    def folds(self) -> int:
+        """The number of trainings, each from fresh weights."""
+        return self.setup.split.folds if self.setup.split.kind == "kfold" else 1
+
+
+@dataclass(frozen=True)
+class Built:
+    """A freshly built network on its device with its data.
+
+    net learns from data. For the head of a frozen backbone, data holds features; full_net is then the whole network and
+    pixels its images. not_stacked says why net can share its computation with no other training, "" if it can.
     """
 
     net: nn.Module
     data: TrialData
-    whole: nn.Module
+    full_net: nn.Module
     pixels: TrialData
     parameters: int
     precision: str
     key: str
-    alone: str
+    not_stacked: str
 
 
 def train_trial(
-    setup: Setup,
-    card: DataCard,
-    *,
-    number: int,
-    seed: int,
-    folder: Path,
-    device_name: str,
-    precisions: Mapping[str, str],
-    most_parameters: float = float("inf"),
-    latency: bool = False,
-    checkpoint: Path | None = None,
-    stacks: Stacks | None = None,
-    apart: str = "",
-    how: dict[str, str] | None = None,
-    profile: bool = False,
+    plan: TrialPlan, *, stacks: Stacks | None = None, decided: dict[str, str] | None = None
 ) -> Generator[Epoch | None, bool, TrialResult]:
-    """Yield each epoch, to be answered with whether to go on, and return how the trial ended.
+    """Yield each epoch, to be answered with True to continue or False to prune; return the trial's result.
 
-    With kfold, fold after fold is trained from fresh weights; scores are then means over folds, with <score>_std beside
-    them. A complete trial of one fold leaves its best weights and validation probabilities in folder. precisions holds
-    what was measured before for a kind and size of network (TrialResult.settings["precision_key"]), so that like trials
-    train alike. A network of more than most_parameters weights is pruned before its first epoch. scores holds
-    `parameters`, and with latency=True `latency_ms` too. The result has neither value, epochs nor seconds: those are
-    the caller's.
+    With kfold, one training per fold follows another; scores are then means over folds, with <score>_std for their
+    standard deviations. A complete trial of one fold leaves its best weights and validation probabilities in
+    plan.folder. scores also holds `parameters` and, if asked for, `latency_ms`. The caller adds value, epochs and
+    seconds to the result.
 
-    With training.checkpoint the state is saved in the file checkpoint, which is the caller's to delete. Where one is
-    found the training goes on from it: its epochs are yielded again first, and the end is that of a training in one go.
+    With training.checkpoint the trial resumes from the file, if there is one: its epochs are yielded again first, and
+    the result is that of an uninterrupted trial.
 
-    With stacks it shares its computation with others of them where it can, and yields None before each shared epoch;
-    apart says why it is not to. how is filled with what the machine decides, the settings of the result: where this
-    raises, that is known, too.
-    With profile=True the result says where the time went; stacks are to be None then.
+    With stacks the trial shares its computation with others where it can. It then yields None before each shared epoch:
+    the caller advances all its trials once before it advances those that yielded None again. This is the only place
+    where stacking shows outside of hpo.training.stacking. decided receives the settings of the result as they are
+    known, for a caller that wants them although an error ends the trial.
     """
-    spec = setup.training
-    meter = Meter(device_name) if profile else NO_METER
-    keep = Checkpoint(checkpoint if spec.checkpoint else None, setup, card, seed=seed, device_name=device_name)
-    saved = keep.load()
-    precisions = {**precisions, **saved.precisions}
-    folds = setup.split.folds if setup.split.kind == "kfold" else 1
-    best: list[Epoch] = []
-    before: tuple[Epoch, ...] = ()  # of earlier folds
-    complete = True
-    how = {} if how is None else how
-    how |= {"device": device_name, "threads": str(torch.get_num_threads())}
-    for fold in range(folds):
-        made = build(
-            setup,
-            card,
-            seed=seed + fold,
+    return (yield from _Trial(plan, stacks, {} if decided is None else decided).run())
+
+
+class _Trial:
+    """The state of a trial while it runs."""
+
+    def __init__(self, plan: TrialPlan, stacks: Stacks | None, decided: dict[str, str]) -> None:
+        self._plan, self._stacks, self._decided = plan, stacks, decided
+        self._spec = plan.setup.training
+        path = plan.checkpoint if self._spec.checkpoint else None
+        self._checkpoint = Checkpoint(path, plan.setup, plan.card, seed=plan.seed, device_name=plan.device_name)
+        self._saved = self._checkpoint.load()
+        self._precisions = {**plan.precisions, **self._saved.precisions}
+        self._profiler = TrainingProfiler() if plan.profile else None
+        self._epochs: list[Epoch] = []  # of all folds
+        self._best: list[Epoch] = []  # of each fold
+
+    def run(self) -> Generator[Epoch | None, bool, TrialResult]:
+        """Train fold after fold, as train_trial says."""
+        plan = self._plan
+        self._decided |= {"device": plan.device_name, "threads": str(torch.get_num_threads())}
+        complete = True
+        for fold in range(plan.folds):
+            built = self._build(fold)
+            if built.parameters > plan.most_parameters:
+                return self._too_large(built)
+            complete = yield from self._train_fold(built, fold)
+            if not complete:
+                break
+        return self._result(built, complete=complete)
+
+    def _build(self, fold: int) -> Built:
+        """Build the network of a fold and note its precision, so that later ones use the same."""
+        plan, stacks = self._plan, self._stacks
+        built = build(
+            replace(plan, precisions={**self._precisions, **(stacks.precisions if stacks else {})}),
             fold=fold,
-            device_name=device_name,
-            precisions={**precisions, **(stacks.precisions if stacks else {})},
-            most_parameters=most_parameters,
             stacks=stacks,
-            apart=apart,
         )
-        if made.parameters > most_parameters:
-            reason = f"{made.parameters} parameters, and the search allows {most_parameters:g}"
-            costs = {"parameters": float(made.parameters)}
-            return TrialResult(number, TrialState.PRUNED, scores=costs, parameter_count=made.parameters, reason=reason)
-        how["precision"] = made.precision
-        if spec.precision == "auto":  # a precision that was asked for says nothing of which is faster
-            how["precision_key"] = made.key
-            precisions = {**precisions, made.key: made.precision}
-            if stacks is not None:
-                stacks.precisions[made.key] = made.precision
-        saved = saved if saved.fits(made.net) else Saved()
-        earlier = saved.of(fold)
+        if built.parameters <= plan.most_parameters:
+            self._decided["precision"] = built.precision
+            if self._spec.precision == "auto":  # a requested precision was not compared with others
+                self._decided["precision_key"] = built.key
+                self._precisions[built.key] = built.precision
+                if stacks is not None:
+                    stacks.precisions[built.key] = built.precision
+        return built
+
+    def _too_large(self, built: Built) -> TrialResult:
+        number, limit = built.parameters, self._plan.most_parameters
+        return TrialResult(
+            self._plan.number,
+            TrialState.PRUNED,
+            scores={"parameters": float(number)},
+            parameter_count=number,
+            reason=f"{number} parameters, and the search allows {limit:g}",
+        )
+
+    def _train_fold(self, built: Built, fold: int) -> Generator[Epoch | None, bool, bool]:
+        """Yield the epochs of one fold, saved ones first; True unless the trial is pruned."""
+        if not self._saved.fits(built.net):
+            self._saved = Saved()
+        earlier = self._saved.of(fold)
         ended = bool(earlier) and earlier[-1].last
-        epochs: list[Epoch] = []
-        meter.built(made.net, made.data, spec, precision=made.precision)
-
-        def save(epoch: Epoch, state: Mapping[str, Any]) -> None:
-            keep.save([*before, *epochs, replace(epoch, fold=fold)], precisions, state)  # noqa: B023 - called at once
-
-        fit_seed = (seed if spec.seed is None else spec.seed) + fold
-        resume = saved.state if earlier and not ended else None
-        fit: Generator[Epoch | None, None, None]
-        if stacks is not None and not made.alone:
-            how["stack"], how["layout"] = "shared", "of its stack"
-            fit = stacks.join(made.net, made.data, spec, seed=fit_seed, precision=made.precision)
-        else:
-            how["layout"] = layout(torch.device(device_name), made.precision)
-            graph = _graph(made, setup) if not ended else None
-            how |= {"graph": graph.how} if graph else {}
-            fit = train(
-                made.net,
-                made.data,
-                spec,
-                seed=fit_seed,
-                precision=made.precision,
-                resume=resume,
-                save=save,
-                clock=meter.clock,
-                graph=graph,
-            )
-            if stacks is not None:
-                how["stack"], fit = f"alone: {made.alone}", beside(fit, made.data.images.device)
+        first, last_fold = len(self._epochs), fold == self._plan.folds - 1
+        fit = self._fit(built, fold, resume=self._saved.state if earlier and not ended else None, ended=ended)
+        complete = True
         for epoch in chain(earlier, () if ended else fit):
             if epoch is None:
                 yield None
                 continue
-            epochs.append(replace(epoch, fold=fold))
-            go_on = yield epochs[-1]
-            meter.clock.lap("wait")
-            # A verdict on the very last epoch comes too late to save anything.
-            complete = go_on or (epoch.last and fold == folds - 1)
+            self._epochs.append(replace(epoch, fold=fold))
+            answer = yield self._epochs[-1]
+            # To prune the very last epoch would save nothing.
+            complete = answer or (epoch.last and last_fold)
             if not complete:
                 fit.close()
                 break
-        meter.trained([epoch.number for epoch in epochs[len(earlier) :]])
-        best.append(best_of(tuple(epochs), spec.monitor))
-        if not complete:
-            break
-        before += tuple(epochs)
-        if fold < folds - 1 and not ended:
-            keep.save(before, precisions)
-    scores = {**_means(best), "parameters": float(made.parameters)}
-    if latency:
-        scores["latency_ms"] = latency_ms(made.whole, made.pixels)
-        meter.clock.lap("evaluate")
-    result = TrialResult(
-        number=number,
-        state=TrialState.COMPLETE if complete else TrialState.PRUNED,
-        best_epoch=round(fmean(epoch.number for epoch in best)),
-        scores=scores,
-        folds=tuple(epoch.scores for epoch in best) if folds > 1 else (),
-        parameter_count=made.parameters,
-        settings=how,
-    )
-    if complete and folds == 1:
-        result = _left(result, made, setup, folder)
-    meter.clock.lap("save")
-    return replace(result, profile=meter.profile())
+        self._best.append(best_of(tuple(self._epochs[first:]), self._spec.monitor))
+        if complete and not last_fold and not ended:
+            self._checkpoint.save(self._epochs, self._precisions)
+        return complete
+
+    def _fit(
+        self, built: Built, fold: int, *, resume: Mapping[str, Any] | None, ended: bool
+    ) -> Generator[Epoch | None, None, None]:
+        """The epochs of one training: in a stack, alongside one, or alone; ended: none will be asked for."""
+        plan, stacks, decided = self._plan, self._stacks, self._decided
+        seed = (plan.seed if self._spec.seed is None else self._spec.seed) + fold
+        if stacks is not None and not built.not_stacked:
+            decided["stack"], decided["layout"] = "shared", "of its stack"
+            return stacks.join(built.net, built.data, self._spec, seed=seed, precision=built.precision)
+
+        def save(epoch: Epoch, state: Mapping[str, Any]) -> None:
+            self._checkpoint.save([*self._epochs, replace(epoch, fold=fold)], self._precisions, state)
+
+        decided["layout"] = layout(torch.device(plan.device_name), built.precision)
+        graph = None if ended else _graph(built, plan.setup)
+        decided |= {"graph": graph.how} if graph else {}
+        fit = train(
+            built.net,
+            built.data,
+            self._spec,
+            seed=seed,
+            precision=built.precision,
+            resume=resume,
+            save=save,
+            graph=graph,
+        )
+        if self._profiler is not None:
+            fit = self._profiler.watch(fit)
+        if stacks is None:
+            return fit
+        decided["stack"] = f"alone: {built.not_stacked}"
+        return alongside(fit, built.data.images.device)
+
+    def _result(self, built: Built, *, complete: bool) -> TrialResult:
+        plan, best = self._plan, self._best
+        scores = {**_means(best), "parameters": float(built.parameters)}
+        if plan.latency:
+            scores["latency_ms"] = latency_ms(built.full_net, built.pixels)
+        result = TrialResult(
+            number=plan.number,
+            state=TrialState.COMPLETE if complete else TrialState.PRUNED,
+            best_epoch=round(fmean(epoch.number for epoch in best)),
+            scores=scores,
+            folds=tuple(epoch.scores for epoch in best) if plan.folds > 1 else (),
+            parameter_count=built.parameters,
+            settings=self._decided,
+            profile=self._profiler.result() if self._profiler else None,
+        )
+        return _leave(result, built, plan) if complete and plan.folds == 1 else result
 
 
-def _graph(made: Built, setup: Setup) -> Graph | None:
-    """A CUDA graph of the network, or why there is none; None where there is no such thing."""
-    if made.data.images.device.type != "cuda":
+def _graph(built: Built, setup: Setup) -> Graph | None:
+    """A CUDA graph of the network, or the reason why there is none; None on other devices."""
+    if built.data.images.device.type != "cuda":
         return None
     own = isinstance(setup.model, OwnModelSpec)
-    return choose_graph(made.net, made.data, setup.training, precision=made.precision, own=own)
+    return choose_graph(built.net, built.data, setup.training, precision=built.precision, own=own)
 
 
 @lru_cache(maxsize=16)
 def trial_data(card: DataCard, split: SplitSpec, device_name: str, fold: int = 0) -> TrialData:
-    """open_trial, remembered: the candidates of a study nearly always share their data, and it moves only once."""
+    """open_trial, remembered: the trials of a study nearly always share their data, which then moves only once."""
     return open_trial(card, split, device=torch.device(device_name), fold=fold)
 
 
@@ -227,59 +272,62 @@ def latency_ms(net: nn.Module, data: TrialData, *, repeats: int = 30) -> float:
     return 1000 * median(seconds[3:])
 
 
-def build(
-    setup: Setup,
-    card: DataCard,
-    *,
-    seed: int,
-    device_name: str,
-    fold: int = 0,
-    precisions: Mapping[str, str] = MappingProxyType({}),
-    most_parameters: float = float("inf"),
-    stacks: Stacks | None = None,
-    apart: str = "",
-) -> Built:
-    """The network of a candidate and what it learns from; features of frozen backbones are computed if need be.
+def build(plan: TrialPlan, *, fold: int = 0, stacks: Stacks | None = None) -> Built:
+    """The network of a trial and what it learns from; missing features of frozen backbones are computed.
 
-    stacks are those of its process: where several trainings have a place there, an automatic precision is the faster
-    one of such a stack, and convolutions stay alone where they are faster so. Neither is measured for more than
-    most_parameters weights. apart says why it is to share with none all the same.
+    stacks are those of its process. If they have room for several trainings, an automatic precision is the faster one
+    of a stack, and networks with convolutions stay out of it where they train faster alone. Neither is measured for
+    more than plan.most_parameters weights.
     """
-    whole, pixels = build_whole(setup, card, seed=seed, device_name=device_name, fold=fold)
-    net, data = whole, pixels
-    standing = standing_of(whole)
-    if standing is not None and cached_views(setup) is not None:
-        data = features_of(standing, setup, pixels, digest=card.digest, cache=cache_folder())
-        net = OneLogit(standing.head) if setup.task == "binary" else standing.head
-    parameters, batch_size = parameter_count(whole), setup.training.batch_size
+    setup, card, device_name = plan.setup, plan.card, plan.device_name
+    full_net, pixels = build_full(setup, card, seed=plan.seed + fold, device_name=device_name, fold=fold)
+    net, data = full_net, pixels
+    transfer = transfer_of(full_net)
+    if transfer is not None and cached_views(setup) is not None:
+        data = features_of(transfer, setup, pixels, digest=card.digest, cache=cache_folder())
+        net = OneLogit(transfer.head) if setup.task == "binary" else transfer.head
+    parameters, batch_size = parameter_count(full_net), setup.training.batch_size
+    too_large = parameters > plan.most_parameters
     key = f"{torch.device(device_name).type} {setup.model.kind} 2^{parameters.bit_length()} batch {batch_size}"
-    own = isinstance(setup.model, OwnModelSpec)
-    alone = apart or ("it is a network of your own" if own else why_alone(net, data, setup.training))
-    stacked = stacks is not None and stacks.places > 1 and not alone
-    if stacks is not None and stacked and convolves(net) and parameters <= most_parameters:
-        # Those of small images gain from company, those of larger ones lose; no smallest and largest speak for all.
-        alone = stacks.apart[key] if key in stacks.apart else why_apart(net, data, setup.training)
-        stacks.apart[key], stacked = alone, not alone
+    not_stacked = plan.not_stacked or _why_not_stacked(net, data, setup, stacks, "" if too_large else key)
+    stacked = stacks is not None and stacks.places > 1 and not not_stacked
     key += " in a stack" * stacked
     precision: str = setup.training.precision
-    if precision == "auto" and (key in precisions or parameters > most_parameters):
-        precision = precisions.get(key, "float32")
-    elif precision == "auto" and stacked:
-        precision = shared_precision(net, data, setup.training)
+    if precision == "auto" and (key in plan.precisions or too_large):
+        precision = plan.precisions.get(key, "float32")
     elif precision == "auto":
-        precision = measured_precision(net, data, batch_size)
-    return Built(net, data, whole, pixels, parameters, precision, key, alone)
+        precision = (
+            shared_precision(net, data, setup.training) if stacked else measured_precision(net, data, batch_size)
+        )
+    return Built(net, data, full_net, pixels, parameters, precision, key, not_stacked)
 
 
-def build_whole(
+def _why_not_stacked(net: nn.Module, data: TrialData, setup: Setup, stacks: Stacks | None, key: str) -> str:
+    """The reason why a training shares its computation with no other; "" if it can.
+
+    Stacks of convolutions on small images are faster, on larger ones slower: that is measured once for each key; ""
+    measures nothing.
+    """
+    if isinstance(setup.model, OwnModelSpec):
+        return "it is a network of your own"
+    if reason := unstackable_reason(net, data, setup.training):
+        return reason
+    if stacks is None or stacks.places <= 1 or not key or not convolves(net):
+        return ""
+    if key not in stacks.slower:
+        stacks.slower[key] = why_slower_stacked(net, data, setup.training)
+    return stacks.slower[key]
+
+
+def build_full(
     setup: Setup, card: DataCard, *, seed: int, device_name: str, fold: int = 0
 ) -> tuple[nn.Module, TrialData]:
-    """The network of a candidate, and the images as it wants them."""
+    """The whole network of a trial on its device, and its images with the normalisation that it expects."""
     data = trial_data(card, setup.split, device_name, fold)
     classes, binary = len(data.class_names), setup.task == "binary"
     net = build_model(setup.model, image_shape=card.image_shape, classes=classes, seed=seed, binary=binary)
-    if standing_of(net) is not None:
-        # Its bodies normalise, each as its weights want it.
+    if transfer_of(net) is not None:
+        # Backbones normalise themselves, each as its weights require.
         channels = card.image_shape[2]
         data = replace(data, mean=(0.0,) * channels, std=(1.0,) * channels)
     return net.to(torch.device(device_name)), data
@@ -290,7 +338,7 @@ def _input(data: TrialData, rows: Tensor) -> Tensor:
 
 
 def _means(best: list[Epoch]) -> dict[str, float]:
-    """Each score at the best epoch, as the mean over folds, and beside it the standard deviation (n in the divisor)."""
+    """Each score at the best epoch: mean over folds, and as <score>_std the standard deviation (divisor n)."""
     if len(best) == 1:
         return dict(best[0].scores)
     columns = {name: [epoch.scores[name] for epoch in best] for name in best[0].scores}
@@ -298,23 +346,21 @@ def _means(best: list[Epoch]) -> dict[str, float]:
     return means | {f"{name}_std": pstdev(values) for name, values in columns.items()}
 
 
-def _left(result: TrialResult, made: Built, setup: Setup, folder: Path) -> TrialResult:
+def _leave(result: TrialResult, built: Built, plan: TrialPlan) -> TrialResult:
     """Save the best weights and the validation probabilities; the result with the validation confusion matrix."""
-    data = made.data
-    save_trained(made.whole, setup, made.pixels, folder)
+    data, folder = built.data, plan.folder
+    save_trained(built.full_net, plan.setup, built.pixels, folder)
     if not len(data.valid):
         return replace(result, folder=str(folder))
-    logits = predict_logits(
-        made.net, data, data.valid, precision=made.precision, micro_batch=setup.training.micro_batch
-    )
-    labels = data.labels[data.valid]
+    micro_batch = plan.setup.training.micro_batch
+    logits = predict_logits(built.net, data, data.valid, precision=built.precision, micro_batch=micro_batch)
+    labels, predicted = data.labels[data.valid], logits.argmax(1)
     np.savez(
         folder / VALIDATION,
         rows=data.valid.cpu().numpy(),
         labels=labels.cpu().numpy(),
         probabilities=logits.softmax(1).cpu().numpy(),
     )
-    predicted = logits.argmax(1)
     counts = confusion_matrix(predicted, labels, logits.shape[1])
     return replace(
         result,

@@ -12,12 +12,13 @@ from rich.console import Console
 
 from hpo.cli.display.live import JsonLines, LiveDisplay, PlainLines, Quiet, Watcher
 from hpo.cli.display.run_summary import NextCommands, Tally
-from hpo.profile import Limit, StudyProfiled
-from hpo.records import EpochEnded, Event, Notice, StudyOpened, TrialEnded, TrialState
+from hpo.records import EpochEnded, Event, Notice, StudyOpened, StudyProfiled, TrialEnded, TrialState
 from told_study import STORY, ended, opened, study, trial_events, trial_result, whole_story
 
 COMMANDS = NextCommands(
-    again="hpo run digits-mlp --home /data --trials 4", more="hpo run digits-mlp --home /data", home=" --home /data"
+    again="hpo run digits-mlp --home /data --trials 4",
+    more=lambda trials: f"hpo run digits-mlp --home /data --trials {trials}",
+    home=" --home /data",
 )
 
 
@@ -135,33 +136,26 @@ PROFILED = StudyProfiled(
     trials=2,
     workers=2,
     seconds=5.0,
-    phases={"load": (1.0, 0.5), "forward": (3.0, 2.0), "idle": (4.0, 0.0)},
-    beside={"ask": (0.2, 0.1)},
-    limits=(
-        Limit("cpu", "float32", "1", 72.3e9, 95e9, 3.1e9, 27e9),
-        Limit("cuda:0", "bfloat16", "8", 1e12, 4e14, 1e11, 4e12),
-    ),
+    phases={"forward": 3.0, "between epochs": 1.0, "idle": 4.0},
+    outside={"export and figures": 0.2},
+    operators={"aten::addmm": 0.42, "aten::relu": 0.1},
 )
 
 
 @pytest.mark.parametrize("kind", [PlainLines, LiveDisplay])
-def test_a_profile_says_shares_and_limits(kind: type[Watcher], terminal: Console) -> None:
+def test_a_profile_says_shares_and_operators(kind: type[Watcher], terminal: Console) -> None:
     terminal.width = 200
     text = told(kind(COMMANDS, console=terminal), *whole_story(), PROFILED)
     rows = [line.split() for line in text.splitlines()]
-    assert ["forward", "3.0", "s", "37.5%", "2.0", "s", "1.5", "s"] in rows
-    assert ["beside:", "ask", "0.2", "s", "0.1", "s", "0.1", "s"] in rows
-    assert "72.3 of 95 GFLOP/s (76%), 3.1 of 27 GB/s (11%), 23.3 FLOP a byte: arithmetic limits it" in text
-    assert (
-        "bfloat16, cuda:0: 1 of 400 TFLOP/s (0%), 0.1 of 4 TB/s (2%), 10.0 FLOP a byte: far below either limit" in text
-    )
+    assert ["forward", "3.0", "s", "37.5%", "1.5", "s"] in rows
+    assert ["export", "and", "figures,", "CPU", "0.2", "s", "0.1", "s"] in rows
+    assert "slowest operators: addmm 42%, relu 10%" in text
 
 
 def test_a_profile_is_an_event_in_json(capsys: pytest.CaptureFixture[str], terminal: Console) -> None:
     told(JsonLines(COMMANDS, console=terminal), PROFILED)
     line = json.loads(capsys.readouterr().out)
-    assert (line["event"], line["phases"]["forward"]) == ("study_profiled", [3.0, 2.0])
-    assert line["limits"][0]["peak_flops"] == 95e9
+    assert (line["event"], line["phases"]["forward"]) == ("study_profiled", 3.0)
 
 
 def test_quiet_prints_one_line(terminal: Console) -> None:

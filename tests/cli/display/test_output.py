@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hpo.cli.display.output import parse_duration, plain, short_names, show_bytes, show_parameters, show_seconds
+from hpo.cli.display.output import parse_duration, plain, show_bytes, show_parameters
+from hpo.report.text import duration, short_paths
 
 
 @pytest.mark.parametrize(
@@ -35,7 +36,7 @@ def test_what_is_no_duration_is_refused(text: str) -> None:
     [(0.0123, "0.012 s"), (3.14, "3.1 s"), (59.7, "1 min 00 s"), (125, "2 min 05 s"), (7500, "2 h 05 min")],
 )
 def test_seconds_are_shown_in_the_unit_that_fits(seconds: float, text: str) -> None:
-    assert show_seconds(seconds) == text
+    assert duration(seconds) == text
 
 
 def test_bytes_are_shown_in_the_unit_that_fits() -> None:
@@ -48,9 +49,9 @@ def test_bytes_are_shown_in_the_unit_that_fits() -> None:
     ]
 
 
-def test_short_names_are_the_shortest_that_stay_different() -> None:
+def test_short_paths_are_the_shortest_that_stay_different() -> None:
     paths = ["model.dropout", "head.dropout", "training.optimizer.name", "training.optimizer.lr", "model.kind"]
-    assert list(short_names(paths).values()) == ["model.dropout", "head.dropout", "optimizer", "lr", "model"]
+    assert list(short_paths(paths).values()) == ["model.dropout", "head.dropout", "optimizer", "lr", "model"]
 
 
 def test_parameters_are_shown_to_three_digits() -> None:

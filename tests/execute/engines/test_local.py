@@ -7,20 +7,17 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import ANY
 
 import pytest
 
-from hpo.execute.engines.local import InProcess, LocalProcesses, WorkerLost
-from hpo.execute.engines.ray import RayActors
+from hpo.execute.engines.base import WorkerLost
+from hpo.execute.engines.local import LocalProcesses
 from hpo.execute.process import process_context
-from hpo.execute.workers.job_process import Helper
+from hpo.execute.workers.job_process import JobProcess
 from hpo.execute.workers.job_process import prepare as prepare_in_helper
-from hpo.execute.workers.ray_actor import Ground
 from hpo.execute.workers.task import Task, train_task
 from hpo.records import EpochEnded, TrialEnded, TrialState
 from hpo.spec.load import load_study
-from hpo.spec.models import CnnSpec
 
 SPEC = load_study("digits-mlp", overrides=["training.epochs=3", "training.precision=float32"])
 
@@ -46,28 +43,12 @@ def _task(card, tmp_path, number=0, *, wait=False, setup=None):
 def test_processes_see_the_environment_of_now_not_of_the_fork_server(processes, tmp_path, monkeypatch):
     """A notebook that says where data lies after its first study must not have it prepared somewhere else."""
     monkeypatch.setenv("HPO_DATA", str(tmp_path))
-    helper = Helper(process_context())
+    helper = JobProcess(process_context())
     try:
         prepared = helper.submit(prepare_in_helper, SPEC.data, SPEC.split, "cpu").result(60)
     finally:
         helper.close()
     assert Path(prepared.data.folder).is_relative_to(tmp_path)
-
-
-@pytest.fixture(params=["processes", "actors"])
-def engine(request):
-    """Each engine that trains beside its supervisor."""
-    return request.getfixturevalue(request.param)
-
-
-@pytest.fixture(scope="module")
-def actors(cluster, card):
-    """Two Ray actors."""
-    engine = RayActors(Ground(SPEC.data, SPEC.split, card), slots=2, cpus=cluster.cpus)
-    while not (engine.accepts(0) and engine.accepts(1)):
-        engine.poll(1.0)
-    yield engine
-    engine.close()
 
 
 def _until_end(engine, *, verdict=None, seconds=60):
@@ -80,48 +61,6 @@ def _until_end(engine, *, verdict=None, seconds=60):
             if isinstance(message, TrialEnded | WorkerLost):
                 return messages
     raise AssertionError(f"no end after {seconds} s: {messages}")
-
-
-def test_a_worker_trains_bit_for_bit_as_the_calling_process_does(engine, card, tmp_path):
-    import torch
-
-    torch.set_num_threads(1)
-    ends = []
-    for trained_by, folder in ((engine, tmp_path / "a"), (InProcess(), tmp_path / "b")):
-        trained_by.submit(0, _task(card, folder))
-        messages = _until_end(trained_by)
-        assert [message.epoch.number for _, message in messages[:-1]] == [1, 2, 3]
-        ends.append(messages[-1][1].result)
-    assert ends[0].state is TrialState.COMPLETE
-    assert [epoch.scores for epoch in ends[0].epochs] == [epoch.scores for epoch in ends[1].epochs]
-    left = [
-        {file.name: file.read_bytes() for file in Path(end.folder).iterdir() if file.suffix != ".npz"} for end in ends
-    ]
-    assert "weights.safetensors" in left[0]
-    assert left[0] == left[1]
-    assert ends[0].folder == str(tmp_path / "a" / "0")
-
-
-def test_a_verdict_ends_a_trial_as_pruned(engine, card, tmp_path):
-    engine.submit(1, _task(card, tmp_path, wait=True))
-    messages = _until_end(engine, verdict=lambda message: message.epoch.number < 2)
-    result = messages[-1][1].result
-    assert result.state is TrialState.PRUNED
-    assert len(result.epochs) == 2
-    assert not (tmp_path / "0").exists()
-
-
-def test_a_candidate_that_fails_tells_why_and_its_worker_lives_on(engine, card, tmp_path):
-    model = CnnSpec(kind="cnn", kernel=9, padding="valid")
-    setup = SPEC.setup.model_copy(update={"model": model})
-    engine.submit(0, _task(card, tmp_path, setup=setup))
-    result = _until_end(engine)[-1][1].result
-    assert result.state is TrialState.FAILED
-    assert "does not fit" in result.reason
-    assert "Traceback" in result.traceback
-    assert result.settings == {"device": "cpu", "threads": "1", **({"node": ANY} if "node" in result.settings else {})}
-    engine.submit(0, _task(card, tmp_path, 1))
-    assert _until_end(engine)[-1][1].result.state is TrialState.COMPLETE
 
 
 def test_a_killed_worker_is_noticed_at_once_and_replaced(processes, card, tmp_path):
@@ -147,7 +86,7 @@ def test_workers_import_neither_mlflow_nor_optuna():
 
 @pytest.fixture(scope="module")
 def stacked():
-    engine = LocalProcesses(["cpu"], threads=1, places=3)
+    engine = LocalProcesses(["cpu"], threads=1, stack=3)
     yield engine
     engine.close()
 
@@ -232,13 +171,13 @@ def _result(training):
 
 
 def test_a_task_that_is_to_be_alone_waits_for_its_process_and_keeps_it(card, tmp_path):
-    engine = LocalProcesses(["cpu"], threads=1, places=3)
+    engine = LocalProcesses(["cpu"], threads=1, stack=3)
     try:
         engine.submit(0, _task(card, tmp_path, 0, wait=True))
         while not (told := engine.poll(0.5)):
             pass
         assert engine.accepts(1)
-        engine.submit(1, replace(_task(card, tmp_path, 1), alone=True))
+        engine.submit(1, replace(_task(card, tmp_path, 1), exclusive=True))
         assert not engine.accepts(2)
         assert engine.poll(0.5) == []  # it waits
         engine.verdict(0, go_on=False)
@@ -251,12 +190,12 @@ def test_a_task_that_is_to_be_alone_waits_for_its_process_and_keeps_it(card, tmp
 
 
 def test_a_task_that_waits_to_be_alone_outlives_the_worker_that_it_waits_for(card, tmp_path):
-    engine = LocalProcesses(["cpu"], threads=1, places=2)
+    engine = LocalProcesses(["cpu"], threads=1, stack=2)
     try:
         engine.submit(0, _task(card, tmp_path, 0, wait=True))
         while not engine.poll(0.5):
             pass
-        engine.submit(1, replace(_task(card, tmp_path, 1), alone=True))
+        engine.submit(1, replace(_task(card, tmp_path, 1), exclusive=True))
         engine._workers[0].process.kill()
         messages = _until_end(engine)
         assert [slot for slot, message in messages if isinstance(message, WorkerLost)] == [0]
@@ -268,7 +207,7 @@ def test_a_task_that_waits_to_be_alone_outlives_the_worker_that_it_waits_for(car
 
 
 def test_all_trials_of_a_worker_that_dies_are_lost_and_its_places_free_again(card, tmp_path):
-    engine = LocalProcesses(["cpu"], threads=1, places=2)
+    engine = LocalProcesses(["cpu"], threads=1, stack=2)
     try:
         setup = SPEC.with_values({"training.epochs": 10000})
         for slot in range(2):

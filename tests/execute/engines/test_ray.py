@@ -11,11 +11,11 @@ from sklearn.datasets import load_digits
 
 from hpo.data.prepare import at_hand, prepare
 from hpo.errors import DataError, HpoError
-from hpo.execute.engines.local import WorkerLost
+from hpo.execute.engines.base import WorkerLost
 from hpo.execute.engines.ray import RayActors
-from hpo.execute.engines.ray_cluster import Cluster, RayOptions, _room
+from hpo.execute.engines.ray_cluster import Cluster, RayOptions, worker_count
 from hpo.execute.run_study import run_study
-from hpo.execute.workers.ray_actor import Ground, RayWorker, read_files, write_files
+from hpo.execute.workers.ray_actor import RayWorker, WorkerSetup, read_files, write_files
 from hpo.execute.workers.task import Task
 from hpo.records import EpochEnded, TrialEnded, TrialState
 from hpo.spec.load import load_study
@@ -57,7 +57,7 @@ def test_nothing_of_the_working_folder_is_sent(cluster):
 def test_a_node_without_the_prepared_data_prepares_them_and_its_workers_die_and_are_replaced(cluster, tmp_path):
     spec, card = _own_digits(tmp_path, count=1000)
     (tmp_path / "cache").rename(tmp_path / "elsewhere")  # as on a node of another machine
-    engine = RayActors(Ground(spec.data, spec.split, card), slots=1, cpus=0.5)
+    engine = RayActors(WorkerSetup(spec.data, spec.split, card), slots=1, cpus=0.5)
     try:
         _ready(engine)
         long = spec.with_values({"training.epochs": 10000, "training.patience": None})
@@ -90,10 +90,10 @@ def _worker() -> int:
 
 def test_a_node_that_is_lost_while_its_workers_start_ends_no_run(cluster, tmp_path):
     spec, card = _own_digits(tmp_path, count=950)
-    engine = RayActors(Ground(spec.data, spec.split, card), slots=6, cpus=0.1)
+    engine = RayActors(WorkerSetup(spec.data, spec.split, card), slots=6, cpus=0.1)
     try:
-        for place in engine._places:
-            cluster._ray.kill(place.actor)
+        for slot in engine._slots:
+            cluster._ray.kill(slot.actor)
         engine.poll(5)  # all six deaths
         assert not any(map(engine.accepts, range(6)))
         _ready(engine)
@@ -105,7 +105,7 @@ def test_a_node_that_has_other_data_is_refused(cluster, tmp_path):
     spec, card = _own_digits(tmp_path, count=900)
     (tmp_path / "cache").rename(tmp_path / "elsewhere")
     _own_digits(tmp_path, count=901)  # what the node has at that path
-    engine = RayActors(Ground(spec.data, spec.split, card), slots=1, cpus=0.5)
+    engine = RayActors(WorkerSetup(spec.data, spec.split, card), slots=1, cpus=0.5)
     try:
         with pytest.raises(DataError, match=r"Ray node .*: .*digits.npz: has other images or labels") as raised:
             _until(engine, TrialEnded)
@@ -150,7 +150,7 @@ def test_as_many_workers_as_there_is_room_for_and_no_more_than_trials(cluster):
     ],
 )
 def test_room_of_a_node(node, cpus, gpus, room):
-    assert _room(node, cpus=cpus, gpus=gpus) == room
+    assert worker_count(node, cpus=cpus, gpus=gpus) == room
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_shares_that_ray_does_not_know_are_refused(given):
 def test_options_for_other_engines_are_refused(tmp_path):
     for given in ({"workers": 0}, {"stack": 2}):
         with pytest.raises(HpoError, match="not for Ray"):
-            run_study(SPEC, ray=RayOptions(), home=tmp_path, **given)
+            run_study(SPEC, engine="ray", home=tmp_path, **given)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:9", "nowhere", "ray://127.0.0.1:10001", "auto"])
@@ -207,16 +207,16 @@ def test_a_worker_brings_the_models_that_networks_stand_on_and_refuses_another_h
     monkeypatch.setenv("HPO_DATA", str(tmp_path / "node"))
     models = {"m-1": {"weights/net.pt2": b"1"}}
     for _ in range(2):  # the second worker of a node finds them
-        RayWorker(threads=1, gpu=False).open(Ground(spec.data, spec.split, card, models))
+        RayWorker(threads=1, gpu=False).open(WorkerSetup(spec.data, spec.split, card, models))
     assert [path.name for path in (tmp_path / "node" / "models").iterdir()] == ["m-1"]
     assert read_files(tmp_path / "node" / "models" / "m-1") == models["m-1"]
     with pytest.raises(HpoError, match=r"Ray node .*: hpo .* is installed, and the run is of hpo 0"):
-        RayWorker(threads=1, gpu=False).open(Ground(spec.data, spec.split, card, version="0"))
+        RayWorker(threads=1, gpu=False).open(WorkerSetup(spec.data, spec.split, card, version="0"))
 
 
 def test_a_worker_is_never_told_where_the_test_part_lies(tmp_path):
     spec, card = _own_digits(tmp_path, count=900)
-    ground = Ground(spec.data, spec.split, card)
+    ground = WorkerSetup(spec.data, spec.split, card)
     assert card.test_folder
     assert ground.card.test_folder == ""
     assert at_hand(card, spec.data, spec.split) == card.sealed

@@ -12,9 +12,8 @@ import psutil
 import pytest
 
 from hpo.execute.engines.ray import RayActors
-from hpo.execute.engines.ray_cluster import RayOptions
 from hpo.execute.run_study import run_study
-from hpo.execute.workers.ray_actor import Ground
+from hpo.execute.workers.ray_actor import WorkerSetup
 from hpo.home import Home
 from hpo.records import FailureKind, TrialState
 from hpo.spec.load import load_study
@@ -99,7 +98,7 @@ def test_actors_beyond_the_room_of_the_cluster_wait_and_shares_of_a_core_are_kep
     from hpo.data.prepare import prepare
 
     spec = load_study("digits-mlp")
-    ground = Ground(spec.data, spec.split, prepare(spec.data, spec.split, cache=tmp_path))
+    ground = WorkerSetup(spec.data, spec.split, prepare(spec.data, spec.split, cache=tmp_path))
     engine = RayActors(ground, slots=4, cpus=1.5)  # of 4: two fit
     try:
         deadline = time.monotonic() + 60
@@ -119,16 +118,16 @@ def test_the_same_seed_and_one_worker_give_the_same_trials_on_every_engine_and_s
     settings = ["training.epochs=2", "search.sampler=tpe", "search.pruner=median", "training.precision=float32"]
     spec = load_study("digits-mlp", overrides=settings)
     places = [
-        (None, None, tmp_path / "processes"),
-        (RayOptions(cpus_per_trial=1), None, tmp_path / "ray"),
-        (RayOptions(cpus_per_trial=1), database, tmp_path / "ray-postgres"),
+        ({}, None, tmp_path / "processes"),
+        ({"engine": "ray", "cpus_per_trial": 1.0}, None, tmp_path / "ray"),
+        ({"engine": "ray", "cpus_per_trial": 1.0}, database, tmp_path / "ray-postgres"),
     ]
-    monkeypatch.setattr("hpo.execute.run_study.cores", lambda: 1)  # threads of the worker process
+    monkeypatch.setattr("hpo.execute.engines.local.cores", lambda: 1)  # threads of the worker process
     found = []
-    for ray, storage, home in places:
+    for engine, storage, home in places:
         if storage:
             monkeypatch.setenv("HPO_STORAGE", storage)
-        study = run_study(spec, trials=14, workers=1, ray=ray, home=home, keep_models="none")
+        study = run_study(spec, trials=14, workers=1, home=home, keep_models="none", **engine)
         found.append([(t.number, t.candidate.parameters, t.candidate.seed, t.state, t.value) for t in study.trials])
     assert len(found[0]) == 14
     assert found[0] == found[1] == found[2]

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from formula_study import CARD, Told, formula_spec
-from hpo.execute.subscribers.model_retention import Keeper
-from hpo.execute.tracking_queue import Background
+from formula_study import CARD, RecordedTracker, formula_spec
+from hpo.execute.subscribers.model_retention import ModelRetention
+from hpo.execute.tracking_queue import TrackingQueue
 from hpo.records import Candidate, Notice, StudyResult, Trial, TrialResult, TrialState
 from hpo.spec.study import KeepSpec
 
 
 class _Exports:
-    """A helper process whose exports are done at once, or fail."""
+    """A job process whose exports are done at once, or fail."""
 
     def __init__(self, fails=()):
         self.fails = fails
@@ -31,18 +31,18 @@ class _Exports:
         return future
 
 
-def _keeper(models, *, figures="best:10", exports=None, events=None):
+def _retention(models, *, figures="best:10", exports=None, events=None):
     spec = formula_spec().model_copy(update={"keep": KeepSpec(models=models, figures=figures)})
-    tracker, background = Told(), Background()
-    keeper = Keeper(
+    tracker, queue = RecordedTracker(), TrackingQueue()
+    retention = ModelRetention(
         tracker,
-        background,
+        queue,
         exports or _Exports(),
         spec,
         data=CARD,
-        watch=[].append if events is None else events.append,
+        emit=[].append if events is None else events.append,
     )
-    return keeper, tracker, background
+    return retention, tracker, queue
 
 
 def _complete(number, value, folder):
@@ -55,12 +55,12 @@ def _complete(number, value, folder):
     [("best:2", {1, 3}), ("all", {0, 1, 2, 3}), ("none", set())],
 )
 def test_the_policy_decides_which_models_are_left(models, left, tmp_path):
-    keeper, tracker, background = _keeper(models)
+    retention, tracker, queue = _retention(models)
     for number, value in enumerate([0.5, 0.6, 0.1, 0.9]):
-        keeper.add(_complete(number, value, tmp_path / str(number)))
-        keeper.collect()
-    keeper.collect(wait=True)
-    background.join()
+        retention.add(_complete(number, value, tmp_path / str(number)))
+        retention.collect()
+    retention.collect(wait=True)
+    queue.close()
     kept = [number for call, number in tracker.calls if call == "keep"]
     dropped = [number for call, number in tracker.calls if call == "drop"]
     assert len(kept) == len(set(kept))
@@ -71,11 +71,11 @@ def test_the_policy_decides_which_models_are_left(models, left, tmp_path):
 @pytest.mark.parametrize(("figures", "left"), [("best:1", {3}), ("all", {0, 1, 2, 3}), ("none", set())])
 def test_the_policy_decides_which_pictures_are_left(figures, left, tmp_path):
     exports = _Exports()
-    keeper, tracker, background = _keeper("all", figures=figures, exports=exports)
+    retention, tracker, queue = _retention("all", figures=figures, exports=exports)
     for number, value in enumerate([0.5, 0.6, 0.1, 0.9]):
-        keeper.add(_complete(number, value, tmp_path / str(number)))
-        keeper.collect(wait=True)
-    background.join()
+        retention.add(_complete(number, value, tmp_path / str(number)))
+        retention.collect(wait=True)
+    queue.close()
     dropped = [number for call, number in tracker.calls if call == "drop figures"]
     assert len(dropped) == len(set(dropped))
     assert set(exports.drawn) - set(dropped) == left
@@ -83,19 +83,19 @@ def test_the_policy_decides_which_pictures_are_left(figures, left, tmp_path):
 
 
 def test_a_pruned_trial_leaves_nothing(tmp_path):
-    keeper, tracker, background = _keeper("all")
-    keeper.add(TrialResult(0, TrialState.PRUNED, 0.9, 1))
-    keeper.collect(wait=True)
-    background.join()
+    retention, tracker, queue = _retention("all")
+    retention.add(TrialResult(0, TrialState.PRUNED, 0.9, 1))
+    retention.collect(wait=True)
+    queue.close()
     assert tracker.calls == []
 
 
 def test_a_model_that_cannot_be_exported_is_told_and_the_study_goes_on(tmp_path):
     events = []
-    keeper, tracker, background = _keeper("all", exports=_Exports(fails={0}), events=events)
-    keeper.add(_complete(0, 0.5, tmp_path / "0"))
-    keeper.collect(wait=True)
-    background.join()
+    retention, tracker, queue = _retention("all", exports=_Exports(fails={0}), events=events)
+    retention.add(_complete(0, 0.5, tmp_path / "0"))
+    retention.collect(wait=True)
+    queue.close()
     assert tracker.calls == []
     assert [event.text for event in events if isinstance(event, Notice)] == [
         "trial 0: its model could not be exported: cannot export"
@@ -103,7 +103,7 @@ def test_a_model_that_cannot_be_exported_is_told_and_the_study_goes_on(tmp_path)
 
 
 def test_a_resumed_study_exports_what_still_waits_and_drops_what_falls_out(tmp_path):
-    keeper, tracker, background = _keeper("best:1")
+    retention, tracker, queue = _retention("best:1")
     waiting = _complete(1, 0.9, tmp_path / "1")
     results = [TrialResult(0, TrialState.COMPLETE, 0.5, 1), waiting]
     study = StudyResult(
@@ -118,7 +118,7 @@ def test_a_resumed_study_exports_what_still_waits_and_drops_what_falls_out(tmp_p
     )
     earlier = Future()
     earlier.set_result({0: "models:/m-0"})
-    keeper.resume(study, earlier)
-    keeper.collect(wait=True)
-    background.join()
+    retention.resume(study, earlier)
+    retention.collect(wait=True)
+    queue.close()
     assert tracker.calls == [("keep", 1), ("drop", 0)]

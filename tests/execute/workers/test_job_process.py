@@ -12,7 +12,7 @@ from formula_study import CARD, formula_spec
 from hpo.execute.workers import job_process
 from hpo.execute.workers.job_process import draw_study, draw_trial
 from hpo.records import Candidate, Epoch, StudyResult, Trial, TrialResult, TrialState
-from hpo.report.figures import trial as trial_figures
+from hpo.report.figures import classifier
 
 CURVES = {"train_loss": 1.0, "train_accuracy": 0.5, "valid_loss": 1.0, "valid_accuracy": 0.5}
 
@@ -49,12 +49,12 @@ def test_a_picture_that_fails_is_told_and_costs_no_other(left, tmp_path, monkeyp
         raise ValueError("no ink")
 
     told = []
-    monkeypatch.setattr(trial_figures, "roc_figure", fail)
-    monkeypatch.setattr(job_process, "_say", lambda text, done, total: told.append(text))
+    monkeypatch.setattr(classifier, "roc_figure", fail)
+    monkeypatch.setattr(job_process, "_notify", lambda text, done, total: told.append(text))
     drawn = {path.stem for path in draw_trial(*left, tmp_path / "figures")}
     assert "roc" not in drawn
     assert "confusion" in drawn
-    assert told == ["trial 3: the picture roc could not be drawn: no ink"]
+    assert told == ["trial 3: the figure roc could not be drawn: no ink"]
 
 
 def test_a_study_is_drawn_into_an_empty_folder_and_without_a_complete_trial_not_at_all(left, tmp_path):

@@ -56,12 +56,12 @@ def test_the_history_has_every_trial_with_a_value_and_a_line_that_never_gets_wor
 def test_slices_have_the_scale_of_their_range():
     scales = {panel.get_title(): panel.get_xscale() for panel in space.slices(random_study()).axes if panel.get_title()}
     assert scales["lr"] == scales["batch_size"] == "log"
-    assert scales["weight_decay"] == scales["model.kind"] == "linear"
+    assert scales["weight_decay"] == scales["model"] == "linear"
 
 
 def test_effects_are_means_over_the_trials_that_share_a_value():
     study = staged_study()
-    panel = next(panel for panel in space.effects(study).axes if panel.get_title() == "size: optimizer.name")
+    panel = next(panel for panel in space.effects(study).axes if panel.get_title() == "size: optimizer")
     trials = [trial for trial in study.ranked("size") if trial.candidate.parameters["training.optimizer.name"] == "sgd"]
     assert panel.lines[0].get_ydata()[0] == pytest.approx(sum(trial.value for trial in trials) / len(trials))
     assert f"n={len(trials)}" in [text.get_text() for text in panel.texts]

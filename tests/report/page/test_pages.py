@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import page_findings as told
-from hpo.report.page.build import study_page
+from hpo.report.page.study_page import study_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: apt-get install chromium")
@@ -80,44 +80,44 @@ def test_page_is_drawn_whole_without_errors_requests_or_overflow(
     assert seen.said == []
     assert seen.requests == []
     assert seen.page.evaluate("document.documentElement.scrollWidth") == width
-    plots = seen.page.locator(".plot")
-    assert plots.count() == int(seen.page.locator("body").get_attribute("data-drawn")) == 6
-    assert seen.page.locator(".plot svg.main-svg").count() >= plots.count()
+    charts = seen.page.locator(".drawn svg")
+    assert charts.count() == int(seen.page.locator("body").get_attribute("data-drawn")) == 12
+    assert seen.page.locator("[data-trial]").count() > 60
     broken = "[...document.images].filter(image => !image.complete || !image.naturalWidth).map(image => image.alt)"
     assert seen.page.evaluate(broken) == []
     assert seen.page.evaluate("document.images.length") > 20
 
 
-def test_pointing_at_a_trial_tells_of_it(see: Any, crowded: Path) -> None:
+def test_pointing_at_a_trial_describes_it_and_marks_it_in_every_figure(see: Any, crowded: Path) -> None:
     page = see(crowded).page
-    page.locator(".plot").first.scroll_into_view_if_needed()
-    box = page.locator(".plot").first.locator(".point").first.bounding_box()
+    point = page.locator("svg[aria-label='Optimisation history'] [data-trial='0']")
+    point.scroll_into_view_if_needed()
+    box = point.bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    words = page.locator(".plot").first.locator(".hoverlayer .hovertext")
-    words.wait_for(timeout=10_000)
-    said = words.text_content()
-    assert "trial 0" in said
-    assert "lr = " in said
-    assert "5 epochs" in said
+    page.locator("#tip:visible").wait_for(timeout=10_000)
+    shown = page.locator("#tip").text_content()
+    assert "trial 0" in shown
+    assert "lr = " in shown
+    assert "5 epochs" in shown
+    marked = "[...document.querySelectorAll('.lit')].map(mark => mark.closest('svg').getAttribute('aria-label'))"
+    assert {"Optimisation history", "Parallel coordinates", "Learning curves"} <= set(page.evaluate(marked))
 
 
 def test_charts_follow_the_colour_scheme_and_paper(see: Any, crowded: Path) -> None:
     page = see(crowded).page
-    ink = "document.querySelector('.plot')._fullLayout.font.color"
-    light = page.evaluate(ink)
+    filters = "getComputedStyle(document.querySelector('.lines svg')).filter"
+    assert page.evaluate(filters) == "none"
     page.emulate_media(color_scheme="dark")
-    page.wait_for_function(f"{ink} !== '{light}'")
+    assert "invert" in page.evaluate(filters)
     page.emulate_media(color_scheme="dark", media="print")
-    page.wait_for_function(f"['#000', 'rgb(0, 0, 0)'].includes({ink})")
+    assert page.evaluate(filters) == "none"
 
 
 def test_printed_page_fits_its_paper(see: Any, crowded: Path) -> None:
     page = see(crowded, width=718).page  # A4 without its margins
     page.emulate_media(media="print")
     page.wait_for_timeout(500)
-    wide = (
-        "[...document.querySelectorAll('img, svg.main-svg')].filter(e => e.getBoundingClientRect().right > 719).length"
-    )
+    wide = "[...document.querySelectorAll('img, .drawn svg')].filter(e => e.getBoundingClientRect().right > 719).length"
     assert page.evaluate(wide) == 0
 
 

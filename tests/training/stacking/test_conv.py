@@ -1,6 +1,7 @@
 """Convolutions in a stack give what each of them gives alone."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +13,9 @@ from hpo.spec.study import DataSpec, Setup, SplitSpec
 from hpo.spec.training import AugmentSpec, OptimizerSpec
 from hpo.training.optimizers import OPTIMIZERS
 from hpo.training.stacking.dense import StackedNets
-from hpo.training.stacking.speed import why_apart
+from hpo.training.stacking.speed import why_slower_stacked
 from hpo.training.stacking.stack import Stack, Stacks, key_of
-from hpo.training.trial import build
+from hpo.training.trial import TrialPlan, build
 from side_by_side import agree, alone, stacked, training
 
 
@@ -178,7 +179,7 @@ def test_convolutions_are_measured_once_for_a_process_and_stay_alone_where_that_
         asked.append(net)
         return "too large" if len(asked) == 1 else ""
 
-    monkeypatch.setattr("hpo.training.trial.why_apart", why)
+    monkeypatch.setattr("hpo.training.trial.why_slower_stacked", why)
     stacks = Stacks(4)
 
     def made(filters, places=stacks):
@@ -189,20 +190,20 @@ def test_convolutions_are_measured_once_for_a_process_and_stay_alone_where_that_
             model=model,
             training=training(precision="float32"),
         )
-        return build(setup, digits_card, seed=0, device_name="cpu", stacks=places)
+        return build(TrialPlan(setup, digits_card, 0, 0, Path(), "cpu"), stacks=places)
 
-    assert [made(filters).alone for filters in (8, 8, 64, 64)] == ["too large", "too large", "", ""]
+    assert [made(filters).not_stacked for filters in (8, 8, 64, 64)] == ["too large", "too large", "", ""]
     assert [made(filters).key.endswith("in a stack") for filters in (8, 64)] == [False, True]
     assert len(asked) == 2
-    assert made(8, places=Stacks(1)).alone == ""  # as one that was trained in a stack is trained again
+    assert made(8, places=Stacks(1)).not_stacked == ""  # as one that was trained in a stack is trained again
     assert len(asked) == 2
 
 
 def test_why_convolutions_stay_alone_names_what_was_measured(few, monkeypatch):
     seconds = {1: 1e-3, 4: 2e-3}
     monkeypatch.setattr("hpo.training.stacking.speed.step_seconds", lambda *_, together, **__: seconds[together])
-    assert why_apart(_net(0), few, training()) == "side by side it is 0.50 times as fast as alone here"
+    assert why_slower_stacked(_net(0), few, training()) == "side by side it is 0.50 times as fast as alone here"
     seconds[4] = 5e-4
-    assert why_apart(_net(0), few, training()) == ""
+    assert why_slower_stacked(_net(0), few, training()) == ""
     seconds[1] = 5e-3
-    assert why_apart(_net(0), few, training()) == "a step takes 5.0 ms, all of it computing"
+    assert why_slower_stacked(_net(0), few, training()) == "a step takes 5.0 ms, all of it computing"

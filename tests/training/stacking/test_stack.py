@@ -15,7 +15,7 @@ from hpo.training.optimizers import OPTIMIZERS
 from hpo.training.stacking.compatibility import BrokenStackError, UnstackableError
 from hpo.training.stacking.dense import StackedNets
 from hpo.training.stacking.speed import step_seconds
-from hpo.training.stacking.stack import Stack, Stacks, beside, key_of
+from hpo.training.stacking.stack import Stack, Stacks, alongside, key_of
 from side_by_side import agree, alone, stacked, training
 
 
@@ -193,7 +193,7 @@ def test_a_training_beside_others_draws_what_it_draws_alone(few):
 
     expected = [[epoch.scores for epoch in fit(seed)] for seed in range(2)]
     state = torch.get_rng_state()
-    pair = [beside(fit(seed), torch.device("cpu")) for seed in range(2)]
+    pair = [alongside(fit(seed), torch.device("cpu")) for seed in range(2)]
     found = list(zip(*pair, strict=True))
     assert [[epoch.scores for epoch in one] for one in zip(*found, strict=True)] == expected
     assert torch.equal(torch.get_rng_state(), state)

@@ -23,12 +23,22 @@ from hpo.cli.display.output import (
     show_bytes,
     show_parameters,
     show_score,
-    show_seconds,
 )
 from hpo.cli.display.profile import profile_report
 from hpo.cli.display.run_summary import NextCommands, RunningTrial, Tally, closing, next_steps, opening
-from hpo.profile import StudyProfiled
-from hpo.records import FINAL, Event, Notice, StudyEnded, StudyOpened, TrialEnded, TrialResult, TrialState
+from hpo.records import (
+    FINAL,
+    Event,
+    Notice,
+    StudyEnded,
+    StudyOpened,
+    StudyProfiled,
+    TrialEnded,
+    TrialResult,
+    TrialStarted,
+    TrialState,
+)
+from hpo.report.text import duration
 
 FRAMES_PER_SECOND = 4  # calm to look at, and cheap beside the training
 WIDEST = 100  # columns of the live display, however wide the terminal
@@ -66,7 +76,7 @@ class Watcher(ABC):
     def exit_code(self) -> int:
         """130 after Ctrl-C or hpo stop, 1 if the study has no complete trial, else 0."""
         ended = self.tally.ended
-        if ended and ended.reason in ("interrupted", "stopped"):
+        if ended and ended.reason.by_user:
             return INTERRUPTED
         return 0 if ended and ended.study.best else 1
 
@@ -86,7 +96,9 @@ class JsonLines(Watcher):
             case TrialEnded(result):
                 body["result"] = _fields(result, "epochs", "folder")
             case StudyOpened(study):
-                body["study"] = _fields(study, "trials")
+                body = {**_fields(event, "attended"), "study": _fields(study, "trials")}
+            case TrialStarted():
+                body = _fields(event, "setup", "started")
             case StudyEnded(study):
                 trials = [
                     {
@@ -169,7 +181,7 @@ class PlainLines(Watcher):
         return (
             f"{'' if stage == FINAL else place:<{len(place)}}  trial {result.number:<4} {result.state:<8}"
             f"  {show_score(result.value) or '-':<6}  {'best' if best else '':<4}"
-            f"  {show_seconds(result.seconds):>8}  {words}"
+            f"  {duration(result.seconds):>8}  {words}"
         ).rstrip()
 
 
@@ -278,10 +290,10 @@ class LiveDisplay(Watcher):
         bar = ProgressBar(
             total=max(tally.budget, 1), completed=tally.finished, complete_style="green", finished_style="green"
         )
-        pace = [show_seconds(tally.seconds)]
+        pace = [duration(tally.seconds)]
         left = tally.seconds_left
         if left is not None and tally.seconds > 0:
-            pace = [f"{60 * tally.finished_here / tally.seconds:.3g} trials/min", f"{show_seconds(left)} left"]
+            pace = [f"{60 * tally.finished_here / tally.seconds:.3g} trials/min", f"{duration(left)} left"]
         counts = ", ".join(filter(None, [tally.counts(), f"{len(tally.running)} running"]))
         return Group(
             self._grid(bar, Text(f"{tally.finished}/{tally.budget}", "bold"), Text(" · ".join(pace))),

@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hpo.errors import HpoError, redact
+from hpo.report.text import short_paths
 
 _LONG = 500  # rows
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
@@ -199,17 +200,6 @@ def parse_duration(text: str) -> float:
     return total
 
 
-def show_seconds(seconds: float) -> str:
-    """0.84 s, 42 s, 3 min 05 s, 2 h 10 min."""
-    if seconds < 9.95:
-        return f"{seconds:.2g} s" if seconds < 1 else f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def show_bytes(count: float) -> str:
     """512 B, 3.4 MB, 1.2 GB; powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -235,20 +225,8 @@ def show_openings(study: str, count: int, *, now: int | None = None) -> str:
 
 def show_parameters(parameters: Mapping[str, Any], names: Mapping[str, str] | None = None) -> str:
     """hidden=312 activation=relu lr=0.0031: the values of a candidate, to three digits."""
-    names = names or short_names(parameters)
+    names = names or short_paths(parameters)
     return " ".join(f"{names.get(path, path)}={_short(value)}" for path, value in parameters.items())
-
-
-def short_names(paths: Iterable[str]) -> dict[str, str]:
-    """The shortest ending of each dotted path that no other shares; `optimizer` for training.optimizer.name."""
-    meaning = {path: path.removesuffix(".name").removesuffix(".kind") for path in paths}
-    short: dict[str, str] = {}
-    for path, text in meaning.items():
-        parts = text.split(".")
-        endings = (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
-        others = [f".{other}" for name, other in meaning.items() if name != path]
-        short[path] = next((end for end in endings if not any(o.endswith(f".{end}") for o in others)), path)
-    return short
 
 
 def _short(value: Any) -> str:

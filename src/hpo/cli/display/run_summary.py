@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hpo.cli.display.output import short_names, show_parameters, show_score, show_seconds
+from hpo.cli.display.output import show_parameters, show_score
 from hpo.records import (
     FINAL,
+    EndReason,
     EpochEnded,
     Event,
     StudyEnded,
@@ -19,15 +20,16 @@ from hpo.records import (
     TrialStarted,
     TrialState,
 )
-from hpo.report.failures import failure_lines
+from hpo.report.summary import failure_lines
+from hpo.report.text import duration, short_paths
 
 
 @dataclass(frozen=True)
 class NextCommands:
-    """What the user may type next: their own command, the same without its budget, and " --home DIR" or ""."""
+    """Commands for the user: again resumes the study, more(N) runs it to N trials; home is " --home DIR" or ""."""
 
     again: str
-    more: str
+    more: Callable[[int], str]
     home: str = ""
 
 
@@ -94,7 +96,7 @@ class Tally:
         search = study.spec.get("search") or {}
         spaces = [search.get("space") or {}, *(stage.get("space") or {} for stage in search.get("stages") or ())]
         space = {path for each in spaces for path in each}
-        self.names = short_names(space or {path for trial in study.trials for path in trial.candidate.parameters})
+        self.names = short_paths(space or {path for trial in study.trials for path in trial.candidate.parameters})
         if study.best:
             self.best, self.best_parameters = study.best.result, study.best.candidate.parameters
 
@@ -186,16 +188,21 @@ def closing(tally: Tally) -> list[tuple[str, str]]:
     return rows
 
 
-_REASONS = {"budget": "done", "exhausted": "done", "timeout": "time is up", "failing": "gave up"}
+_REASONS = {
+    EndReason.BUDGET: "done",
+    EndReason.EXHAUSTED: "done",
+    EndReason.TIMEOUT: "time is up",
+    EndReason.FAILING: "gave up",
+}
 
 
 def _done(tally: Tally) -> str:
-    if tally.ended and tally.ended.reason == "exhausted":
+    if tally.ended and tally.ended.reason is EndReason.EXHAUSTED:
         return f"every candidate of the space was tried: {tally.counts()}"
     if not tally.finished_here and tally.finished >= tally.budget:
         return f"all {tally.finished} trials were done before: {tally.counts()}"
     counts = f": {tally.counts()}" if tally.finished else ""
-    return f"{tally.finished} of {tally.budget} trials, {show_seconds(tally.seconds)}{counts}"
+    return f"{tally.finished} of {tally.budget} trials, {duration(tally.seconds)}{counts}"
 
 
 def next_steps(tally: Tally, commands: NextCommands) -> list[tuple[str, str]]:
@@ -205,13 +212,13 @@ def next_steps(tally: Tally, commands: NextCommands) -> list[tuple[str, str]]:
         return []
     home, model = commands.home, ended.model
     steps = []
-    if ended.reason in ("interrupted", "stopped", "timeout", "failing") and tally.finished < tally.budget:
+    if not ended.reason.completed and tally.finished < tally.budget:
         steps.append((commands.again, "go on where this stopped"))
     if model and "champion" not in model.aliases:
         steps.append((f"hpo promote {model.study or model.name}{home}", "open its sealed test part once"))
     if model:
         steps.append((f"hpo predict {model.name} IMAGE...{home}", "classify image files"))
     steps.append((f"hpo ui{home}", "look at every run in MLflow"))
-    if ended.reason == "budget" and not (ended.study.spec.get("search") or {}).get("stages"):
-        steps.append((f"{commands.more} --trials {2 * tally.budget}", "search on"))
+    if ended.reason is EndReason.BUDGET and not (ended.study.spec.get("search") or {}).get("stages"):
+        steps.append((commands.more(2 * tally.budget), "search on"))
     return steps

@@ -1,59 +1,91 @@
-"""Keep models and pictures of the best trials: export and draw beside the training, log, delete what falls out."""
+"""Keep the models and figures of the best trials: export them while others train, log them, delete the others."""
 
 from __future__ import annotations
 
 import math
 import shutil
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from concurrent.futures import Future
 from pathlib import Path
 
 from hpo.errors import NO_SPACE, StoreError, disk_full
-from hpo.execute.tracking_queue import Background
-from hpo.execute.workers.job_process import Helper, Job, finish_trial
-from hpo.records import FINAL, DataCard, Event, Notice, StudyResult, Trial, TrialResult, TrialState
+from hpo.execute.events import Emit, Subscriber
+from hpo.execute.subscribers.tracking import store_timeout
+from hpo.execute.tracking_queue import TrackingQueue
+from hpo.execute.workers.job_process import Job, JobProcess, finish_trial
+from hpo.records import (
+    FINAL,
+    DataCard,
+    Notice,
+    RunEvent,
+    SearchEnded,
+    StudyOpened,
+    StudyResult,
+    Trial,
+    TrialEnded,
+    TrialResult,
+    TrialStarted,
+    TrialState,
+)
 from hpo.spec.study import StudySpec
 from hpo.tracking.tracker import Tracker
 
-_EXPORT_SHARE = 0.1
+_EXPORT_SHARE = 0.1  # of the time, while trials train
 
 
-class Keeper:
-    """The best trials, as many as spec.keep says, keep their model; the best of those, too, their pictures."""
+class ModelRetention(Subscriber):
+    """Keeps the models of the best trials, as many as spec.keep says, and the figures of the best of those."""
 
     def __init__(
         self,
         tracker: Tracker,
-        background: Background,
-        helper: Helper,
+        queue: TrackingQueue,
+        jobs: JobProcess | None,
         spec: StudySpec,
         *,
         data: DataCard,
-        watch: Callable[[Event], None],
+        emit: Emit,
     ) -> None:
         self._tracker = tracker
-        self._background = background
-        self._helper = helper
+        self._queue = queue
+        self._jobs = jobs
         self._spec = spec
         self._data = data
-        self._watch = watch
+        self._emit = emit
         self._values: dict[int, float] = {}
-        self._finals: set[int] = set()
-        self._kept: set[int] = set()
-        self._drawn: set[int] = set()  # with pictures, as far as is known
-        self._earlier: Future[dict[int, str]] | None = None
+        self._finals: set[int] = set()  # complete final trainings
+        self._running_finals: set[int] = set()
+        self._kept: set[int] = set()  # with a model
+        self._drawn: set[int] = set()  # with figures, as far as is known
+        self._kept_before: Future[dict[int, str]] | None = None
         self._waiting: dict[int, TrialResult] = {}
         self._pending: dict[int, Job] = {}
-        self._began = self._exporting = time.monotonic()
-        self._spent = 0.0  # seconds of exports that are over
+        self._started = self._export_started = time.monotonic()
+        self._export_seconds = 0.0
+
+    def __call__(self, event: RunEvent) -> None:
+        """Follow the trials; at the end of the search, export every model that is to be kept."""
+        match event:
+            case StudyOpened(study):
+                self.resume(study, self._queue.submit(self._tracker.kept_models, study), leave=event.attended)
+            case TrialStarted(candidate) if candidate.stage == FINAL:
+                self._running_finals.add(candidate.number)
+            case TrialEnded(result):
+                self.add(result, final=result.number in self._running_finals)
+            case SearchEnded(study, reason, attended):
+                self.resume(study, self._queue.submit(self._tracker.kept_models, study), leave=attended)
+                self._queue.wait(timeout=store_timeout(reason), notify=lambda text: self._emit(Notice(text)))
+                self.collect(wait=True)
+            case _:
+                pass
 
     def resume(self, study: StudyResult, kept: Future[dict[int, str]], *, leave: Collection[int] = ()) -> None:
-        """Take up where other runs ended: the models that they kept, and files that still wait to be logged.
+        """Take over from other runs: the models that they kept, and files that still wait to be logged.
 
-        leave holds the trials whose own run lives and will see to their files.
+        leave holds the trials whose own run is alive and takes care of their files.
         """
-        self._earlier = kept
+        self._kept_before = kept
         self._values |= {trial.number: trial.value or 0.0 for trial in study.ranked()}
         self._finals |= {trial.number for trial in study.ranked(FINAL)}
         for trial in [*study.ranked(), *study.ranked(FINAL)]:
@@ -63,7 +95,7 @@ class Keeper:
                 self.add(trial.result, final=trial.candidate.stage == FINAL)
 
     def add(self, result: TrialResult, *, final: bool = False) -> None:
-        """A trial has ended: export its model if it is a final one or among the best, or remove its files."""
+        """Queue the export of an ended trial's model if it is a final one or among the best; else remove its files."""
         if result.state is TrialState.COMPLETE and result.value is not None and result.folder and result.feasible:
             if final:
                 self._finals.add(result.number)
@@ -74,57 +106,61 @@ class Keeper:
                 return
         _remove(result.folder)
 
+    def poll(self) -> None:
+        """Export, log and drop what has become due."""
+        self.collect()
+
     def collect(self, *, wait: bool = False) -> None:
-        """Have the tracker log what is exported, and drop what is no longer among the best.
+        """Log the models that are exported, and drop those no longer among the best; wait: export all that remain.
 
         Raises StoreError where the disk is full; the trials' files stay for the next run.
         """
-        if self._earlier is not None and self._earlier.done():
-            if self._earlier.exception() is None:
-                self._kept |= set(self._earlier.result())
-                self._drawn |= set(self._earlier.result())
-            self._earlier = None
+        if self._kept_before is not None and self._kept_before.done():
+            if self._kept_before.exception() is None:
+                self._kept |= set(self._kept_before.result())
+                self._drawn |= set(self._kept_before.result())
+            self._kept_before = None
         best = self._best()
         for number in self._waiting.keys() - best:
             _remove(self._waiting.pop(number).folder)
         self._export(wait=wait)
         for number in [number for number, job in self._pending.items() if wait or job.done()]:
             job = self._pending.pop(number)
-            self._spent += time.monotonic() - self._exporting
+            self._export_seconds += time.monotonic() - self._export_started
             if (error := job.exception()) is not None:
                 if disk_full(error):
                     raise StoreError(f"trial {number}: no space left on the disk for its model.", NO_SPACE)
-                self._watch(Notice(f"trial {number}: its model could not be exported: {error}"))
+                self._emit(Notice(f"trial {number}: its model could not be exported: {error}"))
             elif number in best:
                 self._kept.add(number)
-                self._background.submit(self._log, number, job.result())
+                self._queue.submit(self._log, number, job.result())
             else:
                 _remove(str(job.result()))
         for number in self._kept - best:
             self._kept.discard(number)
             self._drawn.discard(number)
-            self._background.submit(self._tracker.drop_model, number)
+            self._queue.submit(self._tracker.drop_model, number)
         for number in (self._drawn & self._kept) - self._best(self._spec.keep.figure_count):
             self._drawn.discard(number)
-            self._background.submit(self._tracker.drop_figures, number)
+            self._queue.submit(self._tracker.drop_figures, number)
 
     def _export(self, *, wait: bool) -> None:
-        """Begin what may begin: training comes first, so exports take a tenth of the time until it is over."""
-        share = self._spent / max(time.monotonic() - self._began, 1e-9)
-        if self._waiting and (wait or (not self._pending and share < _EXPORT_SHARE)):
-            self._exporting = time.monotonic()
-            pictured = self._best(self._spec.keep.figure_count)
+        """Start the exports that are due: while trials train, exports take a tenth of the time at most."""
+        share = self._export_seconds / max(time.monotonic() - self._started, 1e-9)
+        if self._jobs and self._waiting and (wait or (not self._pending and share < _EXPORT_SHARE)):
+            self._export_started = time.monotonic()
+            with_figures = self._best(self._spec.keep.figure_count)
             for number in sorted(self._waiting) if wait else [min(self._waiting)]:
-                result, figures = self._waiting.pop(number), number in pictured
+                result, figures = self._waiting.pop(number), number in with_figures
                 self._drawn |= {number} if figures else set()
-                self._pending[number] = self._helper.submit(finish_trial, result, self._data, figures=figures)
+                self._pending[number] = self._jobs.submit(finish_trial, result, self._data, figures=figures)
 
     def _log(self, number: int, folder: Path) -> None:
         self._tracker.keep_model(number, folder)
         _remove(str(folder))
 
     def _best(self, count: float | None = None) -> set[int]:
-        """The final trials and this many of the search's; None: as many as keep their model."""
+        """The final trials, and the best `count` of the search; None: as many as keep their model."""
         count = self._spec.keep.count if count is None else count
         sign = -1.0 if self._spec.search.better == "maximize" else 1.0
         ranked = sorted(self._values, key=lambda number: (sign * self._values[number], number))
@@ -133,7 +169,7 @@ class Keeper:
         return self._finals | set(ranked if math.isinf(count) else ranked[: int(count)])
 
     def keeps(self, trial: Trial) -> bool:
-        """Whether the trial's model is logged, or about to be."""
+        """True if the trial's model is logged, or queued to be."""
         return trial.number in self._kept
 
 

@@ -1,86 +1,68 @@
-"""Add up where a profiled run's time went: in its workers, and beside them."""
+"""Add up where the time of a profiled run went."""
 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 
-from hpo.profile import Limit, Profile, StudyProfiled
-from hpo.records import Event, TrialEnded, TrialResult
-
-# Methods of Study that a worker's next candidate waits for, and of Tracker, by the name of their phase.
-STUDY = {"ask": "ask", "ask_final": "ask", "report": "report", "tell": "tell"}
-TRACKER = dict.fromkeys(
-    ("open_study", "reconcile", "start_trial", "log_epochs", "end_trial", "keep_model", "drop_model", "drop_figures"),
-    "track",
-)
-Times = Mapping[str, float]
+from hpo.execute.events import Emit, Subscriber
+from hpo.execute.workers.job_process import JobProcess
+from hpo.records import RunEvent, SearchEnded, StudyOpened, StudyProfiled, TrialEnded, WinnerChosen
 
 
-class Profiler:
-    """Hears the events of a run while the workers stand ready: from its making until stop."""
+class StudyProfiler:
+    """Sums the profiles of trials that end between its creation and stop; those without a profile are left out."""
 
     def __init__(self) -> None:
-        self._results: list[TrialResult] = []
         self._began = time.monotonic()
-        self._seconds = 0.0
+        self._seconds = self._trial_seconds = 0.0
+        self._trials = 0
+        self._phases: Counter[str] = Counter()
+        self._operators: Counter[str] = Counter()
 
-    def hear(self, event: Event) -> None:
-        """Keep the trials that were profiled; an answer taken from an earlier trial took no time."""
+    def hear(self, event: RunEvent) -> None:
+        """Add a trial's profile; a result copied from an earlier trial took no time and does not count."""
         if isinstance(event, TrialEnded) and event.result.profile and event.result.seconds:
-            self._results.append(event.result)
+            self._trials += 1
+            self._trial_seconds += event.result.seconds
+            self._phases.update(event.result.profile.seconds)
+            self._operators.update(event.result.profile.operators)
 
     def stop(self) -> None:
-        """The last trial is over."""
+        """Note when the last trial is over."""
         self._seconds = time.monotonic() - self._began
 
-    def sum_up(self, *, workers: int, beside: Iterable[tuple[Times, Times]]) -> StudyProfiled:
-        """What it all comes to; beside holds seconds and CPU seconds by phase of other processes and threads.
-
-        What the profile itself took, which no other run pays, is told beside them.
-        """
-        phases = _sum((one.seconds, one.cpu_seconds) for _, one in self._profiles())
-        itself = {"profile": phases.pop("profile")} if "profile" in phases else {}
-        idle = workers * self._seconds - sum(result.seconds for result in self._results)
+    def profile(self, *, workers: int, outside: Mapping[str, float]) -> StudyProfiled:
+        """The sum; outside holds CPU seconds of the other processes of the run."""
+        between = max(0.0, self._trial_seconds - self._phases.total()) if self._trials else 0.0
+        idle = max(0.0, workers * self._seconds - self._trial_seconds)
         return StudyProfiled(
-            trials=len(self._results),
+            trials=self._trials,
             workers=workers,
             seconds=self._seconds,
-            phases={**phases, "idle": (max(0.0, idle), 0.0)},
-            beside={**_sum(beside), **itself},
-            limits=tuple(self._limits()),
+            phases={**self._phases, **({"between epochs": between} if self._trials else {}), "idle": idle},
+            outside=dict(outside),
+            operators={name: share / self._trials for name, share in self._operators.most_common(8)},
         )
 
-    def _profiles(self) -> Iterator[tuple[TrialResult, Profile]]:
-        return ((result, result.profile) for result in self._results if result.profile)
 
-    def _limits(self) -> Iterator[Limit]:
-        alike: dict[tuple[str, str, str], list[Profile]] = defaultdict(list)
-        for result, profile in self._profiles():
-            if profile.flops:
-                device, precision, threads = (result.settings[name] for name in ("device", "precision", "threads"))
-                alike[device, precision, threads].append(profile)
-        for (device, precision, threads), profiles in alike.items():
-            # What else ran on a shared processor is not the network's fault; a GPU's work takes no CPU time.
-            times = [one.cpu_seconds if device == "cpu" else one.seconds for one in profiles]
-            seconds = sum(time["forward"] + time["backward"] for time in times)
-            yield Limit(
-                device=device,
-                precision=precision,
-                threads=threads,
-                flops=sum(one.flops for one in profiles) / seconds,
-                peak_flops=max(one.peak_flops for one in profiles),
-                traffic=sum(one.traffic for one in profiles) / seconds,
-                peak_traffic=max(one.peak_traffic for one in profiles),
-            )
+class Profiling(Subscriber):
+    """Emits a StudyProfiled once the winner is chosen. in_process: this process trains; its CPU time is left out."""
 
+    def __init__(self, jobs: JobProcess, *, emit: Emit, in_process: bool) -> None:
+        self._jobs, self._emit, self._in_process = jobs, emit, in_process
+        self._profiler, self._workers = StudyProfiler(), 1
 
-def _sum(times: Iterable[tuple[Times, Times]]) -> dict[str, tuple[float, float]]:
-    """Phase -> (seconds, CPU seconds), in the order of their first appearance."""
-    total: dict[str, tuple[float, float]] = {}
-    for seconds, cpu_seconds in times:
-        for name, value in seconds.items():
-            before = total.get(name, (0.0, 0.0))
-            total[name] = before[0] + value, before[1] + cpu_seconds[name]
-    return total
+    def __call__(self, event: RunEvent) -> None:
+        """Add up the trials between the opening of the study and the end of the search."""
+        if isinstance(event, StudyOpened):
+            self._profiler, self._workers = StudyProfiler(), event.workers
+        self._profiler.hear(event)
+        if isinstance(event, SearchEnded):
+            self._profiler.stop()
+        elif isinstance(event, WinnerChosen):
+            outside = {"export and figures": self._jobs.submit(time.process_time).result()}
+            if not self._in_process:
+                outside["search and tracking"] = time.process_time()
+            self._emit(self._profiler.profile(workers=self._workers, outside=outside))

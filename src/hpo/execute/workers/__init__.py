@@ -1,1 +1,1 @@
-"""What runs in a worker's process, and in the job process."""
+"""The code that runs in worker processes and in the job process."""

@@ -1,4 +1,4 @@
-"""One process beside the workers for what must not hold up training: preparing data, exporting models, drawing."""
+"""One process for the jobs that must not delay training: preparing data, exporting models, drawing figures."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpo.errors import HpoError
 from hpo.execute.process import follow_supervisor, hidden_main
-from hpo.execute.stack_size import Places, measure_places
-from hpo.profile import Clock
+from hpo.execute.stack_size import StackSize, measure_stack_size
 from hpo.records import DataCard, Notice, SplitCard, StudyResult, TrialResult
 from hpo.spec.study import DataSpec, SplitSpec, StudySpec
 
@@ -28,13 +27,12 @@ if TYPE_CHECKING:
     Drawing = Callable[[], Figure | None]
 
 _MOST_TRIES = 3
-_clock = Clock()  # what the helper's process spends on what
-_progress: Connection | None = None  # the helper process's way to say how far a download is
+_progress: Connection | None = None  # from the job process to its supervisor
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a study runs on: its data, how it is split, and the devices that were asked for."""
+    """A study's data, its split, and the devices to train on."""
 
     data: DataCard
     split: SplitCard
@@ -42,7 +40,7 @@ class Prepared:
 
 
 class Job:
-    """What a job of the helper comes to. If the process dies over it, whoever asks next has it begun anew.
+    """The future of a job. If the job's process dies, the next call of a method starts the job again.
 
     done, result and exception are those of a concurrent Future; a job whose process has died three times raises
     HpoError.
@@ -53,28 +51,28 @@ class Job:
         self._future, self._tries = begin(), 1
 
     def done(self) -> bool:
-        """Whether there is a result or an exception."""
-        return self._future.done() and not self._begun_anew()
+        """True once there is a result or an exception."""
+        return self._future.done() and not self._restarted()
 
     def result(self, timeout: float | None = None) -> Any:
-        """The result; raises what the job raised, or TimeoutError after so many seconds."""
+        """The result; raises what the job raised, or TimeoutError after timeout seconds."""
         if (error := self.exception(timeout)) is not None:
             raise error
         return self._future.result()
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """What the job raised, or None; raises TimeoutError after so many seconds."""
+        """What the job raised, or None; raises TimeoutError after timeout seconds."""
         error = self._future.exception(timeout)
-        while self._begun_anew():
+        while self._restarted():
             error = self._future.exception(timeout)
         if isinstance(error, BrokenProcessPool):
             return HpoError(
                 f"{self._name}: its process died {self._tries} times.",
-                "Was it killed, or is there too little memory? Run the study again: it goes on where it was.",
+                "Was it killed, or is there too little memory? Run the study again: it resumes.",
             )
         return error
 
-    def _begun_anew(self) -> bool:
+    def _restarted(self) -> bool:
         died = self._future.done() and isinstance(self._future.exception(), BrokenProcessPool)
         if not died or self._tries >= _MOST_TRIES:
             return False
@@ -82,20 +80,20 @@ class Job:
         return True
 
 
-class Helper:
-    """The process, its jobs in order, and what it says meanwhile. Another takes its place if it dies."""
+class JobProcess:
+    """The process, which runs its jobs in order and sends notices meanwhile. If it dies, another one is started."""
 
     def __init__(self, context: BaseContext) -> None:
         self._context = context
         self._open()
 
     def _open(self) -> None:
-        self._notices, theirs = self._context.Pipe()
-        arguments = (theirs, dict(os.environ))
+        self._notices, sender = self._context.Pipe()
+        arguments = (sender, dict(os.environ))
         self._pool = ProcessPoolExecutor(1, mp_context=self._context, initializer=_start, initargs=arguments)
 
     def submit(self, job: Callable[..., Any], *arguments: Any, **options: Any) -> Job:
-        """Queue a job: a function of this module, which may be begun more than once."""
+        """Queue a job: a function of a module, which may be started more than once."""
         return Job(lambda: self._begin(partial(job, *arguments, **options)), job.__name__)
 
     def _begin(self, job: Callable[[], Any]) -> Future[Any]:
@@ -108,7 +106,7 @@ class Helper:
                 return self._pool.submit(job)
 
     def notices(self) -> list[Notice]:
-        """What came in since the last call; only the newest of each text."""
+        """The notices since the last call; only the newest of each text."""
         newest: dict[str, Notice] = {}
         while self._notices.poll():
             notice: Notice = self._notices.recv()
@@ -116,7 +114,7 @@ class Helper:
         return list(newest.values())
 
     def close(self) -> None:
-        """Drop what has not begun and end the process, which would take seconds to leave by itself."""
+        """Drop the jobs that have not begun and end the process, which would take seconds to end by itself."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._notices.close()
 
@@ -129,35 +127,29 @@ def _start(connection: Connection, environment: Mapping[str, str]) -> None:
         os.nice(5)  # training comes first
 
 
-def _say(text: str, done: int, total: int) -> None:
+def _notify(text: str, done: int, total: int) -> None:
     if _progress is not None:
         _progress.send(Notice(text, done, total))
 
 
-def spent() -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds and CPU seconds of this process by phase: prepare, export, figures."""
-    return dict(_clock.seconds), dict(_clock.cpu_seconds)
-
-
-@_clock.span("prepare")
 def prepare(data: DataSpec, split: SplitSpec, device: str) -> Prepared:
-    """Fetch and check the data, and see which devices there are. Raises HpoError."""
+    """Fetch and check the data, and resolve the devices. Raises HpoError."""
     from hpo.data.prepare import prepare as prepare_data
     from hpo.data.split import split_card
     from hpo.training.compute.device import resolve_devices
 
     devices = resolve_devices(device)
-    card = prepare_data(data, split, progress=_say)
+    card = prepare_data(data, split, progress=_notify)
     return Prepared(card, split_card(card, split), tuple(devices))
 
 
-def measure_stack(spec: StudySpec, data: DataCard, device: str, threads: int, most: int) -> Places:
-    """How many trainings each worker should do side by side, `most` at most."""
-    return measure_places(spec, data, device, threads=threads, most=most)
+def measure_stack(spec: StudySpec, data: DataCard, device: str, threads: int, most: int) -> StackSize:
+    """The number of trainings that each worker should do at once, `most` at most."""
+    return measure_stack_size(spec, data, device, threads=threads, most=most)
 
 
 def draw_study(study: StudyResult, folder: Path) -> list[Path]:
-    """Draw a study's pictures into folder, emptied first; returns their files. A picture that fails is told.
+    """Draw a study's figures into folder, which is emptied first; returns their files. A figure that fails is reported.
 
     Without a complete trial there are none.
     """
@@ -170,7 +162,7 @@ def draw_study(study: StudyResult, folder: Path) -> list[Path]:
         return []
     shares = importances(study)
     last = list(shares.values())[-1] if shares else {}
-    # fANOVA, the last of the methods: the other one can overlook a parameter with a few options.
+    # fANOVA, the last method: the other one can overlook a parameter with few options.
     ranking = list(last.values())[-1] if last else {}
     figures: dict[str, Drawing] = {
         "optimisation_history": lambda: study_figures.optimisation_history(study),
@@ -195,62 +187,57 @@ def finish_trial(result: TrialResult, data: DataCard, *, figures: bool) -> Path:
     That is the exported program, tables beside it and, where asked for, pictures in `figures`.
     """
     from hpo.models.export import export_program
-    from hpo.report.tables import classification_report, report_text
+    from hpo.report.statistics import classification_report
     from hpo.training.compute.device import use_threads
 
     use_threads(1)
     folder = Path(result.folder)
-    with _clock.span("export"):
-        export_program(folder)
+    export_program(folder)
     if result.confusion:
-        report = classification_report(result.confusion, data.class_names)
+        report, table = classification_report(result.confusion, data.class_names)
         (folder / "classification_report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-        (folder / "classification_report.txt").write_text(report_text(report), encoding="utf-8")
+        (folder / "classification_report.txt").write_text(table, encoding="utf-8")
     if figures:
         draw_trial(result, data, folder / "figures")
     return folder
 
 
 def draw_trial(result: TrialResult, data: DataCard, folder: Path) -> list[Path]:
-    """Draw a complete trial's pictures from what it left in result.folder; returns their files.
+    """Draw a complete trial's figures from the files in result.folder; returns their files.
 
-    A training without a validation part has its curves only.
+    A training without a validation part has only its curves.
     """
     import numpy as np
 
-    from hpo.report import mistakes
-    from hpo.report.figures import trial as trial_figures
+    from hpo.report.figures import classifier, images
 
     title, names = f"trial {result.number}", data.class_names
     figures: dict[str, Drawing] = {
-        "training_curves": lambda: trial_figures.training_curves(
-            result.epochs, best_epoch=result.best_epoch, title=title
-        )
+        "training_curves": lambda: classifier.training_curves(result.epochs, best_epoch=result.best_epoch, title=title)
     }
     title += ", validation"
     left = Path(result.folder) / "validation.npz"
     if result.confusion:
-        figures["confusion"] = lambda: trial_figures.confusion_figure(result.confusion, names, title=title)
-        figures["class_accuracy"] = lambda: trial_figures.class_accuracy_figure(result.confusion, names, title=title)
+        figures["confusion"] = lambda: classifier.confusion_figure(result.confusion, names, title=title)
+        figures["class_accuracy"] = lambda: classifier.class_accuracy_figure(result.confusion, names, title=title)
     if result.confusion and left.is_file():
         with np.load(left) as arrays:
             rows, labels, probabilities = (arrays[name] for name in ("rows", "labels", "probabilities"))
-        figures["roc"] = lambda: trial_figures.roc_figure(labels, probabilities, names, title=title)
-        figures["rank_of_truth"] = lambda: mistakes.rank_figure(labels, probabilities, title=title)
+        figures["roc"] = lambda: classifier.roc_figure(labels, probabilities, names, title=title)
+        figures["rank_of_truth"] = lambda: images.rank_figure(labels, probabilities, title=title)
 
         def gallery() -> Figure | None:
-            found = mistakes.confident_mistakes(labels, probabilities)
-            images = np.load(Path(data.folder) / "development_images.npy", mmap_mode="r")
-            shown = {place: np.asarray(images[rows[place]]) for mistake in found for place in mistake.positions}
-            return mistakes.mistakes_figure(found, shown, names, title=f"{title}: the surest mistakes")
+            found = images.confident_mistakes(labels, probabilities)
+            pixels = np.load(Path(data.folder) / "development_images.npy", mmap_mode="r")
+            shown = {row: np.asarray(pixels[rows[row]]) for mistake in found for row in mistake.positions}
+            return images.mistakes_figure(found, shown, names, title=f"{title}: the surest mistakes")
 
         figures["surest_mistakes"] = gallery
     return _draw(figures, folder, f"trial {result.number}")
 
 
-@_clock.span("figures")
 def _draw(figures: Mapping[str, Drawing], folder: Path, owner: str) -> list[Path]:
-    """Write each figure that there is to folder; a fault costs one picture, never a model or the end of a study."""
+    """Write each figure that is not None to folder. An error costs one figure, never a model or the end of a study."""
     from hpo.report.figures.style import save_png
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -261,6 +248,6 @@ def _draw(figures: Mapping[str, Drawing], folder: Path, owner: str) -> list[Path
             if figure is not None:
                 save_png(figure, folder / f"{name}.png")
                 drawn.append(folder / f"{name}.png")
-        except Exception as error:  # noqa: BLE001 - whatever goes wrong in drawing, the study is worth more
-            _say(f"{owner}: the picture {name} could not be drawn: {error}", 0, 0)
+        except Exception as error:  # noqa: BLE001 - no error of drawing is worth the study
+            _notify(f"{owner}: the figure {name} could not be drawn: {error}", 0, 0)
     return drawn

@@ -1,4 +1,4 @@
-"""A worker in a Ray actor: it checks its node's data, trains candidates in turn, and sends back what they leave."""
+"""A worker in a Ray actor: it checks its node's data, trains candidates one after another, and returns their files."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from pathlib import Path
 
 from hpo import __version__
 from hpo.errors import HpoError
-from hpo.execute.engines.local import Trainer
+from hpo.execute.engines.base import Trainer
 from hpo.execute.workers.task import Task, Training, train_task
 from hpo.records import DataCard, EpochEnded, TrialEnded
 from hpo.spec.study import DataSpec, SplitSpec
 
 Files = Mapping[str, bytes]  # of one folder: names to contents
-Told = tuple[EpochEnded | TrialEnded, Files]
+Answer = tuple[EpochEnded | TrialEnded, Files]
 
 
 @dataclass(frozen=True)
-class Ground:
-    """What all trainings of a study stand on, so that another node can tell whether it has the same.
+class WorkerSetup:
+    """All that the trainings of a study need on a node.
 
-    models holds the logged models that networks of the study stand on, by the names of their folders. version is that
+    models holds the logged models that networks of the study start from, by the names of their folders. version is that
     of the supervisor's hpo.
     """
 
@@ -39,7 +39,7 @@ class Ground:
 
 
 class RayWorker:
-    """What lives in the actor. Its calls come in the order in which they were made, one at a time."""
+    """The actor. Its calls run one at a time, in the order in which they were made."""
 
     def __init__(self, *, threads: int, gpu: bool, trainer: Trainer = train_task) -> None:
         self._threads = threads
@@ -49,25 +49,25 @@ class RayWorker:
         self._task: Task | None = None
         self._training: Training | None = None
 
-    def open(self, ground: Ground) -> str:
-        """Make sure that this node has what the study stands on; returns the node's name. Raises HpoError."""
+    def open(self, needs: WorkerSetup) -> str:
+        """Make sure that this node has the study's data and models; returns the node's name. Raises HpoError."""
         node = platform.node()
         try:
-            self._open(ground)
+            self._open(needs)
         except HpoError as error:
             raise type(error)(f"Ray node {node}: {error.message}", error.hint) from None
         return node
 
-    def _open(self, ground: Ground) -> None:
+    def _open(self, needs: WorkerSetup) -> None:
         from hpo.data.prepare import at_hand, models_folder
 
-        if ground.version != __version__:
+        if needs.version != __version__:
             raise HpoError(
-                f"hpo {__version__} is installed, and the run is of hpo {ground.version}.",
+                f"hpo {__version__} is installed, and the run is of hpo {needs.version}.",
                 "Install the same version on all nodes.",
             )
-        self._card = at_hand(ground.card, ground.data, ground.split)
-        for name, files in ground.models.items():
+        self._card = at_hand(needs.card, needs.data, needs.split)
+        for name, files in needs.models.items():
             if not (models_folder() / name).is_dir():
                 making = models_folder() / f".making-{uuid.uuid4().hex}"
                 write_files(files, making)
@@ -75,30 +75,30 @@ class RayWorker:
                     making.rename(models_folder() / name)
                 except OSError:  # another worker of this node was faster
                     shutil.rmtree(making)
-        # Imports torch, so after what may be refused; all that the first candidate would else wait for.
+        # Imports torch, so after the checks; the first candidate would wait for it.
         import hpo.training.compute.preload  # noqa: F401
         from hpo.training.compute.device import resolve_devices, use_threads
 
         resolve_devices(self._device)
         use_threads(self._threads)
 
-    def train(self, task: Task) -> Told:
-        """Begin a task; its first message."""
+    def train(self, task: Task) -> Answer:
+        """Begin a task; returns its first message."""
         from hpo.data.prepare import cache_folder
 
-        # Made by the training when it has something to leave; task.folder is a place on the supervisor's machine.
+        # The training makes it when it has something to write; task.folder is a path of the supervisor's machine.
         folder = cache_folder() / "results" / uuid.uuid4().hex
-        # It is there where this is the supervisor's machine, or shares its disk.
+        # The folder exists where this is the supervisor's machine, or shares its disk.
         checkpoint = task.checkpoint if Path(task.checkpoint).parent.is_dir() else ""
         self._task = replace(task, data=self._card or task.data, folder=str(folder), checkpoint=checkpoint)
         self._training = self._trainer(self._task, self._device)
-        return self._tell(next(self._training))
+        return self._answer(next(self._training))
 
-    def step(self, go_on: bool) -> Told | None:
-        """The next message of the task; None where it has ended already."""
-        return self._tell(self._training.send(go_on)) if self._training is not None else None
+    def step(self, go_on: bool) -> Answer | None:
+        """The next message of the task; None where it has ended."""
+        return self._answer(self._training.send(go_on)) if self._training is not None else None
 
-    def _tell(self, message: EpochEnded | TrialEnded | None) -> Told:
+    def _answer(self, message: EpochEnded | TrialEnded | None) -> Answer:
         assert message is not None  # noqa: S101 - None comes from trainings that share their computation
         if self._task is None or not isinstance(message, TrialEnded):
             return message, {}
@@ -110,13 +110,13 @@ class RayWorker:
 
 
 def read_files(folder: Path) -> Files:
-    """The files of a folder and of those in it, {} where there is none."""
+    """The files of a folder and of its subfolders; {} where there is no folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def write_files(files: Files, folder: Path) -> None:
-    """What read_files has read, in another place."""
+    """Write files that read_files has read into another folder."""
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)

@@ -1,14 +1,14 @@
-"""One candidate in, epochs out: what a worker does, whatever engine it runs in."""
+"""The training of one candidate by a worker, the same in every engine."""
 
 from __future__ import annotations
 
 import shutil
 import time
 import traceback
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hpo.errors import DataError, HpoError, NotFiniteError, disk_full, redact
 from hpo.records import DataCard, Epoch, EpochEnded, FailureKind, TrialEnded, TrialResult, TrialState
@@ -18,22 +18,21 @@ from hpo.spec.study import Setup
 if TYPE_CHECKING:
     from hpo.training.stacking.stack import Stacks
 
-# A verdict is what an epoch is answered with: go on (True) or end as pruned (False). None comes from trainings that
-# share their computation: all of them are to be asked once before the first of them trains.
+# Each epoch is answered with a verdict: continue (True) or end as pruned (False). Trainings that share a computation
+# yield None first: all of them are asked once before the first of them trains.
 Training = Generator[EpochEnded | TrialEnded | None, bool, None]
 
-_HALVINGS = 2  # how often a training that runs out of memory begins again with less
+_HALVINGS = 2  # times that a training that runs out of memory begins again with less
 
 
 @dataclass(frozen=True)
 class Task:
     """All that a worker needs to train one candidate.
 
-    data never leads to the test part, whatever card is given. folder is where weights and validation probabilities are
-    left; checkpoint is the file that the training is saved in and goes on from ("": none). precisions, most_parameters,
-    latency and profile are those of hpo.training.trial.train_trial. wait says whether every epoch waits for a verdict;
-    alone, that it shares neither process nor
-    computation with another.
+    data never leads to the test part, whatever card is given. The worker writes weights and validation probabilities to
+    folder, and saves the training in the file checkpoint, from which it resumes ("": none). precisions,
+    most_parameters, latency and profile are those of hpo.training.trial.TrialPlan. wait: every epoch waits for a
+    verdict. exclusive: it shares neither process nor computation with another task.
     """
 
     number: int
@@ -47,7 +46,7 @@ class Task:
     wait: bool = False
     checkpoint: str = ""
     profile: bool = False
-    alone: bool = False
+    exclusive: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", self.data.sealed)  # here, so that no maker of tasks can forget it
@@ -56,52 +55,52 @@ class Task:
 def train_task(task: Task, device_name: str, stacks: Stacks | None = None) -> Training:
     """Yield EpochEnded after each epoch, answered with a verdict, and TrialEnded at the end, whatever happens.
 
-    stacks are those of the process: with them it also yields None before each epoch that it shares with others.
+    stacks are those of the process: with them it also yields None before each epoch that is computed with others.
 
-    Where a computation that it shares fails it begins again alone, be the fault its own or another's. Where memory does
-    not suffice the training begins again, twice at most, with half as many images at once in the
-    network and the same effective batch (its epochs are yielded again then). After that the candidate is infeasible:
-    pruned, so that samplers learn from it.
+    A training whose shared computation fails, by its own fault or another's, begins again unstacked. One that runs out
+    of memory begins again, twice at most, with half as many images at once in the network and the same effective
+    batch; its epochs are yielded again then. After that the candidate is infeasible: pruned, so that samplers learn.
     """
     # Imported here: the supervisor knows tasks and engines without waiting for torch.
-    from hpo.training.compute.memory import free_memory, halved
+    from hpo.training.compute.device import free_memory, halved
     from hpo.training.stacking.compatibility import BrokenStackError
 
-    started, asked, apart = time.perf_counter(), task.setup, ""
+    started, requested, not_stacked = time.perf_counter(), task.setup, ""
     try:
         result = yield from _attempt(task, device_name, stacks)
     except BrokenStackError as error:
-        apart = f"the computation that it shared failed: {error}"
-    if apart:  # here, where the error holds nothing any more
+        not_stacked = f"the computation that it shared failed: {error}"
+    if not_stacked:  # outside of the handler, where the error keeps no tensors alive
         free_memory()
-        result = yield from _attempt(task, device_name, stacks, apart=apart)
+        result = yield from _attempt(task, device_name, stacks, not_stacked=not_stacked)
     for _ in range(_HALVINGS):
         smaller = halved(task.setup)
         if result.failure is not FailureKind.OUT_OF_MEMORY or smaller is None:
             break
         free_memory()
         task = replace(task, setup=smaller)
-        result = yield from _attempt(task, device_name, stacks, apart=apart)
-    if task.setup is not asked:
-        result = replace(result, settings={**result.settings, "micro_batch": str(task.setup.training.micro_batch)})
+        result = yield from _attempt(task, device_name, stacks, not_stacked=not_stacked)
+    changes: dict[str, Any] = {"seconds": time.perf_counter() - started}
+    if task.setup is not requested:
+        changes["settings"] = {**result.settings, "micro_batch": str(task.setup.training.micro_batch)}
     if result.failure is FailureKind.OUT_OF_MEMORY:
         at_once = task.setup.training.micro_batch or task.setup.training.batch_size
         reason = f"out of memory, with {at_once} images at once: {result.reason}"
-        result = replace(result, state=TrialState.PRUNED, feasible=False, reason=reason)
-    yield TrialEnded(replace(result, seconds=time.perf_counter() - started))
+        changes |= {"state": TrialState.PRUNED, "feasible": False, "reason": reason}
+    yield TrialEnded(replace(result, **changes))
 
 
 def _attempt(
-    task: Task, device_name: str, stacks: Stacks | None, *, apart: str = ""
+    task: Task, device_name: str, stacks: Stacks | None, *, not_stacked: str = ""
 ) -> Generator[EpochEnded | None, bool, TrialResult]:
     """Train once; the result has its epochs. Raises BrokenStackError."""
     from hpo.training.stacking.compatibility import BrokenStackError
-    from hpo.training.trial import train_trial
+    from hpo.training.trial import TrialPlan, train_trial
 
     epochs: list[Epoch] = []
-    how: dict[str, str] = {}
+    settings: dict[str, str] = {}
     try:
-        training = train_trial(
+        plan = TrialPlan(
             task.setup,
             task.data,
             number=task.number,
@@ -113,10 +112,9 @@ def _attempt(
             latency=task.latency,
             checkpoint=Path(task.checkpoint) if task.checkpoint else None,
             profile=task.profile,
-            stacks=None if task.alone else stacks,
-            apart=apart,
-            how=how,
+            not_stacked=not_stacked,
         )
+        training = train_trial(plan, stacks=None if task.exclusive else stacks, decided=settings)
         go_on: bool | None = None
         try:
             while True:
@@ -128,24 +126,33 @@ def _attempt(
                 go_on = yield EpochEnded(task.number, epoch)
         except StopIteration as end:
             result: TrialResult = end.value
+            return replace(result, epochs=tuple(epochs))
     except BrokenStackError:
         raise
-    except Exception as error:  # noqa: BLE001 - whatever a candidate does, the study goes on
-        if disk_full(error):
-            return replace(without_room(task), epochs=tuple(epochs))
-        reason = str(error) if isinstance(error, HpoError) else f"{type(error).__name__}: {error}"
-        # Both are stored: what a model of the user's own raises may name the environment.
-        told = redact(traceback.format_exc())
-        kind = _kind(error, own=isinstance(task.setup.model, OwnModelSpec))
-        result = TrialResult(
-            task.number, TrialState.FAILED, reason=redact(reason), traceback=told, failure=kind, settings=how
-        )
-    return replace(result, epochs=tuple(epochs))
+    except Exception as error:  # noqa: BLE001 - whatever a candidate does, the study continues
+        return _failed(task, error, epochs, settings)
+
+
+def _failed(task: Task, error: Exception, epochs: Sequence[Epoch], settings: Mapping[str, str]) -> TrialResult:
+    """The result of a training that raised an error."""
+    if disk_full(error):
+        return disk_full_result(task, epochs)
+    reason = str(error) if isinstance(error, HpoError) else f"{type(error).__name__}: {error}"
+    return TrialResult(
+        task.number,
+        TrialState.FAILED,
+        epochs=tuple(epochs),
+        # Both texts are stored: what a user's own network raises may name the environment.
+        reason=redact(reason),
+        traceback=redact(traceback.format_exc()),
+        failure=_kind(error, own=isinstance(task.setup.model, OwnModelSpec)),
+        settings=settings,
+    )
 
 
 def _kind(error: Exception, *, own: bool) -> FailureKind:
-    """own: the network is the user's."""
-    from hpo.training.compute.memory import is_out_of_memory
+    """The kind of a failure; own: the network is the user's."""
+    from hpo.training.compute.device import is_out_of_memory
 
     if is_out_of_memory(error):
         return FailureKind.OUT_OF_MEMORY
@@ -153,12 +160,13 @@ def _kind(error: Exception, *, own: bool) -> FailureKind:
         return FailureKind.NOT_FINITE
     if isinstance(error, DataError):
         return FailureKind.DATA
-    # What a network of the user's raises while it is built comes wrapped in an error that says which network it is.
+    # An exception from building a user's network is wrapped in an error that names the network.
     raised = not isinstance(error, HpoError) or (own and error.__cause__ is not None)
     return FailureKind.EXCEPTION if raised else FailureKind.SETUP
 
 
-def without_room(task: Task) -> TrialResult:
-    """A full disk is no fault of the candidate, which is tried again; what it has written is of no use."""
+def disk_full_result(task: Task, epochs: Sequence[Epoch]) -> TrialResult:
+    """A full disk is no fault of the candidate, which is tried again; its files are of no use and are removed."""
     shutil.rmtree(task.folder, ignore_errors=True)
-    return TrialResult(task.number, TrialState.STOPPED, reason=f"{task.folder}: no space left on the disk.")
+    reason = f"{task.folder}: no space left on the disk."
+    return TrialResult(task.number, TrialState.STOPPED, epochs=tuple(epochs), reason=reason)

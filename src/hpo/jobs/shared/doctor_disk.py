@@ -13,7 +13,7 @@ from hpo.errors import StoreError
 from hpo.home import Home
 from hpo.jobs.shared.database_schema import read_schema
 from hpo.jobs.shared.home_snapshot import Case, Finding, Scene, leftovers, size_of
-from hpo.storage.lease import seen_held
+from hpo.storage.liveness import seen_held
 from hpo.tracking.reader import place_of
 from hpo.tracking.repair import move_places
 

@@ -11,7 +11,7 @@ from hpo.home import Home
 from hpo.jobs.shared.home_snapshot import Case, Finding, Scene
 from hpo.records import StudyResult, Trial
 from hpo.spec.load import parse_study
-from hpo.storage.reader import look
+from hpo.storage.reader import read_snapshots
 from hpo.tracking import runs
 from hpo.tracking.reader import Run, Tracking
 from hpo.tracking.repair import ORPHAN, end_runs, forget_model, restore_files
@@ -122,7 +122,7 @@ def _study_cases(scene: Scene, study: StudyResult, found: _Projection) -> Iterat
 
 def _project(home: Home, title: str) -> None:
     """Bring MLflow in line with the storage as it is now, as every hpo run does at its start."""
-    study = next(one.study for one in look(home) if one.study.title == title)
+    study = next(one.study for one in read_snapshots(home) if one.study.title == title)
     spec, tracker = parse_study(study.spec, trust=True), Tracker(home)
     if not _has_parent(home, study):
         from hpo.data.split import split_card

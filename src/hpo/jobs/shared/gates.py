@@ -15,19 +15,14 @@ import numpy as np
 from hpo.errors import HpoError
 from hpo.home import Home
 from hpo.jobs.compare import Entrant
+from hpo.metrics import counted, direction_of
 from hpo.records import FINAL, ModelVersion, Trial, TrialResult, unpack_classes
 from hpo.report.statistics import Ints, mean_lead
-from hpo.spec.scores import SCORES
 
 if TYPE_CHECKING:
     from hpo.data.evaluation_sets import Part
     from hpo.predict import Classifier
 
-_RESAMPLED = {
-    "valid_accuracy": "accuracy",
-    "valid_balanced_accuracy": "balanced_accuracy",
-    "valid_macro_f1": "macro_f1",
-}
 # How far probabilities may lie from the trial's, and which share of the images may be answered differently. A logged
 # model computes in float32 on the CPU: what was trained in coarser numbers cannot agree to the last digit. Of seven
 # models trained in bfloat16 the worst differed by 0.027, and in 0.23 % of the answers.
@@ -74,7 +69,8 @@ def beats_champion(home: Home, new: Entrant, champion: ModelVersion, old: Entran
     part, note = (None, why) if old is None else _unseen(new, old)
     if old is None or part is None:
         return _by_objective(new, champion, old, why=note)
-    score = _RESAMPLED.get(objective, "accuracy")
+    score = objective.removeprefix("valid_")
+    score = score if score in counted() else "accuracy"
     names = new.card.class_names
     first, second = (_said(home, each, part, names) for each in (new, old))
     lead = mean_lead(part.labels, first, second, score=score, classes=len(names), seed=new.spec.seed)
@@ -96,7 +92,7 @@ def _by_objective(new: Entrant, champion: ModelVersion, old: Entrant | None, *, 
     wanted = f"a better {objective}"
     if ours is None or theirs is None:
         return Verdict("beats the champion", False, f"only one of the two has a {objective}; {why}", wanted)
-    better = ours > theirs if SCORES[objective] == "maximize" else ours < theirs
+    better = ours > theirs if direction_of(objective) == "maximize" else ours < theirs
     said = f"{objective} {ours:.4f} against {theirs:.4f} of version {champion.version}, without an interval: {why}"
     return Verdict("beats the champion", better, said, wanted)
 

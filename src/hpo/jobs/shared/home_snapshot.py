@@ -11,9 +11,8 @@ from pathlib import Path
 from hpo.errors import StoreError
 from hpo.execute.workdir import wanted
 from hpo.home import Home
-from hpo.storage.lease import seen_held
-from hpo.storage.reader import Look
-from hpo.storage.reader import look as look_at_storage
+from hpo.storage.liveness import seen_held
+from hpo.storage.reader import StudySnapshot, read_snapshots
 from hpo.tracking.reader import Tracking, place_of
 from hpo.tracking.reader import look as look_at_tracking
 
@@ -55,7 +54,7 @@ class Scene:
     """
 
     home: Home
-    studies: Mapping[str, Look]
+    studies: Mapping[str, StudySnapshot]
     tracking: Tracking | None
     live: frozenset[str]
     faults: Mapping[str, StoreError]
@@ -97,9 +96,9 @@ def see(home: Home) -> Scene:
     return Scene(home, studies, tracking, frozenset(live), faults, folders, tuple(_stale_leases(home)))
 
 
-def _studies(home: Home, faults: dict[str, StoreError]) -> dict[str, Look]:
+def _studies(home: Home, faults: dict[str, StoreError]) -> dict[str, StudySnapshot]:
     try:
-        return {one.study.title: one for one in look_at_storage(home)}
+        return {one.study.title: one for one in read_snapshots(home)}
     except StoreError as error:
         faults[home.storage_url] = error
         return {}

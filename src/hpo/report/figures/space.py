@@ -1,4 +1,4 @@
-"""Pictures of a search space: what each parameter, and each pair of them, does to the objective."""
+"""Figures of a search space: the objective over each parameter, and over pairs of them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hpo.metrics import direction_of
 from hpo.records import StudyResult, Trial
 from hpo.report.figures.style import (
     BLACK,
@@ -17,21 +18,19 @@ from hpo.report.figures.style import (
     GREY,
     RED,
     log_axes,
+    mark_trials,
     new_figure,
     panels_of,
-    score_text,
-    short_name,
     tidy,
-    value_text,
 )
 from hpo.report.parameters import Group, Parameter, groups
-from hpo.spec.scores import SCORES
+from hpo.report.text import score_text, short_name, value_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_OPTIONS = 8  # different values that an effect plot shows one by one; more are put into bins
+_OPTIONS = 8  # values that an effect plot shows one by one; more are put into bins
 _BINS = 6
 _CELLS = 12  # rows or columns of a heat map
 _AXES = 12  # parallel coordinates
@@ -49,6 +48,7 @@ def slices(study: StudyResult, *, columns: int = 3) -> Figure | None:
         x = _across(parameter)
         numbers = [trial.number for trial in group.trials]
         points = panel.scatter(x, group.values, c=numbers, cmap="viridis", vmin=0, vmax=last, s=18, linewidth=0)
+        mark_trials(points, numbers)
         tidy(panel, y="" if index % columns else score_text(study.objective), title=group.title(parameter.label))
         _ticks(panel, parameter)
     figure.colorbar(points, ax=panels, label="trial", shrink=0.8, pad=0.01)
@@ -58,12 +58,12 @@ def slices(study: StudyResult, *, columns: int = 3) -> Figure | None:
 def effects(study: StudyResult, *, score: str = "", columns: int = 3) -> Figure | None:
     """Mean objective, or another score, at each value of each varied parameter, stage by stage; the best value marked.
 
-    Bars are standard deviations over the trials that share the value (seeds among them), or, of a single trial, over
-    its folds. Values of a range are put into bins of equal count. At the foot stands the number of trials.
+    Bars are standard deviations over the trials that share the value (seeds included), or over the folds of a single
+    trial. Values of a range are put into bins of equal count. The number of trials is at the foot.
     """
     shown = [(group, parameter) for group in groups(study) for parameter in group.parameters]
     name = score or study.objective
-    better = (SCORES.get(name) or "minimize") if score else study.direction
+    better = direction_of(name) if score else study.direction
     found = [_effect(name, group, group.scores(score) if score else group.values, part) for group, part in shown]
     if not any(found):
         return None
@@ -94,7 +94,7 @@ def effects(study: StudyResult, *, score: str = "", columns: int = 3) -> Figure 
 def heat_map(study: StudyResult) -> Figure | None:
     """Mean objective in each cell of a grid of two parameters, a panel for each stage that is one; the best framed.
 
-    Of more than two parameters, the pair whose cells are filled best; None where no stage fills two thirds of a grid.
+    Of more than two parameters, the pair with most cells filled; None if no stage fills two thirds of a grid.
     """
     found = [(group, pair) for group in groups(study) if (pair := _grid_pair(group))]
     if not found:
@@ -140,10 +140,10 @@ def heat_map(study: StudyResult) -> Figure | None:
 
 
 def contour(study: StudyResult, importances: Mapping[str, float]) -> Figure | None:
-    """The objective over the two most important numeric parameters, between the trials interpolated.
+    """The objective over the two most important numeric parameters, interpolated between the trials.
 
-    importances maps paths to shares, or is empty: then the first two. None where no stage has two such parameters with
-    four values each; of several stages the last that has.
+    importances maps paths to shares; if it is empty, the first two are taken. It is drawn for the last stage that has
+    two such parameters with four values each; None without one.
     """
     for group in reversed(groups(study)):
         numeric = [p for p in group.parameters if p.numeric and len(p.options) > 3 and p.used.all()]
@@ -156,8 +156,8 @@ def contour(study: StudyResult, importances: Mapping[str, float]) -> Figure | No
 def parallel_coordinates(study: StudyResult) -> Figure | None:
     """Each complete trial as a line across its parameters to the objective; the best one thick.
 
-    For the stage with most parameters, the last of several; None where only one is varied. What a trial has not got is
-    at "not used".
+    Drawn for the stage with most parameters (the last of several); None if only one is varied. A parameter that a
+    trial lacks is at "not used".
     """
     from matplotlib.collections import LineCollection
 
@@ -185,13 +185,14 @@ def parallel_coordinates(study: StudyResult) -> Figure | None:
         linewidth=1,
     )
     panel.add_collection(collection)
+    mark_trials(collection, [group.trials[index].number for index in order])
     panel.plot(across, lines[order[-1]], color=RED, linewidth=2.4, label="best", zorder=3)
     ticks = [*[ticks for _, ticks in heights], [(0.0, f"{low:.4f}"), (1.0, f"{high:.4f}")]]
-    for place, marks in zip(across, ticks, strict=True):
-        panel.axvline(place, color=GREY, linewidth=0.8, zorder=2)
+    for x, marks in zip(across, ticks, strict=True):
+        panel.axvline(x, color=GREY, linewidth=0.8, zorder=2)
         for height, text in marks:
             panel.text(
-                place + 0.03,
+                x + 0.03,
                 height,
                 short_name(text, 14),
                 fontsize=7,
@@ -226,7 +227,7 @@ def _rectangle(x: float, y: float, width: float, height: float, **options: Any) 
 
 
 def _by_value(parameter: Parameter) -> bool:
-    """Whether its values are places on a number axis, and not a row of names."""
+    """True if its values belong on a number axis, false for a row of names."""
     return parameter.numeric and not (parameter.listed and len(parameter.options) <= _OPTIONS)
 
 
@@ -243,7 +244,7 @@ def _ticks(panel: Axes, parameter: Parameter) -> None:
 
 
 def _name_ticks(panel: Axes, names: Sequence[str]) -> None:
-    """Names below the axis, slanted where they would meet."""
+    """Names below the axis, slanted if they would overlap."""
     texts = [short_name(name, 18) for name in names]
     slanted = sum(map(len, texts)) + 2 * len(texts) > 38
     options: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
@@ -297,7 +298,7 @@ def _bins(parameter: Parameter) -> list[tuple[str, NDArray[np.bool_]]]:
 def _grid_pair(group: Group) -> tuple[Parameter, Parameter] | None:
     """The two parameters, longer one first (its options become rows), whose grid has most of its cells filled.
 
-    None where a parameter has more values than a grid has, or hardly one twice: a sampler drew them from a range.
+    None if a parameter has too many values, or hardly one twice: then a sampler drew them from a range.
     """
     for parameter in group.parameters:
         drawn = not parameter.listed and 2 * len(parameter.options) > len(group.trials)
@@ -317,7 +318,7 @@ def _grid_pair(group: Group) -> tuple[Parameter, Parameter] | None:
 
 
 def _cells(group: Group, down: Parameter, across: Parameter) -> NDArray[np.float64]:
-    """(rows, columns) mean objective; nan where there was no trial."""
+    """(rows, columns) mean objective; nan without a trial."""
     total = np.zeros((len(down.options), len(across.options)))
     count = np.zeros_like(total)
     for row, column, score in zip(down.places(), across.places(), group.values, strict=True):
@@ -332,19 +333,20 @@ def _contour(study: StudyResult, group: Group, first: Parameter, second: Paramet
 
     raw = np.stack([first.numbers(), second.numbers()])
     scaled = np.stack([_unit(parameter)[0] for parameter in (first, second)])
-    # One point for each place: trials that share it are averaged, which triangles need.
-    places, where = np.unique(scaled, axis=1, return_inverse=True)
-    where = where.ravel()
-    if places.shape[1] < 6 or np.linalg.matrix_rank(places - places[:, :1]) < 2:
+    # Triangulation needs distinct points, so trials with equal parameters are averaged.
+    distinct, point_of = np.unique(scaled, axis=1, return_inverse=True)
+    point_of = point_of.ravel()
+    if distinct.shape[1] < 6 or np.linalg.matrix_rank(distinct - distinct[:, :1]) < 2:
         return None
-    scores = np.bincount(where, group.values) / np.bincount(where)
-    x, y = (np.bincount(where, values) / np.bincount(where) for values in raw)
+    scores = np.bincount(point_of, group.values) / np.bincount(point_of)
+    x, y = (np.bincount(point_of, values) / np.bincount(point_of) for values in raw)
     figure = new_figure(6.4, 4.6)
     panel = figure.subplots()
-    triangles = Triangulation(*places).triangles
+    triangles = Triangulation(*distinct).triangles
     colours = "viridis" if study.direction == "maximize" else "viridis_r"
     filled = panel.tricontourf(Triangulation(x, y, triangles), scores, levels=14, cmap=colours)
-    panel.scatter(raw[0], raw[1], s=16, color="white", edgecolor=BLACK, linewidth=0.8, zorder=3)
+    points = panel.scatter(raw[0], raw[1], s=16, color="white", edgecolor=BLACK, linewidth=0.8, zorder=3)
+    mark_trials(points, [trial.number for trial in group.trials])
     best = int(group.values.argmax() if study.direction == "maximize" else group.values.argmin())
     panel.plot(
         *raw[:, best], "o", markersize=9, markerfacecolor="none", markeredgecolor=RED, markeredgewidth=2, zorder=4

@@ -1,4 +1,4 @@
-"""Pictures of how a study went: history, learning curves, workers, importance of parameters, trade-offs."""
+"""Figures of a study: optimisation history, learning curves, timeline, parameter importance, Pareto front."""
 
 from __future__ import annotations
 
@@ -21,15 +21,13 @@ from hpo.report.figures.style import (
     legend,
     line_style,
     log_axes,
+    mark_trials,
     new_figure,
     panels_of,
-    score_text,
-    short_name,
-    short_paths,
     tidy,
-    value_text,
 )
 from hpo.report.parameters import groups, stage_of
+from hpo.report.text import score_text, short_name, short_paths, value_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,7 +45,7 @@ _NAMED = 8  # curves with a colour and a name of their own
 
 
 def optimisation_history(study: StudyResult) -> Figure | None:
-    """Each objective of every trial in the order of their numbers, the best so far, and where each stage begins."""
+    """Each objective of every trial by trial number, the best so far, and the first trial of each stage."""
     searched = [trial for trial in study.trials if trial.candidate.stage != FINAL and trial.value is not None]
     if not searched:
         return None
@@ -59,12 +57,13 @@ def optimisation_history(study: StudyResult) -> Figure | None:
             chosen = [trial for trial in searched if trial.state is state]
             if chosen:
                 numbers, values = [trial.number for trial in chosen], [_aim(trial, index) for trial in chosen]
-                panel.scatter(numbers, values, color=colour, marker=marker, s=22, label=state.value, zorder=3)
+                points = panel.scatter(numbers, values, color=colour, marker=marker, s=22, label=state.value, zorder=3)
+                mark_trials(points, numbers)
         complete = [t for t in searched if t.state is TrialState.COMPLETE and (t.result is None or t.result.feasible)]
         if complete:
             best = list(accumulate((_aim(trial, index) for trial in complete), _BETTER[direction]))
             numbers = [trial.number for trial in complete]
-            # The line goes on to the last trial: nothing better came.
+            # The line continues to the last trial, since none was better.
             panel.step([*numbers, searched[-1].number], [*best, best[-1]], where="post", color=RED, label="best so far")
         tidy(panel, x="trial", y=score_text(score), whole="x")
         panel.margins(y=0.12)
@@ -75,9 +74,9 @@ def optimisation_history(study: StudyResult) -> Figure | None:
 
 
 def learning_curves(study: StudyResult) -> Figure | None:
-    """The objective over the epochs, a panel for each stage: the best trials named by what they varied, others grey.
+    """The objective over the epochs, a panel for each stage: the best trials with their parameters, others grey.
 
-    Where an epoch has not got the objective (a cost), validation accuracy; folds are averaged.
+    If the epochs lack the objective (a cost), it is the validation accuracy. Folds are averaged.
     """
     steps = groups(study)
     if not steps:
@@ -91,17 +90,20 @@ def learning_curves(study: StudyResult) -> Figure | None:
         others = [t for t in study.trials if stage_of(t) == group.name and group.name in names and t not in ranked]
         others = [trial for trial in others if trial.candidate.stage != FINAL and _epochs(trial)]
         for trial in [*others, *ranked[_NAMED:]]:
-            panel.plot(*_curve(trial, score), color=PALE, linewidth=0.8, zorder=1)
+            (line,) = panel.plot(*_curve(trial, score), color=PALE, linewidth=0.8, zorder=1)
+            mark_trials(line, [trial.number])
         for index, trial in enumerate(ranked[:_NAMED]):
             text = short_name(f"{trial.number}: {label[trial.number]}".removesuffix(": "), 44)
-            panel.plot(*_curve(trial, score), linewidth=1.4, label=text, zorder=3 - index / _NAMED, **line_style(index))
+            style = {"linewidth": 1.4, "zorder": 3 - index / _NAMED, **line_style(index)}
+            (line,) = panel.plot(*_curve(trial, score), label=text, **style)
+            mark_trials(line, [trial.number])
         tidy(panel, x="epoch", y=score_text(score), title=group.name, whole="x")
         legend(panel, title="trial, best first", title_fontsize=8, alignment="left", fontsize=7)
     return figure
 
 
 def timeline(study: StudyResult) -> Figure | None:
-    """What each worker did when: a bar for every trial, coloured by how it ended; pauses between runs are cut out."""
+    """A row for each worker, a bar for each trial, coloured by its state; pauses between runs are cut out."""
     begun = sorted((trial for trial in study.trials if trial.started), key=lambda trial: trial.started)
     if not begun:
         return None
@@ -113,7 +115,7 @@ def timeline(study: StudyResult) -> Figure | None:
     for state, (colour, _) in _STATES.items():
         chosen = [trial for trial in begun if trial.state is state]
         if chosen:
-            panel.barh(
+            bars = panel.barh(
                 [workers.index(_worker(trial)) for trial in chosen],
                 [max(trial.run_seconds, whole / 500) / length for trial in chosen],
                 left=[moved[trial.number] / length for trial in chosen],
@@ -123,8 +125,10 @@ def timeline(study: StudyResult) -> Figure | None:
                 linewidth=0.6,
                 label=state.value,
             )
-    for place, cut in enumerate(cuts):
-        panel.axvline(cut / length, color=BLACK, linewidth=1, linestyle=":", label=None if place else "pause, cut out")
+            for bar, trial in zip(bars, chosen, strict=True):
+                mark_trials(bar, [trial.number])
+    for index, cut in enumerate(cuts):
+        panel.axvline(cut / length, color=BLACK, linewidth=1, linestyle=":", label=None if index else "pause, cut out")
     tidy(panel, x=f"time ({unit})")
     panel.set_yticks(range(len(workers)), [short_name(worker) for worker in workers], fontsize=8)
     panel.set_ylim(len(workers) - 0.4, -0.6)
@@ -135,9 +139,9 @@ def timeline(study: StudyResult) -> Figure | None:
 
 
 def importance_figure(importances: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Figure | None:
-    """stage -> method -> path -> share in [0, 1]: the methods side by side, because each overlooks something.
+    """stage -> method -> path -> share in [0, 1]: the methods side by side, since each overlooks something.
 
-    None where there is nothing to show; stage is "" for a search without.
+    stage is "" in a search without stages. None if there are no shares.
     """
     shown = {stage: methods for stage, methods in importances.items() if methods}
     if not shown:
@@ -168,28 +172,27 @@ def importance_figure(importances: Mapping[str, Mapping[str, Mapping[str, float]
 
 
 def pareto_front(study: StudyResult) -> Figure | None:
-    """Each pair of objectives: all complete trials, and those that no other beats in every objective, numbered.
-
-    None for studies with one objective.
-    """
+    """Each pair of objectives: all complete trials, and the Pareto front with its numbers; None with one objective."""
     complete, front = study.ranked(), study.pareto() if len(study.objectives) > 1 else []
     if not front:
         return None
     pairs = list(combinations(range(len(study.objectives)), 2))
     figure = new_figure(6.5 if len(pairs) == 1 else 12, 4.5 * -(-len(pairs) // 2))
     for panel, pair in zip(panels_of(figure, len(pairs), columns=2), pairs, strict=True):
-        # A cost goes to the right, what it buys upwards.
+        # A cost is the horizontal axis, the score that it buys the vertical one.
         across, up = sorted(pair, key=lambda index: study.objectives[index][1] != "minimize")
         others = [trial for trial in complete if trial not in front]
-        panel.scatter(
-            [_aim(t, across) for t in others], [_aim(t, up) for t in others], color=PALE, s=22, label="beaten"
+        points = panel.scatter(
+            [_aim(t, across) for t in others], [_aim(t, up) for t in others], color=PALE, s=22, label="dominated"
         )
+        mark_trials(points, [trial.number for trial in others])
         ordered = sorted(front, key=lambda trial: _aim(trial, across))
         x, y = [_aim(trial, across) for trial in ordered], [_aim(trial, up) for trial in ordered]
         # Of three objectives the front is a surface: its trials are not joined.
         stairs = "steps-post" if study.objectives[across][1] == "minimize" else "steps-pre"
-        style: dict[str, Any] = {"drawstyle": stairs} if len(pairs) == 1 else {"linestyle": "none"}
-        panel.plot(x, y, color=RED, linewidth=1, marker="o", markersize=5, label="front (trial)", **style)
+        if len(pairs) == 1:
+            panel.plot(x, y, color=RED, linewidth=1, drawstyle=stairs)
+        mark_trials(panel.scatter(x, y, color=RED, s=25, zorder=3, label="front (trial)"), [t.number for t in ordered])
         (first, _), (second, _) = study.objectives[across], study.objectives[up]
         tidy(panel, x=score_text(first), y=score_text(second))
         panel.margins(0.08)
@@ -206,21 +209,21 @@ _UNITS = (("hours", 3600), ("minutes", 60), ("seconds", 1))
 
 
 def _aim(trial: Trial, index: int) -> float:
-    """The objective at this place; of a trial that was pruned, which has one only, that."""
+    """The objective of this index; a pruned trial has only one, which is taken."""
     values = trial.result.values if trial.result else ()
     value = values[index] if index < len(values) else trial.value
     return float("nan") if value is None else value
 
 
 def _number(panel: Any, trials: Sequence[Trial], x: Sequence[float], y: Sequence[float]) -> None:
-    """Trial numbers beside their points, where they do not meet one that is there already."""
+    """Trial numbers next to their points, unless they would cover one that is drawn already."""
     panel.autoscale_view()
-    taken: list[Any] = []
-    for trial, *place in zip(trials, x, y, strict=True):
-        pixel = panel.transData.transform(place)
-        if all(abs(pixel[0] - other[0]) > 16 or abs(pixel[1] - other[1]) > 11 for other in taken):
-            panel.annotate(str(trial.number), place, (4, 4), textcoords="offset points", fontsize=7)
-            taken.append(pixel)
+    drawn: list[Any] = []
+    for trial, *point in zip(trials, x, y, strict=True):
+        pixel = panel.transData.transform(point)
+        if all(abs(pixel[0] - other[0]) > 16 or abs(pixel[1] - other[1]) > 11 for other in drawn):
+            panel.annotate(str(trial.number), point, (4, 4), textcoords="offset points", fontsize=7)
+            drawn.append(pixel)
 
 
 def _mark_stages(panel: Any, trials: Sequence[Trial]) -> None:
@@ -245,7 +248,7 @@ def _epochs(trial: Trial) -> tuple[Epoch, ...]:
 
 
 def _curve(trial: Trial, score: str) -> tuple[list[int], list[float]]:
-    """Epoch numbers, and the score at each as the mean over the folds that got there."""
+    """Epoch numbers, and the mean score at each over the folds that reached it."""
     found: dict[int, list[float]] = {}
     for epoch in _epochs(trial):
         found.setdefault(epoch.number, []).append(epoch.scores.get(score, float("nan")))

@@ -1,17 +1,18 @@
-"""One look for all pictures: colours that the colour-blind tell apart, quiet axes, names that fit and differ."""
+"""One style for all figures: colours for the colour-blind, quiet axes, PNG files and SVG for pages."""
 
 from __future__ import annotations
 
+import io
 import math
-import textwrap
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -21,11 +22,10 @@ BLUE, ORANGE, GREEN, RED, SKY, PINK, BLACK = "#0072B2", "#E69F00", "#009E73", "#
 GREY, PALE = "#6B7280", "#C4CAD2"
 COLOURS = (BLUE, RED, GREEN, ORANGE, SKY, PINK, BLACK)
 _DASHES = ("-", "--", ":")
-_LABEL = 24  # letters of a name
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of this size in inches, outside pyplot, that makes room for its labels by itself."""
+    """An empty figure of this size in inches, outside pyplot, with constrained layout."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -37,7 +37,7 @@ def placed_figure(
 ) -> tuple[Figure, list[Axes]]:
     """A figure with panels at (left, bottom, width, height), all in inches.
 
-    For pictures whose labels have a known size: making room for them by measuring takes half the time of drawing.
+    For figures whose labels have a known size: measuring them for a layout takes half the time of drawing.
     """
     figure = new_figure(width, height)
     figure.set_layout_engine("none")
@@ -46,12 +46,12 @@ def placed_figure(
 
 
 def name_inches(names: Sequence[str]) -> float:
-    """How wide the longest of these names is at 8 points, at most."""
+    """An upper bound of the width in inches of the longest name at 8 points."""
     return 0.068 * max(map(len, names))
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG. It is drawn once, where Figure.savefig draws twice."""
+    """Write a figure as PNG. Figure.savefig would draw it twice."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
@@ -60,13 +60,42 @@ def save_png(figure: Figure, path: Path) -> None:
     Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).save(path, compress_level=4)
 
 
+def mark_trials(artist: Artist, numbers: Sequence[int]) -> None:
+    """Note the trial of each point or line of an artist, so that a page can link them; nothing is drawn for it."""
+    from matplotlib.collections import PathCollection
+
+    kept = list(numbers)
+    if isinstance(artist, PathCollection):  # points without a place are not drawn
+        offsets: Any = np.ma.asarray(artist.get_offsets(), dtype=float).filled(np.nan)
+        finite: Any = np.isfinite(offsets).all(axis=1)
+        kept = [number for number, drawn in zip(numbers, finite.tolist(), strict=True) if drawn]
+    artist.set_gid("trials-" + "-".join(map(str, kept)))
+
+
+def svg_text(figure: Figure, *, transparent: bool) -> str:
+    """A figure as an <svg> element for the inside of a page; `data-trials` are the numbers given to mark_trials.
+
+    The same figure gives the same text: no date, and ids that follow from the content.
+    """
+    import matplotlib as mpl
+
+    buffer = io.BytesIO()
+    with mpl.rc_context({"svg.hashsalt": "hpo"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=transparent)
+    text = buffer.getvalue().decode("utf-8")
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r' id="trials-([\d-]*)"', r' data-trials="\1"', text)
+    # Ids such as axes_1 are the same in every figure and are not referred to.
+    return re.sub(r' id="[A-Za-z.0-9]+_\d+"', "", text)
+
+
 def line_style(index: int) -> dict[str, Any]:
     """Colour and dashes of the index-th line; 21 differ."""
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": _DASHES[index // len(COLOURS) % len(_DASHES)]}
 
 
 def tidy(panel: Axes, *, x: str = "", y: str = "", title: str = "", whole: str = "") -> None:
-    """Quiet frame and grid, small labels. whole names the axes ("x", "y", "xy") that count whole things."""
+    """Quiet frame and grid, small labels. whole names the axes ("x", "y", "xy") with integer ticks."""
     from matplotlib.ticker import MaxNLocator
 
     panel.spines[["top", "right"]].set_visible(False)
@@ -82,7 +111,7 @@ def tidy(panel: Axes, *, x: str = "", y: str = "", title: str = "", whole: str =
 
 
 def log_axes(panel: Axes, axes: str) -> None:
-    """Logarithmic axes ("x", "y", "xy") with a few plain numbers; to be called when the data are in."""
+    """Logarithmic axes ("x", "y", "xy") with a few plain numbers. Call it after the data are drawn."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     for name in axes:
@@ -97,7 +126,7 @@ def log_axes(panel: Axes, axes: str) -> None:
 
 
 def panels_of(figure: Figure, count: int, *, columns: int, share_y: bool = False) -> list[Axes]:
-    """count panels, row by row; what is left of the last row stays empty. share_y: labels stand on the left only."""
+    """count panels, row by row; the rest of the last row stays empty. share_y: only the left panels have labels."""
     columns = min(columns, count)
     rows = -(-count // columns)
     panels = list(figure.subplots(rows, columns, squeeze=False, sharey=share_y).ravel())
@@ -107,71 +136,6 @@ def panels_of(figure: Figure, count: int, *, columns: int, share_y: bool = False
 
 
 def legend(panel: Axes, **options: Any) -> None:
-    """A legend without a border, where there is something to say."""
+    """A legend without a border, if any artist has a label."""
     if panel.get_legend_handles_labels()[1]:
         panel.legend(**{"framealpha": 0.85, "edgecolor": "none", "fontsize": 8, **options})
-
-
-def short_name(name: str, width: int = _LABEL) -> str:
-    """A name of at most width letters; what is left out shows as an ellipsis."""
-    return name if len(name) <= width else f"{name[: width - 1].rstrip(' (,-_')}…"
-
-
-def short_names(names: Sequence[str], width: int = _LABEL) -> list[str]:
-    """short_name of each; those that would then read alike keep their ends too, or else get a number."""
-    short = [short_name(name, width) for name in names]
-    for shorten in (_middle_out, _numbered):
-        counts = Counter(short)
-        short = [
-            text if counts[text] == 1 else shorten(name, width, index)
-            for index, (name, text) in enumerate(zip(names, short, strict=True))
-        ]
-    return short
-
-
-def wrapped(name: str, width: int, lines: int = 2) -> str:
-    """A name over at most `lines` lines of width letters."""
-    rows = textwrap.wrap(name.replace("(", " ("), width) or [""]
-    return "\n".join(
-        rows if len(rows) <= lines else [*rows[: lines - 1], short_name(" ".join(rows[lines - 1 :]), width)]
-    )
-
-
-def short_paths(paths: Sequence[str]) -> dict[str, str]:
-    """Dotted path -> the shortest end of it that no other has; name and kind say nothing alone."""
-    ends: dict[str, str] = {}
-    for path in paths:
-        parts = path.split(".")
-        shortest = min(2 if parts[-1] in ("name", "kind", "size") else 1, len(parts))
-        tries = (".".join(parts[-length:]) for length in range(shortest, len(parts) + 1))
-        ends[path] = next(
-            (end for end in tries if not any(o != path and f".{o}".endswith(f".{end}") for o in paths)), path
-        )
-    return ends
-
-
-def value_text(value: Any) -> str:
-    """A parameter's value as a label."""
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key}={value_text(part)}" for key, part in value.items())
-    if isinstance(value, list | tuple):
-        return "-".join(map(value_text, value)) or "none"
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else "none" if value is None else str(value)
-
-
-def score_text(score: str) -> str:
-    """A score's name as an axis label: valid_macro_auc -> validation macro AUC."""
-    words = {"valid": "validation", "auc": "AUC", "f1": "F1", "ms": "(ms)"}
-    text = " ".join(words.get(word, word) for word in score.split("_"))
-    return f"{text} (nats per image)" if score.endswith("loss") else text
-
-
-def _middle_out(name: str, width: int, _: int) -> str:
-    head = (width - 1) // 2
-    return name if len(name) <= width else f"{name[:head]}…{name[-(width - 1 - head) :]}"
-
-
-def _numbered(name: str, width: int, index: int) -> str:
-    return f"{short_name(name, width - 4)} {index}"

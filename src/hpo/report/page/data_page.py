@@ -7,20 +7,21 @@ from dataclasses import dataclass
 
 from hpo.records import DataCard
 from hpo.report.page.html import Html, escape, page, picture, table
+from hpo.report.text import counted, listed
 
 _SHOWN_CONTRADICTIONS = 12
 
 
 @dataclass(frozen=True)
 class DataFacts:
-    """A data set as a study or its publisher divides it. Of the test part it knows numbers of images, no more.
+    """A data set as a study or its publisher divides it. Of the test part, only image counts are included.
 
     counts maps train, valid (where there is one) and test to images of each class, in the order of data.class_names.
-    mean and std are one value a channel over the training part, in [0, 1] as pixel / 255. copies maps a part to its
-    images that repeat an earlier one of it, pixel by pixel; shared maps "train and valid" and so on to the images of
-    the later part that also occur in the earlier one. contradictions are groups of development images with the same
-    pixels and different labels, as (row, class name). samples maps a class to rows of training images drawn at random.
-    split says in words how train and validation were divided.
+    mean and std have one value a channel over the training part, in [0, 1] as pixel / 255. copies maps a part to the
+    number of its images that repeat an earlier one pixel by pixel. shared maps "train and valid" and so on to the
+    number of images of the second part that are also in the first. contradictions are groups of development images
+    with the same pixels and different labels, as (row, class name). samples maps a class to rows of random training
+    images. split describes how train and validation were divided.
     """
 
     data: DataCard
@@ -47,35 +48,47 @@ class DataFacts:
 
 def data_page(facts: DataFacts, pictures: Mapping[int, bytes]) -> str:
     """The facts as one HTML file; pictures maps each row of facts.pictured to a PNG."""
-    return page(f"Data set {facts.data.name}", data_sections(facts, pictures))
-
-
-def data_sections(facts: DataFacts, pictures: Mapping[int, bytes]) -> list[tuple[str, str]]:
-    """The same as sections of a larger page."""
-    return [
-        ("At a glance", _glance(facts)),
+    channels = f"{channel_table(facts.mean, facts.std)}<p>Over all pixels of the training part.</p>"
+    sections = [
+        ("Overview", _overview(facts)),
         ("Classes", _classes(facts)),
         ("Training images", _samples(facts, pictures)),
-        ("Channels", _channels(facts)),
+        ("Channels", channels),
         ("Duplicates", _duplicates(facts, pictures)),
     ]
+    return page(f"Data set {facts.data.name}", sections)
 
 
-def _glance(facts: DataFacts) -> str:
-    data = facts.data
-    height, width, channels = data.image_shape
-    rows = [
-        ("images", ", ".join(f"{part} {count:,}" for part, count in facts.totals.items())),
-        ("split", facts.split),
-        ("size", f"{width} x {height} pixels, {channels} channel{'s' if channels > 1 else ''}"),
-        ("classes", len(data.class_names)),
-        ("source", data.source),
-        ("checksum", "the publisher's" if data.official else "not the publisher's"),
-        ("digest", Html(f"<code>{escape(data.digest)}</code>")),
-        ("licence", data.licence or "not stated"),
-        ("citation", data.citation or "not stated"),
+def origin_rows(card: DataCard) -> list[tuple[str, object]]:
+    """Labels and values of a data set's images, source, licence and digest."""
+    height, width, channels = card.image_shape
+    return [
+        ("size", f"{width} x {height} pixels, {counted(channels, 'channel')}"),
+        ("source", f"{card.source} ({'the' if card.official else 'not the'} publisher's file)"),
+        ("licence", card.licence or "not stated"),
+        ("citation", card.citation or "not stated"),
+        ("digest", Html(f"<code>{escape(card.digest)}</code>")),
     ]
-    return table((), rows)
+
+
+def channel_table(mean: Sequence[float], std: Sequence[float]) -> Html:
+    """Mean and standard deviation of each channel, both in [0, 1]."""
+    named = {1: ("grey",), 3: ("red", "green", "blue"), 4: ("red", "green", "blue", "alpha")}
+    names = named.get(len(mean), tuple(map(str, range(len(mean)))))
+    rows = [
+        (name, f"{m:.4f}", f"{s:.4f}", f"{255 * m:.1f}", f"{255 * s:.1f}")
+        for name, m, s in zip(names, mean, std, strict=True)
+    ]
+    return table(("channel", ">mean", ">deviation", ">mean of 255", ">deviation of 255"), rows)
+
+
+def _overview(facts: DataFacts) -> str:
+    rows: list[tuple[str, object]] = [
+        ("images", listed(f"{part} {count:,}" for part, count in facts.totals.items())),
+        ("split", facts.split),
+        ("classes", len(facts.data.class_names)),
+    ]
+    return table((), [*rows, *origin_rows(facts.data)])
 
 
 def _classes(facts: DataFacts) -> str:
@@ -110,17 +123,6 @@ def _strip(rows: Sequence[int], name: str, pictures: Mapping[int, bytes]) -> str
     return f'<div class="strip">{"".join(picture(pictures[row], f"{name}, row {row}") for row in rows)}</div>'
 
 
-def _channels(facts: DataFacts) -> str:
-    named = {1: ("grey",), 3: ("red", "green", "blue"), 4: ("red", "green", "blue", "alpha")}
-    names = named.get(len(facts.mean), tuple(map(str, range(len(facts.mean)))))
-    rows = [
-        (name, f"{mean:.4f}", f"{std:.4f}", f"{255 * mean:.1f}", f"{255 * std:.1f}")
-        for name, mean, std in zip(names, facts.mean, facts.std, strict=True)
-    ]
-    head = ("channel", ">mean", ">deviation", ">mean of 255", ">deviation of 255")
-    return f"{table(head, rows)}<p>Over all pixels of the training part.</p>"
-
-
 def _duplicates(facts: DataFacts, pictures: Mapping[int, bytes]) -> str:
     totals = facts.totals
     within = [
@@ -140,8 +142,8 @@ def _contradictions(facts: DataFacts, pictures: Mapping[int, bytes]) -> str:
     if not groups:
         return "<p>No two images of train and validation have the same pixels and different labels.</p>"
     images = sum(map(len, groups))
-    count = f"{len(groups):,} group{'s' if len(groups) > 1 else ''}"
-    words = f"<h3>Same pixels, different labels</h3><p>{images:,} images of train and validation, in {count}"
+    words = f"<h3>Same pixels, different labels</h3><p>{images:,} images of train and validation, in "
+    words += counted(len(groups), "group")
     words += f"; the first {_SHOWN_CONTRADICTIONS}:" if len(groups) > _SHOWN_CONTRADICTIONS else ":"
     shown = "".join(
         picture(

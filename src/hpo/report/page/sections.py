@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
+from hpo.metrics import METRICS
 from hpo.records import FINAL, DataCard, Trial, TrialState
-from hpo.report.figures.style import score_text, value_text
-from hpo.report.page import words
-from hpo.report.page.findings import Findings, Opening, Samples
+from hpo.report import text
+from hpo.report.page.data_page import channel_table, origin_rows
 from hpo.report.page.html import Html, escape, picture, table
-from hpo.report.page.intervals import RESAMPLES, confusion_intervals, share_interval
-from hpo.report.statistics import Interval
+from hpo.report.statistics import Interval, confusion_intervals, share_interval
+from hpo.report.text import score_text, value_text
 from hpo.spec.study import Reference
 
-_MOST_CLASSES = 60  # more sample strips than that make a page nobody scrolls through
+if TYPE_CHECKING:
+    from hpo.report.page.study_page import Findings, Opening, Samples
+
+_RESAMPLES = 2000
+_MOST_CLASSES = 60  # sample strips shown
 
 
 def opening(findings: Findings) -> str:
-    """The question, how the study stands, and what is missing."""
+    """The question, the state of the study, and a list of what is missing."""
     study = findings.study
-    ends = words.listed(f"{study.count(state):,} {state.value}" for state in TrialState if study.count(state))
+    ends = text.listed(f"{study.count(state):,} {state.value}" for state in TrialState if study.count(state))
     lines = [f"<p><strong>{escape(findings.spec.question)}</strong></p>"] if findings.spec.question else []
     lines.append(
-        f'<p class="dim">Study {escape(study.title)}: {words.counted(len(study.trials), "trial")}'
+        f'<p class="dim">Study {escape(study.title)}: {text.counted(len(study.trials), "trial")}'
         f"{f' ({ends})' if ends else ''}. This page was made on {findings.made:%Y-%m-%d}.</p>"
     )
     if findings.missing:
@@ -32,21 +37,23 @@ def opening(findings: Findings) -> str:
 
 
 def result(findings: Findings) -> str:
-    """The scores with their intervals, the test part if it was opened, and the published numbers beside them."""
+    """The scores with their intervals, the test part if it was opened, and the published numbers."""
     shown = findings.shown
     if shown is None or shown.result is None:
         return "<p>There is no complete trial yet, and so no result.</p>"
     study, seed = findings.study, findings.spec.seed
     name = "final training" if shown.candidate.stage == FINAL else "best trial"
-    intervals = confusion_intervals(shown.result.confusion, seed=seed) if shown.result.confusion else {}
+    intervals = (
+        confusion_intervals(shown.result.confusion, seed=seed, resamples=_RESAMPLES) if shown.result.confusion else {}
+    )
     opened = _opened(findings)
     measured = _test_intervals(findings, opened.scores) if opened else {}
-    scores = ["accuracy", "balanced_accuracy", "macro_f1", "macro_auc", "loss"]
+    scores = sorted(METRICS, key=lambda name: METRICS[name].direction)  # losses last
     rows = [
         (
             score_text(score),
             _score(shown.result.scores.get(f"valid_{score}")),
-            words.between(intervals[score]) if score in intervals else "",
+            _ends(intervals.get(score)),
             *((_score(opened.scores.get(f"test_{score}")), _ends(measured.get(score))) if opened else ()),
         )
         for score in scores
@@ -54,18 +61,18 @@ def result(findings: Findings) -> str:
     head = ["score", ">validation", ">95 % interval", *([">test", ">95 % interval"] if opened else [])]
     named = {f"valid_{score}": each for score, each in intervals.items()}
     named |= {f"test_{score}": each for score, each in measured.items()}
-    said = (
+    sentence = (
         f"<p>The model of this page is trial {shown.number}, the {name}"
         f"{f', version {findings.model.version} in the registry' if findings.model else ''}. "
         f"{_test_sentence(findings)}</p>"
     )
     searched = sum(trial.state is TrialState.COMPLETE for trial in study.counted)
     flatter = (
-        f'<p class="dim">Intervals are percentiles of {RESAMPLES:,} bootstrap resamples of the images; they hold for '
-        f"this one training. The validation score is the best of {words.counted(searched, 'complete trial')}, chosen "
+        f'<p class="dim">Intervals are percentiles of {_RESAMPLES:,} bootstrap resamples of the images; they hold for '
+        f"this one training. The validation score is the best of {text.counted(searched, 'complete trial')}, chosen "
         "by it, and therefore flatters; a test score does not.</p>"
     )
-    return f"{said}{table(head, rows)}{flatter}{_folds(shown)}{_objectives(findings)}{_references(findings, named)}"
+    return f"{sentence}{table(head, rows)}{flatter}{_folds(shown)}{_objectives(findings)}{_references(findings, named)}"
 
 
 def _opened(findings: Findings) -> Opening | None:
@@ -81,17 +88,19 @@ def _test_sentence(findings: Findings) -> str:
             "The sealed test part was never opened, so there are no test results. "
             f"<code>hpo promote {escape(findings.study.name)}</code> opens it."
         )
-    often = words.times(len(findings.openings))
+    often = text.times(len(findings.openings))
     other = "" if _opened(findings) else ", but not for this model"
     return f"The sealed test part was opened {often}{other}."
 
 
 def _test_intervals(findings: Findings, scores: Mapping[str, float]) -> dict[str, Interval]:
-    # The ledger holds scores only: of these, the accuracy alone says how many images were right.
+    # The ledger holds scores only. Of these, only the accuracy gives the number of correct images.
     accuracy = scores.get("test_accuracy")
     if accuracy is None or findings.data is None or not findings.data.test_count:
         return {}
-    return {"accuracy": share_interval(accuracy, findings.data.test_count, seed=findings.spec.seed)}
+    return {
+        "accuracy": share_interval(accuracy, findings.data.test_count, seed=findings.spec.seed, resamples=_RESAMPLES)
+    }
 
 
 def _folds(shown: Trial) -> str:
@@ -123,7 +132,7 @@ def _references(findings: Findings, intervals: Mapping[str, Interval]) -> str:
         return ""
     rows = [_reference(findings, reference, intervals) for reference in findings.spec.references]
     head = ["published", "score", ">value", ">this study", ">95 % interval", ">difference", "what differs in protocol"]
-    return f"<h3>Beside published numbers</h3>{table([*head, 'source'], rows)}"
+    return f"<h3>Comparison with published numbers</h3>{table([*head, 'source'], rows)}"
 
 
 def _reference(findings: Findings, reference: Reference, intervals: Mapping[str, Interval]) -> tuple[object, ...]:
@@ -147,20 +156,11 @@ def _reference(findings: Findings, reference: Reference, intervals: Mapping[str,
 
 
 def data(findings: Findings) -> str:
-    """Where the images come from, what each part holds of each class, sample images, mean and deviation."""
+    """Origin of the images, class shares of each part, sample images, mean and deviation."""
     card = findings.data
     if card is None:
         return f"<p>Data set {escape(findings.spec.data.name)}, digest <code>{findings.study.data_digest}</code>.</p>"
-    height, width, channels = card.image_shape
-    rows = [
-        ("data set", card.name),
-        ("source", f"{card.source} ({'the' if card.official else 'not the'} publisher's file)"),
-        ("images", f"{width} x {height} pixels, {words.counted(channels, 'channel')}"),
-        ("licence", card.licence or "not stated"),
-        ("citation", card.citation or "not stated"),
-        ("digest", Html(f"<code>{escape(card.digest)}</code>")),
-    ]
-    parts: list[str] = [table((), rows)]
+    parts: list[str] = [table((), [("data set", card.name), *origin_rows(card)])]
     if findings.split is not None:
         counts = findings.split.counts
         shares = {part: each for part, each in findings.split.shares.items() if counts.get(part)}
@@ -170,11 +170,11 @@ def data(findings: Findings) -> str:
         ]
         parts.append(f"<h3>Share of each class</h3>{table(head, body)}")
     if findings.samples is not None:
-        parts += _looks(card, findings.samples)
+        parts += _sample_images(card, findings.samples)
     return "\n".join(parts)
 
 
-def _looks(card: DataCard, samples: Samples) -> Iterator[str]:
+def _sample_images(card: DataCard, samples: Samples) -> Iterator[str]:
     strips = [
         picture(strip, f"training images of class {name}", caption=name)
         for name, strip in zip(card.class_names, samples.strips, strict=True)
@@ -184,47 +184,43 @@ def _looks(card: DataCard, samples: Samples) -> Iterator[str]:
     yield f'<div class="samples">{"".join(strips[:_MOST_CLASSES])}</div>'
     if len(strips) > _MOST_CLASSES:
         yield f'<p class="dim">{len(strips) - _MOST_CLASSES} more classes are not shown.</p>'
-    names = {1: ("grey",), 3: ("red", "green", "blue")}.get(
-        len(samples.mean), tuple(map(str, range(len(samples.mean))))
-    )
-    rows = [(n, f"{m:.4f}", f"{s:.4f}") for n, m, s in zip(names, samples.mean, samples.std, strict=True)]
-    yield f"<h3>Channels</h3>{table(('channel', '>mean', '>deviation'), rows)}"
+    yield f"<h3>Channels</h3>{channel_table(samples.mean, samples.std)}"
     yield f'<p class="dim">Of pixel / 255, over {samples.counted:,} training images.</p>'
 
 
 def protocol(findings: Findings) -> str:
-    """How candidates were trained, compared and chosen, and what the test part was used for."""
+    """How candidates were trained, compared and chosen, and how the test part was used."""
     spec, study = findings.spec, findings.study
     search, training = spec.search, spec.training
     aims = [f"{aim.better} {aim.score}" for aim in search.objectives] or [f"{search.better} {search.objective}"]
     stages = [trial.candidate.stage for trial in study.trials if trial.candidate.stage not in (None, FINAL)]
     budget = (
-        f"{words.counted(len(search.stages), 'stage')}: {words.listed(dict.fromkeys(stages) or ['not begun'])}"
+        f"{text.counted(len(search.stages), 'stage')}: {text.listed(dict.fromkeys(stages) or ['not begun'])}"
         if search.stages
-        else f"{words.counted(len(study.counted), 'trial')} so far, {search.trials:,} in the study file"
+        else f"{text.counted(len(study.counted), 'trial')} so far, {search.trials:,} in the study file"
     )
     epochs = f"up to {training.epochs} a trial" if training.patience else f"{training.epochs} a trial"
     patience = f", stopped after {training.patience} without a better {training.monitor}" if training.patience else ""
     rows: list[tuple[str, object]] = [
         ("task", f"{spec.task}, model kind {spec.model.kind}"),
-        ("validation", words.split_words(spec.split)),
+        ("validation", text.split_text(spec.split)),
         ("aim", " and ".join(aims)),
         ("kept epoch", f"the one with the best {training.monitor}"),
         ("epochs", epochs + patience),
         ("budget", budget),
         (
             "sampler",
-            search.sampler.name if not search.stages else "the full grid of each stage, unless it says otherwise",
+            search.sampler.name if not search.stages else "the full grid of each stage, unless the stage names another",
         ),
         ("pruner", search.pruner.name),
-        ("seeds", f"study seed {spec.seed}; each trial's own follows from it and the trial's place"),
+        ("seeds", f"study seed {spec.seed}; each trial's own follows from it and the trial's number"),
     ]
     if search.constraints:
-        rows.append(("constraints", words.listed(search.constraints)))
+        rows.append(("constraints", text.listed(search.constraints)))
     if spec.final is not None:
-        changed = words.listed(f"{path} = {value}" for path, value in spec.final.set.items()) or "nothing"
+        changed = text.listed(f"{path} = {value}" for path, value in spec.final.set.items()) or "nothing"
         who = "the best candidate" if spec.final.finalists == 1 else f"the best {spec.final.finalists}, each"
-        race = f"{who} with {words.counted(spec.final.seeds, 'seed')}"
+        race = f"{who} with {text.counted(spec.final.seeds, 'seed')}"
         rows.append(("final training", f"{race}; changed: {changed}; trained on: {spec.final.on}"))
     rows.append(("test part", _seal(findings)))
     return table((), rows)
@@ -232,36 +228,36 @@ def protocol(findings: Findings) -> str:
 
 def _seal(findings: Findings) -> object:
     if not findings.openings:
-        return "sealed: no trial can reach it, and it was never opened"
+        return "sealed: no trial can read it, and it was never opened"
     looks = "; ".join(
         f"{look.when:%Y-%m-%d %H:%M} UTC {f'to {look.purpose}' if look.purpose else 'for'} version {look.version} "
         f"(trial {look.trial})"
         for look in findings.openings
     )
     return (
-        f"sealed during the search, opened {words.times(len(findings.openings))}, after the choice, only to measure: "
+        f"sealed during the search, opened {text.times(len(findings.openings))}, after the choice, only to measure: "
         f"{looks}"
     )
 
 
 def space(findings: Findings) -> str:
-    """Every parameter that the search varies, how far, and what the shown model has."""
+    """Every parameter of the search, its range, and its value in the page's model."""
     search, shown = findings.spec.search, findings.shown
     chosen = shown.candidate.parameters if shown else {}
     rows: list[tuple[str, ...]] = []
     for stage, given in [(stage.name, stage.space) for stage in search.stages] or [("", search.space)]:
         for path, parameter in given.items():
             own = value_text(chosen[path]) if path in chosen else ""
-            rows.append((stage, path, words.spread(parameter), words.condition(parameter.when), own))
+            rows.append((stage, path, text.range_text(parameter), text.condition_text(parameter.when), own))
     refined = [(stage.name, stage.refine) for stage in search.stages if stage.refine]
     rows += [(name, "all of the stages before", f"ranges shrunk to {share:.0%}", "", "") for name, share in refined]
-    head = ("stage", "parameter", "tried", "only if", "of the model")
+    head = ("stage", "parameter", "tried", "only if", "best value")
     used = [column for column in range(len(head)) if any(row[column] for row in rows)]
     return table([head[column] for column in used], [[row[column] for column in used] for row in rows])
 
 
 def cost(findings: Findings) -> str:
-    """Trials, epochs and time, of the search and of the final training, and what references tell of theirs."""
+    """Trials, epochs and time of the search and of the final training, and those of published numbers."""
     study = findings.study
     groups = {
         "search": [trial for trial in study.trials if trial.candidate.stage != FINAL],
@@ -272,7 +268,7 @@ def cost(findings: Findings) -> str:
         if trials:
             results = [trial.result for trial in trials if trial.result is not None]
             epochs, seconds = sum(len(each.epochs) for each in results), sum(each.seconds for each in results)
-            rows.append((name, f"{len(trials):,}", f"{epochs:,}", words.duration(seconds)))
+            rows.append((name, f"{len(trials):,}", f"{epochs:,}", text.duration(seconds)))
     head = ("", ">trials", ">epochs", ">time of training")
     parts: list[str] = [table(head, rows) if rows else "<p>Nothing was trained yet.</p>"]
     begun = [trial.started for trial in study.trials if trial.started]
@@ -280,19 +276,21 @@ def cost(findings: Findings) -> str:
         ended = max(trial.started + trial.run_seconds for trial in study.trials if trial.started)
         workers = len({trial.worker for trial in study.trials if trial.worker})
         parts.append(
-            f"<p>From the first trial's start to the last one's end: {words.duration(ended - min(begun))}, with "
-            f"{words.counted(workers, 'worker')}. Pauses between runs are included.</p>"
+            f"<p>From the first trial's start to the last one's end: {text.duration(ended - min(begun))}, with "
+            f"{text.counted(workers, 'worker')}. Pauses between runs are included.</p>"
         )
     shown = findings.shown
     if shown is not None and shown.result is not None:
         parts.append(
             f"<p>The model has {shown.result.parameter_count:,} parameters, trained in {len(shown.result.epochs)} "
-            f"epochs and {words.duration(shown.result.seconds)}; its weights are those of epoch "
+            f"epochs and {text.duration(shown.result.seconds)}; its weights are those of epoch "
             f"{shown.result.best_epoch}.</p>"
         )
-    told = [(reference.label, reference.note) for reference in findings.spec.references if "epoch" in reference.note]
-    if told:
-        parts.append(f"<h3>What the published numbers took</h3>{table(('published', 'as told'), dict.fromkeys(told))}")
+    costs = [(reference.label, reference.note) for reference in findings.spec.references if "epoch" in reference.note]
+    if costs:
+        parts.append(
+            f"<h3>Cost of the published numbers</h3>{table(('published', 'as reported'), dict.fromkeys(costs))}"
+        )
     return "\n".join(parts)
 
 
@@ -338,7 +336,7 @@ def repeat(findings: Findings) -> str:
     rows: list[tuple[str, object]] = [("data digest", Html(f"<code>{escape(study.data_digest or 'not known')}</code>"))]
     rows += list(_machine(findings))
     if findings.versions:
-        rows.append(("versions", words.listed(f"{name} {version}" for name, version in findings.versions.items())))
+        rows.append(("versions", text.listed(f"{name} {version}" for name, version in findings.versions.items())))
     return (
         f"<p>Save the study file below as <code>{escape(study.name)}.yaml</code>, then:</p>"
         f"{_code(f'hpo run {study.name}.yaml{budget}')}{table((), rows)}"
@@ -351,10 +349,10 @@ def _machine(findings: Findings) -> Iterator[tuple[str, str]]:
     for setting in ("device", "precision", "threads", "layout", "graph"):
         seen = dict.fromkeys(result.settings[setting] for result in results if setting in result.settings)
         if seen:
-            yield setting, words.listed(seen)
+            yield setting, text.listed(seen)
     workers = sorted({trial.worker for trial in findings.study.trials if trial.worker})
     if workers:
-        yield "workers", words.listed(workers)
+        yield "workers", text.listed(workers)
 
 
 def _code(text: str) -> str:
@@ -362,7 +360,7 @@ def _code(text: str) -> str:
 
 
 def _parameters(trial: Trial) -> str:
-    return words.listed(f"{path} = {value_text(given)}" for path, given in trial.candidate.parameters.items())
+    return text.listed(f"{path} = {value_text(given)}" for path, given in trial.candidate.parameters.items())
 
 
 def _score(score: float | None) -> str:
@@ -370,4 +368,4 @@ def _score(score: float | None) -> str:
 
 
 def _ends(interval: Interval | None) -> str:
-    return words.between(interval) if interval else ""
+    return f"{interval.low:.4f} to {interval.high:.4f}" if interval else ""

@@ -1,1 +1,1 @@
-"""How a training is computed: device, precision, memory, CUDA graphs."""
+"""The computation of a training: device, precision, memory, CUDA graphs."""

@@ -12,11 +12,9 @@ from torch.nn import functional
 
 from hpo.data.prepare import TrialData
 from hpo.models.inputs import input_of
-from hpo.models.transfer import standing_of
+from hpo.models.transfer import transfer_of
 from hpo.spec.training import TrainingSpec
-from hpo.training.compute.memory import free_memory
-from hpo.training.compute.precision import lay_out
-from hpo.training.compute.roofline import device_clock
+from hpo.training.compute.device import device_clock, free_memory, lay_out
 
 # Makes of a network and inputs to try it with a function of such inputs, of the same gradients.
 Grapher = Callable[[nn.Module, Tensor], Callable[[Tensor], Tensor]]
@@ -29,7 +27,7 @@ _TOLERANCE = {"float32": 0.01, "bfloat16": 0.05}  # of a tensor's norm; what is 
 
 @dataclass(frozen=True)
 class Graph:
-    """How training batches of this shape are computed: by forward, or eagerly where that is None; how says why."""
+    """The computation of training batches of this shape: forward, or eagerly if it is None; how is the reason."""
 
     forward: Callable[[Tensor], Tensor] | None
     shape: torch.Size
@@ -74,12 +72,12 @@ def choose_graph(
     statistics from the same chance, and is faster. The network and the global random state stay as they were. own says
     that the network is the user's: what its Python code decides anew in every step a graph would not.
     """
-    standing, device = standing_of(net), data.images.device
+    transfer, device = transfer_of(net), data.images.device
     steps = spec.epochs * (len(data.train) // spec.batch_size)
     for reason, applies in (
         ("it is a network of your own", own),
         ("its batches are computed in pieces", spec.micro_batch is not None),
-        ("more of it learns from some epoch on", standing is not None and standing.unfreeze_epoch is not None),
+        ("more of it learns from some epoch on", transfer is not None and transfer.unfreeze_epoch is not None),
         (f"it has fewer than {_FEWEST} full batches to learn from", steps < _FEWEST),
     ):
         if applies:
@@ -147,7 +145,7 @@ def _step(forward: Callable[[Tensor], Tensor], net: nn.Module, batch: tuple[Tens
 def _left_by(
     forward: Callable[[Tensor], Tensor], net: nn.Module, state: Mapping[str, Tensor], batch: tuple[Tensor, Tensor]
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """The gradients, and the running statistics, after one step from this state; chance begins anew."""
+    """The gradients and running statistics after one step from this state, with the same random numbers each time."""
     net.load_state_dict(state)
     torch.manual_seed(0)
     _step(forward, net, batch)

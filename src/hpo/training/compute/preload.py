@@ -1,9 +1,6 @@
-"""What the fork server imports once, so that every worker forked from it has it."""
+"""Imports of the fork server, which every worker forked from it shares."""
 
 import signal
-
-# torch.optim imports the compiler at an optimizer's first step, whether it compiles or not: 5 s for each worker.
-import torch._dynamo  # noqa: F401
 
 import hpo.training.compute.device
 import hpo.training.trial  # noqa: F401

@@ -1,4 +1,4 @@
-"""How many trainings a worker does side by side, and in which precision: by a short measurement."""
+"""Choose the number of trainings in a stack by a short measurement."""
 
 from __future__ import annotations
 
@@ -9,30 +9,27 @@ from dataclasses import replace
 from torch import float32, nn
 
 from hpo.data.prepare import TrialData
-from hpo.models.binary import OneLogit
-from hpo.models.transfer import standing_of
+from hpo.models.basic import OneLogit
+from hpo.models.transfer import transfer_of
 from hpo.records import DataCard
 from hpo.spec.models import OwnModelSpec
 from hpo.spec.study import Setup
 from hpo.spec.training import TrainingSpec
-from hpo.training.compute.memory import free_memory
+from hpo.training.compute.device import free_memory
 from hpo.training.features import cached_views
 from hpo.training.stacking.compatibility import UnstackableError
 from hpo.training.stacking.speed import FULL, shared_seconds, step_seconds
 from hpo.training.stacking.stack import key_of
-from hpo.training.trial import build_whole, measured_precision
+from hpo.training.trial import build_full, measured_precision
 
 _SIZES = (4, 8, 16, 32, 64)
-_WORTH = 1.15  # a stack must be faster by this: below it noise decides, and alone is plainer
-_MORE = 1.05  # and a larger stack than a smaller one by this
+_WORTH = 1.15  # a stack must be faster by this factor; below it noise would decide
+_MORE = 1.05  # and a larger stack faster than a smaller one by this factor
 _PATIENCE = 1.0  # seconds after which no larger stack is tried
 
 
 def choose_places(setups: Sequence[Setup], card: DataCard, *, device_name: str, most: int) -> tuple[int, str]:
-    """The size of stack at which these setups, together, train fastest, and "".
-
-    1 where none wins or one cannot be stacked, and why.
-    """
+    """The stack size at which these setups together train fastest, and ""; or 1, and the reason."""
     try:
         made = [_made(setup, card, device_name) for setup in setups]
     except UnstackableError as why:
@@ -45,7 +42,7 @@ def choose_places(setups: Sequence[Setup], card: DataCard, *, device_name: str, 
     for size in [size for size in _SIZES if size <= most] or [most]:
         try:
             shared = [min(shared_seconds(*each, together=size).values()) for each in made]
-        except RuntimeError:  # so many do not fit, or do not work, on this device
+        except RuntimeError:  # a stack of this size does not fit on this device or fails there
             free_memory()
             break
         gain = sum(alone) / sum(shared)
@@ -64,19 +61,19 @@ def _alone(net: nn.Module, data: TrialData, spec: TrainingSpec) -> str:
 
 
 def _made(setup: Setup, card: DataCard, device_name: str) -> tuple[nn.Module, TrialData, TrainingSpec]:
-    """The part of a network that learns, and what it learns from: features, where a frozen backbone is to see images.
+    """The network or head that is trained, its data and its training; a head gets features of zeros.
 
-    Those are not computed for this: any numbers take the same time. Raises UnstackableError.
+    Real features would take the same time. Raises UnstackableError.
     """
     if isinstance(setup.model, OwnModelSpec):
         raise UnstackableError("it is a network of your own")
-    net, data = build_whole(setup, card, seed=0, device_name=device_name)
-    standing = standing_of(net)
-    if standing is not None:
+    net, data = build_full(setup, card, seed=0, device_name=device_name)
+    transfer = transfer_of(net)
+    if transfer is not None:
         if cached_views(setup) is None:
             raise UnstackableError("it has a backbone")
-        net = OneLogit(standing.head) if setup.task == "binary" else standing.head
-        first = next(layer for layer in standing.head.modules() if isinstance(layer, nn.Linear))
+        net = OneLogit(transfer.head) if setup.task == "binary" else transfer.head
+        first = next(layer for layer in transfer.head.modules() if isinstance(layer, nn.Linear))
         features = data.images.new_zeros(1, dtype=float32).expand(len(data.images), first.in_features)
         data = replace(data, images=features)
     key_of(net, data, setup.training, "float32")

@@ -1,4 +1,4 @@
-"""The parts of a network that others must match, part by part, to share its computation."""
+"""The layers that networks must have in common to share a computation."""
 
 from __future__ import annotations
 
@@ -7,23 +7,22 @@ from typing import Any
 
 from torch import nn
 
-from hpo.models.basic import ACTIVATIONS, POOLS
-from hpo.models.binary import OneLogit
+from hpo.models.basic import ACTIVATIONS, POOLS, OneLogit
 
 
 class UnstackableError(Exception):
-    """Why a network cannot share its computation with others."""
+    """A network cannot share its computation with others; the message is the reason."""
 
 
 class BrokenStackError(Exception):
-    """What went wrong in a computation that several shared; whose fault it was cannot be told."""
+    """A shared computation failed; which of its trainings caused it is unknown."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """A convolution of one network and what comes after it, in this order: norm, activation, pooling, dropout.
+    """A convolution and the layers after it, in this order: norm, activation, pooling, dropout.
 
-    Without a convolution it is what else comes after that of the block before.
+    A block without a convolution has further layers after those of the block before.
     """
 
     conv: nn.Conv2d | None = None
@@ -34,13 +33,13 @@ class Block:
 
     @property
     def shape(self) -> tuple[object, ...]:
-        """What blocks must have in common, but for about as many filters."""
+        """The properties that stacked blocks share; numbers of filters may differ by less than a factor of 2."""
         filters = self.conv.out_channels.bit_length() if self.conv else 0
         steps = (self.conv.kernel_size, self.conv.stride, self.conv.padding) if self.conv else ()
         return filters, steps, self.norm is not None, str(self.pool)
 
     def then(self, layer: nn.Module) -> Block | None:
-        """The block with this layer at its end; None where the layer has no place in it."""
+        """The block with this layer added at its end; None if the order forbids it."""
         done = (self.norm, self.activation, self.pool, self.dropout or None)
         for place, (name, kinds) in enumerate(_ORDER.items()):
             if isinstance(layer, kinds) and all(part is None for part in done[place:]):
@@ -59,7 +58,7 @@ _ORDER: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Segment:
-    """A dense layer of one network and what comes before it, in this order: norm, activation, dropout."""
+    """A dense layer and the layers before it, in this order: norm, activation, dropout."""
 
     norm: nn.BatchNorm1d | None
     activation: nn.Module | None
@@ -117,7 +116,7 @@ def _segments(layers: list[nn.Module]) -> list[Segment]:
 
 
 def shape_of(net: nn.Module) -> tuple[object, ...]:
-    """What networks must have in common to be stacked: depth, kernels, norms, about their widths, and their classes."""
+    """The properties that stacked networks share: depth, kernels, norms, classes, and about their widths."""
     blocks, parts = parts_of(net)
     return (
         type(net) is OneLogit,
@@ -131,15 +130,15 @@ def shape_of(net: nn.Module) -> tuple[object, ...]:
 
 
 def convolves(net: nn.Module) -> bool:
-    """Whether it is a plain network that begins with convolutions. Raises UnstackableError for others."""
+    """True if a plain network begins with convolutions. Raises UnstackableError for other networks."""
     return bool(parts_of(net)[0])
 
 
 def sort_key(net: nn.Module) -> tuple[str, ...]:
-    """Networks that follow each other in this order share calls of their activations."""
+    """A key that sorts networks with the same activations next to each other, so that they share calls."""
     return tuple(activation_name(part) for parts in parts_of(net) for part in parts)
 
 
 def activation_name(part: Block | Segment) -> str:
-    """The kind of its activation."""
+    """The class name of the activation."""
     return type(part.activation).__name__

@@ -35,7 +35,7 @@ class _Stage(nn.Module):
         self._mask: Tensor | None = None
         if first.conv is not None:
             like, (high, wide) = first.conv.weight, first.conv.weight.shape[2:]
-            # Channels-last in memory, as the maps are: so no call lays it out anew.
+            # Channels-last in memory, like the maps, so that no call converts it.
             weight = like.new_zeros(count, self.wide, high, wide, wide_in).permute(0, 1, 4, 2, 3)
             self.weight, self.bias = nn.Parameter(weight), nn.Parameter(like.new_zeros(count, self.wide))
             self._stride, self._padding = first.conv.stride, first.conv.padding
@@ -108,4 +108,4 @@ class Maps(nn.Module):
                     yield stage.weight[row, :filters, :channels], part.conv.weight
                     yield stage.bias[row, :filters], part.conv.bias
                 if part.norm is not None and stage.norm is not None:
-                    yield from stage.norm.beside(row, part.norm)
+                    yield from stage.norm.pairs(row, part.norm)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hpo.models.binary import OneLogit
+from hpo.models.basic import OneLogit
 from hpo.training.stacking.compatibility import Segment, parts_of
 from hpo.training.stacking.conv import Maps
 from hpo.training.stacking.layers import Activations, Norm, drop
@@ -89,7 +89,7 @@ class _Layer(nn.Module):
         return answers
 
     def _noise(self, inputs: Tensor, noises: Sequence[torch.Generator]) -> Tensor:
-        """What dropout multiplies by: drawn for each network as it would draw alone, 0 beyond its width."""
+        """The dropout factors of each network, drawn as it would draw them alone; 0 beyond its width."""
         noise = inputs.new_zeros(inputs.shape, dtype=torch.float32)
         for row, (rate, width, generator) in enumerate(zip(self.dropouts, self.widths, noises, strict=True)):
             if rate:
@@ -147,7 +147,7 @@ class StackedNets(nn.Module):
         return found
 
     def forget(self) -> None:
-        """Set to 0 the gradients that a backward pass would add to; those of dense layers it writes anew."""
+        """Set to 0 the gradients that a backward pass would add to; those of dense layers are overwritten."""
         for weight in self._adding:
             if weight.grad is not None:
                 weight.grad.zero_()
@@ -158,7 +158,7 @@ class StackedNets(nn.Module):
             theirs.data = theirs.detach().clone(memory_format=torch.contiguous_format)
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each network's own tensors beside their places in the stack."""
+        """Pairs of each network's own tensors and their regions of the stack."""
         if self.maps is not None:
             yield from self.maps.pairs()
         for layer, *parts in zip(self.layers, *self._rows, strict=True):
@@ -167,4 +167,4 @@ class StackedNets(nn.Module):
                 yield layer.weight[row, :wide, :high].T, part.dense.weight
                 yield layer.bias[row, :high], part.dense.bias
                 if part.norm is not None:
-                    yield from layer.norm.beside(row, part.norm)
+                    yield from layer.norm.pairs(row, part.norm)

@@ -1,4 +1,4 @@
-"""What the convolutions and the dense layers of a stack have in common: norms, activations, dropout."""
+"""Norms, activations and dropout of stacks, for convolutions and dense layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hpo.training.stacking.compatibility import Block, Segment, activation_name
 
 
 class Norm(nn.Module):
-    """Batch norm of all networks side by side, as channels: exactly what each computes alone."""
+    """Batch norm of all networks at once, as channels; each gets the result of its own layer."""
 
     def __init__(self, like: nn.BatchNorm1d | nn.BatchNorm2d, count: int, width: int) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Norm(nn.Module):
             eps=self.eps,
         )
 
-    def beside(self, row: int, part: nn.BatchNorm1d | nn.BatchNorm2d) -> Iterator[tuple[Tensor, Tensor]]:
+    def pairs(self, row: int, part: nn.BatchNorm1d | nn.BatchNorm2d) -> Iterator[tuple[Tensor, Tensor]]:
         """The tensors of one network's norm, behind their places here."""
         for own, theirs in (
             (self.scale, part.weight),
@@ -59,7 +59,7 @@ class Activations:
         self._none = all(group[0].activation is None for group in groups)
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """What each network's own function makes of its part of the inputs."""
+        """Apply each network's own activation to its part of the inputs."""
         if self._none:
             return inputs
         pieces = torch.split(inputs, self._sizes, self._dim)
@@ -68,5 +68,5 @@ class Activations:
 
 
 def drop(like: Tensor, rate: float, noise: torch.Generator) -> Tensor:
-    """What dropout multiplies by: drawn for one network, of a shape like this, as it would draw alone."""
+    """The dropout factors of one network in this shape, drawn as it would draw them alone."""
     return torch.empty_like(like, dtype=torch.float32).bernoulli_(1 - rate, generator=noise).div_(1 - rate)

@@ -1,4 +1,4 @@
-"""How long a training step takes, alone and in a stack."""
+"""The time of a training step, alone and in a stack."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ from torch import nn
 from hpo.data.prepare import TrialData
 from hpo.records import Epoch
 from hpo.spec.training import TrainingSpec
-from hpo.training.compute.precision import has_bfloat16
-from hpo.training.compute.roofline import device_clock
+from hpo.training.compute.device import device_clock, has_bfloat16
 from hpo.training.loop import train
 from hpo.training.stacking.stack import Stack
 
 _STEPS = 4
-_SOME = 4  # networks, whose precision speaks for larger stacks
-FULL = 0.003  # seconds; a CPU whose step takes longer computes all the time, and gains nothing from company
+_SOME = 4  # networks in a measured stack, which represents larger ones
+FULL = 0.003  # seconds; a CPU step that takes longer is all arithmetic, and a stack does not make it faster
 
 
 def step_seconds(net: nn.Module, data: TrialData, spec: TrainingSpec, *, together: int, precision: str) -> float:
-    """Seconds of a training step of each of `together` such networks; 1 is alone. The network stays as it is.
+    """Seconds of a training step for each of `together` such networks; 1 is alone. The network is unchanged.
 
-    On a CPU they are those of this thread, whatever else the processor is busy with.
+    On a CPU they are CPU seconds of this thread, so other processes do not count.
     """
     rows = data.train[: _STEPS * spec.batch_size]
     few = replace(data, train=rows, valid=data.valid[:0])
@@ -56,8 +55,8 @@ def shared_precision(net: nn.Module, data: TrialData, spec: TrainingSpec) -> str
     return min(seconds, key=seconds.__getitem__)
 
 
-def why_apart(net: nn.Module, data: TrialData, spec: TrainingSpec) -> str:
-    """Why a network like this one trains faster alone on its device; "" where it does not."""
+def why_slower_stacked(net: nn.Module, data: TrialData, spec: TrainingSpec) -> str:
+    """The reason why a network like this one trains faster alone on its device; "" if it does not."""
     alone = min(shared_seconds(net, data, spec, together=1).values())
     if data.images.device.type == "cpu" and alone > FULL:
         return f"a step takes {1000 * alone:.1f} ms, all of it computing"
@@ -66,7 +65,7 @@ def why_apart(net: nn.Module, data: TrialData, spec: TrainingSpec) -> str:
 
 
 def shared_seconds(net: nn.Module, data: TrialData, spec: TrainingSpec, *, together: int) -> dict[str, float]:
-    """Seconds of a step in a stack of `together`, 1 is alone, by each precision that the spec and the device allow."""
+    """Seconds of a step in a stack of `together` (1: alone), by precision that the spec and the device allow."""
     half = spec.precision == "bfloat16" or (spec.precision == "auto" and has_bfloat16(data.images.device))
     precisions = ["float32"] * (spec.precision != "bfloat16") + ["bfloat16"] * half
     return {each: step_seconds(net, data, spec, together=together, precision=each) for each in precisions}

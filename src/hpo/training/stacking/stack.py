@@ -1,4 +1,4 @@
-"""Several trainings in one loop: each with its own rates, order of images and end, all with one computation."""
+"""Several trainings in one loop: one computation; rates, order of images and end are each training's own."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from hpo.models.inputs import input_of
 from hpo.records import Epoch
 from hpo.spec.training import TrainingSpec
 from hpo.training.augment import mix_batch
-from hpo.training.batches import Take
-from hpo.training.checkpoint import get_chance, set_chance
-from hpo.training.early_stopping import Progress
+from hpo.training.batches import Batches
+from hpo.training.checkpoint import random_state, set_random_state
+from hpo.training.early_stopping import EarlyStopping
 from hpo.training.loop import class_weights, evaluation_batch, moving_average
 from hpo.training.optimizers import OPTIMIZERS, learning_rate_factor
 from hpo.training.stacking.compatibility import BrokenStackError, UnstackableError, shape_of, sort_key
@@ -31,16 +31,16 @@ from hpo.training.stacking.dense import StackedNets
 
 @dataclass
 class Member:
-    """One training of a stack: what train() knows in its local variables."""
+    """The state of one training of a stack, as _Training of hpo.training.loop holds it."""
 
     net: nn.Module
     data: TrialData
     spec: TrainingSpec
     generator: torch.Generator  # data order and augmentation
     noise: torch.Generator  # dropout
-    take: Take
+    batches: Batches
     averaged: AveragedModel | None
-    progress: Progress
+    stopping: EarlyStopping
     ready: deque[Epoch | Exception] = field(default_factory=deque)
     waits: bool = False
     epoch: int = 0
@@ -50,7 +50,7 @@ class Member:
     weights: list[nn.Parameter] = field(default_factory=list)
 
     @property
-    def judged(self) -> nn.Module:
+    def evaluated(self) -> nn.Module:
         """The network that is evaluated and kept."""
         kept: nn.Module = self.net if self.averaged is None else self.averaged.module
         return kept
@@ -59,7 +59,7 @@ class Member:
 def key_of(net: nn.Module, data: TrialData, spec: TrainingSpec, precision: str) -> tuple[Any, ...]:
     """Trainings with the same key can share a stack. Raises UnstackableError, with the reason.
 
-    Networks of less than half the width of the widest would mostly compute with padding, and stand in another stack.
+    Networks of less than half the width of the widest would mostly compute padding, and are put into another stack.
     """
     for reason, applies in (
         ("its batches are computed in pieces", spec.micro_batch is not None),
@@ -73,8 +73,8 @@ def key_of(net: nn.Module, data: TrialData, spec: TrainingSpec, precision: str) 
     return (*shape_of(net), place, str(data.images.device), spec.batch_size, spec.class_weights, precision)
 
 
-def why_alone(net: nn.Module, data: TrialData, spec: TrainingSpec) -> str:
-    """Why a training can share its computation with no other; "" where it can."""
+def unstackable_reason(net: nn.Module, data: TrialData, spec: TrainingSpec) -> str:
+    """The reason why a training can share its computation with no other; "" if it can."""
     try:
         key_of(net, data, spec, "")
     except UnstackableError as reason:
@@ -83,17 +83,17 @@ def why_alone(net: nn.Module, data: TrialData, spec: TrainingSpec) -> str:
 
 
 class Stacks:
-    """The stacks of a process in which so many trainings have a place.
+    """The stacks of a process that runs up to `places` trainings at once.
 
-    precisions are the automatic ones that were measured here, by their kind and size of network: like trainings have to
-    agree, or they could not share. apart says of kinds and sizes with convolutions why they train faster alone here, ""
-    of those that do not.
+    precisions holds the automatic ones measured here, by kind and size of network (Built.key): similar trainings need
+    the same one to share. slower holds, by the same key, the reason why networks with convolutions train faster alone
+    here, "" if they do not.
     """
 
     def __init__(self, places: int) -> None:
         self.places = places
         self.precisions: dict[str, str] = {}
-        self.apart: dict[str, str] = {}
+        self.slower: dict[str, str] = {}
         self._stacks: dict[tuple[Any, ...], Stack] = {}
 
     def join(
@@ -106,17 +106,17 @@ class Stacks:
         return self._stacks.setdefault(key, Stack(precision=precision)).join(net, data, spec, seed=seed)
 
 
-def beside(fit: Generator[Epoch, None, None], device: torch.device) -> Generator[Epoch, None, None]:
-    """A training that shares its process, but not its computation: torch's global chance is its own while it trains."""
-    chance = None
+def alongside(fit: Generator[Epoch, None, None], device: torch.device) -> Generator[Epoch, None, None]:
+    """Epochs of a training that shares only its process: torch's global random state is its own while it trains."""
+    state = None
     devices = [device] if device.type == "cuda" else []
     try:
         while True:
             with torch.random.fork_rng(devices=devices):
-                if chance is not None:
-                    set_chance(chance, torch.Generator(), device)
+                if state is not None:
+                    set_random_state(state, torch.Generator(), device)
                 epoch = next(fit, None)
-                chance = get_chance(torch.Generator(), device)
+                state = random_state(torch.Generator(), device)
             if epoch is None:
                 return
             yield epoch
@@ -127,9 +127,9 @@ def beside(fit: Generator[Epoch, None, None], device: torch.device) -> Generator
 class Stack:
     """Trainings of one key. They join and leave between epochs; each is iterated by its own trial.
 
-    An iteration of a member gives None once in each epoch, for "everyone is to be asked before I train", and then the
-    Epoch: so a worker asks all its trials once, and those that gave None again. Where the computation fails all of them
-    raise BrokenStackError, and may go on alone.
+    The iterator of a member yields None before each Epoch. A worker advances all its trials once, so that every member
+    is ready, and then again those that yielded None: the first of these trains the epoch of all. If the computation
+    fails, all members raise BrokenStackError and may continue alone.
     """
 
     def __init__(self, *, precision: str) -> None:
@@ -142,7 +142,7 @@ class Stack:
     def join(
         self, net: nn.Module, data: TrialData, spec: TrainingSpec, *, seed: int
     ) -> Generator[Epoch | None, None, None]:
-        """The epochs of one training, as train() gives them, with a None before each."""
+        """The epochs of one training, as train() yields them, with a None before each."""
         net.to(data.images.device)
         member = Member(
             net=net,
@@ -150,9 +150,9 @@ class Stack:
             spec=spec,
             generator=torch.Generator().manual_seed(seed),
             noise=torch.Generator(data.images.device).manual_seed(seed),
-            take=Take(data.images, spec.augment),
+            batches=Batches(data.images, spec.augment),
             averaged=moving_average(net, spec.ema) if spec.ema else None,
-            progress=Progress(spec, validates=len(data.valid) > 0),
+            stopping=EarlyStopping(spec, validates=len(data.valid) > 0),
         )
         self._dissolve()
         self.members.append(member)
@@ -172,11 +172,11 @@ class Stack:
         finally:
             self._dissolve()
             self.members.remove(member)
-            if member.progress.state is not None or member.averaged is not None:
-                net.load_state_dict(member.progress.state or member.judged.state_dict())
+            if member.stopping.state is not None or member.averaged is not None:
+                net.load_state_dict(member.stopping.state or member.evaluated.state_dict())
 
     def _dissolve(self) -> None:
-        """Give every member its own weights and optimizer state, before another stack is made of others."""
+        """Return weights and optimizer state to each member, before a stack of other members is formed."""
         if self._stacked is None:
             return
         self._stacked.release()
@@ -201,7 +201,7 @@ class Stack:
         return stacked
 
     def _train_epoch(self, members: list[Member]) -> None:
-        """Train one epoch of all of these and leave each its Epoch, or what went wrong."""
+        """Train one epoch of these members; each receives its Epoch or an error."""
         started = time.perf_counter()
         if self._stacked is None or len(members) != len(self._in_stack):
             self._dissolve()
@@ -213,14 +213,14 @@ class Stack:
             logits = self._validate(members)
             judged = [_judge(*each) for each in zip(members, totals, logits, strict=True)]
         except Exception as error:  # noqa: BLE001
-            # Words only: with its traceback the error would hold all that was computed until the last one has seen it.
+            # The text only: an error with its traceback would keep tensors alive until the last member has received it.
             words = f"{type(error).__name__}: {error}"
             for member in members:
                 member.ready.append(BrokenStackError(words))
             return
         finally:
             torch.set_flush_denormal(False)
-        # What each of them would have taken alone is unknown: they share the time.
+        # The time of each alone is unknown: all get an equal share.
         seconds = (time.perf_counter() - started) / len(members)
         for member, epoch in zip(members, judged, strict=True):
             member.ready.append(replace(epoch, seconds=seconds) if isinstance(epoch, Epoch) else epoch)
@@ -238,14 +238,14 @@ class Stack:
         steps_per_epoch, count = -(-len(data.train) // spec.batch_size), len(data.train)
         single = count % spec.batch_size == 1 < min(spec.batch_size, count)
         totals = torch.zeros(2, len(members), dtype=torch.float64, device=device)
-        orders, places = [], []
+        orders, sources = [], []
         for member in members:
             member.epoch += 1
             order = data.train[torch.randperm(count, generator=member.generator).to(device)]
             orders.append(order[:-1] if single else order)  # batch norm cannot learn from a single image
-            places.append(member.take.places(orders[-1], spec.batch_size, member.generator))
-        batches = [torch.split(torch.stack(each), spec.batch_size, dim=1) for each in (orders, places)]
-        for rows, taken in zip(*batches, strict=True):
+            sources.append(member.batches.rows(orders[-1], spec.batch_size, member.generator))
+        batches = [torch.split(torch.stack(each), spec.batch_size, dim=1) for each in (orders, sources)]
+        for rows, gathered in zip(*batches, strict=True):
             for member in members:
                 factor = learning_rate_factor(
                     member.spec.schedule,
@@ -255,7 +255,7 @@ class Stack:
                 )
                 member.step += 1
                 member.group["lr"] = member.spec.optimizer.lr * factor
-            inputs, labels, others, shares = inputs_of(rows, taken)
+            inputs, labels, others, shares = inputs_of(rows, gathered)
             logits = stacked(inputs, noises, half=self._precision == "bfloat16")
             losses = cross_entropies(logits, labels, smoothed, weights)
             if shares is not None:
@@ -280,7 +280,7 @@ class Stack:
         """Logits (validation images, classes) of each member, from batches that all of them share."""
         data = members[0].data
         normalise = input_of(data)
-        judged = [member.judged.eval() for member in members]
+        judged = [member.evaluated.eval() for member in members]
         parts: list[list[Tensor]] = [[] for _ in members]
         half = self._precision == "bfloat16"
         with torch.inference_mode(), torch.autocast(data.images.device.type, torch.bfloat16, enabled=half):
@@ -294,36 +294,36 @@ class Stack:
 
 
 class _Inputs:
-    """What the members of a stack learn from in a step."""
+    """The inputs of a stack's members in a step."""
 
     def __init__(self, members: list[Member]) -> None:
         self._members, self._data = members, members[0].data
         self._normalise = input_of(self._data)
         self._mixes = any(member.spec.augment.mixup or member.spec.augment.cutmix for member in members)
-        sources = [member.take.source for member in members]
+        sources = [member.batches.source for member in members]
         # Where nothing is drawn for a batch, the images of all are gathered and normalised in one go.
         together = not self._mixes and all(source is sources[0] for source in sources)
         self._source = sources[0] if together else None
 
-    def __call__(self, rows: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """rows (members, n), places likewise, see Take -> inputs (members, n, ...), labels, others, shares.
+    def __call__(self, rows: Tensor, gathered: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Inputs (members, n, ...), labels, other labels and shares of rows (members, n); gathered: of Batches.rows.
 
         Labels and the others that they are mixed with are (members, n); shares of the first are (members,), None where
         nothing is mixed.
         """
         labels = self._data.labels.index_select(0, rows.flatten()).view(rows.shape)
         if self._source is not None:
-            inputs = self._normalise(self._source.index_select(0, places.flatten()))
+            inputs = self._normalise(self._source.index_select(0, gathered.flatten()))
             return inputs.view(*rows.shape, *inputs.shape[1:]), labels, labels, None
-        parts = [self._mixed(*each) for each in zip(self._members, places, labels, strict=True)]
+        parts = [self._mixed(*each) for each in zip(self._members, gathered, labels, strict=True)]
         inputs = torch.stack([part for part, _, _ in parts])
         if not self._mixes:
             return inputs, labels, labels, None
         shares = torch.tensor([share for _, _, share in parts], device=labels.device)
         return inputs, labels, torch.stack([other for _, other, _ in parts]), shares
 
-    def _mixed(self, member: Member, places: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, float]:
-        images = self._normalise(member.take(places, member.generator))
+    def _mixed(self, member: Member, gathered: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, float]:
+        images = self._normalise(member.batches.gather(gathered, member.generator))
         inputs, _, others, share = mix_batch(images, labels, member.spec.augment, member.generator)
         return inputs, others, share
 
@@ -335,8 +335,8 @@ def _judge(member: Member, total: tuple[float, float], logits: Tensor) -> Epoch 
         labels = member.data.labels[member.data.valid]
         measured |= {f"valid_{name}": value for name, value in scores(logits, labels).items()}
     try:
-        last = member.progress.note(member.epoch, measured, member.judged)
-    except NotFiniteError as error:  # its own fault, and no other member's
+        last = member.stopping.note(member.epoch, measured, member.evaluated)
+    except NotFiniteError as error:  # concerns this member only
         return error
     return Epoch(number=member.epoch, scores=measured, learning_rate=member.group["lr"], seconds=0.0, last=last)
 

@@ -1,0 +1,124 @@
+"""The protocol of engines, the messages that come from their workers, and the protocol of their factories."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from hpo.execute.workers.task import Task, Training
+from hpo.options import RunOptions
+from hpo.records import DataCard, EpochEnded, TrialEnded
+from hpo.spec.study import StudySpec
+
+Trainer = Callable[[Task, str], Training]
+
+_SIGNALS = {
+    "SIGKILL": "often the system's answer when memory is short",
+    "SIGSEGV": "native code crashed",
+    "SIGABRT": "native code gave up",
+    "SIGBUS": "native code crashed, or a disk that data is mapped from is full",
+    "SIGILL": "native code for another processor",
+    "SIGFPE": "native code crashed",
+}
+
+
+@dataclass(frozen=True)
+class WorkerLost:
+    """The worker of a slot died with its candidate, and a new one has replaced it.
+
+    exitcode < 0 is a signal. traceback is where Python was when native code crashed, "" where that is not known. words
+    describe the cause where there is no exit code.
+    """
+
+    exitcode: int | None
+    traceback: str = ""
+    words: str = ""
+
+    @property
+    def cause(self) -> str:
+        """The cause in words, such as: signal 11, SIGSEGV: native code crashed."""
+        if self.words:
+            return self.words
+        code = self.exitcode or 0
+        if code >= 0:
+            return f"exit code {code}"
+        names = {number.value: number.name for number in signal.Signals}
+        name = names.get(-code, "")
+        return ", ".join(filter(None, [f"signal {-code}", f"{name}: {_SIGNALS[name]}" if name in _SIGNALS else name]))
+
+
+Message = EpochEnded | TrialEnded | WorkerLost
+
+
+class Engine(Protocol):
+    """Slots that train one task each. A slot is busy from submit until its TrialEnded or WorkerLost."""
+
+    slots: int
+
+    def accepts(self, slot: int) -> bool:
+        """Whether an idle slot takes a task now.
+
+        A slot refuses while an exclusive task has its process, or while its worker is starting. Where no slot accepts a
+        task, later polls change that.
+        """
+
+    def submit(self, slot: int, task: Task) -> None:
+        """Start the task in an idle slot that accepts it."""
+
+    def poll(self, timeout: float) -> list[tuple[int, Message]]:
+        """The messages that have arrived, by slot; waits at most timeout seconds for the first one."""
+
+    def verdict(self, slot: int, *, go_on: bool) -> None:
+        """Answer the last EpochEnded of a slot whose task waits for a verdict."""
+
+    def close(self) -> None:
+        """End all workers at once, whatever they do."""
+
+
+@dataclass(frozen=True)
+class WorkerPlan:
+    """How many workers train, and on what: one device (cpu, cuda:0, ...) for each, with so many threads each.
+
+    description is for users: the devices, or the cluster.
+    """
+
+    devices: tuple[str, ...]
+    threads: int
+    description: str
+
+
+@dataclass(frozen=True)
+class StudyWork:
+    """The study that an engine trains candidates of. notify takes lines for the user."""
+
+    spec: StudySpec
+    data: DataCard
+    notify: Callable[[str], None]
+
+
+class EngineFactory(Protocol):
+    """Makes one kind of engine: constructed, connected, asked for a plan, started, closed.
+
+    device is the one that data preparation resolves and checks. stacks: its workers can train several candidates at
+    once.
+    """
+
+    device: str
+    stacks: bool
+
+    def __init__(self, options: RunOptions) -> None:
+        """Check the options. Raises HpoError where the engine cannot serve them."""
+
+    def connect(self) -> None:
+        """Reach what the workers will live on. Raises HpoError."""
+
+    def plan(self, devices: Sequence[str], *, most: int) -> WorkerPlan:
+        """The workers to start, `most` at most, where preparation has found these devices."""
+
+    def start(self, plan: WorkerPlan, work: StudyWork, *, stack: int) -> Engine:
+        """Start the workers, each with `stack` slots."""
+
+    def close(self) -> None:
+        """Let go of what connect reached."""

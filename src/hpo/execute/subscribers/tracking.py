@@ -1,0 +1,149 @@
+"""Write a run to the tracker: its study, its trials as they start and end, its summary and its best model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+
+from hpo.execute.events import Emit, Subscriber
+from hpo.execute.tracking_queue import TIMEOUT, TrackingQueue
+from hpo.execute.workers.job_process import Job, JobProcess, draw_study
+from hpo.records import (
+    EndReason,
+    ModelVersion,
+    Notice,
+    RunEvent,
+    SearchEnded,
+    StudyOpened,
+    StudyProfiled,
+    StudyResult,
+    Trial,
+    TrialEnded,
+    TrialsReaped,
+    TrialStarted,
+    WinnerChosen,
+)
+from hpo.report.summary import study_summary
+from hpo.spec.study import StudySpec
+from hpo.tracking.tracker import Tracker
+
+QUICK_TIMEOUT = 5.0  # seconds, where the user waits for the end of the run
+
+
+def store_timeout(reason: EndReason) -> float:
+    """Seconds that the end of a run waits for a store that is unavailable."""
+    return QUICK_TIMEOUT if reason.by_user else TIMEOUT
+
+
+class Tracking(Subscriber):
+    """Queues a call of the tracker for each event.
+
+    jobs draws the study's figures into the folder figures. joined: the run takes part in a study that another command
+    has begun and tracks. keeps tells whether a trial's model is kept.
+    """
+
+    def __init__(
+        self,
+        tracker: Tracker,
+        queue: TrackingQueue,
+        spec: StudySpec,
+        *,
+        emit: Emit,
+        jobs: JobProcess | None = None,
+        figures: Path = Path("figures"),
+        joined: bool = False,
+        keeps: Callable[[Trial], bool] = lambda _: False,
+    ) -> None:
+        self._tracker = tracker
+        self._queue = queue
+        self._spec = spec
+        self._emit = emit
+        self._jobs = jobs
+        self._figures = figures
+        self._joined = joined
+        self._keeps = keeps
+        self._study: StudyResult | None = None
+        self._drawing: Job | None = None
+        self._registered: Future[ModelVersion] | None = None
+
+    def __call__(self, event: RunEvent) -> None:
+        """Queue what the event is to change in the store."""
+        submit, tracker = self._queue.submit, self._tracker
+        match event:
+            case StudyOpened(study):
+                self._study = study
+                submit(tracker.open_study, study, self._spec, event.data, event.split)
+                if not self._joined:
+                    submit(tracker.reconcile, study, self._spec, leave=event.attended)
+            case TrialStarted(candidate, worker, setup, started):
+                submit(tracker.start_trial, candidate, setup, worker=worker, started=started)
+            case TrialEnded(result):
+                submit(tracker.log_epochs, result.number, result.epochs, ended=result.ended)
+                submit(tracker.end_trial, result)
+            case TrialsReaped(study, attended):
+                submit(tracker.reconcile, study, self._spec, leave=attended)
+            case SearchEnded(study, _, attended, True):
+                self._drawing = self._jobs.submit(draw_study, study, self._figures) if self._jobs else None
+                # Other runs of the study may have ended without writing everything since this one began.
+                submit(tracker.reconcile, study, self._spec, leave=attended)
+            case StudyProfiled() if self._study is not None:
+                submit(tracker.log_profile, self._study, event)
+            case WinnerChosen():
+                self._close_study(event)
+            case _:
+                pass
+
+    def poll(self) -> None:
+        """Pass on the notices of the queue."""
+        for text in self._queue.notices():
+            self._notify(text)
+
+    def _notify(self, text: str) -> None:
+        self._emit(Notice(text))
+
+    def _close_study(self, event: WinnerChosen) -> None:
+        """Register the winner's model, and write the summary."""
+        study, winner, reason = event.study, event.winner, event.reason
+        if winner is not None and event.register and self._keeps(winner):
+            self._registered = self._queue.submit(self._tracker.register, study, winner.number)
+        elif winner is not None and event.register and event.summarize and self._elsewhere():
+            self._notify(
+                f"the model of trial {winner.number}, the best, is not in MLflow yet: the machine that trained it "
+                f"logs and registers it at its end, or with its next hpo run {study.name}. If it is lost, have "
+                f"the best trial trained again: hpo run {study.name} --set final.seeds=1"
+            )
+        elif winner is not None and event.register and self._spec.keep.models != "none":
+            # Says so where somebody has deleted the run, and how it comes back.
+            self._queue.submit(self._tracker.require_run, study, winner.number)
+        if event.summarize:
+            name = study.name if self._registered else ""
+            text = study_summary(study, winner=winner, model=name, remarks=list(event.remarks))
+            status = "FINISHED" if reason.orderly else "KILLED"
+            self._queue.submit(self._tracker.close_study, study, status=status, summary=text, figures=self._drawn())
+
+    def _elsewhere(self) -> bool:
+        """True where another machine may have a model that is to be kept."""
+        return self._tracker.home.shared and self._spec.keep.models != "none"
+
+    def _drawn(self) -> list[Path]:
+        """The study's figures; where they could not be drawn that is a notice, and the study ends without them."""
+        if self._drawing is None:
+            return []
+        if (error := self._drawing.exception()) is not None:
+            self._notify(f"the study's pictures could not be drawn: {error}")
+            return []
+        files: list[Path] = self._drawing.result()
+        return files
+
+    def finish(self, reason: EndReason) -> ModelVersion | None:
+        """Wait for the store and close the queue; returns the registered model, if this run has registered one."""
+        self._queue.close(timeout=store_timeout(reason), notify=self._notify)
+        registered = self._registered
+        if registered is None or not registered.done() or registered.exception() is not None:
+            return None
+        return registered.result()
+
+    def close(self) -> None:
+        """Close the queue, after an error too."""
+        self._queue.close(timeout=QUICK_TIMEOUT)

@@ -1,0 +1,277 @@
+"""The page of a study: its content as a record, and one HTML file of it."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+
+from hpo.records import FINAL, DataCard, ModelVersion, SplitCard, StudyResult, Trial
+from hpo.report.figures.images import Mistake
+from hpo.report.page import sections
+from hpo.report.page.html import Html, escape, page, picture
+from hpo.report.text import trial_tooltip
+from hpo.spec.study import StudySpec
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Sample training images and channel statistics.
+
+    strips holds a PNG of each class, some of its images side by side. mean and std have one value a channel, in [0, 1],
+    over `counted` training images.
+    """
+
+    strips: tuple[bytes, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    counted: int
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The predictions of the page's model on its validation images.
+
+    labels (n,) int64, probabilities (n, classes) float32. images maps the positions of the mistakes and of their
+    examples to (height, width, channels) uint8. Without images there are no mistakes to show.
+    """
+
+    labels: NDArray[Any]
+    probabilities: NDArray[Any]
+    mistakes: tuple[Mistake, ...] = ()
+    images: Mapping[int, NDArray[Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Opening:
+    """One opening of the sealed test part: time, model, test scores (test_accuracy, ...) and purpose."""
+
+    when: datetime
+    version: int
+    trial: int
+    scores: Mapping[str, float]
+    purpose: str = ""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The content of a study's page. A part that is None or empty is left out, and `missing` says why in sentences.
+
+    made is the time of the page. versions maps software (python, torch, commit, ...) to its version. importances maps
+    stage -> method -> path to a share of the score's variance. saliency holds a PNG for each mistake, if requested.
+    """
+
+    study: StudyResult
+    spec: StudySpec
+    made: datetime
+    data: DataCard | None = None
+    split: SplitCard | None = None
+    samples: Samples | None = None
+    answers: Answers | None = None
+    model: ModelVersion | None = None
+    openings: tuple[Opening, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    importances: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
+    saliency: tuple[bytes, ...] = ()
+    missing: tuple[str, ...] = ()
+
+    @property
+    def ranking(self) -> Mapping[str, float]:
+        """The importances of the last stage by the last of the methods, or nothing."""
+        methods = list(self.importances.values())[-1] if self.importances else {}
+        return list(methods.values())[-1] if methods else {}
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes, or their numbers if the data set's card is gone."""
+        if self.data is not None:
+            return self.data.class_names
+        shown = self.shown
+        return tuple(map(str, range(len(shown.result.confusion)))) if shown and shown.result else ()
+
+    @property
+    def shown(self) -> Trial | None:
+        """The trial that the page describes: the registered model's, else the best final training, else the best."""
+        return shown_trial(self.study, self.model)
+
+
+def shown_trial(study: StudyResult, model: ModelVersion | None) -> Trial | None:
+    """The trial behind the model; without one the best final training, else the best of the search, else None."""
+    if model is not None:
+        return next((trial for trial in study.trials if trial.number == model.trial), study.best)
+    finals = study.ranked(FINAL)
+    return finals[0] if finals else study.best
+
+
+# Figures are drawn in dark lines, so dark pages invert them; photographs and colour maps stay as they are. On a phone,
+# wide figures scroll sideways at three quarters of their size, since smaller ones could not be read.
+_STYLE = """<style>
+.samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 0 1.5rem; }
+.samples figure { margin: .4rem 0; } .samples img { image-rendering: pixelated; width: 100%; background: none; }
+.drawn svg, .drawn img { width: var(--wide); max-width: 100%; height: auto; min-width: calc(.75 * var(--wide));
+  border-radius: 4px; }
+.drawn img { background: none; } .drawn figcaption { position: sticky; left: 0; }
+[data-trial] { cursor: pointer; }
+[data-trial].lit { stroke: #d6006c !important; stroke-width: 2.5px !important; stroke-opacity: 1 !important; }
+use[data-trial].lit { fill: #d6006c !important; fill-opacity: 1 !important; }
+#tip { position: fixed; z-index: 1; max-width: 22rem; padding: .4rem .6rem; border: 1px solid var(--line);
+  border-radius: 4px; background: var(--paper); font-size: .85rem; pointer-events: none; overflow-wrap: anywhere; }
+@media screen and (prefers-color-scheme: dark) { .lines svg { filter: invert(.9) hue-rotate(180deg); } }
+@media print { .drawn svg, .drawn img { min-width: 0; } #tip { display: none; } table { font-size: 8pt; }
+  th, td { white-space: normal !important; } }
+</style>"""
+
+# Points and lines of one trial are found by its number: pointing at one shows its text and lights all of them up.
+_SCRIPT = """
+(() => {
+  const texts = JSON.parse(document.getElementById("trials").textContent);
+  const charts = document.querySelectorAll(".drawn svg");
+  const tip = document.createElement("div");
+  tip.id = "tip"; tip.hidden = true;
+  document.body.append(tip);
+  for (const group of document.querySelectorAll("[data-trials]")) {
+    const numbers = group.dataset.trials.split("-").filter(Boolean);
+    const marks = [...group.querySelectorAll("path, use")].filter(mark => !mark.closest("defs"));
+    marks.forEach((mark, index) => { mark.dataset.trial = numbers.length === 1 ? numbers[0] : numbers[index]; });
+  }
+  let lit;
+  const around = [[0, 0], [3, 0], [-3, 0], [0, 3], [0, -3], [5, 5], [-5, 5], [5, -5], [-5, -5]];
+  const show = event => {
+    let number;
+    for (const [x, y] of around) {
+      const mark = document.elementFromPoint(event.clientX + x, event.clientY + y)?.closest("[data-trial]");
+      if (mark) { number = mark.dataset.trial; break; }
+    }
+    if (number !== lit) {
+      document.querySelectorAll(".lit").forEach(mark => mark.classList.remove("lit"));
+      if (number) document.querySelectorAll(`[data-trial="${number}"]`).forEach(mark => mark.classList.add("lit"));
+      lit = number;
+    }
+    tip.hidden = !(number in texts);
+    if (tip.hidden) return;
+    tip.innerHTML = texts[number];
+    tip.style.left = Math.max(4, Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 8)) + "px";
+    tip.style.top = Math.max(4, Math.min(event.clientY + 14, innerHeight - tip.offsetHeight - 8)) + "px";
+  };
+  for (const chart of charts) {
+    chart.addEventListener("pointermove", show);
+    chart.addEventListener("pointerdown", show);
+    chart.addEventListener("pointerleave", show);
+  }
+  document.body.dataset.drawn = charts.length;
+})();
+"""
+
+
+def study_page(findings: Findings) -> str:
+    """The whole HTML file. Unknown parts are left out and listed as missing."""
+    study = findings.study
+    texts = json.dumps({trial.number: trial_tooltip(study, trial) for trial in study.trials}).replace("<", "\\u003c")
+    parts: list[tuple[str, str]] = [
+        ("", _STYLE + sections.opening(findings)),
+        ("Result", sections.result(findings)),
+        ("Data", sections.data(findings)),
+        ("Protocol", sections.protocol(findings)),
+        ("Search space", sections.space(findings)),
+        ("The search", "\n".join(_search(findings))),
+        ("The model", "\n".join(_model(findings))),
+        ("Most confident mistakes", "\n".join(_mistakes(findings))),
+        ("Cost", sections.cost(findings)),
+        ("Use the model", sections.use(findings)),
+        ("Repeat it", sections.repeat(findings)),
+        ("", f'<script type="application/json" id="trials">{texts}</script>\n<script>{_SCRIPT}</script>'),
+    ]
+    return page(study.title, [part for part in parts if part[1]])
+
+
+def _search(findings: Findings) -> Iterator[str]:
+    """Figures of the whole study."""
+    from hpo.report.figures import space as space_figures
+    from hpo.report.figures import study as study_figures
+
+    study, shares = findings.study, findings.importances
+    if not any(trial.value is not None for trial in study.trials):
+        yield "<p>No trial has a value yet: there is nothing to draw.</p>"
+        return
+    yield '<p class="dim">Point at a trial for its parameters, score and epochs; it is marked in every figure.</p>'
+    drawn: list[tuple[str, Callable[[], Figure | None], str]] = [
+        ("Pareto front", lambda: study_figures.pareto_front(study), "Trials on the front are beaten by no other."),
+        ("Optimisation history", lambda: study_figures.optimisation_history(study), "The score of each trial."),
+        ("Parallel coordinates", lambda: space_figures.parallel_coordinates(study), "Each line is a complete trial."),
+        ("Each parameter", lambda: space_figures.slices(study), "The score over each parameter."),
+        ("Learning curves", lambda: study_figures.learning_curves(study), "Each line is a trial."),
+        ("Heat map", lambda: space_figures.heat_map(study), "The score in each cell of the grid."),
+        ("Effects", lambda: space_figures.effects(study), "Mean score over each option; bars: standard deviations."),
+        ("Importance", lambda: study_figures.importance_figure(shares), "Share of the importance, by two methods."),
+        ("Contour", lambda: space_figures.contour(study, findings.ranking), "The score over two parameters."),
+        ("Timeline", lambda: study_figures.timeline(study), "The trials of each worker over time."),
+    ]
+    for heading, draw, caption in drawn:
+        figure = draw()
+        if figure is not None:
+            # Inverted, a colour map would no longer be read as what it is.
+            colours = heading in ("Heat map", "Contour")
+            yield f"<h3>{heading}</h3>{_figure(figure, heading, caption, colours=colours)}"
+
+
+def _model(findings: Findings) -> Iterator[str]:
+    """Figures of the shown trial."""
+    from hpo.report.figures.classifier import class_accuracy_figure, confusion_figure, roc_figure, training_curves
+    from hpo.report.figures.images import rank_figure
+
+    shown, names = findings.shown, findings.class_names
+    if shown is None or shown.result is None:
+        return
+    result, answers = shown.result, findings.answers
+    if result.epochs:
+        caption = f"Trial {shown.number}: loss and scores over the epochs, the kept epoch marked."
+        yield _figure(training_curves(result.epochs, best_epoch=result.best_epoch), "training curves", caption)
+    if result.confusion:
+        yield _figure(confusion_figure(result.confusion, names), "confusion matrix", "Validation images.")
+        yield _figure(class_accuracy_figure(result.confusion, names), "accuracy of each class", "Validation images.")
+    if answers is not None:
+        curves = roc_figure(answers.labels, answers.probabilities, names)
+        yield _figure(curves, "ROC curves", "Each class against all others, on the validation images.")
+        ranks = rank_figure(answers.labels, answers.probabilities)
+        if ranks is not None:
+            caption = "Rank of the true class of each mistake in the order of probabilities: 2 is a near miss."
+            yield _figure(ranks, "rank of the true class among mistakes", caption)
+
+
+def _mistakes(findings: Findings) -> Iterator[str]:
+    from hpo.report.figures.images import mistakes_figure
+
+    answers = findings.answers
+    if answers is None or not answers.mistakes:
+        return
+    figure = mistakes_figure(answers.mistakes, answers.images, findings.class_names)
+    if figure is not None:
+        caption = "Each wrongly classified validation image, with the most confident example of both classes."
+        yield _figure(figure, "the most confident mistakes", caption, photo=True)
+    if findings.saliency:
+        yield "<h3>Saliency of the mistakes</h3>"
+    for number, png in enumerate(findings.saliency, start=1):
+        yield f'<div class="scroll drawn">{picture(png, f"saliency of mistake {number}", caption="")}</div>'
+
+
+def _figure(figure: Figure, label: str, caption: str, *, photo: bool = False, colours: bool = False) -> str:
+    """A figure inside the page: as SVG, which is sharp at any size, or with photographs as PNG at twice the size."""
+    from hpo.report.figures.style import svg_text
+
+    wide = f"--wide:{round(figure.get_figwidth() * 96)}px"
+    if photo:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=160)
+        return f'<div class="scroll drawn" style="{wide}">{picture(buffer.getvalue(), label, caption=caption)}</div>'
+    svg = svg_text(figure, transparent=not colours).replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
+    kind = "drawn" if colours else "drawn lines"
+    body = Html(f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>")
+    return f'<div class="scroll {kind}" style="{wide}">{body}</div>'

@@ -1,0 +1,207 @@
+"""The pruners of a search: a table of Optuna's pruners and one of our own, which extrapolates learning curves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import optuna
+from numpy.typing import NDArray
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from hpo.records import Epoch, best_of
+from hpo.spec.study import Setup, StudySpec
+from hpo.storage.optuna_private import OrdinalHyperband
+from hpo.storage.trial_attrs import RESULT
+
+Floats = NDArray[np.float64]
+
+_LEAST = 3  # finished trials; with fewer, a line through them says nothing
+_PRIOR = 1.0  # weight of "nothing is known of the slopes", in trials
+
+
+@dataclass(frozen=True)
+class Pruner:
+    """An entry of the table of pruners: build(spec) returns Optuna's pruner.
+
+    reports says which values of a training with several folds are reported to it: every epoch, with steps that count on
+    from fold to fold; the epochs of the first fold; or the best value of each fold, one step a fold.
+    """
+
+    build: Callable[[StudySpec], Any]
+    reports: Literal["every_epoch", "first_fold", "whole_folds"] = "every_epoch"
+
+
+def report_step(spec: StudySpec, setup: Setup, epochs: Sequence[Epoch]) -> tuple[int, float] | None:
+    """The (step, value) to report after the last of these epochs of a trial; None where nothing is reported.
+
+    setup is the trial's; steps count from 1.
+    """
+    epoch, objective = epochs[-1], spec.search.objective
+    reports = PRUNERS[spec.search.pruner.name].reports
+    if reports == "first_fold" and epoch.fold:
+        return None
+    if reports == "whole_folds" and setup.split.kind == "kfold":
+        if not epoch.last:
+            return None
+        fold = tuple(other for other in epochs if other.fold == epoch.fold)
+        return epoch.fold + 1, best_of(fold, setup.training.monitor).scores[objective]
+    return epoch.fold * setup.training.epochs + epoch.number, epoch.scores[objective]
+
+
+def chance_to_beat(best: float, own: Floats, earlier: Floats, finals: Floats) -> float:
+    """The chance in [0, 1] that a trial ends above `best`, from how trials with similar curves have ended.
+
+    own (2,) is score_and_gain of the trial, earlier (n, 2) those of finished trials after the same epoch, and finals
+    (n,) their final scores, n > 1; more is better. The remaining gain of a trial is regressed on score and gain (after
+    Baker et al. 2017, "Accelerating Neural Architecture Search using Performance Prediction") by a Bayesian linear
+    regression with conjugate priors (Bishop 2006, ch. 3.3): its forecast is a Student t distribution, wide where trials
+    are few. Trials with a similar score weigh most.
+    """
+    from scipy.special import stdtr
+
+    center, spread = earlier.mean(0), earlier.std(0)
+    spread[spread == 0] = 1.0
+    past = np.column_stack([np.ones(len(earlier)), (earlier - center) / spread])
+    now = np.array([1.0, *(own - center) / spread])
+    weight = np.exp(-0.5 * (past[:, 1] - now[1]) ** 2)
+    gains = finals - earlier[:, 0]
+    precision = (past.T * weight) @ past + np.diag([1e-3, _PRIOR, _PRIOR])
+    slopes = np.linalg.solve(precision, (past.T * weight) @ gains)
+    # One trial's worth of belief that forecasts err by a tenth of what separates the trials.
+    freedom = 1.0 + weight.sum()
+    noise = ((0.1 * finals.std()) ** 2 + weight @ (gains - past @ slopes) ** 2) / freedom
+    scale = np.sqrt(noise * (1 + now @ np.linalg.solve(precision, now)))
+    lead = own[0] + now @ slopes - best
+    return float(stdtr(freedom, lead / scale)) if scale > 0 else float(lead > 0)
+
+
+def score_and_gain(curve: Floats, epoch: int) -> tuple[float, float]:
+    """The best score of a trial after an epoch, and its gain in the later half of the epochs until then.
+
+    curve is that of running_best; a trial that ended before keeps its last score.
+    """
+    last = len(curve) - 1
+    level = curve[min(epoch - 1, last)]
+    with np.errstate(invalid="ignore"):  # infinite scores: the gain is NaN
+        return level, level - curve[min((epoch - 1) // 2, last)]
+
+
+def running_best(reported: Mapping[int, float], sign: float) -> Floats:
+    """The best of sign * value up to each step, as (steps,), from step (counted from 1) -> value.
+
+    Steps without a number repeat the last one; -inf before the first number.
+    """
+    values = np.full(max(reported), -np.inf)
+    for step, value in reported.items():
+        values[step - 1] = sign * value
+    return np.fmax.accumulate(values)
+
+
+class _Finished(NamedTuple):
+    curve: Floats
+    final: float
+    feasible: bool
+
+
+class CurvePruner(optuna.pruners.BasePruner):  # type: ignore[misc]
+    """Prunes a trial once its chance to beat the best finished trial is below a threshold.
+
+    No trial is pruned in its first warmup_epochs, nor before startup_trials have finished. Steps count from 1.
+    """
+
+    def __init__(self, *, startup_trials: int, warmup_epochs: int, threshold: float) -> None:
+        self._least = max(startup_trials, _LEAST)
+        self._warmup = warmup_epochs
+        self._threshold = threshold
+        self._finished: dict[int, _Finished] = {}  # by number; they do not change any more
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        """Whether to end the trial now."""
+        step = trial.last_step
+        if step is None or step <= self._warmup:
+            return False
+        sign = 1.0 if study.direction == StudyDirection.MAXIMIZE else -1.0
+        trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        # A trial that reused an earlier result has no curve.
+        done = [self._summary(other, sign) for other in trials if other.intermediate_values]
+        best = max((other.final for other in done if other.feasible), default=np.inf)
+        own = score_and_gain(running_best(trial.intermediate_values, sign), step)
+        rows = [(*score_and_gain(other.curve, step), other.final) for other in done]
+        past = np.array([row for row in rows if np.isfinite(row).all()])
+        if len(past) < self._least or not np.isfinite([best, *own]).all():
+            return False
+        return chance_to_beat(best, np.array(own), past[:, :2], past[:, 2]) < self._threshold
+
+    def _summary(self, trial: FrozenTrial, sign: float) -> _Finished:
+        if trial.number not in self._finished:
+            curve = running_best(trial.intermediate_values, sign)
+            feasible = trial.user_attrs.get(RESULT, {}).get("feasible", True)
+            self._finished[trial.number] = _Finished(curve, sign * trial.value, feasible)
+        return self._finished[trial.number]
+
+
+def _longest_training(spec: StudySpec) -> int:
+    path = "training.epochs"
+    if path in spec.search.space:
+        return int(max(spec.search.space[path].ends()))
+    ends = [end for stage in spec.search.stages if path in stage.space for end in stage.space[path].ends()]
+    return int(max([spec.training.epochs, *ends]))
+
+
+def _hyperband(spec: StudySpec) -> Any:
+    most, part = _longest_training(spec), spec.search.pruner
+    return OrdinalHyperband(
+        min_resource=min(part.min_epochs, most), max_resource=most, reduction_factor=part.reduction_factor
+    )
+
+
+def _halving(spec: StudySpec) -> Any:
+    part = spec.search.pruner
+    return optuna.pruners.SuccessiveHalvingPruner(min_resource=part.min_epochs, reduction_factor=part.reduction_factor)
+
+
+def _median(spec: StudySpec) -> Any:
+    part = spec.search.pruner
+    # Optuna's steps count from 0, epochs from 1.
+    return optuna.pruners.MedianPruner(n_startup_trials=part.startup_trials, n_warmup_steps=part.warmup_epochs + 1)
+
+
+def _wilcoxon(spec: StudySpec) -> Any:
+    part = spec.search.pruner
+    return optuna.pruners.WilcoxonPruner(p_threshold=part.p_threshold, n_startup_steps=part.startup_trials)
+
+
+def _curve(spec: StudySpec) -> Any:
+    part = spec.search.pruner
+    return CurvePruner(startup_trials=part.startup_trials, warmup_epochs=part.warmup_epochs, threshold=part.p_threshold)
+
+
+def _none(spec: StudySpec) -> Any:  # noqa: ARG001
+    return optuna.pruners.NopPruner()
+
+
+def _patient(spec: StudySpec) -> Any:
+    # Optuna looks at one epoch more than its patience says.
+    return optuna.pruners.PatientPruner(None, patience=spec.search.pruner.patience - 1)
+
+
+# To add one: an entry here, and its name in spec.search.PrunerName.
+PRUNERS: dict[str, Pruner] = {
+    "none": Pruner(_none),
+    "median": Pruner(_median),
+    "successive_halving": Pruner(_halving),
+    "hyperband": Pruner(_hyperband),
+    # Each later fold begins far below the best value of the first.
+    "patient": Pruner(_patient, reports="first_fold"),
+    "wilcoxon": Pruner(_wilcoxon, reports="whole_folds"),
+    "curve": Pruner(_curve),
+}
+
+
+def build_pruner(spec: StudySpec) -> Any:
+    """The pruner of the study."""
+    return PRUNERS[spec.search.pruner.name].build(spec)

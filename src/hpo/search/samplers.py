@@ -1,0 +1,212 @@
+"""The samplers of a search: a table of Optuna's samplers, and the one that makes each of them resumable."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.trial import FrozenTrial
+
+from hpo.search.distributions import count_values, decode, distribution, encode, fits
+from hpo.search.stages import Stage
+from hpo.spec.space import Choice, Float, Int, holds
+from hpo.storage.optuna_private import FIXED, OrdinalQmc, at_ordinal
+from hpo.storage.trial_attrs import attrs_of, key_of
+from hpo.storage.trial_index import TrialIndex
+
+_REDRAWS = 32
+_MOST_CELLS = 100_000  # a finite space with more is searched like a continuous one
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """An entry of the table of samplers.
+
+    build(stage, seed, ordinal) returns Optuna's sampler for one candidate; None: the cells of a grid in random order.
+    learns: it samples from the results of earlier trials, so only a few should run at a time. several_objectives: it
+    can search for several objectives.
+    """
+
+    build: Callable[[Stage, int, int], Any] | None
+    learns: bool = False
+    several_objectives: bool = True
+
+
+class _Cmaes(optuna.samplers.CmaEsSampler):  # type: ignore[misc]
+    """Seeded by the trial's ordinal: its number counts interrupted trials too."""
+
+    def sample_relative(self, study: Any, trial: FrozenTrial, search_space: Any) -> Any:
+        return super().sample_relative(study, at_ordinal(trial), search_space)
+
+
+def _random(stage: Stage, seed: int, ordinal: int) -> Any:  # noqa: ARG001
+    return optuna.samplers.RandomSampler(seed=seed)
+
+
+def _tpe(stage: Stage, seed: int, ordinal: int) -> Any:  # noqa: ARG001
+    startup = stage.spec.search.sampler.startup_trials
+    # group models the parameters of each branch of a conditional space jointly.
+    return optuna.samplers.TPESampler(n_startup_trials=startup, seed=seed, group=stage.space.conditional)
+
+
+def _cmaes(stage: Stage, seed: int, ordinal: int) -> Any:  # noqa: ARG001
+    startup = stage.spec.search.sampler.startup_trials
+    return _Cmaes(seed=seed, n_startup_trials=startup, warn_independent_sampling=False)
+
+
+def _gp(stage: Stage, seed: int, ordinal: int) -> Any:  # noqa: ARG001
+    startup = stage.spec.search.sampler.startup_trials
+    return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup, warn_independent_sampling=False)
+
+
+def _qmc(stage: Stage, seed: int, ordinal: int) -> Any:  # noqa: ARG001
+    ranges = {stage.label(path): distribution(parameter) for path, parameter in stage.space.items()}
+    return OrdinalQmc(seed=stage.spec.seed, ordinal=ordinal, ranges=ranges)
+
+
+# To add one: an entry here, and its name in spec.search.SamplerName.
+SAMPLERS: dict[str, Sampler] = {
+    "random": Sampler(_random),
+    "grid": Sampler(None),
+    "tpe": Sampler(_tpe, learns=True),
+    "cmaes": Sampler(_cmaes, learns=True, several_objectives=False),
+    "gp": Sampler(_gp, learns=True),
+    "qmc": Sampler(_qmc),
+}
+
+
+class StageSampler(optuna.samplers.BaseSampler):  # type: ignore[misc]
+    """The sampler of one stage: it samples all parameters of a candidate together, and the same ones after a resume.
+
+    Each candidate has a sampler of Optuna of its own, seeded by the study's seed and its ordinal, which sees no
+    interrupted trials: an interrupted candidate is sampled as it would have been without the interruption. index gives
+    all trials of the study as they are now.
+    """
+
+    def __init__(self, stage: Stage, index: Callable[[], TrialIndex]) -> None:
+        self._stage = stage
+        self._index = index
+        self._parameters = stage.space.ordered()
+        cells = math.prod(count_values(parameter) for _, parameter in self._parameters)
+        self._finite = cells < math.inf
+        self._build = SAMPLERS[stage.spec.search.sampler.name].build
+        self._rejects = stage.spec.search.duplicates == "reject"
+        # To train no candidate twice, the sampler must know when there is no other.
+        counts = cells <= _MOST_CELLS and stage.spec.search.duplicates != "reseed"
+        self._cells = list(stage.cells().items()) if self._build is None or counts else []
+        self._spent = 0  # the number of cells at the front whose trials have ended
+        random.Random(stage.spec.seed).shuffle(self._cells)  # noqa: S311
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether a grid, or a finite space in which no candidate is repeated, has no further candidate."""
+        if not self._cells:
+            return False
+        undrawn = self.undrawn
+        return len(list(islice(self._free_cells(), undrawn + 1))) <= undrawn
+
+    @property
+    def undrawn(self) -> int:
+        """The number of candidates without parameters: their process died early, and each needs a cell."""
+        candidates = map(attrs_of, self._index().unfinished(self._stage.name))
+        return sum(candidate.parameters is None for candidate in candidates)
+
+    def free_cell(self, fixed: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+        """A cell without a trial that has the fixed values."""
+        return next(self._free_cells(fixed), None)
+
+    def _free_cells(self, fixed: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
+        wanted = {path: key_of({path: value}) for path, value in (fixed or {}).items()}
+        ended, running = self._index().ended(self._stage.name), self._running()
+        while self._spent < len(self._cells) and ended.with_key(self._cells[self._spent][0]):
+            self._spent += 1
+        for key, cell in islice(self._cells, self._spent, None):
+            fitting = all(path in cell and key_of({path: cell[path]}) == value for path, value in wanted.items())
+            if fitting and key not in running and not ended.with_key(key):
+                yield cell
+
+    def accepts(self, fixed: Mapping[str, Any]) -> bool:
+        """Whether a new candidate can have these values: all such cells of a grid may have their trials."""
+        return self._build is not None or self.free_cell(fixed) is not None
+
+    def active(self, values: Mapping[str, Any]) -> list[tuple[str, Float | Int | Choice]]:
+        """The parameters that values lacks and whose conditions hold; none once the candidate is complete."""
+        context = self._stage.context(values)
+        return [(path, part) for path, part in self._parameters if path not in values and holds(part.when, context)]
+
+    def infer_relative_search_space(self, study: Any, trial: FrozenTrial) -> dict[str, BaseDistribution]:  # noqa: ARG002
+        """Every parameter: sample_relative samples them together."""
+        return {self._stage.label(path): distribution(parameter) for path, parameter in self._parameters}
+
+    def sample_relative(self, study: Any, trial: FrozenTrial, search_space: Any) -> dict[str, Any]:  # noqa: ARG002
+        """Name -> encoded value of one candidate.
+
+        If possible, it is not one that runs now (in a finite space), nor one of an earlier trial (where duplicates are
+        rejected).
+        """
+        ordinal = attrs_of(trial).ordinal
+        fixed = self._fixed(trial)
+        if self._build is None:
+            cell = self.free_cell(fixed) or self.free_cell() or self._cells[ordinal % len(self._cells)][1]
+            return self._encoded(cell)
+        drawn = self._draw(study, trial, self._build(self._stage, self._seed_of(ordinal), ordinal), fixed)
+        if self._rejects or self._finite:
+            running = self._running(but=ordinal)
+            # A model of the results would propose the same candidate again and again.
+            random_sampler = optuna.samplers.RandomSampler(seed=self._seed_of(ordinal))
+            redrawn = (self._draw(study, trial, random_sampler, fixed) for _ in range(_REDRAWS))
+            new = next((new for new in chain([drawn], redrawn) if not self._is_taken(new, ordinal, running)), None)
+            drawn = new or (self.free_cell(fixed) if self._rejects else None) or drawn
+        return self._encoded(drawn)
+
+    def sample_independent(self, study: Any, trial: FrozenTrial, param_name: str, param_distribution: Any) -> Any:
+        """The value of a parameter that a retried candidate lacks, because the space has grown since."""
+        sampler = optuna.samplers.RandomSampler(seed=self._seed_of(attrs_of(trial).ordinal))
+        return sampler.sample_independent(study, trial, param_name, param_distribution)
+
+    def _draw(self, study: Any, trial: FrozenTrial, sampler: Any, fixed: Mapping[str, Any]) -> dict[str, Any]:
+        together = sampler.sample_relative(study, trial, sampler.infer_relative_search_space(study, trial))
+        values: dict[str, Any] = {}
+        while parameters := self.active(values):
+            path, parameter = parameters[0]
+            name = self._stage.label(path)
+            if path in fixed:
+                values[path] = fixed[path]
+            elif name in together and fits(parameter, value := decode(parameter, together[name])):
+                values[path] = value
+            else:
+                drawn = sampler.sample_independent(study, trial, name, distribution(parameter))
+                values[path] = decode(parameter, drawn)
+        return values
+
+    def _fixed(self, trial: FrozenTrial) -> dict[str, Any]:
+        """The values that the trial was enqueued with."""
+        given = trial.system_attrs.get(FIXED, {})
+        named = ((path, parameter, self._stage.label(path)) for path, parameter in self._parameters)
+        return {path: decode(parameter, given[name]) for path, parameter, name in named if name in given}
+
+    def _encoded(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        space = self._stage.space
+        return {self._stage.label(path): encode(space[path], value) for path, value in values.items()}
+
+    def _running(self, *, but: int | None = None) -> set[str]:
+        """Keys of the unfinished candidates of the stage, except the one with the ordinal `but`."""
+        candidates = map(attrs_of, self._index().unfinished(self._stage.name))
+        return {key_of(each.parameters) for each in candidates if each.parameters is not None and each.ordinal != but}
+
+    def _is_taken(self, values: Mapping[str, Any], ordinal: int, running: Container[str]) -> bool:
+        """Whether a trial of another ordinal has this candidate already, and it should not be repeated."""
+        key = key_of(self._stage.parameters(values))
+        ended = self._index().ended(self._stage.name).with_key(key) if self._rejects else ()
+        return key in running or any(attrs_of(trial).ordinal != ordinal for trial in ended)
+
+    def _seed_of(self, ordinal: int) -> int:
+        digest = hashlib.sha256(f"{self._stage.spec.seed}/sampler/{ordinal}".encode()).digest()
+        return int.from_bytes(digest[:4], "big")

@@ -1,0 +1,172 @@
+"""The page of a study: what it tells, what it must not tell, and what it says of that which is missing."""
+
+from __future__ import annotations
+
+import re
+from html import unescape
+
+import numpy as np
+import pytest
+
+import page_findings as told
+from hpo.records import FINAL, TrialState
+from hpo.report.figures.space import slices
+from hpo.report.figures.style import svg_text
+from hpo.report.page.study_page import Findings, Samples, study_page
+from hpo.report.statistics import confusion_intervals, share_interval
+from hpo.report.text import trial_tooltip
+
+FOUR = {"valid_accuracy": 0.7, "valid_loss": 0.5}
+
+
+def text(findings: Findings) -> str:
+    """What a reader of the page reads."""
+    body = re.sub(r"<(script|style).*?</\1>", "", study_page(findings), flags=re.DOTALL)
+    return " ".join(unescape(re.sub(r"<[^>]+>", " ", body)).split())
+
+
+def test_page_is_one_file_that_asks_nothing_of_a_network() -> None:
+    page = study_page(told.crowded())
+    assert len(page) < 4_000_000
+    assert not re.findall(r"(?:src|href)=[\"'](?!data:|#)", page)
+    assert not re.findall(r"url\((?!#)", page)
+
+
+def test_the_same_study_gives_the_same_page() -> None:
+    findings = told.crowded()
+    assert study_page(findings) == study_page(findings)
+
+
+@pytest.mark.parametrize(
+    "ends", [(), (TrialState.PRUNED,) * 3, (TrialState.FAILED,), (TrialState.RUNNING, TrialState.STOPPED)]
+)
+def test_study_without_a_complete_trial_has_a_page_that_says_so(ends: tuple[TrialState, ...]) -> None:
+    page = text(told.findings(*(told.trial(number, end) for number, end in enumerate(ends))))
+    assert "no complete trial yet" in page
+    assert "Which rate is best?" in page
+    assert "No model of this study is registered" in page
+    assert "training.optimizer.lr" in page
+
+
+def test_test_scores_appear_only_after_the_test_part_was_opened() -> None:
+    trials = [told.trial(0), told.trial(1)]
+    sealed = text(told.findings(*trials, data=told.data(), model=told.model(1)))
+    assert "never opened, so there are no test results" in sealed
+    assert "score validation 95 % interval accuracy" in sealed
+    opened = text(told.findings(*trials, data=told.data(), model=told.model(1), openings=(told.look(1, 1),) * 2))
+    assert "opened twice" in opened
+    assert "score validation 95 % interval test 95 % interval accuracy" in opened
+    other = text(told.findings(*trials, data=told.data(), model=told.model(1), openings=(told.look(1, 0),)))
+    assert "opened once, but not for this model" in other
+
+
+def test_published_numbers_stand_beside_those_of_the_same_score() -> None:
+    references = [
+        {"label": "by hand", "score": "test_accuracy", "value": 0.79, "source": "R1", "note": "6,000 epochs"},
+        {"label": "before", "score": "valid_accuracy", "value": 0.9, "source": "R2"},
+    ]
+    about = told.spec(references=references)
+    page = text(told.findings(told.trial(0), about=about, data=told.data(), openings=(told.look(),)))
+    assert "by hand test accuracy 0.7900 0.8100" in page
+    assert "+2.00 points 6,000 epochs R1" in page
+    assert "before validation accuracy 0.9000 0.8000" in page
+    assert "-10.00 points" in page
+    sealed = text(told.findings(told.trial(0), about=about))
+    assert "0.7900 test part not opened" in sealed
+
+
+def test_registered_model_is_the_one_the_page_tells_of() -> None:
+    trials = [told.trial(0), told.trial(1), told.trial(2, stage=FINAL)]
+    assert "trial 2, the final training" in text(told.findings(*trials))
+    assert "trial 0, the best trial, version 4" in text(told.findings(*trials, model=told.model(0, 4)))
+
+
+def test_folds_are_told_one_by_one() -> None:
+    page = text(told.findings(told.trial(0, folds=(FOUR, {**FOUR, "valid_accuracy": 0.9}), confusion=())))
+    assert "fold 0 0.7000" in page
+    assert "fold 1 0.9000" in page
+
+
+def test_several_objectives_show_the_trials_that_none_beats() -> None:
+    about = told.spec(search={"space": told.SPACE, "objectives": ["valid_accuracy", "parameters"]})
+    aims = (("valid_accuracy", "maximize"), ("parameters", "minimize"))
+    values = [(0.8, 10.0), (0.9, 20.0), (0.7, 30.0)]
+    trials = [told.trial(number, value=pair[0], values=pair) for number, pair in enumerate(values)]
+    study = told.study(*trials, objectives=aims)
+    findings = Findings(study, about, told.findings().made)
+    page = text(findings)
+    front = page.split("none beats in every objective")[1].split("Data")[0]
+    assert "0.9 20" in front
+    assert "0.7 30" not in front
+    assert 'aria-label="Pareto front"' in study_page(findings)
+
+
+def test_each_stage_shows_only_the_parameters_it_varied() -> None:
+    stages = [
+        {"name": "rate", "space": {"training.optimizer.lr": {"choice": [0.1, 0.01]}}},
+        {"name": "drop", "space": {"model.dropout": {"choice": [0.0, 0.5]}}},
+    ]
+    about = told.spec(search={"stages": stages})
+    both = {"training.optimizer.lr": 0.1, "model.dropout": 0.5}
+    trials = [
+        told.trial(0, stage="rate", parameters={"training.optimizer.lr": 0.1}),
+        told.trial(1, stage="rate", parameters={"training.optimizer.lr": 0.01}),
+        told.trial(2, stage="drop", parameters=both),
+        told.trial(3, stage="drop", parameters={**both, "model.dropout": 0.0}),
+    ]
+    figure = slices(told.study(*trials, spec=about.model_dump(mode="json")))
+    assert figure is not None
+    shown = re.findall(r'data-trials="([\d-]*)"', svg_text(figure, transparent=True))
+    assert [sorted(each.split("-")) for each in shown] == [["0", "1"], ["2", "3"]]
+    assert "rate training.optimizer.lr 0.1, 0.01" in text(told.findings(*trials, about=about))
+
+
+def test_hovering_tells_parameters_score_and_epochs() -> None:
+    words = trial_tooltip(told.study(), told.trial(3))
+    assert "trial 3" in words
+    assert "validation accuracy 0.8300" in words
+    assert "5 epochs, best 5, 12 s" in words
+    assert "lr = 0.000173" in words
+    assert "activation = tanh" in words
+
+
+def test_names_of_users_cannot_break_the_page() -> None:
+    evil = "</script><img src=x onerror=alert(1)>"
+    space = {"model.activation": {"choice": ["relu", "tanh"]}, "training.optimizer.lr": {"choice": [0.1, 0.2]}}
+    stage = [{"name": "a", "space": space}]
+    about = told.spec(question=evil, search={"stages": stage})
+    page = study_page(told.findings(told.trial(0, stage=evil), told.trial(1, parameters={"x": evil}), about=about))
+    assert evil not in page
+    assert "<img src=x" not in page
+
+
+def test_page_tells_what_is_missing() -> None:
+    page = text(told.findings(told.trial(0), missing=("The images are not on this machine.",)))
+    assert "What is missing The images are not on this machine." in page
+
+
+def test_values_that_are_no_numbers_are_gaps_in_the_charts() -> None:
+    trials = [told.trial(0), told.trial(1, TrialState.PRUNED, value=float("nan")), told.trial(2)]
+    page = study_page(told.findings(*trials))
+    assert "NaN" not in page
+    history = page.split("Optimisation history</h3>")[1].split("</svg>")[0]
+    assert re.findall(r'data-trials="([\d-]*)"', history) == ["0-2", ""]
+
+
+def test_class_without_training_images_has_no_strip() -> None:
+    samples = Samples((told.strip(np.random.default_rng(0)), b""), (0.5,) * 3, (0.2,) * 3, 700)
+    page = study_page(told.findings(told.trial(0), data=told.data(), samples=samples))
+    assert page.count('alt="training images of class') == 1
+
+
+def test_intervals_hold_the_score_and_shrink_with_the_images() -> None:
+    few, many = ([[45 * k, 5 * k], [10 * k, 40 * k]] for k in (1, 100))
+    small, large = confusion_intervals(few, seed=0), confusion_intervals(many, seed=0)
+    assert set(small) == {"accuracy", "balanced_accuracy", "macro_f1"}
+    for score, interval in small.items():
+        assert interval.low < interval.value < interval.high
+        assert large[score].high - large[score].low < 0.2 * (interval.high - interval.low)
+    assert confusion_intervals([[0, 0], [0, 0]], seed=0) == {}
+    share = share_interval(0.85, 100, seed=0)
+    assert share.value == 0.85
+    assert share.high - share.low == pytest.approx(small["accuracy"].high - small["accuracy"].low, abs=0.02)
