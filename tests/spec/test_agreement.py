@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from hpo.errors import SpecError
+from hpo.search.distributions import distribution
 from hpo.spec.agreement import MOST_CELLS, conflicts
 from hpo.spec.load import load_study, parse_study, study_files
 
@@ -346,3 +347,19 @@ def test_what_decides_which_images_are_judged_is_no_search_parameter(tmp_path):
         message = refused(written(tmp_path, f"    {path}: {{choice: [{json.dumps(value)}]}}\n"))
         assert f":{LINE}: search.space.{path}: decides which images are trained on and judged" in message
         assert "kfold" in message
+
+
+@pytest.mark.parametrize(
+    "parameter",
+    ["training.epochs: {int: [1, 3000000000]}", "training.augment.zoom: {float: [0.0, 1.0], step: 1.0e-11}"],
+)
+def test_a_single_huge_range_is_counted_too(tmp_path, parameter):
+    study = STUDY.replace("  trials: 3\n", "  trials: 3\n  sampler: grid\n").replace(
+        "training.optimizer.lr: {float: [1e-4, 1e-1], log: true}", parameter
+    )
+    started = time.process_time()
+    assert "cells, and at most 100,000" in refused(written(tmp_path, "", study=study))
+    spec = load_study(written(tmp_path, "", study=study), overrides=["search.sampler=random"])
+    ((_, found),) = spec.search.space.items()
+    assert distribution(found).high == found.ends()[1]
+    assert time.process_time() - started < 2

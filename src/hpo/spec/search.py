@@ -153,7 +153,7 @@ class SearchSpec(Part):
         if self.sampler.name == "grid" and not self.stages:
             for path, parameter in self.space.items():
                 try:
-                    parameter.grid()
+                    parameter.check_finite()
                 except ValueError as error:
                     raise ValueError(f"sampler grid, {path}: {error}") from None
         return self

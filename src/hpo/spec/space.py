@@ -23,6 +23,15 @@ class _Parameter(Part):
     when: dict[str, Any] = Field(default_factory=dict)
     """Tried only if each named path has the given value, or one of the given list of values."""
 
+    def count(self) -> float:
+        """Number of values; inf for a continuous range."""
+        raise NotImplementedError
+
+    def check_finite(self) -> None:
+        """Raise ValueError for a continuous range, without building a grid."""
+        if math.isinf(self.count()):
+            raise ValueError("a float without a step has no finite grid. Add a step, or list the values as a choice")
+
 
 def _check_range(low: float, high: float, log: bool, step: float | None) -> None:
     if not (math.isfinite(low) and math.isfinite(high)):
@@ -63,10 +72,9 @@ class Float(_Parameter):
     def grid(self) -> list[Any]:
         """All values in order; raises ValueError for a continuous range."""
         low, high = self.float
-        if low == high:
+        self.check_finite()
+        if low == high or self.step is None:
             return [low]
-        if self.step is None:
-            raise ValueError("a float without a step has no finite grid. Add a step, or list the values as a choice")
         return [round(low + index * self.step, 12) for index in range(int(self.count()))]
 
     def count(self) -> _Real:
