@@ -69,21 +69,14 @@ def server_engine(url: str) -> Engine:
 
 
 def sqlite_address(file: Path) -> str:
-    """The address of a SQLite file, an absolute path. One with %, ? or # in it names its driver.
-
-    In an address these three stand for something else, so they are written as codes. MLflow makes the folder that it
-    reads in `sqlite:///`, codes and all, but none for an address with a driver.
-    """
-    if not set("%?#") & set(str(file)):
-        return f"sqlite:///{file}"
-    from sqlalchemy.engine import URL
-
-    return URL.create("sqlite+pysqlite", database=str(file)).render_as_string(hide_password=False)
+    """The address of a SQLite file: what would begin options, or read as a sign in hexadecimal digits, is quoted."""
+    path = re.sub(r"%(?=[0-9A-Fa-f]{2})", "%25", str(file)).replace("?", "%3F")
+    return f"sqlite:///{path}"
 
 
 def sqlite_file(url: str) -> Path | None:
     """The file of a SQLite address, absolute; None for a database on a server."""
-    if not url.startswith(("sqlite:", "sqlite+")):
+    if not url.startswith("sqlite:"):
         return None
     from sqlalchemy.engine import make_url
 

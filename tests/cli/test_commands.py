@@ -163,6 +163,7 @@ def test_check_prints_estimate_and_warnings(monkeypatch: pytest.MonkeyPatch) -> 
         estimated_seconds=450.0,
         estimated_bytes=4e6,
         warnings=("batches are large",),
+        near_duplicates="1 of test in train",
     )
     room(monkeypatch, "hpo.jobs.check", check_study=lambda spec, **options: report)
     result = runner.invoke(app, ["check", "digits-mlp"])
@@ -256,7 +257,7 @@ def test_a_refusal_names_the_gate_shows_no_test_score_and_exits_with_1(monkeypat
 
 def test_models_lists_versions_aliases_and_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     found = [version(2), version(1, 6, aliases=(), scores={"test_accuracy": 0.8})]
-    room(monkeypatch, "hpo.tracking.registry", versions=lambda home, name: found)
+    monkeypatch.setattr("hpo.tracking.registry.versions", lambda home, name: found)
     rows = table(runner.invoke(app, ["models"]).stdout)
     assert rows[1] == ["digits-mlp", "7", "challenger", "2", "0.9000"]
     assert rows[2] == ["digits-mlp", "6", "1", "0.8000"]
@@ -264,7 +265,7 @@ def test_models_lists_versions_aliases_and_scores(monkeypatch: pytest.MonkeyPatc
 
 
 def test_models_of_an_empty_store_say_how_to_begin(monkeypatch: pytest.MonkeyPatch) -> None:
-    room(monkeypatch, "hpo.tracking.registry", versions=lambda home, name: [])
+    monkeypatch.setattr("hpo.tracking.registry.versions", lambda home, name: [])
     assert "hpo run digits-mlp" in runner.invoke(app, ["models"]).stdout
     assert json.loads(runner.invoke(app, ["models", "--json"]).stdout) == []
 

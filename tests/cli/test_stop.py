@@ -85,12 +85,12 @@ def test_stop_ends_every_run_of_a_study_cleanly(place):
         said = stop.stdout
         assert time.monotonic() - began < 60
         assert "2 trials stopped, to be tried again" in said
-        assert "Go on with: hpo run digits-mlp" in said
+        assert "Resume with: hpo run digits-mlp" in said
         for run in runs:
             told, _ = run.communicate(timeout=60)
             assert run.returncode == 130, told
             assert "stopped" in told
-            assert "go on where this stopped" in told
+            assert "resume" in told
     finally:
         for run in runs:
             end(run)

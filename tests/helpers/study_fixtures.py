@@ -22,7 +22,7 @@ from hpo.home import Home
 from hpo.records import Event, SplitCard, StudyOpened
 from hpo.search.lifecycle import open_study
 from hpo.search.study import Study
-from hpo.tracking.repair import move_places
+from hpo.tracking.repair import move_artifacts
 from kept_study import make_kept_study
 
 
@@ -114,7 +114,7 @@ def kept(kept_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("HPO_DATA", str(kept_template / "data"))
     shutil.copytree(kept_template / "mlruns", tmp_path / "kept" / "mlruns")
     home = Home.find(tmp_path / "kept")
-    move_places(home, kept_template / "mlruns", home.root)
+    move_artifacts(home, kept_template / "mlruns", home.root)
     for copy in home.root.glob("mlflow.db.before-*"):
         copy.unlink()
     return home

@@ -15,7 +15,8 @@ from hpo.cli.app import app
 from hpo.errors import DataError, HpoError, ModelError
 from hpo.execute.workers.task import Task, train_task
 from hpo.home import Home
-from hpo.jobs.compare import compare, find_entrant, write_comparison
+from hpo.jobs.compare import compare, write_comparison
+from hpo.jobs.shared.model_reference import find_model
 from hpo.records import TrialEnded
 from hpo.spec.load import parse_study
 from hpo.storage.optuna_storage import read_study
@@ -130,12 +131,12 @@ def test_a_study_answers_as_its_winner_was_measured(home):
 
 def test_names_of_trials_versions_and_aliases_lead_to_their_models(home):
     best, other = 1 - _other(home, "ten"), _other(home, "ten")
-    assert {find_entrant(home, asked).trial.number for asked in ("ten", f"ten#{best}", "ten/1", "ten@challenger")} == {
+    assert {find_model(home, asked).trial.number for asked in ("ten", f"ten#{best}", "ten/1", "ten@challenger")} == {
         best
     }
     # A number that no version has is a trial's; a version goes first, as for every other command.
-    assert find_entrant(home, "ten/0").trial.number == 0
-    assert find_entrant(home, f"ten#{other}").version is None
+    assert find_model(home, "ten/0").trial.number == 0
+    assert find_model(home, f"ten#{other}").version is None
     with pytest.raises(HpoError, match="one model"):
         compare(["ten", "ten/1"])
     with pytest.raises(HpoError, match="one model"):
@@ -184,7 +185,7 @@ def test_only_images_that_none_was_trained_on_count_where_splits_differ(home):
     from hpo.data.split import indices
 
     comparison = compare(["ten", "split"])
-    entrants = [find_entrant(home, name) for name in ("ten", "split")]
+    entrants = [find_model(home, name) for name in ("ten", "split")]
     card = prepare(entrants[0].spec.data, entrants[0].spec.split)
     labels = np.load(Path(card.folder) / "development_labels.npy")
     trained, held_out = zip(

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from hpo.home import Home
+from hpo.jobs import stores
 from hpo.jobs.doctor import doctor
-from hpo.jobs.shared import database_schema, doctor_disk
 from hpo.records import TrialState
 from hpo.tracking.registry import versions
 from hpo.tracking.store import connect
@@ -127,7 +127,7 @@ def test_runs_that_say_otherwise_than_their_trials_are_put_right(kept):
     client.set_tag(run_of(kept, 0).info.run_id, "hpo.state", "running")
     client.update_run(run_of(kept, 0).info.run_id, status="RUNNING")
     client.update_run(run_of(kept, 3).info.run_id, status="RUNNING")
-    assert "2 runs in MLflow say otherwise" in told(kept)
+    assert "2 runs in MLflow have another state" in told(kept)
     mended(kept)
     assert {name: run[:2] for name, run in tracked(kept).items()} == {name: run[:2] for name, run in before.items()}
     assert tracked(kept)["trial 0"][2] == before["trial 0"][2]
@@ -159,8 +159,8 @@ def test_runs_of_no_trial_are_marked_and_none_is_deleted(kept, untouched):
         run_name="extra",
         tags={**tags, "hpo.study": "formula", "hpo.trial": "99", "mlflow.parentRunId": parent.run_id},
     )
-    assert "a study that is not there; 1 RUNNING | gone" in told(kept)
-    assert "trials that the storage has not, or has a run of; 1 RUNNING | formula" in told(kept)
+    assert "a study that does not exist; 1 RUNNING | gone" in told(kept)
+    assert "trials that the storage does not have, or has a run of; 1 RUNNING | formula" in told(kept)
     mended(kept)
     for run in (lost, extra):
         assert client.get_run(run.info.run_id).info.status == "KILLED"
@@ -261,7 +261,7 @@ def test_a_moved_project_is_told_and_its_places_rewritten_after_a_copy(kept, unt
 
 @pytest.mark.parametrize(("file", "package"), [("mlflow.db", "mlflow"), ("optuna.db", "optuna")])
 def test_schemas_of_other_versions_are_told_with_the_command(kept, file, package):
-    known, head = database_schema._revisions(package)
+    known, head = stores._revisions(package)
     older = sorted(known - {head})[0]
     write(kept, "UPDATE alembic_version SET version_num = ?", older, file=file)
     found = doctor(home=where(kept))
@@ -290,7 +290,7 @@ def test_a_damaged_database_is_told_and_nothing_is_repaired_by_it(kept, file):
 
 
 def test_little_space_is_told(kept, monkeypatch):
-    monkeypatch.setattr(doctor_disk, "_LEAST_FREE_BYTES", 10**18)
+    monkeypatch.setattr("hpo.jobs.doctor._LEAST_FREE_BYTES", 10**18)
     assert "nearly full" in told(kept)
 
 

@@ -15,18 +15,17 @@ from hpo.cli.app import app
 from hpo.errors import ModelError
 from hpo.execute.run_study import run_study
 from hpo.home import Home
-from hpo.jobs.compare import Entrant, find_entrant
 from hpo.jobs.evaluate import evaluate
 from hpo.jobs.promote import promote
 from hpo.jobs.shared import gates
+from hpo.jobs.shared.model_reference import ModelReference, find_model
 from hpo.predict import load_model
 from hpo.records import FINAL
 from hpo.spec.load import load_study
 from hpo.spec.study import PromoteSpec, StudySpec
 from hpo.storage.optuna_storage import read_study
-from hpo.tracking.champions import champions
 from hpo.tracking.ledger import openings
-from hpo.tracking.registry import set_alias, versions
+from hpo.tracking.registry import champions, set_alias, versions
 
 QUICK = {
     "training.precision": "float32",
@@ -131,11 +130,11 @@ def test_force_promotes_a_refused_challenger_and_is_remembered(home: Home) -> No
     assert (reign.version, reign.forced, champion(home)) == (1, True, 1)
 
 
-def _entrants(home: Home) -> tuple[Entrant, Entrant]:
-    return find_entrant(home, "digits-mlp/2"), find_entrant(home, "digits-mlp/1")
+def _entrants(home: Home) -> tuple[ModelReference, ModelReference]:
+    return find_model(home, "digits-mlp/2"), find_model(home, "digits-mlp/1")
 
 
-def _with_split(entrant: Entrant, **split: object) -> Entrant:
+def _with_split(entrant: ModelReference, **split: object) -> ModelReference:
     changed = entrant.spec.split.model_copy(update=split)
     return replace(entrant, spec=entrant.spec.model_copy(update={"split": changed}))
 
@@ -171,15 +170,15 @@ def test_without_images_to_compare_on_the_objective_decides_and_says_so(home: Ho
 
 
 def test_a_model_that_answers_otherwise_than_its_trial_is_refused(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hpo.tracking.predictions import validation_answers
+    from hpo.tracking.runs import validation_predictions
 
     def answers(home: Home, run_id: str):
-        told = validation_answers(home, run_id)
+        told = validation_predictions(home, run_id)
         return told | {"probabilities": told["probabilities"] * (1 - 1e-3)}
 
     stand(home, champion=None, challenger=2)
     assert float(gates.parity(home, _entrants(home)[0], load_model("digits-mlp/2")).measured.split()[2]) < 1e-5
-    monkeypatch.setattr("hpo.tracking.predictions.validation_answers", answers)
+    monkeypatch.setattr("hpo.tracking.runs.validation_predictions", answers)
     promotion = promote("digits-mlp")
     assert promotion.refused
     assert promotion.reason.startswith("reloads: probabilities within 0.001 of the trial's, 0 of 288")
@@ -214,7 +213,7 @@ def test_limits_that_the_study_declares_are_measured_here(home: Home) -> None:
 
 
 def test_evaluate_opens_the_test_part_once_for_each_model_and_remembers(home: Home) -> None:
-    final = find_entrant(home, "digits-mlp/2").trial.number
+    final = find_model(home, "digits-mlp/2").trial.number
     first = evaluate(["digits-mlp/1", f"digits-mlp~2#{final}"])
     assert [each.opened for each in first] == [True, True]
     again = evaluate(["digits-mlp@challenger", "digits-mlp/1"])
@@ -230,7 +229,7 @@ def test_evaluate_opens_the_test_part_once_for_each_model_and_remembers(home: Ho
 
 
 def test_evaluating_a_trial_without_a_model_opens_nothing(home: Home) -> None:
-    kept = find_entrant(home, "digits-mlp/1").trial.number
+    kept = find_model(home, "digits-mlp/1").trial.number
     with pytest.raises(ModelError, match="not kept"):
         evaluate(["digits-mlp/1", f"digits-mlp~1#{1 - kept}"])
     assert not (home.root / "openings.jsonl").exists()

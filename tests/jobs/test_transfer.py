@@ -24,9 +24,8 @@ from hpo.jobs.transfer import export_study, import_study
 from hpo.records import TrialResult, TrialState
 from hpo.search.lifecycle import open_study
 from hpo.storage.optuna_storage import open_storage, read_study
-from hpo.tracking.champions import record_champion
 from hpo.tracking.ledger import announce_opening, complete_opening
-from hpo.tracking.registry import resolve, set_alias
+from hpo.tracking.registry import record_champion, resolve, set_alias
 from hpo.tracking.store import connect
 from hpo.tracking.tracker import Tracker
 from kept_study import go_on, kept_spec, left, stored
@@ -186,7 +185,7 @@ def test_what_waits_on_the_disk_to_be_logged_is_told(kept: Home, tmp_path: Path)
     going.tell(TrialResult(candidate.number, TrialState.COMPLETE, 0.95, 1, folder=str(waiting)))
     going.close()
     (note,) = export_study("formula", home=_folder(kept), file=tmp_path / "study.zip").notes
-    assert f"trials {candidate.number} left on the disk" in note
+    assert f"work of trials {candidate.number} on the disk" in note
 
 
 def _commits(file: Path, home: Path, counted: Any, last: int) -> None:
@@ -285,9 +284,12 @@ HOSTILE = {
     "a later format": (_replace("manifest.json", '"format": 1', '"format": 2'), "in format 2"),
     "no format": (_replace("manifest.json", '"format": 1', '"format": "x"'), "in format x"),
     "a title with a way out": (_replace("study.json", '"formula"', '"../formula"'), "cannot be named"),
-    "a run with a way out": (_replace("runs.jsonl", '{"id": "', '{"id": "../'), "not the id of a run"),
-    "a model with a way out": (_replace("models.jsonl", '{"id": "', '{"id": "../'), "not the id of a run or a model"),
-    "a tag of another type": (_replace("runs.jsonl", '"hpo.kind": "study"', '"hpo.kind": 1'), "not a text"),
+    "a run with a way out": (_replace("runs.jsonl", '{"id": "', '{"id": "../'), "id: String should match"),
+    "a model with a way out": (_replace("models.jsonl", '{"id": "', '{"id": "../'), "id: String should match"),
+    "a tag of another type": (
+        _replace("runs.jsonl", '"hpo.kind": "study"', '"hpo.kind": 1'),
+        "kind: Input should be a valid string",
+    ),
     "an unknown state": (_replace("trials.jsonl", '"state": "FAIL"', '"state": "LOST"'), "LOST"),
     "a model of another name": (_replace("registered.json", '"name": "formula"', '"name": "x"'), "not named formula"),
     "a result of another shape": (

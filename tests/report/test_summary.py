@@ -34,5 +34,5 @@ def test_scores_of_folds_come_with_their_deviation_and_stages_with_their_winners
 
 def test_several_objectives_are_listed_and_an_empty_study_says_so():
     study = two_objectives()
-    assert "no other beats" in study_summary(study, winner=study.best)
+    assert "Pareto front" in study_summary(study, winner=study.best)
     assert "no winner" in study_summary(replace(random_study(), trials=()), winner=None)

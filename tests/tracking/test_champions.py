@@ -6,7 +6,7 @@ import pytest
 
 import tiny_study as tiny
 from hpo.home import Home
-from hpo.tracking.champions import champions, record_champion
+from hpo.tracking.registry import champions, record_champion
 from hpo.tracking.tracker import Tracker
 
 

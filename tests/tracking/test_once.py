@@ -127,10 +127,10 @@ def test_a_server_that_nobody_answers_is_away(home: Home, monkeypatch: pytest.Mo
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     away = Home.find(home.root.parent)
     with pytest.raises(StoreAwayError, match="nothing answers there"):
-        store.knock(away)
+        store.check_reachable(away)
     from mlflow import MlflowClient
 
-    @store.told
+    @store.translate_errors
     def ask(_: Home) -> None:
         MlflowClient("http://127.0.0.1:9").search_experiments()
 
@@ -139,7 +139,7 @@ def test_a_server_that_nobody_answers_is_away(home: Home, monkeypatch: pytest.Mo
 
 
 def test_a_call_that_is_wrong_is_not_taken_for_an_outage(home: Home) -> None:
-    @store.told
+    @store.translate_errors
     def ask(place: Home) -> None:
         store.connect(place).get_run("0" * 32)
 

@@ -11,7 +11,7 @@ from hpo.home import Home
 from hpo.predict import load_model
 from hpo.records import TrialState
 from hpo.tracking.ledger import announce_opening, complete_opening, openings
-from hpo.tracking.reader import look
+from hpo.tracking.reader import read_tracking
 from hpo.tracking.registry import resolve
 from hpo.tracking.tracker import Tracker
 
@@ -35,11 +35,11 @@ def test_a_study_on_a_server_needs_no_local_artifacts(server: Home, folder: Path
     assert list(tracker.kept_models(study)) == [1]
     assert len(list((tmp_path / "server").rglob("net.pt2"))) == 1
     assert not [path for path in server.root.rglob("*") if path.is_file() and path.suffix != ".lock"]
-    database = look(replace(server, tracking_uri=f"sqlite:///{tmp_path / 'server' / 'mlflow.db'}"))
-    asked = look(server)
+    database = read_tracking(replace(server, tracking_uri=f"sqlite:///{tmp_path / 'server' / 'mlflow.db'}"))
+    asked = read_tracking(server)
     assert database is not None
     assert asked is not None
-    assert sorted(database.runs, key=lambda run: run.key) == sorted(asked.runs, key=lambda run: run.key)
+    assert sorted(database.runs, key=lambda run: run.id) == sorted(asked.runs, key=lambda run: run.id)
     assert database.versions == asked.versions
     assert [model for model in database.models if not model.deleted] == list(asked.models)
     model = load_model("tiny", home=server)

@@ -24,11 +24,9 @@ def compare(
             show_default=False,
         ),
     ],
-    binarise: Annotated[
-        bool, typer.Option("--binarise", help="Sum classes to the groups that one of the models was trained on.")
-    ] = False,
+    binarise: Annotated[bool, typer.Option("--binarise", help="Sum classes to the groups of another model.")] = False,
     test: Annotated[
-        bool, typer.Option("--test", help="Open the sealed test part; it is written down for each model.")
+        bool, typer.Option("--test", help="Open the sealed test part; the opening is recorded for each model.")
     ] = False,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="FOLDER", help="Write comparison.md and roc.png there.")
@@ -44,11 +42,11 @@ def compare(
     from hpo.report.comparison import rows_of
 
     if out is not None:
-        make_folder(out)  # before the test part is opened for nothing
+        make_folder(out)  # so that the test part is not opened in vain
     comparison = run_comparison(models, test=test, binarise=binarise, home=home, trust=trust)
     written = write_comparison(comparison, out) if out is not None else []
     if as_json:
-        # The points of the curves are for the figure: their areas stay.
+        # The points of the curves are only for the figure; their areas stay.
         short = tuple(replace(contestant, curve=None) for contestant in comparison.contestants)
         plain = output.plain(replace(comparison, contestants=short))
         for contestant in plain["contestants"]:

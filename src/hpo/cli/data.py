@@ -1,4 +1,4 @@
-"""`hpo data`: look at a data set before anything is trained on it."""
+"""The commands `hpo data`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hpo.cli.options import AsJson, Command, Debug, Trust
 if TYPE_CHECKING:
     from hpo.report.page.data_page import DataFacts
 
-app = typer.Typer(no_args_is_help=True, help="Look at a data set.")
+app = typer.Typer(no_args_is_help=True, help="Explore a data set.")
 
 
 @app.command(cls=Command)
@@ -26,21 +26,20 @@ def show(
             show_default=False,
         ),
     ],
-    path: Annotated[Path | None, typer.Option(help="A file or folder of your own, in place of a download.")] = None,
+    path: Annotated[Path | None, typer.Option(help="Your own file or folder instead of a download.")] = None,
     size: Annotated[int | None, typer.Option(min=1, max=1024, help="Side of the images in pixels.")] = None,
     page: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="FILE", help="The page.", show_default="data-NAME.html")
     ] = None,
     images: Annotated[int, typer.Option(min=0, max=100, help="Training images of each class to show.")] = 8,
-    seed: Annotated[int, typer.Option(min=0, help="Which of them are drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of their random choice.")] = 0,
     trust: Trust = False,
     as_json: AsJson = False,
     _debug: Debug = False,
 ) -> None:
     """Write a page on a data set: images, classes, channels, duplicates.
 
-    The test part stays sealed: of it only numbers of images are told. With --json no page is written unless --out
-    asks for it.
+    The test part stays sealed: only its image counts are reported. With --json a page is written only with --out.
     """
     from hpo.jobs.data_report import explore, write_page
 
@@ -69,14 +68,20 @@ def _print(facts: DataFacts) -> None:
     output.print_facts(
         [
             ("images", " x ".join(map(str, data.image_shape))),
+            *([("files", data.accounting)] if data.accounting else []),
+            ("pixels", data.pixel_ranges or "uint8 0 to 255"),
             ("split", facts.split),
+            *([("groups", f"{data.groups:,}, each in one part")] if data.groups else []),
             ("mean", ", ".join(f"{value:.4f}" for value in facts.mean)),
             ("deviation", ", ".join(f"{value:.4f}" for value in facts.std)),
             ("repeated", repeated),
             ("shared", pairs),
+            ("near-duplicates", facts.near_duplicates),
             ("same pixels, different labels", f"{contradicting:,}"),
             ("source", f"{data.source}, {'' if data.official else 'not '}the publisher's"),
             ("licence", data.licence or "not stated"),
             ("digest", data.digest),
         ]
     )
+    for warning in data.warnings:
+        output.print_warning(warning)

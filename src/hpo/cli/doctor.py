@@ -1,4 +1,4 @@
-"""`hpo doctor` and `hpo clean`: what is wrong, and what can go."""
+"""`hpo doctor` and `hpo clean`: find and repair problems, free disk space."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 def doctor(
-    fix: Annotated[bool, typer.Option("--fix", help="Repair what can be; no result is ever deleted.")] = False,
+    fix: Annotated[bool, typer.Option("--fix", help="Repair problems; no result is ever deleted.")] = False,
     home: HomeFolder = None,
     as_json: AsJson = False,
     _debug: Debug = False,
 ) -> None:
-    """Compare Optuna, MLflow and the disk; say what is wrong, and repair it.
+    """Compare Optuna, MLflow and the disk; report problems and repair them.
 
-    Ends with code 1 where something is wrong and was not repaired. Looking is safe beside a running study.
+    The exit code is 1 where a problem was not repaired. Without --fix it is read-only and safe while a study runs.
     """
     from hpo.jobs.doctor import doctor as examine
 
@@ -55,25 +55,25 @@ def _print(finding: Finding, word: str, style: str, step: str) -> None:
 
 def clean(
     study: Annotated[str | None, typer.Argument(help="Only this study's.", show_default="all")] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do it; without, only show what would go.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete; without it, dry run.")] = False,
     keep_models: Annotated[
         str | None,
-        typer.Option(metavar="all|best:K|none", help="Models of other trials go; registered ones never."),
+        typer.Option(metavar="all|best:K|none", help="Delete models of other trials; registered ones are kept."),
     ] = None,
     keep_figures: Annotated[
-        str | None, typer.Option(metavar="all|best:K|none", help="Pictures of other trials go.")
+        str | None, typer.Option(metavar="all|best:K|none", help="Delete figures of other trials.")
     ] = None,
     data: Annotated[
-        bool, typer.Option("--data", help="Prepared data that no study here uses, too; other homes may use it.")
+        bool, typer.Option("--data", help="Also delete prepared data that no study here uses; other homes may use it.")
     ] = False,
-    aside: Annotated[bool, typer.Option("--aside", help="What hpo doctor has set aside, too.")] = False,
+    aside: Annotated[bool, typer.Option("--aside", help="Also delete what hpo doctor has set aside.")] = False,
     home: HomeFolder = None,
     as_json: AsJson = False,
     _debug: Debug = False,
 ) -> None:
-    """Free disk: show what can go and how much it is, and with --yes delete it.
+    """Free disk space: list what can be deleted, with its size; with --yes delete it.
 
-    Without options: work of dead supervisors, and what was deleted in MLflow. Trials and their metrics always stay.
+    Without options: work of dead supervisors, and what was deleted in MLflow. Trials and their metrics are always kept.
     """
     from hpo.jobs.clean import clean as tidy
 
@@ -92,11 +92,11 @@ def clean(
     for note in found.notes:
         output.print_text(note)
     if not found.waste:
-        output.print_text("Nothing can go.")
+        output.print_text("Nothing to clean up.")
         return
     output.print_table(_rows(found.waste), ["what", "study", ">count", ">size", "~which"])
     size = output.show_bytes(found.bytes)
-    output.print_text(f"{size} freed." if yes else f"{size} would be freed. Nothing has gone yet: add --yes.")
+    output.print_text(f"{size} freed." if yes else f"{size} would be freed. This was a dry run: delete with --yes.")
 
 
 def _rows(waste: tuple[Waste, ...]) -> list[list[str]]:

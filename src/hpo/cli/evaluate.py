@@ -25,10 +25,10 @@ def evaluate(
     as_json: AsJson = False,
     _debug: Debug = False,
 ) -> None:
-    """Open the sealed test part for models, each once; who was measured before is remembered.
+    """Measure models on the sealed test part, each once; earlier measurements are reused.
 
-    Every opening is written down and counted. Choose on validation images first: a test part that models are chosen by
-    no longer measures them.
+    Every opening of the test part is recorded and counted. Choose models on validation images: a test part that models
+    are chosen by no longer measures them.
     """
     from hpo.jobs.evaluate import evaluate as measure
 

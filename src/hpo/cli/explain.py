@@ -1,4 +1,4 @@
-"""`hpo explain`: what a model looks at."""
+"""The command `hpo explain`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hpo.cli.options import AsJson, Debug, HomeFolder, Trust
 
 
 class Method(StrEnum):
-    """How the importance of a pixel is measured."""
+    """A method that measures the importance of a pixel."""
 
     GRADIENT = "gradient"
     INTEGRATED = "integrated"
@@ -26,17 +26,17 @@ def explain(
         list[Path] | None, typer.Argument(help="Image files of any size and mode.", show_default=False)
     ] = None,
     mistakes: Annotated[
-        bool, typer.Option("--mistakes", help="The validation images that it got wrong most surely.")
+        bool, typer.Option("--mistakes", help="Explain its most confident mistakes on validation images.")
     ] = False,
     methods: Annotated[
         list[Method] | None,
-        typer.Option("--method", help="One map each; may be repeated.", show_default="all that suit the network"),
+        typer.Option("--method", help="A method; may be repeated.", show_default="all that suit the network"),
     ] = None,
     class_name: Annotated[
         str | None,
         typer.Option("--class", metavar="NAME", help="The class to explain.", show_default="the most probable"),
     ] = None,
-    folder: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where the pictures go.")] = Path(
+    folder: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="The folder of the pictures.")] = Path(
         "explained"
     ),
     home: HomeFolder = None,
@@ -44,7 +44,7 @@ def explain(
     as_json: AsJson = False,
     _debug: Debug = False,
 ) -> None:
-    """Draw which pixels speak for a class, over each image: one picture a file."""
+    """Highlight the pixels that support a class: one picture for each image file."""
     from hpo.errors import HpoError
     from hpo.jobs.explain import explain as draw
     from hpo.jobs.explain import explain_mistakes

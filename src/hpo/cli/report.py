@@ -1,4 +1,4 @@
-"""`hpo report`: everything that is known of a study, on one page."""
+"""The command `hpo report`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def report(
     study: Study,
     target: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="FILE", help="Write there.", show_default="mlruns/reports/STUDY.html"),
+        typer.Option("--out", "-o", metavar="FILE", help="The HTML file.", show_default="mlruns/reports/STUDY.html"),
     ] = None,
     saliency: Annotated[
-        bool, typer.Option("--saliency", help="Add which pixels the surest mistakes hang on; takes seconds.")
+        bool, typer.Option("--saliency", help="Add saliency maps of the most confident mistakes; takes seconds.")
     ] = False,
     home: HomeFolder = None,
     as_json: AsJson = False,
@@ -26,7 +26,7 @@ def report(
 ) -> None:
     """Write one HTML page of a study: data, protocol, result, figures, mistakes, cost, how to repeat it.
 
-    It needs no network to be read. The sealed test part is not opened for it.
+    It can be read without a network. The sealed test part is not opened.
     """
     from hpo.jobs.report import write_report
     from hpo.spec.load import load_study

@@ -1,4 +1,4 @@
-"""`hpo rerun`: does a trial give the same numbers again?"""
+"""`hpo rerun`: repeat a trial and compare its numbers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def rerun(
     as_json: AsJson = False,
     _debug: Debug = False,
 ) -> None:
-    """Train a finished trial again from what was recorded, and compare epoch by epoch.
+    """Train a finished trial again from its record, and compare epoch by epoch.
 
     = equal bit for bit, ~ within the tolerance, x beyond it; exit code 1 where they differ. Nothing is stored.
     """
@@ -42,7 +42,7 @@ def rerun(
         threads = f"{found.threads} thread{'s' if found.threads > 1 else ''}"
         output.print_text(f"{found}  ({found.device}, {found.precision or 'no precision'}, {threads})")
         if not found.same_machine:
-            output.print_warning("device or precision are not those of the trial, or are not known")
+            output.print_warning("the trial used another device or precision, or they are unknown")
     if found.agreement is Agreement.DIFFERS:
         raise typer.Exit(1)
 

@@ -1,4 +1,4 @@
-"""`hpo stop` and `hpo status`: what runs here, and an end to it."""
+"""`hpo stop` and `hpo status`: stop running studies, and show what is running."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def stop(
     as_json: AsJson = False,
     _debug: Debug = False,
 ) -> None:
-    """End a running study from another terminal, as Ctrl-C does; the next hpo run goes on.
+    """Stop a running study from another terminal, as Ctrl-C does; the next hpo run resumes it.
 
-    All its supervisors on the shared storage stop. What was training is recorded as stopped and tried again.
+    All its supervisors on the shared storage stop. Running trials are recorded as stopped and tried again.
     """
     from hpo.jobs.stop import stop_study
 
@@ -45,9 +45,7 @@ def stop(
     if not done.supervisors:
         output.print_text(f"{done.title}: nothing runs.")
         if done.asked:
-            output.print_text(
-                "Workers on other machines that only wait now end, too; those that are still starting do not."
-            )
+            output.print_text("Idle workers on other machines stop too; workers that are still starting do not.")
         if done.abandoned:
             count = len(done.abandoned)
             trials = f"{count} trial{'s' * (count > 1)}"
@@ -56,7 +54,7 @@ def stop(
     count = len(done.stopped)
     words = "no trial was running" if not count else f"{count} trial{'s' * (count > 1)} stopped, to be tried again"
     output.print_text(f"{done.title}: stopped in {duration(done.seconds)}; {words}.")
-    output.print_text(f"Go on with: {again}")
+    output.print_text(f"Resume with: {again}")
 
 
 def status(
@@ -65,7 +63,7 @@ def status(
     as_json: AsJson = False,
     _debug: Debug = False,
 ) -> None:
-    """Show what every study has done and who is at work on it; it disturbs nothing that runs."""
+    """Show the progress of every study and its running supervisors; read-only."""
     from hpo.home import Home
     from hpo.storage.reader import read_snapshots
 
@@ -90,7 +88,7 @@ def status(
     for one in found:
         if one.abandoned:
             count = len(one.abandoned)
-            text = f"{count} trial{'s' * (count > 1)} of a dead supervisor: hpo run goes on, hpo doctor tells more"
+            text = f"{count} trial{'s' * (count > 1)} of a dead supervisor: hpo run resumes, hpo doctor has details"
             output.print_warning(f"{one.study.title}: {text}")
 
 
@@ -119,7 +117,7 @@ def _counts(one: StudySnapshot) -> dict[TrialState, int]:
 
 
 def _budget(one: StudySnapshot) -> int | None:
-    """The study's total; None where it is the sum over stages, which only the running study knows."""
+    """The budget of the study in trials; None where it is the sum over stages, which only a running study knows."""
     search = one.study.spec.get("search") or {}
     return None if search.get("stages") else search.get("trials")
 

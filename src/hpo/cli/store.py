@@ -1,4 +1,4 @@
-"""`hpo store`: where studies and runs are kept, and whether those places are fit for use."""
+"""`hpo store`: state and upgrade of the study storage and the tracking store."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ app = typer.Typer(name="store", help="Where studies and runs are kept.", no_args
 
 @app.command(cls=Command)
 def status(home: HomeFolder = None, as_json: AsJson = False, _debug: Debug = False) -> None:
-    """Show both stores: address, state, what is in them. Ends with code 1 where a run could not use one."""
+    """Show address, state and content of both stores. The exit code is 1 where a run could not use one."""
     from hpo.jobs.stores import store_status
 
     states = store_status(home)
@@ -32,12 +32,12 @@ def status(home: HomeFolder = None, as_json: AsJson = False, _debug: Debug = Fal
 
 @app.command(cls=Command)
 def upgrade(
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="There is a copy of the databases on servers.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Confirm that databases on servers were copied.")] = False,
     home: HomeFolder = None,
     as_json: AsJson = False,
     _debug: Debug = False,
 ) -> None:
-    """Bring databases that an older Optuna or MLflow has written up to date. SQLite files are copied first."""
+    """Upgrade databases that an older Optuna or MLflow wrote. SQLite files are copied first."""
     from hpo.jobs.stores import upgrade_stores
 
     done = upgrade_stores(home, backed_up=yes)

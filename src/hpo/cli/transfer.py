@@ -1,4 +1,4 @@
-"""`hpo export`, `hpo import`: a study from one project's stores to another's."""
+"""`hpo export` and `hpo import`: move a study between projects."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def export(
 ) -> None:
     """Write a study to one file: trials, runs, files, models and registered versions.
 
-    STUDY may be a generation, such as digits-mlp~2. The file is for hpo import; the stores stay as they are.
+    STUDY may be a generation, such as digits-mlp~2. hpo import reads the file; the stores are not changed.
     """
     from hpo.jobs.transfer import export_study
 
@@ -38,16 +38,16 @@ def export(
     )
     for note in made.notes:
         output.print_warning(note)
-    output.print_text(f"Bring it into other stores: hpo import {shlex.quote(str(made.file))} --home DIR")
+    output.print_text(f"Import it elsewhere: hpo import {shlex.quote(str(made.file))} --home DIR")
 
 
 def import_(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="What hpo export wrote.", show_default=False)],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file of hpo export.", show_default=False)],
     home: HomeFolder = None,
     as_json: AsJson = False,
     _debug: Debug = False,
 ) -> None:
-    """Bring an exported study into this project's stores; again, nothing comes twice."""
+    """Import an exported study into this project's stores; safe to repeat."""
     from hpo.jobs.transfer import import_study
 
     made = import_study(file, home=home)

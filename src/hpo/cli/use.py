@@ -1,4 +1,4 @@
-"""`hpo promote`, `hpo models`, `hpo predict`: what comes after a search."""
+"""`hpo promote`, `hpo models`, `hpo predict`: use the models of a study."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def promote(
         typer.Option(
             "--to",
             metavar="STORE",
-            help="Copy the champion (or NAME/3) to another project's folder or MLflow URI, as champion there.",
+            help="Copy the champion (or NAME/3) to another project's folder or MLflow URI and make it champion there.",
             show_default=False,
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Promote although a gate refuses; that is recorded.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Promote against a gate; that is recorded.")] = False,
     trust: Trust = False,
     home: HomeFolder = None,
     as_json: AsJson = False,
     _debug: Debug = False,
 ) -> None:
-    """Let the challenger pass the gates, measure it on the sealed test part, and make it champion.
+    """Check the challenger by the gates, measure it on the sealed test part, and make it champion.
 
-    The test part stays closed for a challenger that is refused; the exit code is 1 then.
+    A challenger that a gate refuses is not measured on the test part; the exit code is 1 then.
     """
     if to is not None:
         _copy(study_name(study), to, force=force, home=home, as_json=as_json)
@@ -65,19 +65,19 @@ def promote(
         output.print_table(rows, columns)
     output.print_text(output.show_openings(new.study or study_name(study), promotion.openings))
     if promotion.refused:
-        output.print_text(f"Promote it nevertheless, on the record: hpo promote {shlex.quote(study)} --force")
+        output.print_text(f"Promote it anyway, which is recorded: hpo promote {shlex.quote(study)} --force")
         raise typer.Exit(1)
 
 
 def _copy(model: str, to: str, *, force: bool, home: Path | None, as_json: bool) -> None:
-    from hpo.jobs.shared.copy_champion import copy_champion
+    from hpo.jobs.promote import copy_champion
 
     copied = copy_champion(model, to=to, home=home, force=force)
     if as_json:
         output.print_json(copied)
     elif copied.copy is None:
         output.print_text(f"{copied.source.name}: not copied to {copied.store}: {copied.refusal}")
-        output.print_text("Replace the champion there nevertheless, on the record: --force")
+        output.print_text("Replace the champion there anyway, which is recorded: --force")
     else:
         source, copy = copied.source, copied.copy
         output.print_text(
@@ -94,17 +94,16 @@ def models(
     as_json: AsJson = False,
     _debug: Debug = False,
 ) -> None:
-    """List registered models: versions, aliases, scores; of one model, also who was champion, and why."""
+    """List registered models with versions, aliases and scores; for one model, also its champions and their reasons."""
     from hpo.home import Home
-    from hpo.tracking.champions import champions
-    from hpo.tracking.registry import versions
+    from hpo.tracking.registry import champions, versions
 
     place = Home.find(home)
     found = versions(place, name)
-    reigns = champions(place, name) if name and found else []
+    terms = champions(place, name) if name and found else []
     if as_json:
         told = [
-            {**output.plain(model), "champion": [reign for reign in reigns if reign.version == model.version]}
+            {**output.plain(model), "champion": [term for term in terms if term.version == model.version]}
             if name
             else model
             for model in found
@@ -127,10 +126,10 @@ def models(
         for model in found
     ]
     output.print_table(rows, ["model", ">version", "~aliases", ">trial", ">valid acc.", ">test acc.", "created"])
-    if reigns:
+    if terms:
         output.print_text("")
-        times = [[_day(reign.since), _day(reign.until) if reign.until else "now"] for reign in reigns]
-        rows = [[each.version, *time, each.who, each.why] for each, time in zip(reigns, times, strict=True)]
+        times = [[_day(term.since), _day(term.until) if term.until else "now"] for term in terms]
+        rows = [[each.version, *time, each.who, each.why] for each, time in zip(terms, times, strict=True)]
         output.print_table(rows[::-1], [">champion", "from", "to", "by", "~why"])
 
 

@@ -20,7 +20,7 @@ from hpo.search.stages import budget_of
 from hpo.spec.load import override_study
 from hpo.spec.study import StudySpec
 from hpo.storage.reader import list_trials
-from hpo.tracking.store import knock
+from hpo.tracking.store import check_reachable
 from hpo.tracking.tracker import Tracker
 
 
@@ -43,7 +43,7 @@ def begin_study(spec: StudySpec, options: RunOptions, *, watch: Watch | None = N
     of the study, with no workers. Raises HpoError.
     """
     home = shared_home(options.home).create()
-    knock(home)
+    check_reachable(home)
     spec = with_model(with_options(spec, options), home)
     emit = Events([Watcher(watch)] if watch else []).emit
     with contextlib.ExitStack() as cleanup:

@@ -41,12 +41,11 @@ def contradictions(digests: Digests, labels: Sequence[int]) -> list[list[int]]:
     return [rows for rows in groups.values() if len({labels[row] for row in rows}) > 1]
 
 
-def shared_images(parts: Mapping[str, NDArray[Any]]) -> tuple[str, ...]:
+def shared_images(digests: Mapping[str, Digests]) -> tuple[str, ...]:
     """Which parts share more than one in a hundred of their images, with counts, in words.
 
-    parts maps train, valid and test to images (n, height, width, channels) uint8.
+    digests maps train, valid and test to the pixel_digests of their images.
     """
-    digests = {part: pixel_digests(images) for part, images in parts.items()}
     found = []
     for first, second in combinations(digests, 2):
         count, size = found_in(digests[second], digests[first]), len(digests[second])

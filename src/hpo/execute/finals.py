@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hpo.data.split import indices, split_card
+from hpo.data.split import rows_of, split_card
 from hpo.errors import DataError
 from hpo.records import FINAL, DataCard, StudyResult, Trial, unpack_classes
 from hpo.report.statistics import Interval, paired_bootstrap
@@ -118,7 +118,7 @@ def race(spec: StudySpec, study: StudyResult, *, data: DataCard) -> Race | None:
     lead = None
     if len(ranking) > 1:
         labels = np.load(Path(data.folder) / "development_labels.npy")
-        _, rows = indices(labels, split=final_split(spec, data), valid_start=data.valid_start)
+        _, rows = rows_of(data, final_split(spec, data), labels)
         first, second = (_correct(trials, labels[rows]) for trials in ranking[:2])
         lead = paired_bootstrap(first, second, seed=spec.seed)
     return Race(ranking[0][0], ranking, lead)

@@ -36,7 +36,7 @@ from hpo.search.stages import budget_of, stage_warnings
 from hpo.spec.study import KeepSpec, StudySpec
 from hpo.spec.training import TrainingSpec
 from hpo.storage.reader import read_snapshots
-from hpo.tracking.store import knock, load_mlflow
+from hpo.tracking.store import check_reachable, load_mlflow
 from hpo.tracking.tracker import Tracker
 
 
@@ -111,7 +111,7 @@ def _start(
     """Check the options and the tracking store, and start the processes and threads that every step needs."""
     factory = engine_factory(options)
     home = Home.find(options.home).create()
-    knock(home)  # an outage later on is waited for; at the start it is more likely a wrong address
+    check_reachable(home)  # an outage later on is waited for; at the start it is more likely a wrong address
     spec = with_model(with_options(spec, options), home)
     deadline = time.monotonic() + options.timeout if options.timeout is not None else float("inf")
     interrupted = cleanup.enter_context(interruptible())

@@ -1,4 +1,4 @@
-"""Pre-flight of a study: one real batch through model, loss, backward and export, and what N trials would take."""
+"""Check a study: one real batch through model, loss, backward and export, and an estimate of its cost."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from hpo.spec.study import StudySpec
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What one batch told. Seconds and bytes are estimates: of the spec as written, on this machine, as busy as it is.
+    """Measurements of one batch. Seconds and bytes are estimates for this spec and the present load of this machine.
 
-    estimated_seconds is for `trials` trials of the full number of epochs on `workers` workers; estimated_bytes for the
-    models that are kept of them. warnings name what is allowed but rarely meant.
+    estimated_seconds is for `trials` trials of the full number of epochs on `workers` workers, estimated_bytes for
+    their kept models. warnings name settings that are allowed but rarely intended. near_duplicates counts images of a
+    later part that look nearly like one of an earlier part.
     """
 
     data: DataCard
@@ -39,12 +40,14 @@ class CheckReport:
     estimated_seconds: float
     estimated_bytes: float
     warnings: tuple[str, ...]
+    near_duplicates: str
 
 
 def check_study(
     spec: StudySpec, *, trials: int | None = None, device: str = "auto", home: str | Path | None = None
 ) -> CheckReport:
     """Validate a study against its data and this machine. Raises HpoError for what would fail a run."""
+    from hpo.data.overview import near_words
     from hpo.data.prepare import prepare
     from hpo.data.split import split_card
     from hpo.training.compute.device import resolve_devices
@@ -79,7 +82,8 @@ def check_study(
         trials=count,
         estimated_seconds=(epochs * flight.epoch_seconds + flight.features_seconds) / min(workers, count),
         estimated_bytes=flight.model_bytes * min(count, spec.keep.count),
-        warnings=tuple(_warnings(spec, card, split)),
+        warnings=(*card.warnings, *_warnings(spec, card, split)),
+        near_duplicates=near_words(card, spec.split),
     )
 
 

@@ -1,4 +1,4 @@
-"""Look at a data set: what `hpo data show` and a report say of it."""
+"""Facts of a data set, for `hpo data show`."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def explore(
 ) -> tuple[DataFacts, Mapping[int, bytes]]:
     """Facts of a data set, or of a study's, and the images that a page of them shows: row -> PNG.
 
-    name is a data set (bloodmnist, npz, folder, package.module:function), divided as its publisher did, or a study, by
-    name or file, divided as it says. path and size take the place of data.path and data.size. Of each class so many
-    training images are drawn, by seed. trust as in load_study. Raises DataError, and SpecError for a study that is not
-    valid.
+    name is a data set (bloodmnist, npz, folder, package.module:function), with the
+    publisher's parts, or a study, by name or file, with its own. path and size replace data.path and data.size. images
+    is the number of random training images of each class, drawn with seed. trust is as in load_study. Raises
+    DataError, and SpecError for an invalid study.
     """
     from hpo.data.sources import NAMES
 
@@ -50,9 +50,9 @@ def explore(
 def explore_data(
     data: DataSpec, split: SplitSpec | None = None, *, images: int = 8, seed: int = 0
 ) -> tuple[DataFacts, dict[int, bytes]]:
-    """The same for a data set that is declared already; split None takes the parts that the data set comes with."""
+    """The same for a DataSpec; split None takes the parts of the data set."""
     from hpo.data.duplicates import contradictions, pixel_digests
-    from hpo.data.overview import channel_statistics, duplicates, open_development, sample_rows, to_pngs
+    from hpo.data.overview import channel_statistics, duplicates, near_words, open_development, sample_rows, to_pngs
     from hpo.data.prepare import prepare
     from hpo.data.split import split_card
 
@@ -76,6 +76,7 @@ def explore_data(
         shared={f"{first} and {second}": count for (first, second), count in across.items()},
         contradictions=tuple(tuple((row, names[labels[row]]) for row in rows) for rows in groups),
         samples={name: tuple(rows) for name, rows in zip(names, samples, strict=True)},
+        near_duplicates=near_words(card, split),
     )
     return facts, to_pngs(pixels, facts.pictured)
 

@@ -1,25 +1,31 @@
-"""Compare the study storage, MLflow and the disk; say what is wrong, and repair it without losing a result."""
+"""Compare the study storage, MLflow and the disk, report what is wrong, and repair it without losing a result."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from urllib.parse import quote
 
-from hpo.errors import HpoError
+from hpo.database import engine_name, reading, sqlite_file
+from hpo.errors import HpoError, StoreError
 from hpo.home import Home
-from hpo.jobs.shared.doctor_disk import disk_cases
-from hpo.jobs.shared.doctor_runs import run_cases
-from hpo.jobs.shared.home_snapshot import Case, Finding, Scene, see
-from hpo.storage.reader import StudySnapshot
+from hpo.jobs.shared.doctor_runs import numbers, run_cases
+from hpo.jobs.shared.home_snapshot import Case, Finding, HomeSnapshot, leftover_work, remove, size_of, take_snapshot
+from hpo.jobs.stores import read_schema
+from hpo.storage.liveness import seen_held
+from hpo.tracking.repair import move_artifacts
+from hpo.tracking.store import is_server, local_path
 
-_ROUNDS = 4  # a repair brings to light what it hid: a trial settled leaves a run to end
+_ROUNDS = 4  # a repair can reveal another problem: a trial that is recorded as stopped leaves a run to end
+_LEAST_FREE_BYTES = 1_000_000_000
 
 
 @dataclass(frozen=True)
 class Checkup:
-    """What the doctor found: what is wrong still, what was repaired, and what was not looked at or not repaired."""
+    """What is still wrong, what was repaired, and notes on what was not examined or not repaired."""
 
     wrong: tuple[Finding, ...] = ()
     fixed: tuple[Finding, ...] = ()
@@ -27,104 +33,247 @@ class Checkup:
 
     @property
     def well(self) -> bool:
-        """Whether nothing is left to repair."""
+        """True where nothing is wrong any more."""
         return not self.wrong
 
 
-@dataclass
-class _Repairs:
-    """What has been repaired so far, and what would not be."""
-
-    done: list[Finding] = field(default_factory=list)
-    refused: dict[Finding, str] = field(default_factory=dict)
-
-
 def doctor(*, home: str | Path | None = None, fix: bool = False) -> Checkup:
-    """Examine the stores of a home; with fix, repair what can be.
+    """Examine the stores of a home; with fix, repair what can be repaired.
 
-    Looking makes and locks nothing and may go on beside a running study. A repair never deletes trials, metrics,
-    artifacts or models; what belongs to a study that a living supervisor holds is left alone, and so is what belongs to
-    all studies while any is held.
+    Examining is read-only and safe while a study runs. A repair never deletes trials, metrics, artifacts or models. It
+    leaves alone what belongs to a study that a living supervisor holds, and what belongs to all studies while any is
+    held.
     """
     place = Home.find(home)
-    repairs = _Repairs()
-    scene = see(place)
-    cases = list(_cases(scene))
+    fixed: list[Finding] = []
+    refused: dict[Finding, str] = {}
+    snapshot = take_snapshot(place)
+    cases = list(_cases(snapshot))
     for _ in range(_ROUNDS if fix else 0):
-        if not _repair(scene, cases, repairs):
+        repaired = _repair(snapshot, [case for case in cases if case.finding not in {*fixed, *refused}], refused)
+        if not repaired:
             break
-        scene = see(place)
-        cases = list(_cases(scene))
-    left = [case.finding for case in cases]
-    notes = [f"{title} is running: its runs and files were not compared." for title in sorted(scene.live)]
-    notes += [f"not repaired: {finding.what}: {reason}" for finding, reason in repairs.refused.items()]
-    return Checkup(
-        wrong=tuple(left),
-        fixed=tuple(finding for finding in dict.fromkeys(repairs.done) if finding not in left),
-        notes=tuple(notes),
-    )
+        fixed += repaired
+        snapshot = take_snapshot(place)
+        cases = list(_cases(snapshot))
+    wrong = [case.finding for case in cases]
+    notes = [f"{title} is running: its runs and files were not compared." for title in sorted(snapshot.live)]
+    notes += [f"not repaired: {finding.what}: {reason}" for finding, reason in refused.items()]
+    return Checkup(tuple(wrong), tuple(one for one in dict.fromkeys(fixed) if one not in wrong), tuple(notes))
 
 
-def _cases(scene: Scene) -> Iterator[Case]:
-    """Everything that is wrong, what others depend on first."""
-    yield from disk_cases(scene)
-    for one in scene.studies.values():
-        yield from _abandoned(scene, one)
-    yield from _locks(scene)
-    yield from run_cases(scene)
-
-
-def _repair(scene: Scene, cases: list[Case], repairs: _Repairs) -> bool:
-    """Repair what may be; whether anything was."""
-    before = len(repairs.done)
+def _repair(snapshot: HomeSnapshot, cases: list[Case], refused: dict[Finding, str]) -> list[Finding]:
+    """The findings that were repaired; refused gets those that were not, with the reason."""
+    done = []
     for case in cases:
         finding = case.finding
-        if case.mend is None or finding in repairs.done or finding in repairs.refused:
+        if case.mend is None:
             continue
-        if held := scene.live & {finding.study} if finding.study else scene.live:
-            repairs.refused[finding] = f"{', '.join(sorted(held))} is running; stop it first: hpo stop STUDY"
+        if held := snapshot.live & {finding.study} if finding.study else snapshot.live:
+            refused[finding] = f"{', '.join(sorted(held))} is running; stop it first: hpo stop STUDY"
             continue
         try:
             case.mend()
         except (HpoError, OSError) as error:
-            repairs.refused[finding] = str(error)
+            refused[finding] = str(error)
         else:
-            repairs.done.append(finding)
-    return len(repairs.done) > before
+            done.append(finding)
+    return done
 
 
-def _abandoned(scene: Scene, one: StudySnapshot) -> Iterator[Case]:
-    if one.abandoned:
-        title = one.study.title
+def _cases(snapshot: HomeSnapshot) -> Iterator[Case]:
+    """All problems; those that others depend on come first."""
+    home = snapshot.home
+    for url, error in snapshot.faults.items():
+        yield Case(
+            Finding(error.message.rstrip("."), _address(url), "Its content cannot be examined.", hint=error.hint)
+        )
+    for package, url in (("optuna", home.storage_url), ("mlflow", home.tracking_uri)):
+        if url not in snapshot.faults and not is_server(url):
+            yield from _integrity(url)
+            yield from _schema(home, package, url)
+    yield from _moved(snapshot)
+    yield from _unowned(snapshot)
+    yield from _leftovers(snapshot)
+    yield from _space(home)
+    yield from _abandoned(snapshot)
+    yield from _locks(snapshot)
+    yield from run_cases(snapshot)
+
+
+def _address(url: str) -> str:
+    return str(sqlite_file(url) or engine_name(url))
+
+
+def _integrity(url: str) -> Iterator[Case]:
+    """SQLite's own quick check of each page; a database server checks itself."""
+    if sqlite_file(url) is None:
+        return
+    try:
+        with reading(url) as reader:
+            answers = [str(row[0]) for row in reader.rows("PRAGMA quick_check(3)")] if reader is not None else ["ok"]
+    except StoreError as error:
+        answers = [error.message]
+    if answers != ["ok"]:
         yield Case(
             Finding(
-                what=f"{_count(len(one.abandoned), 'trial')} running, but nobody runs it: its supervisor is dead",
-                where=f"{title}: trial {_numbers(one.abandoned)}",
-                why="They count against the budget, and other supervisors may wait for them.",
-                repair="records them as stopped and enqueues them again, as the next hpo run does",
-                study=title,
-            ),
-            partial(_reap, scene.home, title),
+                what=f"the database is damaged: {answers[0]}",
+                where=_address(url),
+                why="Its content may be wrong, and the next write may fail.",
+                hint="Restore it from a copy; sqlite3 FILE .recover saves what can be read. "
+                "A new mlflow.db is filled from the study storage by the next hpo run.",
+            )
         )
 
 
-def _locks(scene: Scene) -> Iterator[Case]:
-    gone = {path.name.removesuffix(".ask.lock") for path in scene.home.locks.glob("*.ask.lock")} - set(scene.studies)
-    stale = len(scene.stale_leases) + (len(gone) if scene.storage_read else 0)
+def _schema(home: Home, package: str, url: str) -> Iterator[Case]:
+    found = read_schema(package, url)
+    if found.current or seen_held(home.locks / "mlflow-create.lock"):
+        return  # a database that is being created passes through all schemas
+    found = read_schema(package, url)
+    if not found.current and not found.is_new:
+        age = "an older" if found.older else "a newer"
+        yield Case(
+            Finding(
+                what=f"the database was written by {age} {package} than is installed",
+                where=f"{_address(url)}: schema {found.version}, installed {found.newest}",
+                why=f"{package} refuses to open it." if package == "mlflow" or not found.older else "It may refuse it.",
+                hint="Copy it, then: hpo store upgrade" if found.older else f"Install a newer {package}.",
+            )
+        )
+
+
+def _moved(snapshot: HomeSnapshot) -> Iterator[Case]:
+    """Experiments of hpo whose artifacts are in another folder than this home's."""
+    root = snapshot.home.root
+    if not snapshot.home.embedded or snapshot.tracking is None:
+        return
+    roots = set()
+    for experiment in snapshot.tracking.experiments:
+        path = local_path(experiment.location)
+        if path is not None and experiment.location.endswith(f"/artifacts/{quote(experiment.name)}"):
+            roots.add(path.parents[1])
+    for old in sorted(each for each in roots if each != root and not (each.exists() and each.samefile(root))):
+        yield Case(
+            Finding(
+                what="the project was moved or copied: MLflow still looks for artifacts and models in the old folder",
+                where=f"{root}, which was {old}",
+                why="Models do not load; if the old folder still exists, both projects write to its files.",
+                repair="copies mlflow.db, then changes every address in it to the new folder",
+            ),
+            partial(move_artifacts, snapshot.home, old, root),
+        )
+
+
+def _unowned(snapshot: HomeSnapshot) -> Iterator[Case]:
+    """Folders of runs and models that MLflow does not know."""
+    home = snapshot.home
+    if not home.embedded:
+        return
+    if snapshot.tracking is None:
+        if snapshot.folders and not snapshot.faults:
+            yield Case(
+                Finding(
+                    what=f"{len(snapshot.folders)} folders of runs and models, but MLflow's database is gone",
+                    where=str(home.root / "mlflow.db"),
+                    why="Runs and registered models are not found.",
+                    hint="Restore the file from a copy. Without one, hpo run writes the runs again, but no model.",
+                )
+            )
+        return
+    known = {run.id for run in snapshot.tracking.runs} | {model.id for model in snapshot.tracking.models}
+    lost = [
+        path
+        for path in snapshot.folders
+        if path.name not in known and path.relative_to(home.artifacts).parts[0] not in snapshot.live_names
+    ]
+    if lost:
+        yield Case(
+            Finding(
+                what=f"{len(lost)} artifact folders that no run and no model in MLflow owns",
+                where=_first(lost),
+                why=f"They take {_megabytes(sum(map(size_of, lost)))} and nothing refers to them.",
+                repair=f"moves them to {home.root / 'aside'}; hpo clean --aside deletes them for good",
+            ),
+            partial(_set_aside, home, lost),
+        )
+
+
+def _set_aside(home: Home, folders: list[Path]) -> None:
+    for folder in folders:
+        target = home.root / "aside" / folder.relative_to(home.artifacts)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(target)
+
+
+def _leftovers(snapshot: HomeSnapshot) -> Iterator[Case]:
+    lost = [path for _, path in leftover_work(snapshot)]
+    if lost:
+        yield Case(
+            Finding(
+                what=f"{len(lost)} folders of work that no run will use",
+                where=_first(lost),
+                why=f"They take {_megabytes(sum(map(size_of, lost)))}.",
+                repair="deletes them: they hold no result",
+            ),
+            partial(_remove_all, lost),
+        )
+
+
+def _remove_all(paths: list[Path]) -> None:
+    for path in paths:
+        remove(path)
+
+
+def _space(home: Home) -> Iterator[Case]:
+    folder = next((path for path in (home.root, *home.root.parents) if path.exists()), Path("/"))
+    free = shutil.disk_usage(folder).free
+    if free < _LEAST_FREE_BYTES:
+        yield Case(
+            Finding(
+                what=f"the disk is nearly full: {_megabytes(free)} free",
+                where=str(folder),
+                why="A study that cannot write stops.",
+                hint="See what can be deleted: hpo clean",
+            )
+        )
+
+
+def _abandoned(snapshot: HomeSnapshot) -> Iterator[Case]:
+    for title, one in snapshot.studies.items():
+        if one.abandoned:
+            yield Case(
+                Finding(
+                    what=f"{_count(len(one.abandoned), 'trial')} running, but nobody runs it: its supervisor is dead",
+                    where=f"{title}: trial {numbers(one.abandoned)}",
+                    why="They count against the budget, and other supervisors may wait for them.",
+                    repair="records them as stopped and enqueues them again, as the next hpo run does",
+                    study=title,
+                ),
+                partial(_reap, snapshot.home, title),
+            )
+
+
+def _locks(snapshot: HomeSnapshot) -> Iterator[Case]:
+    titles: set[str] = set()
+    if snapshot.storage_read:
+        files = snapshot.home.locks.glob("*.ask.lock")
+        titles = {path.name.removesuffix(".ask.lock") for path in files} - set(snapshot.studies)
+    stale = len(snapshot.stale_leases) + len(titles)
     if stale:
         yield Case(
             Finding(
-                what=f"{_count(stale, 'lock file')} of dead supervisors or of studies that are no more",
-                where=str(scene.home.locks),
-                why="They hold nothing up, but they hide which supervisors live.",
-                repair="removes them",
+                what=f"{_count(stale, 'lock file')} of dead supervisors or of studies that no longer exist",
+                where=str(snapshot.home.locks),
+                why="They block nothing, but they hide which supervisors live.",
+                repair="deletes them",
             ),
-            partial(_drop_locks, scene.home, gone if scene.storage_read else set()),
+            partial(_drop_locks, snapshot.home, titles),
         )
 
 
 def _reap(home: Home, title: str) -> None:
-    from hpo.search.repair import reap  # and with it Optuna, which looking does not need
+    from hpo.search.repair import reap  # loads Optuna, which examining does not need
 
     reap(home, title)
 
@@ -139,6 +288,9 @@ def _count(count: int, noun: str) -> str:
     return f"{count} {noun}" + ("s" if count != 1 else "")
 
 
-def _numbers(numbers: tuple[int, ...]) -> str:
-    shown = ", ".join(map(str, numbers[:8]))
-    return f"{shown}, ... ({len(numbers)} in all)" if len(numbers) > 8 else shown
+def _first(paths: Sequence[Path]) -> str:
+    return ", ".join(map(str, paths[:3])) + (", ..." if len(paths) > 3 else "")
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"

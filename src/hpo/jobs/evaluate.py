@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpo.home import Home
-from hpo.jobs.compare import find_entrant
+from hpo.jobs.shared.model_reference import find_model
 from hpo.jobs.shared.test_set_access import measure
 from hpo.tracking.ledger import openings
 
@@ -38,20 +38,20 @@ def evaluate(models: Sequence[str], *, home: str | Path | None = None, trust: bo
     that was not kept or is unknown; then none is opened.
     """
     place = Home.find(home)
-    entrants = [find_entrant(place, asked, trust=trust) for asked in models]
-    for entrant in entrants:
-        entrant.kept("the test part asks for it")
-    measured = [measure(place, entrant, purpose="evaluate") for entrant in entrants]
+    references = [find_model(place, asked, trust=trust) for asked in models]
+    for reference in references:
+        reference.kept("the test part asks for it")
+    measured = [measure(place, reference, purpose="evaluate") for reference in references]
     return [
         Evaluation(
-            asked=entrant.asked,
-            model=entrant.model,
-            study=entrant.study.title,
+            asked=reference.name,
+            model=reference.description,
+            study=reference.study.title,
             scores=each.scores,
             opened=each.opened,
             when=each.opening.when if each.opening else "",
             purpose=each.opening.purpose if each.opening else "",
-            openings=len(openings(place, entrant.study)),
+            openings=len(openings(place, reference.study)),
         )
-        for entrant, each in zip(entrants, measured, strict=True)
+        for reference, each in zip(references, measured, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""Draw what a registered model looks at in image files."""
+"""Draw the saliency maps of a registered model for image files."""
 
 from __future__ import annotations
 
@@ -38,13 +38,14 @@ def explain(
     class_name: str | None = None,
     home: AnyPath | Home | None = None,
     trust: bool = False,
+    scaled: bool = False,
 ) -> list[Explained]:
     """Draw one PNG for each image file into folder: the image, a map for each method, class probabilities.
 
     model is as in predict.load_model. methods are of gradient, integrated and gradcam; none means all that suit the
     network. class_name None explains each image's most probable class. trust allows a network that is a function from
-    outside the working directory. Raises ModelError, DataError for a file that is
-    no image, and HpoError where folder cannot be written.
+    outside the working directory. scaled: the files hold images as they were prepared. Raises ModelError, DataError
+    for a file that is no image, and HpoError where folder cannot be written.
     """
     from hpo.models.safe_loader import read_config
     from hpo.models.saliency import explain_images
@@ -56,7 +57,7 @@ def explain(
         config = read_config(parts / "config.json")
         names = config["class_names"]
         target = None if class_name is None else _label(class_name, names)
-        images = read_images(paths, tuple(config["image_shape"]))
+        images = read_images(paths, tuple(config["image_shape"]), None if scaled else config.get("ranges"))
         explanations = explain_images(parts, images, methods=methods, target=target)
     rows = []
     for path, picture, found in zip(paths, _pictures(paths, target_folder), explanations, strict=True):
@@ -92,10 +93,10 @@ def explain_mistakes(
     home: AnyPath | Home | None = None,
     trust: bool = False,
 ) -> list[Explained]:
-    """explain for the validation images that the model got wrong most surely, five at most.
+    """Explain the most confident mistakes of the model on validation images, five at most.
 
-    Their pictures are named by their order and true class; what is explained is the wrong answer. The model must be
-    the one that its study's report shows. Raises ModelError where its validation answers or the images are gone.
+    Pictures are named by their order and true class; the wrong class is explained. The model must be the one that its
+    study's report shows. Raises ModelError if its validation predictions or the images are gone.
     """
     from hpo.data.overview import to_png
     from hpo.jobs.report import gather
@@ -108,8 +109,8 @@ def explain_mistakes(
     answers, shown = findings.answers, findings.shown
     if answers is None or not answers.images or shown is None or shown.number != version.trial:
         raise ModelError(
-            f"{model}: its answers on the validation images, or these images, are not there.",
-            f"Take the study's newest model, where its data is prepared: {version.name}",
+            f"{model}: its validation predictions, or the images, are not available.",
+            f"Use the study's newest model, on a machine with its data: {version.name}",
         )
     with tempfile.TemporaryDirectory() as scratch:
         files = []
@@ -117,13 +118,15 @@ def explain_mistakes(
             name = "".join(letter if letter.isalnum() else "-" for letter in findings.class_names[mistake.true])
             files.append(Path(scratch) / f"mistake-{number}-{name}.png")
             files[-1].write_bytes(to_png(answers.images[mistake.position]))
-        rows = explain(model, files, folder=folder, methods=methods, home=place, trust=trust) if files else []
+        rows = (
+            explain(model, files, folder=folder, methods=methods, home=place, trust=trust, scaled=True) if files else []
+        )
     return [replace(row, file=Path(row.file).stem) for row in rows]
 
 
 @contextmanager
 def _parts(model: AnyPath, home: AnyPath | Home | None, *, trust: bool) -> Iterator[Path]:
-    """The folder in a logged model with its program, config and setup, whose functions may be imported."""
+    """The folder of a logged model with program, config and setup, whose functions may be imported."""
     from hpo.tracking.registry import fetch, resolve
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -133,7 +136,7 @@ def _parts(model: AnyPath, home: AnyPath | Home | None, *, trust: bool) -> Itera
             found = home if isinstance(home, Home) else Home.find(home)
             place = fetch(found, resolve(found, str(model)), Path(scratch))
         if not (place / "artifacts" / "config.json").is_file():
-            raise ModelError(f"{model}: not a model that a study has logged.", "List those that are: hpo models")
+            raise ModelError(f"{model}: not a model that a study has logged.", "List the models: hpo models")
         check_setup(place / "artifacts" / "setup.json", trust=trust)
         yield place / "artifacts"
 
@@ -142,12 +145,12 @@ def _label(name: str, names: Sequence[str]) -> int:
     if name not in names:
         close = difflib.get_close_matches(name, names, n=1)
         hint = f"Did you mean {close[0]}? " if close else ""
-        raise ModelError(f"--class: the model has no class {name!r}.", f"{hint}There is: {', '.join(names)}.")
+        raise ModelError(f"--class: the model has no class {name!r}.", f"{hint}Classes: {', '.join(names)}.")
     return names.index(name)
 
 
 def _pictures(paths: Sequence[AnyPath], folder: Path) -> list[Path]:
-    """A PNG for each file, named after it; files of one name in several folders are numbered."""
+    """A PNG for each file, named after it; files with the same name in several folders are numbered."""
     seen: dict[str, int] = {}
     pictures = []
     for path in paths:

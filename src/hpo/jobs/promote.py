@@ -1,22 +1,23 @@
-"""Make a study's challenger the champion: first the gates, then the sealed test part, then the alias."""
+"""Promote a challenger to champion of its study, after gates and the test part; copy a champion to another store."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hpo.errors import HpoError, ModelError
 from hpo.home import Home
-from hpo.jobs.compare import Entrant, find_entrant
-from hpo.jobs.shared.gates import Verdict, verdicts
+from hpo.jobs.shared.gates import Verdict, same_signature, verdicts
+from hpo.jobs.shared.model_reference import ModelReference, find_model
 from hpo.jobs.shared.test_set_access import measure, test_scores
 from hpo.records import ModelVersion
 from hpo.spec.load import parse_study
-from hpo.tracking.champions import record_champion
-from hpo.tracking.ledger import openings
-from hpo.tracking.registry import resolve, set_alias, versions
+from hpo.tracking.ledger import Opening, openings
+from hpo.tracking.registry import record_champion, resolve, set_alias, versions
+from hpo.tracking.store import without_password
+from hpo.tracking.transfer.import_runs import copy_version
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def promote(study: str, *, home: str | Path | None = None, force: bool = False, 
     if champion is not None and champion.version == challenger.version:
         known, count = test_scores(champion.scores), len(openings(place, record))
         return Promotion(False, "the challenger is the champion already", challenger, champion, known, known, count)
-    new = find_entrant(place, f"{name}/{challenger.version}", trust=trust)
+    new = find_model(place, f"{name}/{challenger.version}", trust=trust)
     old, why = _trained(place, champion, trust=trust)
     model = load_model(challenger.model_uri, home=place)
     gates = tuple(verdicts(place, new, model, champion, old, why))
@@ -89,15 +90,74 @@ def promote(study: str, *, home: str | Path | None = None, force: bool = False, 
     return Promotion(True, reason, challenger, champion, scores, before, count, gates, forced=bool(failed))
 
 
-def _trained(home: Home, champion: ModelVersion | None, *, trust: bool) -> tuple[Entrant | None, str]:
+def _trained(home: Home, champion: ModelVersion | None, *, trust: bool) -> tuple[ModelReference | None, str]:
     """The champion's training; None where there is no champion, or where it cannot be found: why not."""
     if champion is None:
         return None, ""
     try:
-        return find_entrant(home, f"{champion.name}/{champion.version}", trust=trust), ""
+        return find_model(home, f"{champion.name}/{champion.version}", trust=trust), ""
     except HpoError as error:
         return None, f"the champion's training is not at hand: {error.message}"
 
 
 def _why(champion: ModelVersion | None, gates: tuple[Verdict, ...]) -> str:
     return "there was no champion before" if champion is None else gates[0].measured
+
+
+@dataclass(frozen=True)
+class Copied:
+    """A version and its copy, champion there; copy None where `refusal` kept it out. forced: it did not."""
+
+    source: ModelVersion
+    copy: ModelVersion | None
+    store: str
+    refusal: Verdict | None = None
+    forced: bool = False
+
+
+def copy_champion(model: str, *, to: str | Path, home: str | Path | None = None, force: bool = False) -> Copied:
+    """Copy a version to another store and make it champion there; what is there already is not copied again.
+
+    model is NAME (its champion), NAME@ALIAS or NAME/VERSION; `to` is a project's folder or an MLflow URI. A champion
+    there that takes other images or answers with other classes refuses it, unless force. Raises HpoError.
+    """
+    from hpo.predict import load_model
+
+    place = Home.find(home)
+    target = find_store(to, place)
+    version = resolve(place, model if "@" in model or "/" in model else f"{model}@champion")
+    there = next((each for each in versions(target, version.name) if "champion" in each.aliases), None)
+    refusal = None
+    if there is not None:
+        verdict = same_signature(target, load_model(version.model_uri, home=place), there)
+        refusal = None if verdict.passed else verdict
+    store = without_password(str(to))
+    if refusal is not None and not force:
+        return Copied(version, None, store, refusal)
+    copy = copy_version(place, version, target, openings=_openings(place, version))
+    if there is None or there.version != copy.version:
+        why = f"copied: version {version.version} of {without_password(place.tracking_uri)}"
+        record_champion(target, copy.name, copy.version, why=why, forced=refusal is not None)
+        copy = set_alias(target, copy.name, "champion", copy.version)
+    return Copied(version, copy, store, refusal, forced=refusal is not None)
+
+
+def find_store(to: str | Path, home: Home) -> Home:
+    """The stores of a project's folder, or those of `home` with tracking at an MLflow URI. Raises HpoError."""
+    text = str(to)
+    if text.startswith("sqlite:///") and text.endswith("/mlruns/mlflow.db"):
+        text = str(Path(text.removeprefix("sqlite:///")).parents[1])
+    target = replace(home, tracking_uri=text) if "://" in text else Home.at(text).create()
+    if target.tracking_uri == home.tracking_uri:
+        raise HpoError(f"--to {without_password(text)}: that is the store that the model is in.", "Name another one.")
+    return target
+
+
+def _openings(home: Home, version: ModelVersion) -> list[Opening]:
+    """The openings that measured it; none where its study is gone."""
+    from hpo.storage.optuna_storage import read_study
+
+    with contextlib.suppress(HpoError):
+        study = read_study(home, version.generation) if not version.origin else None
+        return [each for each in openings(home, study) if each.trial == version.trial] if study else []
+    return []

@@ -1,4 +1,4 @@
-"""Gather what is known of a study and write its page; nothing is trained, downloaded, or opened for it."""
+"""Gather the findings of a study and write its page; nothing is trained, downloaded or opened."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from hpo.spec.study import StudySpec
 from hpo.tracking.ledger import openings
 from hpo.tracking.registry import versions
 from hpo.tracking.runs import TRIAL, artifact, children, find_parent
-from hpo.tracking.store import connect, exists, told
+from hpo.tracking.store import connect, exists, translate_errors
 
 _SAMPLES = 6  # images of each class
-_PIXELS = 50_000_000  # that mean and deviation are taken over, at most: half a second
+_PIXELS = 50_000_000  # at most, for mean and deviation: half a second
 
 
 def write_report(
@@ -35,9 +35,9 @@ def write_report(
 ) -> Path:
     """Write the page of a study, by default to mlruns/reports/STUDY.html; returns its absolute path.
 
-    study is a name, or a title such as name~2. saliency adds which pixels the surest mistakes hang on, for seconds of
-    work. The test part is never opened for it. Raises StoreError where there is no such study and HpoError where the
-    file cannot be written; for all else that is missing the page says so.
+    study is a name, or a title such as name~2. saliency adds maps of the most confident mistakes, which
+    takes seconds. The test part is never opened. Raises StoreError if there is no such study and HpoError if the file
+    cannot be written; other missing parts are listed on the page.
     """
     from hpo.storage.optuna_storage import read_study
 
@@ -66,7 +66,7 @@ def _with_saliency(findings: Findings, home: Home) -> Findings:
 
 
 def gather(home: Home, study: StudyResult) -> Findings:
-    """Everything that storage, tracking, ledger and prepared data tell of a study."""
+    """The findings of a study from storage, tracking, ledger and prepared data."""
     from hpo.search.importance import importances
 
     spec = parse_study(study.spec, trust=True)  # nothing of it is imported
@@ -91,6 +91,7 @@ def gather(home: Home, study: StudyResult) -> Findings:
     else:
         with _noting(missing, "the images could not be read"):
             findings = replace(findings, samples=_samples(data, spec), split=findings.split or _split(data, spec))
+            findings = replace(findings, near_duplicates=_near_duplicates(data, spec))
     shown = findings.shown
     if shown is not None:
         if tracked.answers is not None:
@@ -107,7 +108,7 @@ def gather(home: Home, study: StudyResult) -> Findings:
 
 @dataclass(frozen=True)
 class _Tracked:
-    """What MLflow and the ledger know of a study."""
+    """The part of the findings that MLflow and the ledger have."""
 
     data: DataCard | None = None
     split: SplitCard | None = None
@@ -120,23 +121,23 @@ class _Tracked:
 def _unfinished(study: StudyResult, spec: StudySpec) -> Iterator[str]:
     running = study.count(TrialState.RUNNING, TrialState.WAITING)
     if running:
-        yield f"The study goes on: {running} trials have not ended."
+        yield f"The study is running: {running} trials have not ended."
     if study.best is None:
         yield "No trial is complete yet."
     elif spec.final is not None and not study.ranked(FINAL):
-        yield "The final training has not taken place: the page shows the best trial of the search."
+        yield "There is no final training yet: the page shows the best trial of the search."
 
 
 @contextlib.contextmanager
 def _noting(missing: list[str], what: str) -> Iterator[None]:
-    """A fault becomes a sentence of the page, which tells the rest."""
+    """Turn an error into a sentence of the page, which shows the rest."""
     try:
         yield
     except (HpoError, OSError, ValueError, KeyError) as error:
         missing.append(f"{what[0].upper()}{what[1:]}: {getattr(error, 'message', error)}")
 
 
-@told
+@translate_errors
 def _tracked(home: Home, study: StudyResult) -> _Tracked:
     looks = tuple(
         Opening(datetime.fromisoformat(look.when), look.version, look.trial, look.scores, look.purpose)
@@ -163,27 +164,27 @@ def _tracked(home: Home, study: StudyResult) -> _Tracked:
     return replace(found, model=model, data=data, split=split, versions=_versions(parent.data.tags), answers=answers)
 
 
-def _cards(told: Mapping[str, Any]) -> tuple[DataCard, SplitCard]:
-    data, split = told["data"], told["split"]
+def _cards(stored: Mapping[str, Any]) -> tuple[DataCard, SplitCard]:
+    data, split = stored["data"], stored["split"]
     shares = {part: tuple(each) for part, each in split["shares"].items()}
     lists = {name: tuple(data[name]) for name in ("class_names", "image_shape")}
     return DataCard(**{**data, **lists}), SplitCard(split["counts"], shares)
 
 
 def _versions(tags: Mapping[str, str]) -> dict[str, str]:
-    """What the study ran on, last: package versions, and the commit of the working directory."""
+    """Package versions of the study's last run, and the commit of the working directory."""
     found = {name.removeprefix("version."): tags[name] for name in sorted(tags) if name.startswith("version.")}
     commit = tags.get("mlflow.source.git.commit")
     changed = ", with uncommitted changes" if tags.get("hpo.git_dirty") == "true" else ""
     return found | ({"commit": f"{commit}{changed}"} if commit else {})
 
 
-def _prepared(told: DataCard | None, digest: str) -> DataCard | None:
-    """The data set's card where its prepared files are on this machine: where the study had them, or in the cache."""
+def _prepared(logged: DataCard | None, digest: str) -> DataCard | None:
+    """The data set's card if its prepared files are on this machine: as logged by the study, or in the cache."""
     from hpo.data.prepare import prepared
 
-    if told is not None and told.digest == digest and (Path(told.folder) / "development_images.npy").is_file():
-        return told
+    if logged is not None and logged.digest == digest and (Path(logged.folder) / "development_images.npy").is_file():
+        return logged
     return prepared(digest)
 
 
@@ -201,7 +202,7 @@ def _samples(data: DataCard, spec: StudySpec) -> Samples:
 
 
 def _padded(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """An image with a white pixel at its right, so that neighbours do not run together."""
+    """An image with a white column at its right, which separates neighbours."""
     return np.pad(image, ((0, 0), (0, 1), (0, 0)), constant_values=255)
 
 
@@ -209,6 +210,12 @@ def _split(data: DataCard, spec: StudySpec) -> SplitCard:
     from hpo.data.split import split_card
 
     return split_card(data, spec.split)
+
+
+def _near_duplicates(data: DataCard, spec: StudySpec) -> str:
+    from hpo.data.overview import near_words
+
+    return near_words(data, spec.split)
 
 
 def _answers(arrays: Mapping[str, NDArray[Any]], data: DataCard | None) -> Answers:

@@ -15,7 +15,7 @@ from hpo.errors import HpoError, StoreError
 from hpo.execute.base_model import with_model
 from hpo.execute.workers.task import Task, Training, train_task
 from hpo.home import Home
-from hpo.jobs.compare import Entrant, find_trial
+from hpo.jobs.shared.model_reference import ModelReference, find_trial
 from hpo.jobs.shared.study_data import study_data
 from hpo.records import Epoch, TrialEnded, TrialResult, TrialState, unpack_classes
 from hpo.spec.load import parse_study
@@ -122,7 +122,7 @@ def rerun(
     if before.state is not TrialState.FAILED and not before.epochs:
         raise StoreError(f"{asked}: it was not trained: {before.reason}.", "Train that one again.")
     card = study_data(study, spec)
-    setup = _as_it_was(Entrant(asked, study, spec, trial, card, None).setup, before)
+    setup = _as_it_was(ModelReference(asked, study, spec, trial, card, None).setup, before)
     name = _device(device or before.settings.get("device", "auto"))
     checks: list[EpochCheck] = []
     count = int(before.settings.get("threads", "1"))

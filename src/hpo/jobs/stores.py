@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 import shutil
 import sqlite3
 import time
@@ -9,15 +11,35 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpo.database import engine_name, sqlite_file
+from hpo.database import engine_name, reading, sqlite_file
 from hpo.errors import HpoError, StoreError
 from hpo.home import Home
-from hpo.jobs.shared.database_schema import Schema, read_schema
 from hpo.storage.liveness import holders
 from hpo.storage.reader import count_trials
-from hpo.tracking.store import server_version, shown
+from hpo.tracking.store import is_server, server_version, without_password
 
-_IS_SERVER = ("http://", "https://")
+_REVISION = re.compile(r"^(revision|down_revision)\s*(?::[^=]*)?=\s*[\"']([^\"']+)[\"']", re.MULTILINE)
+# Package -> where its migrations lie.
+_MIGRATIONS = {"optuna": "storages/_rdb/alembic/versions", "mlflow": "store/db_migrations/versions"}
+
+
+@dataclass(frozen=True)
+class Schema:
+    """version is the database's, "" for one that is empty or not there; newest is the installed package's."""
+
+    version: str
+    newest: str
+    older: bool = False
+
+    @property
+    def current(self) -> bool:
+        """Whether the installed package takes it as it is."""
+        return self.version == self.newest
+
+    @property
+    def is_new(self) -> bool:
+        """Whether there is nothing in it yet."""
+        return not self.version
 
 
 @dataclass(frozen=True)
@@ -48,10 +70,10 @@ def store_status(home: str | Path | None = None) -> list[StoreState]:
 
 def _state(name: str, package: str, home: Home) -> StoreState:
     url = home.storage_url if package == "optuna" else home.tracking_uri
-    address = str(sqlite_file(url) or (shown(url) if url.startswith(_IS_SERVER) else engine_name(url)))
+    address = str(sqlite_file(url) or (without_password(url) if is_server(url) else engine_name(url)))
     began = time.perf_counter()
     try:
-        if url.startswith(_IS_SERVER):
+        if is_server(url):
             detail, state, step = f"server, MLflow {server_version(home)}", "ok", ""
         else:
             schema = read_schema(package, url)
@@ -84,7 +106,7 @@ def upgrade_stores(home: str | Path | None = None, *, backed_up: bool = False) -
         raise StoreError(f"{at_work[0].title}: process {at_work[0].pid} has it open.", "End all runs first: hpo stop")
     done = []
     for package, url in (("optuna", place.storage_url), ("mlflow", place.tracking_uri)):
-        if url.startswith(_IS_SERVER):
+        if is_server(url):
             continue  # its own machine upgrades it: mlflow db upgrade
         schema, file = read_schema(package, url), sqlite_file(url)
         if schema.current or schema.is_new:
@@ -120,3 +142,24 @@ def _upgrade(package: str, home: Home) -> None:
     from hpo.tracking.store import upgrade_tracking
 
     (upgrade_storage if package == "optuna" else upgrade_tracking)(home)
+
+
+def read_schema(package: str, url: str) -> Schema:
+    """The schema of the database of optuna or mlflow at this address. Raises StoreError where it cannot be read."""
+    with reading(url) as reader:
+        version = reader.schema() if reader is not None else ""
+    known, newest = _revisions(package)
+    return Schema(version, newest, older=version in known and version != newest)
+
+
+def _revisions(package: str) -> tuple[set[str], str]:
+    """(every schema that the installed package knows, the newest), from its migrations, none of which is run."""
+    found = importlib.util.find_spec(package)
+    known: set[str] = set()
+    replaced: set[str] = set()
+    folders = [Path(place, _MIGRATIONS[package]) for place in (found.submodule_search_locations or () if found else ())]
+    for file in (file for folder in folders for file in folder.glob("*.py")):
+        for kind, revision in _REVISION.findall(file.read_text(encoding="utf-8")):
+            (known if kind == "revision" else replaced).add(revision)
+    (newest,) = known - replaced
+    return known, newest

@@ -43,7 +43,7 @@ class Contestant:
 
     scores: accuracy, balanced_accuracy, macro_f1 in [0, 1]. confusion: counts, rows true. curve and auc: macro
     one-versus-rest, with two classes of the second; None without probabilities. differences (this one's score minus the
-    first one's), mcnemar and p (of McNemar's test, adjusted where there are several: Holm 1979) are to the first
+    first one's), mcnemar and p (of McNemar's test, adjusted if there are several: Holm 1979) are relative to the first
     contestant, which has none.
     """
 
@@ -60,7 +60,7 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several models on the same images. part is validation or test; level is that of all intervals.
+    """Several models on the same images. part is validation or test; level is the level of all intervals.
 
     notes are remarks on the images. openings maps a study to the number of times its test part was opened.
     """
@@ -87,7 +87,7 @@ class Comparison:
         low, high = sorted((sign * difference.low, sign * difference.high))
         adjusted = ", adjusted for several" if len(self.contestants) > 2 else ""
         evidence = f"{self.level:.0%} interval {_points(low)} to {_points(high)}; McNemar {shown_p(other.p)}{adjusted}"
-        # Both must agree: the interval alone is too short where few images are discordant.
+        # Both must agree: with few discordant images the interval alone is too narrow.
         if low > 0 and other.p < _SIGNIFICANT:
             better, worse = (other, first) if sign > 0 else (first, other)
             points = _points(abs(difference.value))

@@ -1,4 +1,4 @@
-"""What a study varied: its parameters as axes, stage by stage."""
+"""The varied parameters of a study as axes, stage by stage."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from hpo.report.text import short_paths, value_text
 
 @dataclass(frozen=True)
 class Parameter:
-    """One varied place of the spec, over the trials of a group.
+    """One varied parameter over the trials of a group.
 
-    values holds each trial's own, None where it has none (its condition did not hold). options are the values as text
-    in the order of the space, or ascending for ranges. numeric: values are numbers; listed: the space gives them as a
-    list; log: they belong on a logarithmic axis.
+    values has one for each trial, None if its condition did not hold. options are the values as text in the order of
+    the space, or ascending for ranges. numeric: values are numbers; listed: the space lists them; log: they belong on
+    a logarithmic axis.
     """
 
     path: str
@@ -32,24 +32,24 @@ class Parameter:
 
     @property
     def used(self) -> NDArray[np.bool_]:
-        """(trials,) whether the trial has a value."""
+        """(trials,) True if the trial has a value."""
         return np.array([value is not None for value in self.values], dtype=bool)
 
     def numbers(self) -> NDArray[np.float64]:
-        """(trials,) the value where it is a number, else its place among the options; nan where there is none."""
+        """(trials,) the value if it is a number, else the index of its option; nan without one."""
         if self.numeric:
             return np.array([np.nan if value is None else float(value) for value in self.values])
         return self.places()
 
     def places(self) -> NDArray[np.float64]:
-        """(trials,) the value's place among the options; nan where there is none."""
-        index = {option: float(place) for place, option in enumerate(self.options)}
+        """(trials,) the index of the value's option; nan without one."""
+        index = {option: float(position) for position, option in enumerate(self.options)}
         return np.array([np.nan if value is None else index[value_text(value)] for value in self.values])
 
 
 @dataclass(frozen=True)
 class Group:
-    """The complete trials of one stage by number, and what they varied; name is "" in a search without stages."""
+    """The complete trials of one stage by number, and their parameters; name is "" in a search without stages."""
 
     name: str
     trials: tuple[Trial, ...]
@@ -61,7 +61,7 @@ class Group:
         return np.array([trial.value for trial in self.trials], dtype=np.float64)
 
     def scores(self, name: str) -> NDArray[np.float64]:
-        """(trials,) another score of each; nan where a trial has not got it."""
+        """(trials,) another score of each; nan if a trial lacks it."""
         results = [trial.result.scores if trial.result else {} for trial in self.trials]
         return np.array([scores.get(name, np.nan) for scores in results], dtype=np.float64)
 
@@ -71,7 +71,7 @@ class Group:
 
 
 def groups(study: StudyResult) -> list[Group]:
-    """The steps of the search in order, without the final trainings; those without a complete trial are left out."""
+    """The stages of the search in order, without final trainings and stages without a complete trial."""
     search = study.spec.get("search") or {}
     stages = [(stage["name"], stage.get("space") or {}) for stage in search.get("stages") or ()]
     steps: list[tuple[str | None, Mapping[str, Any]]] = [*stages] or [(None, search.get("space") or {})]
@@ -90,7 +90,7 @@ def stage_of(trial: Trial) -> str:
 
 
 def _parameters(trials: Sequence[Trial], ranges: Mapping[str, Any]) -> tuple[Parameter, ...]:
-    """The places that differ between the trials, in the order of the space."""
+    """The parameters that differ between the trials, in the order of the space."""
     held = {path: None for trial in trials for path in trial.candidate.parameters}
     order = [*(path for path in ranges if path in held), *(path for path in held if path not in ranges)]
     columns = {path: tuple(trial.candidate.parameters.get(path) for trial in trials) for path in order}
@@ -103,8 +103,8 @@ def _parameter(path: str, label: str, values: tuple[Any, ...], part: Mapping[str
     present = [value for value in values if value is not None]
     numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in present)
     listed = "choice" in part
-    known = list(part.get("choice") or ()) or (sorted(present) if numeric else present)
-    texts = dict.fromkeys(map(value_text, known))
+    ordered = list(part.get("choice") or ()) or (sorted(present) if numeric else present)
+    texts = dict.fromkeys(map(value_text, ordered))
     own = set(map(value_text, present))
     options = [text for text in texts if text in own] + sorted(own - set(texts))
     doubling = listed and numeric and len(own) > 2 and min(present) > 0 and max(present) >= 8 * min(present)

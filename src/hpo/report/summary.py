@@ -1,4 +1,4 @@
-"""A finished run of a study in one short text: the winner, its scores, and what to type next."""
+"""A run of a study as a short Markdown text: the winner, its scores, failures, cost, next commands."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ _NUMBER = re.compile(r"\d[\d.,e+-]*")
 
 
 def failure_lines(study: StudyResult) -> list[str]:
-    """`3 not_finite, 2 setup`, then the commonest reason; empty where nothing failed.
+    """`3 not_finite, 2 setup`, then the most frequent reason; empty if no trial failed.
 
-    Trials that were interrupted and are tried again do not count. Reasons that differ in numbers only are one; the
-    newest of them is shown.
+    Interrupted trials do not count. Reasons that differ only in numbers are counted together; the newest is shown.
     """
     ended = [trial for trial in study.trials if trial.state.finished and trial.result is not None]
     failed = [
@@ -42,9 +41,8 @@ def failure_lines(study: StudyResult) -> list[str]:
 def study_summary(study: StudyResult, *, winner: Trial | None, model: str = "", remarks: Sequence[str] = ()) -> str:
     """Markdown: question, winner with parameters and scores, stages, trade-offs, cost, next commands.
 
-    winner is the trial whose model is the study's; None: there is none yet, and the best of the search is shown. model
-    is the name under which the winner is registered, "" where it is not. remarks are lines on how it was chosen. All
-    scores are on validation images.
+    winner is the trial of the study's model; None shows the best of the search. model is the name of the registered
+    winner, "" without one. remarks are lines about the choice. All scores are on validation images.
     """
     lines = [f"# {study.title}", ""]
     if question := study.spec.get("question"):
@@ -58,8 +56,8 @@ def study_summary(study: StudyResult, *, winner: Trial | None, model: str = "", 
     lines += _stages(study)
     if len(study.objectives) > 1:
         lines += _front(study)
-    if told := failure_lines(study):
-        lines += ["## Failures", "", *(part for line in told for part in (line, ""))]
+    if failures := failure_lines(study):
+        lines += ["## Failures", "", *(part for line in failures for part in (line, ""))]
     lines += _cost(study)
     lines += ["## Next", "", "```", *_commands(study, shown is not None, model), "```", ""]
     return "\n".join(lines)
@@ -95,7 +93,7 @@ def _stages(study: StudyResult) -> list[str]:
             held = best.candidate.parameters
             chosen = [f"{p.label} = {value_text(held[p.path])}" for p in group.parameters if p.path in held]
             rows.append((group.name, str(len(group.trials)), ", ".join(chosen), f"{best.value:.4f}", str(best.number)))
-    heads = ("stage", "complete trials", "its winner", score_text(study.objective), "trial")
+    heads = ("stage", "complete trials", "best", score_text(study.objective), "trial")
     return ["## Stages", "", *markdown_table(heads, rows)] if rows else []
 
 
@@ -109,7 +107,7 @@ def _front(study: StudyResult) -> list[str]:
     ]
     more = [f"And {len(front) - _FRONT} more.", ""] if len(front) > _FRONT else []
     return [
-        "## Trials that no other beats in every objective",
+        "## Pareto front",
         "",
         *markdown_table(("trial", *map(score_text, names)), rows),
         *more,
@@ -129,7 +127,7 @@ def _commands(study: StudyResult, complete: bool, model: str) -> list[str]:
     rows = [(f"hpo report {study.title}", "the study as one page")] if complete else []
     rows += [("hpo ui", "all trials, their curves and pictures in MLflow")]
     if not study.spec.get("search", {}).get("stages"):
-        rows += [(f"hpo run {study.name} --trials {ended + max(10, ended // 2)}", "go on searching")]
+        rows += [(f"hpo run {study.name} --trials {ended + max(10, ended // 2)}", "continue the search")]
     if model:
         rows += [
             (f"hpo promote {study.name}", "open the sealed test part, once, and make it champion"),

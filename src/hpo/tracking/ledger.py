@@ -10,9 +10,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from hpo.home import Home
+from hpo.locks import lock
 from hpo.records import ModelVersion, StudyResult
 from hpo.tracking.runs import find_parent, user
-from hpo.tracking.store import connect, exists, lock, told
+from hpo.tracking.store import connect, exists, translate_errors
 
 _TAG = "hpo.test_opening."
 
@@ -36,7 +37,7 @@ class Opening:
     purpose: str = ""
 
 
-@told
+@translate_errors
 def announce_opening(home: Home, study: StudyResult, *, model: ModelVersion, trial: int, purpose: str) -> Opening:
     """Write down that the test part is about to be opened; complete_opening adds the result. Raises StoreError."""
     opening = Opening(
@@ -53,7 +54,7 @@ def announce_opening(home: Home, study: StudyResult, *, model: ModelVersion, tri
     return opening
 
 
-@told
+@translate_errors
 def complete_opening(home: Home, study: StudyResult, opening: Opening, scores: Mapping[str, float]) -> Opening:
     """Write down what an announced opening showed. Raises StoreError."""
     complete = replace(opening, scores=dict(scores))
@@ -61,7 +62,7 @@ def complete_opening(home: Home, study: StudyResult, opening: Opening, scores: M
     return complete
 
 
-@told
+@translate_errors
 def openings(home: Home, study: StudyResult) -> list[Opening]:
     """The openings of a study's generation, oldest first, from this folder and, with a server, from elsewhere."""
     path = home.root / "openings.jsonl"
@@ -82,7 +83,7 @@ def openings(home: Home, study: StudyResult) -> list[Opening]:
 def add_openings(home: Home, known: Sequence[Opening]) -> None:
     """Write down openings of another store that this folder's ledger has not."""
     path = home.root / "openings.jsonl"
-    with lock(home, "openings"):
+    with lock(home.create(), "openings"):
         there = list(_parse(path.read_text(encoding="utf-8").splitlines())) if path.is_file() else []
         for opening in known:
             if opening not in there:
@@ -103,7 +104,7 @@ def _parse(lines: list[str]) -> Iterator[Opening]:
 def _write(home: Home, study: StudyResult, opening: Opening) -> None:
     line = json.dumps(asdict(opening))
     path = home.root / "openings.jsonl"
-    with lock(home, "openings"):
+    with lock(home.create(), "openings"):
         _append(path, line)
     client = connect(home)
     parent = find_parent(client, study)

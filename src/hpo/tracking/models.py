@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hpo.errors import ModelError
-from hpo.tracking.store import load_mlflow, local_path, quiet
+from hpo.tracking.store import is_missing, load_mlflow, local_path, pages, quiet
 
 NET, CONFIG, SETUP, WEIGHTS = "net.pt2", "config.json", "setup.json", "weights.safetensors"
 
@@ -19,8 +19,8 @@ def log_model(client: Any, run: Any, folder: Path) -> str:
     """Log folder's net.pt2, config.json and setup.json as the model of a run; returns models:/m-<id>.
 
     run is an mlflow.entities.Run whose metrics become the model's; one that has a model already keeps it. The model
-    takes (n, height, width, channels) uint8 and needs torch, mlflow, numpy and pandas, not this package. Raises
-    ModelError where a file is missing.
+    takes (n, height, width, channels), uint8 mostly, and needs torch, mlflow, numpy and pandas, not this package.
+    Raises ModelError where a file is missing.
     """
     for name in (NET, CONFIG, SETUP):
         if not (folder / name).is_file():
@@ -68,16 +68,10 @@ def delete_unfinished(client: Any, experiment_id: str, uris: Mapping[str, str]) 
 
     It is what was left where a process was killed over a model.
     """
-    token = None
-    while True:
-        page = client.search_logged_models([experiment_id], max_results=100, page_token=token)
-        for model in page:
-            ours = "hpo.trial" in model.tags and model.source_run_id in uris
-            if ours and uris[model.source_run_id] != f"models:/{model.model_id}":
-                delete_model(client, model.model_id)
-        token = page.token
-        if not token:
-            return
+    for model in pages(client.search_logged_models, experiment_ids=[experiment_id], max_results=100):
+        ours = "hpo.trial" in model.tags and model.source_run_id in uris
+        if ours and uris[model.source_run_id] != f"models:/{model.model_id}":
+            delete_model(client, model.model_id)
 
 
 def delete_model(client: Any, model_id: str) -> None:
@@ -87,7 +81,7 @@ def delete_model(client: Any, model_id: str) -> None:
     try:
         model = client.get_logged_model(model_id)
     except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+        if is_missing(error):
             return
         raise
     # The record last: cut short, the next try finds it, and deletes what is left of the files.
@@ -119,7 +113,9 @@ def save_model(target: Path, folder: Path, *, model_id: str, run_id: str, tags: 
     from numpy import dtype
 
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    images = TensorSpec(dtype("uint8"), (-1, *config["image_shape"]))
+    # Images in the values of the training data, where those are of one kind; the script scales them.
+    kinds = list(config.get("ranges") or ())
+    images = TensorSpec(dtype(kinds[0] if len(kinds) == 1 else "uint8"), (-1, *config["image_shape"]))
     classes = [ColSpec(DataType.float, name) for name in config["class_names"]]
     # It would warn that there is no input example (the signature says it all) and no pip (uv needs none).
     with quiet("mlflow.utils.environment"):

@@ -1,66 +1,74 @@
-"""Look at the tracking store beside those who write it: for a database no lock, no file made, and no MLflow loaded."""
+"""Read the tracking store without disturbing its writers: a database without locks, new files and MLflow.
+
+A database is read by SQL: MLflow's client takes four milliseconds a run and seconds to import, and does not list
+deleted models. A server is read by its client.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 from hpo.database import Reader, reading
 from hpo.home import Home
 from hpo.tracking.runs import PARENT, children
-from hpo.tracking.store import connect, told
+from hpo.tracking.store import connect, is_server, pages, translate_errors
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """An experiment: one study's name. place is the address of its artifacts; deleted ones can still be restored."""
+    """An experiment, which has the name of a study. location is the address of its artifacts.
 
-    key: str
+    A deleted one can still be restored.
+    """
+
+    id: str
     name: str
-    place: str
+    location: str
     deleted: bool
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run, with our tags and mlflow.parentRunId; status is RUNNING, FINISHED, FAILED or KILLED."""
+    """A run with the tags that hpo uses. status is RUNNING, FINISHED, FAILED or KILLED."""
 
-    key: str
+    id: str
     experiment: str
     status: str
-    place: str
+    location: str
     deleted: bool
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Model:
-    """A logged model, m-..., and the run that it was logged by."""
+    """A logged model, m-..., and the id of the run that logged it."""
 
-    key: str
+    id: str
     experiment: str
-    place: str
+    location: str
     deleted: bool
     run: str
 
 
 @dataclass(frozen=True)
 class Version:
-    """A registered version; place is the address of its files."""
+    """A registered version. location is the address of its files."""
 
     name: str
     version: int
-    place: str
+    location: str
     run: str
     aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Tracking:
-    """All that the tracking store holds but parameters and metrics. schema is its database's alembic version, or ""."""
+class TrackingSnapshot:
+    """All that the tracking store holds, except parameters and metrics. schema is its alembic version.
+
+    Runs are sorted oldest first, as runs.find_parent prefers the oldest.
+    """
 
     experiments: tuple[Experiment, ...] = ()
     runs: tuple[Run, ...] = ()
@@ -69,144 +77,102 @@ class Tracking:
     schema: str = ""
 
     def registered(self, model: Model) -> bool:
-        """Whether a version in the registry loads this model's files."""
-        return any(version.place == model.place for version in self.versions)
+        """True where a registered version loads the files of this model."""
+        return any(version.location == model.location for version in self.versions)
 
 
-def look(home: Home) -> Tracking | None:
-    """What the tracking store holds; None where there is none yet. Raises StoreError."""
-    if home.tracking_uri.startswith(("http://", "https://")):
-        return _ask(home)
+def read_tracking(home: Home) -> TrackingSnapshot | None:
+    """The content of the tracking store; None where there is none yet. Raises StoreError."""
+    if is_server(home.tracking_uri):
+        return _from_server(home)
     with reading(home.tracking_uri) as reader:
-        return _read(reader) if reader is not None else None
+        return _from_database(reader) if reader is not None else None
 
 
-@told
+@translate_errors
 def trial_runs(home: Home, parent: Any) -> list[Run]:
-    """The runs of a study's trials, the newest first; parent is its mlflow Run.
-
-    A database is asked for these few columns: MLflow itself takes four milliseconds a run.
-    """
-    if home.tracking_uri.startswith(("http://", "https://")):
-        return [_run(one) for one in children(connect(home), parent)]
+    """The runs of a study's trials that are not deleted, newest first; parent is the study's mlflow Run."""
+    if is_server(home.tracking_uri):
+        return [_run(run) for run in children(connect(home), parent)]
     with reading(home.tracking_uri) as reader:
-        if reader is None:
-            return []
-        tags: dict[str, dict[str, str]] = {}
-        query = (
-            "SELECT t.run_uuid, t.key, t.value FROM tags t JOIN tags p ON p.run_uuid = t.run_uuid "
-            "WHERE p.key = :key AND p.value = :parent"
-        )
-        for run, key, value in reader.rows(query, key=PARENT, parent=parent.info.run_id):
-            tags.setdefault(run, {})[key] = value
-        rows = reader.rows(
-            "SELECT run_uuid, status, artifact_uri FROM runs WHERE experiment_id = :experiment "
-            "AND lifecycle_stage = 'active' ORDER BY start_time DESC, run_uuid",
-            experiment=int(parent.info.experiment_id),
-        )
-    number = parent.info.experiment_id
-    return [Run(run, number, status, place or "", False, tags[run]) for run, status, place in rows if run in tags]
+        found = _runs(reader, parent.info.experiment_id) if reader is not None else ()
+        return [run for run in found if run.tags.get(PARENT) == parent.info.run_id and not run.deleted]
 
 
-def place_of(uri: str) -> Path | None:
-    """The folder of a file: address or of a plain path; None for what lies elsewhere."""
-    parts = urlsplit(uri)
-    if parts.scheme not in ("", "file"):
-        return None
-    return Path(unquote(parts.path)) if parts.scheme else Path(uri)
+def _runs(reader: Reader, experiment: str | None = None) -> Iterator[Run]:
+    """The runs of an experiment, or all runs, newest first."""
+    chosen = "r.experiment_id = :experiment" if experiment is not None else "1 = 1"
+    values = {"experiment": int(experiment)} if experiment is not None else {}
+    tags: dict[str, dict[str, str]] = {}
+    query = (
+        "SELECT t.run_uuid, t.key, t.value FROM tags t JOIN runs r ON r.run_uuid = t.run_uuid "  # noqa: S608
+        f"WHERE {chosen} AND (t.key LIKE 'hpo.%' OR t.key = :parent)"
+    )
+    for run, key, value in reader.rows(query, **values, parent=PARENT):
+        tags.setdefault(run, {})[key] = value
+    query = (
+        "SELECT r.run_uuid, r.experiment_id, r.status, r.artifact_uri, r.lifecycle_stage FROM runs r "  # noqa: S608
+        f"WHERE {chosen} ORDER BY r.start_time DESC, r.run_uuid"
+    )
+    for run, number, status, location, stage in reader.rows(query, **values):
+        yield Run(run, str(number), status, location or "", stage == "deleted", tags.get(run, {}))
 
 
-def _read(reader: Reader) -> Tracking:
+def _from_database(reader: Reader) -> TrackingSnapshot:
     schema = reader.schema()
     if not {"runs", "logged_models", "model_versions"} <= reader.tables():
-        return Tracking(schema=schema)  # not made to its end, or before MLflow 3
-    tags: dict[str, dict[str, str]] = {}
-    query = f"SELECT run_uuid, key, value FROM tags WHERE key LIKE 'hpo.%' OR key = '{PARENT}'"  # noqa: S608
-    for run, key, value in reader.rows(query):
-        tags.setdefault(run, {})[key] = value
+        return TrackingSnapshot(schema=schema)  # its creation was cut short, or it is older than MLflow 3
+    experiments = reader.rows("SELECT experiment_id, name, artifact_location, lifecycle_stage FROM experiments")
+    models = reader.rows(
+        "SELECT model_id, experiment_id, artifact_location, lifecycle_stage, source_run_id FROM logged_models"
+    )
     aliases: dict[tuple[str, int], list[str]] = {}
     for name, version, alias in reader.rows("SELECT name, version, alias FROM registered_model_aliases"):
         aliases.setdefault((name, int(version)), []).append(alias)
-    return Tracking(
-        experiments=tuple(
-            Experiment(str(number), name, place or "", stage == "deleted")
-            for number, name, place, stage in reader.rows(
-                "SELECT experiment_id, name, artifact_location, lifecycle_stage FROM experiments"
-            )
-        ),
-        runs=tuple(
-            Run(run, str(number), status, place or "", stage == "deleted", tags.get(run, {}))
-            for run, number, status, place, stage in reader.rows(
-                "SELECT run_uuid, experiment_id, status, artifact_uri, lifecycle_stage FROM runs"
-            )
-        ),
-        models=tuple(
-            Model(model, str(number), place or "", stage == "deleted", run or "")
-            for model, number, place, stage, run in reader.rows(
-                "SELECT model_id, experiment_id, artifact_location, lifecycle_stage, source_run_id FROM logged_models"
-            )
-        ),
-        versions=tuple(
-            Version(name, int(number), place or "", run or "", tuple(sorted(aliases.get((name, int(number)), ()))))
-            for name, number, place, run in reader.rows(
-                "SELECT name, version, COALESCE(storage_location, source), run_id FROM model_versions"
-            )
-        ),
-        schema=schema,
+    versions = reader.rows("SELECT name, version, COALESCE(storage_location, source), run_id FROM model_versions")
+    return TrackingSnapshot(
+        tuple(Experiment(str(id_), name, place or "", stage == "deleted") for id_, name, place, stage in experiments),
+        tuple(_runs(reader))[::-1],
+        tuple(Model(id_, str(of), place or "", stage == "deleted", run or "") for id_, of, place, stage, run in models),
+        tuple(_version(name, number, place, run, aliases) for name, number, place, run in versions),
+        schema,
     )
 
 
-@told
-def _ask(home: Home) -> Tracking:
-    """The same from a server, which keeps what logged models it has deleted to itself."""
+@translate_errors
+def _from_server(home: Home) -> TrackingSnapshot:
+    """The same from a server, which does not list deleted models."""
     client = connect(home)
     experiments = [
-        Experiment(one.experiment_id, one.name, one.artifact_location, one.lifecycle_stage == "deleted")
-        for one in pages(client.search_experiments, view_type=3)
+        Experiment(each.experiment_id, each.name, each.artifact_location, each.lifecycle_stage == "deleted")
+        for each in pages(client.search_experiments, view_type=3)
     ]
-    numbers = [one.key for one in experiments]
-    runs = [
-        _run(one) for number in numbers for one in pages(client.search_runs, experiment_ids=[number], run_view_type=3)
-    ]
-    models = [
-        Model(one.model_id, one.experiment_id, one.artifact_location, False, one.source_run_id or "")
-        for number in numbers
-        for one in pages(client.search_logged_models, experiment_ids=[number])
-    ]
+    runs: list[Run] = []
+    models: list[Model] = []
+    for experiment in experiments:
+        runs += map(_run, pages(client.search_runs, experiment_ids=[experiment.id], run_view_type=3))
+        models += [
+            Model(each.model_id, each.experiment_id, each.artifact_location, False, each.source_run_id or "")
+            for each in pages(client.search_logged_models, experiment_ids=[experiment.id])
+        ]
     aliases: dict[tuple[str, int], list[str]] = {}
     for model in pages(client.search_registered_models):
         for alias, version in model.aliases.items():
             aliases.setdefault((model.name, int(version)), []).append(alias)
     versions = [
-        Version(
-            one.name,
-            int(one.version),
-            one.source,
-            one.run_id or "",
-            tuple(sorted(aliases.get((one.name, int(one.version)), ()))),
-        )
-        for one in pages(client.search_model_versions)
+        _version(each.name, each.version, each.source, each.run_id, aliases)
+        for each in pages(client.search_model_versions)
     ]
-    return Tracking(tuple(experiments), tuple(runs), tuple(models), tuple(versions))
+    return TrackingSnapshot(tuple(experiments), tuple(runs[::-1]), tuple(models), tuple(versions))
 
 
-def _run(one: Any) -> Run:
-    return Run(
-        one.info.run_id,
-        one.info.experiment_id,
-        one.info.status,
-        one.info.artifact_uri,
-        one.info.lifecycle_stage == "deleted",
-        {name: text for name, text in one.data.tags.items() if name.startswith("hpo.") or name == PARENT},
-    )
+def _version(
+    name: str, number: str | int, location: str | None, run: str | None, aliases: Mapping[tuple[str, int], list[str]]
+) -> Version:
+    return Version(name, int(number), location or "", run or "", tuple(sorted(aliases.get((name, int(number)), ()))))
 
 
-def pages(search: Any, **wanted: Any) -> Iterator[Any]:
-    """What one of the client's searches finds, all pages of it."""
-    token = None
-    while True:
-        page = search(**wanted, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
+def _run(run: Any) -> Run:
+    tags = {name: text for name, text in run.data.tags.items() if name.startswith("hpo.") or name == PARENT}
+    info = run.info
+    return Run(info.run_id, info.experiment_id, info.status, info.artifact_uri, info.lifecycle_stage == "deleted", tags)

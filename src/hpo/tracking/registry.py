@@ -1,10 +1,13 @@
-"""The model registry: versions of a study's models, their aliases, and names resolved to versions."""
+"""The model registry: versions of models and their aliases, names resolved to versions, the record of champions."""
 
 from __future__ import annotations
 
 import difflib
+import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,33 +15,35 @@ from hpo.errors import ModelError
 from hpo.home import Home
 from hpo.locks import lock
 from hpo.records import ModelVersion
-from hpo.tracking.store import connect, exists, local_path, told
+from hpo.tracking.runs import user
+from hpo.tracking.store import connect, exists, is_missing, local_path, pages, translate_errors
 
 ORIGIN = "hpo.copied_from"  # tag of a version that came from another store
 REGISTERED = "hpo.registered"  # tag of a version that was moved here: when it was first registered, in ms since 1970
 _SCORE = "score."  # tags of a version that hold its scores: score.valid_accuracy, score.test_accuracy, ...
+_CHAMPION_TAG = "hpo.champion."  # tags of a registered model, one for each change of its champion
 _MODEL = re.compile(r"(?P<name>[^/@:]+)(?:@(?P<alias>[^/@:]+)|/(?P<version>[0-9]+))?")
 
 
-@told
+@translate_errors
 def versions(home: Home, name: str | None = None) -> list[ModelVersion]:
-    """All registered versions, or those of one name: by name, newest first. An empty store has none."""
+    """All registered versions, or those of one name, sorted by name, newest first. An empty store has none."""
     if not exists(home):
         return []
     client = connect(home)
-    wanted = f"name = '{name}'" if name else None
+    wanted = {"filter_string": f"name = '{name}'" if name else None}
     aliases: dict[tuple[str, int], list[str]] = {}
-    for model in _pages(client.search_registered_models, wanted):
+    for model in pages(client.search_registered_models, **wanted):
         for alias, version in model.aliases.items():
             aliases.setdefault((model.name, int(version)), []).append(alias)
     found = [
         _record(version, tuple(sorted(aliases.get((version.name, int(version.version)), ()))))
-        for version in _pages(client.search_model_versions, wanted)
+        for version in pages(client.search_model_versions, **wanted)
     ]
     return sorted(found, key=lambda version: (version.name, -version.version))
 
 
-@told
+@translate_errors
 def register(
     home: Home,
     name: str,
@@ -54,10 +59,10 @@ def register(
 
     client = connect(home)
     model_id = model_uri.removeprefix("models:/")
-    # The place itself: MLflow would look models:/m-<id> up in the process-wide tracking URI, not in this client's.
+    # The location itself: MLflow would look models:/m-<id> up in the tracking URI of the process, not of this client.
     source = client.get_logged_model(model_id).artifact_location
     with lock(home, "mlflow-register"):
-        known = [v for v in _pages(client.search_model_versions, f"name = '{name}'") if v.source == source]
+        known = [v for v in pages(client.search_model_versions, filter_string=f"name = '{name}'") if v.source == source]
         if known:
             version = known[0]
         else:
@@ -78,7 +83,7 @@ def register(
     return _version(home, name, int(version.version))
 
 
-@told
+@translate_errors
 def set_alias(
     home: Home,
     name: str,
@@ -88,31 +93,32 @@ def set_alias(
     tags: Mapping[str, str] | None = None,
     scores: Mapping[str, float] | None = None,
 ) -> ModelVersion:
-    """Point an alias at a version, away from any other; tags and scores (test_accuracy, ...) are added to it."""
+    """Move an alias to a version; tags and scores (test_accuracy, ...) are added to that version."""
     _version(home, name, version)
     client = connect(home)
-    # The alias last: who finds a champion finds its scores.
+    # The alias last, so that a champion always has its scores.
     for key, value in {**(tags or {}), **_score_tags(scores or {})}.items():
         client.set_model_version_tag(name, str(version), key, value)
     client.set_registered_model_alias(name, alias, str(version))
     return _version(home, name, version)
 
 
-@told
+@translate_errors
 def add_scores(home: Home, version: ModelVersion, scores: Mapping[str, float]) -> ModelVersion:
-    """The version with these scores (test_accuracy, ...) added to those that the registry has."""
+    """Add scores (test_accuracy, ...) to those of a version; returns the version with all of them."""
     client = connect(home)
     for key, value in _score_tags(scores).items():
         client.set_model_version_tag(version.name, str(version.version), key, value)
     return _version(home, version.name, version.version)
 
 
-@told
+@translate_errors
 def resolve(home: Home, model: str) -> ModelVersion:
-    """The version that a user means.
+    """The version that a name stands for.
 
     model is NAME (its champion, else its challenger), NAME@ALIAS, NAME/VERSION, or an MLflow URI models:/...; a logged
-    model that is not registered, models:/m-<id>, is version 0 of its study. Raises ModelError with what there is.
+    model that is not registered, models:/m-<id>, is version 0 of its study. Raises ModelError, which lists the
+    known names or versions.
     """
     text = model.removeprefix("models:/").strip("/")
     if model.startswith("models:/") and re.fullmatch(r"m-[0-9a-f]+", text):
@@ -140,9 +146,9 @@ def resolve(home: Home, model: str) -> ModelVersion:
     return chosen[0]
 
 
-@told
+@translate_errors
 def fetch(home: Home, version: ModelVersion, folder: Path) -> Path:
-    """The local folder with a version's MLmodel: where it lies, or a copy in folder of what lies on a server.
+    """The local folder with the MLmodel of a version: its own, or a copy in `folder` of files on a server.
 
     Raises ModelError where the files are gone.
     """
@@ -151,17 +157,82 @@ def fetch(home: Home, version: ModelVersion, folder: Path) -> Path:
         uri = client.get_model_version_download_uri(version.name, str(version.version))
     else:
         uri = client.get_logged_model(version.model_uri.removeprefix("models:/")).artifact_location
-    place = local_path(uri)
-    if place is None:
+    local = local_path(uri)
+    if local is None:
         from mlflow.artifacts import download_artifacts
 
         return Path(download_artifacts(artifact_uri=uri, dst_path=str(folder), tracking_uri=home.tracking_uri))
-    if not (place / "MLmodel").is_file():
+    if not (local / "MLmodel").is_file():
         raise ModelError(
-            f"{version.model_uri}: its files are not at {place}.",
+            f"{version.model_uri}: its files are not at {local}.",
             "They were deleted, or the project's folder was moved: move it back.",
         )
-    return place
+    return local
+
+
+@dataclass(frozen=True)
+class ChampionTerm:
+    """The time of a version as champion. since and until are ISO 8601 in UTC; until is None for the champion of today.
+
+    why is the reason of its promotion and who the user that promoted it. forced: it was promoted against a gate.
+    """
+
+    version: int
+    since: str
+    why: str
+    who: str
+    forced: bool = False
+    until: str | None = None
+
+
+@translate_errors
+def record_champion(home: Home, name: str, version: int, *, why: str, forced: bool = False) -> ChampionTerm:
+    """Record that a version becomes champion now. Call it before the alias moves, so that no change goes unrecorded."""
+    since = datetime.now(UTC).isoformat(timespec="microseconds")
+    term = ChampionTerm(version, since, why[:2000], user(), forced)
+    tag = _CHAMPION_TAG + "".join(filter(str.isdigit, since[:26]))
+    connect(home).set_registered_model_tag(name, tag, json.dumps(asdict(term)))
+    return term
+
+
+@translate_errors
+def champions(home: Home, name: str) -> list[ChampionTerm]:
+    """The champions of a model, oldest first. A version recorded twice in a row is one term."""
+    from mlflow.exceptions import MlflowException
+
+    if not exists(home):
+        return []
+    try:
+        tags: dict[str, Any] = connect(home).get_registered_model(name).tags
+    except MlflowException as error:
+        if not is_missing(error):
+            raise
+        return []
+    changes = [ChampionTerm(**json.loads(tags[tag])) for tag in sorted(tags) if tag.startswith(_CHAMPION_TAG)]
+    return _merge_repeats(changes)
+
+
+def renumber_champions(tags: Mapping[str, str], numbers: Mapping[int, int]) -> dict[str, str]:
+    """The tags of a registered model with the versions of its champions renumbered; 0: a version that is gone."""
+    kept = all(before == now for before, now in numbers.items())
+
+    def renumbered(text: str) -> str:
+        term = json.loads(text)
+        number = term["version"]
+        return json.dumps({**term, "version": numbers.get(number, number if kept else 0)})
+
+    return {name: renumbered(text) if name.startswith(_CHAMPION_TAG) else text for name, text in tags.items()}
+
+
+def _merge_repeats(changes: Sequence[ChampionTerm]) -> list[ChampionTerm]:
+    terms: list[ChampionTerm] = []
+    for change in changes:
+        if terms and terms[-1].version == change.version:
+            continue
+        if terms:
+            terms[-1] = replace(terms[-1], until=change.since)
+        terms.append(change)
+    return terms
 
 
 def _logged(home: Home, model_id: str) -> ModelVersion:
@@ -170,7 +241,7 @@ def _logged(home: Home, model_id: str) -> ModelVersion:
     try:
         model = connect(home).get_logged_model(model_id) if exists(home) else None
     except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+        if not is_missing(error):
             raise
         model = None
     if model is None:
@@ -210,13 +281,3 @@ def _record(version: Any, aliases: tuple[str, ...]) -> ModelVersion:
 
 def _score_tags(scores: Mapping[str, float]) -> dict[str, str]:
     return {f"{_SCORE}{name}": repr(float(value)) for name, value in scores.items()}
-
-
-def _pages(search: Any, wanted: str | None) -> Iterator[Any]:
-    token = None
-    while True:
-        page = search(filter_string=wanted, max_results=1000, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from hpo.home import Home
+from hpo.locks import locked
 from hpo.tracking import models, runs
 from hpo.tracking.reader import Experiment, Model, Run
-from hpo.tracking.store import connect, load_mlflow, lock, told
+from hpo.tracking.store import connect, load_mlflow, translate_errors
 
 ORPHAN = "hpo.orphan"  # the tag of a run that no trial of the study storage answers for
 # Where MLflow's database holds absolute places.
-_PLACES = {
+_LOCATIONS = {
     "experiments": ("artifact_location",),
     "runs": ("artifact_uri",),
     "logged_models": ("artifact_location",),
@@ -24,7 +25,7 @@ _PLACES = {
 }
 
 
-@told
+@translate_errors
 def end_runs(home: Home, run_ids: Sequence[str], *, tags: Mapping[str, str] | None = None) -> None:
     """Close those of the runs that are still RUNNING, as KILLED, and give all of them these tags."""
     client = connect(home)
@@ -35,38 +36,33 @@ def end_runs(home: Home, run_ids: Sequence[str], *, tags: Mapping[str, str] | No
             client.set_terminated(run_id, "KILLED")
 
 
-@told
+@translate_errors
 def forget_model(home: Home, run: Run) -> None:
     """Take back what a run says of a model whose files are gone."""
     client = connect(home)
     models.delete_model(client, run.tags[runs.MODEL].removeprefix("models:/"))
-    client.delete_tag(run.key, runs.MODEL)
+    client.delete_tag(run.id, runs.MODEL)
 
 
-@told
+@translate_errors
 def restore_files(home: Home, run_id: str, files: Mapping[str, Any]) -> None:
-    """Write artifacts of a run again: a name that ends with .txt from text, any other from a dict."""
-    client = connect(home)
-    for name, content in files.items():
-        if name.endswith(".txt"):
-            client.log_text(run_id, content, name)
-        else:
-            client.log_dict(run_id, content, name)
+    """Write files of a run again; see runs.trial_files."""
+    runs.log_files(connect(home), run_id, files)
 
 
-@told
-def move_places(home: Home, old: Path, new: Path) -> Path:
+@translate_errors
+def move_artifacts(home: Home, old: Path, new: Path) -> Path:
     """Have every place under the folder old point to the same one under new; returns the copy of the database before.
 
     For the embedded database only, and while nobody writes it.
     """
     file = home.root / "mlflow.db"
     copy = file.with_name(f"mlflow.db.before-move-{time.strftime('%Y%m%d-%H%M%S')}")
-    with lock(home, "mlflow-create"), closing(sqlite3.connect(file, timeout=60)) as database:
+    with locked(home.locks / "mlflow-create.lock"), closing(sqlite3.connect(file, timeout=60)) as database:
         with closing(sqlite3.connect(copy)) as target:
             database.backup(target)
         with database:
-            for table, columns in _PLACES.items():
+            for table, columns in _LOCATIONS.items():
                 for column in columns:
                     for before, after in ((old.as_uri(), new.as_uri()), (str(old), str(new))):
                         # Names of this table only; substr, because a folder may have % or _ in its name.
@@ -82,7 +78,7 @@ def move_places(home: Home, old: Path, new: Path) -> Path:
     return copy
 
 
-@told
+@translate_errors
 def purge(home: Home, dead: Sequence[Run | Model | Experiment]) -> None:
     """Delete for good, files first, what is deleted in MLflow already; as `mlflow gc`, but only these."""
     client = connect(home)
@@ -91,8 +87,8 @@ def purge(home: Home, dead: Sequence[Run | Model | Experiment]) -> None:
     for kind, delete in order.items():
         for one in dead:
             if isinstance(one, kind):
-                models.delete_artifacts(client, one.place)
-                delete(one.key)
+                models.delete_artifacts(client, one.location)
+                delete(one.id)
     for one in dead:
         if isinstance(one, Experiment):
-            store._hard_delete_experiment(one.key)
+            store._hard_delete_experiment(one.id)

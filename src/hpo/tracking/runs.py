@@ -1,4 +1,4 @@
-"""How records of a study read as MLflow entities: tags, parameters, metrics, and where a study's runs are found."""
+"""Records of a study as MLflow entities: tags, parameters, metrics and files of runs, and how its runs are found."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ import math
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpo.home import Home
 from hpo.records import Candidate, DataCard, Epoch, StudyResult, TrialResult, TrialState
 from hpo.spec.study import Setup
+from hpo.tracking.store import connect, is_missing, pages, translate_errors
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 PARENT = "mlflow.parentRunId"
 KIND = "hpo.kind"
@@ -39,7 +44,7 @@ _ITEMS_PER_REQUEST = {"metrics": 900, "params": 100, "tags": 100}  # MLflow take
 
 
 def environment_tags() -> dict[str, str]:
-    """Who runs this, from which commit of the working directory, on which versions."""
+    """The user, the git commit of the working directory and the versions of packages, as tags."""
     tags = {"mlflow.user": user(), "version.python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -75,7 +80,7 @@ def _git_commit() -> str:
 
 
 def study_tags(study: StudyResult) -> dict[str, str]:
-    """Tags that tell one generation of a study from all others, its name reused after a deletion included."""
+    """Tags that identify one generation of a study, even where its name was reused after a deletion."""
     return {STUDY: study.title, KIND: "study", CREATED: repr(study.created)}
 
 
@@ -95,7 +100,7 @@ def trial_tags(candidate: Candidate, parent: Any, worker: str) -> dict[str, str]
 
 
 def trial_params(candidate: Candidate, setup: Setup) -> dict[str, Any]:
-    """Every effective parameter: all places of the spec that hold a value, and the trial's own seed."""
+    """Every effective parameter: all values of the spec by their dotted path, and the seed of the trial."""
     params = {path: value for path, value in setup.flat().items() if value is not None}
     return {**params, "seed": candidate.seed}
 
@@ -122,7 +127,7 @@ def epoch_metrics(epochs: Sequence[Epoch], ended: float) -> list[Any]:
 
 
 def result_metrics(result: TrialResult, ended: float) -> list[Any]:
-    """mlflow Metrics of a trial's end: best_<score>, objective, and what it cost."""
+    """mlflow Metrics of an ended trial: best_<score>, objective, duration and size."""
     values: dict[str, float] = {f"best_{name}": value for name, value in result.scores.items()}
     values |= {"duration_seconds": result.seconds}
     if result.best_epoch:
@@ -143,6 +148,35 @@ def scores_of(metrics: Mapping[str, float]) -> dict[str, float]:
         for name, value in metrics.items()
         if name.startswith("best_") and name != "best_epoch" and math.isfinite(value)
     }
+
+
+# The files of the run of every trial: path among its artifacts -> content, a text for .txt and else JSON, or None.
+# The tracker writes them, and hpo doctor misses and restores them.
+TRIAL_FILES: Mapping[str, Callable[[TrialResult], Any]] = {
+    "confusion.json": lambda result: {"true_by_predicted": result.confusion} if result.confusion else None,
+    "traceback.txt": lambda result: result.traceback or None,
+}
+REPORT, FIGURES = "report", "figures"  # artifact folders of a trial that keeps its model: tables and figures
+
+
+def trial_files(result: TrialResult) -> dict[str, Any]:
+    """Path -> content of the files that the run of an ended trial has."""
+    contents = {path: content(result) for path, content in TRIAL_FILES.items()}
+    return {path: content for path, content in contents.items() if content is not None}
+
+
+def study_files(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Path -> content of the files of a study's run that follow from its spec."""
+    return {"study.yaml": dict(spec)}
+
+
+def log_files(client: Any, run_id: str, files: Mapping[str, Any]) -> None:
+    """Write such files to a run, over earlier ones."""
+    for path, content in files.items():
+        if path.endswith(".txt"):
+            client.log_text(run_id, content, path)
+        else:
+            client.log_dict(run_id, content, path)
 
 
 def dataset_input(data: DataCard) -> Any:
@@ -201,19 +235,19 @@ def find_parent(client: Any, study: StudyResult, *, deleted: bool = False) -> An
 
 
 def experiment(client: Any, home: Home, name: str) -> str:
-    """The id of the experiment of this name, made or brought back if need be."""
+    """The id of the experiment of this name, created or restored if necessary."""
     found = client.get_experiment_by_name(name)
     if found is None:
-        # Without a place of its own, an embedded store would write to the working directory of the moment.
-        place = (home.artifacts / name).as_uri() if home.embedded else None
-        return str(client.create_experiment(name, artifact_location=place))
+        # Without a location, an embedded store would write to the current working directory.
+        location = (home.artifacts / name).as_uri() if home.embedded else None
+        return str(client.create_experiment(name, artifact_location=location))
     if found.lifecycle_stage == "deleted":
         client.restore_experiment(found.experiment_id)
     return str(found.experiment_id)
 
 
 def artifact(client: Any, run_id: str, path: str, folder: str) -> Path | None:
-    """A local file of a run's artifact, where it lies or copied into folder; None where the run has none."""
+    """The local file of a run's artifact, its own or a copy in `folder`; None where the run has none."""
     listed = client.list_artifacts(run_id, path.rpartition("/")[0] or None)
     if path not in [file.path for file in listed]:
         return None
@@ -221,7 +255,7 @@ def artifact(client: Any, run_id: str, path: str, folder: str) -> Path | None:
 
 
 def children(client: Any, parent: Any, wanted: str = "", *, deleted: bool = False) -> Iterator[Any]:
-    """The runs of a study's trials, all pages; wanted narrows them in MLflow's filter language.
+    """The mlflow Runs of a study's trials; wanted restricts them in MLflow's filter language.
 
     deleted: those that somebody has deleted in MLflow, and may restore, in place of the others.
     """
@@ -229,10 +263,29 @@ def children(client: Any, parent: Any, wanted: str = "", *, deleted: bool = Fals
 
     view = ViewType.DELETED_ONLY if deleted else ViewType.ACTIVE_ONLY
     query = " and ".join(filter(None, [f"tags.`{PARENT}` = '{parent.info.run_id}'", wanted]))
-    token = None
-    while True:
-        page = client.search_runs([parent.info.experiment_id], query, view, max_results=1000, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
+    experiment = [parent.info.experiment_id]
+    return pages(
+        client.search_runs, experiment_ids=experiment, filter_string=query, run_view_type=view, max_results=1000
+    )
+
+
+@translate_errors
+def validation_predictions(home: Home, run_id: str) -> dict[str, NDArray[Any]] | None:
+    """What a trial with a kept model predicted; None where its run has no such file.
+
+    rows (n,) are of the development images, labels (n,) their classes, probabilities (n, classes) the predictions.
+    """
+    import numpy as np
+    from mlflow.exceptions import MlflowException
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            file = artifact(connect(home), run_id, f"{REPORT}/validation.npz", folder) if run_id else None
+        except MlflowException as error:
+            if not is_missing(error):
+                raise
+            return None
+        if file is None:
+            return None
+        with np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)

@@ -1,4 +1,4 @@
-"""The way into MLflow: imported late, with its telemetry off, and with its faults told as StoreError."""
+"""Access to MLflow: imported when first used, with telemetry off, its errors turned into StoreError."""
 
 from __future__ import annotations
 
@@ -11,36 +11,41 @@ import socket
 import sqlite3
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
-from urllib.parse import urlsplit
-
-from filelock import FileLock
+from urllib.parse import unquote, urlsplit
 
 from hpo.database import sqlite_address
 from hpo.errors import HpoError, StoreAwayError, StoreError, disk_full
 from hpo.home import Home
+from hpo.locks import lock, locked
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Read by MLflow when it is imported or called; what the user has set stays.
-SWITCHES = {
+# MLflow reads these when it is imported or called. Values that the user has set are kept.
+SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    # MLflow would try for minutes, and what it sends again blindly can be there twice: we look first.
+    # MLflow would retry for minutes, and a request that it repeats blindly can be stored twice. Our retries look first.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",  # seconds
     "MLFLOW_LOG_UV_FILES": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # standard output belongs to the command
     "MLFLOW_UV_AUTO_DETECT": "false",  # else the working directory's lock file becomes the model's requirements
 }
+_HINT = "Check that the folder can be written and has space left, or that the server of MLFLOW_TRACKING_URI is up."
+# MLflow's codes for a busy or missing database, and the system's for a disk or a server that is unavailable.
+_BUSY = ("TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
+_UNAVAILABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTUNREACH)
+# The part of a long message that names the cause.
+_CAUSE = re.compile(r"\[Errno -?\d+\] [^'\")]+|too many \d+ error responses|[Rr]ead timed out|Remote end closed \w+")
 
 
 def load_mlflow() -> Any:
     """The module mlflow; the first call takes seconds."""
-    for name, value in SWITCHES.items():
+    for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     import mlflow
 
@@ -49,48 +54,79 @@ def load_mlflow() -> Any:
     return mlflow
 
 
-def knock(home: Home) -> None:
-    """See whether the tracking store is there and takes writes, in milliseconds. Raises StoreError."""
-    if _is_server(home):
-        _knock(home.tracking_uri)
+def is_server(uri: str) -> bool:
+    """True for the address of an MLflow server, False for a database."""
+    return uri.startswith(("http://", "https://"))
+
+
+def exists(home: Home) -> bool:
+    """False while the embedded database has not been created yet; readers check this, for connect() creates it."""
+    return not home.embedded or (home.root / "mlflow.db").is_file()
+
+
+def check_reachable(home: Home) -> None:
+    """Check within milliseconds that the tracking store answers and can be written. Raises StoreError."""
+    if is_server(home.tracking_uri):
+        _check_server(home.tracking_uri)
     elif home.embedded and exists(home):
-        _try_file(home.root / "mlflow.db")
+        _check_file(home.root / "mlflow.db")
 
 
 @functools.lru_cache
 def connect(home: Home) -> Any:
-    """The MlflowClient of a home; its database is made where there is none. Raises StoreError."""
-    with _faults_told(home):
-        if _is_server(home):
-            _knock(home.tracking_uri)
+    """The MlflowClient of a home; a database that does not exist yet is created. Raises StoreError."""
+    with _errors_translated(home):
+        if is_server(home.tracking_uri):
+            _check_server(home.tracking_uri)
             return load_mlflow().MlflowClient(home.tracking_uri, home.tracking_uri)
-        # MLflow's first migrations race where several processes open a fresh database.
-        with lock(home, "mlflow-create"), quiet("alembic"):
+        # MLflow's first migrations race where several processes open a new database.
+        with _creation_lock(home), quiet("alembic"):
             if home.embedded:
                 if not exists(home):
-                    _make_file(home.root / "mlflow.db")
-                _try_file(home.root / "mlflow.db")
+                    _create_file(home.root / "mlflow.db")
+                _check_file(home.root / "mlflow.db")
             client = load_mlflow().MlflowClient(home.tracking_uri, home.tracking_uri)
             client.search_registered_models(max_results=1)  # the registry's store opens at its first use
         if home.embedded:
             _write_ahead(home.root / "mlflow.db", client._tracking_client.store.engine)
+            _remove_stray_folder(home)
         return client
 
 
+def pages(search: Callable[..., Any], **arguments: Any) -> Iterator[Any]:
+    """All results of one of the client's search methods, page by page."""
+    token = None
+    while True:
+        page = search(**arguments, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _remove_stray_folder(home: Home) -> None:
+    """Remove the empty folder that MLflow makes where a path is quoted in its address: it takes that for the path."""
+    folder = Path(home.tracking_uri.removeprefix("sqlite:///")).parent
+    with suppress(OSError):
+        if folder != home.root:
+            folder.rmdir()
+            folder.parent.rmdir()
+
+
 def server_version(home: Home) -> str:
-    """The version of the MLflow server. Raises StoreError where nobody answers, or somebody else."""
+    """The version of the MLflow server. Raises StoreError where it does not answer or is something else."""
     import requests
 
-    _knock(home.tracking_uri)
-    with _faults_told(home):
+    _check_server(home.tracking_uri)
+    with _errors_translated(home):
         answer = requests.get(f"{home.tracking_uri.rstrip('/')}/version", timeout=10)
         answer.raise_for_status()
     return answer.text.strip()
 
 
 def upgrade_tracking(home: Home) -> None:
-    """Bring the tables of an older MLflow up to date. Raises StoreError."""
-    with _faults_told(home), lock(home, "mlflow-create"), quiet("alembic"):
+    """Migrate the tables of an older MLflow to the installed version. Raises StoreError."""
+    with _errors_translated(home), _creation_lock(home), quiet("alembic"):
         load_mlflow()
         from mlflow.store.db.utils import _upgrade_db, create_sqlalchemy_engine
 
@@ -99,18 +135,24 @@ def upgrade_tracking(home: Home) -> None:
         engine.dispose()
 
 
-def _is_server(home: Home) -> bool:
-    return home.tracking_uri.startswith(("http://", "https://"))
+def _creation_lock(home: Home) -> AbstractContextManager[None]:
+    """The lock for creating or upgrading the tracking database.
+
+    The embedded file belongs to this folder, so its lock is a local file and works while the study server is down. A
+    database on a server may be created from several machines: its lock is the one that they share.
+    """
+    home.create()
+    return locked(home.locks / "mlflow-create.lock") if home.embedded else lock(home, "mlflow-create")
 
 
-def _make_file(path: Path) -> None:
-    """Make a database with all its tables, or none: a process killed in the migrations leaves what nobody can open."""
+def _create_file(path: Path) -> None:
+    """Create a database with all its tables, or none: nobody can open what a kill in the migrations leaves."""
     load_mlflow()
     from mlflow.store.db.utils import _initialize_tables, create_sqlalchemy_engine
 
     part = path.with_name(f"{path.name}.part")
-    for left in path.parent.glob(f"{part.name}*"):
-        left.unlink()
+    for leftover in path.parent.glob(f"{part.name}*"):
+        leftover.unlink()
     engine = create_sqlalchemy_engine(sqlite_address(part))
     _initialize_tables(engine)
     engine.dispose()
@@ -118,42 +160,32 @@ def _make_file(path: Path) -> None:
 
 
 def _write_ahead(path: Path, engine: Any) -> None:
-    """As in the study storage: no commit waits for the disk, which is half of what logging a trial takes.
+    """Let no commit wait for the disk, which takes half of the time of logging a trial; the study storage does too.
 
-    A kill undoes nothing; a power cut may undo the last seconds, which the next run of a study writes again.
+    A kill loses nothing. A power cut may lose the last seconds, which the next run of the study writes again.
     """
     from sqlalchemy import event
 
-    with closing(sqlite3.connect(path)) as database, suppress(sqlite3.OperationalError):  # busy: the next one's turn
+    with closing(sqlite3.connect(path)) as database, suppress(sqlite3.OperationalError):  # busy: another sets it
         database.execute("PRAGMA journal_mode=WAL")
     event.listen(engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous=NORMAL"))
     engine.dispose()
 
 
-def exists(home: Home) -> bool:
-    """False where the embedded database has not been made yet, so that looking does not make it."""
-    return not home.embedded or (home.root / "mlflow.db").is_file()
+def translate_errors(function: Callable[P, R]) -> Callable[P, R]:
+    """Turn errors of MLflow, its database and the disk into StoreError; the first argument is a Home or has one."""
 
-
-def lock(home: Home, name: str) -> FileLock:
-    """An inter-process lock of this home, freed by the system when its holder dies."""
-    return FileLock(home.create().locks / f"{name}.lock")
-
-
-def told(method: Callable[P, R]) -> Callable[P, R]:
-    """Turn faults of MLflow, its database and the disk into StoreError; the first argument is a Home or has one."""
-
-    @functools.wraps(method)
+    @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         first: Any = args[0] if args else kwargs["home"]
-        with _faults_told(first if isinstance(first, Home) else first.home):
-            return method(*args, **kwargs)
+        with _errors_translated(first if isinstance(first, Home) else first.home):
+            return function(*args, **kwargs)
 
     return call
 
 
 @contextmanager
-def _faults_told(home: Home) -> Iterator[None]:
+def _errors_translated(home: Home) -> Iterator[None]:
     try:
         yield
     except HpoError:
@@ -164,86 +196,83 @@ def _faults_told(home: Home) -> Iterator[None]:
 
         if not isinstance(error, MlflowException | SQLAlchemyError | OSError):
             raise
-        kind = StoreAwayError if _passes(error) else StoreError
+        kind = StoreAwayError if _is_temporary(error) else StoreError
         hint = "Free some space on its disk." if disk_full(error) else _HINT
-        raise kind(f"MLflow at {shown(home.tracking_uri)}: {_words(error)}.", hint) from error
+        raise kind(f"MLflow at {without_password(home.tracking_uri)}: {_message(error)}.", hint) from error
 
 
-_HINT = "Check that the folder can be written and has space left, or that the server of MLFLOW_TRACKING_URI is up."
-# What MLflow says of a busy or missing database, and the system of a disk or a server that is away.
-_BUSY = ("TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
-_AWAY = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTUNREACH)
-# The part of a long message that says what happened.
-_CORE = re.compile(r"\[Errno -?\d+\] [^'\")]+|too many \d+ error responses|[Rr]ead timed out|Remote end closed \w+")
-
-
-def _passes(error: Exception) -> bool:
-    """Whether the same call may work later: nobody answers, the database is busy, the disk is full."""
+def _is_temporary(error: Exception) -> bool:
+    """True where the same call may work later: no answer, a busy database, a full disk."""
     from mlflow.exceptions import MlflowException
     from requests.exceptions import ConnectionError as Unreachable
     from requests.exceptions import Timeout
     from sqlalchemy.exc import InterfaceError, OperationalError
 
     if isinstance(error, MlflowException):
-        # How it tells of a request that got no answer, or the answer of a server in trouble (408, 429, 5xx).
+        # MLflow's message for a request without an answer, or with a status of a server in trouble (408, 429, 5xx).
         unanswered = re.match(r"API request to \S+ failed with (timeout )?exception", str(error))
         return bool(unanswered) or error.error_code in _BUSY or disk_full(error)
     if isinstance(error, OSError):
-        response = getattr(error, "response", None)  # an answer that requests makes an error of
+        response = getattr(error, "response", None)  # an HTTP status that requests raises as an error
         if response is not None:
             return bool(response.status_code >= 500 or response.status_code in (408, 429))
-        return isinstance(error, ConnectionError | TimeoutError | Unreachable | Timeout) or error.errno in _AWAY
+        return isinstance(error, ConnectionError | TimeoutError | Unreachable | Timeout) or error.errno in _UNAVAILABLE
     return isinstance(error, OperationalError | InterfaceError)
 
 
-def _words(error: Exception) -> str:
+def is_missing(error: Exception) -> bool:
+    """True for MLflow's error that a run, model or version does not exist."""
+    return getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST"
+
+
+def _message(error: Exception) -> str:
     text = str(error)
-    core = _CORE.search(text) if "API request to" in text else None
+    cause = _CAUSE.search(text) if "API request to" in text else None
     first_line = (text.splitlines() or [type(error).__name__])[0]
-    return core[0] if core else first_line.removeprefix("(sqlite3.OperationalError) ").rstrip(".")
+    return cause[0] if cause else first_line.removeprefix("(sqlite3.OperationalError) ").rstrip(".")
 
 
-def shown(uri: str) -> str:
-    """A store's URI without its password."""
+def without_password(uri: str) -> str:
+    """The address of a store as a message may print it."""
     parts = urlsplit(uri)
     return uri.replace(f":{parts.password}@", ":***@") if parts.password else uri
 
 
-def _knock(uri: str) -> None:
-    # MLflow itself would retry for minutes before it says that nobody is there.
+def _check_server(uri: str) -> None:
+    # MLflow itself would retry for minutes before it reports an error.
     parts = urlsplit(uri)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
         socket.create_connection((parts.hostname or "", port), timeout=10).close()
     except OSError as error:
         raise StoreAwayError(
-            f"MLFLOW_TRACKING_URI={shown(uri)}: nothing answers there: {error.strerror or error}.",
+            f"MLFLOW_TRACKING_URI={without_password(uri)}: nothing answers there: {error.strerror or error}.",
             "Start the server, correct the address, or unset MLFLOW_TRACKING_URI to use mlruns/mlflow.db.",
         ) from None
 
 
-def _try_file(path: Path) -> None:
+def _check_file(path: Path) -> None:
     # As with servers: MLflow would retry for minutes.
     try:
         with closing(sqlite3.connect(path)) as database:
             (version,) = database.execute("PRAGMA user_version").fetchone()
             database.execute("BEGIN IMMEDIATE")
-            # Only a write shows that the file is read-only. It changes nothing.
+            # Only a write reveals a read-only file. It changes nothing.
             database.execute(f"PRAGMA user_version = {int(version)}")
             database.rollback()
     except sqlite3.Error as error:
         if "locked" in str(error):
-            return  # somebody writes: it can be written
+            return  # another process writes it, so it can be written
         raise StoreError(
             f"{path}: not a database that can be opened: {error}.",
-            "Check the file's permissions and the space left; a damaged file: move it away and run the study again, "
-            "which writes its runs anew from the study storage.",
+            "Check the file's permissions and the space left. A damaged file: move it elsewhere and run the study "
+            "again, which writes its runs again from the study storage.",
         ) from None
 
 
 @contextmanager
 def quiet(*names: str) -> Iterator[None]:
-    """Keep Python's warnings, and these loggers below errors, from the terminal, where a live display may be."""
+    """Keep Python's warnings, and messages of these loggers below errors, off the terminal and its live display."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -258,9 +287,8 @@ def quiet(*names: str) -> Iterator[None]:
 
 
 def local_path(uri: str) -> Path | None:
-    """The path of a file: URI or of a plain path; None for what lies elsewhere."""
-    load_mlflow()
-    from mlflow.utils.file_utils import local_file_uri_to_path
-    from mlflow.utils.uri import is_local_uri
-
-    return Path(local_file_uri_to_path(uri)) if is_local_uri(uri) else None
+    """The path of a file: URI or of a plain path; None for any other address."""
+    parts = urlsplit(uri)
+    if parts.scheme not in ("", "file") or parts.netloc not in ("", "localhost"):
+        return None
+    return Path(unquote(parts.path)) if parts.scheme else Path(uri)

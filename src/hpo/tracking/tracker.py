@@ -26,10 +26,7 @@ from hpo.records import (
 from hpo.spec.study import Setup, StudySpec
 from hpo.tracking import models, registry, runs
 from hpo.tracking.reader import trial_runs
-from hpo.tracking.store import connect, told
-
-# Where tables and pictures lie among a run's artifacts, so that what is dropped or drawn again is found.
-_REPORT, _FIGURES = "report", "figures"
+from hpo.tracking.store import connect, translate_errors
 
 
 class Tracker:
@@ -52,7 +49,7 @@ class Tracker:
     def _client(self) -> Any:
         return connect(self.home)
 
-    @told
+    @translate_errors
     def open_study(self, study: StudyResult, spec: StudySpec, data: DataCard, split: SplitCard) -> None:
         """Make or continue the study's parent run, with its spec, data set, split, commit and versions."""
         client = self._client
@@ -76,27 +73,27 @@ class Tracker:
         shown = {"hpo.question": spec.question, "mlflow.note.content": spec.question}
         runs.log(client, run_id, tags={**self._shared, **{name: text for name, text in shown.items() if text}})
         client.log_inputs(run_id, [self._dataset])
-        client.log_dict(run_id, spec.model_dump(mode="json"), "study.yaml")
+        runs.log_files(client, run_id, runs.study_files(spec.model_dump(mode="json")))
         client.log_dict(run_id, {"data": asdict(data), "split": asdict(split)}, "data.json")
 
-    @told
+    @translate_errors
     def start_trial(self, candidate: Candidate, setup: Setup, *, worker: str, started: float | None = None) -> None:
         """Make the trial's run, with every effective parameter; started is in seconds since 1970, now by default."""
         self._start(candidate, setup, worker=worker, started=started or time.time())
 
-    @told
+    @translate_errors
     def log_epochs(self, number: int, epochs: Sequence[Epoch], *, ended: float = 0.0) -> None:
         """Add epochs of a trial, in one batch; its steps are epoch numbers. ended: when the last was over, else now."""
         if epochs:
             runs.log(self._client, self._run_id(number), metrics=runs.epoch_metrics(epochs, ended or time.time()))
 
-    @told
+    @translate_errors
     def end_trial(self, result: TrialResult) -> None:
         """Write how a trial ended and close its run: FINISHED (complete, pruned), FAILED or KILLED (stopped)."""
         ended = result.ended or time.time()
         self._end(result, runs.result_metrics(result, ended), ended=ended)
 
-    @told
+    @translate_errors
     def keep_model(self, number: int, folder: Path) -> str:
         """Log the model of an ended trial, the tables beside it and the pictures in `figures`; returns models:/m-<id>.
 
@@ -109,14 +106,14 @@ class Tracker:
         for path in sorted(folder.iterdir()):
             # The model has the first two, and the weights within the first.
             if path.is_file() and path.name not in (models.NET, models.CONFIG, models.SETUP, models.WEIGHTS):
-                client.log_artifact(run.info.run_id, str(path), _REPORT)
-        if (folder / _FIGURES).is_dir():
-            client.log_artifacts(run.info.run_id, str(folder / _FIGURES), _FIGURES)
+                client.log_artifact(run.info.run_id, str(path), runs.REPORT)
+        if (folder / runs.FIGURES).is_dir():
+            client.log_artifacts(run.info.run_id, str(folder / runs.FIGURES), runs.FIGURES)
         uri = models.log_model(client, run, folder)
         client.set_tag(run.info.run_id, runs.MODEL, uri)
         return uri
 
-    @told
+    @translate_errors
     def drop_model(self, number: int, study: StudyResult | None = None) -> None:
         """Delete the model of a trial, its pictures and tables, from the disk too; a registered model stays."""
         client, run = self._client, self._client.get_run(self._run_id(number, study))
@@ -124,16 +121,16 @@ class Tracker:
         if uri is None or client.search_model_versions(f"run_id = '{run.info.run_id}'", max_results=1):
             return
         models.delete_model(client, uri.removeprefix("models:/"))
-        for part in (_REPORT, _FIGURES):
+        for part in (runs.REPORT, runs.FIGURES):
             self._drop(run, part)
         client.delete_tag(run.info.run_id, runs.MODEL)
 
-    @told
+    @translate_errors
     def drop_figures(self, number: int, study: StudyResult | None = None) -> None:
         """Delete the pictures of a trial, from the disk too; without any this does nothing."""
-        self._drop(self._client.get_run(self._run_id(number, study)), _FIGURES)
+        self._drop(self._client.get_run(self._run_id(number, study)), runs.FIGURES)
 
-    @told
+    @translate_errors
     def register(self, study: StudyResult, number: int) -> ModelVersion:
         """Register a trial's kept model under the study's name, as `challenger`; the same trial twice is one version.
 
@@ -156,7 +153,7 @@ class Tracker:
             alias="challenger",
         )
 
-    @told
+    @translate_errors
     def close_study(self, study: StudyResult, *, status: str, summary: str, figures: Sequence[Path] = ()) -> None:
         """Write the best trial, counts, summary (Markdown) and figures (files); status is FINISHED or KILLED.
 
@@ -177,20 +174,20 @@ class Tracker:
         ended = max((trial.started + trial.run_seconds for trial in study.trials), default=study.created)
         runs.log(client, run_id, metrics=runs.metrics(values, ended, step=step), tags=tags)
         client.log_text(run_id, summary, "summary.md")
-        drawn = {f"{_FIGURES}/{path.name}" for path in figures}
-        for earlier in client.list_artifacts(run_id, _FIGURES):
+        drawn = {f"{runs.FIGURES}/{path.name}" for path in figures}
+        for earlier in client.list_artifacts(run_id, runs.FIGURES):
             if earlier.path not in drawn:
                 models.delete_artifacts(client, self._parent_of(study).info.artifact_uri, earlier.path)
         for path in figures:
-            client.log_artifact(run_id, str(path), _FIGURES)
+            client.log_artifact(run_id, str(path), runs.FIGURES)
         client.set_terminated(run_id, status)
 
-    @told
+    @translate_errors
     def log_profile(self, study: StudyResult, profile: StudyProfiled) -> None:
         """Write where a run's time went to profile.json of the study's run."""
         self._client.log_dict(self._parent_of(study).info.run_id, asdict(profile), "profile.json")
 
-    @told
+    @translate_errors
     def reconcile(self, study: StudyResult, spec: StudySpec, *, leave: Collection[int] = ()) -> None:
         """Bring the runs in line with the study storage: missing ones made, unfinished ones ended as the trials did.
 
@@ -200,30 +197,30 @@ class Tracker:
         """
         deleted = self.deleted_runs(study)
         found = {int(run.tags[runs.TRIAL]): run for run in trial_runs(self.home, self._parent_of(study))}
-        self._runs.update({number: run.key for number, run in found.items()})
+        self._runs.update({number: run.id for number, run in found.items()})
         ended: dict[str, str] = {}
         for trial in study.trials:
             run = found.pop(trial.number, None)
             if trial.state not in runs.STATUS or trial.number in leave or (run is None and trial.number in deleted):
                 continue
             if run is not None:
-                ended[run.key] = run.tags.get(runs.MODEL, "")
+                ended[run.id] = run.tags.get(runs.MODEL, "")
             if run is None or run.status == "RUNNING" or run.tags.get(runs.STATE) != trial.state:
-                self._mend(trial, spec, self._client.get_run(run.key) if run else None)
+                self._mend(trial, spec, self._client.get_run(run.id) if run else None)
         # Trials that the storage has not: newer than this record (left alone), or lost with an earlier storage.
         newest = max((trial.number for trial in study.trials), default=-1)
         for number, run in found.items():
             if number <= newest and run.status == "RUNNING":
-                self._client.set_tag(run.key, runs.STATE, TrialState.STOPPED.value)
-                self._client.set_terminated(run.key, "KILLED")
+                self._client.set_tag(run.id, runs.STATE, TrialState.STOPPED.value)
+                self._client.set_terminated(run.id, "KILLED")
         models.delete_unfinished(self._client, self._parent.info.experiment_id, ended)
 
-    @told
+    @translate_errors
     def require_run(self, study: StudyResult, number: int) -> None:
         """Raise StoreError where a trial has no run, or one that somebody has deleted."""
         self._run_id(number, study)
 
-    @told
+    @translate_errors
     def deleted_runs(self, study: StudyResult) -> dict[int, str]:
         """Trial number -> id of its run, of the trials whose only run somebody has deleted in MLflow."""
         parent = self._parent_of(study)
@@ -235,7 +232,7 @@ class Tracker:
                 found.pop(int(run.tags[runs.TRIAL]), None)
         return found
 
-    @told
+    @translate_errors
     def kept_models(self, study: StudyResult) -> dict[int, str]:
         """Trial number -> models:/m-<id>, of the trials whose model is on disk."""
         parent = runs.find_parent(self._client, study)
@@ -300,10 +297,7 @@ class Tracker:
         tags = {runs.STATE: result.state.value} | ({"hpo.reason": result.reason} if result.reason else {})
         tags |= {runs.FAILURE: result.failure.value} if result.failure else {}
         runs.log(client, run_id, metrics=metrics, params=result.settings, tags=tags)
-        if result.confusion:
-            client.log_dict(run_id, {"true_by_predicted": result.confusion}, "confusion.json")
-        if result.traceback:
-            client.log_text(run_id, result.traceback, "traceback.txt")
+        runs.log_files(client, run_id, runs.trial_files(result))
         client.set_terminated(run_id, runs.STATUS[result.state], end_time=int(ended * 1000))
 
     def _mend(self, trial: Trial, spec: StudySpec, run: Any | None) -> None:

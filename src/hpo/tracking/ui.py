@@ -11,7 +11,7 @@ import sys
 
 from hpo.errors import HpoError
 from hpo.home import Home
-from hpo.tracking.store import SWITCHES, exists, shown
+from hpo.tracking.store import SETTINGS, exists, is_server, without_password
 
 
 def ui_command(home: Home, *, host: str = "127.0.0.1", port: int = 5000) -> tuple[list[str], dict[str, str]]:
@@ -19,9 +19,9 @@ def ui_command(home: Home, *, host: str = "127.0.0.1", port: int = 5000) -> tupl
 
     Raises HpoError where there is no store yet, where a server holds it, or where the port is taken.
     """
-    if home.tracking_uri.startswith(("http://", "https://")):
+    if is_server(home.tracking_uri):
         raise HpoError(
-            f"MLFLOW_TRACKING_URI={shown(home.tracking_uri)}: a server holds this store.",
+            f"MLFLOW_TRACKING_URI={without_password(home.tracking_uri)}: a server holds this store.",
             "Open that address in a browser.",
         )
     if not exists(home):
@@ -38,7 +38,7 @@ def ui_command(home: Home, *, host: str = "127.0.0.1", port: int = 5000) -> tupl
     command += ["--host", host, "--port", str(port), "--workers", "1"]
     # The store goes by the environment: every user of the machine can read the words of a command.
     own = {"MLFLOW_BACKEND_STORE_URI": home.tracking_uri, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    return command, {**SWITCHES, **os.environ, **own}
+    return command, {**SETTINGS, **os.environ, **own}
 
 
 def is_local(host: str) -> bool:

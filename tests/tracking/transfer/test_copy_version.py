@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +15,13 @@ import pytest
 import tiny_study as tiny
 from hpo.errors import HpoError
 from hpo.home import Home
-from hpo.jobs.shared.copy_champion import copy_champion, find_store
+from hpo.jobs.promote import copy_champion, find_store
 from hpo.predict import load_model
 from hpo.records import ModelVersion
-from hpo.tracking.champions import champions
-from hpo.tracking.registry import set_alias, versions
+from hpo.tracking.registry import champions, fetch, set_alias, versions
 from hpo.tracking.store import connect
 from hpo.tracking.tracker import Tracker
+from hpo.tracking.transfer import import_runs
 
 
 def _register(tracker: Tracker, folder: Path, number: int) -> ModelVersion:
@@ -125,3 +129,45 @@ def test_a_copy_reaches_a_real_server_once(
     answered = load_model("tiny@champion", home=server).predict_proba(np.ones((2, *tiny.SHAPE), np.uint8))
     np.testing.assert_array_equal(answered, expected)
     assert len(list((tmp_path / "server").rglob("net.pt2"))) == 1
+
+
+@pytest.mark.parametrize("storage", ["shared server", "none in common"])
+def test_two_machines_that_copy_one_champion_at_once_leave_one_version(
+    storage: str,
+    home: Home,
+    champion: ModelVersion,
+    other: Home,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    url = request.getfixturevalue("database") if storage == "shared server" else None
+    targets = [
+        replace(Home.at(tmp_path / name).create(), tracking_uri=f"sqlite:///{other.root / 'mlflow.db'}")
+        for name in ("machine 0", "machine 1")
+    ]
+    targets = [replace(target, storage_url=url or target.storage_url) for target in targets]
+    both_looked = threading.Barrier(2)
+    look, add, added = import_runs._find_copy, import_runs._add_copy, []
+
+    def look_together(target: Home, name: str, digest: str) -> int | None:
+        found = look(target, name, digest)
+        with contextlib.suppress(threading.BrokenBarrierError):  # broken where a lock lets one through at a time
+            both_looked.wait(timeout=5 if storage == "shared server" else 100)
+        return found
+
+    def count(*arguments: object) -> int:
+        added.append(arguments)
+        return add(*arguments)
+
+    monkeypatch.setattr(import_runs, "_find_copy", look_together)
+    monkeypatch.setattr(import_runs, "_add_copy", count)
+    with ThreadPoolExecutor(2) as machines:
+        copies = list(
+            machines.map(lambda target: import_runs.copy_version(home, champion, target, openings=[]).version, targets)
+        )
+    (copy,) = versions(other)
+    assert copies == [copy.version] * 2
+    assert len(added) == (1 if storage == "shared server" else 2)
+    assert fetch(other, copy, tmp_path)

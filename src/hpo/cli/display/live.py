@@ -1,4 +1,4 @@
-"""Watch a running study: a live display, plain lines, JSON lines, or the last word only."""
+"""Displays of a running study: live, plain lines, JSON lines, or only the final result."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ LABEL = 12  # width of the labels of the last lines
 
 
 class Watcher(ABC):
-    """Adds events up and shows them; what is shown is for the children.
+    """Adds up events and shows them as its subclass defines.
 
     Use it as a context around run_study(..., watch=watcher).
     """
@@ -60,17 +60,17 @@ class Watcher(ABC):
     def __enter__(self) -> Watcher:
         return self
 
-    def __exit__(self, *_: object) -> None:  # noqa: B027 - most children have nothing to put away
-        """Nothing to put away, unless a child has it."""
+    def __exit__(self, *_: object) -> None:  # noqa: B027 - most subclasses have nothing to close
+        """Nothing to close, unless a subclass has something."""
 
     def __call__(self, event: Event) -> None:
-        """Take one event in and show it."""
+        """Add one event and show it."""
         self.tally.add(event)
         self.show(event)
 
     @abstractmethod
     def show(self, event: Event) -> None:
-        """Show one event that the tally has taken in."""
+        """Show one event, which the tally contains."""
 
     @property
     def exit_code(self) -> int:
@@ -86,10 +86,10 @@ class Watcher(ABC):
 
 
 class JsonLines(Watcher):
-    """One JSON object an event a line; the last, study_ended, is the result."""
+    """One JSON object for each event; the last, study_ended, is the result."""
 
     def show(self, event: Event) -> None:
-        """Print the event: its name in snake case, then its fields, without what earlier lines have said."""
+        """Print the event: its name in snake case, then its fields, without those of earlier lines."""
         name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
         body = _fields(event)
         match event:
@@ -119,10 +119,10 @@ def _fields(record: Any, *left_out: str) -> dict[str, Any]:
 
 
 class Quiet(Watcher):
-    """The last word only."""
+    """Only the final result."""
 
     def show(self, event: Event) -> None:
-        """Nothing until the end; then study, best value and model in one line."""
+        """Print study, best value and model in one line at the end."""
         if isinstance(event, StudyEnded):
             best, model = event.study.best, event.model
             found = f"{event.study.objective} {show_score(best.value)}, trial {best.number}" if best else "no model"
@@ -132,7 +132,7 @@ class Quiet(Watcher):
 
 
 class PlainLines(Watcher):
-    """One line for each thing that is over: for pipes, files and logs."""
+    """One line for each finished trial and notice: for pipes, files and logs."""
 
     def __init__(self, commands: NextCommands, *, console: Console | None = None, debug: bool = False) -> None:
         super().__init__(commands, console=console, debug=debug)
@@ -164,7 +164,7 @@ class PlainLines(Watcher):
                 pass
 
     def _notice(self, event: Notice) -> None:
-        # A download says so a hundred times a second; four times in all is enough for a log.
+        # A download reports a hundred times a second; four lines are enough for a log.
         quarter = 4 * event.done // event.total if event.total else 0
         if self._shown.get(event.text) != quarter or not event.total:
             self._shown[event.text] = quarter
@@ -190,7 +190,7 @@ def _measure(notice: Notice) -> str:
 
 
 class LiveDisplay(Watcher):
-    """What is going on, redrawn in place; new best trials, failures and notices stay above it."""
+    """The state of the run, redrawn in place; new best trials, failures and notices stay above it."""
 
     def __init__(self, commands: NextCommands, *, console: Console | None = None, debug: bool = False) -> None:
 
@@ -209,7 +209,7 @@ class LiveDisplay(Watcher):
         self._live.stop()
 
     def show(self, event: Event) -> None:
-        """Print what shall stay; the rest waits for the next frame."""
+        """Print lines that stay; the rest is drawn in the next frame."""
         match event:
             case Notice(total=0):
                 self.line(event.text, "dim")
@@ -255,13 +255,13 @@ class LiveDisplay(Watcher):
         width = max(len(command) for command, _ in steps)
         self.line("")
         for index, (command, purpose) in enumerate(steps):
-            # A command is to be copied: its purpose gives way where both do not fit.
+            # The command must be complete for copying, so its purpose is left out if both do not fit.
             shown = f"  {purpose}" if width + 2 + len(purpose) <= room else ""
             label = "" if index else "next"
             self.line(Text.assemble((f"{label:<{LABEL}}", "dim"), (f"{command:<{width}}", "cyan"), (shown, "dim")))
 
     def frame(self) -> RenderableType:
-        """The picture of this moment, at most as wide and as high as the terminal."""
+        """The current frame, at most as wide and high as the terminal."""
         parts: list[RenderableType] = []
         if self.tally.opened and not self.tally.ended:
             parts = ["", self._overview(), "", *self._best(), *self._running()]
@@ -270,7 +270,7 @@ class LiveDisplay(Watcher):
         return Group(*parts)
 
     def _grid(self, *cells: str | Text | ProgressBar, into: Table | None = None) -> Table:
-        """One row of a grid as wide as the picture, in which a bar takes what room there is."""
+        """One row of a grid as wide as the picture, in which a bar takes the rest of the width."""
         if into is None:
             into = Table.grid(padding=(0, 2, 0, 0), expand=True, pad_edge=False)
             into.width = min(self.console.width, WIDEST)
@@ -313,7 +313,7 @@ class LiveDisplay(Watcher):
         return [grid, ""]
 
     def _running(self) -> list[RenderableType]:
-        # By worker, so that a row keeps its place.
+        # By worker, so that a row stays where it is.
         trials = sorted(self.tally.running.values(), key=lambda trial: (len(trial.worker), trial.worker))
         room = max(self.console.height - 12, 2)
         table: Table | None = None
@@ -338,7 +338,7 @@ class LiveDisplay(Watcher):
 
 
 def watcher(*, as_json: bool, quiet: bool) -> type[Watcher]:
-    """Who is to watch, by what the user asked for and where the output goes."""
+    """The display that the user's options and the output need."""
     if as_json or quiet:
         return JsonLines if as_json else Quiet
     return LiveDisplay if is_live_terminal() else PlainLines

@@ -1,4 +1,4 @@
-"""How commands speak: tables, JSON, numbers in words, and every error in one place."""
+"""Output of all commands: tables, JSON, numbers as text, and errors."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
 
 def make_console(*, stderr: bool = False) -> Console:
-    """A rich console for stdout or stderr: no ANSI where NO_COLOR is set or nobody watches, no cut lines in a pipe."""
+    """A rich console for stdout or stderr: no ANSI with NO_COLOR or without a terminal, no cut lines in a pipe."""
     stream = sys.stderr if stderr else sys.stdout
-    # Programs that read a pipe want whole rows; COLUMNS can say otherwise.
+    # Programs that read a pipe need whole rows; COLUMNS overrides this.
     width = None if stream.isatty() or "COLUMNS" in os.environ else 1000
     colors = None if os.environ.get("NO_COLOR") or not stream.isatty() else "auto"
     return Console(
@@ -65,7 +65,7 @@ def print_table(rows: Iterable[Sequence[object]], columns: Sequence[str]) -> Non
 
 
 def _print_long_table(rows: Sequence[Sequence[object]], columns: Sequence[str]) -> None:
-    """The same without rich, which takes a millisecond a row."""
+    """The same without rich, which takes a millisecond for each row."""
     lines = [[column.lstrip(">~") for column in columns], *([str(cell) for cell in row] for row in rows)]
     widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
     numeric = [column.startswith(">") for column in columns]
@@ -78,7 +78,7 @@ def _print_long_table(rows: Sequence[Sequence[object]], columns: Sequence[str]) 
 
 
 def print_facts(facts: Iterable[tuple[str, str]]) -> None:
-    """Labels and what they stand for, in two columns."""
+    """Labels and values in two columns."""
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
@@ -93,7 +93,7 @@ def print_warning(text: str) -> None:
 
 
 def write_text(text: str, file: Path | None) -> None:
-    """text into the file, or on stdout where there is none. Raises HpoError."""
+    """Write text to the file, or to stdout without one. Raises HpoError."""
     if file is None:
         print_text(text)
         return
@@ -104,7 +104,7 @@ def write_text(text: str, file: Path | None) -> None:
 
 
 def is_live_terminal() -> bool:
-    """Whether stdout is a terminal that may be redrawn."""
+    """True if stdout is a terminal that can be redrawn."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
@@ -133,7 +133,7 @@ def predictions_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def print_text(text: str) -> None:
-    """One text and a newline on stdout, at once, untouched by styles and widths."""
+    """One text and a newline to stdout, flushed, without styles or wrapping."""
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 
@@ -158,9 +158,9 @@ def plain(value: object) -> Any:
 
 
 def fail(error: BaseException, *, as_json: bool = False, debug: bool = False) -> int:
-    """Print an error on stderr as its kind asks for, and return the exit code.
+    """Print an error to stderr and return the exit code.
 
-    2 for what the user can mend, 1 for the unexpected and for a reader that went away, 130 for Ctrl-C.
+    2 for an error that the user can fix, 1 for an unexpected one and for a closed pipe, 130 for Ctrl-C.
     """
     if isinstance(error, BrokenPipeError):
         # Python flushes stdout once more as it exits; that must not fail again.
@@ -210,12 +210,12 @@ def show_bytes(count: float) -> str:
 
 
 def show_score(value: float | None) -> str:
-    """Four decimals: what a validation part of 10,000 images can resolve."""
+    """Four decimals, the resolution of 10,000 validation images."""
     return "" if value is None else f"{value:.4f}"
 
 
 def show_openings(study: str, count: int, *, now: int | None = None) -> str:
-    """How often the test part of a study has been opened; now: how many of these looks were taken just now."""
+    """The number of openings of a study's test part; now is the number of openings by this command."""
     if not count:
         return f"The test part of {study} has never been opened."
     times = "once" if count == 1 else f"{count} times"

@@ -1,4 +1,4 @@
-"""Add up the events of a running study, and say in words how it opened and how it ended."""
+"""Adds up the events of a running study; its start and its end as text."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class NextCommands:
 
 @dataclass
 class RunningTrial:
-    """What is known of a trial under way; epochs is the most it may have, best its best objective so far."""
+    """A running trial; epochs is the maximum, best the best objective so far."""
 
     number: int
     worker: str
@@ -67,7 +67,7 @@ class Tally:
     started: float = 0.0
 
     def add(self, event: Event) -> None:
-        """Take one event in."""
+        """Add one event."""
         match event:
             case StudyOpened():
                 self._open(event)
@@ -116,7 +116,7 @@ class Tally:
 
     @property
     def objective(self) -> str:
-        """The score that the study is after."""
+        """The objective of the study."""
         return self.opened.study.objective if self.opened else ""
 
     @property
@@ -153,7 +153,7 @@ class Tally:
 
 
 def opening(event: StudyOpened) -> tuple[str, str]:
-    """What is searched, in what and with what: the question, and data, parts, device and workers in one line."""
+    """The question, and data, parts, device and workers in one line."""
     data, split = event.data, event.split
     parts = ", ".join(f"{split.counts[part]:,} {part}" for part in ("train", "valid") if part in split.counts)
     workers = f"{event.workers} worker{'s' if event.workers > 1 else ''}" if event.workers else "in this process"
@@ -165,7 +165,7 @@ def opening(event: StudyOpened) -> tuple[str, str]:
 
 
 def closing(tally: Tally) -> list[tuple[str, str]]:
-    """How it ended, as (label, words): what was done, the best trial, the registered model."""
+    """The end of the study as (label, text): trials, best trial, registered model."""
     ended = tally.ended
     if ended is None:
         return []
@@ -191,7 +191,7 @@ def closing(tally: Tally) -> list[tuple[str, str]]:
 _REASONS = {
     EndReason.BUDGET: "done",
     EndReason.EXHAUSTED: "done",
-    EndReason.TIMEOUT: "time is up",
+    EndReason.TIMEOUT: "time limit",
     EndReason.FAILING: "gave up",
 }
 
@@ -213,12 +213,12 @@ def next_steps(tally: Tally, commands: NextCommands) -> list[tuple[str, str]]:
     home, model = commands.home, ended.model
     steps = []
     if not ended.reason.completed and tally.finished < tally.budget:
-        steps.append((commands.again, "go on where this stopped"))
+        steps.append((commands.again, "resume"))
     if model and "champion" not in model.aliases:
         steps.append((f"hpo promote {model.study or model.name}{home}", "open its sealed test part once"))
     if model:
         steps.append((f"hpo predict {model.name} IMAGE...{home}", "classify image files"))
-    steps.append((f"hpo ui{home}", "look at every run in MLflow"))
+    steps.append((f"hpo ui{home}", "open every run in MLflow"))
     if ended.reason is EndReason.BUDGET and not (ended.study.spec.get("search") or {}).get("stages"):
-        steps.append((commands.more(2 * tally.budget), "search on"))
+        steps.append((commands.more(2 * tally.budget), "continue the search"))
     return steps

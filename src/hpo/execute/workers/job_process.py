@@ -140,6 +140,8 @@ def prepare(data: DataSpec, split: SplitSpec, device: str) -> Prepared:
 
     devices = resolve_devices(device)
     card = prepare_data(data, split, progress=_notify)
+    for line in (*([f"files: {card.accounting}"] if card.accounting else ()), *(f"data: {w}" for w in card.warnings)):
+        _notify(line, 0, 0)
     return Prepared(card, split_card(card, split), tuple(devices))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from hpo.errors import HpoError
 from hpo.home import Home
-from hpo.jobs.compare import Entrant
+from hpo.jobs.shared.model_reference import ModelReference
 from hpo.metrics import counted, direction_of
 from hpo.records import FINAL, ModelVersion, Trial, TrialResult, unpack_classes
 from hpo.report.statistics import Ints, mean_lead
@@ -44,7 +44,12 @@ class Verdict:
 
 
 def verdicts(
-    home: Home, new: Entrant, model: Classifier, champion: ModelVersion | None, old: Entrant | None, why: str
+    home: Home,
+    new: ModelReference,
+    model: Classifier,
+    champion: ModelVersion | None,
+    old: ModelReference | None,
+    why: str,
 ) -> Iterator[Verdict]:
     """The verdicts on a challenger in order, the ones on its champion first; without one they fall away.
 
@@ -59,7 +64,9 @@ def verdicts(
     yield from limits(home, new, model)
 
 
-def beats_champion(home: Home, new: Entrant, champion: ModelVersion, old: Entrant | None, why: str) -> Verdict:
+def beats_champion(
+    home: Home, new: ModelReference, champion: ModelVersion, old: ModelReference | None, why: str
+) -> Verdict:
     """Whether the challenger is better on validation images that neither model has learnt from, beyond chance.
 
     The score is the objective where it can be counted from classes, else accuracy; a candidate that a race trained
@@ -85,7 +92,7 @@ def beats_champion(home: Home, new: Entrant, champion: ModelVersion, old: Entran
     )
 
 
-def _by_objective(new: Entrant, champion: ModelVersion, old: Entrant | None, *, why: str) -> Verdict:
+def _by_objective(new: ModelReference, champion: ModelVersion, old: ModelReference | None, *, why: str) -> Verdict:
     objective = new.spec.search.objective
     ours = new.kept("it is to be promoted").scores.get(objective, new.trial.value)
     theirs = champion.scores.get(objective, old.trial.value if old is not None else None)
@@ -97,7 +104,7 @@ def _by_objective(new: Entrant, champion: ModelVersion, old: Entrant | None, *, 
     return Verdict("beats the champion", better, said, wanted)
 
 
-def _unseen(new: Entrant, old: Entrant) -> tuple[Part | None, str]:
+def _unseen(new: ModelReference, old: ModelReference) -> tuple[Part | None, str]:
     """The challenger's validation images that the champion has not learnt from, and a remark on them; None: why not."""
     from hpo.data.evaluation_sets import Part, rows_unseen, validation_part
 
@@ -120,7 +127,7 @@ def _unseen(new: Entrant, old: Entrant) -> tuple[Part | None, str]:
     return Part(part.images[rows], part.labels[rows]), less
 
 
-def _said(home: Home, entrant: Entrant, part: Part, class_names: tuple[str, ...]) -> Ints:
+def _said(home: Home, entrant: ModelReference, part: Part, class_names: tuple[str, ...]) -> Ints:
     """(seeds, n) the classes that each training of a candidate gives to the images, as places in class_names.
 
     As remembered, where these images were all validated on; else the kept model is asked.
@@ -138,11 +145,11 @@ def _said(home: Home, entrant: Entrant, part: Part, class_names: tuple[str, ...]
     from hpo.predict import load_model
 
     model = load_model(entrant.kept("its answers are needed").model_uri, home=home)
-    said: Ints = place[model.predict_proba(part.images).argmax(1)][np.newaxis]
+    said: Ints = place[model.predict_levels(part.images).argmax(1)][np.newaxis]
     return said
 
 
-def _seeds(entrant: Entrant) -> list[Trial]:
+def _seeds(entrant: ModelReference) -> list[Trial]:
     """The trainings of the entrant's candidate in its race; only itself where it ran none."""
     mine = entrant.trial.candidate
     if mine.stage != FINAL:
@@ -155,17 +162,17 @@ def _remembered(trial: Trial) -> list[int]:
     return unpack_classes(trial.result.predicted) if trial.result is not None else []
 
 
-def parity(home: Home, new: Entrant, model: Classifier) -> Verdict:
+def parity(home: Home, new: ModelReference, model: Classifier) -> Verdict:
     """Whether the model that was logged answers as the trial did that left it."""
-    from hpo.tracking.predictions import validation_answers
+    from hpo.tracking.runs import validation_predictions
 
-    answers = validation_answers(home, new.kept("it is to be promoted").run_id)
+    answers = validation_predictions(home, new.kept("it is to be promoted").run_id)
     if answers is None:
         return Verdict(
             "reloads", True, "it loads; no answers of its training are on record to compare with", "it loads"
         )
     images = np.load(Path(new.card.folder) / "development_images.npy", mmap_mode="r", allow_pickle=False)
-    ours, theirs = model.predict_proba(images[answers["rows"]]), answers["probabilities"]
+    ours, theirs = model.predict_levels(images[answers["rows"]]), answers["probabilities"]
     if ours.shape != theirs.shape:
         return Verdict("reloads", False, f"{ours.shape[1]} classes", f"{theirs.shape[1]} classes, as in its trial")
     far, differing = float(np.abs(ours - theirs).max()), int((ours.argmax(1) != theirs.argmax(1)).sum())
@@ -195,8 +202,12 @@ def same_signature(home: Home, model: Classifier, champion: ModelVersion) -> Ver
         old = load_model(champion.model_uri, home=home)
     except HpoError as error:
         return Verdict("same signature", False, f"the champion cannot be loaded: {error.message}", "a champion to ask")
-    words = [f"{'x'.join(map(str, each.image_shape))}, {_shown(each.class_names)}" for each in (model, old)]
-    same = (model.image_shape, model.class_names) == (old.image_shape, old.class_names)
+    kinds = [f" of {each.input_kind}" if each.input_kind != "uint8" else "" for each in (model, old)]
+    words = [
+        f"{'x'.join(map(str, each.image_shape))}{kind}, {_shown(each.class_names)}"
+        for each, kind in zip((model, old), kinds, strict=True)
+    ]
+    same = (model.image_shape, model.class_names, kinds[0]) == (old.image_shape, old.class_names, kinds[1])
     return Verdict("same signature", same, words[0], words[1])
 
 
@@ -204,7 +215,7 @@ def _shown(names: tuple[str, ...]) -> str:
     return f"{len(names)} classes: {', '.join(names)}"
 
 
-def limits(home: Home, new: Entrant, model: Classifier) -> Iterator[Verdict]:
+def limits(home: Home, new: ModelReference, model: Classifier) -> Iterator[Verdict]:
     """Whether the model keeps what the study declares: the constraints of its search, and `promote`."""
     from hpo.search.constraints import parse_constraint, violations
     from hpo.tracking.registry import fetch
@@ -231,6 +242,6 @@ def latency_ms(model: Classifier, *, repeats: int = _REPEATS) -> float:
     seconds = []
     for _ in range(3 + repeats):  # the first three warm up
         started = time.perf_counter()
-        model.predict_proba(image)
+        model.predict_levels(image)
         seconds.append(time.perf_counter() - started)
     return 1000 * median(seconds[3:])

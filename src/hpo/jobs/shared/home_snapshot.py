@@ -1,8 +1,9 @@
-"""What doctor and clean look at: storage, tracking and disk of a home at one moment, and who is at work there."""
+"""The study storage, the tracking store and the disk of a home at one moment, for hpo doctor and hpo clean."""
 
 from __future__ import annotations
 
 import re
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,20 +14,20 @@ from hpo.execute.workdir import wanted
 from hpo.home import Home
 from hpo.storage.liveness import seen_held
 from hpo.storage.reader import StudySnapshot, read_snapshots
-from hpo.tracking.reader import Tracking, place_of
-from hpo.tracking.reader import look as look_at_tracking
+from hpo.tracking.reader import TrackingSnapshot, read_tracking
+from hpo.tracking.store import local_path
 
-# What a trial, or the drawing of a study's pictures, leaves in the study's folder of work. Checkpoints are none of it.
-_SCRAP = re.compile(r"[0-9]+|study|lease-.*")
-_YOUNG_SECONDS = 60.0  # a lease file this young may be about to be held
+# Work of a trial, or of drawing the study's figures, in the study's work folder. Checkpoints are not part of it.
+_WORK = re.compile(r"[0-9]+|study|lease-.*")
+_YOUNG_SECONDS = 60.0  # the supervisor of a lease file this young may still be starting
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong: what, where, why it matters, and what --fix does about it ("": nothing can be done).
+    """One problem: what, where, why it matters, and what --fix does about it ("": --fix does nothing).
 
-    study is the title of the one study that it concerns; "" where it concerns the whole home. hint is what a person
-    can do where --fix cannot.
+    study is the title of the one study that it concerns, "" where it concerns the whole home. hint is what a person
+    can do where --fix does nothing.
     """
 
     what: str
@@ -39,23 +40,23 @@ class Finding:
 
 @dataclass(frozen=True)
 class Case:
-    """A finding and its repair."""
+    """A finding and the function that repairs it."""
 
     finding: Finding
     mend: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True)
-class Scene:
-    """A home at a moment. studies are by title; tracking is None where there is no store or it cannot be read.
+class HomeSnapshot:
+    """A home at one moment. studies are by title; tracking is None where there is no store or it cannot be read.
 
-    live are the titles of studies that a living supervisor holds. faults are databases that cannot be read: address ->
-    what they say. folders are the artifact folders that were there before the tracking store was read.
+    live are the titles of studies that a living supervisor holds. faults are the databases that cannot be read:
+    address -> error. folders are the artifact folders that existed before the tracking store was read.
     """
 
     home: Home
     studies: Mapping[str, StudySnapshot]
-    tracking: Tracking | None
+    tracking: TrackingSnapshot | None
     live: frozenset[str]
     faults: Mapping[str, StoreError]
     folders: tuple[Path, ...]
@@ -63,37 +64,37 @@ class Scene:
 
     @property
     def storage_read(self) -> bool:
-        """Whether the studies are all that there are."""
+        """True where the study storage could be read, so that studies are complete."""
         return self.home.storage_url not in self.faults
 
     @property
     def live_names(self) -> frozenset[str]:
-        """The names of the studies at work, all their generations being in one experiment."""
+        """The names of the live studies; all generations of a name share one experiment."""
         return frozenset(self.studies[title].study.name for title in self.live if title in self.studies)
 
     def inside(self, uri: str) -> Path | None:
-        """The path of artifacts that lie in this home; None for those elsewhere, which are nobody's to judge here."""
-        place = place_of(uri)
-        return place if place is not None and place.is_relative_to(self.home.artifacts) else None
+        """The path of artifacts inside this home; None for any others, which hpo doctor does not judge."""
+        path = local_path(uri)
+        return path if path is not None and path.is_relative_to(self.home.artifacts) else None
 
 
-def see(home: Home) -> Scene:
-    """Look at everything, in an order in which what is under way is never taken for a fault.
+def take_snapshot(home: Home) -> HomeSnapshot:
+    """Read everything, in an order in which work in progress is never taken for a fault.
 
-    A study is called alive if it was before or after; files are listed before the runs that own them, and runs before
-    the trials that they are of.
+    A study is live if it was live before or after; folders are listed before the runs that own them, and runs are read
+    before their trials.
     """
     faults: dict[str, StoreError] = {}
     before = _studies(home, faults)
     folders = tuple(_artifact_folders(home))
     try:
-        tracking = look_at_tracking(home)
+        tracking = read_tracking(home)
     except StoreError as error:
         tracking = None
         faults[home.tracking_uri] = error
     studies = _studies(home, faults)
     live = {title for each in (before, studies) for title, one in each.items() if one.holders}
-    return Scene(home, studies, tracking, frozenset(live), faults, folders, tuple(_stale_leases(home)))
+    return HomeSnapshot(home, studies, tracking, frozenset(live), faults, folders, tuple(_stale_leases(home)))
 
 
 def _studies(home: Home, faults: dict[str, StoreError]) -> dict[str, StudySnapshot]:
@@ -119,25 +120,25 @@ def _stale_leases(home: Home) -> list[Path]:
     ]
 
 
-def leftovers(scene: Scene) -> list[tuple[str, Path]]:
-    """(study's title or "", folder) of work that nobody will take up again: of trials that are over, or of no study.
+def leftover_work(snapshot: HomeSnapshot) -> list[tuple[str, Path]]:
+    """(title of the study or "", folder) of work that no run will use: of ended trials, or of no study.
 
-    Which are needed is the rule by which runs tidy up themselves. Checkpoints, and results that the storage has not
-    taken yet, are never counted as left over.
+    The rule is the one by which runs clean up after themselves. Checkpoints, and results that the storage has not
+    accepted yet, are not leftovers.
     """
-    if not scene.storage_read:
+    if not snapshot.storage_read:
         return []
     found = []
-    for folder in sorted(path for path in scene.home.work.glob("*") if path.is_dir()):
-        if folder.name in scene.live:
+    for folder in sorted(path for path in snapshot.home.work.glob("*") if path.is_dir()):
+        if folder.name in snapshot.live:
             continue
-        one = scene.studies.get(folder.name)
+        one = snapshot.studies.get(folder.name)
         if one is None:
             found += [("", folder)] if not _holds_result(folder) else []
             continue
         needed = set(map(str, wanted(one.study)))
-        scrap = [path for path in sorted(folder.iterdir()) if _SCRAP.fullmatch(path.name) and path.name not in needed]
-        found += [(folder.name, path) for path in scrap if not _holds_result(path)]
+        work = [path for path in sorted(folder.iterdir()) if _WORK.fullmatch(path.name) and path.name not in needed]
+        found += [(folder.name, path) for path in work if not _holds_result(path)]
     return found
 
 
@@ -146,7 +147,15 @@ def _holds_result(folder: Path) -> bool:
 
 
 def size_of(path: Path) -> int:
-    """The bytes of a file, or of all files in a folder."""
+    """Bytes of a file, or of all files in a folder."""
     if path.is_file():
         return path.stat().st_size
     return sum(file.lstat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def remove(path: Path, *, ignore_errors: bool = False) -> None:
+    """Delete a file or a folder. Raises OSError."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=ignore_errors)
+    else:
+        path.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from hpo.tracking.registry import add_scores
 
 if TYPE_CHECKING:
     from hpo.data.test_set import Measured
-    from hpo.jobs.compare import Entrant
+    from hpo.jobs.shared.model_reference import ModelReference
     from hpo.predict import Classifier
 
 
@@ -28,7 +28,7 @@ class Measurement:
     opening: Opening | None
 
 
-def open_sealed(home: Home, entrant: Entrant, model: Classifier, *, purpose: str) -> tuple[Measured, Opening]:
+def open_sealed(home: Home, entrant: ModelReference, model: Classifier, *, purpose: str) -> tuple[Measured, Opening]:
     """Open the test part for a loaded model. Whatever stops the process once it has begun, the opening is on record.
 
     purpose is the command that asks. Raises DataError, StoreError.
@@ -37,11 +37,11 @@ def open_sealed(home: Home, entrant: Entrant, model: Classifier, *, purpose: str
 
     version = entrant.kept("the test part asks for it")
     opening = announce_opening(home, entrant.study, model=version, trial=entrant.trial.number, purpose=purpose)
-    measured = open_test(entrant.card, model.predict_proba)
+    measured = open_test(entrant.card, model.predict_levels)
     return measured, complete_opening(home, entrant.study, opening, measured.scores)
 
 
-def measure(home: Home, entrant: Entrant, *, purpose: str) -> Measurement:
+def measure(home: Home, entrant: ModelReference, *, purpose: str) -> Measurement:
     """The test scores of a model; the test part is opened only where nobody has measured it yet. Raises HpoError."""
     version = entrant.kept("the test part asks for it")
     looks = [look for look in openings(home, entrant.study) if look.trial == entrant.trial.number and look.scores]

@@ -1,4 +1,4 @@
-"""One self-contained HTML page: light and dark, for phones and paper, without scripts or requests of its own."""
+"""Parts of a self-contained HTML page: light and dark, for phones and paper, without requests."""
 
 from __future__ import annotations
 
@@ -46,21 +46,20 @@ summary { cursor: pointer; }
 
 
 class Html(str):
-    """Text that is HTML already: table() and escape() leave it as it is."""
+    """Text that is HTML already, which table() and escape() do not change."""
 
     __slots__ = ()
 
 
 def escape(value: object) -> Html:
-    """value as text that shows in a page as it reads; Html stays as it is."""
+    """value as HTML text; Html is not changed."""
     return value if isinstance(value, Html) else Html(_escape(str(value)))
 
 
 def page(title: str, sections: Sequence[tuple[str, str]]) -> str:
     """A whole HTML file: the title, links to the sections, and each section's heading above its body.
 
-    Title and headings are plain text, bodies are HTML. A section with an empty heading stands without one and is not
-    linked to.
+    Title and headings are plain text, bodies are HTML. A section without a heading is not linked.
     """
     headed = [(number, heading) for number, (heading, _) in enumerate(sections) if heading]
     links = "".join(f'<a href="#s{number}">{escape(heading)}</a>' for number, heading in headed)
@@ -69,7 +68,7 @@ def page(title: str, sections: Sequence[tuple[str, str]]) -> str:
         f'<section id="s{number}">\n{f"<h2>{escape(heading)}</h2>" if heading else ""}\n{content}\n</section>\n'
         for number, (heading, content) in enumerate(sections)
     )
-    # The empty icon keeps browsers from asking a server for one.
+    # The empty icon prevents a request for one.
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<link rel="icon" href="data:,">\n'
@@ -79,7 +78,7 @@ def page(title: str, sections: Sequence[tuple[str, str]]) -> str:
 
 
 def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> Html:
-    """Rows below their column names, all escaped but Html; a name that begins with > is of a column of numbers.
+    """Rows below their column names, escaped except Html; a name that begins with > is of a column of numbers.
 
     Wide tables scroll sideways on a phone. Without names (an empty head) the first column is the rows' labels.
     """
@@ -99,7 +98,7 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> Html:
 
 
 def picture(image: bytes, alt: str, *, caption: str = "", width: int | None = None) -> Html:
-    """PNG or SVG bytes inside the page; alt is read where it cannot be seen, width is in CSS pixels."""
+    """PNG or SVG bytes inside the page; alt is its text alternative, width is in CSS pixels."""
     kind = "png" if image.startswith(b"\x89PNG") else "svg+xml"
     data = base64.b64encode(image).decode("ascii")
     size = f' width="{width}"' if width else ""

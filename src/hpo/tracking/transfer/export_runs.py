@@ -1,7 +1,7 @@
-"""A study's side of MLflow as plain data, out of one tracking store and into another, each part there once.
+"""Export what the tracking store holds of a study as JSON types and files.
 
-The plain data speak of runs and logged models by the ids that they were born with: a copy has that id as a tag, and
-whatever was copied before, or has come home, is found by it.
+Runs and logged models are named by their original ids. A copy carries its original id as a tag, so an import finds what
+was copied before, also in the store that it came from.
 """
 
 from __future__ import annotations
@@ -16,25 +16,24 @@ from hpo.home import Home
 from hpo.records import StudyResult
 from hpo.tracking import runs
 from hpo.tracking.ledger import Opening, openings
-from hpo.tracking.reader import pages
 from hpo.tracking.registry import REGISTERED
-from hpo.tracking.store import connect, exists, local_path, told
+from hpo.tracking.store import connect, exists, is_missing, local_path, pages, translate_errors
 
-BORN = "hpo.moved_from"  # tag of a run or a logged model that was copied: the id of the first one
-WHOLE = "hpo.moved"  # tag of a run that was copied to its end: the digest of what was copied
+COPY_OF = "hpo.moved_from"  # tag of a copied run or logged model: the id of the original
+COPIED = "hpo.moved"  # tag of a completely copied run: the digest of its content
 URI = "models:/"
-_OWN = (BORN, WHOLE, "mlflow.modelVersions")  # tags that belong to one store; a server writes the last one
+_LOCAL_TAGS = (COPY_OF, COPIED, "mlflow.modelVersions")  # tags of one store only; a server writes the last
 
 AddFile = Callable[[str, Path], None]
 
 
 @dataclass
-class Side:
-    """What MLflow holds of a study, as JSON types.
+class TrackedStudy:
+    """The content of MLflow for a study, as JSON types.
 
-    runs come with every point of their metrics [name, value, time in ms, step], the study's own run first. registered
-    is the model of the study's name with all its versions, those of other generations too, or None. openings are the
-    looks at the sealed test part.
+    runs have every point of their metrics as [name, value, time in ms, step]; the study's own run is first. registered
+    is the registered model of the study's name with all its versions, also those of other generations, or None.
+    openings are those of the sealed test part.
     """
 
     runs: list[dict[str, Any]] = field(default_factory=list)
@@ -43,16 +42,16 @@ class Side:
     openings: list[Opening] = field(default_factory=list)
 
 
-@told
-def take(home: Home, study: StudyResult, add_file: AddFile) -> Side:
-    """What the store holds of a study; add_file("runs/ID/PATH" or "models/ID/PATH", file) gets each of its files.
+@translate_errors
+def export_runs(home: Home, study: StudyResult, add_file: AddFile) -> TrackedStudy:
+    """The content of the store for a study; add_file("runs/ID/PATH" or "models/ID/PATH", file) gets each of its files.
 
-    A store without the study's run gives what it has of the ledger. Runs and models that were deleted stay behind.
-    Raises StoreError.
+    A store without a run of the study gives only the ledger's openings. Deleted runs and models are left out. Raises
+    StoreError.
     """
-    side = Side(openings=openings(home, study))
+    tracked = TrackedStudy(openings=openings(home, study))
     if not exists(home):
-        return side
+        return tracked
     client = connect(home)
     parent = runs.find_parent(client, study)
     versions = sorted(
@@ -62,7 +61,7 @@ def take(home: Home, study: StudyResult, add_file: AddFile) -> Side:
     for run_id in {version.run_id for version in versions if version.run_id} - found.keys():
         run = _active_run(client, run_id)
         found |= {run_id: run} if run is not None else {}
-    born = _Births(client)
+    originals = _OriginalIds(client)
     experiment = client.get_experiment_by_name(study.name)
     places = {version.source for version in versions}  # a search does not give their model_id
     models = [
@@ -70,22 +69,22 @@ def take(home: Home, study: StudyResult, add_file: AddFile) -> Side:
         for model in (logged_models(client, experiment.experiment_id) if experiment is not None else ())
         if str(model.status) == "READY" and (model.artifact_location in places or model.source_run_id in found)
     ]
-    born.models |= {model.model_id: model.tags.get(BORN, model.model_id) for model in models}
-    born.runs |= {run_id: run.data.tags.get(BORN, run_id) for run_id, run in found.items()}
+    originals.models |= {model.model_id: model.tags.get(COPY_OF, model.model_id) for model in models}
+    originals.runs |= {run_id: run.data.tags.get(COPY_OF, run_id) for run_id, run in found.items()}
     for run in sorted(found.values(), key=lambda run: (runs.PARENT in run.data.tags, run.info.start_time)):
-        side.runs.append(_plain_run(client, run, born))
-        _add_files(client, run.info.artifact_uri, f"runs/{born.runs[run.info.run_id]}", add_file)
+        tracked.runs.append(_plain_run(client, run, originals))
+        _add_files(client, run.info.artifact_uri, f"runs/{originals.runs[run.info.run_id]}", add_file)
     for model in models:
-        side.models.append(_plain_model(model, born))
-        _add_files(client, model.artifact_location, f"models/{born.models[model.model_id]}", add_file)
+        tracked.models.append(_plain_model(model, originals))
+        _add_files(client, model.artifact_location, f"models/{originals.models[model.model_id]}", add_file)
     if versions:
-        at = {model.artifact_location: born.models[model.model_id] for model in models}
-        side.registered = _plain_registered(client.get_registered_model(study.name), versions, born, at)
-    return side
+        at = {model.artifact_location: originals.models[model.model_id] for model in models}
+        tracked.registered = _plain_registered(client.get_registered_model(study.name), versions, originals, at)
+    return tracked
 
 
-class _Births:
-    """The ids that runs and models were born with."""
+class _OriginalIds:
+    """Original ids of runs and models, which differ from their ids here where they are copies."""
 
     def __init__(self, client: Any) -> None:
         self._client = client
@@ -95,7 +94,7 @@ class _Births:
     def run(self, run_id: str) -> str:
         if run_id not in self.runs:
             run = _active_run(self._client, run_id)
-            self.runs[run_id] = run.data.tags.get(BORN, run_id) if run is not None else run_id
+            self.runs[run_id] = run.data.tags.get(COPY_OF, run_id) if run is not None else run_id
         return self.runs[run_id]
 
     def model(self, model_id: str) -> str:
@@ -113,25 +112,26 @@ def _active_run(client: Any, run_id: str) -> Any | None:
     try:
         run = client.get_run(run_id)
     except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+        if not is_missing(error):
             raise
         return None
     return run if run.info.lifecycle_stage == "active" else None
 
 
-def _plain_run(client: Any, run: Any, born: _Births) -> dict[str, Any]:
-    tags = {name: value for name, value in run.data.tags.items() if name not in _OWN}
+def _plain_run(client: Any, run: Any, originals: _OriginalIds) -> dict[str, Any]:
+    tags = {name: value for name, value in run.data.tags.items() if name not in _LOCAL_TAGS}
     if runs.PARENT in tags:
-        tags[runs.PARENT] = born.run(tags[runs.PARENT])
+        tags[runs.PARENT] = originals.run(tags[runs.PARENT])
     if runs.MODEL in tags:
-        tags[runs.MODEL] = URI + born.model(tags[runs.MODEL].removeprefix(URI))
+        tags[runs.MODEL] = URI + originals.model(tags[runs.MODEL].removeprefix(URI))
     points = [
         [point.key, point.value, point.timestamp, point.step]
         for name in sorted(run.data.metrics)
         for point in client.get_metric_history(run.info.run_id, name)
     ]
+    outputs = run.outputs.model_outputs if run.outputs else ()
     return {
-        "id": born.run(run.info.run_id),
+        "id": originals.run(run.info.run_id),
         "name": run.info.run_name,
         "status": run.info.status,
         "started": run.info.start_time,
@@ -143,23 +143,25 @@ def _plain_run(client: Any, run: Any, born: _Births) -> dict[str, Any]:
             {**one.dataset.to_dictionary(), "tags": {tag.key: tag.value for tag in one.tags}}
             for one in run.inputs.dataset_inputs
         ],
-        "outputs": [[born.model(one.model_id), one.step] for one in (run.outputs.model_outputs if run.outputs else ())],
+        "outputs": [[originals.model(one.model_id), one.step] for one in outputs],
     }
 
 
-def _plain_model(model: Any, born: _Births) -> dict[str, Any]:
+def _plain_model(model: Any, originals: _OriginalIds) -> dict[str, Any]:
     return {
-        "id": born.model(model.model_id),
+        "id": originals.model(model.model_id),
         "name": model.name,
         "kind": model.model_type,
-        "run": born.run(model.source_run_id) if model.source_run_id else "",
-        "tags": {name: value for name, value in model.tags.items() if name not in _OWN},
+        "run": originals.run(model.source_run_id) if model.source_run_id else "",
+        "tags": {name: value for name, value in model.tags.items() if name not in _LOCAL_TAGS},
         "params": dict(model.params or {}),
         "metrics": sorted([one.key, one.value, one.timestamp, one.step] for one in model.metrics or ()),
     }
 
 
-def _plain_registered(model: Any, versions: Sequence[Any], born: _Births, at: Mapping[str, str]) -> dict[str, Any]:
+def _plain_registered(
+    model: Any, versions: Sequence[Any], originals: _OriginalIds, at: Mapping[str, str]
+) -> dict[str, Any]:
     return {
         "name": model.name,
         "description": model.description or "",
@@ -169,7 +171,7 @@ def _plain_registered(model: Any, versions: Sequence[Any], born: _Births, at: Ma
             {
                 "number": int(version.version),
                 "model": at.get(version.source, ""),
-                "run": born.run(version.run_id) if version.run_id else "",
+                "run": originals.run(version.run_id) if version.run_id else "",
                 "description": version.description or "",
                 "created": registered_at(version),
                 "tags": {name: value for name, value in version.tags.items() if name != REGISTERED},
@@ -180,7 +182,7 @@ def _plain_registered(model: Any, versions: Sequence[Any], born: _Births, at: Ma
 
 
 def registered_at(version: Any) -> int:
-    """When a version was first registered, in ms since 1970."""
+    """The time of a version's first registration, in ms since 1970."""
     return int(version.tags.get(REGISTERED, version.creation_timestamp))
 
 
@@ -192,7 +194,7 @@ def _add_files(client: Any, place: str, folder: str, add_file: AddFile) -> None:
     from mlflow.artifacts import download_artifacts, list_artifacts
 
     if not list_artifacts(artifact_uri=place, tracking_uri=client.tracking_uri):
-        return  # to download nothing is an error
+        return  # MLflow raises an error for an empty download
     with tempfile.TemporaryDirectory() as scratch:
         whole = download_artifacts(artifact_uri=place, dst_path=scratch, tracking_uri=client.tracking_uri)
         _add_tree(Path(whole), folder, add_file)

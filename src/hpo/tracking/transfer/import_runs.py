@@ -1,35 +1,37 @@
-"""A study's side of MLflow, as moving.take gives it, into another tracking store: each part is there once."""
+"""Import an exported study, or copy a registered version, into another tracking store; both are safe to repeat."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hpo.home import Home
 from hpo.locks import lock
-from hpo.records import StudyResult
+from hpo.records import ModelVersion, StudyResult
 from hpo.tracking import runs
-from hpo.tracking.champions import rewritten
-from hpo.tracking.ledger import add_openings
-from hpo.tracking.reader import pages
-from hpo.tracking.registry import REGISTERED
-from hpo.tracking.store import connect, told
-from hpo.tracking.transfer.export_runs import BORN, URI, WHOLE, Side, logged_models, registered_at
+from hpo.tracking.ledger import Opening, add_openings
+from hpo.tracking.models import delete_model
+from hpo.tracking.registry import ORIGIN, REGISTERED, fetch, renumber_champions, resolve
+from hpo.tracking.store import connect, load_mlflow, pages, translate_errors, without_password
+from hpo.tracking.transfer.export_runs import COPIED, COPY_OF, URI, TrackedStudy, logged_models, registered_at
 
-_BEGUN = "hpo.moving"  # tag of a version whose other tags are still to come
-_CHUNK = 100  # runs made under one hold of a lock, which a server frees after a minute
+_INCOMPLETE = "hpo.moving"  # tag of a version whose other tags are not yet written
+MODEL_DIGEST = "hpo.model_digest"  # tag of a copied version: the digest of its files
+_CHUNK = 100  # runs created while a lock is held once; a server frees it after a minute
 
 Extract = Callable[[str, Path], list[str]]
 
 
 @dataclass
-class Added:
-    """How much was new in a store: runs, logged models, registered versions, files of runs and models."""
+class Imports:
+    """Counts of what was new in a store: runs, logged models, registered versions, files of runs and models."""
 
     runs: int = 0
     models: int = 0
@@ -38,47 +40,47 @@ class Added:
     notes: list[str] = field(default_factory=list)
 
 
-@told
-def put(home: Home, study: StudyResult, side: Side, extract: Extract) -> Added:
-    """Have the store hold all of it; what it has already is completed where that is needed, and not written again.
+@translate_errors
+def import_runs(home: Home, study: StudyResult, tracked: TrackedStudy, extract: Extract) -> Imports:
+    """Write into the store what it does not hold yet of an exported study.
 
-    extract("runs/ID", folder) writes the files of a run there and returns their paths. Called again after a kill it
-    ends as if it had never been cut short. Raises StoreError.
+    extract("runs/ID", folder) writes the files of a run into folder and returns their paths. After a kill, a repeated
+    call completes the import. Raises StoreError.
     """
-    added = Added()
-    add_openings(home, side.openings)
-    if not side.runs and side.registered is None:
+    added = Imports()
+    add_openings(home, tracked.openings)
+    if not tracked.runs and tracked.registered is None:
         return added
     client = connect(home)
     with lock(home, "mlflow-open"):
         experiment = runs.experiment(client, home, study.name)
-    ids = _enter_runs(client, home, experiment, side.runs, added)
-    models = _enter_models(client, home, experiment, side.models, ids, extract, added)
-    for run in side.runs:
+    ids = _create_runs(client, home, experiment, tracked.runs, added)
+    models = _create_models(client, home, experiment, tracked.models, ids, extract, added)
+    for run in tracked.runs:
         _fill_run(client, ids, models, run, extract, added)
-    if side.registered is not None:
+    if tracked.registered is not None:
         with lock(home, "mlflow-register"):
-            _register(client, side.registered, ids, models, added)
+            _register(client, tracked.registered, ids, models, added)
     return added
 
 
-def _enter_runs(
-    client: Any, home: Home, experiment: str, wanted: Sequence[Mapping[str, Any]], added: Added
+def _create_runs(
+    client: Any, home: Home, experiment: str, wanted: Sequence[Mapping[str, Any]], added: Imports
 ) -> dict[str, str]:
-    """Make the runs that are not there, still empty; returns born id -> id here."""
+    """Create the missing runs, without content; returns original id -> id in this store."""
     # Parents first: a child names its parent.
     ordered = sorted(wanted, key=lambda run: runs.PARENT in run["tags"])
     while True:
         with lock(home, "mlflow-open"):
             ids: dict[str, str] = {}
             for run in pages(client.search_runs, experiment_ids=[experiment], max_results=1000):
-                ids.setdefault(run.data.tags.get(BORN, run.info.run_id), run.info.run_id)
+                ids.setdefault(run.data.tags.get(COPY_OF, run.info.run_id), run.info.run_id)
             missing = [run for run in ordered if run["id"] not in ids]
             for run in missing[:_CHUNK]:
                 made = client.create_run(
                     experiment,
                     start_time=run["started"],
-                    tags={**_run_tags(run, ids, {}), BORN: run["id"]},
+                    tags={**_run_tags(run, ids, {}), COPY_OF: run["id"]},
                     run_name=run["name"],
                 )
                 ids[run["id"]] = made.info.run_id
@@ -88,36 +90,36 @@ def _enter_runs(
 
 
 def _run_tags(run: Mapping[str, Any], ids: Mapping[str, str], models: Mapping[str, str]) -> dict[str, str]:
-    """The tags of a run, with the ids of this store; without those that name what is not here (yet)."""
+    """The tags of a run with the ids of this store; tags that name a missing run or model are left out."""
     tags = dict(run["tags"])
     parent, model = tags.pop(runs.PARENT, None), tags.pop(runs.MODEL, "").removeprefix(URI)
     tags |= {runs.PARENT: ids[parent]} if parent in ids else {}
     return tags | ({runs.MODEL: URI + models[model]} if model in models else {})
 
 
-def _enter_models(
+def _create_models(
     client: Any,
     home: Home,
     experiment: str,
     wanted: Sequence[Mapping[str, Any]],
     ids: Mapping[str, str],
     extract: Extract,
-    added: Added,
+    added: Imports,
 ) -> dict[str, str]:
-    """Log the models that are not there whole; returns born id -> id here."""
+    """Log the models that are missing or incomplete; returns original id -> id in this store."""
     with lock(home, "mlflow-open"):
         models: dict[str, str] = {}
         whole = set()
         for model in logged_models(client, experiment):
-            models.setdefault(model.tags.get(BORN, model.model_id), model.model_id)
-            whole |= {model.tags.get(BORN, model.model_id)} if str(model.status) == "READY" else set()
+            models.setdefault(model.tags.get(COPY_OF, model.model_id), model.model_id)
+            whole |= {model.tags.get(COPY_OF, model.model_id)} if str(model.status) == "READY" else set()
         for model in wanted:
             if model["id"] not in models:
                 made = client.create_logged_model(
                     experiment,
                     name=model["name"],
                     source_run_id=ids.get(model["run"]),
-                    tags={**model["tags"], BORN: model["id"]},
+                    tags={**model["tags"], COPY_OF: model["id"]},
                     params=model["params"],
                     model_type=model["kind"],
                 )
@@ -130,20 +132,13 @@ def _enter_models(
 
 
 def _fill_model(
-    client: Any, model_id: str, run_id: str | None, model: Mapping[str, Any], extract: Extract, added: Added
+    client: Any, model_id: str, run_id: str | None, model: Mapping[str, Any], extract: Extract, added: Imports
 ) -> None:
     from mlflow.entities import Metric
-    from mlflow.models import Model
 
     with tempfile.TemporaryDirectory() as scratch:
         added.files += len(extract(f"models/{model['id']}", Path(scratch)))
-        if (Path(scratch) / "MLmodel").is_file():
-            # The same file, but for what says which model of which run it is.
-            facts = Model.load(scratch)
-            facts.model_id = facts.model_uuid = model_id
-            facts.run_id = run_id
-            facts.save(str(Path(scratch) / "MLmodel"))
-        client.log_model_artifacts(model_id, scratch)
+        _log_files(client, model_id, run_id, Path(scratch))
     if run_id and model["metrics"]:
         scores = [Metric(*point, model_id=model_id, run_id=run_id) for point in model["metrics"]]
         client.log_batch(run_id, metrics=scores)
@@ -156,7 +151,7 @@ def _fill_run(
     models: Mapping[str, str],
     run: Mapping[str, Any],
     extract: Extract,
-    added: Added,
+    added: Imports,
 ) -> None:
     from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric
 
@@ -164,15 +159,15 @@ def _fill_run(
     there = client.get_run(ids[run["id"]])
     run_id = there.info.run_id
     tags = _run_tags(run, ids, models)
-    if there.data.tags.get(WHOLE) == digest and tags.items() <= there.data.tags.items():
+    if there.data.tags.get(COPIED) == digest and tags.items() <= there.data.tags.items():
         return
     # MLflow's databases take a point that they have already as the same one, and know parameters by name.
     params = {name: value for name, value in run["params"].items() if name not in there.data.params}
     runs.log(client, run_id, metrics=[Metric(*point) for point in run["metrics"]], params=params)
     datasets = []
-    for told_of in run["datasets"]:
-        known = {name: value for name, value in told_of.items() if name != "tags"}
-        datasets.append(DatasetInput(Dataset(**known), [InputTag(*tag) for tag in told_of["tags"].items()]))
+    for dataset in run["datasets"]:
+        known = {name: value for name, value in dataset.items() if name != "tags"}
+        datasets.append(DatasetInput(Dataset(**known), [InputTag(*tag) for tag in dataset["tags"].items()]))
     if datasets:
         client.log_inputs(run_id, datasets)
     logged = {one.model_id for one in (there.outputs.model_outputs if there.outputs else ())}
@@ -186,16 +181,16 @@ def _fill_run(
         added.files += len(files)
     if run["status"] != "RUNNING":
         client.set_terminated(run_id, run["status"], end_time=run["ended"])
-    # Last: what is marked whole is whole.
-    runs.log(client, run_id, tags={**tags, WHOLE: digest})
+    # Last, so that a run with this tag is complete.
+    runs.log(client, run_id, tags={**tags, COPIED: digest})
 
 
 def _register(
-    client: Any, model: Mapping[str, Any], ids: Mapping[str, str], models: Mapping[str, str], added: Added
+    client: Any, model: Mapping[str, Any], ids: Mapping[str, str], models: Mapping[str, str], added: Imports
 ) -> None:
-    """Register the versions that are not there, under their numbers where these are free, and bring tags and aliases.
+    """Register the missing versions, under their own numbers where these are free, with their tags and aliases.
 
-    An alias that is here already moves only to a version that was registered later.
+    An alias that exists here moves only to a version that was registered later.
     """
     from mlflow.exceptions import MlflowException
 
@@ -209,22 +204,22 @@ def _register(
     here: dict[int, Any] = {}
     for version in sorted(model["versions"], key=lambda one: one["number"]):
         if version["model"] not in models:
-            added.notes.append(f"version {version['number']} of {name} has no logged model, and stays behind")
+            added.notes.append(f"version {version['number']} of {name} has no logged model, and is left out")
             continue
         place = client.get_logged_model(models[version["model"]]).artifact_location
         there = known.get(place)
-        if there is None or _BEGUN in there.tags:
+        if there is None or _INCOMPLETE in there.tags:
             there = _add_version(client, name, place, version, ids, models, there)
             added.versions += 1
         here[version["number"]] = there
         for key, value in {**version["tags"], REGISTERED: str(version["created"])}.items():
             if there.tags.get(key) != value:
                 client.set_model_version_tag(name, there.version, key, value)
-        if _BEGUN in there.tags:
-            client.delete_model_version_tag(name, there.version, _BEGUN)
+        if _INCOMPLETE in there.tags:
+            client.delete_model_version_tag(name, there.version, _INCOMPLETE)
     numbers = {number: int(version.version) for number, version in here.items()}
     registered = client.get_registered_model(name)
-    for key, value in rewritten(model["tags"], numbers).items():
+    for key, value in renumber_champions(model["tags"], numbers).items():
         if key not in registered.tags:
             client.set_registered_model_tag(name, key, value)
     created = {version["number"]: version["created"] for version in model["versions"]}
@@ -246,9 +241,10 @@ def _add_version(
     models: Mapping[str, str],
     begun: Any | None,
 ) -> Any:
-    """Register a version, or take the one that was begun. Lower numbers that are free here were deleted in its store.
+    """Register a version, or complete one whose registration was cut short.
 
-    They are used up, so that NAME/3 means the same in both.
+    Lower numbers that are free here were deleted in the other store. They are used up, so that NAME/3 means the same
+    version in both.
     """
     made = begun
     while made is None or int(made.version) < version["number"]:
@@ -258,9 +254,124 @@ def _add_version(
             name,
             place,
             run_id=ids.get(version["run"]),
-            tags={_BEGUN: "true"},
+            tags={_INCOMPLETE: "true"},
             description=version["description"] or None,
             model_id=models[version["model"]],
             await_creation_for=0,
         )
     return made
+
+
+@translate_errors
+def copy_version(home: Home, version: ModelVersion, target: Home, *, openings: Sequence[Opening]) -> ModelVersion:
+    """The version of `target` with the same files, copied there first if it has none.
+
+    openings are those of the test part that measured the version; each becomes a tag of the copy. Aliases stay.
+    Machines that share the study storage share the lock. Others may copy at the same time: of copies of the same files
+    the lowest version stays. Raises StoreError, ModelError.
+    """
+    client = connect(home)
+    source = client.get_model_version(version.name, str(version.version))
+    run = client.get_run(version.run_id) if version.run_id else None
+    with tempfile.TemporaryDirectory() as scratch, lock(target.create(), "mlflow-copy"):
+        folder = fetch(home, version, Path(scratch))
+        digest = model_digest(folder)
+        number = _find_copy(target, version.name, digest)
+        if number is None:
+            tags = {
+                **source.tags,
+                MODEL_DIGEST: digest,
+                ORIGIN: source.tags.get(ORIGIN) or without_password(home.tracking_uri),
+                **{
+                    f"hpo.test_opening.{number}": json.dumps(asdict(opening)) for number, opening in enumerate(openings)
+                },
+            }
+            added = _add_copy(target, version.name, folder, tags, run)
+            number = _find_copy(target, version.name, digest) or added
+            if number != added:
+                _delete_copy(target, version.name, added)
+    return resolve(target, f"{version.name}/{number}")
+
+
+@translate_errors
+def _find_copy(target: Home, name: str, digest: str) -> int | None:
+    """The lowest number of the versions with these files; None where there is none."""
+    known = pages(connect(target).search_model_versions, filter_string=f"name = '{name}'")
+    return min((int(each.version) for each in known if each.tags.get(MODEL_DIGEST) == digest), default=None)
+
+
+@translate_errors
+def _add_copy(target: Home, name: str, folder: Path, tags: Mapping[str, str], origin: Any) -> int:
+    """Log and register the model in folder, with a run that has the parameters and scores of its original run."""
+    load_mlflow()
+    from mlflow.exceptions import MlflowException
+
+    client = connect(target)
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    place = runs.experiment(client, target, name)
+    run_id = client.create_run(place, tags={runs.KIND: "copy", **tags}, run_name=f"{name}, copied").info.run_id
+    logged = None
+    try:
+        if origin is not None:
+            metrics = runs.metrics(origin.data.metrics, time.time())
+            runs.log(client, run_id, params=origin.data.params, metrics=metrics)
+        logged = client.create_logged_model(place, name=name, source_run_id=run_id, tags=tags)
+        with tempfile.TemporaryDirectory() as scratch:
+            whole = shutil.copytree(folder, Path(scratch) / "model")
+            _log_files(client, logged.model_id, run_id, whole)
+        client.finalize_logged_model(logged.model_id, "READY")
+        client.set_terminated(run_id)
+        made = client.create_model_version(
+            name,
+            logged.artifact_location,
+            run_id=run_id,
+            tags=tags,
+            model_id=logged.model_id,
+            await_creation_for=0,  # as in registry
+        )
+    except BaseException:
+        if logged is not None:
+            delete_model(client, logged.model_id)
+        client.delete_run(run_id)
+        raise
+    return int(made.version)
+
+
+@translate_errors
+def _delete_copy(target: Home, name: str, number: int) -> None:
+    """Delete a version that was just added, with its logged model and its run."""
+    client = connect(target)
+    version = client.get_model_version(name, str(number))
+    client.delete_model_version(name, str(number))
+    for model in client.search_logged_models(
+        [client.get_run(version.run_id).info.experiment_id], f"source_run_id = '{version.run_id}'"
+    ):
+        delete_model(client, model.model_id)
+    client.delete_run(version.run_id)
+
+
+def _log_files(client: Any, model_id: str, run_id: str | None, folder: Path) -> None:
+    """Log the files of a model from another store; MLmodel, if there is one, gets the ids of this store."""
+    from mlflow.models import Model
+
+    if (folder / "MLmodel").is_file():
+        facts = Model.load(str(folder))
+        facts.model_id = facts.model_uuid = model_id
+        facts.run_id = run_id
+        facts.save(str(folder / "MLmodel"))
+    client.log_model_artifacts(model_id, str(folder))
+
+
+def model_digest(folder: Path) -> str:
+    """sha256:... over the names and bytes of a model's files; MLmodel, which names where it was logged, is left out."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "MLmodel"):
+        digest.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}\n".encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return f"sha256:{digest.hexdigest()}"

@@ -1,0 +1,115 @@
+"""References to trained models: a study, a trial or a registered version, by the names that commands accept."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cached_property
+
+from hpo.errors import ModelError, StoreError
+from hpo.execute.finals import final_setup, race
+from hpo.home import Home
+from hpo.jobs.shared.study_data import study_data
+from hpo.records import FINAL, DataCard, ModelVersion, StudyResult, Trial, TrialState
+from hpo.spec.load import parse_study
+from hpo.spec.study import Setup, StudySpec
+
+
+@dataclass(frozen=True)
+class ModelReference:
+    """A trained model, by the name that a user gave.
+
+    version is its kept model (number 0: logged and not registered), None if the model was not kept.
+    """
+
+    name: str
+    study: StudyResult
+    spec: StudySpec
+    trial: Trial
+    card: DataCard
+    version: ModelVersion | None
+
+    @property
+    def description(self) -> str:
+        """Version, trial and study, for messages."""
+        number = self.version.version if self.version is not None else 0
+        words = ([f"version {number}"] if number else []) + [f"trial {self.trial.number} of {self.study.title}"]
+        return ", ".join(words)
+
+    @cached_property
+    def setup(self) -> Setup:
+        """The settings of its training."""
+        parameters = self.trial.candidate.parameters
+        if self.trial.candidate.stage == FINAL:
+            return final_setup(self.spec, self.study, parameters, data=self.card)
+        return self.spec.with_values(parameters)
+
+    def kept(self, why: str) -> ModelVersion:
+        """Its model's version. Raises ModelError if the model was not kept; why states what needs it."""
+        if self.version is None:
+            hint = "Compare a trial that has one, or keep more: --keep-models all"
+            raise ModelError(f"{self.name}: its model was not kept, and {why}.", hint)
+        return self.version
+
+
+def find_model(home: Home, asked: str, *, trust: bool = False) -> ModelReference:
+    """The model of STUDY, STUDY#NUMBER, NAME@ALIAS or NAME/NUMBER; see compare.
+
+    Raises HpoError if there is none or its data is unavailable.
+    """
+    from hpo.storage.optuna_storage import read_study
+    from hpo.tracking.registry import resolve, versions
+
+    name, mark, number = asked.partition("#")
+    match = re.fullmatch(r"([^/@:#]+)/([0-9]+)", asked)
+    version = None
+    if match and all(version.version != int(match[2]) for version in versions(home, match[1])):
+        name, mark, number = match[1], "#", match[2]
+    elif "@" in asked or "/" in asked:
+        version = resolve(home, asked)
+        if version.origin:
+            hint = "Use it there: --home DIR, or the environment variable MLFLOW_TRACKING_URI."
+            raise ModelError(f"{asked}: it was copied from {version.origin}, which has its study.", hint)
+        name, mark, number = version.generation, "#", str(version.trial)
+    study = read_study(home, name)
+    spec = parse_study(study.spec, trust=trust)
+    card = study_data(study, spec)
+    trial = find_trial(study, number, (TrialState.COMPLETE,)) if mark else _winner(spec, study, card)
+    return ModelReference(asked, study, spec, trial, card, version or _version(home, study, trial))
+
+
+def find_trial(study: StudyResult, number: str, states: Collection[TrialState]) -> Trial:
+    """The trial of that number, in one of these states. Raises StoreError."""
+    found = [trial for trial in study.trials if str(trial.number) == number]
+    if not found:
+        count = f"its trials are 0 to {study.trials[-1].number}" if study.trials else "it has none"
+        raise StoreError(f"{study.title}: there is no trial {number!r}: {count}.", f"See: hpo trials {study.title}")
+    if found[0].state not in states:
+        raise StoreError(
+            f"{study.title}: trial {number} is {found[0].state}, not {' or '.join(states)}.",
+            f"See: hpo trials {study.title}",
+        )
+    return found[0]
+
+
+def _winner(spec: StudySpec, study: StudyResult, card: DataCard) -> Trial:
+    """The trial whose model a run of the study registers: the best of its finals if there are any, else the best."""
+    outcome = race(spec, study, data=card)
+    winner = outcome.winner if outcome is not None else study.best
+    if winner is None:
+        raise StoreError(f"{study.title}: no trial is complete yet.", f"Resume it: hpo run {study.name}")
+    return winner
+
+
+def _version(home: Home, study: StudyResult, trial: Trial) -> ModelVersion | None:
+    """The registered version of a trial, else its logged model; None if its model was not kept."""
+    from hpo.tracking.registry import resolve, versions
+    from hpo.tracking.store import exists
+    from hpo.tracking.tracker import Tracker
+
+    for version in versions(home, study.name):
+        if (version.study, version.trial, version.origin) == (study.title, trial.number, ""):
+            return version
+    uri = Tracker(home).kept_models(study).get(trial.number) if exists(home) else None
+    return resolve(home, uri) if uri else None
