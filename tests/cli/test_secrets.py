@@ -48,6 +48,7 @@ def secretive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_neither_a_store_nor_a_page_nor_a_message_holds_a_secret(secretive: Path) -> None:
     (secretive / "telling_net.py").write_text(TELLING_MODEL)
     (secretive / "telling.yaml").write_text(STUDY)

@@ -32,6 +32,7 @@ QUICK = {
     "search.pruner": "none",
     "search.sampler": "random",
     "training.patience": None,
+    "keep.figures": "none",
 }
 
 
