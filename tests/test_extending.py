@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ from hpo.data.prepare import open_trial, prepare
 from hpo.data.readers import Parts
 from hpo.data.sources import DATASETS, Source
 from hpo.errors import TrainingError
+from hpo.events import TrialEnded
 from hpo.execute.engines import ENGINES, engine_factory
 from hpo.execute.engines.base import StudyWork, WorkerPlan
 from hpo.execute.engines.in_process import InProcess
@@ -27,7 +29,7 @@ from hpo.execute.workers.task import Task
 from hpo.metrics import METRICS, Metric, label_of
 from hpo.models import MODELS
 from hpo.options import RunOptions
-from hpo.records import TrialEnded, TrialResult, TrialState
+from hpo.records import TrialResult, TrialState
 from hpo.report.statistics import score_intervals
 from hpo.search.pruners import PRUNERS, Pruner
 from hpo.search.samplers import SAMPLERS, Sampler
@@ -39,7 +41,7 @@ from hpo.spec.space import Part
 from hpo.spec.study import DataSpec, Setup, SplitSpec
 from hpo.spec.training import AugmentSpec, OptimizerSpec
 from hpo.training.augment import AUGMENTATIONS, Augmentation, build_augment
-from hpo.training.optimizers import OPTIMIZERS
+from hpo.training.optimizers import OPTIMIZERS, eager
 from search_fixtures import home, make_spec  # noqa: F401 - fixtures
 from study_fixtures import run_formula  # noqa: F401 - a fixture
 
@@ -65,6 +67,19 @@ def train(setup: Setup, card, folder) -> TrialResult:
 def other(home):  # noqa: F811
     root = home.root / "b"
     return replace(home, root=root, storage_url=f"sqlite:///{root / 'optuna.db'}")
+
+
+def test_the_diffs_of_the_page_apply_to_the_code_as_it_is():
+    root = Path(__file__).parents[1]
+    blocks = (root / "docs" / "extending.md").read_text(encoding="utf-8").split("```diff\n")[1:]
+    assert len(blocks) >= 9
+    for block in blocks:
+        lines: list[str] = []
+        for line in block.partition("```")[0].splitlines():
+            if line.startswith("--- a/"):
+                lines = (root / line.removeprefix("--- a/")).read_text(encoding="utf-8").splitlines()
+            elif line.startswith((" ", "-")) and not line.startswith("--- "):
+                assert line[1:] in lines, line
 
 
 def test_names_of_the_spec_are_those_of_the_tables():
@@ -150,7 +165,7 @@ def test_an_optimizer_trains(monkeypatch, card, tmp_path):
     made: list[Any] = []
 
     def build(weights, spec, **_):
-        made.append(torch.optim.Adagrad(weights, spec.lr))
+        made.append(eager(torch.optim.Adagrad)(weights, spec.lr))
         return made[-1]
 
     monkeypatch.setattr(types, "OPTIMIZER_NAMES", (*types.OPTIMIZER_NAMES, "adagrad"))
