@@ -14,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from hpo.errors import SpecError
-from hpo.spec.models import KINDS
+from hpo.spec.models import FAMILIES
 from hpo.spec.study import StudySpec, set_place
 from hpo.spec.trust import check_file, check_stored
 
@@ -283,7 +283,7 @@ def _locate(keys: list[str], node: yaml.Node | None) -> tuple[list[str], int | N
             kept.append(key)
         elif index == len(keys) - 1 or node is None:
             kept.append(key)
-    if len(kept) > 1 and kept[-1] in (*KINDS, "float", "int", "choice", "root") and node is not None:
+    if len(kept) > 1 and kept[-1] in (*FAMILIES, "own", "float", "int", "choice", "root") and node is not None:
         kept.pop()
     return kept, line
 

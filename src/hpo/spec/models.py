@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import operator
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -278,8 +280,17 @@ class OwnModelSpec(Part):
     """Keyword arguments of the function. A search varies them as model.options.NAME, if they are listed here."""
 
 
-# Tags of the union: a `kind` of the file, and "own" for whatever has the dotted form.
-KINDS = ("mlp", "cnn", "convnet", "resnet", "torchvision", "timm", "fusion", "transfer", "own")
+# The `kind` of a study file -> its part. hpo.models.MODELS has the builders; its import would load torch.
+FAMILIES: dict[str, type[Part]] = {
+    "mlp": MlpSpec,
+    "cnn": CnnSpec,
+    "convnet": ConvnetSpec,
+    "resnet": ResnetSpec,
+    "torchvision": TorchvisionSpec,
+    "timm": TimmSpec,
+    "fusion": FusionSpec,
+    "transfer": TransferSpec,
+}
 
 
 def _kind_of(value: Any) -> Any:
@@ -288,12 +299,12 @@ def _kind_of(value: Any) -> Any:
 
 def _tag(value: Any) -> str:
     kind = _kind_of(value)
-    return kind if kind in KINDS else "own"
+    return kind if kind in FAMILIES else "own"
 
 
 def _known(value: Any) -> Any:
     """Value itself, if its kind is one there is: pydantic's own complaint would not name the dotted form."""
-    kind, families = _kind_of(value), KINDS[:-1]
+    kind, families = _kind_of(value), tuple(FAMILIES)
     if kind in families or (isinstance(kind, str) and re.match(_DOTTED, kind)):
         return value
     close = difflib.get_close_matches(str(kind), families, n=1)
@@ -304,16 +315,14 @@ def _known(value: Any) -> Any:
     )
 
 
-ModelSpec = Annotated[
-    Annotated[MlpSpec, Tag("mlp")]
-    | Annotated[CnnSpec, Tag("cnn")]
-    | Annotated[ConvnetSpec, Tag("convnet")]
-    | Annotated[ResnetSpec, Tag("resnet")]
-    | Annotated[TorchvisionSpec, Tag("torchvision")]
-    | Annotated[TimmSpec, Tag("timm")]
-    | Annotated[FusionSpec, Tag("fusion")]
-    | Annotated[TransferSpec, Tag("transfer")]
-    | Annotated[OwnModelSpec, Tag("own")],
-    Discriminator(_tag),
-    BeforeValidator(_known),
-]
+def model_type() -> Any:
+    """The type of a study file's `model`: the part of its kind in FAMILIES, or OwnModelSpec for a dotted kind."""
+    parts = [Annotated[part, Tag(kind)] for kind, part in FAMILIES.items()]
+    return Annotated[
+        functools.reduce(operator.or_, [*parts, Annotated[OwnModelSpec, Tag("own")]]),
+        Discriminator(_tag),
+        BeforeValidator(_known),
+    ]
+
+
+ModelSpec = model_type()

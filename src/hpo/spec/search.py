@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from hpo.metrics import direction_of
 from hpo.spec.space import Part, Space
-from hpo.spec.types import Cost, Positive, Score, Share
+from hpo.spec.types import Cost, Positive, PrunerName, SamplerName, Score, Share
 
 _CONSTRAINT = r"^ *(parameters|latency_ms|valid_[a-z0-9_]+) *(<=|>=) *[0-9.eE+-]+ *$"
 
@@ -19,10 +19,6 @@ def _by_name(value: Any) -> Any:
 
 def _by_score(value: Any) -> Any:
     return {"score": value} if isinstance(value, str) else value
-
-
-SamplerName = Literal["random", "grid", "tpe", "cmaes", "gp", "qmc"]
-PrunerName = Literal["none", "median", "successive_halving", "hyperband", "patient", "wilcoxon", "curve"]
 
 
 class SamplerSpec(Part):

@@ -7,13 +7,13 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from hpo.spec.space import Part
-from hpo.spec.types import Positive, Rate, Score, Seed
+from hpo.spec.types import OptimizerName, Positive, Rate, Score, Seed
 
 
 class OptimizerSpec(Part):
     """How weights follow gradients. Fields that an optimizer has not are ignored by it."""
 
-    name: Literal["sgd", "rmsprop", "adam", "adamw"] = "adam"
+    name: OptimizerName = "adam"
     lr: Annotated[float, Field(gt=0.0, le=100.0)] = 1e-3
     """Learning rate; with a schedule, its highest."""
     momentum: Rate = 0.0

@@ -1,4 +1,4 @@
-"""Types that several parts of a study file share: shares, counts, activations, scores to aim at."""
+"""Types that several parts of a study file share: shares, counts, scores, names of samplers, pruners, optimizers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 def _one_of(known: Callable[[], Iterable[str]]) -> Any:
-    """A string among known(), asked at each validation, so that metrics added to the table count."""
+    """The type of a string among known(), which is called at each validation, so that added names are accepted."""
 
     def check(value: str) -> str:
         if value not in (names := list(known())):
@@ -41,3 +41,12 @@ Score = _one_of(lambda: [f"valid_{name}" for name in METRICS])
 PublishedScore = _one_of(lambda: [f"{part}_{name}" for part in ("test", "valid") for name in METRICS])
 # What a network costs: trainable and frozen weights; milliseconds an image takes, one at a time, on the trial's device.
 Cost = Literal["parameters", "latency_ms"]
+
+# The names of the tables SAMPLERS and PRUNERS of hpo.search and OPTIMIZERS of hpo.training, whose import would load
+# Optuna or torch; tests compare.
+SAMPLER_NAMES = ("random", "grid", "tpe", "cmaes", "gp", "qmc")
+PRUNER_NAMES = ("none", "median", "successive_halving", "hyperband", "patient", "wilcoxon", "curve")
+OPTIMIZER_NAMES = ("sgd", "rmsprop", "adam", "adamw")
+SamplerName = _one_of(lambda: SAMPLER_NAMES)
+PrunerName = _one_of(lambda: PRUNER_NAMES)
+OptimizerName = _one_of(lambda: OPTIMIZER_NAMES)
