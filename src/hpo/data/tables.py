@@ -1,4 +1,4 @@
-"""A table of labels beside image files: CSV, TSV, JSON Lines or Parquet."""
+"""A table of labels for image files: CSV, TSV, JSON Lines or Parquet."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def metadata_files(listing: Listing) -> list[Found]:
 
 
 def unread_table(listing: Listing, found: Sequence[Labelled], place: Path) -> list[str]:
-    """A warning where a table beside folders names their images and no column of it is their classes.
+    """A warning where a table next to folders names their images and no column of it is their classes.
 
     Raises DataError where the names of the folders, such as images_part_1, are no classes either.
     """

@@ -172,7 +172,7 @@ def _as_it_was(setup: Setup, before: TrialResult) -> Setup:
 
 
 def _stacks(before: TrialResult) -> Stacks | None:
-    """A stack for a trial that was trained in one: the same arithmetic, whoever else is in it."""
+    """A stack for a trial that was trained in one: the same arithmetic, whatever other trials are in it."""
     if before.settings.get("stack") != "shared":
         return None
     from hpo.training.stacking.stack import Stacks
@@ -240,8 +240,8 @@ def _difference(one: float | None, other: float | None) -> float:
         return math.inf
     if one == other or (math.isnan(one) and math.isnan(other)):
         return 0.0
-    apart = abs(one - other)
-    return math.inf if math.isnan(apart) else apart
+    difference = abs(one - other)
+    return math.inf if math.isnan(difference) else difference
 
 
 def _end(result: TrialResult) -> str:
