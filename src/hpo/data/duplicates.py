@@ -7,12 +7,18 @@ Pairs of like hashes are found by buckets, without a look at all pairs, and beli
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from hashlib import blake2b
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from hpo.errors import DataError
+from hpo.records import DataCard
+
+_MOST_SHARED = 0.01  # of a part: published data sets hold a few copies
 
 Digests = Sequence[bytes]
 
@@ -177,3 +183,29 @@ def _alike(pixels: Pixels, left: NDArray[np.int64], right: NDArray[np.int64]) ->
 def count_across(first: NDArray[np.int64], second: NDArray[np.int64]) -> int:
     """How many images of the second part, by their clusters, look nearly like one of the first."""
     return int(np.isin(second, first).sum())
+
+
+def shared_images(digests: Mapping[str, Digests]) -> tuple[str, ...]:
+    """Which parts share more than one in a hundred of their images, with counts, in words.
+
+    digests maps train, valid and test to the pixel_digests of their images.
+    """
+    found = []
+    for first, second in combinations(digests, 2):
+        count, size = found_in(digests[second], digests[first]), len(digests[second])
+        if count > _MOST_SHARED * size:
+            found.append(f"{count} of the {size} {second} images are {first} images too")
+    return tuple(found)
+
+
+def refuse_shared(card: DataCard) -> None:
+    """Refuse data of the user's own whose parts share images. Raises DataError with the counts.
+
+    What a model has seen in training says nothing of how it does on new images, and a test part that chose the model is
+    none.
+    """
+    if card.shared:
+        raise DataError(
+            f"{card.source}: {'; '.join(card.shared)}, pixel for pixel.",
+            "Remove them from one of the parts. Or leave a part out: its images are then drawn from the others.",
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from hpo.search.distributions import distribution, fits
 from hpo.search.samplers import SAMPLERS
 from hpo.search.stages import check_stages
 from hpo.search.study import Study
+from hpo.spec.content import content_changes, content_of, library_changes, with_digests
 from hpo.spec.load import parse_study
 from hpo.spec.space import Choice, Float, Int
 from hpo.spec.study import StudySpec
@@ -44,20 +45,31 @@ def open_study(
     budget: int | None = None,
     fresh: bool = False,
     join: str = "",
+    class_names: Sequence[str] = (),
 ) -> Study:
     """Start a study, or resume its newest generation; fresh starts a new generation.
 
     budget is stored in its record. join is the title of an existing study to take part in, of any generation: its
-    record is left as it is. data_digest is that of the images that trials see. Raises SpecError where the spec cannot
-    be searched, or where spec or data differ from those of the study's trials (space, sampler, pruner and budget may
-    change, options of a choice may not), and StoreError where the storage refuses.
+    record is left as it is. data_digest is that of the images that trials see, class_names are the data set's. Raises
+    SpecError where the spec cannot be searched, or where spec, data, code or weights differ from those of the study's
+    trials (space, sampler, pruner and budget may change, options of a choice may not), and StoreError where the storage
+    refuses.
     """
     storage = open_storage(home)
     try:
         outbox.keep_reserve(home)
-        enter = partial(_enter_study, storage, spec, data_digest=data_digest, budget=budget, fresh=fresh, join=join)
+        enter = partial(
+            _enter_study,
+            storage,
+            spec,
+            data_digest=data_digest,
+            budget=budget,
+            fresh=fresh,
+            join=join,
+            content={**content_of(spec), "class_names": list(class_names)},
+        )
         with store_errors(home):
-            title, notes = storage.transact(enter, lock="studies")
+            title, notes, spec = storage.transact(enter, lock="studies")
             clean_leases(home.locks)
             return Study(home, spec, storage, title, new_lease(home, title), notes)
     except BaseException:
@@ -73,8 +85,13 @@ def _enter_study(
     budget: int | None = None,
     fresh: bool = False,
     join: str = "",
-) -> tuple[str, list[str]]:
-    """Write the study's record, new or updated, and return its title and notes on its start; see open_study."""
+    content: Mapping[str, Any],
+) -> tuple[str, list[str], StudySpec]:
+    """Write the study's record, new or updated, and return its title, notes on its start, and its spec; see open_study.
+
+    The spec is the one given, except that a study keeps the monitor that it began with where the spec sets none.
+    content has the fingerprints of hpo.spec.content and the class names of the data.
+    """
     _check_search(spec)
     titles = generations(storage, spec.name)
     if join and join not in titles.values():
@@ -82,6 +99,8 @@ def _enter_study(
     generation = max(titles, default=0) + (fresh or not titles)
     generation = next((number for number, title in titles.items() if title == join), generation)
     title = spec.name if generation == 1 else f"{spec.name}~{generation}"
+    study_id, before = storage.studies()[titles[generation]] if generation in titles else (-1, None)
+    spec = spec.resumed_as(before["spec"]) if before else spec
     objectives = aims(spec)
     identity = spec.identity()
     if spec.search.constraints:
@@ -97,14 +116,16 @@ def _enter_study(
         "data_digest": data_digest,
         "created": time.time(),
         "budget": budget,
+        "content": content,
     }
     notes: list[str] = []
-    if generation in titles:
-        study_id, before = storage.studies()[title]
+    if before is not None:
         _check_same(before, record)
+        if libraries := library_changes(before.get("content", {}), content):
+            notes.append(f"Earlier trials ran with other libraries and may differ in the last digits: {libraries}.")
         _check_space(spec, storage.every_trial(study_id))
         if join:
-            return title, notes
+            return title, notes, spec
         record |= {"created": before["created"], "start": before.get("start", [])}
     else:
         record["start"], notes = _warm_starts(spec, storage)
@@ -114,7 +135,7 @@ def _enter_study(
             directions = [StudyDirection[direction.upper()] for _, direction in objectives]
             study_id = storage.database.create_new_study(directions, title)
     storage.database.set_study_user_attr(study_id, STUDY, record)
-    return title, notes
+    return title, notes, spec
 
 
 def _check_search(spec: StudySpec) -> None:
@@ -131,14 +152,20 @@ def _check_search(spec: StudySpec) -> None:
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    old = dict(_flat({**before["identity"], "data digest": before["data_digest"]}))
-    new = dict(_flat({**now["identity"], "data digest": now["data_digest"]}))
+    contents = before.get("content", {}), now["content"]
+    # Records of earlier versions have no fingerprints of files: their paths are compared.
+    files = [content["files"] for content in contents] if all("files" in content for content in contents) else [{}, {}]
+    old, new = (
+        dict(_flat({**with_digests(record["identity"], known), "data digest": record["data_digest"]}))
+        for record, known in zip((before, now), files, strict=True)
+    )
     absent = object()
     paths = [path for path in {**old, **new} if old.get(path, absent) != new.get(path, absent)]
-    if paths:
-        changes = ", ".join(f"{path}: {old.get(path, 'absent')} -> {new.get(path, 'absent')}" for path in paths)
+    changes = [f"{path}: {old.get(path, 'absent')} -> {new.get(path, 'absent')}" for path in paths]
+    changes += content_changes(*contents)
+    if changes:
         raise SpecError(
-            f"{now['name']}: its trials used other settings and would not be comparable: {changes}.",
+            f"{now['name']}: its trials used other settings and would not be comparable: {', '.join(changes)}.",
             "Restore these settings, or start a new generation with --fresh.",
         )
 

@@ -254,6 +254,11 @@ class Study:
         return self._liveness.attended(self._trials())
 
     @property
+    def spec(self) -> StudySpec:
+        """The study as it is run: what was given, but for what it keeps of its beginning."""
+        return self._spec
+
+    @property
     def lease(self) -> Lease:
         """The lease of this handle."""
         return self._lease

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -149,7 +149,7 @@ class SearchSpec(Part):
         if self.sampler.name == "grid" and not self.stages:
             for path, parameter in self.space.items():
                 try:
-                    parameter.grid()
+                    parameter.check_finite()
                 except ValueError as error:
                     raise ValueError(f"sampler grid, {path}: {error}") from None
         return self
@@ -168,6 +168,12 @@ class SearchSpec(Part):
     def better(self) -> Literal["maximize", "minimize"]:
         """The direction in which the objective improves."""
         return self.direction or direction_of(self.objective)
+
+    @property
+    def judged_by(self) -> Score:
+        """The score by which the best epoch of a training is chosen where the study names none."""
+        scores = [aim.score for aim in self.objectives if aim.score not in get_args(Cost)]
+        return cast("Score", scores[0]) if scores else self.objective
 
     @property
     def whole_space(self) -> Space:

@@ -105,7 +105,8 @@ class TrainingSpec(Part):
     class_weights: Literal["none", "balanced"] = "none"
     """balanced: each class weighs n / (classes * images of the class) in the loss."""
     monitor: Score = "valid_accuracy"
-    """The score whose best epoch's weights are kept, and that early stopping watches."""
+    """The score whose best epoch's weights are kept, and that early stopping watches. Left out: the search's objective
+    (the first of several that is a validation score)."""
     patience: Positive | None = None
     """Stop after this number of epochs without a better monitor; null: never."""
     clip_norm: Annotated[float, Field(gt=0.0)] | None = None
@@ -123,6 +124,10 @@ class TrainingSpec(Part):
     """auto: the faster of the two for this network, batch and device, by a short measurement."""
     seed: Seed | None = None
     """Initialisation, data order and dropout; null: a seed of its own for each trial, from the study's seed."""
+
+    def watching(self, monitor: Score) -> TrainingSpec:
+        """The same training with another monitor, which counts as given only where this one's was."""
+        return TrainingSpec.model_construct(_fields_set=self.model_fields_set, **{**dict(self), "monitor": monitor})
 
     def share(self, epoch: int) -> float:
         """How much of the training images an epoch, counted from 1, goes through: what it costs, in full epochs."""

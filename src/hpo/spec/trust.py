@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.machinery
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,13 +10,29 @@ from typing import Any
 
 from hpo.errors import SpecError
 
-_PARTS = ("data", "model", "search", "final")
-_FUNCTION = re.compile(r"[^\s:/\\]+:[^\s:/\\]+")
+_PROSE = ("name", "question", "references")  # parts of a study that are only read by people
+
+
+def split_function(text: str) -> tuple[str, str] | None:
+    """package.module:function as (module, function); None for any other text, which is never imported.
+
+    This is the only reading of such a name: what loads a function and what asks for trust must agree on it.
+    """
+    module, colon, function = text.partition(":")
+    if not colon or not all(map(str.isidentifier, [*module.split("."), function])):
+        return None
+    return module, function
+
+
+def is_function(text: str) -> bool:
+    """True for package.module:function."""
+    return split_function(text) is not None
 
 
 def named_functions(tree: Mapping[str, Any]) -> list[str]:
-    """Whatever reads like package.module:function in a study's or a setup's data, model, search and final parts."""
-    return sorted({text for part in _PARTS for text in _texts(tree.get(part)) if _FUNCTION.fullmatch(text)})
+    """Every package.module:function in the parts of a study or a setup, but for those that are prose."""
+    parts = (tree[part] for part in tree if part not in _PROSE)
+    return sorted({text for part in parts for text in _texts(part) if is_function(text)})
 
 
 def module_file(function: str) -> Path | None:

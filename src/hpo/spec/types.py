@@ -41,6 +41,7 @@ Score = _one_of(lambda: [f"valid_{name}" for name in METRICS])
 PublishedScore = _one_of(lambda: [f"{part}_{name}" for part in ("test", "valid") for name in METRICS])
 # What a network costs: trainable and frozen weights; milliseconds an image takes, one at a time, on the trial's device.
 Cost = Literal["parameters", "latency_ms"]
+LIMITED: tuple[Cost, ...] = ("parameters", "latency_ms")
 
 # The names of the tables SAMPLERS and PRUNERS of hpo.search and OPTIMIZERS of hpo.training, whose import would load
 # Optuna or torch; tests compare.

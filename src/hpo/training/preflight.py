@@ -56,9 +56,18 @@ def preflight(setup: Setup, card: DataCard, *, device_name: str, seed: int, fold
     if transfer is not None and (views := cached_views(setup)) is not None:
         few, seconds = _seen(transfer, few, views)
         net, features_seconds = transfer.head, seconds * (1 + views) * card.development_count
-    precision = spec.precision if spec.precision != "auto" else measured_precision(net, few, spec.batch_size)
     once = spec.model_copy(update={"epochs": 2, "patience": None})
-    epochs = list(train(net, few, once, seed=seed, precision=precision))
+    try:
+        precision = spec.precision if spec.precision != "auto" else measured_precision(net, few, spec.batch_size)
+        epochs = list(train(net, few, once, seed=seed, precision=precision))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        place, size = ("micro_batch", spec.micro_batch) if spec.micro_batch else ("batch_size", spec.batch_size)
+        raise TrainingError(
+            f"training.{place} {size}: batch norm cannot learn from pieces of one image.",
+            "Take 2 or more images at once, or turn batch_norm off.",
+        ) from None
     if not epochs:
         raise TrainingError("the training yields no epoch.", "Set training.epochs to 1 or more.")
     step_seconds = epochs[-1].seconds / steps  # the first epoch warms up

@@ -110,6 +110,9 @@ class Tracking(Subscriber):
                 f"logs and registers it at its end, or with its next hpo run {study.name}. If it is lost, have "
                 f"the best trial trained again: hpo run {study.name} --set final.seeds=1"
             )
+        elif winner is not None and event.register and self._spec.keep.models != "none":
+            # Says so where somebody has deleted the run, and how it comes back.
+            self._queue.submit(self._tracker.require_run, study, winner.number)
         if event.summarize:
             name = study.name if self._registered else ""
             text = study_summary(study, winner=winner, model=name, remarks=list(event.remarks))
