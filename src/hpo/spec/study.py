@@ -187,7 +187,9 @@ class StudySpec(Part):
     @property
     def setup(self) -> Setup:
         """The part of the spec that one training needs, as written."""
-        return Setup(data=self.data, split=self.split, model=self.model, training=self.training, task=self.task)
+        scores = list(dict.fromkeys([*self.training.scores, *self.search.requested_scores]))
+        training = self.training.model_copy(update={"scores": scores}) if scores else self.training
+        return Setup(data=self.data, split=self.split, model=self.model, training=training, task=self.task)
 
     def identity(self) -> dict[str, Any]:
         """What must not change while a study goes on, or its trials could not be compared."""
@@ -196,6 +198,8 @@ class StudySpec(Part):
         plain["data"].pop("path")
         # How often a training is saved makes no difference to what comes out of it.
         plain["training"].pop("checkpoint")
+        # What else is measured of a training does not change it.
+        plain["training"].pop("scores")
         # Younger than some studies: without it all images took part.
         if plain["training"]["data_growth"] == 1:
             plain["training"].pop("data_growth")

@@ -107,6 +107,8 @@ class TrainingSpec(Part):
     """balanced: each class weighs n / (classes * images of the class) in the loss."""
     monitor: Score = "valid_accuracy"
     """The score whose best epoch's weights are kept, and that early stopping watches."""
+    scores: list[Score] = Field(default_factory=list)
+    """Further scores of every epoch, such as [valid_mcc]; those that monitor and search name need not be listed."""
     patience: Positive | None = None
     """Stop after so many epochs without a better monitor; null: never."""
     clip_norm: Annotated[float, Field(gt=0.0)] | None = None

@@ -11,13 +11,16 @@ from typing import Any
 
 from hpo.errors import SpecError
 
-_PARTS = ("data", "model", "search", "final")
+_PARTS = ("data", "model", "training", "search", "final")
 _FUNCTION = re.compile(r"[^\s:/\\]+:[^\s:/\\]+")
+_OWN_SCORE = re.compile(r"valid_([^\s:/\\]+:[^\s:/\\<>]+)(?: *[<>]=.*)?")  # as an objective, a monitor or a constraint
 
 
 def named_functions(tree: Mapping[str, Any]) -> list[str]:
-    """Whatever reads like package.module:function in a study's or a setup's data, model, search and final parts."""
-    return sorted({text for part in _PARTS for text in _texts(tree.get(part)) if _FUNCTION.fullmatch(text)})
+    """Whatever reads like package.module:function in the parts of a study or a setup that name code of others."""
+    texts = {text for part in _PARTS for text in _texts(tree.get(part))}
+    scores = {match[1] for text in texts if (match := _OWN_SCORE.fullmatch(text.strip()))}
+    return sorted({text for text in texts if _FUNCTION.fullmatch(text) and not _OWN_SCORE.fullmatch(text)} | scores)
 
 
 def module_file(function: str) -> Path | None:

@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel
 
 from hpo.data.prepare import TrialData
+from hpo.data.requested_scores import requested
 from hpo.metrics import scores
 from hpo.models.inputs import input_of
 from hpo.models.transfer import transfer_of
@@ -112,6 +113,7 @@ class _Training:
         self._optimizer = build_optimizer(spec.optimizer, net)
         self._batches = Batches(data.images, spec.augment)
         self._normalise = input_of(data)
+        self._requested = requested([*spec.scores, spec.monitor], data.class_names)
         self._averaged = moving_average(net, spec.ema) if spec.ema else None
         self._evaluated: nn.Module = net if self._averaged is None else self._averaged.module
         self._transfer = transfer_of(net)
@@ -219,7 +221,8 @@ class _Training:
         """The scores on the validation part."""
         data, micro_batch = self._data, self._spec.micro_batch
         logits = predict_logits(self._evaluated, data, data.valid, precision=self._precision, micro_batch=micro_batch)
-        return {f"valid_{name}": value for name, value in scores(logits, data.labels[data.valid]).items()}
+        measured = scores(logits, data.labels[data.valid], further=self._requested)
+        return {f"valid_{name}": value for name, value in measured.items()}
 
     def _backward(self, inputs: Tensor, labels: Tensor, others: Tensor, share: float) -> tuple[Tensor, Tensor]:
         """Add the gradient of a batch's mean loss to the weights; returns that loss and the logits.

@@ -15,7 +15,7 @@ import numpy as np
 from hpo.errors import HpoError
 from hpo.home import Home
 from hpo.jobs.shared.model_reference import ModelReference
-from hpo.metrics import counted, direction_of
+from hpo.metrics import METRICS, direction_of, find_metric, name_of
 from hpo.records import FINAL, ModelVersion, Trial, TrialResult, unpack_classes
 from hpo.report.statistics import Ints, mean_lead
 
@@ -76,12 +76,13 @@ def beats_champion(
     part, note = (None, why) if old is None else _unseen(new, old)
     if old is None or part is None:
         return _by_objective(new, champion, old, why=note)
-    score = objective.removeprefix("valid_")
-    score = score if score in counted() else "accuracy"
     names = new.card.class_names
+    score = find_metric(name_of(objective), names)
+    resampled = score is not None and score.from_counts is not None and score.direction == "maximize"
+    score = score if score is not None and resampled else METRICS["accuracy"]
     first, second = (_said(home, each, part, names) for each in (new, old))
     lead = mean_lead(part.labels, first, second, score=score, classes=len(names), seed=new.spec.seed)
-    points = f"{100 * lead.value:+.2f} points of {score.replace('_', ' ')} over version {champion.version}"
+    points = f"{100 * lead.value:+.2f} points of {score.label} over version {champion.version}"
     seeds = f", seeds: {len(first)} against {len(second)}" if len(first) + len(second) > 2 else ""
     return Verdict(
         "beats the champion",

@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel
 
 from hpo.data.prepare import TrialData
+from hpo.data.requested_scores import requested
 from hpo.errors import NotFiniteError
 from hpo.metrics import scores
 from hpo.models.inputs import input_of
@@ -333,7 +334,10 @@ def _judge(member: Member, total: tuple[float, float], logits: Tensor) -> Epoch 
     measured = {"train_loss": total[0], "train_accuracy": total[1]}
     if len(member.data.valid):
         labels = member.data.labels[member.data.valid]
-        measured |= {f"valid_{name}": value for name, value in scores(logits, labels).items()}
+        found = scores(
+            logits, labels, further=requested([*member.spec.scores, member.spec.monitor], member.data.class_names)
+        )
+        measured |= {f"valid_{name}": value for name, value in found.items()}
     try:
         last = member.stopping.note(member.epoch, measured, member.evaluated)
     except NotFiniteError as error:  # concerns this member only
