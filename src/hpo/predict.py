@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 
 from hpo.data.image_files import read_picture
+from hpo.data.ranges import Ranges, input_kind, kind_of, range_for, to_levels
 from hpo.errors import DataError, ModelError
 from hpo.home import Home
 from hpo.tracking.registry import fetch, resolve
@@ -24,30 +25,49 @@ _LIST = "Take one that a study has registered: hpo models"
 
 @dataclass(frozen=True)
 class Classifier:
-    """A loaded model. image_shape is (height, width, channels); uri says where it came from."""
+    """A loaded model. image_shape is (height, width, channels); uri says where it came from.
+
+    ranges are those of the pixels that it was trained on; None for a model that knows none, which takes uint8 levels.
+    """
 
     uri: str
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
     _model: Any = field(repr=False)
+    ranges: Ranges | None = None
+
+    @property
+    def input_kind(self) -> str:
+        """The dtype of images in the values of the training data: uint8 mostly."""
+        return input_kind(self.ranges or {})
 
     def predict_proba(self, images: np.ndarray) -> np.ndarray:
-        """Images (n, height, width, channels) uint8 -> probabilities (n, classes) float32, rows summing to 1.
+        """Images (n, height, width, channels) -> probabilities (n, classes) float32, rows summing to 1.
 
-        Grey images may come as (n, height, width). Raises DataError for another type or shape.
+        Images are uint8 or of the kind of pixel that the model was trained on, and are scaled as those were. Grey
+        images may come as (n, height, width). Raises DataError for another type or shape, and for NaN.
         """
+        kind = kind_of(images.dtype)
+        limits = range_for(kind, self.ranges or {})
         if images.ndim == 3 and self.image_shape[2] == 1:
             images = images[..., np.newaxis]
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != self.image_shape:
+        if limits is None or images.ndim != 4 or images.shape[1:] != self.image_shape:
+            kinds = " or ".join(dict.fromkeys((self.input_kind, "uint8")))
             raise DataError(
-                f"images of type {images.dtype} and shape {images.shape}: {self.uri} takes uint8 images of shape "
+                f"images of type {images.dtype} and shape {images.shape}: {self.uri} takes {kinds} images of shape "
                 f"(n, {', '.join(map(str, self.image_shape))}).",
                 "Convert them, or give image files to hpo predict, which resizes.",
             )
-        found = np.asarray(self._model.predict(images), dtype=np.float32)
-        if found.shape != (len(images), len(self.class_names)):
+        if images.dtype.kind == "f" and (lacking := int((~np.isfinite(images)).sum())):
+            raise DataError(f"images: {lacking:,} pixel values are NaN or infinite.", "Replace them by numbers.")
+        return self.predict_levels(to_levels(images, limits))
+
+    def predict_levels(self, levels: np.ndarray) -> np.ndarray:
+        """The same for images that are scaled already, as those of prepared data are: (n, h, w, channels) uint8."""
+        found = np.asarray(self._model.predict(levels), dtype=np.float32)
+        if found.shape != (len(levels), len(self.class_names)):
             raise ModelError(
-                f"{self.uri}: answers of shape {found.shape} for {len(images)} images and {len(self.class_names)} "
+                f"{self.uri}: answers of shape {found.shape} for {len(levels)} images and {len(self.class_names)} "
                 "classes.",
                 _LIST,
             )
@@ -93,7 +113,8 @@ def _load(folder: Path, uri: str, allow_pickle: bool) -> Classifier:
     config = read_config(parts / "config.json")
     height, width, channels = config["image_shape"]
     # The script beside it, which MLflow would run, is left alone.
-    return Classifier(uri, tuple(config["class_names"]), (height, width, channels), Program(parts / "net.pt2"))
+    program = Program(parts / "net.pt2")
+    return Classifier(uri, tuple(config["class_names"]), (height, width, channels), program, config.get("ranges"))
 
 
 def _flavors(folder: Path) -> str:
@@ -116,22 +137,44 @@ def _load_any(folder: Path, uri: str) -> Classifier:
             f"{uri}: not a model of images that loads here: {str(error) or type(error).__name__}.",
             _LIST,
         ) from error
-    return Classifier(uri, names, (height, width, channels), model)
+    ranges = (model.metadata.metadata or {}).get("ranges")
+    return Classifier(uri, names, (height, width, channels), _Levels(model), ranges and _pairs(ranges))
 
 
-def read_images(paths: Sequence[AnyPath], shape: tuple[int, int, int]) -> np.ndarray:
+def _pairs(ranges: Mapping[str, Sequence[float]]) -> Ranges:
+    return {kind: (float(low), float(high)) for kind, (low, high) in ranges.items()}
+
+
+class _Levels:
+    """A model of MLflow that takes uint8 levels, whatever its signature says of the values that people give it."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def predict(self, levels: np.ndarray) -> np.ndarray:
+        """Levels (n, height, width, channels) uint8 -> probabilities (n, classes)."""
+        ours = getattr(self._model, "_model_impl", None)
+        script: Any = getattr(ours, "python_model", None)
+        if hasattr(script, "predict_levels"):
+            return np.asarray(script.predict_levels(levels))
+        return np.asarray(self._model.predict(levels))
+
+
+def read_images(paths: Sequence[AnyPath], shape: tuple[int, int, int], ranges: Ranges | None = None) -> np.ndarray:
     """Image files of any size and mode -> (n, height, width, channels) uint8.
 
-    They are turned upright by their EXIF tag, laid on white where they are transparent, made grey (1 channel) or RGB
-    (3) and stretched bilinearly to height and width. Raises DataError naming the file that is missing or damaged.
+    They are turned upright by their EXIF tag, laid on white where they are transparent, scaled by the range of their
+    kind of pixel, made grey (1 channel) or RGB (3) and stretched bilinearly to height and width. ranges are those of
+    the model; see read_picture for None. Raises DataError naming the file that is missing or damaged.
     """
     height, width, channels = shape
-    if channels not in (1, 3):
-        raise DataError(f"a model of {channels} channels cannot read image files.", "Use predict_proba with an array.")
+    mode = {1: "L", 3: "RGB"}.get(channels)
     images = np.empty((len(paths), *shape), np.uint8)
     for row, path in enumerate(paths):
-        mode = "L" if channels == 1 else "RGB"
-        images[row] = read_picture(Path(path), mode=mode, size=(width, height)).reshape(shape)
+        levels = read_picture(Path(path), mode=mode, size=(width, height), ranges=ranges)
+        if levels.size != images[row].size:
+            raise DataError(f"{path}: not {channels} bands, which the model takes.", "Use predict_proba with an array.")
+        images[row] = levels.reshape(shape)
     return images
 
 
@@ -143,7 +186,7 @@ def predict_files(model: Classifier, paths: Sequence[AnyPath]) -> list[dict[str,
 def _rows(model: Classifier, paths: Sequence[AnyPath]) -> Iterator[dict[str, Any]]:
     for start in range(0, len(paths), _CHUNK_FILES):
         chunk = paths[start : start + _CHUNK_FILES]
-        for path, row in zip(chunk, model.predict_proba(read_images(chunk, model.image_shape)), strict=True):
+        for path, row in zip(chunk, _answers(model, chunk), strict=True):
             probabilities = dict(zip(model.class_names, map(float, row), strict=True))
             name = max(probabilities, key=probabilities.__getitem__)
             yield {
@@ -152,3 +195,7 @@ def _rows(model: Classifier, paths: Sequence[AnyPath]) -> Iterator[dict[str, Any
                 "probability": probabilities[name],
                 "probabilities": probabilities,
             }
+
+
+def _answers(model: Classifier, paths: Sequence[AnyPath]) -> np.ndarray:
+    return model.predict_levels(read_images(paths, model.image_shape, model.ranges))

@@ -326,7 +326,9 @@ class DataCard:
     images that a trial may see, an official training part first and an official validation part from row valid_start
     (None: the data set has none). The test part lies in test_folder, which no trial is given: see sealed.
     image_shape is (height, width, channels). digest is "sha256:..." over pixels and labels of all parts.
-    official says whether the bytes had the publisher's checksum.
+    official says whether the bytes had the publisher's checksum. files counts the files of a folder: seen, used, and
+    those skipped by reason. ranges maps a kind of pixel (a numpy dtype) to the values that became 0 and 255. warnings
+    are about images that can hardly be meant. groups is how many groups no two parts share, 0 where none are known.
     """
 
     name: str
@@ -342,6 +344,24 @@ class DataCard:
     source: str
     licence: str = ""
     citation: str = ""
+    files: Mapping[str, int] = field(default_factory=dict, hash=False)
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict, hash=False)
+    warnings: tuple[str, ...] = field(default=(), hash=False)
+    groups: int = 0
+
+    @property
+    def accounting(self) -> str:
+        """Files seen, used and skipped, and why, in one line; "" where no files were read one by one."""
+        if not self.files:
+            return ""
+        skipped = {reason: count for reason, count in self.files.items() if reason not in ("seen", "used")}
+        why = f": {', '.join(f'{count:,} {reason}' for reason, count in skipped.items())}" if skipped else ""
+        return f"{self.files['seen']:,} seen, {self.files['used']:,} used, {sum(skipped.values()):,} skipped{why}"
+
+    @property
+    def pixel_ranges(self) -> str:
+        """The range of each kind of pixel in words."""
+        return ", ".join(f"{kind} {low:g} to {high:g}" for kind, (low, high) in self.ranges.items())
 
     @property
     def sealed(self) -> DataCard:

@@ -206,8 +206,11 @@ GIVEN = arrays()
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train_images": GIVEN["train_images"] / 255}, "train images are float64, not uint8"),
-        ({"train_images": np.full((60, 8, 8), np.nan)}, "train images are float64, not uint8"),
+        ({"train_images": GIVEN["train_images"].astype(str)}, "train images are <U3, not numbers"),
+        (
+            {"train_images": np.full((60, 8, 8, 3), np.nan)},
+            "11,520 pixel values are NaN or infinite, in 1 images or arr",
+        ),
         ({"train_images": GIVEN["train_images"].reshape(60, -1)}, r"shape \(60, 192\)"),
         ({"train_images": GIVEN["train_images"].transpose(0, 2, 3, 1)}, r"shape \(60, 8, 3, 8\)"),
         ({"test_images": GIVEN["test_images"][:0], "test_labels": GIVEN["test_labels"][:0]}, "none empty"),

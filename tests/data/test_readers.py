@@ -74,8 +74,8 @@ def test_folder_images_are_resized_on_request_only(folder, cache):
 
 
 def test_folder_is_grey_only_if_every_image_is(folder, cache):
-    for file in folder.glob("*/*.png"):
-        picture(file, mode="L")
+    for number, file in enumerate(folder.glob("*/*.png")):
+        picture(file, mode="L", seed=number)
     assert prepare(of(folder), SplitSpec(), cache=cache).image_shape == (12, 16, 1)
     picture(folder / "cat" / "0.png", mode="P")
     assert prepare(of(folder), SplitSpec(), cache=cache).image_shape == (12, 16, 3)
@@ -97,7 +97,7 @@ def test_images_are_read_for_training_as_they_are_for_prediction(folder, cache):
     card = prepare(of(folder), SplitSpec(), cache=cache)
     images = np.concatenate([development(card)[0], np.load(Path(card.test_folder) / "test_images.npy")])
     for name in ("3.png", "4.png"):
-        (expected,) = read_images([folder / "dog" / name], card.image_shape)
+        (expected,) = read_images([folder / "dog" / name], card.image_shape, card.ranges)
         assert (images == expected).all(axis=(1, 2, 3)).any()
 
 
@@ -115,9 +115,10 @@ def test_folder_without_classes_or_images_is_refused(folder, cache, tmp_path):
 
 
 def test_eurosat_reads_its_zip_its_folder_and_the_class_folders_alike(cache, tmp_path):
-    for name in ("Forest", "River"):
+    for label, name in enumerate(("Forest", "River")):
         for number in range(5):
-            picture(tmp_path / "e" / "2750" / name / f"{name}_{number}.jpg", size=(64, 64), seed=number)
+            file = tmp_path / "e" / "2750" / name / f"{name}_{number}.jpg"
+            picture(file, size=(64, 64), seed=10 * label + number)
     with zipfile.ZipFile(tmp_path / "e.zip", "w") as archive:
         for file in (tmp_path / "e").rglob("*.jpg"):
             archive.write(file, str(file.relative_to(tmp_path / "e")))

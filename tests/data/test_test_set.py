@@ -96,7 +96,7 @@ def _importers(module: str) -> dict[str, set[str]]:
 def test_one_function_opens_the_test_part_and_it_writes_the_ledger() -> None:
     assert _importers("hpo.data.test_set") == {
         "jobs/shared/test_set_access.py": {"open_test", "Measured"},
-        "data/overview.py": {"duplicates_of_test"},  # how many, and nothing else
+        "data/overview.py": {"duplicates_of_test", "near_duplicates_of_test"},  # how many, and nothing else
         "data/split.py": {"count_classes"},  # how many, and nothing else
     }
     writers = {file for file, names in _importers("hpo.tracking.ledger").items() if "announce_opening" in names}

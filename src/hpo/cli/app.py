@@ -126,8 +126,12 @@ def check(
     output.print_facts(
         [
             ("data", f"{data.name}, {origin}, {data.digest}"),
-            ("images", f"{size}, {len(data.class_names)} classes"),
+            *([("files", data.accounting)] if data.accounting else []),
+            ("images", f"{size}, {data.pixel_ranges or 'uint8 0 to 255'}"),
+            ("classes", f"{len(data.class_names)}: {', '.join(data.class_names)}"),
+            *([("groups", f"{data.groups:,}, each in one part")] if data.groups else []),
             *((part, f"{count:,} images{_range(split.shares.get(part))}") for part, count in split.counts.items()),
+            ("near-duplicates", report.near_duplicates),
             ("network", f"{report.parameter_count:,} parameters, {output.show_bytes(report.model_bytes)} as a model"),
             ("device", f"{report.device}, {report.precision}, {report.workers} workers"),
             *([("features", f"{features}, once")] if report.features_seconds else []),

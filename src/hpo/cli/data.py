@@ -68,14 +68,20 @@ def _print(facts: DataFacts) -> None:
     output.print_facts(
         [
             ("images", " x ".join(map(str, data.image_shape))),
+            *([("files", data.accounting)] if data.accounting else []),
+            ("pixels", data.pixel_ranges or "uint8 0 to 255"),
             ("split", facts.split),
+            *([("groups", f"{data.groups:,}, each in one part")] if data.groups else []),
             ("mean", ", ".join(f"{value:.4f}" for value in facts.mean)),
             ("deviation", ", ".join(f"{value:.4f}" for value in facts.std)),
             ("repeated", repeated),
             ("shared", pairs),
+            ("near-duplicates", facts.near_duplicates),
             ("same pixels, different labels", f"{contradicting:,}"),
             ("source", f"{data.source}, {'' if data.official else 'not '}the publisher's"),
             ("licence", data.licence or "not stated"),
             ("digest", data.digest),
         ]
     )
+    for warning in data.warnings:
+        output.print_warning(warning)

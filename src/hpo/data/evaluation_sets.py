@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from hpo.data.duplicates import pixel_digests
 from hpo.data.prepare import load_tensor
-from hpo.data.split import Rows, indices
+from hpo.data.split import Rows, rows_of
 from hpo.records import DataCard
 from hpo.spec.study import SplitSpec
 
@@ -34,7 +34,7 @@ def validation_part(card: DataCard, split: SplitSpec) -> Part:
     folder = Path(card.folder)
     images = load_tensor(folder / "development_images.npy", _CPU).numpy()
     labels = load_tensor(folder / "development_labels.npy", _CPU).numpy()
-    _, rows = indices(labels, split=split, valid_start=card.valid_start)
+    _, rows = rows_of(card, split, labels)
     return Part(images[rows], labels[rows])
 
 
@@ -43,7 +43,7 @@ def rows_unseen(part: Part, card: DataCard, split: SplitSpec) -> Rows:
     folder = Path(card.folder)
     images = load_tensor(folder / "development_images.npy", _CPU).numpy()
     labels = load_tensor(folder / "development_labels.npy", _CPU).numpy()
-    train, _ = indices(labels, split=split, valid_start=card.valid_start)
+    train, _ = rows_of(card, split, labels)
     learnt = set(pixel_digests(images[train]))
     return np.array([row for row, digest in enumerate(pixel_digests(part.images)) if digest not in learnt], np.int64)
 

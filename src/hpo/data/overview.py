@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpo.data.duplicates import Digests, copies, found_in
-from hpo.data.split import Rows, indices
-from hpo.data.test_set import duplicates_of_test
+from hpo.data.near_duplicates import count_across
+from hpo.data.split import Rows, rows_of
+from hpo.data.test_set import duplicates_of_test, near_duplicates_of_test
 from hpo.errors import DataError
 from hpo.records import DataCard
 from hpo.spec.study import SplitSpec
@@ -34,7 +35,7 @@ def open_development(card: DataCard, split: SplitSpec) -> tuple[NDArray[np.uint8
         raise DataError(
             f"{folder}: the prepared data cannot be read: {error}.", "Run again: it is prepared anew."
         ) from None
-    train, valid = indices(labels, split=split, valid_start=card.valid_start)
+    train, valid = rows_of(card, split, labels)
     return images, labels, {"train": train, "valid": valid} if len(valid) else {"train": train}
 
 
@@ -74,6 +75,31 @@ def duplicates(
     if "valid" in by_part:
         across = {("train", "valid"): found_in(by_part["valid"], by_part["train"]), **across}
     return within, across
+
+
+def near_duplicates(card: DataCard, split: SplitSpec) -> dict[tuple[str, str], int]:
+    """Images of a later part that look nearly like one of an earlier part, by (earlier, later); copies count, too.
+
+    Of the test part only these numbers are ever told. Empty where an older version of hpo prepared the data. Raises
+    DataError as open_development does.
+    """
+    file = Path(card.folder) / "development_near.npy"
+    if not file.is_file():
+        return {}
+    near = np.load(file, allow_pickle=False)
+    _, _, parts = open_development(card, split)
+    by_part = {part: near[rows] for part, rows in parts.items()}
+    across = {(part, "test"): count for part, count in near_duplicates_of_test(card, by_part).items()}
+    if "valid" in by_part:
+        across = {("train", "valid"): count_across(by_part["train"], by_part["valid"]), **across}
+    return across
+
+
+def near_words(card: DataCard, split: SplitSpec) -> str:
+    """near_duplicates in words: "3 of valid in train, 0 of test in train, 1 of test in valid"."""
+    across = near_duplicates(card, split)
+    counts = ", ".join(f"{count:,} of {later} in {earlier}" for (earlier, later), count in across.items())
+    return counts or "not counted: an older version of hpo prepared these data"
 
 
 def to_png(image: NDArray[np.uint8]) -> bytes:

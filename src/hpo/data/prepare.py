@@ -7,20 +7,36 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hpo.data.atomic_folder import intact, write_folder, write_text
 from hpo.data.download import Progress
-from hpo.data.readers import Pair, Parts
-from hpo.data.sources import Source, find, gather
-from hpo.data.split import indices, stratified
+from hpo.data.examine import judge, look_at
+from hpo.data.folders import Asked
+from hpo.data.layouts import list_files
+from hpo.data.parts import (
+    Part,
+    check_classes,
+    check_groups,
+    checked,
+    digest_of,
+    joined,
+    near_clusters,
+    regrouped,
+    sealed,
+)
+from hpo.data.ranges import Ranges
+from hpo.data.sources import Gathered, Source, find, gather
+from hpo.data.split import rows_of
 from hpo.errors import DataError
 from hpo.records import DataCard
 from hpo.spec.study import DataSpec, SplitSpec
@@ -30,7 +46,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Part of every key: raise it when prepared files of an earlier version must not be used any more.
-_FORMAT = 1
+_FORMAT = 2
 _STATISTICS_ROWS = 4096
 
 
@@ -100,7 +116,7 @@ def at_hand(card: DataCard, data: DataSpec, split: SplitSpec) -> DataCard:
             f"{found.source}: has other images or labels ({found.digest}) than the study ({card.digest}).",
             "Bring the study's data there, to the same path, or share the folder.",
         )
-    return found.sealed
+    return replace(card, folder=found.folder).sealed  # all else as the study knows it
 
 
 def _request(data: DataSpec, split: SplitSpec) -> str:
@@ -108,10 +124,13 @@ def _request(data: DataSpec, split: SplitSpec) -> str:
     files: list[tuple[str, int, int]] = []
     if data.path is not None:
         place = Path(data.path).absolute()
-        paths = [Path(folder, name) for folder, _, names in os.walk(place) for name in names] or [place]
-        stats = {str(path): path.stat() for path in paths if path.is_file()}
+        # A table names files anywhere below its folder.
+        folder = place.parent if data.name == "table" else place
+        found = [item.file for item in list_files(folder).files] if folder.is_dir() else [place]
+        stats = {str(path): path.stat() for path in found if isinstance(path, Path)}
         files = sorted((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats.items())
-    asked = [_FORMAT, data.name, data.size, data.path, files, data.groups, split.test_share, split.seed]
+    asked = [_FORMAT, data.model_dump(mode="json"), files]
+    asked += [split.test_share, split.seed, split.group, split.near_duplicates]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
 
 
@@ -124,179 +143,107 @@ def _indexed(entry: Path) -> DataCard | None:
 def _card(file: Path) -> DataCard | None:
     try:
         plain = json.loads(file.read_text(encoding="utf-8"))
-        plain.update(class_names=tuple(plain["class_names"]), image_shape=tuple(plain["image_shape"]))
+        for name in ("class_names", "image_shape", "warnings"):
+            plain[name] = tuple(plain.get(name, ()))
+        plain["ranges"] = {kind: tuple(limits) for kind, limits in plain.get("ranges", {}).items()}
         return DataCard(**plain)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _prepare(source: Source, data: DataSpec, split: SplitSpec, root: Path, entry: Path, report: Progress) -> DataCard:
-    found = gather(source, size=data.size, path=data.path, downloads=root / "downloads", progress=report)
-    sides = (data.size,) if data.size else source.sizes
-    pairs, class_names = _checked(found.parts, sides, found.origin)
-    if data.groups:
-        pairs, class_names = _grouped(pairs, class_names, data.groups)
-    if "test" not in pairs:
-        pairs = _sealed(pairs, split)
-    _check_classes(pairs, class_names, found.origin)
-    digest = _digest(pairs)
+    for abandoned in (root / "prepared").glob(".reading-*"):
+        shutil.rmtree(abandoned)
+    with tempfile.TemporaryDirectory(dir=root / "prepared", prefix=".reading-") as scratch:
+        asked = Asked(data, split.group or data.group, Path(scratch), report)
+        found = gather(source, asked, downloads=root / "downloads")
+        parts, class_names, ranges = checked(found, source, data)
+        if data.groups:
+            parts, class_names = regrouped(parts, class_names, data.groups)
+        report("comparing images", 0, 0)
+        looks = {part: look_at(each.images) for part, each in parts.items()}
+        warnings = judge(looks, {part: each.labels for part, each in parts.items()}, ranges, found.origin)
+        near = near_clusters(parts, looks)
+        if split.near_duplicates == "together":
+            parts = joined(parts, near)
+        if "test" not in parts:
+            parts, near = sealed(parts, near, split)
+        check_classes(parts, class_names, found.origin)
+        check_groups(parts, found.origin, split)
+        report("writing the prepared images", 0, 0)
+        return _written(data, found, parts, near, class_names, ranges, (*found.parts.warnings, *warnings), root, entry)
+
+
+def _written(
+    data: DataSpec,
+    found: Gathered,
+    parts: Mapping[str, Part],
+    near: Mapping[str, NDArray[np.int64]],
+    class_names: tuple[str, ...],
+    ranges: Ranges,
+    warnings: tuple[str, ...],
+    root: Path,
+    entry: Path,
+) -> DataCard:
+    """Write the parts and their card, unless the same content is there already."""
+    digest = digest_of(parts, ranges)
     folder = root / "prepared" / digest[:32]
-    development = [pairs[part] for part in ("train", "valid") if part in pairs]
+    development = [part for part in ("train", "valid") if part in parts]
+    grouped = [part.groups for part in parts.values() if part.groups is not None]
     card = DataCard(
         name=data.name,
         folder=str(folder / "development"),
         test_folder=str(folder / "test"),
         digest=f"sha256:{digest}",
         class_names=class_names,
-        image_shape=pairs["train"][0].shape[1:],
-        development_count=sum(len(labels) for _, labels in development),
-        test_count=len(pairs["test"][1]),
-        valid_start=len(pairs["train"][1]) if "valid" in pairs else None,
+        image_shape=parts["train"].images.shape[1:],
+        development_count=sum(len(parts[part].labels) for part in development),
+        test_count=len(parts["test"].labels),
+        valid_start=len(parts["train"].labels) if "valid" in parts else None,
         official=found.official,
         source=found.origin,
-        licence=source.licence,
-        citation=source.citation,
+        licence=found.licence,
+        citation=found.citation,
+        files=found.parts.files,
+        ranges=ranges,
+        warnings=warnings,
+        groups=len(np.unique(np.concatenate(grouped))) if grouped else 0,
     )
-    if not intact(folder):
-        parts = {"development": development, "test": [pairs["test"]]}
-        write_folder(folder, lambda made: _write(made, parts, card))
+    # What an older version of hpo prepared lacks the clusters of near-duplicates.
+    if not intact(folder) or not (folder / "development" / "development_near.npy").is_file():
+        places = {"development": development, "test": ["test"]}
+        write_folder(folder, lambda made: _write(made, places, parts, near, card))
     write_text(entry, json.dumps(asdict(card)))
     return card
 
 
-def _checked(parts: Parts, sides: Sequence[int], origin: str) -> tuple[dict[str, Pair], tuple[str, ...]]:
-    """Each part as images (n, height, width, channels) uint8 and labels (n,) int64, and a name for each class."""
-    pairs: dict[str, Pair] = {}
-    for part, (images, labels) in parts.pairs.items():
-        place = f"{origin}: {part}"
-        if images.dtype != np.uint8:
-            raise DataError(
-                f"{place} images are {images.dtype}, not uint8.", "Save pixel values 0 to 255 as numpy.uint8."
-            )
-        if images.ndim not in (3, 4) or 0 in images.shape or (images.ndim == 4 and images.shape[3] > 4):
-            raise DataError(
-                f"{place} images have shape {images.shape}.",
-                "Save them as (n, height, width) or (n, height, width, channels) with 1 to 4 channels, none empty.",
-            )
-        if labels.shape not in ((len(images),), (len(images), 1)):
-            raise DataError(
-                f"{place} labels have shape {labels.shape} for {len(images)} images.", "Save one label for each image."
-            )
-        if labels.dtype.kind not in "iu":
-            raise DataError(
-                f"{place} labels are {labels.dtype}, not integers.", "Number the classes 0, 1, 2, ... as int64."
-            )
-        images = np.ascontiguousarray(images.reshape(*images.shape[:3], -1))
-        pairs[part] = images, labels.reshape(-1).astype(np.int64)
-        high, wide, channels = images.shape[1:]
-        if sides and (high, wide) not in ((side, side) for side in sides):
-            raise DataError(
-                f"{place} images are {wide}x{high} pixels, wanted: {' or '.join(f'{side}x{side}' for side in sides)}.",
-                "Correct data.size, or name another file.",
-            )
-        if images.shape[1:] != pairs["train"][0].shape[1:]:
-            raise DataError(
-                f"{place} images are {high}x{wide}x{channels}, train images "
-                f"{'x'.join(map(str, pairs['train'][0].shape[1:]))}.",
-                "Save all parts at one size.",
-            )
-    labels = np.concatenate([labels for _, labels in pairs.values()])
-    if not len(labels) or labels.max() >= max(len(labels), len(parts.class_names)):
-        raise DataError(
-            f"{origin}: {len(labels)} labels, the highest {labels.max() if len(labels) else 'missing'}.",
-            "Number the classes 0, 1, 2, ... without gaps.",
-        )
-    class_names = parts.class_names or tuple(map(str, range(int(labels.max()) + 1)))
-    if len(set(class_names)) < len(class_names):
-        raise DataError(f"{origin}: two classes have one name: {', '.join(class_names)}.", "Name each differently.")
-    if labels.min() < 0 or labels.max() >= len(class_names):
-        wrong = int(labels.min()) if labels.min() < 0 else int(labels.max())
-        raise DataError(
-            f"{origin}: label {wrong} is outside 0 to {len(class_names) - 1}.",
-            f"Number the {len(class_names)} classes 0, 1, 2, ...",
-        )
-    return pairs, class_names
-
-
-def _grouped(
-    pairs: Mapping[str, Pair], class_names: tuple[str, ...], groups: Mapping[str, Sequence[str]]
-) -> tuple[dict[str, Pair], tuple[str, ...]]:
-    """The pairs with the classes of each group as one new class, in the order of groups, and without other images."""
-    group_of = np.full(len(class_names), -1, dtype=np.int64)
-    for label, members in enumerate(groups.values()):
-        for name in members:
-            if name not in class_names:
-                raise DataError(
-                    f"data.groups: there is no class {name!r} (known: {', '.join(class_names)}).", "Correct the name."
-                )
-            if group_of[class_names.index(name)] >= 0:
-                raise DataError(f"data.groups: class {name!r} is in two groups.", "Leave it out of one.")
-            group_of[class_names.index(name)] = label
-    grouped: dict[str, Pair] = {}
-    for part, (images, labels) in pairs.items():
-        kept = group_of[labels] >= 0
-        whole = bool(kept.all())
-        grouped[part] = (images if whole else images[kept]), group_of[labels if whole else labels[kept]]
-    return grouped, tuple(groups)
-
-
-def _sealed(pairs: Mapping[str, Pair], split: SplitSpec) -> dict[str, Pair]:
-    """The pairs with a test part drawn from train; an official validation part stays whole."""
-    images, labels = pairs["train"]
-    test = stratified(labels, share=split.test_share, seed=split.seed)
-    kept = np.setdiff1d(np.arange(len(labels)), test, assume_unique=True)
-    return {**pairs, "train": (images[kept], labels[kept]), "test": (images[test], labels[test])}
-
-
-def _check_classes(pairs: Mapping[str, Pair], class_names: Sequence[str], origin: str) -> None:
-    present = np.unique(pairs["train"][1])
-    if len(present) < 2:
-        raise DataError(
-            f"{origin}: one-class data: every training image is of class {class_names[int(present[0])]!r}.",
-            "Add images of at least one more class.",
-        )
-    development = np.concatenate([labels for part, (_, labels) in pairs.items() if part != "test"])
-    lacking = [name for label, name in enumerate(class_names) if label not in development]
-    if lacking:
-        shown = ", ".join(map(repr, lacking[:5])) + (f" and {len(lacking) - 5} more" if len(lacking) > 5 else "")
-        raise DataError(
-            f"{origin}: no image to train on is of class {shown}.",
-            "Number the classes without gaps and give each an image.",
-        )
-    if not len(pairs["test"][1]):
-        raise DataError(f"{origin}: too few images to seal a test part away.", "Add images, or raise split.test_share.")
-
-
-def _digest(pairs: Mapping[str, Pair]) -> str:
-    """SHA-256 over name, shape, pixels and labels of every part, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    for part in sorted(pairs):
-        images, labels = pairs[part]
-        digest.update(f"{part} {images.shape}".encode())
-        digest.update(images.data)
-        digest.update(labels.astype("<i8").data)
-    return digest.hexdigest()
-
-
-def _write(made: Path, parts: Mapping[str, Sequence[Pair]], card: DataCard) -> None:
-    for part, pairs in parts.items():
-        (made / part).mkdir()
-        _save(made / part / f"{part}_images.npy", [images for images, _ in pairs])
-        _save(made / part / f"{part}_labels.npy", [labels for _, labels in pairs])
+def _write(
+    made: Path,
+    places: Mapping[str, Sequence[str]],
+    parts: Mapping[str, Part],
+    near: Mapping[str, NDArray[np.int64]],
+    card: DataCard,
+) -> None:
+    for place, names in places.items():
+        (made / place).mkdir()
+        pieces = [parts[name] for name in names]
+        shape = (sum(len(piece.labels) for piece in pieces), *pieces[0].images.shape[1:])
+        _save(made / place / f"{place}_images.npy", shape, (c for piece in pieces for c in piece.images.chunks()))
+        np.save(made / place / f"{place}_labels.npy", np.concatenate([piece.labels for piece in pieces]))
+        np.save(made / place / f"{place}_near.npy", np.concatenate([near[name] for name in names]))
+        groups = [piece.groups for piece in pieces if piece.groups is not None]
+        if groups:
+            np.save(made / place / f"{place}_groups.npy", np.concatenate(groups))
     write_text(made / "development" / "card.json", json.dumps(asdict(card), indent=1))
 
 
-def _save(path: Path, pieces: Sequence[NDArray[Any]]) -> None:
-    """One npy of all pieces in a row, without a second copy of them in memory."""
-    header = {
-        "descr": np.lib.format.dtype_to_descr(pieces[0].dtype),
-        "fortran_order": False,
-        "shape": (sum(map(len, pieces)), *pieces[0].shape[1:]),
-    }
+def _save(path: Path, shape: tuple[int, ...], chunks: Iterator[NDArray[np.uint8]]) -> None:
+    """One npy of images, piece by piece."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
-        for piece in pieces:
-            piece.tofile(file)
+        for chunk in chunks:
+            chunk.tofile(file)
 
 
 @dataclass(frozen=True)
@@ -306,7 +253,7 @@ class TrialData:
     images (n, height, width, channels) uint8 and labels (n,) int64; train and valid are ascending int64 rows of them.
     Where a frozen backbone has seen the images before, images are its features instead, float32 (n, count), or
     (n, 1 + views, count): of the image as it is, then of augmented views. mean and std have one value a channel, in
-    [0, 1] as pixel / 255, exact over the training rows; std is at least 1e-6.
+    [0, 1] as pixel / 255, exact over the training rows; std is at least 1e-6. ranges are the card's.
     """
 
     images: Tensor
@@ -316,6 +263,7 @@ class TrialData:
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    ranges: Ranges = field(default_factory=dict, hash=False)
 
 
 def open_trial(card: DataCard, split: SplitSpec, *, device: torch.device, fold: int = 0) -> TrialData:
@@ -328,10 +276,10 @@ def open_trial(card: DataCard, split: SplitSpec, *, device: torch.device, fold: 
     folder = Path(card.folder)
     images = load_tensor(folder / "development_images.npy", device)
     labels = load_tensor(folder / "development_labels.npy", device)
-    rows = indices(labels.cpu().numpy(), split=split, valid_start=card.valid_start, fold=fold)
+    rows = rows_of(card, split, labels.cpu().numpy(), fold=fold)
     train, valid = (torch.from_numpy(part).to(device) for part in rows)
     mean, std = _statistics(images, train)
-    return TrialData(images, labels, train, valid, card.class_names, mean, std)
+    return TrialData(images, labels, train, valid, card.class_names, mean, std, card.ranges)
 
 
 def load_tensor(path: Path, device: torch.device) -> Tensor:

@@ -11,8 +11,8 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpo.data.dotted_path import load_function
-from hpo.data.image_files import read_picture
+from hpo.data.folders import Asked, FolderImages, read_class_folders, read_labelled_table
+from hpo.data.ranges import Ranges
 from hpo.errors import DataError, HpoError
 
-Pair = tuple[NDArray[Any], NDArray[Any]]
-"""Images and their labels, as found: not checked yet."""
+Pair = tuple[Any, NDArray[Any]]
+"""Images, an array or Images, and their labels, as found: not checked yet."""
 
-_IMAGE_ENDINGS = frozenset((".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
 _NPZ_PARTS = {"train": "train", "valid": "val", "test": "test"}
 _IDX_PARTS = {"train": "train", "test": "t10k"}
 # What numpy and zipfile raise on files that are cut off or overwritten.
@@ -41,12 +41,18 @@ _CIFAR10_BYTES = 1_000_000_000  # unpacked, at most: the official archive has 18
 class Parts:
     """What a source holds: train always, valid and test where it has them.
 
-    class_names is empty where the source names none. verified: the reader itself compared published checksums.
+    class_names is empty where the source names none. verified: the reader itself compared published checksums. groups
+    maps a part to the name of each image's group (n,), where the study asks for groups. files counts files as
+    DataCard.files does. ranges are those of the files' pixels, where files were read one by one.
     """
 
     pairs: Mapping[str, Pair]
     class_names: tuple[str, ...] = ()
     verified: bool = False
+    groups: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    files: Mapping[str, int] = field(default_factory=dict)
+    ranges: Ranges | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def package_file(package: str, *parts: str) -> Path:
@@ -57,16 +63,21 @@ def package_file(package: str, *parts: str) -> Path:
     return Path(spec.submodule_search_locations[0]).joinpath(*parts)
 
 
-def read_npz(place: Path, _size: int | None = None) -> Parts:
-    """MedMNIST's keys: {train,val,test}_images and _labels, of which train is required; class_names is optional."""
+def read_npz(place: Path, asked: Asked | None = None) -> Parts:
+    """MedMNIST's keys: {train,val,test}_images and _labels, of which train is required; class_names is optional.
+
+    {train,val,test}_groups, or groups where there is only train, name what must not be divided.
+    """
     if not zipfile.is_zipfile(place):
         raise DataError(f"{place}: not an npz file, or a damaged one.", "Write it with numpy.savez, or copy it again.")
-    wanted = {f"{prefix}_{kind}" for prefix in _NPZ_PARTS.values() for kind in ("images", "labels")} | {"class_names"}
+    group = asked.group if asked else None
+    kinds = ("images", "labels", *([group] if group else []))
+    wanted = {f"{prefix}_{kind}" for prefix in _NPZ_PARTS.values() for kind in kinds} | {"class_names", group}
     try:
         with np.load(place, allow_pickle=False) as file:
             _check_room(place, file.zip)
             arrays = {key: file[key] for key in file.files if key in wanted}
-            keys = ", ".join(file.files)
+            keys = file.files
     except HpoError:
         raise
     except Exception as error:  # noqa: BLE001 - numpy reads headers as Python, which fails in ways no list holds
@@ -76,7 +87,7 @@ def read_npz(place: Path, _size: int | None = None) -> Parts:
                 "Save plain arrays: images as uint8, labels as int64, class_names as str.",
             ) from None
         raise DataError(f"{place}: the npz is damaged: {error}.", "Copy or write it again.") from None
-    return _parts(arrays, place, keys)
+    return _parts(arrays, place, keys, group)
 
 
 def _check_room(place: Path, archive: zipfile.ZipFile) -> None:
@@ -90,21 +101,21 @@ def _check_room(place: Path, archive: zipfile.ZipFile) -> None:
         )
 
 
-def read_own(dotted: str, _place: Path, size: int | None = None) -> Parts:
+def read_own(dotted: str, _place: Path, asked: Asked) -> Parts:
     """What the user's function answers: a mapping with the keys of an npz, called as function(size=...)."""
     try:
-        arrays = dict(load_function(dotted, what="data")(size=size))
+        arrays = dict(load_function(dotted, what="data")(size=asked.size))
     except HpoError:
         raise
     except Exception as error:
         raise DataError(
             f"data {dotted}: the function fails: {type(error).__name__}: {error}.",
-            f"Call it yourself with size={size}.",
+            f"Call it yourself with size={asked.size}.",
         ) from error
-    return _parts({key: np.asarray(value) for key, value in arrays.items()}, dotted, ", ".join(arrays))
+    return _parts({key: np.asarray(value) for key, value in arrays.items()}, dotted, list(arrays), asked.group)
 
 
-def _parts(arrays: Mapping[str, NDArray[Any]], place: Path | str, keys: str) -> Parts:
+def _parts(arrays: Mapping[str, NDArray[Any]], place: Path | str, keys: Sequence[str], group: str | None) -> Parts:
     pairs: dict[str, Pair] = {}
     for part, prefix in _NPZ_PARTS.items():
         images, labels = arrays.get(f"{prefix}_images"), arrays.get(f"{prefix}_labels")
@@ -112,13 +123,39 @@ def _parts(arrays: Mapping[str, NDArray[Any]], place: Path | str, keys: str) -> 
             pairs[part] = images, labels
         elif images is not None or labels is not None or part == "train":
             raise DataError(
-                f"{place}: {prefix}_images and {prefix}_labels are not both there (keys: {keys}).",
+                f"{place}: {prefix}_images and {prefix}_labels are not both there (keys: {', '.join(keys)}).",
                 "Save both under these names; val_* and test_* may be left out in pairs.",
             )
-    return Parts(pairs, tuple(str(name) for name in arrays.get("class_names", np.array([])).reshape(-1)))
+    names = tuple(str(name) for name in arrays.get("class_names", np.array([])).reshape(-1))
+    groups = _groups(arrays, place, pairs, group) if group else {}
+    unused = [key for key in keys if key == "groups" or key.endswith("_groups")] if not group else []
+    warnings = (
+        [f"{place} has {', '.join(unused)}, which nothing uses: --set split.group=groups keeps each group in one part"]
+        if unused
+        else []
+    )
+    return Parts(pairs, names, groups=groups, warnings=tuple(warnings))
 
 
-def read_digits(place: Path, _size: int | None = None) -> Parts:
+def _groups(
+    arrays: Mapping[str, NDArray[Any]], place: Path | str, pairs: Mapping[str, Pair], group: str
+) -> dict[str, NDArray[Any]]:
+    found = {}
+    for part, (images, _) in pairs.items():
+        key = f"{_NPZ_PARTS[part]}_{group}"
+        values = arrays.get(key, arrays.get(group) if len(pairs) == 1 else None)
+        if values is None:
+            raise DataError(f"split.group: {place} has no {key}.", "Save one name or number for each image there.")
+        if values.size != len(images) or values.dtype.kind not in "iuUS":
+            raise DataError(
+                f"{place}: {key} is {values.dtype} of shape {values.shape} for {len(images):,} images.",
+                "Save one name or whole number for each image.",
+            )
+        found[part] = values.reshape(-1).astype(str)
+    return found
+
+
+def read_digits(place: Path, _asked: Asked | None = None) -> Parts:
     """scikit-learn's digits.csv.gz: 64 grey values 0..16 and the digit in each line; scaled to 0..255."""
     # As sklearn.datasets.load_digits does, without the seconds that importing scikit-learn takes.
     table = np.loadtxt(place, delimiter=",")
@@ -126,7 +163,7 @@ def read_digits(place: Path, _size: int | None = None) -> Parts:
     return Parts({"train": (images, table[:, -1].astype(np.int64))}, tuple("0123456789"))
 
 
-def read_idx(place: Path, _size: int | None = None) -> Parts:
+def read_idx(place: Path, _asked: Asked | None = None) -> Parts:
     """A folder with the four files of MNIST's format, {train,t10k}-{images-idx3,labels-idx1}-ubyte, gzipped or not."""
     return Parts(
         {
@@ -153,10 +190,10 @@ def _idx(folder: Path, name: str, dims: int) -> NDArray[np.uint8]:
         raise DataError(f"{path}: the idx file is damaged: {error}.", "Copy or download it again.") from None
 
 
-def read_cifar10(place: Path, _size: int | None = None) -> Parts:
+def read_cifar10(place: Path, asked: Asked | None = None) -> Parts:
     """An npz, the publisher's cifar-10-python.tar.gz, or the folder cifar-10-batches-py that lies in it."""
     if place.suffix == ".npz":
-        return read_npz(place)
+        return read_npz(place, asked)
     from torchvision.datasets import CIFAR10
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -187,50 +224,36 @@ def read_cifar10(place: Path, _size: int | None = None) -> Parts:
         return Parts(pairs, tuple(train.classes), verified=True)
 
 
-def read_eurosat(place: Path, size: int | None = None) -> Parts:
+def read_eurosat(place: Path, asked: Asked) -> Parts:
     """The publisher's EuroSAT.zip, a folder with `2750` in it, or one with the class folders."""
     if place.is_dir():
-        return read_folder(place / "2750" if (place / "2750").is_dir() else place, size)
+        return read_folder(place / "2750" if (place / "2750").is_dir() else place, asked)
     try:
         with zipfile.ZipFile(place) as archive:
             _check_room(place, archive)
             # Read inside the archive: what is never extracted cannot escape.
             root = zipfile.Path(archive)
-            return read_folder(root / "2750" if (root / "2750").is_dir() else root, size)
+            return read_folder(root / "2750" if (root / "2750").is_dir() else root, asked)
     except zipfile.BadZipFile as error:
         raise DataError(f"{place}: the archive is damaged: {error}.", "Copy or download it again.") from None
 
 
-def read_folder(place: Path | zipfile.Path, size: int | None = None) -> Parts:
-    """One folder a class, ordered by name; images grey if all are, else RGB; resized to size x size if given."""
-    if not place.is_dir():
-        raise DataError(f"{place}: not a folder.", "Name one that holds a folder of images for each class.")
-    folders = sorted((item for item in place.iterdir() if item.is_dir() and item.name[0] not in "._"), key=_name)
-    images: list[NDArray[np.uint8]] = []
-    labels: list[int] = []
-    for label, folder in enumerate(folders):
-        files = sorted((item for item in folder.iterdir() if _is_image(item)), key=_name)
-        if not files:
-            raise DataError(f"{folder}: no image in this class folder.", "Add images, or remove the folder.")
-        for file in files:
-            images.append(read_picture(file, size=(size, size) if size else None))
-            labels.append(label)
-            if images[-1].shape[:2] != images[0].shape[:2]:
-                (high, wide), (first_high, first_wide) = images[-1].shape[:2], images[0].shape[:2]
-                raise DataError(
-                    f"{file}: {wide}x{high} pixels, but the first image is {first_wide}x{first_high}.",
-                    "Have all resized: --set data.size=64",
-                )
-    if not folders:
-        raise DataError(f"{place}: holds no class folders.", "Put the images of each class into a folder of its own.")
-    if any(image.ndim == 3 for image in images):
-        images = [image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2) for image in images]
-    return Parts({"train": (np.stack(images), np.array(labels))}, tuple(folder.name for folder in folders))
+def read_folder(place: Path | zipfile.Path, asked: Asked) -> Parts:
+    """Class folders, ordered by name; images grey if all are, else RGB; resized to size x size if given."""
+    return _of_folder(read_class_folders(place, asked))
 
 
-def _name(item: Path | zipfile.Path) -> str:
-    return item.name
+def read_table(place: Path, asked: Asked) -> Parts:
+    """A table of labels and the image files that it names."""
+    return _of_folder(read_labelled_table(place, asked))
 
 
-def _is_image(item: Path | zipfile.Path) -> bool:
-    return item.is_file() and item.name[0] != "." and Path(item.name).suffix.lower() in _IMAGE_ENDINGS
+def _of_folder(found: FolderImages) -> Parts:
+    return Parts(
+        found.pairs,
+        found.class_names,
+        groups=found.groups,
+        files=found.files,
+        ranges=found.ranges,
+        warnings=found.warnings,
+    )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import ast
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from hpo.data.download import Progress, fetch, md5_of
+from hpo.data.download import fetch, md5_of
+from hpo.data.folders import Asked
 from hpo.data.readers import (
     Parts,
     package_file,
@@ -21,6 +22,7 @@ from hpo.data.readers import (
     read_idx,
     read_npz,
     read_own,
+    read_table,
 )
 from hpo.errors import DataError
 
@@ -38,12 +40,12 @@ class Download:
 class Source:
     """How to get one data set.
 
-    read(place, size) reads its files; only a folder's images are resized. sizes are the sides in pixels that it comes
+    read(place, asked) reads its files; only a folder's images are resized. sizes are the sides in pixels that it comes
     at, the first by default; empty: any, as the user's own files are. downloads(size) lists the published files; one is
     read as a file, several as the folder they lie in. installed() is where a package puts the data.
     """
 
-    read: Callable[[Path, int | None], Parts]
+    read: Callable[[Path, Asked], Parts]
     sizes: tuple[int, ...] = ()
     downloads: Callable[[int], tuple[Download, ...]] = lambda _: ()
     installed: Callable[[], Path | None] = lambda: None
@@ -169,6 +171,7 @@ DATASETS: dict[str, Source] = {
     ),
     "npz": Source(read=read_npz),
     "folder": Source(read=read_folder),
+    "table": Source(read=read_table),
 }
 
 NAMES = tuple(DATASETS)
@@ -181,6 +184,8 @@ class Gathered:
     parts: Parts
     origin: str
     official: bool
+    licence: str = ""
+    citation: str = ""
 
 
 def find(name: str, *, size: int | None, path: str | None) -> Source:
@@ -209,12 +214,13 @@ def find(name: str, *, size: int | None, path: str | None) -> Source:
     return source
 
 
-def gather(source: Source, *, size: int | None, path: str | None, downloads: Path, progress: Progress) -> Gathered:
+def gather(source: Source, asked: Asked, *, downloads: Path) -> Gathered:
     """Find or fetch the files of a source, as found for this size and path, and read them.
 
     downloads is the folder that keeps published files. A path of the user's own is read whatever its checksum;
     anything else has the publisher's, or comes with an installed package. Raises DataError.
     """
+    path, size = asked.data.path, asked.size
     if path is not None:
         place, origin = Path(path), path
         official = _is_official(place, [file for side in source.sizes for file in source.downloads(side)])
@@ -225,13 +231,15 @@ def gather(source: Source, *, size: int | None, path: str | None, downloads: Pat
         official = not published or _is_official(place, published)
     else:
         wanted = source.downloads(size or source.sizes[0])
-        files = [fetch(file.url, md5=file.md5, path=downloads / file.name, progress=progress) for file in wanted]
+        files = [fetch(file.url, md5=file.md5, path=downloads / file.name, progress=asked.progress) for file in wanted]
         place, origin, official = files[0] if len(files) == 1 else files[0].parent, wanted[0].url, True
-    progress(f"reading {place}", 0, 0)
-    parts = source.read(place, size)
+    asked.progress(f"reading {place}", 0, 0)
+    parts = source.read(place, asked)
+    if asked.group and not parts.groups:
+        raise DataError(f"split.group: {asked.data.name} knows no groups of images.", "Leave split.group out.")
     if not parts.class_names:
-        parts = Parts(parts.pairs, source.class_names(), parts.verified)
-    return Gathered(parts, origin, official or parts.verified)
+        parts = replace(parts, class_names=source.class_names())
+    return Gathered(parts, origin, official or parts.verified, source.licence, source.citation)
 
 
 def _is_official(place: Path, published: Sequence[Download]) -> bool:

@@ -15,20 +15,40 @@ from hpo.spec.study import SplitSpec
 Rows = NDArray[np.int64]
 
 
-def indices(labels: NDArray[Any], *, split: SplitSpec, valid_start: int | None, fold: int = 0) -> tuple[Rows, Rows]:
+def rows_of(card: DataCard, split: SplitSpec, labels: NDArray[Any], *, fold: int = 0) -> tuple[Rows, Rows]:
+    """As indices, for the development images of a prepared data set, whose groups stay whole."""
+    file = Path(card.folder) / "development_groups.npy"
+    groups = np.load(file, allow_pickle=False) if file.is_file() else None
+    return indices(labels, split=split, valid_start=card.valid_start, fold=fold, groups=groups)
+
+
+def indices(
+    labels: NDArray[Any],
+    *,
+    split: SplitSpec,
+    valid_start: int | None,
+    fold: int = 0,
+    groups: NDArray[np.int64] | None = None,
+) -> tuple[Rows, Rows]:
     """Rows of the development images that train and that validate, each ascending; together they are all rows.
 
     labels (n,) int64 are those of the development images; valid_start is the first row of the official validation
     part (None: there is none). holdout and kfold draw from all rows, those of an official validation part included;
-    kfold with a fraction leaves the other rows out. fold counts from 0. Raises DataError when there is no official part
-    to use, when a class would have no training image, and when fewer than two classes would validate.
+    kfold with a fraction leaves the other rows out. fold counts from 0. groups (n,) are the codes of what must not be
+    divided: no group both trains and validates. Raises DataError when there is no official part to use or it shares
+    groups, when a class would have no training image, and when fewer than two classes would validate.
     """
     every = np.arange(len(labels), dtype=np.int64)
     if split.kind == "none":
         return every, every[:0]
     if split.kind == "kfold":
-        pool = every if split.fraction == 1 else stratified(labels, share=split.fraction, seed=split.seed)
-        valid = pool[_DEALS[split.by](labels[pool], split.folds, split.seed) == fold]
+        whole = split.fraction == 1
+        pool = every if whole else draw(labels, groups, share=split.fraction, seed=split.seed)
+        if groups is None:
+            dealt = _DEALS[split.by](labels[pool], split.folds, split.seed)
+        else:
+            dealt = _deal_groups(labels[pool], groups[pool], split)
+        valid = pool[dealt == fold]
         train = np.setdiff1d(pool, valid, assume_unique=True)
         _check(labels, train, valid, split)
         return train, valid
@@ -39,11 +59,128 @@ def indices(labels: NDArray[Any], *, split: SplitSpec, valid_start: int | None, 
                 "Hold one out: --set split.kind=holdout",
             )
         valid = every[valid_start:]
-    else:
+        shared, images = groups_shared(groups[:valid_start], groups[valid_start:]) if groups is not None else (0, 0)
+        if shared:
+            raise DataError(
+                f"split.kind: official, but {shared:,} groups are in both train and validation, {images:,} validation "
+                "images among them.",
+                "Have whole groups drawn: --set split.kind=holdout",
+            )
+    elif groups is None:
         valid = _DRAWS[split.by](labels, share=split.share, seed=split.seed)
+    else:
+        valid = draw(labels, groups, share=split.share, seed=split.seed, by=split.by)
     train = np.setdiff1d(every, valid, assume_unique=True)
     _check(labels, train, valid, split)
     return train, valid
+
+
+def groups_shared(first: NDArray[np.int64], second: NDArray[np.int64]) -> tuple[int, int]:
+    """How many groups two parts share, and how many images of the second are of such groups."""
+    shared = np.intersect1d(first, second)
+    return len(shared), int(np.isin(second, shared).sum())
+
+
+def draw(
+    labels: NDArray[Any], groups: NDArray[np.int64] | None, *, share: float, seed: int, by: str = "stratified"
+) -> Rows:
+    """A share of the rows, ascending, by class shares unless `by` is random or order; no group is divided.
+
+    Every class keeps a row that is not drawn, where its groups allow it.
+    """
+    if groups is None:
+        return _DRAWS[by](labels, share=share, seed=seed)
+    classes = labels if by == "stratified" else np.zeros_like(labels)
+    bins = _into_bins(classes, groups, np.array([1 - share, share]), seed=seed, shuffled=by != "order", keep=labels)
+    return np.flatnonzero(bins == 1).astype(np.int64)
+
+
+def _deal_groups(labels: NDArray[Any], groups: NDArray[np.int64], split: SplitSpec) -> Rows:
+    """The fold of each row when whole groups are dealt, with equal class shares unless `by` says otherwise."""
+    if len(np.unique(groups)) < split.folds:
+        raise DataError(
+            f"split.folds: {split.folds} folds of {len(np.unique(groups))} groups: a fold would be empty.",
+            "Take fewer folds.",
+        )
+    classes = labels if split.by == "stratified" else np.zeros_like(labels)
+    shares = np.full(split.folds, 1 / split.folds)
+    return _into_bins(classes, groups, shares, seed=split.seed, shuffled=split.by != "order")
+
+
+def _into_bins(
+    classes: NDArray[Any],
+    groups: NDArray[np.int64],
+    shares: NDArray[np.floating],
+    *,
+    seed: int,
+    shuffled: bool,
+    keep: NDArray[Any] | None = None,
+) -> Rows:
+    """The bin of each row: whole groups, largest first, each into the bin that is furthest below its share.
+
+    As StratifiedGroupKFold does, but for bins of unequal shares. Unless shuffled, groups fill the bins in their order.
+    keep (n,): of each of these labels, bin 0 gets a group before another gets its last.
+    """
+    _, first, codes = np.unique(groups, return_index=True, return_inverse=True)
+    codes = codes.reshape(-1)
+    count = len(first)
+    table = np.zeros((count, int(classes.max()) + 1))
+    np.add.at(table, (codes, classes), 1)
+    sizes = table.sum(axis=1)
+    bins = np.zeros(count, np.int64)
+    if not shuffled:
+        order = np.argsort(first, kind="stable")
+        middle = np.cumsum(sizes[order]) - sizes[order] / 2
+        bins[order] = np.searchsorted(np.cumsum(shares)[:-1] * sizes.sum(), middle, side="right")
+        return bins[codes]
+    order = np.random.default_rng(seed).permutation(count)
+    order = order[np.argsort(-table[order].std(axis=1) - sizes[order] / sizes.sum(), kind="stable")]
+    wanted = shares[:, None] * table.sum(axis=0)
+    weight = 1 / np.maximum(table.sum(axis=0), 1)
+    filled = np.zeros_like(wanted)
+    left = _Waiting(codes, keep, count) if keep is not None else None
+    for group in order:
+        if left is not None and left.must_stay(group):
+            chosen = 0
+        else:
+            # The sum over classes of the squared distance from what each bin should hold, with the group in it.
+            gains = (((filled + table[group] - wanted) ** 2 - (filled - wanted) ** 2) * weight).sum(axis=1)
+            chosen = int(np.argmin(gains))
+        bins[group] = chosen
+        filled[chosen] += table[group]
+        if left is not None:
+            left.assign(group, stays=chosen == 0)
+    if (empty := np.setdiff1d(np.arange(len(shares)), bins)).size and count >= len(shares):
+        _fill_empty(bins, sizes, empty)
+    return bins[codes]
+
+
+def _fill_empty(bins: Rows, sizes: NDArray[np.floating], empty: Rows) -> None:
+    """Give each empty bin the smallest group of a bin that has more than one."""
+    for lacking in empty:
+        counts = np.bincount(bins, minlength=int(max(bins.max(), empty.max())) + 1)
+        able = np.flatnonzero(counts[bins] > 1)
+        bins[able[np.argmin(sizes[able])]] = lacking
+
+
+class _Waiting:
+    """Which labels bin 0 holds already, and how many groups of each are not dealt yet."""
+
+    def __init__(self, codes: Rows, keep: NDArray[Any], count: int) -> None:
+        self._has = np.zeros((count, int(keep.max()) + 1), np.bool_)
+        self._has[codes, keep] = True
+        self._waiting = self._has.sum(axis=0)
+        self._held = np.zeros(self._has.shape[1], np.bool_)
+
+    def must_stay(self, group: int) -> bool:
+        """True where this is the last group of a label that bin 0 lacks."""
+        return bool((self._has[group] & ~self._held & (self._waiting == 1)).any())
+
+    def assign(self, group: int, *, stays: bool) -> None:
+        """Count a group as dealt."""
+        self._waiting -= self._has[group]
+        if stays:
+            self._held |= self._has[group]
 
 
 def stratified(labels: NDArray[Any], *, share: float, seed: int) -> Rows:
@@ -69,7 +206,7 @@ def split_card(card: DataCard, split: SplitSpec) -> SplitCard:
     from hpo.data.test_set import count_classes  # here, because trials import this module and never that one
 
     labels = np.load(Path(card.folder) / "development_labels.npy")
-    train, valid = indices(labels, split=split, valid_start=card.valid_start)
+    train, valid = rows_of(card, split, labels)
     classes = len(card.class_names)
     counts = {name: np.bincount(labels[rows], minlength=classes) for name, rows in (("train", train), ("valid", valid))}
     counts["test"] = count_classes(card)

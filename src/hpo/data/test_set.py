@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpo.data.duplicates import Digests, copies, found_in, pixel_digests
+from hpo.data.near_duplicates import count_across
 from hpo.data.requested_scores import requested
 from hpo.errors import DataError
 from hpo.records import DataCard
@@ -64,6 +65,15 @@ def duplicates_of_test(card: DataCard, seen: Mapping[str, Digests]) -> dict[str,
     """
     digests = pixel_digests(_read(card, "test_images.npy"))
     return {"test": copies(digests), **{part: found_in(digests, others) for part, others in seen.items()}}
+
+
+def near_duplicates_of_test(card: DataCard, seen: Mapping[str, NDArray[np.int64]]) -> dict[str, int]:
+    """How many test images look nearly like one of each part that was seen, by the clusters of its images.
+
+    Only these numbers leave. This is no opening: it measures no model. Raises DataError.
+    """
+    near = _read(card, "test_near.npy")
+    return {part: count_across(clusters, near) for part, clusters in seen.items()}
 
 
 def _read(card: DataCard, name: str) -> NDArray[Any]:

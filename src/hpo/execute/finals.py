@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hpo.data.split import indices
+from hpo.data.split import rows_of
 from hpo.records import FINAL, DataCard, StudyResult, Trial, unpack_classes
 from hpo.report.statistics import Interval, paired_bootstrap
 from hpo.spec.study import FinalSpec, Setup, SplitSpec, StudySpec
@@ -107,7 +107,7 @@ def race(spec: StudySpec, study: StudyResult, *, data: DataCard) -> Race | None:
     lead = None
     if len(ranking) > 1:
         labels = np.load(Path(data.folder) / "development_labels.npy")
-        _, rows = indices(labels, split=final_split(spec, data), valid_start=data.valid_start)
+        _, rows = rows_of(data, final_split(spec, data), labels)
         first, second = (_correct(trials, labels[rows]) for trials in ranking[:2])
         lead = paired_bootstrap(first, second, seed=spec.seed)
     return Race(ranking[0][0], ranking, lead)

@@ -19,7 +19,8 @@ class CheckReport:
     """Measurements of one batch. Seconds and bytes are estimates for this spec and the present load of this machine.
 
     estimated_seconds is for `trials` trials of the full number of epochs on `workers` workers, estimated_bytes for
-    their kept models. warnings name settings that are allowed but rarely intended.
+    their kept models. warnings name settings that are allowed but rarely intended. near_duplicates counts images of a
+    later part that look nearly like one of an earlier part.
     """
 
     data: DataCard
@@ -37,12 +38,14 @@ class CheckReport:
     estimated_seconds: float
     estimated_bytes: float
     warnings: tuple[str, ...]
+    near_duplicates: str
 
 
 def check_study(
     spec: StudySpec, *, trials: int | None = None, device: str = "auto", home: str | Path | None = None
 ) -> CheckReport:
     """Validate a study against its data and this machine. Raises HpoError for what would fail a run."""
+    from hpo.data.overview import near_words
     from hpo.data.prepare import prepare
     from hpo.data.split import split_card
     from hpo.training.compute.device import resolve_devices
@@ -75,7 +78,8 @@ def check_study(
         trials=count,
         estimated_seconds=(epochs * flight.epoch_seconds + flight.features_seconds) / min(workers, count),
         estimated_bytes=flight.model_bytes * min(count, spec.keep.count),
-        warnings=tuple(_warnings(spec, card, split)),
+        warnings=(*card.warnings, *_warnings(spec, card, split)),
+        near_duplicates=near_words(card, spec.split),
     )
 
 

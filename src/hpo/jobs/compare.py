@@ -130,7 +130,7 @@ def _on_validation(home: Home, models: Sequence[ModelReference], classes: _Class
     predictions = [
         classes.remembered(model, part, own)
         if model.version is None
-        else classes.predictions(model, _load(home, model).predict_proba(part.images[own]))
+        else classes.predictions(model, _load(home, model).predict_levels(part.images[own]))
         for model, part, own in zip(models, parts, rows, strict=True)
     ]
     notes.append(_CHOSEN_ON)

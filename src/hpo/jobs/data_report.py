@@ -52,7 +52,7 @@ def explore_data(
 ) -> tuple[DataFacts, dict[int, bytes]]:
     """The same for a DataSpec; split None takes the parts of the data set."""
     from hpo.data.duplicates import contradictions, pixel_digests
-    from hpo.data.overview import channel_statistics, duplicates, open_development, sample_rows, to_pngs
+    from hpo.data.overview import channel_statistics, duplicates, near_words, open_development, sample_rows, to_pngs
     from hpo.data.prepare import prepare
     from hpo.data.split import split_card
 
@@ -76,6 +76,7 @@ def explore_data(
         shared={f"{first} and {second}": count for (first, second), count in across.items()},
         contradictions=tuple(tuple((row, names[labels[row]]) for row in rows) for rows in groups),
         samples={name: tuple(rows) for name, rows in zip(names, samples, strict=True)},
+        near_duplicates=near_words(card, split),
     )
     return facts, to_pngs(pixels, facts.pictured)
 

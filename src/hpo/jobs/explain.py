@@ -38,13 +38,14 @@ def explain(
     class_name: str | None = None,
     home: AnyPath | Home | None = None,
     trust: bool = False,
+    scaled: bool = False,
 ) -> list[Explained]:
     """Draw one PNG for each image file into folder: the image, a map for each method, class probabilities.
 
     model is as in predict.load_model. methods are of gradient, integrated and gradcam; none means all that suit the
     network. class_name None explains each image's most probable class. trust allows a network that is a function from
-    outside the working directory. Raises ModelError, DataError for a file that is
-    no image, and HpoError where folder cannot be written.
+    outside the working directory. scaled: the files hold images as they were prepared. Raises ModelError, DataError
+    for a file that is no image, and HpoError where folder cannot be written.
     """
     from hpo.models.safe_loader import read_config
     from hpo.models.saliency import explain_images
@@ -56,7 +57,7 @@ def explain(
         config = read_config(parts / "config.json")
         names = config["class_names"]
         target = None if class_name is None else _label(class_name, names)
-        images = read_images(paths, tuple(config["image_shape"]))
+        images = read_images(paths, tuple(config["image_shape"]), None if scaled else config.get("ranges"))
         explanations = explain_images(parts, images, methods=methods, target=target)
     rows = []
     for path, picture, found in zip(paths, _pictures(paths, target_folder), explanations, strict=True):
@@ -117,7 +118,9 @@ def explain_mistakes(
             name = "".join(letter if letter.isalnum() else "-" for letter in findings.class_names[mistake.true])
             files.append(Path(scratch) / f"mistake-{number}-{name}.png")
             files[-1].write_bytes(to_png(answers.images[mistake.position]))
-        rows = explain(model, files, folder=folder, methods=methods, home=place, trust=trust) if files else []
+        rows = (
+            explain(model, files, folder=folder, methods=methods, home=place, trust=trust, scaled=True) if files else []
+        )
     return [replace(row, file=Path(row.file).stem) for row in rows]
 
 

@@ -91,6 +91,7 @@ def gather(home: Home, study: StudyResult) -> Findings:
     else:
         with _noting(missing, "the images could not be read"):
             findings = replace(findings, samples=_samples(data, spec), split=findings.split or _split(data, spec))
+            findings = replace(findings, near_duplicates=_near_duplicates(data, spec))
     shown = findings.shown
     if shown is not None:
         if tracked.answers is not None:
@@ -209,6 +210,12 @@ def _split(data: DataCard, spec: StudySpec) -> SplitCard:
     from hpo.data.split import split_card
 
     return split_card(data, spec.split)
+
+
+def _near_duplicates(data: DataCard, spec: StudySpec) -> str:
+    from hpo.data.overview import near_words
+
+    return near_words(data, spec.split)
 
 
 def _answers(arrays: Mapping[str, NDArray[Any]], data: DataCard | None) -> Answers:

@@ -32,6 +32,7 @@ def save_trained(net: nn.Module, setup: Setup, data: TrialData, folder: Path) ->
         "image_shape": list(data.images.shape[1:]),
         "mean": list(data.mean),
         "std": list(data.std),
+        "ranges": {kind: list(limits) for kind, limits in data.ranges.items()},
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
     (folder / SETUP).write_text(setup.model_dump_json(indent=1), encoding="utf-8")

@@ -93,8 +93,13 @@ def read_config(file: Path) -> dict[str, Any]:
         for name in {"mean", "std"} & config.keys():
             if len(list(map(float, config[name]))) != channels:
                 raise ValueError(f"{name} has not one value for each of {channels} channels")
+        if "ranges" in config:
+            pairs = {str(kind): (float(low), float(high)) for kind, (low, high) in config["ranges"].items()}
+            if not all(low < high for low, high in pairs.values()):
+                raise ValueError("ranges has one that does not rise")
+            config["ranges"] = pairs
         return {**config, "image_shape": [height, width, channels], "class_names": names}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{file}: damaged or missing: {error}.", "Restore it from a copy.") from None
 
 

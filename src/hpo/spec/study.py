@@ -19,12 +19,17 @@ from hpo.spec.training import TrainingSpec
 
 Task = Literal["multiclass", "binary"]
 
+# Places that are younger than some studies, whose record lacks them: what they meant before there were any.
+_YOUNGER_DATA: Mapping[str, Any] = {"range": None, "image": None, "label": None, "group": None, "part": None}
+_YOUNGER_SPLIT: Mapping[str, Any] = {"group": None, "near_duplicates": "count"}
+
 
 class DataSpec(Part):
     """Which images."""
 
     name: str
-    """A data set of `hpo data`, or npz (medmnist keys) or folder (one folder a class) with a path."""
+    """A data set of `hpo data`, or npz (medmnist keys), folder (one folder a class) or table (a CSV or Parquet file of
+    images and their classes) with a path."""
     size: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Side of the images in pixels: one of 28, 64, 128, 224 for MedMNIST; what folder images are resized to."""
     path: str | None = None
@@ -33,6 +38,29 @@ class DataSpec(Part):
     groups: dict[str, list[str]] = Field(default_factory=dict)
     """New classes made of old ones: {Clothing: [Shirt, Coat], Footwear: [Sneaker]}. Each old class goes into one group;
     images of classes in no group are left out."""
+    range: tuple[float, float] | None = None
+    """The pixel values that are black and white, such as [0, 4095] or [-1024, 3071]. null: measured over the whole data
+    set, for each kind of pixel; 8 bits keep 0 to 255. It is stored with each model, which scales its images by it."""
+    image: str | None = None
+    """table: the column with the names of the image files. null: file_name, image, file, filename or path."""
+    label: str | None = None
+    """table: the column with the classes; null: label or class. folder: a regular expression on the path of each image
+    below the folder, whose first group is its class; null: the name of its folder."""
+    group: str | None = None
+    """table: the column that says which images must not be divided, as `split.group` does."""
+    part: str | None = None
+    """table: the column that says train, valid or test. null: the folders train, valid and test, if there."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> DataSpec:
+        if self.range is not None and not self.range[0] < self.range[1]:
+            raise ValueError(f"range: {list(self.range)} does not rise. Write [LOW, HIGH]")
+        if self.range is not None and not all(map(math.isfinite, self.range)):
+            raise ValueError(f"range: {list(self.range)} is not finite. Write [LOW, HIGH]")
+        for place in ("image", "label", "group", "part"):
+            if getattr(self, place) is not None and self.name not in ("table", "folder"):
+                raise ValueError(f"{place}: is for data sets of kind table or folder, not {self.name}. Leave it out")
+        return self
 
 
 class SplitSpec(Part):
@@ -54,6 +82,12 @@ class SplitSpec(Part):
     """For data sets without a test part: how much is sealed away as one, stratified, before anything else."""
     seed: Seed = 0
     """Which random split."""
+    group: str | None = None
+    """Images that must not be divided, such as those of one patient, slide, plant or video: no two parts share a group,
+    the test part included. npz: the key, groups for train_groups and so on; folder: a regular expression on the path
+    of each image below the folder, whose first group names it; table: a column."""
+    near_duplicates: Literal["count", "together"] = "count"
+    """together: images that look nearly alike stay in one part, as a group does. count: they are only counted."""
 
 
 class FinalSpec(Part):
@@ -203,6 +237,10 @@ class StudySpec(Part):
         # Younger than some studies: without it all images took part.
         if plain["training"]["data_growth"] == 1:
             plain["training"].pop("data_growth")
+        for part, younger in (("data", _YOUNGER_DATA), ("split", _YOUNGER_SPLIT)):
+            for place, default in younger.items():
+                if plain[part][place] == default:
+                    plain[part].pop(place)
         kept = {part: plain[part] for part in ("data", "split", "model", "training", "task", "seed")}
         aims = [f"{aim.better} {aim.score}" for aim in self.search.objectives]
         return {**kept, "objective": aims or [f"{self.search.better} {self.search.objective}"]}

@@ -1,7 +1,7 @@
-"""The code inside every logged model: raw uint8 images in, class probabilities out, without the platform.
+"""The code inside every logged model: images in the values of its training data in, class probabilities out.
 
-MLflow copies this file beside net.pt2 and config.json, runs it when the model is logged and when it is loaded; so torch
-is imported only where it is used.
+It needs nothing of the platform. MLflow copies this file beside net.pt2 and config.json, runs it when the model is
+logged and when it is loaded; so torch is imported only where it is used.
 """
 
 from __future__ import annotations
@@ -27,19 +27,46 @@ class ImageClassifier(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
         config = json.loads(Path(context.artifacts["config"]).read_text(encoding="utf-8"))
         self._class_names = list(config["class_names"])
+        self._ranges = config.get("ranges") or {}
         self._net = torch.export.load(context.artifacts["net"]).module()
 
     def predict(self, context: Any, model_input: np.ndarray, params: Any = None) -> pd.DataFrame:  # noqa: ARG002
-        """Images (n, height, width, channels) uint8 -> one row of float32 probabilities per image, a column a class."""
+        """Images (n, height, width, channels), of the dtype that the signature names or uint8 -> probabilities.
+
+        One row of float32 per image, a column a class.
+        """
+        images = np.asarray(model_input)
+        limits = self._ranges.get(images.dtype.name, [0, 255] if images.dtype == np.uint8 else None)
+        if limits is None:
+            raise ValueError(f"images are {images.dtype}; the model takes {', '.join(self._ranges) or 'uint8'}")
+        if images.dtype.kind == "f" and not np.isfinite(images).all():
+            raise ValueError("images hold NaN or infinite values")
+        return pd.DataFrame(self.predict_levels(to_levels(images, *limits)), columns=self._class_names)
+
+    def predict_levels(self, levels: np.ndarray) -> np.ndarray:
+        """Images that are scaled to 0 to 255 already, uint8 -> (n, classes) float32."""
         import torch
 
         rows = [np.empty((0, len(self._class_names)), np.float32)]
         with torch.inference_mode():
-            for start in range(0, len(model_input), CHUNK_IMAGES):
+            for start in range(0, len(levels), CHUNK_IMAGES):
                 # A copy, because torch wants memory that may be written.
-                images = torch.from_numpy(np.array(model_input[start : start + CHUNK_IMAGES], order="C"))
+                images = torch.from_numpy(np.array(levels[start : start + CHUNK_IMAGES], order="C"))
                 rows.append(self._net(images).numpy())
-        return pd.DataFrame(np.concatenate(rows), columns=self._class_names)
+        found: np.ndarray = np.concatenate(rows)
+        return found
+
+
+def to_levels(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Values -> uint8: low is 0, high is 255. The formula of hpo.data.ranges.to_levels, as the images were prepared."""
+    if values.dtype == np.uint8 and (low, high) == (0, 255):
+        return values
+    if values.dtype.kind in "iu" and (low, high) == (0, 65535):
+        values = values.astype(np.int64).clip(0, 65535) // 257
+    else:
+        values = np.rint(((values.astype(np.float64) - low) * (255.0 / (high - low))).clip(0.0, 255.0))
+    levels: np.ndarray = values.astype(np.uint8)
+    return levels
 
 
 mlflow.models.set_model(ImageClassifier())

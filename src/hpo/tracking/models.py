@@ -19,8 +19,8 @@ def log_model(client: Any, run: Any, folder: Path) -> str:
     """Log folder's net.pt2, config.json and setup.json as the model of a run; returns models:/m-<id>.
 
     run is an mlflow.entities.Run whose metrics become the model's; one that has a model already keeps it. The model
-    takes (n, height, width, channels) uint8 and needs torch, mlflow, numpy and pandas, not this package. Raises
-    ModelError where a file is missing.
+    takes (n, height, width, channels), uint8 mostly, and needs torch, mlflow, numpy and pandas, not this package.
+    Raises ModelError where a file is missing.
     """
     for name in (NET, CONFIG, SETUP):
         if not (folder / name).is_file():
@@ -108,7 +108,9 @@ def save_model(target: Path, folder: Path, *, model_id: str, run_id: str, tags: 
     from numpy import dtype
 
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    images = TensorSpec(dtype("uint8"), (-1, *config["image_shape"]))
+    # Images in the values of the training data, where those are of one kind; the script scales them.
+    kinds = list(config.get("ranges") or ())
+    images = TensorSpec(dtype(kinds[0] if len(kinds) == 1 else "uint8"), (-1, *config["image_shape"]))
     classes = [ColSpec(DataType.float, name) for name in config["class_names"]]
     # It would warn that there is no input example (the signature says it all) and no pip (uv needs none).
     with quiet("mlflow.utils.environment"):

@@ -19,7 +19,7 @@ from hpo.errors import HpoError
 from hpo.execute.process import follow_supervisor, hidden_main
 from hpo.execute.stack_size import StackSize, measure_stack_size
 from hpo.records import DataCard, Notice, SplitCard, StudyResult, TrialResult
-from hpo.spec.study import DataSpec, SplitSpec, StudySpec
+from hpo.spec.study import StudySpec
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -132,15 +132,20 @@ def _notify(text: str, done: int, total: int) -> None:
         _progress.send(Notice(text, done, total))
 
 
-def prepare(data: DataSpec, split: SplitSpec, device: str) -> Prepared:
-    """Fetch and check the data, and resolve the devices. Raises HpoError."""
+def prepare(spec: StudySpec, device: str) -> Prepared:
+    """Fetch and check the data of a study and the scores that it asks for, and resolve devices. Raises HpoError."""
     from hpo.data.prepare import prepare as prepare_data
+    from hpo.data.requested_scores import requested
     from hpo.data.split import split_card
     from hpo.training.compute.device import resolve_devices
 
     devices = resolve_devices(device)
-    card = prepare_data(data, split, progress=_notify)
-    return Prepared(card, split_card(card, split), tuple(devices))
+    card = prepare_data(spec.data, spec.split, progress=_notify)
+    training = spec.setup.training
+    requested([*training.scores, training.monitor], card.class_names)
+    for line in (*([f"files: {card.accounting}"] if card.accounting else ()), *(f"data: {w}" for w in card.warnings)):
+        _notify(line, 0, 0)
+    return Prepared(card, split_card(card, spec.split), tuple(devices))
 
 
 def measure_stack(spec: StudySpec, data: DataCard, device: str, threads: int, most: int) -> StackSize:

@@ -146,7 +146,7 @@ def _said(home: Home, entrant: ModelReference, part: Part, class_names: tuple[st
     from hpo.predict import load_model
 
     model = load_model(entrant.kept("its answers are needed").model_uri, home=home)
-    said: Ints = place[model.predict_proba(part.images).argmax(1)][np.newaxis]
+    said: Ints = place[model.predict_levels(part.images).argmax(1)][np.newaxis]
     return said
 
 
@@ -173,7 +173,7 @@ def parity(home: Home, new: ModelReference, model: Classifier) -> Verdict:
             "reloads", True, "it loads; no answers of its training are on record to compare with", "it loads"
         )
     images = np.load(Path(new.card.folder) / "development_images.npy", mmap_mode="r", allow_pickle=False)
-    ours, theirs = model.predict_proba(images[answers["rows"]]), answers["probabilities"]
+    ours, theirs = model.predict_levels(images[answers["rows"]]), answers["probabilities"]
     if ours.shape != theirs.shape:
         return Verdict("reloads", False, f"{ours.shape[1]} classes", f"{theirs.shape[1]} classes, as in its trial")
     far, differing = float(np.abs(ours - theirs).max()), int((ours.argmax(1) != theirs.argmax(1)).sum())
@@ -203,8 +203,12 @@ def same_signature(home: Home, model: Classifier, champion: ModelVersion) -> Ver
         old = load_model(champion.model_uri, home=home)
     except HpoError as error:
         return Verdict("same signature", False, f"the champion cannot be loaded: {error.message}", "a champion to ask")
-    words = [f"{'x'.join(map(str, each.image_shape))}, {_shown(each.class_names)}" for each in (model, old)]
-    same = (model.image_shape, model.class_names) == (old.image_shape, old.class_names)
+    kinds = [f" of {each.input_kind}" if each.input_kind != "uint8" else "" for each in (model, old)]
+    words = [
+        f"{'x'.join(map(str, each.image_shape))}{kind}, {_shown(each.class_names)}"
+        for each, kind in zip((model, old), kinds, strict=True)
+    ]
+    same = (model.image_shape, model.class_names, kinds[0]) == (old.image_shape, old.class_names, kinds[1])
     return Verdict("same signature", same, words[0], words[1])
 
 
@@ -239,6 +243,6 @@ def latency_ms(model: Classifier, *, repeats: int = _REPEATS) -> float:
     seconds = []
     for _ in range(3 + repeats):  # the first three warm up
         started = time.perf_counter()
-        model.predict_proba(image)
+        model.predict_levels(image)
         seconds.append(time.perf_counter() - started)
     return 1000 * median(seconds[3:])

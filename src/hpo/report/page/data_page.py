@@ -21,7 +21,8 @@ class DataFacts:
     number of its images that repeat an earlier one pixel by pixel. shared maps "train and valid" and so on to the
     number of images of the second part that are also in the first. contradictions are groups of development images
     with the same pixels and different labels, as (row, class name). samples maps a class to rows of random training
-    images. split describes how train and validation were divided.
+    images. split describes how train and validation were divided, near_duplicates how many images of a later part look
+    nearly like one of an earlier part.
     """
 
     data: DataCard
@@ -33,6 +34,7 @@ class DataFacts:
     shared: Mapping[str, int]
     contradictions: tuple[tuple[tuple[int, str], ...], ...]
     samples: Mapping[str, tuple[int, ...]]
+    near_duplicates: str = ""
 
     @property
     def totals(self) -> dict[str, int]:
@@ -59,11 +61,16 @@ def data_page(facts: DataFacts, pictures: Mapping[int, bytes]) -> str:
     return page(f"Data set {facts.data.name}", sections)
 
 
-def origin_rows(card: DataCard) -> list[tuple[str, object]]:
-    """Labels and values of a data set's images, source, licence and digest."""
+def origin_rows(card: DataCard, near_duplicates: str) -> list[tuple[str, object]]:
+    """Labels and values of a data set's images, files, source, licence and digest, and what is doubtful about them."""
     height, width, channels = card.image_shape
     return [
         ("size", f"{width} x {height} pixels, {counted(channels, 'channel')}"),
+        *([("files", card.accounting)] if card.accounting else []),
+        *([("pixels", card.pixel_ranges)] if card.pixel_ranges else []),
+        *([("groups", f"{card.groups:,}, each in one part")] if card.groups else []),
+        *([("near-duplicates", near_duplicates)] if near_duplicates else []),
+        *(("warning", warning) for warning in card.warnings),
         ("source", f"{card.source} ({'the' if card.official else 'not the'} publisher's file)"),
         ("licence", card.licence or "not stated"),
         ("citation", card.citation or "not stated"),
@@ -88,7 +95,7 @@ def _overview(facts: DataFacts) -> str:
         ("split", facts.split),
         ("classes", len(facts.data.class_names)),
     ]
-    return table((), [*rows, *origin_rows(facts.data)])
+    return table((), [*rows, *origin_rows(facts.data, facts.near_duplicates)])
 
 
 def _classes(facts: DataFacts) -> str:

@@ -163,7 +163,7 @@ def data(findings: Findings) -> str:
     card = findings.data
     if card is None:
         return f"<p>Data set {escape(findings.spec.data.name)}, digest <code>{findings.study.data_digest}</code>.</p>"
-    parts: list[str] = [table((), [("data set", card.name), *origin_rows(card)])]
+    parts: list[str] = [table((), [("data set", card.name), *origin_rows(card, findings.near_duplicates)])]
     if findings.split is not None:
         counts = findings.split.counts
         shares = {part: each for part, each in findings.split.shares.items() if counts.get(part)}

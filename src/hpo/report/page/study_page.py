@@ -82,6 +82,7 @@ class Findings:
     importances: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
     saliency: tuple[bytes, ...] = ()
     missing: tuple[str, ...] = ()
+    near_duplicates: str = ""
 
     @property
     def ranking(self) -> Mapping[str, float]:

@@ -1,0 +1,203 @@
+"""A table of labels beside image files: CSV, TSV, JSON Lines or Parquet."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from hpo.data.layouts import PART_NAMES, Found, Labelled, Listing, first_ten, parts_of
+from hpo.errors import DataError
+
+ENDINGS = (".csv", ".tsv", ".parquet", ".jsonl")
+_IMAGE_COLUMNS = ("file_name", "image", "file", "filename", "path")
+_LABEL_COLUMNS = ("label", "class")
+_PIECE = re.compile(r"image|img|part|batch|chunk|pictures?|photos?|data|files?|jpe?g|png|\d$", re.IGNORECASE)
+_METADATA = tuple(f"metadata{ending}" for ending in (".csv", ".jsonl", ".parquet"))
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The names of a table's columns; None: by their usual names (image, label), or none (group, part)."""
+
+    image: str | None = None
+    label: str | None = None
+    group: str | None = None
+    part: str | None = None
+
+
+Table = Mapping[str, Sequence[str]]
+
+
+def read_table(file: Path) -> Table:
+    """Column -> its cells as text, "" where empty. Raises DataError."""
+    import pandas
+
+    try:
+        if file.suffix.lower() == ".parquet":
+            frame = pandas.read_parquet(file)
+        elif file.suffix.lower() == ".jsonl":
+            frame = pandas.read_json(file, lines=True, dtype=False)
+        else:
+            with file.open(encoding="utf-8-sig") as lines:
+                head = lines.readline()
+            delimiter = max(",;\t", key=head.count)
+            frame = pandas.read_csv(file, sep=delimiter, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except Exception as error:  # noqa: BLE001 - pandas and its engines raise for damaged files what no list holds
+        raise DataError(f"{file}: not a table that can be read: {error}.", "Write it as CSV or Parquet.") from None
+    if not len(frame):
+        raise DataError(f"{file}: the table has no rows.", "Write one row for each image.")
+    return {str(name).strip(): [_text(cell) for cell in frame[name]] for name in frame.columns}
+
+
+def _text(cell: Any) -> str:
+    """A cell as text: whole numbers without .0, nothing for what is missing."""
+    if cell is None or (isinstance(cell, float) and cell != cell):
+        return ""
+    return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell).strip()
+
+
+def label_by_table(
+    table: Table, columns: Columns, files: Sequence[Found], *, origin: str, stem: str = ""
+) -> tuple[list[Labelled], set[PurePosixPath]]:
+    """The images that the rows name, with class, part and group; and the files of rows without a class.
+
+    Names are paths below the table's folder, or names of files anywhere below it, with or without their ending. stem is
+    put before them. Raises DataError where a column is missing, where files are missing or ambiguous, and where rows
+    contradict each other.
+    """
+    image = _column(table, columns.image, _IMAGE_COLUMNS, "image", origin)
+    label = _column(table, columns.label, _LABEL_COLUMNS, "label", origin)
+    group = _column(table, columns.group, (), "group", origin) if columns.group else None
+    part = _column(table, columns.part, (), "part", origin) if columns.part else None
+    by_name, unlabelled = _Files(files, stem), set[PurePosixPath]()
+    chosen: dict[PurePosixPath, Labelled] = {}
+    missing, ambiguous, differing, ungrouped, strange = [], [], [], [], Counter[str]()
+    for row, name in enumerate(table[image]):
+        matches = by_name.find(name)
+        if not matches:
+            missing.append(name)
+        elif len(matches) > 1:
+            ambiguous.append(f"{name} ({matches[0].path}, {matches[1].path})")
+        elif not table[label][row]:
+            unlabelled.add(matches[0].path)
+        else:
+            said = table[part][row] if part else ""
+            # Without a column, the folder train, valid or test that a file lies in says it.
+            own = PART_NAMES.get(said.lower()) if part else by_name.part(matches[0])
+            if own is None:
+                strange[said] += 1
+                continue
+            found = Labelled(
+                matches[0].file, matches[0].path, table[label][row], own, table[group][row] if group else ""
+            )
+            if group and not found.group:
+                ungrouped.append(name)
+            earlier = chosen.setdefault(found.path, found)
+            if (earlier.label, earlier.part, earlier.group) != (found.label, found.part, found.group):
+                differing.append(name)
+    _refuse(missing, f"{origin}: column {image} names {{}} files that are not there", "Correct the names, or the path.")
+    _refuse(
+        ambiguous, f"{origin}: {{}} names stand for several files", "Write the path below the table's folder instead."
+    )
+    _refuse(differing, f"{origin}: {{}} images are in several rows that differ", "Leave one row for each image.")
+    _refuse(ungrouped, f"{origin}: {{}} images have no {group}", "Fill the column, or leave those rows out.")
+    _refuse(
+        [f"{value!r} ({count:,} rows)" for value, count in strange.items()],
+        f"{origin}: column {part} has {{}} values that are no part",
+        "Write train, valid (or val, validation) and test.",
+    )
+    return list(chosen.values()), unlabelled - chosen.keys()
+
+
+def _refuse(names: Sequence[str], words: str, hint: str) -> None:
+    if names:
+        raise DataError(f"{words.format(f'{len(names):,}')}: {first_ten(names)}.", hint)
+
+
+def _column(table: Table, name: str | None, usual: Sequence[str], field: str, origin: str) -> str:
+    wanted = [name] if name else [each for each in usual if each in table]
+    if wanted and wanted[0] in table:
+        return wanted[0]
+    words = f"has no column {name!r}" if name else f"has no column that is called {', '.join(usual)}"
+    raise DataError(f"{origin}: {words} (it has: {', '.join(table)}).", f"--set data.{field}=COLUMN")
+
+
+class _Files:
+    """Files by path, by name, and by both without their endings."""
+
+    def __init__(self, files: Sequence[Found], stem: str) -> None:
+        self._stem = PurePosixPath(stem)
+        self._by: dict[str, list[Found]] = {}
+        tops = sorted({item.path.parts[0] for item in files if len(item.path.parts) > 1})
+        self._parts = parts_of(tops)
+        for item in files:
+            keys = {str(item.path), item.path.name, str(item.path.with_suffix("")), item.path.stem}
+            for key in keys:
+                self._by.setdefault(key, []).append(item)
+
+    def find(self, name: str) -> list[Found]:
+        """The file that a cell names: by its path, else by its name; several where that is not clear."""
+        wanted = PurePosixPath(name.replace("\\", "/"))
+        for key in (str(self._stem / wanted), str(wanted), wanted.name):
+            if name and (found := self._by.get(key)):
+                exact = [item for item in found if str(item.path) == key]
+                return exact or found
+        return []
+
+    def part(self, item: Found) -> str | None:
+        """The part whose folder a file lies in; train where the folders are no parts."""
+        return self._parts.get(item.path.parts[0], None if self._parts else "train")
+
+
+def metadata_files(listing: Listing) -> list[Found]:
+    """The tables of a Hugging Face image folder: metadata.csv and the like, at its root or in the folders below."""
+    return [item for item in listing.files if item.path.name in _METADATA and len(item.path.parts) <= 2]
+
+
+def unread_table(listing: Listing, found: Sequence[Labelled], place: Path) -> list[str]:
+    """A warning where a table beside folders names their images and no column of it is their classes.
+
+    Raises DataError where the names of the folders, such as images_part_1, are no classes either.
+    """
+    for item in listing.files:
+        if len(item.path.parts) > 1 or item.path.suffix.lower() not in ENDINGS or not isinstance(item.file, Path):
+            continue
+        try:
+            table = read_table(item.file)
+        except DataError:
+            continue
+        label_of = {key: each.label for each in found for key in (each.path.name, each.path.stem, str(each.path))}
+        for name, cells in table.items():
+            rows = [(row, label_of[cell]) for row, cell in enumerate(cells) if cell in label_of]
+            if len(rows) < max(2, len(found) // 2):
+                continue
+            agreeing = [
+                other
+                for other, values in table.items()
+                if all(values[row].casefold() == label.casefold() for row, label in rows)
+            ]
+            if agreeing:
+                return []
+            others = [
+                other for other, values in table.items() if other != name and 1 < len(set(values)) <= len(values) // 2
+            ]
+            likely = min(others, key=lambda other: (other not in _LABEL_COLUMNS, len(set(table[other]))), default="")
+            if not others:
+                continue
+            folders = sorted({each.label for each in found})
+            hint = (
+                f"Take the classes from the table: data: {{name: table, path: {place / item.path.name}, image: {name}, "
+                f"label: COLUMN}}, where COLUMN is one of {', '.join(others)}, perhaps {likely}."
+            )
+            if all(_PIECE.search(folder) for folder in folders):
+                raise DataError(
+                    f"{place}: the folders {first_ten(folders)} are pieces of a data set and no classes: column {name} "
+                    f"of {item.path} names their images.",
+                    hint,
+                )
+            return [f"column {name} of {item.path} names the images, too, but the folders are the classes. {hint}"]
+    return []

@@ -1,0 +1,392 @@
+"""Layouts of image files that people have, what is used of them, and what is said of the rest."""
+
+import csv
+import os
+import shutil
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from blobs import NAMES, as_set, blob, png, write_blobs
+from hpo.data.prepare import prepare
+from hpo.errors import DataError
+from hpo.spec.study import DataSpec, SplitSpec
+
+HOLDOUT = SplitSpec(kind="holdout")
+
+
+def card_of(place, tmp_path, split=HOLDOUT, **rest):
+    return prepare(DataSpec(**{"name": "folder", "path": str(place), **rest}), split, cache=tmp_path / "cache")
+
+
+def count_files(folder):
+    return sum(len(names) for _, _, names in os.walk(folder))
+
+
+# What is used, and what is said of the rest
+
+
+def test_every_file_is_used_or_counted_with_its_reason(tmp_path):
+    photos = write_blobs(tmp_path / "photos", png, count=10)
+    write_blobs(photos, lambda i, p: Image.fromarray(i).save(p, "JPEG"), count=10, ending=".jfif", first=10)
+    write_blobs(photos, lambda i, p: Image.fromarray(i).save(p, "GIF"), count=10, ending=".GIF", first=20)
+    write_blobs(photos, png, count=10, ending="", first=30)
+    for label, name in enumerate(NAMES):
+        (photos / name / "2024" / "May").mkdir(parents=True)
+        for number in range(40, 50):
+            png(blob(label, 1000 * label + number), photos / name / "2024" / "May" / f"{number}.PNG")
+    for name in ("Thumbs.db", ".DS_Store", "long/._000.png", "__MACOSX/long/000.png", ".git/config"):
+        (photos / name).parent.mkdir(parents=True, exist_ok=True)
+        (photos / name).write_bytes(b"junk")
+    (photos / "round" / "notes.txt").write_text("no image")
+    (photos / "round" / "scan.dcm").write_bytes(bytes(128) + b"DICM")
+    png(blob(0, 5), photos / "at the root.png")
+    card = card_of(photos, tmp_path)
+    assert card.files == {
+        "seen": count_files(photos),
+        "used": 100,
+        "hidden or of the system": 5,
+        "no image (.txt)": 1,
+        "no image (.dcm)": 1,
+        "in no class folder": 1,
+    }
+    assert card.accounting == (
+        "108 seen, 100 used, 8 skipped: 5 hidden or of the system, 1 no image (.txt), 1 no image (.dcm), "
+        "1 in no class folder"
+    )
+    assert card.development_count + card.test_count == 100
+
+
+@pytest.mark.parametrize("name", ["_other", "test", "Train", "2024", "a.b", "ü"])
+def test_a_class_folder_may_have_any_name_that_is_not_hidden(tmp_path, name):
+    photos = write_blobs(tmp_path / "photos", png)
+    (photos / "round").rename(photos / name)
+    card = card_of(photos, tmp_path)
+    assert card.class_names == tuple(sorted((name, "long")))
+    assert card.files["used"] == 40
+
+
+def test_a_linked_folder_is_read_and_a_change_behind_the_link_is_seen(tmp_path):
+    photos = write_blobs(tmp_path / "photos", png)
+    shutil.move(photos / "round", tmp_path / "elsewhere")
+    (photos / "round").symlink_to(tmp_path / "elsewhere")
+    (photos / "long" / "loop").symlink_to(photos)
+    first = card_of(photos, tmp_path)
+    assert first.files["used"] == 40
+    png(blob(1, 77), tmp_path / "elsewhere" / "new.png")
+    assert card_of(photos, tmp_path).files["used"] == 41
+
+
+def test_a_program_in_postscript_is_never_opened(tmp_path):
+    photos = write_blobs(tmp_path / "photos", png)
+    Image.fromarray(blob(0, 1)).convert("RGB").save(photos / "long" / "x.eps")
+    (photos / "long" / "x.eps").rename(photos / "long" / "program")
+    assert card_of(photos, tmp_path).files == {"seen": 41, "used": 40, "no image (no ending)": 1}
+    from hpo.predict import read_images
+
+    with pytest.raises(DataError, match="program: not an image that can be read"):
+        read_images([photos / "long" / "program"], (8, 8, 1))
+
+
+def test_only_the_first_image_of_a_file_is_read_and_that_is_said(tmp_path):
+    photos = write_blobs(tmp_path / "photos", png)
+    pages = [Image.fromarray(blob(0, 100 + n)) for n in range(3)]
+    pages[0].save(photos / "long" / "pages.tif", save_all=True, append_images=pages[1:])
+    assert "1 files hold several images, such as long/pages.tif" in card_of(photos, tmp_path).warnings[0]
+
+
+def test_all_broken_images_are_named_at_once_ten_at_most(tmp_path):
+    photos = write_blobs(tmp_path / "photos", lambda i, p: Image.fromarray(i).save(p, "JPEG"), ending=".jpg")
+    for number in range(3):
+        file = photos / "long" / f"{number:03}.jpg"
+        file.write_bytes(file.read_bytes()[: -60 if number else 100])  # inside the header, inside the pixels
+    with pytest.raises(DataError, match=r"3 files cannot be read: .*000\.jpg.*001\.jpg.*002\.jpg"):
+        card_of(photos, tmp_path)
+    for file in (photos / "round").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(DataError, match=r"23 files cannot be read: .*; and 13 more\."):
+        card_of(photos, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["what?", "a#b", "100%", "a b", "x=y&z", "%20"])
+def test_a_path_may_hold_any_sign(tmp_path, name):
+    write_blobs(tmp_path / name, png)
+    assert card_of(tmp_path / name, tmp_path).files["used"] == 40
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["cache", name])
+
+
+# Official parts
+
+
+@pytest.mark.parametrize("valid", ["val", "valid", "validation", "Val", None])
+@pytest.mark.parametrize("test", ["test", "Testing", None])
+def test_folders_train_valid_and_test_are_the_official_parts(tmp_path, valid, test):
+    place = tmp_path / "photos"
+    write_blobs(place / "train", png, count=20)
+    if valid:
+        write_blobs(place / valid, png, count=5, first=100)
+    if test:
+        write_blobs(place / test, png, count=8, first=200)
+    card = card_of(place, tmp_path)
+    assert card.class_names == NAMES
+    assert card.test_count == (16 if test else 8)
+    assert card.development_count == (40 if test else 32) + (10 if valid else 0)
+    assert card.valid_start == ((40 if test else 32) if valid else None)
+    held = as_set(np.load(f"{card.test_folder}/test_images.npy")[..., 0])
+    if test:
+        assert held == {blob(label, 1000 * label + n).tobytes() for label in (0, 1) for n in range(200, 208)}
+
+
+def test_parts_inside_the_class_folders_are_the_official_parts_too(tmp_path):
+    for part, first, count in (("train", 0, 20), ("test", 50, 5)):
+        write_blobs(tmp_path / part, png, count=count, first=first)
+        for name in NAMES:
+            (tmp_path / "photos" / name).mkdir(parents=True, exist_ok=True)
+            (tmp_path / part / name).rename(tmp_path / "photos" / name / part)
+    card = card_of(tmp_path / "photos", tmp_path)
+    assert (card.class_names, card.development_count, card.test_count) == (NAMES, 40, 10)
+
+
+def test_a_class_that_is_called_train_is_a_class(tmp_path):
+    photos = write_blobs(tmp_path / "photos", png)
+    (photos / "long").rename(photos / "train")
+    (photos / "round").rename(photos / "bus")
+    assert card_of(photos, tmp_path).class_names == ("bus", "train")
+
+
+def test_two_folders_for_one_part_are_refused(tmp_path):
+    for part in ("train", "val", "validation"):
+        write_blobs(tmp_path / "photos" / part, png, count=3)
+    with pytest.raises(DataError, match="val and validation are both the valid part"):
+        card_of(tmp_path / "photos", tmp_path)
+
+
+def kaggle(place):
+    (place / "train").mkdir(parents=True)
+    (place / "test").mkdir()
+    for label, name in enumerate(("dog", "cat")):
+        for number in range(20):
+            png(blob(label, 1000 * label + number), place / "train" / f"{name}.{number}.jpg")
+    for number in range(6):
+        png(blob(0, 500 + number), place / "test" / f"{number}.jpg")
+    return place
+
+
+def test_classes_in_the_names_of_files_are_read_from_them(tmp_path):
+    card = card_of(kaggle(tmp_path / "photos"), tmp_path)
+    assert card.class_names == ("cat", "dog")
+    assert card.files == {"seen": 46, "used": 40, "in no class folder (test)": 6}
+    assert card.development_count + card.test_count == 40
+
+
+def test_names_of_another_form_are_refused_and_a_pattern_reads_them(tmp_path):
+    place = tmp_path / "photos"
+    place.mkdir()
+    for number in range(20):
+        png(blob(number % 2, number), place / f"{('Persian', 'great_pug')[number % 2]}_{number}.png")
+    with pytest.raises(DataError, match="20 images lie side by side") as caught:
+        card_of(place, tmp_path)
+    assert "data.label=" in caught.value.hint
+    card = card_of(place, tmp_path, label=r"([A-Za-z_]+)_\d+")
+    assert card.class_names == ("Persian", "great_pug")
+    with pytest.raises(DataError, match=r"finds no class in 10 paths: great_pug_1\.png"):
+        card_of(place, tmp_path, label=r"(Persian)")
+
+
+def test_a_single_folder_around_the_classes_is_refused_with_the_place_to_name(tmp_path):
+    write_blobs(tmp_path / "photos" / "images", png)
+    with pytest.raises(DataError, match="holds one folder, images, which holds long, round") as caught:
+        card_of(tmp_path / "photos", tmp_path)
+    assert str(tmp_path / "photos" / "images") in caught.value.hint
+
+
+def test_folders_that_all_hold_the_same_folders_are_warned_of(tmp_path):
+    for fold in ("fold1", "fold2"):
+        write_blobs(tmp_path / "photos" / fold, png, first=100 * int(fold[-1]))
+    card = card_of(tmp_path / "photos", tmp_path)
+    assert "fold1, fold2 all hold the folders long, round: are those the classes?" in card.warnings[0]
+
+
+# Tables
+
+
+def ham(place, *, ending=""):
+    """Like HAM10000: two folders of images and one table; each lesion has two images."""
+    rows = []
+    for number in range(40):
+        folder = place / f"images_part_{1 + number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        png(blob(number // 2 % 2, number), folder / f"ISIC_{number:04}.jpg")
+        part = ("train", "val", "test")[(0, 0, 0, 1, 2)[number // 2 % 5]]
+        rows.append((f"ISIC_{number:04}{ending}", ("nv", "mel")[number // 2 % 2], f"lesion {number // 2}", part))
+    write_table(place / "labels.csv", rows)
+    return place
+
+
+def write_table(file, rows, *, head=("image_id", "dx", "lesion_id", "part"), delimiter=","):
+    with file.open("w", newline="", encoding="utf-8-sig") as opened:
+        csv.writer(opened, delimiter=delimiter).writerows([head, *rows])
+
+
+def table(place, file="labels.csv", **rest):
+    return {"name": "table", "path": str(place / file), "image": "image_id", "label": "dx", **rest}
+
+
+def test_folders_that_are_pieces_of_a_data_set_are_refused_and_the_table_is_named(tmp_path):
+    with pytest.raises(DataError, match="images_part_1, images_part_2 are pieces of a data set and no classes") as told:
+        card_of(ham(tmp_path / "ham"), tmp_path)
+    assert "name: table" in told.value.hint
+    assert "image: image_id" in told.value.hint
+    assert "dx" in told.value.hint
+
+
+@pytest.mark.parametrize("ending", ["", ".jpg"])
+@pytest.mark.parametrize("form", ["csv", "semicolons", "tabs", "parquet"])
+def test_a_table_names_the_classes_of_images_below_its_folder(tmp_path, ending, form):
+    place = ham(tmp_path / "ham", ending=ending)
+    file = place / "labels.csv"
+    if form != "csv":
+        import pandas
+
+        frame = pandas.read_csv(file)
+        file.unlink()
+        file = place / {"parquet": "labels.parquet", "tabs": "labels.tsv", "semicolons": "labels.csv"}[form]
+        if form == "parquet":
+            frame.to_parquet(file)
+        else:
+            frame.to_csv(file, sep={"tabs": "\t", "semicolons": ";"}[form], index=False)
+    card = card_of(place, tmp_path, **table(place, file.name, part="part"), split=SplitSpec(kind="official"))
+    assert card.class_names == ("mel", "nv")
+    assert (card.valid_start, card.development_count, card.test_count) == (24, 32, 8)
+    assert card.files == {"seen": 41, "used": 40, f"no image ({file.suffix})": 1}
+    wanted = {blob(n // 2 % 2, n).tobytes(): ("nv", "mel")[n // 2 % 2] for n in range(40)}
+    images = np.load(f"{card.folder}/development_images.npy")
+    labels = np.load(f"{card.folder}/development_labels.npy")
+    assert [wanted[image.tobytes()] for image in images] == [card.class_names[label] for label in labels]
+
+
+def test_rows_that_cannot_be_right_are_named(tmp_path):
+    place = ham(tmp_path / "ham")
+    rows = [(f"ISIC_{n:04}", "nv", "", "") for n in range(30, 55)]
+    write_table(place / "labels.csv", rows)
+    with pytest.raises(DataError, match=r"names 15 files that are not there: ISIC_0040, .*ISIC_0049 and 5 more"):
+        card_of(place, tmp_path, **table(place))
+    write_table(place / "labels.csv", [*rows[:10], ("ISIC_0030", "mel", "", "")])
+    with pytest.raises(DataError, match="1 images are in several rows that differ: ISIC_0030"):
+        card_of(place, tmp_path, **table(place))
+    shutil.copy(place / "images_part_1" / "ISIC_0030.jpg", place / "images_part_2" / "ISIC_0030.jpg")
+    write_table(place / "labels.csv", rows[:10])
+    with pytest.raises(DataError, match="1 names stand for several files: ISIC_0030"):
+        card_of(place, tmp_path, **table(place))
+    with pytest.raises(DataError, match=r"has no column 'diagnosis' \(it has: image_id, dx, lesion_id, part"):
+        card_of(place, tmp_path, **{**table(place), "label": "diagnosis"})
+    write_table(place / "labels.csv", [(f"ISIC_{n:04}", "nv", "", "fold 3") for n in range(10)])
+    with pytest.raises(DataError, match=r"1 values that are no part: 'fold 3' \(10 rows\)"):
+        card_of(place, tmp_path, **table(place, part="part"))
+
+
+def test_rows_without_a_class_and_files_without_a_row_are_counted(tmp_path):
+    place = ham(tmp_path / "ham")
+    write_table(place / "labels.csv", [(f"ISIC_{n:04}", ("nv", "mel", "")[n % 3], "", "") for n in range(36)])
+    card = card_of(place, tmp_path, **table(place))
+    assert card.files == {
+        "seen": 41,
+        "used": 24,
+        "without a class in the table": 12,
+        "not in the table": 4,
+        "no image (.csv)": 1,
+    }
+
+
+def test_labels_that_are_numbers_are_ordered_as_numbers(tmp_path):
+    place = ham(tmp_path / "ham")
+    write_table(place / "labels.csv", [(f"ISIC_{n:04}", str(n % 11), "", "") for n in range(40)])
+    assert card_of(place, tmp_path, **table(place)).class_names == tuple(map(str, range(11)))
+
+
+def test_a_hugging_face_image_folder_is_read_by_its_metadata(tmp_path):
+    place = tmp_path / "hub"
+    for part, count, first in (("train", 20, 0), ("test", 6, 100)):
+        (place / part).mkdir(parents=True)
+        rows = []
+        for number in range(first, first + count):
+            png(blob(number % 2, number), place / part / f"{number}.png")
+            rows.append((f"{number}.png", NAMES[number % 2]))
+        write_table(place / part / "metadata.csv", rows, head=("file_name", "label"))
+    card = card_of(place, tmp_path)
+    assert (card.class_names, card.development_count, card.test_count) == (NAMES, 20, 6)
+    one = tmp_path / "one"
+    one.mkdir()
+    (place / "train").rename(one / "data")
+    lines = [f'{{"file_name": "data/{n}.png", "label": {n % 2}}}' for n in range(20)]
+    (one / "data" / "metadata.csv").unlink()
+    (one / "metadata.jsonl").write_text("\n".join(lines))
+    assert card_of(one, tmp_path).class_names == ("0", "1")
+
+
+def test_remarks_beside_class_folders_do_not_become_classes(tmp_path):
+    photos = write_blobs(tmp_path / "photos", png)
+    names = sorted(path.relative_to(photos).as_posix() for path in photos.glob("*/*.png"))
+    write_table(photos / "metadata.csv", [(n, f"text {n}") for n in names], head=("file_name", "text"))
+    card = card_of(photos, tmp_path)
+    assert (card.class_names, card.warnings) == (NAMES, ())
+    write_table(photos / "who.csv", [(n, "ab"[i % 2]) for i, n in enumerate(names)], head=("file", "photographer"))
+    assert "column file of who.csv names the images, too" in card_of(photos, tmp_path).warnings[0]
+
+
+def test_a_zip_archive_of_eurosat_keeps_the_account_of_its_files(tmp_path):
+    for label, name in enumerate(("Forest", "River")):
+        for number in range(10):
+            (tmp_path / "2750" / name).mkdir(parents=True, exist_ok=True)
+            large = np.kron(blob(label, 1000 * label + number), np.ones((2, 2), np.uint8))
+            png(large, tmp_path / "2750" / name / f"{number}.jpg")
+    with zipfile.ZipFile(tmp_path / "e.zip", "w") as archive:
+        for file in (tmp_path / "2750").rglob("*.jpg"):
+            archive.write(file, str(file.relative_to(tmp_path)))
+        archive.writestr("2750/Forest/.DS_Store", b"junk")
+    card = card_of(tmp_path / "e.zip", tmp_path, name="eurosat")
+    assert card.files == {"seen": 21, "used": 20, "hidden or of the system": 1}
+
+
+# Memory and time
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_a_folder_larger_than_the_memory_it_may_use_is_prepared(tmp_path):
+    import subprocess
+    import sys
+
+    photos = write_blobs(tmp_path / "photos", png, count=100)
+    # 200 images of 1024 x 1024 x 1: 200 MiB of levels, with 150 MiB left to allocate once all is imported.
+    code = (
+        "import resource, sys\nfrom pathlib import Path\n"
+        "import numpy, scipy.sparse.csgraph, PIL.Image, filelock\n"
+        "from hpo.data.prepare import prepare\nfrom hpo.spec.study import DataSpec, SplitSpec\n"
+        "used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (150 << 20), used + (150 << 20)))\n"
+        "card = prepare(DataSpec(name='folder', path=sys.argv[1], size=1024), SplitSpec(), cache=Path(sys.argv[2]))\n"
+        "print(card.development_count + card.test_count)"
+    )
+    command = [sys.executable, "-c", code, str(photos), str(tmp_path / "cache")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.stdout.strip() == "200", done.stderr
+
+
+def test_a_preparation_that_is_interrupted_ends_at_once_and_leaves_nothing(tmp_path):
+    photos = write_blobs(tmp_path / "photos", png, count=100)
+    began = []
+
+    def progress(text, done, _total):
+        if text == "reading images" and done:
+            began.append(time.monotonic())
+            raise KeyboardInterrupt
+
+    spec = DataSpec(name="folder", path=str(photos), size=1024)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(spec, HOLDOUT, cache=tmp_path / "cache", progress=progress)
+    assert time.monotonic() - began[0] < 2
+    assert [path.name for path in (tmp_path / "cache" / "prepared").iterdir() if path.name.startswith(".r")] == []
