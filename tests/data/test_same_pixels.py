@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hpo.models.export import SETUP
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -12,7 +11,7 @@ from PIL import Image
 from blobs import as_set, deep_png, prepared_images, tiff
 from hpo.data.prepare import prepare
 from hpo.execute.workers.task import Task, train_task
-from hpo.models.export import export_program
+from hpo.models.export import SETUP, export_program
 from hpo.predict import load_model, predict_files, read_images
 from hpo.spec.load import load_study
 from hpo.spec.study import DataSpec, SplitSpec

@@ -148,6 +148,10 @@ def _count(policy: str) -> float:
     return {"all": float("inf"), "none": 0}.get(policy) or float(policy.partition(":")[2] or 0)
 
 
+# Places of a training that are younger than some studies, and what was done without them.
+_YOUNGER = {"data_growth": 1.0, "loss": "cross_entropy", "focal_gamma": 2.0, "sampling": "shuffled"}
+
+
 class StudySpec(Part):
     """One study: everything that decides its trials."""
 
@@ -234,9 +238,9 @@ class StudySpec(Part):
         plain["training"].pop("checkpoint")
         # What else is measured of a training does not change it.
         plain["training"].pop("scores")
-        # Younger than some studies: without it all images took part.
-        if plain["training"]["data_growth"] == 1:
-            plain["training"].pop("data_growth")
+        for place, value in _YOUNGER.items():
+            if plain["training"][place] == value:
+                plain["training"].pop(place)
         for part, younger in (("data", _YOUNGER_DATA), ("split", _YOUNGER_SPLIT)):
             for place, default in younger.items():
                 if plain[part][place] == default:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel
 
 from hpo.data.prepare import TrialData
@@ -24,6 +22,7 @@ from hpo.training.batches import Batches, GrowingSubset
 from hpo.training.checkpoint import random_state, set_random_state
 from hpo.training.compute.device import lay_out
 from hpo.training.early_stopping import EarlyStopping
+from hpo.training.losses import Loss, balanced_order
 from hpo.training.optimizers import build_optimizer, learning_rate_factor
 from hpo.training.profiler import phase
 
@@ -35,12 +34,6 @@ _PIECES = 4
 
 # Receives an epoch and the state after it, which torch.load(weights_only=True) can read.
 Save = Callable[[Epoch, Mapping[str, Any]], None]
-
-
-def class_weights(labels: Tensor, classes: int) -> Tensor:
-    """labels (n,) -> (classes,) weights n / (classes * images of the class): scikit-learn's "balanced"."""
-    counts = torch.bincount(labels, minlength=classes).clamp(min=1)
-    return len(labels) / (classes * counts.float())
 
 
 def evaluation_batch(device: torch.device) -> int:
@@ -117,9 +110,7 @@ class _Training:
         self._averaged = moving_average(net, spec.ema) if spec.ema else None
         self._evaluated: nn.Module = net if self._averaged is None else self._averaged.module
         self._transfer = transfer_of(net)
-        balanced = spec.class_weights == "balanced"
-        weights = class_weights(data.labels[data.train], len(data.class_names)) if balanced else None
-        self._loss_of = partial(functional.cross_entropy, weight=weights, label_smoothing=spec.label_smoothing)
+        self._loss_of = Loss(spec, data)
         self._subset = GrowingSubset(data, spec, seed=seed)
         self._steps, self._steps_per_epoch = self._subset.batches(spec.epochs), -(-len(data.train) // spec.batch_size)
         self._stopping = EarlyStopping(spec, validates=len(data.valid) > 0)
@@ -177,7 +168,11 @@ class _Training:
         counts: list[int] = []  # images in each batch
         rate = 0.0
         subset = self._subset.of(number)
-        order = subset[torch.randperm(len(subset), generator=self._generator).to(device)]
+        if spec.sampling == "balanced":
+            order = balanced_order(data.labels[subset].cpu(), len(subset), self._generator)
+        else:
+            order = torch.randperm(len(subset), generator=self._generator)
+        order = subset[order.to(device)]
         single = len(order) % spec.batch_size == 1 < min(spec.batch_size, len(order))
         order = order[:-1] if single else order  # batch norm cannot learn from a single image
         sources = self._batches.rows(order, spec.batch_size, self._generator)
@@ -243,25 +238,14 @@ class _Training:
                     with torch.autocast(device.type, torch.bfloat16, enabled=self._precision == "bfloat16"):
                         logits = self._net(part)
                     logits = logits.float()
-                piece = loss_of(logits, first) * _weight(first, labels, loss_of)
+                piece = loss_of(logits, first) * loss_of.share(first, labels)
                 if share < 1:
-                    piece = share * piece + (1 - share) * loss_of(logits, second) * _weight(second, others, loss_of)
+                    piece = share * piece + (1 - share) * loss_of(logits, second) * loss_of.share(second, others)
             with phase("backward"):
                 torch.autograd.backward(piece)
             loss += piece.detach()
             all_logits.append(logits.detach())
         return loss, torch.cat(all_logits)
-
-
-def _weight(part: Tensor, batch: Tensor, loss_of: partial[Tensor]) -> Tensor | float:
-    """The share of a piece's mean loss in that of its batch, from their labels: torch's mean is weighted by class."""
-    weights = loss_of.keywords["weight"]
-    if len(part) == len(batch):
-        return 1.0
-    share: Tensor | float = (
-        weights[part].sum() / weights[batch].sum() if weights is not None else len(part) / len(batch)
-    )
-    return share
 
 
 def moving_average(net: nn.Module, keep: float) -> AveragedModel:

@@ -24,7 +24,8 @@ from hpo.training.augment import mix_batch
 from hpo.training.batches import Batches
 from hpo.training.checkpoint import random_state, set_random_state
 from hpo.training.early_stopping import EarlyStopping
-from hpo.training.loop import class_weights, evaluation_batch, moving_average
+from hpo.training.loop import evaluation_batch, moving_average
+from hpo.training.losses import class_weights
 from hpo.training.optimizers import OPTIMIZERS, learning_rate_factor
 from hpo.training.stacking.compatibility import BrokenStackError, UnstackableError, shape_of, sort_key
 from hpo.training.stacking.dense import StackedNets
@@ -67,6 +68,9 @@ def key_of(net: nn.Module, data: TrialData, spec: TrainingSpec, precision: str) 
         ("its layers learn at rates of their own", spec.optimizer.layer_decay != 1),
         ("it is saved every so many epochs", spec.checkpoint is not None),
         ("its epochs grow", spec.data_growth < 1),
+        ("its loss is not cross-entropy", spec.loss != "cross_entropy"),
+        ("its images are drawn by class", spec.sampling != "shuffled"),
+        ("its images have several labels", data.labels.ndim == 2),
     ):
         if applies:
             raise UnstackableError(reason)
