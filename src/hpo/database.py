@@ -68,6 +68,12 @@ def server_engine(url: str) -> Engine:
     return create_engine(url, poolclass=NullPool, connect_args=SERVER_ARGUMENTS)
 
 
+def sqlite_address(file: Path) -> str:
+    """The address of a SQLite file: what would begin options, or read as a sign in hexadecimal digits, is quoted."""
+    path = re.sub(r"%(?=[0-9A-Fa-f]{2})", "%25", str(file)).replace("?", "%3F")
+    return f"sqlite:///{path}"
+
+
 def sqlite_file(url: str) -> Path | None:
     """The file of a SQLite address, absolute; None for a database on a server."""
     if not url.startswith("sqlite:"):

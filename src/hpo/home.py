@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpo.database import server_address
+from hpo.database import server_address, sqlite_address
 from hpo.errors import StoreError
 
 STORES = "hpo.toml"
@@ -46,7 +46,7 @@ class Home:
     def at(cls, folder: str | Path) -> Home:
         """The embedded stores of a folder, whatever the environment says."""
         root = Path(folder).expanduser().absolute() / "mlruns"
-        return cls(root, f"sqlite:///{root / 'optuna.db'}", f"sqlite:///{root / 'mlflow.db'}")
+        return cls(root, sqlite_address(root / "optuna.db"), sqlite_address(root / "mlflow.db"))
 
     @property
     def artifacts(self) -> Path:
@@ -66,7 +66,7 @@ class Home:
     @property
     def embedded(self) -> bool:
         """Whether MLflow writes to this folder's own SQLite file."""
-        return self.tracking_uri == f"sqlite:///{self.root / 'mlflow.db'}"
+        return self.tracking_uri == sqlite_address(self.root / "mlflow.db")
 
     @property
     def shared(self) -> bool:

@@ -163,6 +163,7 @@ def test_check_prints_estimate_and_warnings(monkeypatch: pytest.MonkeyPatch) -> 
         estimated_seconds=450.0,
         estimated_bytes=4e6,
         warnings=("batches are large",),
+        near_duplicates="1 of test in train",
     )
     room(monkeypatch, "hpo.jobs.check", check_study=lambda spec, **options: report)
     result = runner.invoke(app, ["check", "digits-mlp"])

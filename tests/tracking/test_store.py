@@ -78,3 +78,16 @@ def test_a_database_that_was_being_made_when_its_process_died_is_made_anew(
     (home.root / "mlflow.db.part").write_text("half")
     assert connect(home).search_experiments()
     assert not list(home.root.glob("*.part*"))
+
+
+@pytest.mark.parametrize("name", ["what?", "a#b", "100%", "x&y=z?w"])
+def test_a_home_may_have_any_sign_in_its_name_and_nothing_is_written_beside_it(tmp_path: Path, name: str) -> None:
+    from hpo.storage.optuna_storage import open_storage
+
+    home = Home.at(tmp_path / name).create()
+    client = connect(home)
+    client.create_experiment("mine")
+    open_storage(home).close()
+    assert [one.name for one in client.search_experiments() if one.name == "mine"] == ["mine"]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert {"mlflow.db", "optuna.db"} <= {path.name for path in home.root.iterdir()}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 from urllib.parse import unquote, urlsplit
 
+from hpo.database import sqlite_address
 from hpo.errors import HpoError, StoreAwayError, StoreError, disk_full
 from hpo.home import Home
 from hpo.locks import lock, locked
@@ -88,6 +89,7 @@ def connect(home: Home) -> Any:
             client.search_registered_models(max_results=1)  # the registry's store opens at its first use
         if home.embedded:
             _write_ahead(home.root / "mlflow.db", client._tracking_client.store.engine)
+            _remove_stray_folder(home)
         return client
 
 
@@ -100,6 +102,15 @@ def pages(search: Callable[..., Any], **arguments: Any) -> Iterator[Any]:
         token = page.token
         if not token:
             return
+
+
+def _remove_stray_folder(home: Home) -> None:
+    """Remove the empty folder that MLflow makes where a path is quoted in its address: it takes that for the path."""
+    folder = Path(home.tracking_uri.removeprefix("sqlite:///")).parent
+    with suppress(OSError):
+        if folder != home.root:
+            folder.rmdir()
+            folder.parent.rmdir()
 
 
 def server_version(home: Home) -> str:
@@ -142,7 +153,7 @@ def _create_file(path: Path) -> None:
     part = path.with_name(f"{path.name}.part")
     for leftover in path.parent.glob(f"{part.name}*"):
         leftover.unlink()
-    engine = create_sqlalchemy_engine(f"sqlite:///{part}")
+    engine = create_sqlalchemy_engine(sqlite_address(part))
     _initialize_tables(engine)
     engine.dispose()
     part.replace(path)
