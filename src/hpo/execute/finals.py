@@ -34,7 +34,7 @@ def finalists(spec: StudySpec, study: StudyResult) -> list[tuple[Mapping[str, An
 def final_setup(spec: StudySpec, study: StudyResult, parameters: Mapping[str, Any], *, data: DataCard) -> Setup:
     """The setup of a final training: the candidate's, with what `final` changes."""
     final = spec.final or FinalSpec()
-    setup = spec.with_values({**parameters, **final.set})
+    setup = spec.with_values(parameters, fixed=final.set)
     if final.on == "all":
         best = next(trial.result for trial in study.ranked() if trial.candidate.parameters == parameters)
         epochs = best.best_epoch if best is not None and best.best_epoch else setup.training.epochs

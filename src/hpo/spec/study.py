@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -14,7 +14,7 @@ from hpo.errors import SpecError
 from hpo.spec.models import ModelSpec
 from hpo.spec.scores import Positive, PublishedScore, Seed, Share
 from hpo.spec.search import SearchSpec
-from hpo.spec.space import Part
+from hpo.spec.space import Choice, Float, Int, Part
 from hpo.spec.training import TrainingSpec
 
 Task = Literal["multiclass", "binary"]
@@ -197,8 +197,8 @@ class StudySpec(Part):
             _place(plain, path, f"search.space.{path}")
             for asked in parameter.when:
                 _place(plain, asked, f"search.space.{path}.when.{asked}")
-            for value in parameter.ends():
-                _validated(self, {path: value}, f"search.space.{path}")
+            for values in self._extremes(path, parameter):
+                _validated(self, values, f"search.space.{path}")
         for index, values in enumerate(self.search.start):
             # Whether they fit the space is seen when the study is opened; these could not even be written down.
             for path, value in values.items():
@@ -218,9 +218,38 @@ class StudySpec(Part):
         asked = {path for _, parameter in space.items() for path in parameter.when}
         return {path: _place(plain, path, path) for path in asked if path not in space}
 
-    def with_values(self, values: Mapping[str, Any]) -> Setup:
-        """The setup of one candidate: this spec's, with the places of the space filled in and validated again."""
-        return _validated(self, values, "candidate")
+    def _extremes(self, path: str, parameter: Float | Int | Choice) -> Iterator[dict[str, Any]]:
+        """Values of a searched place, as they are used, between which all lie; ValueError where `per` is wrong."""
+        if not isinstance(parameter, Float) or parameter.per is None:
+            yield from ({path: value} for value in parameter.ends())
+            return
+        place, where, space = parameter.per, f"search.space.{path}.per", self.search.whole_space
+        ends = space[place].ends() if place in space else [_place(self.model_dump(), place, where)]
+        relative = isinstance(other := space.root.get(place), Float) and other.per is not None
+        if relative or not all(isinstance(end, int | float) and not isinstance(end, bool) and end > 0 for end in ends):
+            raise ValueError(f"{where}: {place} is not a positive number of its own. Name one that is")
+        for value in parameter.ends():
+            yield from (self.resolved({path: value, place: end}) for end in ends)
+
+    def resolved(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of a candidate as they are used: those that are drawn `per` another place, times its share."""
+        found, space = dict(values), self.search.whole_space
+        for path, value in values.items():
+            parameter = space.root.get(path)
+            if isinstance(parameter, Float) and parameter.per is not None and parameter.reference is not None:
+                other = (
+                    values[parameter.per] if parameter.per in values else _place(self.model_dump(), parameter.per, path)
+                )
+                found[path] = value * (other / parameter.reference)
+        return found
+
+    def with_values(self, values: Mapping[str, Any], *, fixed: Mapping[str, Any] | None = None) -> Setup:
+        """The setup of one candidate: this spec's, with the places of the space filled in and validated again.
+
+        fixed are further values, which are used as they are.
+        """
+        fixed = fixed or {}
+        return _validated(self, {**self.resolved({**values, **fixed}), **fixed}, "candidate")
 
     @property
     def setup(self) -> Setup:
@@ -247,6 +276,13 @@ class StudySpec(Part):
                     plain[part].pop(place)
         kept = {part: plain[part] for part in ("data", "split", "model", "training", "task", "seed")}
         aims = [f"{aim.better} {aim.score}" for aim in self.search.objectives]
+        relative = {
+            path: [parameter.per, parameter.reference]
+            for path, parameter in self.search.whole_space.items()
+            if isinstance(parameter, Float) and parameter.per is not None
+        }
+        # What a candidate's values mean.
+        kept |= {"per": relative} if relative else {}
         return {**kept, "objective": aims or [f"{self.search.better} {self.search.objective}"]}
 
     def seed_of(self, ordinal: int) -> int:
