@@ -70,18 +70,27 @@ def macro_auc(logits: Tensor, labels: Tensor) -> Tensor:
     negative image are left out; nan if all are.
     """
     import torch
+
+    classes = torch.arange(logits.shape[1], device=labels.device).unsqueeze(1)
+    return _mean_area(logits.double().softmax(1), labels == classes)
+
+
+def _mean_area(probabilities: Tensor, truth: Tensor) -> Tensor:
+    """The mean area of probabilities (n, classes) for truth (classes, n) bool, as macro_auc."""
+    import torch
     from torch.nn import functional
 
-    probabilities = logits.double().softmax(1).t().contiguous()
+    count = len(probabilities)
+    probabilities = probabilities.t().contiguous()
     ordered, order = probabilities.sort(dim=1)
-    rises, position = ordered.diff(dim=1) != 0, torch.arange(len(labels), device=labels.device)
+    rises, position = ordered.diff(dim=1) != 0, torch.arange(count, device=order.device)
     # First and last position of equal values, without a search for each.
     first = functional.pad(torch.where(rises, position[1:], 0), (1, 0)).cummax(1).values
-    last = functional.pad(torch.where(rises, position[:-1], len(labels) - 1), (0, 1), value=len(labels) - 1)
+    last = functional.pad(torch.where(rises, position[:-1], count - 1), (0, 1), value=count - 1)
     ranks = (first + last.flip(1).cummin(1).values.flip(1)).double() / 2 + 1
-    positive = (labels[order] == torch.arange(len(order), device=labels.device).unsqueeze(1)).double()
+    positive = truth.gather(1, order).double()
     positives = positive.sum(1)
-    negatives = len(labels) - positives
+    negatives = count - positives
     areas = ((ranks * positive).sum(1) - positives * (positives + 1) / 2) / (positives * negatives)
     return areas[(positives > 0) & (negatives > 0)].mean()
 
@@ -309,11 +318,15 @@ def confusion_matrix(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
 def scores(logits: Tensor, labels: Tensor, *, further: Sequence[Metric] = ()) -> dict[str, float]:
     """Every metric of METRICS that needs no request, then further ones, by name. One transfer from the device.
 
-    logits are (n, classes) float, labels (n,) int64.
+    logits are (n, classes) float, labels (n,) int64, or (n, classes) of 0 and 1 where an image has several: then an
+    answer is each label with a probability above 1/2, accuracy and balanced accuracy are means over labels (MedMNIST's
+    ACC), and the loss is binary cross-entropy, its mean over labels.
     """
     import torch
 
     logits = logits.float()
+    if labels.ndim == 2:
+        return _label_scores(logits, labels, further)
     counts = confusion_matrix(logits.argmax(1), labels, logits.shape[1]).double()
     hits, true, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
     wanted = [*(metric for metric in METRICS.values() if not metric.on_request), *further]
@@ -323,3 +336,26 @@ def scores(logits: Tensor, labels: Tensor, *, further: Sequence[Metric] = ()) ->
     ]
     names = [metric.name for metric in wanted]
     return dict(zip(names, torch.stack([value.double() for value in values]).tolist(), strict=True))
+
+
+def _label_scores(logits: Tensor, labels: Tensor, further: Sequence[Metric]) -> dict[str, float]:
+    import torch
+    from torch.nn import functional
+
+    answers, truth = logits > 0, labels > 0
+    hits, true, predicted = ((part.sum(0)).double() for part in (answers & truth, truth, answers))
+    absent = len(labels) - true
+    rejected = len(labels) - true - predicted + hits
+    found = {
+        "loss": functional.binary_cross_entropy_with_logits(logits, labels.float()),
+        "accuracy": (answers == truth).double().mean(),
+        "balanced_accuracy": (_mean_share(hits, true) + _mean_share(rejected, absent)) / 2,
+        "macro_f1": _mean_share(2 * hits, true + predicted),
+        "macro_auc": _mean_area(logits.double().sigmoid(), truth.t()),
+    }
+    for metric in further:
+        counted = metric.from_counts is not None
+        found[metric.name] = (
+            metric.from_counts(hits, true, predicted) if counted else metric.from_logits(logits, labels)
+        )  # type: ignore[misc]
+    return dict(zip(found, torch.stack([value.double() for value in found.values()]).tolist(), strict=True))

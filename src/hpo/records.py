@@ -329,6 +329,7 @@ class DataCard:
     official says whether the bytes had the publisher's checksum. files counts the files of a folder: seen, used, and
     those skipped by reason. ranges maps a kind of pixel (a numpy dtype) to the values that became 0 and 255. warnings
     are about images that can hardly be meant. groups is how many groups no two parts share, 0 where none are known.
+    several_labels: labels are (n, classes) of 0 and 1.
     """
 
     name: str
@@ -348,6 +349,7 @@ class DataCard:
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict, hash=False)
     warnings: tuple[str, ...] = field(default=(), hash=False)
     groups: int = 0
+    several_labels: bool = False
 
     @property
     def accounting(self) -> str:

@@ -53,11 +53,16 @@ def channel_statistics(images: NDArray[np.uint8], rows: Rows) -> tuple[tuple[flo
     return tuple(mean.tolist()), tuple(deviation.tolist())
 
 
+def _of_class(labels: NDArray[Any], label: int) -> NDArray[np.bool_]:
+    chosen: NDArray[np.bool_] = labels[:, label] == 1 if labels.ndim == 2 else labels == label
+    return chosen
+
+
 def sample_rows(labels: NDArray[Any], rows: Rows, *, classes: int, count: int, seed: int) -> list[list[int]]:
     """For each class up to count of the rows, drawn at random without repetition."""
     generator = np.random.default_rng(seed)
     shuffled = generator.permutation(rows)
-    return [shuffled[labels[shuffled] == label][:count].tolist() for label in range(classes)]
+    return [shuffled[_of_class(labels[shuffled], label)][:count].tolist() for label in range(classes)]
 
 
 def duplicates(

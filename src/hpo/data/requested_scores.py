@@ -8,15 +8,18 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from hpo.data.dotted_path import load_function
-from hpo.errors import TrainingError
+from hpo.errors import SpecError, TrainingError
 from hpo.metrics import Metric, find_metric, name_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def requested(scores: Iterable[str], class_names: Sequence[str]) -> tuple[Metric, ...]:
-    """The metrics among scores, such as valid_mcc, that are not computed anyway.
+_OF_LABELS = ("recall[", "precision[", "f1[")  # also where an image has several labels
+
+
+def requested(scores: Iterable[str], class_names: Sequence[str], *, several: bool = False) -> tuple[Metric, ...]:
+    """The metrics among scores, such as valid_mcc, that are not computed anyway; several: of images with several labels.
 
     Raises SpecError where one does not fit the classes, or where the function of one is not found.
     """
@@ -24,6 +27,11 @@ def requested(scores: Iterable[str], class_names: Sequence[str]) -> tuple[Metric
     for score in scores:
         metric = find_metric(name_of(score), class_names)
         if metric is not None and metric.on_request:
+            if several and ":" not in metric.name and not metric.name.startswith(_OF_LABELS):
+                raise SpecError(
+                    f"score {metric.name}: not defined for images with several labels.",
+                    "Take recall[LABEL], precision[LABEL], f1[LABEL], a function of your own, or a usual score.",
+                )
             own = metric.from_counts is None and metric.from_logits is None
             found[metric.name] = _with_function(metric) if own else metric
     return tuple(found.values())

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from hpo.data.duplicates import Digests, copies, found_in, pixel_digests
 from hpo.data.near_duplicates import count_across
 from hpo.data.requested_scores import requested
+from hpo.data.sources import scores_of
 from hpo.errors import DataError
 from hpo.records import DataCard
 
@@ -42,18 +43,23 @@ def open_test(
 
     from hpo.metrics import scores
 
-    wanted = requested(further, card.class_names)  # what does not fit the classes is refused before the part is opened
+    wanted = requested(
+        [*further, *scores_of(card.name)], card.class_names
+    )  # what does not fit the classes is refused before the part is opened
     images, labels = _read(card, "test_images.npy"), _read(card, "test_labels.npy")
     probabilities = predict(images)
     # The logarithm of probabilities is a set of logits for them.
-    logits = torch.tensor(probabilities, dtype=torch.float64).clamp(min=1e-12).log()
+    chances = torch.tensor(probabilities, dtype=torch.float64)
+    logits = torch.logit(chances, eps=1e-12) if labels.ndim == 2 else chances.clamp(min=1e-12).log()
     measured = scores(logits, torch.tensor(labels), further=wanted)
     return Measured(images, labels, probabilities, {f"test_{name}": value for name, value in measured.items()})
 
 
 def count_classes(card: DataCard) -> NDArray[np.int64]:
     """How many test images are of each class, (classes,). This is no opening: it measures no model."""
-    return np.bincount(_read(card, "test_labels.npy"), minlength=len(card.class_names))
+    from hpo.data.split import class_counts
+
+    return class_counts(_read(card, "test_labels.npy"), len(card.class_names))
 
 
 def duplicates_of_test(card: DataCard, seen: Mapping[str, Digests]) -> dict[str, int]:

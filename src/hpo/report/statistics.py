@@ -193,8 +193,12 @@ def roc(positive: NDArray[np.bool_], score: NDArray[np.floating]) -> Roc | None:
 
 
 def roc_per_class(labels: NDArray[np.integer], probabilities: NDArray[np.floating]) -> list[Roc | None]:
-    """labels (n,), probabilities (n, classes) -> each class against all others; None for a class without images."""
-    return [roc(labels == index, probabilities[:, index]) for index in range(probabilities.shape[1])]
+    """labels (n,), probabilities (n, classes) -> each class against all others; None for a class without images.
+
+    Labels may be (n, classes) of 0 and 1, where an image has several.
+    """
+    truth = labels.T == 1 if labels.ndim == 2 else [labels == index for index in range(probabilities.shape[1])]
+    return [roc(positive, probabilities[:, index]) for index, positive in enumerate(truth)]
 
 
 def macro_roc(probabilities: NDArray[np.floating], labels: Ints) -> Roc | None:

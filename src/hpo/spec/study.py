@@ -17,7 +17,7 @@ from hpo.spec.search import SearchSpec
 from hpo.spec.space import Choice, Float, Int, Part
 from hpo.spec.training import TrainingSpec
 
-Task = Literal["multiclass", "binary"]
+Task = Literal["multiclass", "binary", "multilabel"]
 
 # Places that are younger than some studies, whose record lacks them: what they meant before there were any.
 _YOUNGER_DATA: Mapping[str, Any] = {"range": None, "image": None, "label": None, "group": None, "part": None}
@@ -164,7 +164,8 @@ class StudySpec(Part):
     model: ModelSpec
     training: TrainingSpec = TrainingSpec()
     task: Task = "multiclass"
-    """binary: two classes and one sigmoid output."""
+    """binary: two classes and one sigmoid output. multilabel: each image has any number of labels, and each label a
+    sigmoid output (chestmnist)."""
     search: SearchSpec
     final: FinalSpec | None = None
     keep: KeepSpec = KeepSpec()

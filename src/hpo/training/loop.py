@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from hpo.data.prepare import TrialData
 from hpo.data.requested_scores import requested
-from hpo.metrics import scores
+from hpo.metrics import Metric, scores
 from hpo.models.inputs import input_of
 from hpo.models.transfer import transfer_of
 from hpo.records import Epoch
@@ -34,6 +34,12 @@ _PIECES = 4
 
 # Receives an epoch and the state after it, which torch.load(weights_only=True) can read.
 Save = Callable[[Epoch, Mapping[str, Any]], None]
+
+
+def requested_of(spec: TrainingSpec, data: TrialData) -> tuple[Metric, ...]:
+    """The further metrics that a training computes: those that it names, and those of its data set."""
+    names = [*data.scores, *spec.scores, spec.monitor]
+    return requested(names, data.class_names, several=data.labels.ndim == 2)
 
 
 def evaluation_batch(device: torch.device) -> int:
@@ -106,7 +112,7 @@ class _Training:
         self._optimizer = build_optimizer(spec.optimizer, net)
         self._batches = Batches(data.images, spec.augment)
         self._normalise = input_of(data)
-        self._requested = requested([*spec.scores, spec.monitor], data.class_names)
+        self._requested = requested_of(spec, data)
         self._averaged = moving_average(net, spec.ema) if spec.ema else None
         self._evaluated: nn.Module = net if self._averaged is None else self._averaged.module
         self._transfer = transfer_of(net)
@@ -163,6 +169,7 @@ class _Training:
         if self._transfer is not None:
             self._transfer.begin_epoch(number)
         self._net.train()
+        several = data.labels.ndim == 2
         losses: list[Tensor] = []
         hits: list[Tensor] = []
         counts: list[int] = []  # images in each batch
@@ -192,7 +199,9 @@ class _Training:
                 if self._averaged is not None:
                     self._averaged.update_parameters(self._net)
             losses.append(loss)
-            hits.append((logits.argmax(1) == labels).sum())
+            hits.append(
+                ((logits > 0) == labels).float().mean(1).sum() if several else (logits.argmax(1) == labels).sum()
+            )
             counts.append(len(rows))
         self._step += single
         # Added up once an epoch, in one transfer from the device.

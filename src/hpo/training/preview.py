@@ -24,7 +24,10 @@ def save_preview(setup: Setup, card: DataCard, path: Path, *, images: int, copie
 
     data = open_trial(card, setup.split, device=torch.device("cpu"))
     labels = data.labels[data.train]
-    by_class = [data.train[labels == label] for label in range(len(data.class_names))]
+    by_class = [
+        data.train[labels == label if labels.ndim == 1 else labels[:, label] > 0]
+        for label in range(len(data.class_names))
+    ]
     rows = torch.stack([by_class[row % len(by_class)][row // len(by_class)] for row in range(images)])
     generator = torch.Generator().manual_seed(seed)
     picture = preview(data.images[rows], setup.training.augment, generator=generator, copies=copies)

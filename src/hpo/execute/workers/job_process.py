@@ -134,6 +134,7 @@ def _notify(text: str, done: int, total: int) -> None:
 
 def prepare(spec: StudySpec, device: str) -> Prepared:
     """Fetch and check the data of a study and the scores that it asks for, and resolve devices. Raises HpoError."""
+    from hpo.data.prepare import check_task
     from hpo.data.prepare import prepare as prepare_data
     from hpo.data.requested_scores import requested
     from hpo.data.split import split_card
@@ -142,7 +143,10 @@ def prepare(spec: StudySpec, device: str) -> Prepared:
     devices = resolve_devices(device)
     card = prepare_data(spec.data, spec.split, progress=_notify)
     training = spec.setup.training
-    requested([*training.scores, training.monitor], card.class_names)
+    check_task(card, spec.task)
+    requested([*training.scores, training.monitor], card.class_names, several=card.several_labels)
+    if card.several_labels and spec.split.kind in ("holdout", "kfold") and spec.split.by == "stratified":
+        _notify("data: images have several labels, so parts are drawn at random by split.seed, not by class", 0, 0)
     for line in (*([f"files: {card.accounting}"] if card.accounting else ()), *(f"data: {w}" for w in card.warnings)):
         _notify(line, 0, 0)
     return Prepared(card, split_card(card, spec.split), tuple(devices))
@@ -225,10 +229,11 @@ def draw_trial(result: TrialResult, data: DataCard, folder: Path) -> list[Path]:
     if result.confusion:
         figures["confusion"] = lambda: classifier.confusion_figure(result.confusion, names, title=title)
         figures["class_accuracy"] = lambda: classifier.class_accuracy_figure(result.confusion, names, title=title)
-    if result.confusion and left.is_file():
+    if left.is_file():
         with np.load(left) as arrays:
             rows, labels, probabilities = (arrays[name] for name in ("rows", "labels", "probabilities"))
         figures["roc"] = lambda: classifier.roc_figure(labels, probabilities, names, title=title)
+    if result.confusion and left.is_file():
         figures["rank_of_truth"] = lambda: images.rank_figure(labels, probabilities, title=title)
 
         def gallery() -> Figure | None:

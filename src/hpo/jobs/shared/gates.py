@@ -11,6 +11,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hpo.errors import HpoError
 from hpo.home import Home
@@ -73,7 +74,10 @@ def beats_champion(
     with several seeds counts by their mean. Where there are no such images, the objectives decide, without an interval.
     """
     objective = new.spec.search.objective
-    part, note = (None, why) if old is None else _unseen(new, old)
+    several = new.card.several_labels or (old is not None and old.card.several_labels)
+    if several:
+        why = "images have several labels, of which no one class is resampled"
+    part, note = (None, why) if old is None or several else _unseen(new, old)
     if old is None or part is None:
         return _by_objective(new, champion, old, why=note)
     names = new.card.class_names
@@ -176,7 +180,7 @@ def parity(home: Home, new: ModelReference, model: Classifier) -> Verdict:
     ours, theirs = model.predict_levels(images[answers["rows"]]), answers["probabilities"]
     if ours.shape != theirs.shape:
         return Verdict("reloads", False, f"{ours.shape[1]} classes", f"{theirs.shape[1]} classes, as in its trial")
-    far, differing = float(np.abs(ours - theirs).max()), int((ours.argmax(1) != theirs.argmax(1)).sum())
+    far, differing = float(np.abs(ours - theirs).max()), _differing(ours, theirs, several=new.card.several_labels)
     kind = _kind(new.trial.result)
     most, share = _PARITY[kind]
     allowed = int(share * len(ours))
@@ -186,6 +190,12 @@ def parity(home: Home, new: ModelReference, model: Classifier) -> Verdict:
         f"probabilities within {far:.1g} of the trial's, {differing} of {len(ours):,} answers differ",
         f"{most:g} and {allowed}, trained in {kind}",
     )
+
+
+def _differing(ours: NDArray[np.floating], theirs: NDArray[np.floating], *, several: bool) -> int:
+    """How many images are answered differently: with another class, or with other labels above 1/2."""
+    differs = ((ours > 0.5) != (theirs > 0.5)).any(1) if several else ours.argmax(1) != theirs.argmax(1)
+    return int(differs.sum())
 
 
 def _kind(result: TrialResult | None) -> str:

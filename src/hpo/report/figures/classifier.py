@@ -131,7 +131,7 @@ def roc_figure(
 
     Two classes have one curve, of the second.
     """
-    binary = len(class_names) == 2
+    binary = len(class_names) == 2 and labels.ndim == 1
     names = short_names(class_names)
     legend_width = 0.0 if binary else 1.1 + name_inches(names)
     figure, (panel,) = placed_figure(4.7 + legend_width, 4.7, [(0.65, 0.55, 3.8, 3.8)])

@@ -14,7 +14,6 @@ from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel
 
 from hpo.data.prepare import TrialData
-from hpo.data.requested_scores import requested
 from hpo.errors import NotFiniteError
 from hpo.metrics import scores
 from hpo.models.inputs import input_of
@@ -24,7 +23,7 @@ from hpo.training.augment import mix_batch
 from hpo.training.batches import Batches
 from hpo.training.checkpoint import random_state, set_random_state
 from hpo.training.early_stopping import EarlyStopping
-from hpo.training.loop import evaluation_batch, moving_average
+from hpo.training.loop import evaluation_batch, moving_average, requested_of
 from hpo.training.losses import class_weights
 from hpo.training.optimizers import OPTIMIZERS, learning_rate_factor
 from hpo.training.stacking.compatibility import BrokenStackError, UnstackableError, shape_of, sort_key
@@ -338,9 +337,7 @@ def _judge(member: Member, total: tuple[float, float], logits: Tensor) -> Epoch 
     measured = {"train_loss": total[0], "train_accuracy": total[1]}
     if len(member.data.valid):
         labels = member.data.labels[member.data.valid]
-        found = scores(
-            logits, labels, further=requested([*member.spec.scores, member.spec.monitor], member.data.class_names)
-        )
+        found = scores(logits, labels, further=requested_of(member.spec, member.data))
         measured |= {f"valid_{name}": value for name, value in found.items()}
     try:
         last = member.stopping.note(member.epoch, measured, member.evaluated)
