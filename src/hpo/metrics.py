@@ -354,8 +354,8 @@ def _label_scores(logits: Tensor, labels: Tensor, further: Sequence[Metric]) -> 
         "macro_auc": _mean_area(logits.double().sigmoid(), truth.t()),
     }
     for metric in further:
-        counted = metric.from_counts is not None
-        found[metric.name] = (
-            metric.from_counts(hits, true, predicted) if counted else metric.from_logits(logits, labels)
-        )  # type: ignore[misc]
+        if metric.from_counts is not None:
+            found[metric.name] = metric.from_counts(hits, true, predicted)
+        elif metric.from_logits is not None:
+            found[metric.name] = metric.from_logits(logits, labels)
     return dict(zip(found, torch.stack([value.double() for value in found.values()]).tolist(), strict=True))

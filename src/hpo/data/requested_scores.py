@@ -19,7 +19,7 @@ _OF_LABELS = ("recall[", "precision[", "f1[")  # also where an image has several
 
 
 def requested(scores: Iterable[str], class_names: Sequence[str], *, several: bool = False) -> tuple[Metric, ...]:
-    """The metrics among scores, such as valid_mcc, that are not computed anyway; several: of images with several labels.
+    """The metrics among scores (valid_mcc, ...) that are not computed anyway. several: of images with several labels.
 
     Raises SpecError where one does not fit the classes, or where the function of one is not found.
     """

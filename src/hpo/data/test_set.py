@@ -43,9 +43,9 @@ def open_test(
 
     from hpo.metrics import scores
 
-    wanted = requested(
-        [*further, *scores_of(card.name)], card.class_names
-    )  # what does not fit the classes is refused before the part is opened
+    # What does not fit the classes is refused before the part is opened.
+    names = [*scores_of(card.name), *further]
+    wanted = requested(names, card.class_names, several=card.several_labels)
     images, labels = _read(card, "test_images.npy"), _read(card, "test_labels.npy")
     probabilities = predict(images)
     # The logarithm of probabilities is a set of logits for them.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from hpo.errors import DataError, HpoError
@@ -52,7 +52,15 @@ def explore_data(
 ) -> tuple[DataFacts, dict[int, bytes]]:
     """The same for a DataSpec; split None takes the parts of the data set."""
     from hpo.data.duplicates import contradictions, pixel_digests
-    from hpo.data.overview import channel_statistics, duplicates, near_words, open_development, sample_rows, to_pngs
+    from hpo.data.overview import (
+        channel_statistics,
+        class_text,
+        duplicates,
+        near_words,
+        open_development,
+        sample_rows,
+        to_pngs,
+    )
     from hpo.data.parts import class_codes
     from hpo.data.prepare import prepare
     from hpo.data.split import split_card
@@ -75,18 +83,11 @@ def explore_data(
         std=std,
         copies=within,
         shared={f"{first} and {second}": count for (first, second), count in across.items()},
-        contradictions=tuple(tuple((row, _named(labels[row], names)) for row in rows) for rows in groups),
+        contradictions=tuple(tuple((row, class_text(labels[row], names)) for row in rows) for rows in groups),
         samples={name: tuple(rows) for name, rows in zip(names, samples, strict=True)},
         near_duplicates=near_words(card, split),
     )
     return facts, to_pngs(pixels, facts.pictured)
-
-
-def _named(labels: Any, names: Sequence[str]) -> str:
-    """The class of an image, or all its labels."""
-    if np.ndim(labels) == 0:
-        return names[labels]
-    return " and ".join(name for name, label in zip(names, labels, strict=True) if label) or "none"
 
 
 def write_page(facts: DataFacts, pictures: Mapping[int, bytes], file: Path) -> Path:

@@ -219,7 +219,7 @@ class GrowingSubset:
 
 def class_codes(labels: Tensor) -> Tensor:
     """Labels (n,), or (n, labels) -> (n,): the same number for the same labels."""
-    return labels if labels.ndim == 1 else labels.unique(dim=0, return_inverse=True)[1]
+    return labels if labels.ndim == 1 else torch.unique(labels, dim=0, return_inverse=True)[1]
 
 
 def stratified_order(labels: Tensor, *, seed: int) -> Tensor:
