@@ -2,6 +2,7 @@
 
 import pytest
 
+from hpo.report.text import parameter_names, range_text
 from hpo.spec.study import StudySpec
 
 LR, BATCH = "training.optimizer.lr", "training.batch_size"
@@ -63,3 +64,9 @@ def test_the_reference_belongs_to_the_identity_of_a_study():
     plain = {key: RELATIVE[key] for key in ("float", "log")}
     one, two, three = (_spec({LR: each}).identity() for each in (plain, RELATIVE, RELATIVE | {"reference": 32}))
     assert one != two != three
+
+
+def test_the_drawn_value_is_shown_as_what_it_is():
+    ranges = {LR: RELATIVE, BATCH: {"choice": [16, 64]}}
+    assert parameter_names(ranges, ranges) == {LR: "lr*64/batch_size", BATCH: "batch_size"}
+    assert range_text(_spec({LR: RELATIVE}).search.space[LR]).endswith("times training.batch_size / 64")
