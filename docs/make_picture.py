@@ -14,8 +14,8 @@ from rich.terminal_theme import MONOKAI
 
 from hpo.cli.display.live import LiveDisplay
 from hpo.cli.display.run_summary import NextCommands
+from hpo.events import EpochEnded, Event
 from hpo.execute.run_study import run_study
-from hpo.records import EpochEnded, Event
 from hpo.spec.load import load_study
 
 PICTURE = Path(__file__).with_name("pictures") / "live.png"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hpo.cli.display.output import predictions_csv
 from hpo.errors import DataError, ModelError
 from hpo.predict import Classifier, load_model, predict_files, read_images
 
@@ -138,6 +140,30 @@ def test_many_files_are_read_in_their_order(model: Classifier, tmp_path: Path) -
     rows = predict_files(model, paths)
     assert [row["file"] for row in rows] == [str(path) for path in paths]
     assert [row["class"] for row in rows] == list(COLOURS) * 100
+
+
+def test_a_file_that_cannot_be_read_has_a_row_with_its_error_and_the_others_are_answered(
+    model: Classifier, tmp_path: Path
+) -> None:
+    height, width, _ = model.image_shape
+    generator = np.random.default_rng(0)
+    for name in "ab":
+        pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    paths = [tmp_path / name for name in ("a.png", "broken.png", "gone.png", "b.png")]
+    rows = predict_files(model, paths)
+    assert [row["file"] for row in rows] == [str(path) for path in paths]
+    assert ["error" in row for row in rows] == [False, True, True, False]
+    assert "broken.png: not an image" in rows[1]["error"]
+    alone = [predict_files(model, [path])[0] for path in (paths[0], paths[3])]
+    assert [rows[0]["class"], rows[3]["class"]] == [row["class"] for row in alone]
+    assert rows[1]["class"] is None
+    columns, *lines = predictions_csv(rows).splitlines()
+    assert columns.endswith(",error")
+    assert lines[1].startswith(f"{paths[1]},,,")
+    assert len(list(csv.reader(predictions_csv(rows).splitlines()))[1]) == len(columns.split(","))
+    assert predictions_csv([rows[0]]).splitlines()[0] == columns.removesuffix(",error")
 
 
 def test_a_folder_that_is_no_model_is_told_so(tmp_path: Path) -> None:

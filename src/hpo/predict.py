@@ -173,31 +173,47 @@ def read_images(paths: Sequence[AnyPath], shape: tuple[int, int, int], ranges: R
     kind of pixel, made grey (1 channel) or RGB (3) and stretched bilinearly to height and width. ranges are those of
     the model; see read_picture for None. Raises DataError naming the file that is missing or damaged.
     """
-    height, width, channels = shape
-    mode = {1: "L", 3: "RGB"}.get(channels)
     images = np.empty((len(paths), *shape), np.uint8)
     for row, path in enumerate(paths):
-        levels = read_picture(Path(path), mode=mode, size=(width, height), ranges=ranges)
-        if levels.size != images[row].size:
-            raise DataError(f"{path}: not {channels} bands, which the model takes.", "Use predict_proba with an array.")
-        images[row] = levels.reshape(shape)
+        images[row] = _read_image(path, shape, ranges)
     return images
+
+
+def _read_image(path: AnyPath, shape: tuple[int, int, int], ranges: Ranges | None) -> np.ndarray:
+    height, width, channels = shape
+    levels = read_picture(Path(path), mode={1: "L", 3: "RGB"}.get(channels), size=(width, height), ranges=ranges)
+    if levels.size != height * width * channels:
+        raise DataError(f"{path}: not {channels} bands, which the model takes.", "Use predict_proba with an array.")
+    return levels.reshape(shape)
 
 
 def predict_files(model: Classifier, paths: Sequence[AnyPath]) -> list[dict[str, Any]]:
     """One row per image file: file, class, probability (of that class), probabilities (class name -> probability).
 
-    Where an image may have several labels, labels lists those above 1/2, class shows them as text, and probability is
-    the highest.
+    A file that cannot be read has a row with `error`, which says why, and neither class nor probabilities. Where an
+    image may have several labels, labels lists those above 1/2, class shows them as text, and probability is the
+    highest.
     """
     return list(_rows(model, paths))
 
 
 def _rows(model: Classifier, paths: Sequence[AnyPath]) -> Iterator[dict[str, Any]]:
     for start in range(0, len(paths), _CHUNK_FILES):
+        read: dict[int, np.ndarray] = {}
+        errors: dict[int, DataError] = {}
         chunk = paths[start : start + _CHUNK_FILES]
-        for path, row in zip(chunk, _answers(model, chunk), strict=True):
-            probabilities = dict(zip(model.class_names, map(float, row), strict=True))
+        for index, path in enumerate(chunk):
+            try:
+                read[index] = _read_image(path, model.image_shape, model.ranges)
+            except DataError as error:
+                errors[index] = error
+        found = dict(zip(read, model.predict_levels(np.stack(list(read.values()))), strict=True)) if read else {}
+        for index, path in enumerate(chunk):
+            if index in errors:
+                row: dict[str, Any] = {"file": str(path), "class": None, "probability": None, "probabilities": {}}
+                yield {**row, "error": errors[index].message}
+                continue
+            probabilities = dict(zip(model.class_names, map(float, found[index]), strict=True))
             likeliest = max(probabilities, key=probabilities.__getitem__)
             labels = [name for name, probability in probabilities.items() if probability > 0.5]
             name = (", ".join(labels) or "none") if model.several_labels else likeliest
@@ -208,7 +224,3 @@ def _rows(model: Classifier, paths: Sequence[AnyPath]) -> Iterator[dict[str, Any
                 **({"labels": labels} if model.several_labels else {}),
                 "probabilities": probabilities,
             }
-
-
-def _answers(model: Classifier, paths: Sequence[AnyPath]) -> np.ndarray:
-    return model.predict_levels(read_images(paths, model.image_shape, model.ranges))

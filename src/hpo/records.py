@@ -132,23 +132,6 @@ class Profile:
 
 
 @dataclass(frozen=True)
-class StudyProfiled:
-    """Where the time of a run went.
-
-    trials counts those that this run profiled. seconds is how long its workers were ready; phases holds seconds of all
-    workers together and adds up to workers * seconds. outside holds CPU seconds of the other processes. operators holds
-    shares as in Profile, averaged over the trials.
-    """
-
-    trials: int
-    workers: int
-    seconds: float
-    phases: Mapping[str, float]
-    outside: Mapping[str, float]
-    operators: Mapping[str, float]
-
-
-@dataclass(frozen=True)
 class TrialResult:
     """How one candidate ended.
 
@@ -330,6 +313,7 @@ class DataCard:
     those skipped by reason. ranges maps a kind of pixel (a numpy dtype) to the values that became 0 and 255. warnings
     are about images that can hardly be meant. groups is how many groups no two parts share, 0 where none are known.
     several_labels: labels are (n, classes) of 0 and 1.
+    shared tells, in words, which parts of the user's own hold the same images, and how many.
     """
 
     name: str
@@ -350,6 +334,7 @@ class DataCard:
     warnings: tuple[str, ...] = field(default=(), hash=False)
     groups: int = 0
     several_labels: bool = False
+    shared: tuple[str, ...] = ()
 
     @property
     def accounting(self) -> str:
@@ -404,115 +389,3 @@ class ModelVersion:
     def generation(self) -> str:
         """Its study's title, but name~1 for a first generation: a name alone is read as the newest one."""
         return self.study if "~" in self.study else f"{self.study}~1"
-
-
-# Events: all that leaves the supervisor. Subscribers write them to tracking, keep models, clean up, and draw them.
-
-
-@dataclass(frozen=True)
-class Notice:
-    """A line for the user: a download in progress, a decision, a warning. total 0: no measure of progress."""
-
-    text: str
-    done: int = 0
-    total: int = 0
-
-
-@dataclass(frozen=True)
-class StudyOpened:
-    """The study is ready to hand out trials.
-
-    budget is the study's total of trials; finished counts those done by earlier runs. stack is the number of trainings
-    that each worker does at once; alone says why that is 1, where it was measured. attended holds the numbers of trials
-    that other living supervisors answer for.
-    """
-
-    study: StudyResult
-    data: DataCard
-    split: SplitCard
-    budget: int
-    finished: int
-    workers: int
-    device: str
-    stack: int = 1
-    alone: str = ""
-    attended: frozenset[int] = frozenset()
-
-
-@dataclass(frozen=True)
-class TrialStarted:
-    """A worker has the candidate. setup (hpo.spec.study.Setup) is all it trains with; started is in epoch seconds.
-
-    Where the event was read from a storage, setup is None and started 0.0.
-    """
-
-    candidate: Candidate
-    worker: str
-    setup: Any = None
-    started: float = 0.0
-
-
-@dataclass(frozen=True)
-class EpochEnded:
-    """One more epoch of a running trial."""
-
-    number: int
-    epoch: Epoch
-
-
-@dataclass(frozen=True)
-class TrialEnded:
-    """A trial is over, and Optuna's storage has its result. best: the best of the search so far."""
-
-    result: TrialResult
-    best: bool = False
-
-
-@dataclass(frozen=True)
-class TrialsReaped:
-    """Trials of another supervisor that died were stopped or finished; study holds them. attended as in StudyOpened."""
-
-    study: StudyResult
-    attended: frozenset[int]
-
-
-@dataclass(frozen=True)
-class SearchEnded:
-    """The run hands out no more trials, and none is running. attended as in StudyOpened.
-
-    summarize: this run writes the study's summary; of several supervisors that end together one does.
-    """
-
-    study: StudyResult
-    reason: EndReason
-    attended: frozenset[int] = frozenset()
-    summarize: bool = True
-
-
-@dataclass(frozen=True)
-class WinnerChosen:
-    """The study's best trial, if any. remarks are lines for the summary.
-
-    register: its model is to become the challenger; False where the study was cut short or goes on elsewhere.
-    """
-
-    study: StudyResult
-    reason: EndReason
-    winner: Trial | None
-    remarks: tuple[str, ...] = ()
-    register: bool = True
-    summarize: bool = True
-
-
-@dataclass(frozen=True)
-class StudyEnded:
-    """The run is over; model is the registered challenger."""
-
-    study: StudyResult
-    reason: EndReason
-    model: ModelVersion | None = None
-
-
-# The events that a caller's watch function sees. Subscribers inside the run see RunEvent.
-Event = Notice | StudyOpened | TrialStarted | EpochEnded | TrialEnded | StudyProfiled | StudyEnded
-RunEvent = Event | TrialsReaped | SearchEnded | WinnerChosen

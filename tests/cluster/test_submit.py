@@ -17,9 +17,10 @@ import pytest
 
 from hpo.cluster.submit import Submitted, run_array
 from hpo.errors import HpoError
+from hpo.events import StudyEnded, TrialStarted
 from hpo.home import Home
 from hpo.options import RunOptions
-from hpo.records import FailureKind, StudyEnded, TrialStarted, TrialState
+from hpo.records import FailureKind, TrialState
 from hpo.spec.load import load_study
 from hpo.storage.reader import read_snapshots
 from hpo.tracking.registry import versions

@@ -13,6 +13,7 @@ from unittest.mock import ANY
 import pytest
 
 from hpo.errors import HpoError
+from hpo.events import EpochEnded, TrialEnded
 from hpo.execute.engines import ENGINES, engine_factory
 from hpo.execute.engines.base import StudyWork, WorkerLost
 from hpo.execute.engines.in_process import InProcess
@@ -20,7 +21,7 @@ from hpo.execute.engines.ray import RayActors
 from hpo.execute.workers.ray_actor import WorkerSetup
 from hpo.execute.workers.task import Task
 from hpo.options import RunOptions
-from hpo.records import EpochEnded, TrialEnded, TrialState
+from hpo.records import TrialState
 from hpo.spec.load import load_study
 from hpo.spec.models import CnnSpec
 from study_fixtures import cluster  # noqa: F401 - a fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import get_args
 
 import optuna
 import pytest
@@ -13,7 +12,8 @@ from formula import NUMERIC, objective, run_in_pieces, run_whole, sequence, trai
 from hpo.records import Epoch, TrialResult, TrialState
 from hpo.search.lifecycle import open_study
 from hpo.search.pruners import PRUNERS, Pruner, report_step
-from hpo.spec.search import PrunerName, PrunerSpec
+from hpo.spec.search import PrunerSpec
+from hpo.spec.types import PRUNER_NAMES
 
 
 def other(home):
@@ -33,7 +33,7 @@ def report_all(study, candidate, curve):
 
 
 def test_the_table_has_every_name_that_a_study_may_give():
-    assert PRUNERS.keys() == set(get_args(PrunerName))
+    assert PRUNERS.keys() == set(PRUNER_NAMES)
 
 
 @pytest.mark.parametrize("pruner", PRUNERS)

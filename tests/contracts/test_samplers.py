@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import get_args
 
 import optuna
 import pytest
 
 from formula import FINITE, MIXED, NUMERIC, objective, run_all, run_in_pieces, run_whole, sequence, train
-from hpo.execute.stack_size import most_places
+from hpo.execute.stack_size import largest_stack
 from hpo.records import TrialResult, TrialState
 from hpo.search.lifecycle import open_study
 from hpo.search.samplers import SAMPLERS, Sampler
-from hpo.spec.search import SamplerName, SamplerSpec
+from hpo.spec.search import SamplerSpec
+from hpo.spec.types import SAMPLER_NAMES
 
 SPACES = {"grid": FINITE, "cmaes": NUMERIC, "gp": NUMERIC}
 STARTUP = {"gp": 8}  # a Gaussian process takes seconds
@@ -26,7 +26,7 @@ def other(home):
 
 
 def test_the_table_has_every_name_that_a_study_may_give():
-    assert SAMPLERS.keys() == set(get_args(SamplerName))
+    assert SAMPLERS.keys() == set(SAMPLER_NAMES)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -90,4 +90,4 @@ def test_a_sampler_is_added_by_one_entry(home, make_spec, monkeypatch):
     spec = specs(MIXED)
     expected = sequence(run_whole(home, spec, 11))
     assert sequence(run_in_pieces(other(home), spec, 11)) == expected
-    assert most_places(spec, left=40, workers=2, by_default=True) == 4
+    assert largest_stack(spec, left=40, workers=2, by_default=True) == 4

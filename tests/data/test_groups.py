@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
 from blobs import as_set, blob, png, write_blobs
-from hpo.data.near_duplicates import candidates, clusters, hashes
+from hpo.data.duplicates import candidates, clusters, hashes
 from hpo.data.overview import near_duplicates, near_words, open_development
 from hpo.data.prepare import prepare
 from hpo.data.split import draw, indices, rows_of

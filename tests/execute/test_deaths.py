@@ -14,6 +14,7 @@ import hpo.execute.supervisor
 from deadly_jobs import die_always, die_once
 from formula_study import CARD, formula, formula_spec
 from hpo.errors import HpoError
+from hpo.events import TrialEnded
 from hpo.execute.engines.base import WorkerLost
 from hpo.execute.engines.local import LocalProcesses
 from hpo.execute.process import process_context
@@ -21,7 +22,7 @@ from hpo.execute.workdir import pictures_folder, sweep
 from hpo.execute.workers.job_process import JobProcess
 from hpo.execute.workers.task import Task
 from hpo.home import Home
-from hpo.records import TrialEnded, TrialResult, TrialState
+from hpo.records import TrialResult, TrialState
 from hpo.search.lifecycle import open_study
 
 FORK = multiprocessing.get_context("fork")

@@ -8,8 +8,9 @@ import threading
 import pytest
 
 from formula_study import formula_spec
+from hpo.events import EpochEnded
 from hpo.execute.run_study import run_study
-from hpo.records import EpochEnded, TrialState
+from hpo.records import TrialState
 from hpo.spec.load import load_study
 from no_pictures import draw_nothing
 

@@ -10,12 +10,13 @@ import torch
 
 from formula_study import formula, formula_spec
 from hpo.data.prepare import prepare
+from hpo.events import EpochEnded, TrialEnded
 from hpo.execute.engines.base import WorkerLost
 from hpo.execute.engines.local import LocalProcesses
 from hpo.execute.run_study import run_study
 from hpo.execute.workers.task import Task, train_task
 from hpo.home import Home
-from hpo.records import Candidate, EpochEnded, FailureKind, StudyResult, Trial, TrialEnded, TrialResult, TrialState
+from hpo.records import Candidate, FailureKind, StudyResult, Trial, TrialResult, TrialState
 from hpo.report.summary import failure_lines
 from hpo.spec.load import load_study
 from hpo.spec.models import CnnSpec, MlpSpec, OwnModelSpec

@@ -9,9 +9,10 @@ import time
 import pytest
 
 from formula_study import formula, formula_spec
+from hpo.events import EpochEnded, TrialEnded, TrialStarted
 from hpo.execute.engines.base import WorkerLost
-from hpo.execute.events import Subscriber
-from hpo.records import FINAL, EndReason, Epoch, EpochEnded, TrialEnded, TrialResult, TrialStarted, TrialState
+from hpo.execute.subscribers import Subscriber
+from hpo.records import FINAL, EndReason, Epoch, TrialResult, TrialState
 from hpo.spec.models import MlpSpec
 from hpo.spec.study import FinalSpec, SplitSpec
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from hpo.events import EpochEnded, Event, TrialEnded
 from hpo.execute.workers.task import Task
-from hpo.records import DataCard, Epoch, EpochEnded, Event, TrialEnded, TrialResult, TrialState
+from hpo.records import DataCard, Epoch, TrialResult, TrialState
 from hpo.search.study import Study
 from hpo.spec.study import StudySpec
 

@@ -10,16 +10,17 @@ from pathlib import Path
 import pytest
 
 from formula_study import CARD, RecordedTracker, Run, formula, formula_spec
+from hpo.events import Event, StudyOpened
 from hpo.execute.engines.in_process import InProcess
 from hpo.execute.engines.ray_cluster import Cluster, RayOptions
-from hpo.execute.events import Events, Watcher
+from hpo.execute.subscribers import Events, Watcher
 from hpo.execute.subscribers.model_retention import ModelRetention
 from hpo.execute.subscribers.tracking import Tracking
 from hpo.execute.supervisor import Supervisor
 from hpo.execute.tracking_queue import TrackingQueue
 from hpo.execute.workdir import WorkdirCleanup
 from hpo.home import Home
-from hpo.records import Event, SplitCard, StudyOpened
+from hpo.records import SplitCard
 from hpo.search.lifecycle import open_study
 from hpo.search.study import Study
 from hpo.tracking.repair import move_artifacts

@@ -5,23 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from hpo.events import EpochEnded, Event, Notice, StudyEnded, StudyOpened, TrialEnded, TrialStarted
 from hpo.records import (
     Candidate,
     DataCard,
     EndReason,
     Epoch,
-    EpochEnded,
-    Event,
     ModelVersion,
-    Notice,
     SplitCard,
-    StudyEnded,
-    StudyOpened,
     StudyResult,
     Trial,
-    TrialEnded,
     TrialResult,
-    TrialStarted,
     TrialState,
 )
 

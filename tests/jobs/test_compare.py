@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 from hpo.cli.app import app
 from hpo.errors import DataError, HpoError, ModelError
+from hpo.events import TrialEnded
 from hpo.execute.workers.task import Task, train_task
 from hpo.home import Home
 from hpo.jobs.compare import compare, write_comparison
 from hpo.jobs.shared.model_reference import find_model
-from hpo.records import TrialEnded
 from hpo.spec.load import parse_study
 from hpo.storage.optuna_storage import read_study
 from hpo.tracking.ledger import openings

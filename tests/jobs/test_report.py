@@ -14,9 +14,8 @@ from hpo.cli.app import app
 from hpo.errors import HpoError, StoreError
 from hpo.execute.run_study import run_study
 from hpo.home import Home
-from hpo.jobs.explain import explain_mistakes
 from hpo.jobs.promote import promote
-from hpo.jobs.report import gather, write_report
+from hpo.jobs.report import explain_mistakes, gather, write_report
 from hpo.spec.load import load_study
 from hpo.storage.optuna_storage import read_study
 from hpo.tracking.ledger import openings

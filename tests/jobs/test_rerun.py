@@ -10,11 +10,12 @@ from typer.testing import CliRunner
 
 from hpo.cli.app import app
 from hpo.errors import HpoError, StoreError
+from hpo.events import EpochEnded
 from hpo.execute.run_study import run_study
 from hpo.execute.workers.task import train_task
 from hpo.home import Home
 from hpo.jobs.rerun import Agreement, compare_epochs, rerun
-from hpo.records import Epoch, EpochEnded, TrialState
+from hpo.records import Epoch, TrialState
 from hpo.spec.load import load_study
 from hpo.storage.optuna_storage import read_study
 

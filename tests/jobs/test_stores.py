@@ -24,7 +24,7 @@ def _no_addresses(monkeypatch):
 def _age_studies(home: Home) -> None:
     """The tables as the Optuna before the last change of its schema made them: without an index of trials."""
     storage = open_storage(home)
-    with storage._backend.engine.begin() as connection:
+    with storage.database.engine.begin() as connection:
         connection.execute(text("DROP INDEX ix_trials_study_id"))
         connection.execute(text("UPDATE alembic_version SET version_num = 'v3.0.0.d'"))
     storage.close()

@@ -9,15 +9,16 @@ import torch
 from torch.nn import functional
 from torchvision import models
 
-from hpo.data.prepare import models_folder
+from hpo.data.cache import models_folder
 from hpo.errors import DataError, SpecError, TrainingError
 from hpo.models import build_model, parameter_count
 from hpo.models.backbones import build_backbone, quick, stages
 from hpo.models.export import export_program, save_trained
 from hpo.models.transfer import transfer_of
-from hpo.spec.models import CnnSpec, MlpSpec
-from hpo.spec.pretrained import (
+from hpo.spec.models import (
+    CnnSpec,
     FusionSpec,
+    MlpSpec,
     TimmBackbone,
     TimmSpec,
     TorchvisionBackbone,

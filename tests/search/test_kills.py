@@ -140,19 +140,6 @@ def _search_and_note(home, spec, budget, log: Path) -> None:
     os._exit(0)
 
 
-def test_eight_supervisors_started_at_once_on_nothing_share_the_budget_exactly(home, make_spec, tmp_path):
-    spec = make_spec("tpe")
-    crowd = [FORK.Process(target=_search_and_note, args=(home, spec, 24, tmp_path / "log")) for _ in range(8)]
-    for process in crowd:
-        process.start()
-    for process in crowd:
-        process.join()
-    assert [process.exitcode for process in crowd] == [0] * 8
-    result = read_study(home, "study")
-    assert result.count(TrialState.COMPLETE) == len(result.trials) == 24
-    assert sorted(trial.candidate.ordinal for trial in result.trials) == list(range(24))
-
-
 def test_kills_at_any_moment_lose_no_finished_trial_and_leave_none_running(home, make_spec, tmp_path):
     spec, log, budget = make_spec("tpe"), tmp_path / "log", 40
     chance = random.Random(0)  # noqa: S311

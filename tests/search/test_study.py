@@ -10,9 +10,8 @@ from formula import FINITE, FINITE_CELLS, NUMERIC, run_all, train
 from hpo.errors import SpecError
 from hpo.records import TrialResult, TrialState
 from hpo.search.lifecycle import open_study
-from hpo.storage.optuna_private import trial_id_of
 from hpo.storage.optuna_storage import read_study
-from hpo.storage.trial_attrs import RESULT, key_of
+from hpo.storage.trial_attrs import key_of
 
 FORK = multiprocessing.get_context("fork")
 
@@ -35,72 +34,6 @@ def test_seed_of_the_spec_or_the_space_outranks_the_trial_own(home, make_spec):
     study = open_study(home, spec, data_digest="d")
     assert study.ask(budget=1, worker="w").seed == 5
     study.close()
-
-
-def test_budget_counts_running_and_waiting_trials_over_all_supervisors(home, make_spec):
-    one = open_study(home, make_spec(), data_digest="d")
-    two = open_study(home, make_spec(), data_digest="d")
-    first = one.ask(budget=3, worker="a")
-    second = two.ask(budget=3, worker="b")
-    third = one.ask(budget=3, worker="c")
-    assert two.ask(budget=3, worker="b") is None
-    one.tell(TrialResult(third.number, TrialState.STOPPED))
-    assert (one.counted(), two.counted()) == (3, 3)
-    again = two.ask(budget=3, worker="b")
-    assert (again.ordinal, again.parameters, again.seed) == (third.ordinal, third.parameters, third.seed)
-    assert again.attempt == 2
-    assert one.ask(budget=3, worker="a") is None
-    assert not one.exhausted
-    assert len({first.ordinal, second.ordinal, again.ordinal}) == 3
-    assert one.ask(budget=4, worker="a").ordinal == 3
-    one.close()
-    two.close()
-
-
-def test_running_trial_is_reaped_once_its_supervisor_is_gone_and_never_before(home, make_spec):
-    one = open_study(home, make_spec(), data_digest="d")
-    two = open_study(home, make_spec(), data_digest="d")
-    candidate = one.ask(budget=5, worker="a")
-    assert two.reap() == []
-    assert one.reap() == []
-    assert two.result().trials[0].state is TrialState.RUNNING
-    one.close()
-    assert two.reap() == [candidate.number]
-    assert two.reap() == []
-    assert [trial.state for trial in two.result().trials] == [TrialState.STOPPED, TrialState.WAITING]
-    two.close()
-    assert not list(home.locks.glob("lease-*"))
-
-
-def test_result_written_before_the_kill_is_told_and_not_tried_again(home, make_spec):
-    one = open_study(home, make_spec(), data_digest="d")
-    candidate = one.ask(budget=5, worker="a")
-    done = TrialResult(candidate.number, TrialState.COMPLETE, 0.5, 2)
-    one._storage.database.set_trial_user_attr(trial_id_of(one._running[candidate.number]), RESULT, done.to_json())
-    one.close()
-    two = open_study(home, make_spec(), data_digest="d")
-    assert two.reap() == [candidate.number]
-    result = two.result()
-    two.close()
-    assert [(trial.state, trial.value) for trial in result.trials] == [(TrialState.COMPLETE, 0.5)]
-
-
-def test_kill_between_stop_and_retry_makes_one_retry(home, make_spec, monkeypatch):
-    one = open_study(home, make_spec(), data_digest="d")
-    candidate = one.ask(budget=5, worker="a")
-
-    def killed(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(one._storage, "end_trial", killed)
-    with pytest.raises(KeyboardInterrupt):
-        one.tell(TrialResult(candidate.number, TrialState.STOPPED))
-    one.close()
-    two = open_study(home, make_spec(), data_digest="d")
-    two.reap()
-    states = [trial.state for trial in two.result().trials]
-    two.close()
-    assert states == [TrialState.STOPPED, TrialState.WAITING]
 
 
 def test_candidate_of_a_grid_is_not_lost_where_its_retry_is_killed_while_it_is_taken_up(home, make_spec, monkeypatch):

@@ -119,5 +119,5 @@ def test_start_from_an_absent_study_names_those_there_are(home, make_spec):
     with pytest.raises(SpecError, match=r"no study 'othr' has run here \(known: other\)"):
         open_study(home, make_spec(start_from={"study": "othr"}), data_digest="d")
     study = open_study(home, make_spec(start_from={"study": "other"}), data_digest="d")
-    assert study.notes == ["start_from other: it has no complete trial with a place that this space varies."]
+    assert study.notes == ["start_from other: it has no complete trial with a path that this space varies."]
     study.close()

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from hpo.cli.app import app
-from hpo.errors import SpecError
+from hpo.data.prepare import prepare
+from hpo.errors import HpoError, SpecError
 from hpo.spec.load import load_study, parse_study
-from hpo.spec.trust import module_file, named_functions
+from hpo.spec.trust import check_stored, is_function, module_file, named_functions
 
 runner = CliRunner()
 STUDY = """
@@ -128,3 +133,54 @@ def test_the_file_of_a_module_is_found_without_importing_it(folders: tuple[Path,
     assert module_file("sys:exit") is None
     assert module_file("..:x") is None
     assert not trap.exists()
+
+
+PIECES = ["evilmod", "f", ":", ":", ".", " ", "/", "\\", "\u00e9", "\u2024", "\uff1a", "x1"]
+ODD = ["evilmod:f:x", "evilmod:f ", "evilmod:f/g", "evilmod: f", " evilmod:f", "evilmod:", "evilmod::f", "evilmod:f\n"]
+
+
+@pytest.fixture
+def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder elsewhere with a module that makes itself known when it is imported; importing starts from scratch."""
+    here, away = tmp_path / "here", tmp_path / "away"
+    for folder in (here, away):
+        folder.mkdir()
+    (away / "evilmod.py").write_text("def f(**options):\n    raise ValueError\n")
+    monkeypatch.chdir(here)
+    monkeypatch.syspath_prepend(away)
+    monkeypatch.setenv("HPO_DATA", str(tmp_path / "data"))
+    monkeypatch.delitem(sys.modules, "evilmod", raising=False)
+    return away
+
+
+@pytest.mark.parametrize("place", ["data", "model"])
+@pytest.mark.parametrize("name", ODD)
+def test_a_name_that_is_nearly_a_function_imports_nothing(evil: Path, name: str, place: str) -> None:
+    file = study(evil, **{place: json.dumps(name)})
+    result = runner.invoke(app, ["check", str(file)])
+    assert result.exit_code == 2
+    assert "evilmod" not in sys.modules
+    assert "own.yaml:" in result.stderr  # told when the file is loaded
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.lists(st.sampled_from(PIECES)).map("".join))
+def test_nothing_is_imported_without_trust_whatever_its_name_looks_like(evil: Path, name: str) -> None:
+    """What is not seen by the question of trust is not loaded either, from a file, a stored study or a setup."""
+    from hpo.data.dotted_path import load_function
+
+    tree = load_study("digits-mlp").model_dump(mode="json")
+    for part, key in (("data", "name"), ("model", "kind"), ("training", "loss"), ("search", "score")):
+        stored = {**tree, part: {**tree[part], key: name}}
+        if named_functions(stored):
+            with pytest.raises(SpecError, match="--trust"):
+                check_stored(stored, trust=False, origin="a store")
+            assert is_function(name)
+        else:
+            with pytest.raises(SpecError, match="is no name of a function"):
+                load_function(name, what="data")
+    file = study(evil, data=json.dumps(name))
+    with contextlib.suppress(HpoError):
+        spec = load_study(file)
+        prepare(spec.data, spec.split)
+    assert "evilmod" not in sys.modules

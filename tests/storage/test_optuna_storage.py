@@ -11,31 +11,9 @@ from sqlalchemy.engine import Engine
 
 from formula import train
 from hpo.errors import StoreError
-from hpo.records import Epoch, TrialResult, TrialState
 from hpo.search.lifecycle import open_study
-from hpo.spec.load import parse_study
 from hpo.storage import optuna_storage, retry
 from hpo.storage.optuna_storage import list_studies, read_study
-
-
-def test_everything_told_is_read_back(home, make_spec):
-    study = open_study(home, make_spec(), data_digest="sha256:1")
-    candidate = study.ask(budget=2, worker="cpu-0")
-    epoch = Epoch(1, {"valid_accuracy": 0.5, "valid_loss": float("inf")}, 0.01, 0.2)
-    told = TrialResult(
-        candidate.number, TrialState.COMPLETE, 0.5, 1, (epoch,), {"valid_accuracy": 0.5}, 0.2, 7, ((1, 0), (0, 1)),
-        {"device": "cpu"}, folder="work/0",
-    )  # fmt: skip
-    study.tell(told)
-    study.close()
-    result = read_study(home, "study")
-    (trial,) = result.trials
-    assert (trial.result, trial.candidate, trial.worker) == (told, candidate, "cpu-0")
-    assert trial.run_seconds > 0
-    assert abs(trial.started - result.created) < 60
-    assert (result.title, result.direction, result.objective) == ("study", "maximize", "valid_accuracy")
-    assert result.data_digest == "sha256:1"
-    assert parse_study(result.spec) == make_spec()
 
 
 def test_reading_asks_as_many_queries_for_many_trials_as_for_few(home, make_spec):

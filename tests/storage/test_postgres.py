@@ -5,24 +5,22 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
-from collections import Counter
 from dataclasses import replace
 
 import optuna
 import psycopg
 import pytest
 
-from formula import FINITE, FINITE_CELLS, MIXED, run_all, sequence, train
+from formula import run_all, train
 from hpo.database import server_address
 from hpo.errors import StoreError
 from hpo.home import Home
 from hpo.jobs.stop import stop_study
 from hpo.locks import lock
 from hpo.records import TrialResult, TrialState
-from hpo.search.lifecycle import open_study
-from hpo.search.repair import reap
+from hpo.search.lifecycle import open_study, reap
 from hpo.storage import liveness, retry
-from hpo.storage.optuna_storage import list_studies, open_storage, read_study
+from hpo.storage.optuna_storage import open_storage, read_study
 from hpo.storage.reader import read_snapshots
 
 FORK = multiprocessing.get_context("fork")
@@ -56,54 +54,6 @@ def _wait(condition, seconds=60.0) -> bool:
             return True
         time.sleep(0.1)
     return False
-
-
-@pytest.mark.parametrize("sampler", ["random", "tpe", "cmaes", "grid"])
-def test_study_asks_the_same_on_sqlite_and_on_postgresql(sampler, home, make_home, make_spec):
-    spec = make_spec(sampler, space=FINITE if sampler == "grid" else MIXED)
-    found = []
-    for place in (home, make_home("a")):
-        study = open_study(place, spec, data_digest="d")
-        run_all(study, budget=12)
-        found.append(sequence(study.result()))
-        study.close()
-    assert found[0] == found[1]
-    assert len(found[0]) == 12
-
-
-def _open(home, spec) -> None:
-    open_study(home, spec, data_digest="d").close()
-    os._exit(0)
-
-
-def test_four_processes_may_open_an_empty_database_at_once(make_home, make_spec):
-    openers = [FORK.Process(target=_open, args=(make_home(str(place)), make_spec())) for place in range(4)]
-    for opener in openers:
-        opener.start()
-    for opener in openers:
-        opener.join(60)
-    assert [opener.exitcode for opener in openers] == [0, 0, 0, 0]
-    assert len(list_studies(make_home("0"))) == 1
-
-
-def _search(home, spec, budget) -> None:
-    study = open_study(home, spec, data_digest="d")
-    run_all(study, budget=budget)
-    os._exit(0)
-
-
-def test_supervisors_of_several_machines_spend_the_budget_exactly_and_no_grid_cell_twice(make_home, make_spec):
-    spec = make_spec("grid", space=FINITE)
-    crowd = [FORK.Process(target=_search, args=(make_home(str(place)), spec, 12)) for place in range(4)]
-    for each in crowd:
-        each.start()
-    for each in crowd:
-        each.join(120)
-    assert [each.exitcode for each in crowd] == [0] * 4
-    trials = read_study(make_home("0"), "study").trials
-    assert len(trials) == 12 < FINITE_CELLS
-    cells = Counter(str(trial.candidate.parameters) for trial in trials)
-    assert set(cells.values()) == {1}
 
 
 def _ask_and_die(home, spec) -> None:

@@ -12,8 +12,7 @@ import pytest
 from formula import run_all, train
 from hpo.errors import StoreError
 from hpo.records import TrialResult, TrialState
-from hpo.search.lifecycle import open_study
-from hpo.search.repair import ask_to_stop, reap
+from hpo.search.lifecycle import ask_to_stop, open_study, reap
 from hpo.storage.liveness import holders
 from hpo.storage.optuna_storage import list_studies
 from hpo.storage.reader import read_snapshots

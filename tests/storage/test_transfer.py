@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import optuna
 import pytest
 
-from formula import FINITE, MIXED, objective, run_all, sequence, train
-from hpo.database import server_address
+from formula import objective, run_all
 from hpo.errors import StoreError
 from hpo.home import Home
 from hpo.records import TrialResult, TrialState
@@ -23,11 +21,6 @@ from hpo.storage.transfer import Relation
 @pytest.fixture
 def other(tmp_path) -> Home:
     return Home.at(tmp_path / "other")
-
-
-@pytest.fixture
-def server(tmp_path, database) -> Home:
-    return replace(Home.at(tmp_path / "server"), storage_url=server_address(database))
 
 
 def _move(home: Home, target: Home, name: str = "study") -> int:
@@ -50,35 +43,6 @@ def _trials(home: Home, title: str = "study") -> str:
     return "\n".join(str({**each, "_trial_id": 0}) for each in facts)
 
 
-def _every_kind(home: Home, spec) -> None:
-    """Trials of all states, NaN and infinity in their reports."""
-    study = open_study(home, spec, data_digest="d")
-    for number in range(8):
-        candidate = study.ask(budget=20, worker="w")
-        if number == 3:
-            study.report(candidate.number, 1, float("nan"))
-            study.report(candidate.number, 2, float("-inf"))
-            study.tell(TrialResult(candidate.number, TrialState.FAILED, reason="the loss is nan"))
-        elif number == 7:
-            study.tell(TrialResult(candidate.number, TrialState.STOPPED))  # and a retry that waits
-        else:
-            train(study, candidate, worth=lambda values: objective(values) / 3)
-    study.close()
-
-
-def test_trials_of_all_kinds_are_the_same_on_postgresql_and_back(home, server, other, make_spec):
-    _every_kind(home, make_spec("tpe", "median"))
-    (before,) = read_snapshots(home)
-    states = {trial.state for trial in before.study.trials}
-    assert states >= {TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAILED, TrialState.STOPPED, TrialState.WAITING}
-    assert _move(home, server) == len(before.study.trials)
-    assert _move(server, other) == len(before.study.trials)
-    assert "nan" in _trials(home)
-    assert _trials(home) == _trials(server) == _trials(other)
-    assert read_study(other, "study") == read_study(home, "study")
-    assert _move(home, server) == _move(server, home) == 0
-
-
 def test_constraints_and_several_objectives_move(home, other, make_spec):
     objectives = ["valid_accuracy", "valid_loss"]
     study = open_study(
@@ -95,25 +59,6 @@ def test_constraints_and_several_objectives_move(home, other, make_spec):
     _move(home, other)
     assert "constraints" in _trials(home)
     assert _trials(home) == _trials(other)
-
-
-@pytest.mark.parametrize("sampler", ["tpe", "grid"])
-def test_moved_study_goes_on_as_the_unbroken_one(sampler, tmp_path, server, make_spec):
-    spec = make_spec(sampler, "median", space=FINITE if sampler == "grid" else MIXED)
-    found = []
-    for first, second in [("unbroken", "unbroken"), ("here", None)]:
-        study = open_study(Home.at(tmp_path / first), spec, data_digest="d")
-        run_all(study, budget=7, epochs=5)
-        study.close()
-        target = Home.at(tmp_path / second) if second else server
-        if second is None:
-            _move(Home.at(tmp_path / first), target)
-        study = open_study(target, spec, data_digest="d")
-        run_all(study, budget=12, epochs=5)
-        found.append(sequence(study.result()))
-        study.close()
-    assert found[0] == found[1]
-    assert len(found[0]) == 12
 
 
 def test_generations_move_one_by_one(home, other, make_spec):

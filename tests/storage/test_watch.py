@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from formula import run_all, train
-from hpo.records import TrialEnded, TrialResult, TrialStarted, TrialState
-from hpo.search.lifecycle import open_study
-from hpo.search.repair import ask_to_stop
-from hpo.storage.watch import StudyWatcher
+from hpo.events import TrialEnded, TrialStarted
+from hpo.records import TrialResult, TrialState
+from hpo.search.lifecycle import ask_to_stop, open_study
+from hpo.storage.reader import StudyWatcher
 
 
 def test_follower_tells_each_trial_once_with_its_result_and_what_was_best(home, make_spec):

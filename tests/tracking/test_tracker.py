@@ -331,3 +331,35 @@ def test_a_model_that_a_killed_process_had_begun_to_log_goes(home: Home, tracker
     tracker.reconcile(tiny.study(tiny.trial(0), tiny.trial(1)), tiny.spec())
     assert [f"models:/{model.model_id}" for model in client.search_logged_models([experiment])] == [kept]
     assert not place.exists()
+
+
+def test_a_run_that_was_deleted_in_mlflow_is_not_made_a_second_time(home: Home, tracker: Tracker) -> None:
+    two = tiny.study(tiny.trial(0), tiny.trial(1))
+    for number in (0, 1):
+        track(tracker, number)
+    trashed, client = run_of(home, 0).info.run_id, connect(home)
+    client.delete_run(trashed)
+    again = Tracker(home)
+    again.open_study(two, tiny.spec(), tiny.data(), tiny.split())
+    again.reconcile(two, tiny.spec())
+    (left,) = runs.children(client, parent(home))
+    assert left.data.tags[runs.TRIAL] == "1"
+    assert again.deleted_runs(two) == {0: trashed}
+    with pytest.raises(StoreError, match="was deleted in MLflow") as error:
+        again.register(two, 0)
+    assert f"mlflow runs restore --run-id {trashed}" in error.value.hint
+    client.restore_run(trashed)
+    assert again.deleted_runs(two) == {}
+    assert run_of(home, 0).info.run_id == trashed
+
+
+def test_the_run_of_a_study_that_was_deleted_comes_back_when_it_runs(home: Home, tracker: Tracker) -> None:
+    one = tiny.study(tiny.trial(0))
+    track(tracker, 0)
+    before = parent(home).info.run_id
+    connect(home).delete_run(before)
+    again = Tracker(home)
+    again.open_study(one, tiny.spec(), tiny.data(), tiny.split())
+    again.reconcile(one, tiny.spec())
+    assert parent(home).info.run_id == before
+    run_of(home, 0)

@@ -21,7 +21,7 @@ from hpo.training.augment import (
     warp,
 )
 from hpo.training.batches import augmenter
-from hpo.training.preview import preview
+from hpo.training.preflight import preview
 
 STEPS = [
     {"flip_horizontal": True},

@@ -12,8 +12,7 @@ import torch
 import hpo.training.features as features_module
 from hpo.models import build_model
 from hpo.models.transfer import transfer_of
-from hpo.spec.models import CnnSpec
-from hpo.spec.pretrained import TimmSpec
+from hpo.spec.models import CnnSpec, TimmSpec
 from hpo.spec.study import DataSpec, Setup, SplitSpec
 from hpo.spec.training import AugmentSpec, TrainingSpec
 from hpo.training.batches import pick_view

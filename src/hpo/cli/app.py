@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hpo.cli import cluster
-from hpo.cli.compare import compare
+from hpo.cli.cluster import worker
+from hpo.cli.compare import compare, evaluate
 from hpo.cli.data import app as data_app
 from hpo.cli.display import output
 from hpo.cli.doctor import clean, doctor
-from hpo.cli.evaluate import evaluate
-from hpo.cli.explain import explain
 from hpo.cli.options import (
     AsJson,
     Command,
@@ -34,14 +33,12 @@ from hpo.cli.options import (
     Trust,
     study_name,
 )
-from hpo.cli.report import report
-from hpo.cli.rerun import rerun
-from hpo.cli.run import run
+from hpo.cli.report import explain, report
+from hpo.cli.run import rerun, run
 from hpo.cli.stop import status, stop
 from hpo.cli.store import app as store_app
-from hpo.cli.transfer import export, import_
+from hpo.cli.store import export, import_
 from hpo.cli.use import models, predict, promote
-from hpo.cli.worker import worker
 from hpo.report.text import duration, parameter_names, ranges_of
 
 if TYPE_CHECKING:

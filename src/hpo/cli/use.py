@@ -12,6 +12,9 @@ import typer
 
 from hpo.cli.display import output
 from hpo.cli.options import AllowPickle, AsJson, Debug, HomeFolder, Study, Trust, study_name
+from hpo.errors import DataError
+
+_MOST_ERRORS = 10  # files that cannot be read, in one message
 
 
 def promote(
@@ -157,12 +160,19 @@ def predict(
     from hpo.predict import load_model, predict_files
 
     rows = predict_files(load_model(model, home=home, allow_pickle=allow_pickle), images)
+    errors = [row["error"] for row in rows if "error" in row]
+    if errors and len(errors) == len(rows):
+        more = f" And {len(errors) - _MOST_ERRORS} more." if len(errors) > _MOST_ERRORS else ""
+        raise DataError(" ".join(errors[:_MOST_ERRORS]) + more, "Check the files, or leave them out.")
     if form is Format.TABLE and target is None:
         output.print_table(
-            [[row["file"], row["class"], output.show_score(row["probability"])] for row in rows],
+            [[row["file"], row["class"] or row["error"], output.show_score(row["probability"])] for row in rows],
             ["file", "class", ">probability"],
         )
-        return
-    # A table for a terminal; a file of columns is CSV.
-    text = output.to_json(rows) if form is Format.JSON else output.predictions_csv(rows)
-    output.write_text(text, target)
+    else:
+        # A file of columns is CSV: a table is for eyes.
+        text = output.to_json(rows) if form is Format.JSON else output.predictions_csv(rows)
+        output.write_text(text, target)
+    if errors:
+        output.print_warning(f"{len(errors)} of {len(rows)} files could not be read: {' '.join(errors[:_MOST_ERRORS])}")
+        raise typer.Exit(1)

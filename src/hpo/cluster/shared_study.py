@@ -7,14 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from hpo.errors import StoreError
+from hpo.events import Notice, StudyOpened
 from hpo.execute.base_model import with_model
-from hpo.execute.events import Events, Watch, Watcher
+from hpo.execute.finals import check_final
 from hpo.execute.process import process_context
-from hpo.execute.run_study import await_job, interruptible, run_study, with_options
+from hpo.execute.run_study import await_job, interruptible, refuse_new, run_study, with_options
+from hpo.execute.subscribers import Events, Watch, Watcher
 from hpo.execute.workers.job_process import JobProcess, Prepared, prepare
 from hpo.home import Home
 from hpo.options import RunOptions
-from hpo.records import Notice, StudyOpened, StudyResult
+from hpo.records import StudyResult
 from hpo.search.stages import budget_of
 from hpo.spec.load import override_study
 from hpo.spec.study import StudySpec
@@ -54,7 +56,17 @@ def begin_study(spec: StudySpec, options: RunOptions, *, watch: Watch | None = N
 
         prepared: Prepared = await_job(job, jobs, emit, interrupted)
         digest, budget = prepared.data.digest, budget_of(spec, options.trials)
-        study = open_study(home, spec, data_digest=digest, budget=budget, fresh=options.fresh)
+        refuse_new(home, spec, prepared.data, fresh=options.fresh)
+        check_final(spec, prepared.data)
+        study = open_study(
+            home,
+            spec,
+            data_digest=digest,
+            class_names=prepared.data.class_names,
+            budget=budget,
+            fresh=options.fresh,
+        )
+        spec = study.spec
         cleanup.callback(study.close)
         for note in study.notes:
             emit(Notice(note))

@@ -11,15 +11,15 @@ from pathlib import Path
 from hpo.cluster.shared_study import begin_study, shared_home
 from hpo.cluster.slurm import Jobs, read_settings, submit, worker_command
 from hpo.errors import HpoError, StoreError
-from hpo.execute.events import Watch
+from hpo.events import Notice, StudyEnded, StudyOpened
 from hpo.execute.run_study import interruptible
+from hpo.execute.subscribers import Watch
 from hpo.home import Home
 from hpo.jobs.stop import stop_study
 from hpo.options import RunOptions
-from hpo.records import EndReason, ModelVersion, Notice, StudyEnded, StudyOpened, StudyResult
+from hpo.records import EndReason, ModelVersion, StudyResult
 from hpo.spec.study import StudySpec
-from hpo.storage.reader import list_trials
-from hpo.storage.watch import StudyWatcher
+from hpo.storage.reader import StudyWatcher, list_trials
 from hpo.tracking.registry import versions
 
 _TICK = 1.0  # seconds between readings of the study

@@ -9,11 +9,18 @@ from pathlib import Path
 from typing import Any, cast
 
 from hpo.errors import SpecError
+from hpo.spec.trust import split_function
 
 
 def load_function(dotted: str, *, what: str) -> Callable[..., Any]:
     """The function that package.module:function names; what is "model" or "data". Raises SpecError without one."""
-    module_name, _, name = dotted.partition(":")
+    parts = split_function(dotted)
+    if parts is None:
+        raise SpecError(
+            f"{what}: {dotted!r} is no name of a function.",
+            "Write package.module:function, in letters, digits and _.",
+        )
+    module_name, name = parts
     if str(Path.cwd()) not in sys.path and "" not in sys.path:
         # The hpo command, unlike python -m, does not look for modules in the working directory.
         sys.path.append(str(Path.cwd()))

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hpo.data.duplicates import hashes
 from hpo.data.image_rows import Images
-from hpo.data.near_duplicates import hashes
 from hpo.data.ranges import Ranges, describe
 from hpo.errors import DataError
 

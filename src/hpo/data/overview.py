@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpo.data.duplicates import Digests, copies, found_in
-from hpo.data.near_duplicates import count_across
+from hpo.data.duplicates import Digests, copies, count_across, found_in
 from hpo.data.split import Rows, rows_of
 from hpo.data.test_set import duplicates_of_test, near_duplicates_of_test
 from hpo.errors import DataError

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,8 +17,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from hpo.data.atomic_folder import intact, write_folder, write_text
+from hpo.data.cache import cache_folder, intact, write_folder, write_text
 from hpo.data.download import Progress
+from hpo.data.duplicates import shared_images
 from hpo.data.examine import judge, look_at
 from hpo.data.folders import Asked
 from hpo.data.layouts import list_files
@@ -49,18 +49,6 @@ if TYPE_CHECKING:
 # Part of every key: raise it when prepared files of an earlier version must not be used any more.
 _FORMAT = 2
 _STATISTICS_ROWS = 4096
-
-
-def cache_folder() -> Path:
-    """HPO_DATA, else `hpo` in the user's cache folder (XDG_CACHE_HOME, else ~/.cache)."""
-    own = os.environ.get("HPO_DATA")
-    folder = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "hpo"
-    return folder.expanduser().absolute()
-
-
-def models_folder() -> Path:
-    """Where models of a store lie that other networks stand on, each in a folder named by its id."""
-    return cache_folder() / "models"
 
 
 def prepare(
@@ -122,14 +110,15 @@ def at_hand(card: DataCard, data: DataSpec, split: SplitSpec) -> DataCard:
 
 def _request(data: DataSpec, split: SplitSpec) -> str:
     """A key of what was asked for: another file, size, or share to seal away is another request."""
-    files: list[tuple[str, int, int]] = []
+    files: list[tuple[str, int, int, int]] = []
     if data.path is not None:
         place = Path(data.path).absolute()
         # A table names files anywhere below its folder.
         folder = place.parent if data.name == "table" else place
         found = [item.file for item in list_files(folder).files] if folder.is_dir() else [place]
         stats = {str(path): path.stat() for path in found if isinstance(path, Path)}
-        files = sorted((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats.items())
+        # The time of the last change, which nobody sets, tells of other content under the same size and time.
+        files = sorted((path, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for path, each in stats.items())
     asked = [_FORMAT, data.model_dump(mode="json"), files]
     asked += [split.test_share, split.seed, split.group, split.near_duplicates]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
@@ -144,7 +133,7 @@ def _indexed(entry: Path) -> DataCard | None:
 def _card(file: Path) -> DataCard | None:
     try:
         plain = json.loads(file.read_text(encoding="utf-8"))
-        for name in ("class_names", "image_shape", "warnings"):
+        for name in ("class_names", "image_shape", "warnings", "shared"):
             plain[name] = tuple(plain.get(name, ()))
         plain["ranges"] = {kind: tuple(limits) for kind, limits in plain.get("ranges", {}).items()}
         return DataCard(**plain)
@@ -163,7 +152,10 @@ def _prepare(source: Source, data: DataSpec, split: SplitSpec, root: Path, entry
             parts, class_names = regrouped(parts, class_names, data.groups)
         report("comparing images", 0, 0)
         looks = {part: look_at(each.images) for part, each in parts.items()}
-        warnings = judge(looks, {part: class_codes(each.labels) for part, each in parts.items()}, ranges, found.origin)
+        classes = {part: class_codes(each.labels) for part, each in parts.items()}
+        warnings = judge(looks, classes, ranges, found.origin)
+        # Published sets are what they are; copies between parts that are drawn here are counted as near-duplicates.
+        shared = () if source.sizes else shared_images({part: look.digests.tolist() for part, look in looks.items()})
         near = near_clusters(parts, looks)
         if split.near_duplicates == "together":
             parts = joined(parts, near)
@@ -172,7 +164,8 @@ def _prepare(source: Source, data: DataSpec, split: SplitSpec, root: Path, entry
         check_classes(parts, class_names, found.origin)
         check_groups(parts, found.origin, split)
         report("writing the prepared images", 0, 0)
-        return _written(data, found, parts, near, class_names, ranges, (*found.parts.warnings, *warnings), root, entry)
+        told = (*found.parts.warnings, *warnings)
+        return _written(data, found, parts, near, class_names, ranges, told, shared, root, entry)
 
 
 def _written(
@@ -183,6 +176,7 @@ def _written(
     class_names: tuple[str, ...],
     ranges: Ranges,
     warnings: tuple[str, ...],
+    shared: tuple[str, ...],
     root: Path,
     entry: Path,
 ) -> DataCard:
@@ -209,6 +203,7 @@ def _written(
         ranges=ranges,
         warnings=warnings,
         several_labels=parts["train"].labels.ndim == 2,
+        shared=shared,
         groups=len(np.unique(np.concatenate(grouped))) if grouped else 0,
     )
     # What an older version of hpo prepared lacks the clusters of near-duplicates.

@@ -210,10 +210,14 @@ def stratified(labels: NDArray[Any], *, share: float, seed: int) -> Rows:
 
 
 def split_card(card: DataCard, split: SplitSpec) -> SplitCard:
-    """How many images, and which share of each class, train, validate and test. Raises DataError as indices does."""
+    """How many images, and which share of each class, train, validate and test; of folds, those of the first.
+
+    Raises DataError as indices does, for any of the folds.
+    """
     from hpo.data.test_set import count_classes  # here, because trials import this module and never that one
 
     labels = np.load(Path(card.folder) / "development_labels.npy")
+    _check_folds(labels, split, card)
     train, valid = rows_of(card, split, labels)
     classes = len(card.class_names)
     sizes = {"train": len(train), "valid": len(valid), "test": card.test_count}
@@ -257,6 +261,30 @@ def _deal_random(labels: NDArray[Any], folds: int, seed: int) -> Rows:
 
 def _deal_blocks(labels: NDArray[Any], folds: int, seed: int) -> Rows:  # noqa: ARG001 - the order of the file is no draw
     return np.arange(len(labels), dtype=np.int64) * folds // len(labels)
+
+
+def _check_folds(labels: NDArray[Any], split: SplitSpec, card: DataCard) -> None:
+    """Refuse folds of which one could not be trained. Raises DataError with the classes and their counts."""
+    if split.kind != "kfold":
+        return
+    counts = dict(zip(card.class_names, np.bincount(labels, minlength=len(card.class_names)).tolist(), strict=True))
+    held = ", ".join(f"{name} {count}" for name, count in counts.items())
+    if single := [name for name, count in counts.items() if count == 1]:
+        raise DataError(
+            f"split.folds: {split.folds} folds, but of {', '.join(single)} there is only one image (images to train "
+            f"on: {held}). The fold that validates on it would train without it.",
+            "Add images of it, leave the class out with data.groups, or write split.kind: holdout, which trains on it.",
+        )
+    for fold in range(split.folds):
+        try:
+            rows_of(card, split, labels, fold=fold)
+        except DataError as error:
+            fewest = min(counts.values())
+            most = f"Take at most {fewest} folds" if 2 <= fewest < split.folds else "Take fewer folds"
+            raise DataError(
+                f"fold {fold + 1} of {split.folds}: {error.message.rstrip('.')} (images to train on: {held}).",
+                f"{most}, write split.by: stratified, or add images.",
+            ) from None
 
 
 _DEALS = {"stratified": _deal_stratified, "random": _deal_random, "order": _deal_blocks}

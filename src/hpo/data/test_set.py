@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpo.data.duplicates import Digests, copies, found_in, pixel_digests
-from hpo.data.near_duplicates import count_across
+from hpo.data.duplicates import Digests, copies, count_across, found_in, pixel_digests
 from hpo.data.requested_scores import requested
 from hpo.data.sources import scores_of
 from hpo.errors import DataError

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import yaml
 
-from hpo.data.prepare import models_folder
+from hpo.data.cache import models_folder
 from hpo.errors import ModelError
 from hpo.home import Home
-from hpo.spec.pretrained import TransferSpec
+from hpo.spec.models import TransferSpec
 from hpo.spec.study import StudySpec
 from hpo.spec.trust import check_stored
 

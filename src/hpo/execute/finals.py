@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from hpo.data.split import rows_of
+from hpo.data.split import rows_of, split_card
+from hpo.errors import DataError
 from hpo.records import FINAL, DataCard, StudyResult, Trial, unpack_classes
 from hpo.report.statistics import Interval, paired_bootstrap
 from hpo.spec.study import FinalSpec, Setup, SplitSpec, StudySpec
@@ -51,6 +52,16 @@ def final_split(spec: StudySpec, data: DataCard) -> SplitSpec:
     if spec.split.kind != "kfold":
         return spec.split
     return spec.split.model_copy(update={"kind": "official" if data.valid_start is not None else "holdout"})
+
+
+def check_final(spec: StudySpec, data: DataCard) -> None:
+    """Refuse a final training that could not be split as it is asked for. Raises DataError, before anything trains."""
+    if spec.final is not None and spec.final.on == "train":
+        try:
+            split_card(data, final_split(spec, data))
+        except DataError as error:
+            hint = error.hint.replace("--set split.", "--set final.split.")
+            raise DataError(f"final: {error.message}", hint) from None
 
 
 @dataclass(frozen=True)

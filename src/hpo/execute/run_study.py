@@ -13,14 +13,16 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
+from hpo.data.duplicates import refuse_shared
 from hpo.errors import SpecError
+from hpo.events import Notice, SearchEnded, StudyEnded, StudyOpened, WinnerChosen
 from hpo.execute.base_model import with_model
 from hpo.execute.engines import engine_factory
 from hpo.execute.engines.base import EngineFactory, StudyWork, WorkerPlan
-from hpo.execute.events import Emit, Events, Subscriber, Watch, Watcher
-from hpo.execute.finals import finalists, race
+from hpo.execute.finals import check_final, finalists, race
 from hpo.execute.process import process_context
 from hpo.execute.stack_size import StackSize, largest_stack
+from hpo.execute.subscribers import Emit, Events, Subscriber, Watch, Watcher
 from hpo.execute.subscribers.model_retention import ModelRetention
 from hpo.execute.subscribers.profile import Profiling
 from hpo.execute.subscribers.tracking import QUICK_TIMEOUT, Tracking
@@ -30,10 +32,11 @@ from hpo.execute.workdir import WorkdirCleanup, pictures_folder, sweep
 from hpo.execute.workers.job_process import Job, JobProcess, Prepared, measure_stack, prepare
 from hpo.home import Home
 from hpo.options import RunOptions
-from hpo.records import EndReason, Notice, SearchEnded, StudyEnded, StudyOpened, StudyResult, WinnerChosen
+from hpo.records import DataCard, EndReason, StudyResult
 from hpo.search.stages import budget_of, stage_warnings
 from hpo.spec.study import KeepSpec, StudySpec
 from hpo.spec.training import TrainingSpec
+from hpo.storage.reader import read_snapshots
 from hpo.tracking.store import check_reachable, load_mlflow
 from hpo.tracking.tracker import Tracker
 
@@ -131,10 +134,13 @@ def _open_study(run: _Run, cleanup: contextlib.ExitStack) -> _OpenStudy:
     cleanup.callback(run.factory.close)
     run.factory.connect()
     prepared: Prepared = await_job(job, run.jobs, run.events.emit, run.interrupted)
+    refuse_new(run.home, spec, prepared.data, fresh=options.fresh)
+    check_final(spec, prepared.data)
     study = open_study(
         run.home,
         spec,
         data_digest=prepared.data.digest,
+        class_names=prepared.data.class_names,
         budget=budget_of(spec, options.trials),
         fresh=options.fresh,
         join=run.join,
@@ -146,7 +152,7 @@ def _open_study(run: _Run, cleanup: contextlib.ExitStack) -> _OpenStudy:
     attended, before = frozenset(study.attended()), study.result()
     work = run.home.work / before.title
     sweep(work, study)
-    return _OpenStudy(spec, study, before, attended, prepared, work)
+    return _OpenStudy(study.spec, study, before, attended, prepared, work)
 
 
 def _choose_workers(run: _Run, opened: _OpenStudy) -> tuple[WorkerPlan, StackSize]:
@@ -244,6 +250,12 @@ def _finish(run: _Run, opened: _OpenStudy, reason: EndReason, tracking: Tracking
     model = tracking.finish(reason)
     emit(StudyEnded(study, reason, model))
     return study
+
+
+def refuse_new(home: Home, spec: StudySpec, data: DataCard, *, fresh: bool) -> None:
+    """Refuse to begin a study on parts that share images; one that has begun goes on. Raises DataError."""
+    if data.shared and (fresh or spec.name not in {each.study.name for each in read_snapshots(home, results=False)}):
+        refuse_shared(data)
 
 
 def with_options(spec: StudySpec, options: RunOptions) -> StudySpec:

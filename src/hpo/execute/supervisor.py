@@ -11,29 +11,58 @@ from pathlib import Path
 from typing import Protocol
 
 from hpo.errors import NO_SPACE, HpoError, StoreError
+from hpo.events import EpochEnded, TrialEnded, TrialsReaped, TrialStarted
 from hpo.execute.engines.base import Engine, Message, WorkerLost
-from hpo.execute.events import Events
 from hpo.execute.finals import final_setup, finalists
-from hpo.execute.progress import Progress
+from hpo.execute.subscribers import Events
 from hpo.execute.workdir import checkpoint_file
 from hpo.execute.workers.task import Task
-from hpo.records import (
-    FINAL,
-    Candidate,
-    DataCard,
-    EndReason,
-    EpochEnded,
-    FailureKind,
-    TrialEnded,
-    TrialResult,
-    TrialsReaped,
-    TrialStarted,
-    TrialState,
-)
+from hpo.records import FINAL, Candidate, DataCard, EndReason, FailureKind, StudyResult, TrialResult, TrialState
 from hpo.search.constraints import most_parameters, needs_latency
 from hpo.search.pruners import report_step
 from hpo.search.study import Study
 from hpo.spec.study import Setup, StudySpec
+
+# So many failures before the first success mean that the study itself is wrong, not its candidates.
+_HOPELESS = 5
+
+
+class Progress:
+    """The best value, the failures and the precisions so far; `before` holds the trials of earlier runs.
+
+    precisions maps the keys of settings that were tried to the precision that was chosen for them.
+    """
+
+    def __init__(self, spec: StudySpec, before: StudyResult) -> None:
+        self._sign = 1 if spec.search.better == "maximize" else -1
+        self._best: float | None = None
+        self._failed = 0
+        self._succeeded = False
+        self.precisions: dict[str, str] = {}
+        for trial in before.trials:
+            if trial.result is not None:
+                self.add(trial.result, final=trial.candidate.stage == FINAL)
+        self._failed = 0  # the cause of earlier failures may be gone
+
+    @property
+    def hopeless(self) -> bool:
+        """True where trials fail, and none has ever succeeded."""
+        return self._failed >= _HOPELESS and not self._succeeded
+
+    def add(self, result: TrialResult, *, final: bool) -> bool:
+        """Take in the result of a trial; True if it is the best of the search so far."""
+        # A trial that is pruned because memory was short is no success.
+        self._failed += result.state is TrialState.FAILED or (result.state.finished and result.failure is not None)
+        self._succeeded |= result.state in (TrialState.COMPLETE, TrialState.PRUNED) and result.failure is None
+        if key := result.settings.get("precision_key"):
+            self.precisions.setdefault(key, result.settings["precision"])
+        if final or result.state is not TrialState.COMPLETE or result.value is None or not result.feasible:
+            return False
+        if self._best is None or self._sign * result.value > self._sign * self._best:
+            self._best = result.value
+            return True
+        return False
+
 
 _TICK = 0.2  # seconds; how soon Ctrl-C, --timeout and finished exports are noticed
 _REAP, _LONGEST_REAP = 15.0, 120.0  # seconds between searches for trials of dead supervisors; the longer, the more run

@@ -7,18 +7,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpo.execute.events import Subscriber
-from hpo.records import (
-    FINAL,
-    Candidate,
-    RunEvent,
-    StudyEnded,
-    StudyOpened,
-    StudyResult,
-    TrialEnded,
-    TrialStarted,
-    TrialState,
-)
+from hpo.events import RunEvent, StudyEnded, StudyOpened, TrialEnded, TrialStarted
+from hpo.execute.subscribers import Subscriber
+from hpo.records import FINAL, Candidate, StudyResult, TrialState
 
 if TYPE_CHECKING:
     from hpo.search.study import Study

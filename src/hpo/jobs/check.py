@@ -6,7 +6,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpo.data.duplicates import refuse_shared
 from hpo.execute.base_model import with_model
+from hpo.execute.finals import check_final
 from hpo.execute.process import cores
 from hpo.home import Home
 from hpo.records import DataCard, SplitCard
@@ -54,7 +56,9 @@ def check_study(
     spec = with_model(spec, Home.find(home))
     devices = resolve_devices(device)
     card = prepare(spec.data, spec.split)
+    refuse_shared(card)
     split = split_card(card, spec.split)
+    check_final(spec, card)
     with tempfile.TemporaryDirectory() as folder:
         flight = preflight(spec.setup, card, device_name=devices[0], seed=spec.seed_of(0), folder=Path(folder))
     count = trials or total_trials(spec)
@@ -109,7 +113,7 @@ def _warnings(spec: StudySpec, card: DataCard, split: SplitCard) -> list[str]:
 def preview_study(spec: StudySpec, path: Path, *, images: int = 8, copies: int = 7) -> Path:
     """Write a PNG of training images as the study's augmentation changes them. Raises HpoError."""
     from hpo.data.prepare import prepare
-    from hpo.training.preview import save_preview
+    from hpo.training.preflight import save_preview
 
     card = prepare(spec.data, spec.split)
     return save_preview(spec.setup, card, path, images=images, copies=copies, seed=spec.seed)

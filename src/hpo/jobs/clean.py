@@ -167,7 +167,7 @@ def _not_kept(snapshot: HomeSnapshot, one: StudySnapshot, *, models: float | Non
 
 def _data(snapshot: HomeSnapshot) -> Plan:
     """What no study of this home uses in the cache, which other homes may share."""
-    from hpo.data.cache_cleanup import unused
+    from hpo.data.cache import unused
 
     digests = {one.study.data_digest for one in snapshot.studies.values()}
     specs = [one.study.spec for one in snapshot.studies.values()]

@@ -273,13 +273,13 @@ def _locks(snapshot: HomeSnapshot) -> Iterator[Case]:
 
 
 def _reap(home: Home, title: str) -> None:
-    from hpo.search.repair import reap  # loads Optuna, which examining does not need
+    from hpo.search.lifecycle import reap
 
     reap(home, title)
 
 
 def _drop_locks(home: Home, titles: set[str]) -> None:
-    from hpo.search.repair import drop_locks
+    from hpo.search.lifecycle import drop_locks
 
     drop_locks(home, titles)
 

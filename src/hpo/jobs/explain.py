@@ -6,7 +6,7 @@ import difflib
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from hpo.errors import HpoError, ModelError
@@ -83,45 +83,6 @@ def explain(
             )
         )
     return rows
-
-
-def explain_mistakes(
-    model: str,
-    *,
-    folder: AnyPath,
-    methods: Sequence[str] = (),
-    home: AnyPath | Home | None = None,
-    trust: bool = False,
-) -> list[Explained]:
-    """Explain the most confident mistakes of the model on validation images, five at most.
-
-    Pictures are named by their order and true class; the wrong class is explained. The model must be the one that its
-    study's report shows. Raises ModelError if its validation predictions or the images are gone.
-    """
-    from hpo.data.overview import to_png
-    from hpo.jobs.report import gather
-    from hpo.storage.optuna_storage import read_study
-    from hpo.tracking.registry import resolve
-
-    place = home if isinstance(home, Home) else Home.find(home)
-    version = resolve(place, model)
-    findings = gather(place, read_study(place, version.generation))
-    answers, shown = findings.answers, findings.shown
-    if answers is None or not answers.images or shown is None or shown.number != version.trial:
-        raise ModelError(
-            f"{model}: its validation predictions, or the images, are not available.",
-            f"Use the study's newest model, on a machine with its data: {version.name}",
-        )
-    with tempfile.TemporaryDirectory() as scratch:
-        files = []
-        for number, mistake in enumerate(answers.mistakes, start=1):
-            name = "".join(letter if letter.isalnum() else "-" for letter in findings.class_names[mistake.true])
-            files.append(Path(scratch) / f"mistake-{number}-{name}.png")
-            files[-1].write_bytes(to_png(answers.images[mistake.position]))
-        rows = (
-            explain(model, files, folder=folder, methods=methods, home=place, trust=trust, scaled=True) if files else []
-        )
-    return [replace(row, file=Path(row.file).stem) for row in rows]
 
 
 @contextmanager

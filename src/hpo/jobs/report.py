@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpo.errors import HpoError
+from hpo.errors import HpoError, ModelError
 from hpo.home import Home
+from hpo.jobs.explain import Explained, explain
 from hpo.records import FINAL, DataCard, ModelVersion, SplitCard, StudyResult, TrialState
 from hpo.report.figures.images import confident_mistakes
 from hpo.report.page.study_page import Answers, Findings, Opening, Samples, shown_trial, study_page
 from hpo.spec.load import parse_study
 from hpo.spec.study import StudySpec
 from hpo.tracking.ledger import openings
-from hpo.tracking.registry import versions
+from hpo.tracking.registry import resolve, versions
 from hpo.tracking.runs import TRIAL, artifact, children, find_parent
 from hpo.tracking.store import connect, exists, translate_errors
 
@@ -55,14 +56,49 @@ def write_report(
 
 
 def _with_saliency(findings: Findings, home: Home) -> Findings:
-    from hpo.jobs.explain import explain_mistakes
-
     missing = list(findings.missing)
     pictures: tuple[bytes, ...] = ()
     with _noting(missing, "the mistakes could not be explained"), tempfile.TemporaryDirectory() as scratch:
         rows = explain_mistakes(findings.study.name, folder=Path(scratch), home=home)
         pictures = tuple(Path(row.picture).read_bytes() for row in rows)
     return replace(findings, saliency=pictures, missing=tuple(missing))
+
+
+def explain_mistakes(
+    model: str,
+    *,
+    folder: str | Path,
+    methods: Sequence[str] = (),
+    home: str | Path | Home | None = None,
+    trust: bool = False,
+) -> list[Explained]:
+    """Explain the most confident mistakes of the model on validation images, five at most.
+
+    Pictures are named by their order and true class; the wrong class is explained. The model must be the one that its
+    study's report shows. Raises ModelError if its validation predictions or the images are gone.
+    """
+    from hpo.data.overview import to_png
+    from hpo.storage.optuna_storage import read_study
+
+    place = home if isinstance(home, Home) else Home.find(home)
+    version = resolve(place, model)
+    findings = gather(place, read_study(place, version.generation))
+    answers, shown = findings.answers, findings.shown
+    if answers is None or not answers.images or shown is None or shown.number != version.trial:
+        raise ModelError(
+            f"{model}: its validation predictions, or the images, are not available.",
+            f"Use the study's newest model, on a machine with its data: {version.name}",
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        files = []
+        for number, mistake in enumerate(answers.mistakes, start=1):
+            name = "".join(letter if letter.isalnum() else "-" for letter in findings.class_names[mistake.true])
+            files.append(Path(scratch) / f"mistake-{number}-{name}.png")
+            files[-1].write_bytes(to_png(answers.images[mistake.position]))
+        rows = (
+            explain(model, files, folder=folder, methods=methods, home=place, trust=trust, scaled=True) if files else []
+        )
+    return [replace(row, file=Path(row.file).stem) for row in rows]
 
 
 def gather(home: Home, study: StudyResult) -> Findings:

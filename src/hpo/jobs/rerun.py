@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo.errors import HpoError, StoreError
+from hpo.events import TrialEnded
 from hpo.execute.base_model import with_model
 from hpo.execute.workers.task import Task, Training, train_task
 from hpo.home import Home
-from hpo.jobs.shared.model_reference import ModelReference, find_trial
-from hpo.jobs.shared.study_data import study_data
-from hpo.records import Epoch, TrialEnded, TrialResult, TrialState, unpack_classes
+from hpo.jobs.shared.model_reference import ModelReference, find_trial, study_data
+from hpo.records import Epoch, TrialResult, TrialState, unpack_classes
 from hpo.spec.load import parse_study
 from hpo.spec.study import Setup
 

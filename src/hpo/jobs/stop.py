@@ -46,7 +46,7 @@ def stop_study(
     later is not stopped. watch is called once with the number of supervisors. Raises StoreError where there is no such
     study, or where a supervisor is still there when the time is up.
     """
-    from hpo.search.repair import ask_to_stop
+    from hpo.search.lifecycle import ask_to_stop
 
     place = Home.find(home)
     before = find_study(place, study)

@@ -122,7 +122,7 @@ def export_study(study: str, *, home: str | Path | None = None, file: str | Path
     it exists. The stores are not changed, except that trials of dead supervisors are recorded as stopped. Raises
     StoreError where there is no such study, while it is running, and where a store or the disk fails.
     """
-    from hpo.search import repair
+    from hpo.search.lifecycle import reap
     from hpo.storage import transfer as storage
     from hpo.storage.reader import list_trials
     from hpo.tracking.transfer.export_runs import export_runs
@@ -131,7 +131,7 @@ def export_study(study: str, *, home: str | Path | None = None, file: str | Path
     found = list_trials(place, study)
     storage.refuse_running(place, found.title)
     if found.count(TrialState.RUNNING):
-        repair.reap(place, found.title)
+        reap(place, found.title)
         storage.refuse_running(place, found.title)
     stored = storage.export_study(place, found.exact)
     try:

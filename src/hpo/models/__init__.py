@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from hpo.data.prepare import models_folder
-from hpo.errors import TrainingError
-from hpo.models.basic import OneLogit, build_cnn, build_mlp
-from hpo.models.convnet import build_convnet
-from hpo.models.own import build_own
+from hpo.data.cache import models_folder
+from hpo.data.dotted_path import load_function
+from hpo.errors import HpoError, ModelError, TrainingError
+from hpo.models.basic import OneLogit, build_cnn, build_convnet, build_mlp
 from hpo.models.resnet import build_resnet
+from hpo.models.safe_loader import load_program, read_config
 from hpo.models.transfer import build_transfer
-from hpo.spec.models import ModelSpec
-from hpo.spec.pretrained import Tuned
+from hpo.spec.models import ModelSpec, OwnModelSpec, Tuned
+from hpo.spec.study import Setup
+
+WEIGHTS, CONFIG, SETUP, PROGRAM = "weights.safetensors", "config.json", "setup.json", "net.pt2"
 
 # kind in the study file -> builder(spec, image shape (height, width, channels), number of outputs); a dotted kind is a
-# network of the user's own. Builders of pretrained networks also take loaded and models, see build_transfer.
+# network of the user's own. Builders of pretrained networks also take loaded and registered, see build_transfer.
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "mlp": build_mlp,
     "cnn": build_cnn,
@@ -56,8 +60,8 @@ def build_model(
         # torch's initialisers take no generator: the global one is set for the length of the block.
         torch.manual_seed(seed)
         try:
-            weights: dict[str, Any] = {"loaded": loaded, "models": models_folder()} if isinstance(spec, Tuned) else {}
-            net = MODELS.get(spec.kind, build_own)(spec, image_shape, 1 if binary else classes, **weights)
+            tuned = {"loaded": loaded, "registered": load_registered} if isinstance(spec, Tuned) else {}
+            net = MODELS.get(spec.kind, build_own)(spec, image_shape, 1 if binary else classes, **tuned)
         except (RuntimeError, ValueError) as error:
             raise TrainingError(
                 f"model {spec.kind} does not fit images of {image_shape}: {error}.",
@@ -66,6 +70,85 @@ def build_model(
     return OneLogit(net) if binary else net
 
 
+def load_trained(folder: Path, *, weights: bool = True) -> tuple[nn.Module, dict[str, Any]]:
+    """The network that save_trained left, on the CPU in evaluation mode, and its config.
+
+    A folder that holds the exported program in place of the weights, as a logged model's does, gives the same. With
+    weights=False the network is fresh.
+    """
+    config, setup = read_config(folder / CONFIG), _setup(folder / SETUP)
+    if not {"mean", "std"} <= config.keys():
+        raise ModelError(f"{folder / CONFIG}: mean or std is missing.", "Restore it from a copy.")
+    shape = tuple(config["image_shape"])
+    classes, binary = len(config["class_names"]), setup.task == "binary"
+    net = build_model(setup.model, image_shape=shape, classes=classes, seed=0, binary=binary, loaded=False)
+    if weights:
+        net.load_state_dict(_weights(folder))
+    return net.eval(), config
+
+
+def load_registered(uri: str, *, weights: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """load_trained for a model of the store, models:/ID, whose files are in models_folder()."""
+    folder = models_folder() / uri.removeprefix("models:/")
+    if not (folder / SETUP).is_file():
+        raise ModelError(
+            f"model.from_model: {uri}: its files are not in {folder}.", "Run the study where its store is."
+        )
+    return load_trained(folder, weights=weights)
+
+
+def _setup(file: Path) -> Setup:
+    try:
+        return Setup.model_validate_json(file.read_bytes())
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{file}: damaged or missing: {reason}.", "Restore it from a copy.") from None
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    if (folder / WEIGHTS).is_file():
+        weights: dict[str, Tensor] = load_file(folder / WEIGHTS)
+        return weights
+    state = load_program(folder / PROGRAM).state_dict
+    return {name.removeprefix("net."): tensor for name, tensor in state.items() if name.startswith("net.")}
+
+
 def parameter_count(net: nn.Module, *, trainable: bool = True) -> int:
     """Number of weights and biases; with trainable=True only those that training changes."""
     return sum(weight.numel() for weight in net.parameters() if weight.requires_grad or not trainable)
+
+
+def build_own(spec: OwnModelSpec, image_shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """The network that the named function returns for these images, classes and options, tried on two black images.
+
+    Raises SpecError where there is no such function, TrainingError where it fails or returns something else than a
+    network from float images (n, channels, height, width) to logits (n, classes).
+    """
+    function = load_function(spec.kind, what="model")
+    height, width, channels = image_shape
+    try:
+        net = function(image_shape=image_shape, classes=classes, **spec.options)
+        if not isinstance(net, nn.Module):
+            raise TrainingError(
+                f"model {spec.kind} returned {type(net).__name__}, not a network.", "Return a torch.nn.Module."
+            )
+        was_training = net.training
+        with torch.inference_mode():
+            logits = net.eval()(torch.zeros(2, channels, height, width))
+        net.train(was_training)
+    except HpoError:
+        raise
+    except Exception as error:
+        shown = ", ".join(f"{name}={value!r}" for name, value in spec.options.items())
+        raise TrainingError(
+            f"model {spec.kind} fails for images of {image_shape}, {classes} classes and options {{{shown}}}: "
+            f"{type(error).__name__}: {error}.",
+            "Call the function yourself with these, then mend it or model.options.",
+        ) from error
+    found = tuple(getattr(logits, "shape", ()))
+    if found != (2, classes):
+        raise TrainingError(
+            f"model {spec.kind} gives {found or type(logits).__name__} for 2 images and {classes} classes.",
+            f"Return logits of shape (n, classes), here (2, {classes}).",
+        )
+    return net

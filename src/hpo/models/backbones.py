@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from hpo.errors import DataError, SpecError, TrainingError
 from hpo.models.weights import hub_file, read_weights, torchvision_file
-from hpo.spec.pretrained import TimmBackbone, TorchvisionBackbone
+from hpo.spec.models import TimmBackbone, TorchvisionBackbone
 
 AnyBackbone = TorchvisionBackbone | TimmBackbone
 # What fresh networks are fed with; any would do.

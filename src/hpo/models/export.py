@@ -6,20 +6,15 @@ import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hpo.data.prepare import TrialData
-from hpo.errors import ModelError
-from hpo.models import build_model
+from hpo.models import CONFIG, PROGRAM, SETUP, WEIGHTS, load_trained
 from hpo.models.inputs import normalisation, to_input
-from hpo.models.safe_loader import load_program, read_config
 from hpo.spec.study import Setup
-
-WEIGHTS, CONFIG, SETUP, PROGRAM = "weights.safetensors", "config.json", "setup.json", "net.pt2"
 
 
 def save_trained(net: nn.Module, setup: Setup, data: TrialData, folder: Path) -> None:
@@ -37,39 +32,6 @@ def save_trained(net: nn.Module, setup: Setup, data: TrialData, folder: Path) ->
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
     (folder / SETUP).write_text(setup.model_dump_json(indent=1), encoding="utf-8")
-
-
-def load_trained(folder: Path, *, weights: bool = True) -> tuple[nn.Module, dict[str, Any]]:
-    """The network that save_trained left, on the CPU in evaluation mode, and its config.
-
-    A folder that holds the exported program in place of the weights, as a logged model's does, gives the same. With
-    weights=False the network is fresh.
-    """
-    config, setup = read_config(folder / CONFIG), _setup(folder / SETUP)
-    if not {"mean", "std"} <= config.keys():
-        raise ModelError(f"{folder / CONFIG}: mean or std is missing.", "Restore it from a copy.")
-    shape = tuple(config["image_shape"])
-    classes, binary = len(config["class_names"]), setup.task == "binary"
-    net = build_model(setup.model, image_shape=shape, classes=classes, seed=0, binary=binary, loaded=False)
-    if weights:
-        net.load_state_dict(_weights(folder))
-    return net.eval(), config
-
-
-def _setup(file: Path) -> Setup:
-    try:
-        return Setup.model_validate_json(file.read_bytes())
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"{file}: damaged or missing: {reason}.", "Restore it from a copy.") from None
-
-
-def _weights(folder: Path) -> dict[str, Tensor]:
-    if (folder / WEIGHTS).is_file():
-        weights: dict[str, Tensor] = load_file(folder / WEIGHTS)
-        return weights
-    state = load_program(folder / PROGRAM).state_dict
-    return {name.removeprefix("net."): tensor for name, tensor in state.items() if name.startswith("net.")}
 
 
 class _Whole(nn.Module):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hpo.errors import HpoError, ModelError
-from hpo.models.export import SETUP, load_trained
+from hpo.models import SETUP, load_trained
 from hpo.models.inputs import normalisation, to_input
 
 _STEPS = 64  # of the path that gradients are integrated over; Sundararajan et al. take 20 to 300
@@ -133,7 +133,7 @@ class Explanation:
 def explain_images(
     folder: Path, images: NDArray[np.uint8], *, methods: Sequence[str] = (), target: int | None = None
 ) -> list[Explanation]:
-    """Explain the network in folder (see export.load_trained) on images (n, height, width, channels) uint8.
+    """Explain the network in folder (see models.load_trained) on images (n, height, width, channels) uint8.
 
     methods are of METHODS; none given means all that suit the network. target None explains each image's most probable
     class. Raises ModelError where the network cannot be built again, or a method does not suit it.

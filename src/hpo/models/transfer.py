@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,15 +11,7 @@ from torch import Tensor, nn
 from hpo.errors import ModelError
 from hpo.models.backbones import AnyBackbone, Backbone, build_backbone, check_channels, shared_backbone, stages
 from hpo.models.basic import dense_layers
-from hpo.spec.pretrained import (
-    Freeze,
-    FusionSpec,
-    TimmBackbone,
-    TorchvisionBackbone,
-    TorchvisionSpec,
-    TransferSpec,
-    Tuned,
-)
+from hpo.spec.models import Freeze, FusionSpec, TimmBackbone, TorchvisionBackbone, TorchvisionSpec, TransferSpec, Tuned
 
 
 class Transfer(nn.Module):
@@ -78,16 +71,16 @@ def build_transfer(
     outputs: int,
     *,
     loaded: bool = True,
-    models: Path | None = None,
+    registered: Callable[..., tuple[nn.Module, dict[str, Any]]],
 ) -> nn.Module:
     """The bodies that spec names, with their weights where loaded is True, and a fresh head.
 
-    models is the folder that holds models of the store by their id, for spec.kind transfer.
+    registered(uri, weights=loaded) loads a model of the store and its config, for spec.kind transfer.
     """
     check_channels(image_shape[2])
     before = torch.get_rng_state()
     if isinstance(spec, TransferSpec):
-        bodies = [_registered_body(spec.from_model, models or Path(), loaded)]
+        bodies = [_body_of(spec.from_model, *registered(spec.from_model, weights=loaded))]
     else:
         pool = spec.pool if isinstance(spec, FusionSpec) else None
         bodies = [_body(each, spec, side=min(image_shape[:2]), pool=pool, loaded=loaded) for each in _named(spec)]
@@ -119,16 +112,8 @@ def _body(named: AnyBackbone, spec: Tuned, *, side: int, pool: int | None, loade
     return build_backbone(named, side=side, pool=pool, loaded=loaded)
 
 
-def _registered_body(uri: str, models: Path, loaded: bool) -> Backbone:
-    """Everything of a model of the store up to its last maps, laid flat."""
-    from hpo.models.export import load_trained
-
-    folder = models / uri.removeprefix("models:/")
-    if not (folder / "setup.json").is_file():
-        raise ModelError(
-            f"model.from_model: {uri}: its files are not in {folder}.", "Run the study where its store is."
-        )
-    net, config = load_trained(folder, weights=loaded)
+def _body_of(uri: str, net: nn.Module, config: dict[str, Any]) -> Backbone:
+    """All layers of a model of the store up to its last maps, which are flattened."""
     net = getattr(net, "net", net)  # of a binary network
     layers = list(net.children())
     flat = next((place for place, layer in enumerate(layers) if isinstance(layer, nn.Flatten)), 0)

@@ -102,7 +102,7 @@ def parameter_names(paths: Iterable[str], ranges: Mapping[str, Any]) -> dict[str
 
 
 def relative_text(path: str, ranges: Mapping[str, Any]) -> str:
-    """The factor between the value that is used at a path and the one that was drawn, as text: *64/batch_size, or ""."""
+    """From the value that is used at a path to the one that was drawn, as text: *64/batch_size, or ""."""
     part = ranges.get(path) or {}
     if not part.get("per"):
         return ""
@@ -157,8 +157,9 @@ def range_text(parameter: Float | Int | Choice) -> str:
         return listed(map(value_text, parameter.choice))
     low, high = parameter.ends()
     scale = " on a logarithmic scale" if parameter.log else f" in steps of {parameter.step}" if parameter.step else ""
-    relative = isinstance(parameter, Float) and parameter.per is not None
-    times = f", times {parameter.per} / {parameter.reference:g}" if relative else ""
+    times = ""
+    if isinstance(parameter, Float) and parameter.per is not None:
+        times = f", times {parameter.per} / {parameter.reference:g}"
     return f"{value_text(low)} to {value_text(high)}{scale}{times}"
 
 

@@ -26,7 +26,9 @@ def distribution(parameter: Float | Int | Choice) -> BaseDistribution:
         step = parameter.step or 1
         return IntDistribution(first, last - (last - first) % step, log=parameter.log, step=step)
     low, high = parameter.float
-    return FloatDistribution(low, parameter.grid()[-1] if parameter.step else high, parameter.log, parameter.step)
+    if parameter.step and low < high:
+        high = round(low + (parameter.count() - 1) * parameter.step, 12)
+    return FloatDistribution(low, high, parameter.log, parameter.step)
 
 
 def encode(parameter: Float | Int | Choice, value: Any) -> Any:

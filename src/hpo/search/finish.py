@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +12,11 @@ from optuna.trial import FrozenTrial
 
 from hpo.records import FINAL, FailureKind, TrialResult, TrialState
 from hpo.search.constraints import aims, judge, violations
+from hpo.search.stages import stage_names
 from hpo.spec.study import StudySpec
 from hpo.storage.optuna_private import CONSTRAINT, FIXED, RUNG, trial_id_of
 from hpo.storage.optuna_storage import Storage
-from hpo.storage.trial_attrs import RESULT, START, TrialAttrs, attrs_of, stage_of
+from hpo.storage.trial_attrs import RESULT, START, TrialAttrs, attrs_of, key_of, stage_of, state_of
 
 _MOST_DEATHS = 3
 _UNBOUNDED = 1e6  # Optuna wants finite violations
@@ -74,6 +75,33 @@ class Finisher:
     ) -> None:
         """Put a candidate in the queue. fixed are values of its parameters, notes those of samplers on it."""
         self._storage.create_trial(self._id, template(optuna.trial.TrialState.WAITING, attrs, fixed or {}, notes or {}))
+
+    def enqueue_finals(self, candidates: Sequence[tuple[Mapping[str, Any], int]]) -> None:
+        """Enqueue final trainings with these (parameters, seed), except those that were enqueued before."""
+        finals = [attrs_of(trial) for trial in self._storage.every_trial(self._id) if stage_of(trial) == FINAL]
+        enqueued = {(key_of(attrs.parameters or {}), attrs.seed) for attrs in finals}
+        ordinal = sum(attrs.retry_of is None for attrs in finals)
+        for parameters, seed in candidates:
+            if (key_of(parameters), seed) not in enqueued:
+                enqueued.add((key_of(parameters), seed))
+                self.enqueue(
+                    TrialAttrs(ordinal, stage=FINAL, seed=seed, parameters=dict(parameters), lease=self._lease)
+                )
+                ordinal += 1
+
+    def retry_failed(self) -> int:
+        """Enqueue every failed candidate of the spec's stages again; returns their number."""
+        trials = self._storage.every_trial(self._id)
+        retried = {attrs_of(trial).retry_of for trial in trials}
+        stages = {*stage_names(self._spec), FINAL}
+        failed = [
+            trial
+            for trial in trials
+            if state_of(trial) is TrialState.FAILED and trial.number not in retried and stage_of(trial) in stages
+        ]
+        for trial in failed:
+            self.retry(trial, deaths=0)
+        return len(failed)
 
 
 def final_result(spec: StudySpec, result: TrialResult, *, final: bool = False, deaths: int = 0) -> TrialResult:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -13,11 +14,14 @@ from optuna.trial import FrozenTrial
 
 from hpo.errors import SpecError, StoreError
 from hpo.home import Home
+from hpo.locks import lock
 from hpo.search.constraints import aims, parse_constraint
 from hpo.search.distributions import distribution, fits
 from hpo.search.samplers import SAMPLERS
 from hpo.search.stages import check_stages
 from hpo.search.study import Study
+from hpo.spec.content import content_changes, content_of, library_changes, with_digests
+from hpo.spec.load import parse_study
 from hpo.spec.space import Choice, Float, Int
 from hpo.spec.study import StudySpec
 from hpo.storage import outbox
@@ -25,7 +29,7 @@ from hpo.storage.liveness import Lease, clean_leases
 from hpo.storage.optuna_storage import Storage, generations, open_storage
 from hpo.storage.reader import to_result
 from hpo.storage.retry import store_errors
-from hpo.storage.trial_attrs import STUDY, key_of
+from hpo.storage.trial_attrs import STOP, STUDY, key_of
 
 
 def new_lease(home: Home, title: str) -> Lease:
@@ -41,20 +45,31 @@ def open_study(
     budget: int | None = None,
     fresh: bool = False,
     join: str = "",
+    class_names: Sequence[str] = (),
 ) -> Study:
     """Start a study, or resume its newest generation; fresh starts a new generation.
 
     budget is stored in its record. join is the title of an existing study to take part in, of any generation: its
-    record is left as it is. data_digest is that of the images that trials see. Raises SpecError where the spec cannot
-    be searched, or where spec or data differ from those of the study's trials (space, sampler, pruner and budget may
-    change, options of a choice may not), and StoreError where the storage refuses.
+    record is left as it is. data_digest is that of the images that trials see, class_names are the data set's. Raises
+    SpecError where the spec cannot be searched, or where spec, data, code or weights differ from those of the study's
+    trials (space, sampler, pruner and budget may change, options of a choice may not), and StoreError where the storage
+    refuses.
     """
     storage = open_storage(home)
     try:
         outbox.keep_reserve(home)
-        enter = partial(_enter_study, storage, spec, data_digest=data_digest, budget=budget, fresh=fresh, join=join)
+        enter = partial(
+            _enter_study,
+            storage,
+            spec,
+            data_digest=data_digest,
+            budget=budget,
+            fresh=fresh,
+            join=join,
+            content={**content_of(spec), "class_names": list(class_names)},
+        )
         with store_errors(home):
-            title, notes = storage.transact(enter, lock="studies")
+            title, notes, spec = storage.transact(enter, lock="studies")
             clean_leases(home.locks)
             return Study(home, spec, storage, title, new_lease(home, title), notes)
     except BaseException:
@@ -70,8 +85,13 @@ def _enter_study(
     budget: int | None = None,
     fresh: bool = False,
     join: str = "",
-) -> tuple[str, list[str]]:
-    """Write the study's record, new or updated, and return its title and notes on its start; see open_study."""
+    content: Mapping[str, Any],
+) -> tuple[str, list[str], StudySpec]:
+    """Write the study's record, new or updated, and return its title, notes on its start, and its spec; see open_study.
+
+    The spec is the one given, except that a study keeps the monitor that it began with where the spec sets none.
+    content has the fingerprints of hpo.spec.content and the class names of the data.
+    """
     _check_search(spec)
     titles = generations(storage, spec.name)
     if join and join not in titles.values():
@@ -79,6 +99,8 @@ def _enter_study(
     generation = max(titles, default=0) + (fresh or not titles)
     generation = next((number for number, title in titles.items() if title == join), generation)
     title = spec.name if generation == 1 else f"{spec.name}~{generation}"
+    study_id, before = storage.studies()[titles[generation]] if generation in titles else (-1, None)
+    spec = spec.resumed_as(before["spec"]) if before else spec
     objectives = aims(spec)
     identity = spec.identity()
     if spec.search.constraints:
@@ -94,14 +116,16 @@ def _enter_study(
         "data_digest": data_digest,
         "created": time.time(),
         "budget": budget,
+        "content": content,
     }
     notes: list[str] = []
-    if generation in titles:
-        study_id, before = storage.studies()[title]
+    if before is not None:
         _check_same(before, record)
+        if libraries := library_changes(before.get("content", {}), content):
+            notes.append(f"Earlier trials ran with other libraries and may differ in the last digits: {libraries}.")
         _check_space(spec, storage.every_trial(study_id))
         if join:
-            return title, notes
+            return title, notes, spec
         record |= {"created": before["created"], "start": before.get("start", [])}
     else:
         record["start"], notes = _warm_starts(spec, storage)
@@ -111,7 +135,7 @@ def _enter_study(
             directions = [StudyDirection[direction.upper()] for _, direction in objectives]
             study_id = storage.database.create_new_study(directions, title)
     storage.database.set_study_user_attr(study_id, STUDY, record)
-    return title, notes
+    return title, notes, spec
 
 
 def _check_search(spec: StudySpec) -> None:
@@ -128,14 +152,20 @@ def _check_search(spec: StudySpec) -> None:
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    old = dict(_flat({**before["identity"], "data digest": before["data_digest"]}))
-    new = dict(_flat({**now["identity"], "data digest": now["data_digest"]}))
+    contents = before.get("content", {}), now["content"]
+    # Records of earlier versions have no fingerprints of files: their paths are compared.
+    files = [content["files"] for content in contents] if all("files" in content for content in contents) else [{}, {}]
+    old, new = (
+        dict(_flat({**with_digests(record["identity"], known), "data digest": record["data_digest"]}))
+        for record, known in zip((before, now), files, strict=True)
+    )
     absent = object()
     paths = [path for path in {**old, **new} if old.get(path, absent) != new.get(path, absent)]
-    if paths:
-        changes = ", ".join(f"{path}: {old.get(path, 'absent')} -> {new.get(path, 'absent')}" for path in paths)
+    changes = [f"{path}: {old.get(path, 'absent')} -> {new.get(path, 'absent')}" for path in paths]
+    changes += content_changes(*contents)
+    if changes:
         raise SpecError(
-            f"{now['name']}: its trials used other settings and would not be comparable: {changes}.",
+            f"{now['name']}: its trials used other settings and would not be comparable: {', '.join(changes)}.",
             "Restore these settings, or start a new generation with --fresh.",
         )
 
@@ -215,3 +245,48 @@ def _best_of_other_study(spec: StudySpec, storage: Storage) -> tuple[list[dict[s
     if not any(best):
         notes.append(f"start_from {title}: it has no complete trial with a path that this space varies.")
     return [values for values in best if values], notes
+
+
+@contextmanager
+def opened(home: Home, title: str) -> Iterator[Study]:
+    """The handle of one generation of a study, in the block. Raises StoreError, or SpecError for another version's."""
+    storage = open_storage(home)
+    try:
+        with store_errors(home):
+            record = storage.studies()[title][1]
+        study = Study(home, parse_study(record["spec"], trust=True), storage, title, new_lease(home, title))
+    except BaseException:
+        storage.close()
+        raise
+    try:
+        yield study
+    finally:
+        study.close()
+
+
+def reap(home: Home, title: str) -> list[int]:
+    """Finish the trials of dead supervisors of a study, see Study.reap. Takes half a minute on a shared storage."""
+    with opened(home, title) as study:
+        study.listen()
+        return study.reap()
+
+
+def ask_to_stop(home: Home, title: str, token: str) -> None:
+    """Ask every supervisor that has the study open now to stop; token is any text that was not used before."""
+    storage = open_storage(home)
+    try:
+        with store_errors(home):
+            studies = storage.studies()
+            if title not in studies:
+                raise StoreError(f"no study {title!r} has run here.", "List them: hpo status")
+            storage.database.set_study_user_attr(studies[title][0], STOP, token)
+    finally:
+        storage.close()
+
+
+def drop_locks(home: Home, titles: set[str]) -> None:
+    """Remove leases that no process holds, and the locks of the studies with these titles, which were deleted."""
+    with lock(home, "studies"):
+        clean_leases(home.locks)
+        for title in titles:
+            (home.locks / f"{title}.ask.lock").unlink(missing_ok=True)

@@ -71,7 +71,7 @@ def _qmc(stage: Stage, seed: int, ordinal: int) -> Any:  # noqa: ARG001
     return OrdinalQmc(seed=stage.spec.seed, ordinal=ordinal, ranges=ranges)
 
 
-# To add one: an entry here, and its name in spec.search.SamplerName.
+# To add one: an entry here, and its name in spec.types.SAMPLER_NAMES.
 SAMPLERS: dict[str, Sampler] = {
     "random": Sampler(_random),
     "grid": Sampler(None),

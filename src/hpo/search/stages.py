@@ -106,7 +106,7 @@ def check_stages(spec: StudySpec) -> None:
         for path, parameter in _space(spec, index).items():
             try:
                 if sampler_of(spec, part).name == "grid":
-                    parameter.grid()
+                    parameter.check_finite()
             except ValueError as error:
                 raise SpecError(f"search.stages.{part.name}.{path}, sampler grid: {error}.") from None
 

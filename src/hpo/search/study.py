@@ -21,14 +21,15 @@ from hpo.search.finish import Finisher, template
 from hpo.search.pruners import build_pruner
 from hpo.search.samplers import StageSampler
 from hpo.search.stage_progress import StageProgress, Step
-from hpo.search.stages import Stage, stage_names, total_trials
+from hpo.search.stages import Stage, total_trials
 from hpo.spec.study import StudySpec
 from hpo.storage import outbox
 from hpo.storage.liveness import Lease, Liveness, clean_leases
 from hpo.storage.optuna_private import trial_id_of
-from hpo.storage.optuna_storage import StageView, Storage
+from hpo.storage.optuna_storage import Storage
 from hpo.storage.reader import to_result
 from hpo.storage.retry import store_errors
+from hpo.storage.stage_view import StageView
 from hpo.storage.trial_attrs import (
     CLAIM,
     START,
@@ -38,7 +39,6 @@ from hpo.storage.trial_attrs import (
     attrs_of,
     key_of,
     result_of,
-    stage_of,
     state_of,
 )
 from hpo.storage.trial_index import TrialIndex
@@ -160,22 +160,7 @@ class Study:
     @_guarded
     def enqueue_finals(self, candidates: Sequence[tuple[Mapping[str, Any], int]]) -> None:
         """Enqueue final trainings with these (parameters, seed), except those that were enqueued before."""
-
-        def enqueue() -> None:
-            finals = [attrs_of(trial) for trial in self._trials() if stage_of(trial) == FINAL]
-            enqueued = {(key_of(attrs.parameters or {}), attrs.seed) for attrs in finals}
-            ordinal = sum(attrs.retry_of is None for attrs in finals)
-            for parameters, seed in candidates:
-                if (key_of(parameters), seed) in enqueued:
-                    continue
-                enqueued.add((key_of(parameters), seed))
-                lease = self._lease.name
-                self._finisher.enqueue(
-                    TrialAttrs(ordinal, stage=FINAL, seed=seed, parameters=dict(parameters), lease=lease)
-                )
-                ordinal += 1
-
-        self._storage.transact(enqueue, lock=self._lock)
+        self._storage.transact(partial(self._finisher.enqueue_finals, candidates), lock=self._lock)
 
     @_guarded
     def ask_final(self, *, worker: str) -> Candidate | None:
@@ -207,21 +192,7 @@ class Study:
 
         A failed trial that is retried no longer counts against the budget: its retry does.
         """
-
-        def retry() -> int:
-            trials = self._trials()
-            retried = {attrs_of(trial).retry_of for trial in trials}
-            stages = {*stage_names(self._spec), FINAL}
-            failed = [
-                trial
-                for trial in trials
-                if state_of(trial) is TrialState.FAILED and trial.number not in retried and stage_of(trial) in stages
-            ]
-            for trial in failed:
-                self._finisher.retry(trial, deaths=0)
-            return len(failed)
-
-        return self._storage.transact(retry, lock=self._lock)
+        return self._storage.transact(self._finisher.retry_failed, lock=self._lock)
 
     @_guarded
     def report(self, number: int, epoch: int, value: float) -> bool:
@@ -281,6 +252,11 @@ class Study:
         ended trials for ten minutes.
         """
         return self._liveness.attended(self._trials())
+
+    @property
+    def spec(self) -> StudySpec:
+        """The study as it is run: what was given, but for what it keeps of its beginning."""
+        return self._spec
 
     @property
     def lease(self) -> Lease:

@@ -6,16 +6,17 @@ import copy
 import difflib
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import yaml
 from pydantic import ValidationError
 
 from hpo.errors import SpecError
-from hpo.spec.models import KINDS
-from hpo.spec.study import StudySpec, set_place
+from hpo.spec.agreement import conflicts
+from hpo.spec.models import FAMILIES
+from hpo.spec.study import StudySpec, means_null, set_place
 from hpo.spec.trust import check_file, check_stored
 
 _SHIPPED = (
@@ -23,7 +24,16 @@ _SHIPPED = (
     Path(__file__).parents[3] / "studies",  # in a checkout
 )
 
+_MOST_FAULTS = 10  # that one message tells
 _MOST_BYTES, _MOST_VALUES = 1_000_000, 50_000  # of a study file: a hundred times what the longest has
+
+
+class _Fault(NamedTuple):
+    """What is wrong at a place: keys lead to it in the file, () is the whole study."""
+
+    keys: tuple[str, ...]
+    message: str
+    hint: str
 
 
 class StudyLoader(yaml.SafeLoader):
@@ -110,7 +120,10 @@ def load_study(
     try:
         spec = StudySpec.model_validate(tree)
     except ValidationError as error:
-        raise _explain(error, path, node, set_places) from None
+        raise _explain(error, tree, path, node, set_places) from None
+    if found := conflicts(spec):
+        again = f"Then: hpo check {path.stem}"
+        raise _refusal([_Fault(one.keys, one.message, again) for one in found], path, node, set_places)
     if path.parent not in _SHIPPED:
         check_file(tree, path, trust=trust)
     return spec
@@ -125,7 +138,7 @@ def parse_study(tree: Mapping[str, Any], *, trust: bool = False) -> StudySpec:
     try:
         spec = StudySpec.model_validate(tree)
     except ValidationError as error:
-        raise _explain(error, Path(str(tree.get("name", "study"))), None, []) from None
+        raise _explain(error, tree, Path(str(tree.get("name", "study"))), None, []) from None
     check_stored(tree, trust=trust, origin=spec.name)
     return spec
 
@@ -235,36 +248,96 @@ def _override(tree: dict[str, Any], place: str, value: Any) -> None:
         space[rest] = value
 
 
-def _explain(error: ValidationError, path: Path, node: yaml.Node | None, set_places: list[str]) -> SpecError:
-    """The first of pydantic's complaints as one message with file, line, place, value and next step."""
-    first = error.errors()[0]
-    message = first["msg"].removeprefix("Value error, ")
-    keys = [str(part) for part in first["loc"]]
-    if not keys and message.startswith("search.space."):
-        # A check across the whole study names the place itself.
-        named, _, message = message.partition(": ")
-        keys = ["search", "space", named.removeprefix("search.space.")]
+def _explain(error: ValidationError, tree: Any, path: Path, node: yaml.Node | None, set_places: list[str]) -> SpecError:
+    """Pydantic's complaints as faults, the first for each place: a union complains once for each of its types."""
+    faults: dict[tuple[str, ...], _Fault] = {}
+    details = error.errors(include_url=False)
+    more = len(details)
+    for detail in details:
+        if len(faults) >= _MOST_FAULTS:
+            break
+        more -= 1
+        for fault in _faults(detail, tree, path, node):
+            faults.setdefault(fault.keys, fault)
+    return _refusal(list(faults.values()), path, node, set_places, more=more)
+
+
+def _faults(detail: Any, tree: Any, path: Path, node: yaml.Node | None) -> Iterator[_Fault]:
+    message, keys = detail["msg"].removeprefix("Value error, "), [str(part) for part in detail["loc"]]
+    again = f"Then: hpo check {path.stem}" if path.suffix else ""
+    if not keys:
+        # A check across the whole study names the places itself, one a line.
+        for line in message.splitlines():
+            named, _, rest = line.partition(": ")
+            inside = named.startswith("search.space.")
+            found = _space_keys(named.removeprefix("search.space."), node) if inside else ()
+            yield _Fault(found, rest if inside else line, again)
+        return
     # Tags of unions ("mlp", "float") are in pydantic's path but not in the file.
-    keys, line = _locate(keys, node)
+    place = tuple(_locate(keys, node)[0])
+    if detail["type"] == "extra_forbidden":
+        yield _Fault(place, f"unknown key {keys[-1]!r}", "Remove it, or correct its name; all keys: hpo schema")
+    elif detail["type"] == "missing":
+        yield _Fault(place, "is missing", "Add it; a whole study: hpo show digits-mlp")
+    elif detail["type"] in ("value_error", "parameter_kind"):
+        yield _Fault(place, message, again)
+    else:
+        said = f"{message[0].lower()}{message[1:]}, got {_short(detail['input'])}"
+        if means_null(detail["input"]) and _takes_null(tree, place):
+            said += ". For no value write null"
+        yield _Fault(place, said, f"Correct the value, then: hpo check {path.stem}")
+
+
+def _short(value: Any) -> str:
+    try:
+        shown = repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return "a number of thousands of digits"
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."
+
+
+def _takes_null(tree: Any, keys: tuple[str, ...]) -> bool:
+    """True where null at this place is no fault."""
+    changed = copy.deepcopy(tree)
+    try:
+        set_place(changed, ".".join(keys), None)
+        StudySpec.model_validate(changed)
+    except ValidationError as error:
+        return not any(tuple(map(str, detail["loc"]))[: len(keys)] == keys for detail in error.errors())
+    except (SpecError, AttributeError, TypeError):
+        return False
+    return True
+
+
+def _refusal(
+    faults: list[_Fault], path: Path, node: yaml.Node | None, set_places: list[str], *, more: int = 0
+) -> SpecError:
+    """One error that names the file, the line and the place of every fault; of many the first ten, and a count."""
+    told = [f"{_source(fault, path, node, set_places)}: {fault.message}." for fault in faults[:_MOST_FAULTS]]
+    more += len(faults) - len(told)
+    if more:
+        told.append(f"And {more} more faults.")
+    return SpecError(" ".join(told), faults[0].hint)
+
+
+def _source(fault: _Fault, path: Path, node: yaml.Node | None, set_places: list[str]) -> str:
+    keys, line = _locate(list(fault.keys), node)
     place = ".".join(keys) or "study"
-    source = f"{_shown(path)}:{line}" if line else _shown(path)
     # What is in no file, on the way to a place that was set or below it, --set has brought.
     deeper = any(given.startswith(f"{place}.") for given in set_places) and line is None
     if deeper or any(place == given or place.startswith(f"{given}.") for given in set_places):
-        source = "--set"
-    hint = f"Then: hpo check {path.stem}" if path.suffix else ""
-    if first["type"] == "extra_forbidden":
-        message = f"unknown key {keys[-1]!r}"
-        hint = "Remove it, or correct its name; all keys: hpo schema"
-    elif first["type"] == "missing":
-        message = "is missing"
-        hint = "Add it; a whole study: hpo show digits-mlp"
-    elif first["type"] not in ("value_error", "parameter_kind"):
-        shown = repr(first["input"])
-        message = f"{message[0].lower()}{message[1:]}, got {shown if len(shown) <= 80 else shown[:77] + '...'}"
-        hint = f"Correct the value, then: hpo check {path.stem}"
-    more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return SpecError(f"{source}: {place}: {message}.{more}", hint)
+        return f"--set: {place}"
+    return f"{_shown(path)}:{line}: {place}" if line else f"{_shown(path)}: {place}"
+
+
+def _space_keys(path: str, node: yaml.Node | None) -> tuple[str, ...]:
+    """Where a searched path stands in the file: in the search's space, or in that of a stage."""
+    search = _child(node, "search")
+    stages = _child(search, "stages")
+    for index, stage in enumerate(stages.value if isinstance(stages, yaml.SequenceNode) else ()):
+        if _child(_child(stage, "space"), path) is not None:
+            return "search", "stages", str(index), "space", path
+    return "search", "space", path
 
 
 def _shown(path: Path) -> str:
@@ -283,7 +356,7 @@ def _locate(keys: list[str], node: yaml.Node | None) -> tuple[list[str], int | N
             kept.append(key)
         elif index == len(keys) - 1 or node is None:
             kept.append(key)
-    if len(kept) > 1 and kept[-1] in (*KINDS, "float", "int", "choice", "root") and node is not None:
+    if len(kept) > 1 and kept[-1] in (*FAMILIES, "own", "float", "int", "choice", "root") and node is not None:
         kept.pop()
     return kept, line
 

@@ -1,17 +1,131 @@
-"""What a study file may say of the network: one frozen part per family, told apart by `kind`."""
+"""The network in a study file: one frozen part for each kind, of our own families and of pretrained networks."""
 
 from __future__ import annotations
 
 import difflib
+import functools
+import operator
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from hpo.spec.basic import Activation, Rate, Width
-from hpo.spec.pretrained import FusionSpec, TimmSpec, TorchvisionSpec, TransferSpec
 from hpo.spec.space import Part
+from hpo.spec.types import Activation, Positive, Rate, Width
+
+Freeze = Literal["all", "none"] | Annotated[int, Field(ge=1, le=1000)]
+
+
+class _Backbone(Part):
+    """A network without its classifier."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
+    """As the library calls it: mobilenet_v2, tf_efficientnet_lite0."""
+    weights: str = "imagenet"
+    """imagenet: the library's own. none: fresh. Else a file, .safetensors or .pth: relative to the study file, or in
+    --set to the working directory."""
+    input_size: Annotated[int, Field(ge=8, le=2048)] | None = None
+    """Side in pixels to which images are resized on the device. null: what the network was trained at; with fresh
+    weights the images' own."""
+    levels: Literal["last", "all"] = "last"
+    """last: the features that its own classifier would see. all: beside them the averages of the maps that each of its
+    stages gives, which tell of textures and colours: for images unlike the photos that the weights were trained on."""
+
+
+class TorchvisionBackbone(_Backbone):
+    """A classifier of torchvision.models."""
+
+    kind: Literal["torchvision"]
+
+
+class TimmBackbone(_Backbone):
+    """A classifier of timm."""
+
+    kind: Literal["timm"]
+
+
+class Tuned(Part):
+    """What of a backbone trains, and what comes after it."""
+
+    freeze: Freeze = "none"
+    """all: only the new head trains. none: everything does. A number: so many stages from the image on are frozen.
+    What is frozen stays as it is, running means of batch norm included."""
+    unfreeze_epoch: Positive | None = None
+    """From this epoch on everything trains. null: what is frozen stays so."""
+    views: Annotated[int, Field(ge=0, le=100)] = 0
+    """With freeze all and augmentation: so many augmented views of each image go through the backbone once, and each
+    epoch draws one of them. 0: every epoch augments anew, and sends every image through the whole network."""
+    dense: list[Width] = Field(default_factory=list)
+    """Neurons of dense layers between the features and the classifier."""
+    batch_norm: bool = False
+    """Of the features, and after each dense layer."""
+    activation: Activation = "relu"
+    """After each dense layer."""
+    dropout: Rate = 0.0
+    """Share set to zero in training: of the features, and after each dense layer."""
+
+    @property
+    def frozen(self) -> bool:
+        """Whether nothing but the head ever trains."""
+        return self.freeze == "all" and self.unfreeze_epoch is None
+
+    @model_validator(mode="after")
+    def _unfreezing_needs_ice(self) -> Tuned:
+        if self.unfreeze_epoch is not None and self.freeze == "none":
+            raise ValueError("unfreeze_epoch needs something frozen. Set freeze, or remove it")
+        return self
+
+
+class _Single(Tuned, _Backbone):
+    @model_validator(mode="after")
+    def _random_weights_must_learn(self) -> _Single:
+        _refuse_frozen_noise(self, [self])
+        return self
+
+
+class TorchvisionSpec(_Single):
+    """A classifier of torchvision.models with a new head in place of its last layer."""
+
+    kind: Literal["torchvision"]
+
+
+class TimmSpec(_Single):
+    """A classifier of timm with a new head in place of its last layer."""
+
+    kind: Literal["timm"]
+
+
+class FusionSpec(Tuned):
+    """The last maps of several backbones, pooled to one size, laid side by side, and one head (middle fusion)."""
+
+    kind: Literal["fusion"]
+    backbones: Annotated[
+        list[Annotated[TorchvisionBackbone | TimmBackbone, Field(discriminator="kind")]], Field(min_length=1)
+    ]
+    pool: Annotated[int, Field(ge=1, le=64)] = 1
+    """Side in pixels to which the maps of each backbone are pooled by averages; 1: one number a map."""
+
+    @model_validator(mode="after")
+    def _random_weights_must_learn(self) -> FusionSpec:
+        _refuse_frozen_noise(self, self.backbones)
+        return self
+
+
+class TransferSpec(Tuned):
+    """The convolutions of a model that a study of this store trained, for images of any size, and a new head."""
+
+    kind: Literal["transfer"]
+    from_model: Annotated[str, Field(pattern=r"^models:/.+")]
+    """models:/NAME@champion, models:/NAME/3 or models:/m-<id>. A study remembers the third form, the model itself."""
+    freeze: Freeze = "all"
+    """all: only the new head trains. none: everything does. A number: so many stages from the image on are frozen."""
+
+
+def _refuse_frozen_noise(tuned: Tuned, backbones: Any) -> None:
+    fresh = [backbone.name for backbone in backbones if backbone.weights == "none"]
+    if tuned.freeze != "none" and fresh:
+        raise ValueError(f"freeze {tuned.freeze} with weights none would keep {fresh[0]} random. Change one of the two")
 
 
 def _odd(value: int) -> int:
@@ -166,8 +280,17 @@ class OwnModelSpec(Part):
     """Keyword arguments of the function. A search varies them as model.options.NAME, if they are listed here."""
 
 
-# Tags of the union: a `kind` of the file, and "own" for whatever has the dotted form.
-KINDS = ("mlp", "cnn", "convnet", "resnet", "torchvision", "timm", "fusion", "transfer", "own")
+# The `kind` of a study file -> its part. hpo.models.MODELS has the builders; its import would load torch.
+FAMILIES: dict[str, type[Part]] = {
+    "mlp": MlpSpec,
+    "cnn": CnnSpec,
+    "convnet": ConvnetSpec,
+    "resnet": ResnetSpec,
+    "torchvision": TorchvisionSpec,
+    "timm": TimmSpec,
+    "fusion": FusionSpec,
+    "transfer": TransferSpec,
+}
 
 
 def _kind_of(value: Any) -> Any:
@@ -176,12 +299,12 @@ def _kind_of(value: Any) -> Any:
 
 def _tag(value: Any) -> str:
     kind = _kind_of(value)
-    return kind if kind in KINDS else "own"
+    return kind if kind in FAMILIES else "own"
 
 
 def _known(value: Any) -> Any:
     """Value itself, if its kind is one there is: pydantic's own complaint would not name the dotted form."""
-    kind, families = _kind_of(value), KINDS[:-1]
+    kind, families = _kind_of(value), tuple(FAMILIES)
     if kind in families or (isinstance(kind, str) and re.match(_DOTTED, kind)):
         return value
     close = difflib.get_close_matches(str(kind), families, n=1)
@@ -192,16 +315,14 @@ def _known(value: Any) -> Any:
     )
 
 
-ModelSpec = Annotated[
-    Annotated[MlpSpec, Tag("mlp")]
-    | Annotated[CnnSpec, Tag("cnn")]
-    | Annotated[ConvnetSpec, Tag("convnet")]
-    | Annotated[ResnetSpec, Tag("resnet")]
-    | Annotated[TorchvisionSpec, Tag("torchvision")]
-    | Annotated[TimmSpec, Tag("timm")]
-    | Annotated[FusionSpec, Tag("fusion")]
-    | Annotated[TransferSpec, Tag("transfer")]
-    | Annotated[OwnModelSpec, Tag("own")],
-    Discriminator(_tag),
-    BeforeValidator(_known),
-]
+def model_type() -> Any:
+    """The type of a study file's `model`: the part of its kind in FAMILIES, or OwnModelSpec for a dotted kind."""
+    parts = [Annotated[part, Tag(kind)] for kind, part in FAMILIES.items()]
+    return Annotated[
+        functools.reduce(operator.or_, [*parts, Annotated[OwnModelSpec, Tag("own")]]),
+        Discriminator(_tag),
+        BeforeValidator(_known),
+    ]
+
+
+ModelSpec = model_type()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from hpo.metrics import direction_of, metric_of
-from hpo.spec.scores import Cost, Positive, Score, Share
 from hpo.spec.space import Part, Space
+from hpo.spec.types import Cost, Positive, PrunerName, SamplerName, Score, Share
 
 _CONSTRAINT = r"^ *(parameters|latency_ms|valid_[^<>]*[^<> ]) *(<=|>=) *[0-9.eE+-]+ *$"
 
@@ -20,10 +20,6 @@ def _by_name(value: Any) -> Any:
 
 def _by_score(value: Any) -> Any:
     return {"score": value} if isinstance(value, str) else value
-
-
-SamplerName = Literal["random", "grid", "tpe", "cmaes", "gp", "qmc"]
-PrunerName = Literal["none", "median", "successive_halving", "hyperband", "patient", "wilcoxon", "curve"]
 
 
 class SamplerSpec(Part):
@@ -158,7 +154,7 @@ class SearchSpec(Part):
         if self.sampler.name == "grid" and not self.stages:
             for path, parameter in self.space.items():
                 try:
-                    parameter.grid()
+                    parameter.check_finite()
                 except ValueError as error:
                     raise ValueError(f"sampler grid, {path}: {error}") from None
         return self
@@ -184,6 +180,12 @@ class SearchSpec(Part):
         aims = [aim.score for aim in self.objectives] or [self.objective]
         named = [*aims, *(re.split("[<>]=", text)[0].strip() for text in self.constraints)]
         return [score for score in named if (metric := metric_of(score)) is not None and metric.on_request]
+
+    @property
+    def judged_by(self) -> Score:
+        """The score by which the best epoch of a training is chosen where the study names none."""
+        scores = [aim.score for aim in self.objectives if aim.score not in get_args(Cost)]
+        return cast("Score", scores[0]) if scores else self.objective
 
     @property
     def whole_space(self) -> Space:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
@@ -24,6 +23,15 @@ class _Parameter(Part):
     when: dict[str, Any] = Field(default_factory=dict)
     """Tried only if each named path has the given value, or one of the given list of values."""
 
+    def count(self) -> float:
+        """Number of values; inf for a continuous range."""
+        raise NotImplementedError
+
+    def check_finite(self) -> None:
+        """Raise ValueError for a continuous range, without building a grid."""
+        if math.isinf(self.count()):
+            raise ValueError("a float without a step has no finite grid. Add a step, or list the values as a choice")
+
 
 def _check_range(low: float, high: float, log: bool, step: float | None) -> None:
     if not (math.isfinite(low) and math.isfinite(high)):
@@ -36,6 +44,14 @@ def _check_range(low: float, high: float, log: bool, step: float | None) -> None
         raise ValueError("log and step exclude each other. Leave one of them out")
     if step is not None and step <= 0:
         raise ValueError(f"step {step} is not positive. Give a positive step")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, _Whole | _Real) and not isinstance(value, bool)
+
+
+def _on_step(distance: float, step: float | None) -> bool:
+    return step is None or math.isclose(distance / step, round(distance / step), abs_tol=1e-9)
 
 
 class Float(_Parameter):
@@ -63,12 +79,22 @@ class Float(_Parameter):
     def grid(self) -> list[Any]:
         """All values in order; raises ValueError for a continuous range."""
         low, high = self.float
-        if low == high:
+        self.check_finite()
+        if low == high or self.step is None:
             return [low]
-        if self.step is None:
-            raise ValueError("a float without a step has no finite grid. Add a step, or list the values as a choice")
-        count = math.floor((high - low) / self.step + 1e-9) + 1
-        return [round(low + index * self.step, 12) for index in range(count)]
+        return [round(low + index * self.step, 12) for index in range(int(self.count()))]
+
+    def count(self) -> _Real:
+        """Number of values; inf for a continuous range of more than one."""
+        low, high = self.float
+        if low == high:
+            return 1
+        return math.floor((high - low) / self.step + 1e-9) + 1 if self.step else math.inf
+
+    def takes(self, value: Any) -> bool:
+        """True for a number within the range and on its steps."""
+        low, high = self.float
+        return _is_number(value) and low <= value <= high and _on_step(value - low, self.step)
 
     def ends(self) -> list[Any]:
         """Values that bound the parameter: if these are valid in the spec, all are."""
@@ -95,6 +121,17 @@ class Int(_Parameter):
         low, high = self.int
         return list(range(low, high + 1, self.step or 1))
 
+    def count(self) -> _Real:
+        """Number of values."""
+        low, high = self.int
+        return (high - low) // (self.step or 1) + 1
+
+    def takes(self, value: Any) -> bool:
+        """True for a whole number within the range and on its steps."""
+        low, high = self.int
+        whole = isinstance(value, _Whole) and _is_number(value)
+        return whole and low <= value <= high and _on_step(value - low, self.step)
+
     def ends(self) -> list[Any]:
         """Values that bound the parameter: if these are valid in the spec, all are."""
         return list(self.int)
@@ -116,6 +153,14 @@ class Choice(_Parameter):
     def grid(self) -> list[Any]:
         """All options in order."""
         return list(self.choice)
+
+    def count(self) -> float:
+        """Number of options."""
+        return len(self.choice)
+
+    def takes(self, value: Any) -> bool:
+        """True for one of the options."""
+        return value in self.choice
 
     def ends(self) -> list[Any]:
         """Values that bound the parameter: if these are valid in the spec, all are."""
@@ -143,14 +188,15 @@ Parameter = Annotated[
 ]
 
 
+def listed(wanted: Any) -> list[Any]:
+    """The values that one entry of a `when` allows."""
+    return wanted if isinstance(wanted, list) else [wanted]
+
+
 def holds(condition: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
     """Whether every path of a `when` has (one of) the wanted value(s); a path without a value never does."""
     missing = object()
-    for path, wanted in condition.items():
-        options = wanted if isinstance(wanted, list) else [wanted]
-        if values.get(path, missing) not in options:
-            return False
-    return True
+    return all(values.get(path, missing) in listed(wanted) for path, wanted in condition.items())
 
 
 class Space(RootModel[dict[str, Parameter]]):
@@ -210,13 +256,47 @@ class Space(RootModel[dict[str, Parameter]]):
         yield from _expand(self.ordered(), dict(fixed), {})
 
     def size(self, fixed: Mapping[str, Any]) -> int | None:
-        """How many cells the full grid has; None if a parameter is continuous."""
-        try:
-            if not self.conditional:
-                return math.prod(len(parameter.grid()) for parameter in self.root.values())
-            return sum(1 for _ in itertools.islice(self.cells(fixed), 10_000_000))
-        except ValueError:
+        """Number of cells of the full grid, counted without building it; None if a parameter is continuous."""
+        if any(math.isinf(parameter.count()) for parameter in self.root.values()):
             return None
+        return _Counter(self.ordered()).count(0, fixed)
+
+
+class _Counter:
+    """Counts the cells of a grid. It branches only over values that conditions name, and remembers each branch."""
+
+    def __init__(self, parameters: list[tuple[str, Float | Int | Choice]]) -> None:
+        self._parameters = parameters
+        # Paths that the conditions of the parameters from each index on name, with every value that they want.
+        self._wanted: list[dict[str, list[Any]]] = [{}]
+        for _, parameter in reversed(parameters):
+            wanted = {path: list(values) for path, values in self._wanted[0].items()}
+            for path, values in parameter.when.items():
+                known = wanted.setdefault(path, [])
+                known += [value for value in listed(values) if value not in known]
+            self._wanted.insert(0, wanted)
+        self._counted: dict[tuple[int, str], int] = {}
+
+    def count(self, index: int, values: Mapping[str, Any]) -> int:
+        """Cells of the parameters from index on, where those before them have these values."""
+        if index == len(self._parameters):
+            return 1
+        key = index, repr([values.get(path, _ABSENT) for path in sorted(self._wanted[index])])
+        if key not in self._counted:
+            self._counted[key] = self._count(index, values)
+        return self._counted[key]
+
+    def _count(self, index: int, values: Mapping[str, Any]) -> int:
+        path, parameter = self._parameters[index]
+        if not holds(parameter.when, values):
+            return self.count(index + 1, values)
+        named = [value for value in self._wanted[index + 1].get(path, []) if parameter.takes(value)]
+        others = int(parameter.count()) - len(named)
+        total = sum(self.count(index + 1, {**values, path: value}) for value in named)
+        return total + (others * self.count(index + 1, {**values, path: _ABSENT}) if others else 0)
+
+
+_ABSENT = object()  # equals no value of a condition
 
 
 def _expand(

@@ -12,10 +12,10 @@ from pydantic import Field, model_validator
 
 from hpo.errors import SpecError
 from hpo.spec.models import ModelSpec
-from hpo.spec.scores import Positive, PublishedScore, Seed, Share
 from hpo.spec.search import SearchSpec
 from hpo.spec.space import Choice, Float, Int, Part
 from hpo.spec.training import TrainingSpec
+from hpo.spec.types import Positive, PublishedScore, Seed, Share
 
 Task = Literal["multiclass", "binary", "multilabel"]
 
@@ -175,6 +175,12 @@ class StudySpec(Part):
     """The sampler's, and what every trial's own seed is derived from."""
 
     @model_validator(mode="after")
+    def _monitor_follows(self) -> StudySpec:
+        if "monitor" not in self.training.model_fields_set:
+            object.__setattr__(self, "training", self.training.watching(self.search.judged_by))
+        return self
+
+    @model_validator(mode="after")
     def _final_fits(self) -> StudySpec:
         if self.split.kind == "none":
             raise ValueError(
@@ -191,15 +197,21 @@ class StudySpec(Part):
     @model_validator(mode="after")
     def _space_fits(self) -> StudySpec:
         # Candidates are validated without their search, so this does not recurse.
-        plain = self.model_dump()
+        plain, faults = self.model_dump(), []
         for path, parameter in self.search.whole_space.items():
             if path.split(".")[0] not in ("data", "split", "model", "training"):
-                raise ValueError(f"search.space.{path}: only data, split, model and training can be searched")
-            _place(plain, path, f"search.space.{path}")
-            for asked in parameter.when:
-                _place(plain, asked, f"search.space.{path}.when.{asked}")
-            for values in self._extremes(path, parameter):
-                _validated(self, values, f"search.space.{path}")
+                faults.append(f"search.space.{path}: only model and training can be searched")
+                continue
+            try:
+                _place(plain, path, f"search.space.{path}")
+                for asked in parameter.when:
+                    _place(plain, asked, f"search.space.{path}.when.{asked}")
+                for values in self._extremes(path, parameter):
+                    _validated(self, values, f"search.space.{path}")
+            except ValueError as error:
+                faults.append(str(error))
+        if faults:
+            raise ValueError("\n".join(faults))
         for index, values in enumerate(self.search.start):
             # Whether they fit the space is seen when the study is opened; these could not even be written down.
             for path, value in values.items():
@@ -247,10 +259,17 @@ class StudySpec(Part):
     def with_values(self, values: Mapping[str, Any], *, fixed: Mapping[str, Any] | None = None) -> Setup:
         """The setup of one candidate: this spec's, with the places of the space filled in and validated again.
 
-        fixed are further values, which are used as they are.
+        hpo.spec.effects says which places those can be. fixed are further values, which are used as they are.
         """
         fixed = fixed or {}
         return _validated(self, {**self.resolved({**values, **fixed}), **fixed}, "candidate")
+
+    def resumed_as(self, record: Mapping[str, Any]) -> StudySpec:
+        """This spec for a study that began with the spec of record: a monitor that was not given stays that one's."""
+        monitor = record.get("training", {}).get("monitor", self.training.monitor)
+        if "monitor" in self.training.model_fields_set or monitor == self.training.monitor:
+            return self
+        return self.model_copy(update={"training": self.training.watching(monitor)})
 
     @property
     def setup(self) -> Setup:
@@ -353,4 +372,24 @@ def _validated(spec: StudySpec, values: Mapping[str, Any], where: str) -> Setup:
     except ValueError as error:
         first = error.errors()[0] if hasattr(error, "errors") else {"msg": str(error)}
         shown = ", ".join(f"{path}={value!r}" for path, value in values.items())
-        raise ValueError(f"{where}: {shown} does not fit: {first['msg']}. Correct the range or the options") from None
+        advice = "Correct the range or the options"
+        if any(map(means_null, values.values())) and _fits(spec, dict.fromkeys(values)):
+            advice = "For no value write null"
+        said = " ".join(str(first["msg"]).split())
+        raise ValueError(f"{where}: {shown} does not fit: {said}. {advice}") from None
+
+
+def _fits(spec: StudySpec, values: Mapping[str, Any]) -> bool:
+    plain = spec.setup.model_dump()
+    for path, value in values.items():
+        set_place(plain, path, value)
+    try:
+        Setup.model_validate(plain)
+    except ValueError:
+        return False
+    return True
+
+
+def means_null(value: Any) -> bool:
+    """True for a word that YAML reads as text and that people write for no value."""
+    return isinstance(value, str) and value.strip().lower() in ("none", "null", "nil", "never", "off", "no", "~", "")

@@ -6,15 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from hpo.spec.basic import Rate
-from hpo.spec.scores import Positive, Score, Seed
 from hpo.spec.space import Part
+from hpo.spec.types import OptimizerName, Positive, Rate, Score, Seed
 
 
 class OptimizerSpec(Part):
     """How weights follow gradients. Fields that an optimizer has not are ignored by it."""
 
-    name: Literal["sgd", "rmsprop", "adam", "adamw"] = "adam"
+    name: OptimizerName = "adam"
     lr: Annotated[float, Field(gt=0.0, le=100.0)] = 1e-3
     """Learning rate; with a schedule, its highest."""
     momentum: Rate = 0.0
@@ -114,7 +113,8 @@ class TrainingSpec(Part):
     class_weights: Literal["none", "balanced"] = "none"
     """balanced: each class weighs n / (classes * images of the class) in the loss."""
     monitor: Score = "valid_accuracy"
-    """The score whose best epoch's weights are kept, and that early stopping watches."""
+    """The score whose best epoch's weights are kept, and that early stopping watches. Left out: the search's objective
+    (the first of several that is a validation score)."""
     scores: list[Score] = Field(default_factory=list)
     """Further scores of every epoch, such as [valid_mcc]; those that monitor and search name need not be listed."""
     patience: Positive | None = None
@@ -138,12 +138,14 @@ class TrainingSpec(Part):
     @model_validator(mode="after")
     def _loss_fits(self) -> TrainingSpec:
         if self.loss != "cross_entropy" and self.label_smoothing:
-            raise ValueError(
-                f"label_smoothing belongs to cross_entropy, and loss is {self.loss}. Leave one of them out"
-            )
+            raise ValueError(f"label_smoothing belongs to cross_entropy, and loss is {self.loss}. Leave one out")
         if ":" in self.loss and self.class_weights != "none":
             raise ValueError(f"class_weights do not reach {self.loss}. Leave them out, and weigh in your function")
         return self
+
+    def watching(self, monitor: Score) -> TrainingSpec:
+        """The same training with another monitor, which counts as given only where this one's was."""
+        return TrainingSpec.model_construct(_fields_set=self.model_fields_set, **{**dict(self), "monitor": monitor})
 
     def share(self, epoch: int) -> float:
         """How much of the training images an epoch, counted from 1, goes through: what it costs, in full epochs."""

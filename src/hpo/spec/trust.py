@@ -11,16 +11,32 @@ from typing import Any
 
 from hpo.errors import SpecError
 
-_PARTS = ("data", "model", "training", "search", "final")
-_FUNCTION = re.compile(r"[^\s:/\\]+:[^\s:/\\]+")
-_OWN_SCORE = re.compile(r"valid_([^\s:/\\]+:[^\s:/\\<>]+)(?: *[<>]=.*)?")  # as an objective, a monitor or a constraint
+_PROSE = ("name", "question", "references")  # parts of a study that are only read by people
+_OWN_SCORE = re.compile(r" *valid_([^<>\s]+)(?: *[<>]=.*)?")  # as an objective, a monitor or in a constraint
+
+
+def split_function(text: str) -> tuple[str, str] | None:
+    """package.module:function as (module, function); None for any other text, which is never imported.
+
+    This is the only reading of such a name: what loads a function and what asks for trust must agree on it.
+    """
+    module, colon, function = text.partition(":")
+    if not colon or not all(map(str.isidentifier, [*module.split("."), function])):
+        return None
+    return module, function
+
+
+def is_function(text: str) -> bool:
+    """True for package.module:function."""
+    return split_function(text) is not None
 
 
 def named_functions(tree: Mapping[str, Any]) -> list[str]:
-    """Whatever reads like package.module:function in the parts of a study or a setup that name code of others."""
-    texts = {text for part in _PARTS for text in _texts(tree.get(part))}
-    scores = {match[1] for text in texts if (match := _OWN_SCORE.fullmatch(text.strip()))}
-    return sorted({text for text in texts if _FUNCTION.fullmatch(text) and not _OWN_SCORE.fullmatch(text)} | scores)
+    """Every package.module:function in the parts of a study or a setup, but for those that are prose."""
+    texts = {text for part in tree if part not in _PROSE for text in _texts(tree[part])}
+    measured = {text for part in ("training", "search") for text in _texts(tree.get(part))}
+    scores = {text: match[1] for text in measured if (match := _OWN_SCORE.fullmatch(text)) and is_function(match[1])}
+    return sorted({text for text in texts - scores.keys() if is_function(text)} | set(scores.values()))
 
 
 def module_file(function: str) -> Path | None:

@@ -99,6 +99,11 @@ def delete_artifacts(client: Any, uri: str, path: str | None = None) -> None:
         place.parent.rmdir()
 
 
+def _uri(file: Path) -> str:
+    """What MLflow finds a local file by: it reads %, ? and # of a plain path as an address would have them."""
+    return file.absolute().as_uri() if set("%?#") & set(str(file)) else str(file)
+
+
 def save_model(target: Path, folder: Path, *, model_id: str, run_id: str, tags: Mapping[str, str]) -> None:
     """Write the MLflow model of folder's program, config and setup into target, a folder that is not there yet."""
     load_mlflow()
@@ -117,7 +122,7 @@ def save_model(target: Path, folder: Path, *, model_id: str, run_id: str, tags: 
         save_pyfunc(
             str(target),
             python_model=str(Path(__file__).with_name("logged_model_script.py")),
-            artifacts={"net": str(folder / NET), "config": str(folder / CONFIG), "setup": str(folder / SETUP)},
+            artifacts={"net": _uri(folder / NET), "config": _uri(folder / CONFIG), "setup": _uri(folder / SETUP)},
             # Given, because inferring them loads the model in another process: seconds for each trial.
             pip_requirements=[f"{name}=={_public_version(name)}" for name in ("mlflow", "numpy", "pandas", "torch")],
             signature=ModelSignature(inputs=Schema([images]), outputs=Schema(classes)),

@@ -240,13 +240,19 @@ def log(
         waiting = {kind: items[len(now[kind]) :] for kind, items in waiting.items()}
 
 
-def find_parent(client: Any, study: StudyResult) -> Any | None:
-    """The Run of a study's generation, the oldest if several were made; None where it has none."""
+def find_parent(client: Any, study: StudyResult, *, deleted: bool = False) -> Any | None:
+    """The Run of a study's generation, the oldest if several were made; None where it has none.
+
+    deleted: among those that somebody has deleted in MLflow.
+    """
+    from mlflow.entities import ViewType
+
     experiment = client.get_experiment_by_name(study.name)
     if experiment is None:
         return None
     wanted = " and ".join(f"tags.`{name}` = '{value}'" for name, value in study_tags(study).items())
-    found = client.search_runs([experiment.experiment_id], wanted, order_by=["start_time ASC"], max_results=1)
+    view = ViewType.DELETED_ONLY if deleted else ViewType.ACTIVE_ONLY
+    found = client.search_runs([experiment.experiment_id], wanted, view, order_by=["start_time ASC"], max_results=1)
     return found[0] if found else None
 
 
@@ -270,11 +276,19 @@ def artifact(client: Any, run_id: str, path: str, folder: str) -> Path | None:
     return Path(client.download_artifacts(run_id, path, folder))
 
 
-def children(client: Any, parent: Any, wanted: str = "") -> Iterator[Any]:
-    """The mlflow Runs of a study's trials; wanted restricts them in MLflow's filter language."""
+def children(client: Any, parent: Any, wanted: str = "", *, deleted: bool = False) -> Iterator[Any]:
+    """The mlflow Runs of a study's trials; wanted restricts them in MLflow's filter language.
+
+    deleted: those that somebody has deleted in MLflow, and may restore, in place of the others.
+    """
+    from mlflow.entities import ViewType
+
+    view = ViewType.DELETED_ONLY if deleted else ViewType.ACTIVE_ONLY
     query = " and ".join(filter(None, [f"tags.`{PARENT}` = '{parent.info.run_id}'", wanted]))
     experiment = [parent.info.experiment_id]
-    return pages(client.search_runs, experiment_ids=experiment, filter_string=query, max_results=1000)
+    return pages(
+        client.search_runs, experiment_ids=experiment, filter_string=query, run_view_type=view, max_results=1000
+    )
 
 
 @translate_errors

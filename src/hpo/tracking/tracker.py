@@ -9,20 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from hpo.errors import ModelError, StoreError
+from hpo.events import StudyProfiled
 from hpo.home import Home
 from hpo.locks import lock
-from hpo.records import (
-    Candidate,
-    DataCard,
-    Epoch,
-    ModelVersion,
-    SplitCard,
-    StudyProfiled,
-    StudyResult,
-    Trial,
-    TrialResult,
-    TrialState,
-)
+from hpo.records import Candidate, DataCard, Epoch, ModelVersion, SplitCard, StudyResult, Trial, TrialResult, TrialState
 from hpo.spec.study import Setup, StudySpec
 from hpo.tracking import models, registry, runs
 from hpo.tracking.reader import trial_runs
@@ -60,6 +50,10 @@ class Tracker:
         with lock(self.home, "mlflow-open"):
             experiment_id = self._experiment(study.name)
             parent = runs.find_parent(client, study)
+            if parent is None and (trashed := runs.find_parent(client, study, deleted=True)) is not None:
+                # As with a deleted experiment: the runs of its trials name it, and a second one would have none.
+                client.restore_run(trashed.info.run_id)
+                parent = client.get_run(trashed.info.run_id)
             if parent is None:
                 parent = client.create_run(experiment_id, tags=runs.study_tags(study), run_name=study.title)
             else:
@@ -188,14 +182,16 @@ class Tracker:
         """Bring the runs in line with the study storage: missing ones made, unfinished ones ended as the trials did.
 
         What a killed process had begun to log of a model is deleted. Trials that are waiting or running are left alone,
-        and so are those in `leave`: another supervisor may be about to write them.
+        and so are those in `leave`: another supervisor may be about to write them. A run that somebody has deleted in
+        MLflow stays deleted: it can be restored, and a second one would hide that.
         """
+        deleted = self.deleted_runs(study)
         found = {int(run.tags[runs.TRIAL]): run for run in trial_runs(self.home, self._parent_of(study))}
         self._runs.update({number: run.id for number, run in found.items()})
         ended: dict[str, str] = {}
         for trial in study.trials:
             run = found.pop(trial.number, None)
-            if trial.state not in runs.STATUS or trial.number in leave:
+            if trial.state not in runs.STATUS or trial.number in leave or (run is None and trial.number in deleted):
                 continue
             if run is not None:
                 ended[run.id] = run.tags.get(runs.MODEL, "")
@@ -208,6 +204,23 @@ class Tracker:
                 self._client.set_tag(run.id, runs.STATE, TrialState.STOPPED.value)
                 self._client.set_terminated(run.id, "KILLED")
         models.delete_unfinished(self._client, self._parent.info.experiment_id, ended)
+
+    @translate_errors
+    def require_run(self, study: StudyResult, number: int) -> None:
+        """Raise StoreError where a trial has no run, or one that somebody has deleted."""
+        self._run_id(number, study)
+
+    @translate_errors
+    def deleted_runs(self, study: StudyResult) -> dict[int, str]:
+        """Trial number -> id of its run, of the trials whose only run somebody has deleted in MLflow."""
+        parent = self._parent_of(study)
+        found = {
+            int(run.data.tags[runs.TRIAL]): run.info.run_id for run in runs.children(self._client, parent, deleted=True)
+        }
+        if found:
+            for run in trial_runs(self.home, parent):
+                found.pop(int(run.tags[runs.TRIAL]), None)
+        return found
 
     @translate_errors
     def kept_models(self, study: StudyResult) -> dict[int, str]:
@@ -236,6 +249,11 @@ class Tracker:
         if study is not None:
             self._parent_of(study)
         if number not in self._runs and not self._find(number):
+            for run in runs.children(self._client, self._parent, f"tags.`{runs.TRIAL}` = '{number}'", deleted=True):
+                raise StoreError(
+                    f"the run of trial {number} was deleted in MLflow.",
+                    f"Bring it back: mlflow runs restore --run-id {run.info.run_id}",
+                )
             raise StoreError(f"MLflow has no run of trial {number}.", "Run the study again: it mends its runs.")
         return self._runs[number]
 

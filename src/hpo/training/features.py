@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpo.data.atomic_folder import intact, write_folder
+from hpo.data.cache import intact, write_folder
 from hpo.data.prepare import TrialData, load_tensor
 from hpo.models.backbones import Backbone, quick
 from hpo.models.transfer import Transfer
-from hpo.spec.pretrained import Tuned
+from hpo.spec.models import Tuned
 from hpo.spec.study import Setup
 from hpo.spec.training import AugmentSpec
 from hpo.training.batches import augmenter

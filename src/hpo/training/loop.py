@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from hpo.data.prepare import TrialData
 from hpo.data.requested_scores import requested
-from hpo.metrics import Metric, scores
+from hpo.errors import NotFiniteError
+from hpo.metrics import Metric, direction_of, scores
 from hpo.models.inputs import input_of
 from hpo.models.transfer import transfer_of
 from hpo.records import Epoch
@@ -21,13 +23,13 @@ from hpo.training.augment import mix_batch
 from hpo.training.batches import Batches, GrowingSubset
 from hpo.training.checkpoint import random_state, set_random_state
 from hpo.training.compute.device import lay_out
-from hpo.training.early_stopping import EarlyStopping
 from hpo.training.losses import Loss, balanced_order
 from hpo.training.optimizers import build_optimizer, learning_rate_factor
 from hpo.training.profiler import phase
 
 if TYPE_CHECKING:
     from hpo.training.compute.cuda_graphs import Graph
+
 
 # A batch that fits into memory with all that its gradient needs fits this many times without.
 _PIECES = 4
@@ -270,3 +272,32 @@ def moving_average(net: nn.Module, keep: float) -> AveragedModel:
             torch._foreach_copy_(own, others)
 
     return AveragedModel(net, multi_avg_fn=follow, use_buffers=True)
+
+
+class EarlyStopping:
+    """The best epoch of a training by spec.monitor; with validates=False, without validation images, none is best.
+
+    score (higher is better), epoch and state, the weights of the best epoch, are saved in checkpoints.
+    """
+
+    def __init__(self, spec: TrainingSpec, *, validates: bool) -> None:
+        self.score, self.epoch = -math.inf, 0
+        self.state: dict[str, Tensor] | None = None
+        self._spec, self._validates = spec, validates
+        self._sign = 1.0 if direction_of(spec.monitor) == "maximize" else -1.0
+
+    def note(self, number: int, measured: Mapping[str, float], net: nn.Module) -> bool:
+        """Compare an epoch of net with the best; True if it is the last, by spec.epochs or spec.patience.
+
+        Raises NotFiniteError if a loss is not finite.
+        """
+        losses = {name: value for name, value in measured.items() if name.endswith("_loss")}
+        if not all(map(math.isfinite, losses.values())):
+            shown = ", ".join(f"{name} {value}" for name, value in losses.items())
+            raise NotFiniteError(f"epoch {number}: {shown}.", "It diverged: a lower learning rate usually helps.")
+        if self._validates and self._sign * measured[self._spec.monitor] > self.score:
+            self.score, self.epoch = self._sign * measured[self._spec.monitor], number
+            self.state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+        patience = self._spec.patience
+        stale = self._validates and patience is not None and number - self.epoch >= patience
+        return stale or number == self._spec.epochs

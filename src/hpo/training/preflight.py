@@ -1,4 +1,4 @@
-"""A timed rehearsal of a trial: a few real batches, their evaluation, an export."""
+"""Checks of training before a study runs: a timed rehearsal of a trial, and a preview of augmented images."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
+from torch.nn import functional
 
-from hpo.data.prepare import TrialData
+from hpo.data.prepare import TrialData, open_trial
 from hpo.errors import TrainingError
 from hpo.models import parameter_count
 from hpo.models.backbones import Backbone
@@ -16,6 +20,9 @@ from hpo.models.export import export_program, save_trained
 from hpo.models.transfer import Transfer, transfer_of
 from hpo.records import DataCard
 from hpo.spec.study import Setup
+from hpo.spec.training import AugmentSpec
+from hpo.training.augment import mix_batch
+from hpo.training.batches import augmenter
 from hpo.training.features import cached_views, forward
 from hpo.training.loop import train
 from hpo.training.trial import build_full, measured_precision
@@ -49,9 +56,18 @@ def preflight(setup: Setup, card: DataCard, *, device_name: str, seed: int, fold
     if transfer is not None and (views := cached_views(setup)) is not None:
         few, seconds = _seen(transfer, few, views)
         net, features_seconds = transfer.head, seconds * (1 + views) * card.development_count
-    precision = spec.precision if spec.precision != "auto" else measured_precision(net, few, spec.batch_size)
     once = spec.model_copy(update={"epochs": 2, "patience": None})
-    epochs = list(train(net, few, once, seed=seed, precision=precision))
+    try:
+        precision = spec.precision if spec.precision != "auto" else measured_precision(net, few, spec.batch_size)
+        epochs = list(train(net, few, once, seed=seed, precision=precision))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        place, size = ("micro_batch", spec.micro_batch) if spec.micro_batch else ("batch_size", spec.batch_size)
+        raise TrainingError(
+            f"training.{place} {size}: batch norm cannot learn from pieces of one image.",
+            "Take 2 or more images at once, or turn batch_norm off.",
+        ) from None
     if not epochs:
         raise TrainingError("the training yields no epoch.", "Set training.epochs to 1 or more.")
     step_seconds = epochs[-1].seconds / steps  # the first epoch warms up
@@ -78,3 +94,39 @@ def _seen(net: Transfer, few: TrialData, views: int) -> tuple[TrialData, float]:
     # The time of a step does not depend on which image has which features.
     spread = features.to(images.device)[torch.arange(len(few.images), device=images.device) % len(features)]
     return replace(few, images=spread[:, None].expand(-1, 1 + views, -1) if views else spread), seconds
+
+
+def save_preview(setup: Setup, card: DataCard, path: Path, *, images: int, copies: int, seed: int) -> Path:
+    """Write a PNG with one row for each of `images` training images, class by class, and `copies` changes of each."""
+    from PIL import Image
+
+    data = open_trial(card, setup.split, device=torch.device("cpu"))
+    labels = data.labels[data.train]
+    by_class = [data.train[labels == label] for label in range(len(data.class_names))]
+    rows = torch.stack([by_class[row % len(by_class)][row // len(by_class)] for row in range(images)])
+    generator = torch.Generator().manual_seed(seed)
+    picture = preview(data.images[rows], setup.training.augment, generator=generator, copies=copies)
+    # Small images are shown large, pixel by pixel.
+    scale = max(1, 96 // data.images.shape[1])
+    pixels = np.repeat(np.repeat(picture, scale, axis=0), scale, axis=1)
+    Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(path)
+    return path
+
+
+def preview(images: Tensor, spec: AugmentSpec, *, generator: torch.Generator, copies: int) -> npt.NDArray[np.uint8]:
+    """One picture, uint8, of images (n, height, width, channels) uint8 as training sees them.
+
+    Each image is a row: first as it is, then `copies` random changes of it; white lines of 2 pixels separate them.
+    """
+    change = augmenter(spec)
+    labels = torch.zeros(len(images), dtype=torch.long)
+    columns = [images]
+    for _ in range(copies):
+        changed = images if change is None else change(images, generator)
+        mixed, *_ = mix_batch(changed.permute(0, 3, 1, 2).float(), labels, spec, generator)
+        columns.append(mixed.round().to(torch.uint8).permute(0, 2, 3, 1))
+    framed = functional.pad(torch.stack(columns, dim=1), (0, 0, 2, 0, 2, 0), value=255)
+    rows, columns_count, height, width, channels = framed.shape
+    picture = framed.transpose(1, 2).reshape(rows * height, columns_count * width, channels)
+    array: npt.NDArray[np.uint8] = picture[2:, 2:].cpu().numpy()
+    return array

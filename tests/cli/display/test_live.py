@@ -12,7 +12,8 @@ from rich.console import Console
 
 from hpo.cli.display.live import JsonLines, LiveDisplay, PlainLines, Quiet, Watcher
 from hpo.cli.display.run_summary import NextCommands, Tally
-from hpo.records import EpochEnded, Event, Notice, StudyOpened, StudyProfiled, TrialEnded, TrialState
+from hpo.events import EpochEnded, Event, Notice, StudyOpened, StudyProfiled, TrialEnded
+from hpo.records import TrialState
 from told_study import STORY, ended, opened, study, trial_events, trial_result, whole_story
 
 COMMANDS = NextCommands(

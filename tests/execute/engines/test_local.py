@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from hpo.events import EpochEnded, TrialEnded
 from hpo.execute.engines.base import WorkerLost
 from hpo.execute.engines.local import LocalProcesses
 from hpo.execute.process import process_context
 from hpo.execute.workers.job_process import JobProcess
 from hpo.execute.workers.job_process import prepare as prepare_in_helper
 from hpo.execute.workers.task import Task, train_task
-from hpo.records import EpochEnded, TrialEnded, TrialState
+from hpo.records import TrialState
 from hpo.spec.load import load_study
 
 SPEC = load_study("digits-mlp", overrides=["training.epochs=3", "training.precision=float32"])

@@ -11,13 +11,14 @@ from sklearn.datasets import load_digits
 
 from hpo.data.prepare import at_hand, prepare
 from hpo.errors import DataError, HpoError
+from hpo.events import EpochEnded, TrialEnded
 from hpo.execute.engines.base import WorkerLost
 from hpo.execute.engines.ray import RayActors
 from hpo.execute.engines.ray_cluster import Cluster, RayOptions, worker_count
 from hpo.execute.run_study import run_study
 from hpo.execute.workers.ray_actor import RayWorker, WorkerSetup, read_files, write_files
 from hpo.execute.workers.task import Task
-from hpo.records import EpochEnded, TrialEnded, TrialState
+from hpo.records import TrialState
 from hpo.spec.load import load_study
 
 SPEC = load_study("digits-mlp", overrides=["training.epochs=3", "training.precision=float32"])

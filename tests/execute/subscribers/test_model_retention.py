@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from formula_study import CARD, RecordedTracker, formula_spec
+from hpo.events import Notice
 from hpo.execute.subscribers.model_retention import ModelRetention
 from hpo.execute.tracking_queue import TrackingQueue
-from hpo.records import Candidate, Notice, StudyResult, Trial, TrialResult, TrialState
+from hpo.records import Candidate, StudyResult, Trial, TrialResult, TrialState
 from hpo.spec.study import KeepSpec
 
 

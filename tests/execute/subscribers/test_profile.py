@@ -7,10 +7,11 @@ import pytest
 
 from formula_study import formula, formula_spec
 from hpo.errors import SpecError
+from hpo.events import StudyProfiled, TrialEnded
 from hpo.execute.run_study import run_study, with_options
 from hpo.execute.subscribers.profile import StudyProfiler
 from hpo.options import RunOptions
-from hpo.records import Profile, StudyProfiled, TrialEnded
+from hpo.records import Profile
 from hpo.spec.study import SplitSpec
 
 PROFILE = Profile({"forward": 3.0, "backward": 5.0}, {"aten::addmm": 0.5})

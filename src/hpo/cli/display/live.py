@@ -24,20 +24,9 @@ from hpo.cli.display.output import (
     show_parameters,
     show_score,
 )
-from hpo.cli.display.profile import profile_report
-from hpo.cli.display.run_summary import NextCommands, RunningTrial, Tally, closing, next_steps, opening
-from hpo.records import (
-    FINAL,
-    Event,
-    Notice,
-    StudyEnded,
-    StudyOpened,
-    StudyProfiled,
-    TrialEnded,
-    TrialResult,
-    TrialStarted,
-    TrialState,
-)
+from hpo.cli.display.run_summary import NextCommands, RunningTrial, Tally, closing, next_steps, opening, profile_report
+from hpo.events import Event, Notice, StudyEnded, StudyOpened, StudyProfiled, TrialEnded, TrialStarted
+from hpo.records import FINAL, TrialResult, TrialState
 from hpo.report.text import duration
 
 FRAMES_PER_SECOND = 4  # calm to look at, and cheap beside the training

@@ -119,15 +119,16 @@ def print_json(value: object, *, indent: int | None = 2) -> None:
 
 
 def predictions_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Predictions as CSV: file, class, probability, then p_NAME for each class."""
-    classes = list(rows[0]["probabilities"]) if rows else []
+    """Predictions as CSV: file, class, probability, p_NAME for each class, and error where a file has one."""
+    classes = next((list(row["probabilities"]) for row in rows if row["probabilities"]), [])
+    failed = any("error" in row for row in rows)
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["file", "class", "probability", *(f"p_{name}" for name in classes)])
+    writer.writerow(["file", "class", "probability", *(f"p_{name}" for name in classes), *["error"] * failed])
     for row in rows:
-        writer.writerow(
-            [row["file"], row["class"], row["probability"], *(row["probabilities"][name] for name in classes)]
-        )
+        probabilities = [row["probabilities"].get(name) for name in classes]
+        errors = [row.get("error", "")] * failed
+        writer.writerow([row["file"], row["class"], row["probability"], *probabilities, *errors])
     return buffer.getvalue().rstrip("\n")
 
 

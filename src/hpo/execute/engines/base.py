@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from hpo.events import EpochEnded, TrialEnded
 from hpo.execute.workers.task import Task, Training
 from hpo.options import RunOptions
-from hpo.records import DataCard, EpochEnded, TrialEnded
+from hpo.records import DataCard
 from hpo.spec.study import StudySpec
 
 Trainer = Callable[[Task, str], Training]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hpo.events import TrialEnded
 from hpo.execute.engines.base import Message, StudyWork, Trainer, WorkerPlan
 from hpo.execute.process import cores
 from hpo.execute.workers.task import Task, Training, train_task
 from hpo.options import RunOptions
-from hpo.records import TrialEnded
 
 
 class InProcess:

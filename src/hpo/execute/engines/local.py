@@ -12,12 +12,12 @@ from multiprocessing.process import BaseProcess
 from operator import itemgetter
 from typing import Any
 
+from hpo.events import TrialEnded
 from hpo.execute.engines.base import Message, StudyWork, WorkerLost, WorkerPlan
 from hpo.execute.process import cores, hidden_main, process_context
 from hpo.execute.workers.main import serve
 from hpo.execute.workers.task import Task
 from hpo.options import RunOptions
-from hpo.records import TrialEnded
 
 
 @dataclass

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from hpo.errors import HpoError, StoreError, disk_full
+from hpo.events import TrialEnded
 from hpo.execute.engines.base import Message, Trainer, WorkerLost
 from hpo.execute.workers.ray_actor import Files, RayWorker, WorkerSetup, write_files
 from hpo.execute.workers.task import Task, disk_full_result, train_task
-from hpo.records import TrialEnded
 
 _MOST_STARTS = 5  # actors of one slot in a row that die before one is ready; a lost node costs each of its slots one
 _NOTIFY_AFTER = 30.0  # seconds without any worker after which the user is notified

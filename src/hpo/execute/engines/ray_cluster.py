@@ -13,14 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hpo.data.prepare import models_folder
+from hpo.data.cache import models_folder
 from hpo.errors import HpoError
 from hpo.execute.engines.base import StudyWork, WorkerPlan
 from hpo.execute.engines.ray import RayActors
 from hpo.execute.process import cores
 from hpo.execute.workers.ray_actor import WorkerSetup, read_files
 from hpo.options import RunOptions
-from hpo.spec.pretrained import TransferSpec
+from hpo.spec.models import TransferSpec
 
 _NO_GPU = "Add nodes with GPUs, or train on CPUs: leave --device and --gpus-per-trial out."
 _CONNECT_TIMEOUT = 5.0  # seconds

@@ -10,24 +10,12 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from hpo.errors import NO_SPACE, StoreError, disk_full
-from hpo.execute.events import Emit, Subscriber
+from hpo.events import Notice, RunEvent, SearchEnded, StudyOpened, TrialEnded, TrialStarted
+from hpo.execute.subscribers import Emit, Subscriber
 from hpo.execute.subscribers.tracking import store_timeout
 from hpo.execute.tracking_queue import TrackingQueue
 from hpo.execute.workers.job_process import Job, JobProcess, finish_trial
-from hpo.records import (
-    FINAL,
-    DataCard,
-    Notice,
-    RunEvent,
-    SearchEnded,
-    StudyOpened,
-    StudyResult,
-    Trial,
-    TrialEnded,
-    TrialResult,
-    TrialStarted,
-    TrialState,
-)
+from hpo.records import FINAL, DataCard, StudyResult, Trial, TrialResult, TrialState
 from hpo.spec.study import StudySpec
 from hpo.tracking.tracker import Tracker
 

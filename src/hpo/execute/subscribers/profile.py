@@ -6,9 +6,9 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 
-from hpo.execute.events import Emit, Subscriber
+from hpo.events import RunEvent, SearchEnded, StudyOpened, StudyProfiled, TrialEnded, WinnerChosen
+from hpo.execute.subscribers import Emit, Subscriber
 from hpo.execute.workers.job_process import JobProcess
-from hpo.records import RunEvent, SearchEnded, StudyOpened, StudyProfiled, TrialEnded, WinnerChosen
 
 
 class StudyProfiler:

@@ -6,24 +6,21 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
-from hpo.execute.events import Emit, Subscriber
-from hpo.execute.tracking_queue import TIMEOUT, TrackingQueue
-from hpo.execute.workers.job_process import Job, JobProcess, draw_study
-from hpo.records import (
-    EndReason,
-    ModelVersion,
+from hpo.events import (
     Notice,
     RunEvent,
     SearchEnded,
     StudyOpened,
     StudyProfiled,
-    StudyResult,
-    Trial,
     TrialEnded,
     TrialsReaped,
     TrialStarted,
     WinnerChosen,
 )
+from hpo.execute.subscribers import Emit, Subscriber
+from hpo.execute.tracking_queue import TIMEOUT, TrackingQueue
+from hpo.execute.workers.job_process import Job, JobProcess, draw_study
+from hpo.records import EndReason, ModelVersion, StudyResult, Trial
 from hpo.report.summary import study_summary
 from hpo.spec.study import StudySpec
 from hpo.tracking.tracker import Tracker
@@ -113,6 +110,9 @@ class Tracking(Subscriber):
                 f"logs and registers it at its end, or with its next hpo run {study.name}. If it is lost, have "
                 f"the best trial trained again: hpo run {study.name} --set final.seeds=1"
             )
+        elif winner is not None and event.register and self._spec.keep.models != "none":
+            # Says so where somebody has deleted the run, and how it comes back.
+            self._queue.submit(self._tracker.require_run, study, winner.number)
         if event.summarize:
             name = study.name if self._registered else ""
             text = study_summary(study, winner=winner, model=name, remarks=list(event.remarks))

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo.errors import HpoError
+from hpo.events import Notice
 from hpo.execute.process import follow_supervisor, hidden_main
 from hpo.execute.stack_size import StackSize, measure_stack_size
-from hpo.records import DataCard, Notice, SplitCard, StudyResult, TrialResult
+from hpo.records import DataCard, SplitCard, StudyResult, TrialResult
 from hpo.spec.study import StudySpec
 
 if TYPE_CHECKING:

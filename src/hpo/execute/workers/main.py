@@ -11,9 +11,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
+from hpo.events import EpochEnded, TrialEnded
 from hpo.execute.process import follow_supervisor
 from hpo.execute.workers.task import Task, Training, train_task
-from hpo.records import EpochEnded, TrialEnded
 
 _GATHER = 0.1  # seconds that idle slots wait for their next task: one that arrives late misses a shared epoch
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from hpo import __version__
 from hpo.errors import HpoError
+from hpo.events import EpochEnded, TrialEnded
 from hpo.execute.engines.base import Trainer
 from hpo.execute.workers.task import Task, Training, train_task
-from hpo.records import DataCard, EpochEnded, TrialEnded
+from hpo.records import DataCard
 from hpo.spec.study import DataSpec, SplitSpec
 
 Files = Mapping[str, bytes]  # of one folder: names to contents
@@ -59,7 +60,8 @@ class RayWorker:
         return node
 
     def _open(self, needs: WorkerSetup) -> None:
-        from hpo.data.prepare import at_hand, models_folder
+        from hpo.data.cache import models_folder
+        from hpo.data.prepare import at_hand
 
         if needs.version != __version__:
             raise HpoError(
@@ -84,7 +86,7 @@ class RayWorker:
 
     def train(self, task: Task) -> Answer:
         """Begin a task; returns its first message."""
-        from hpo.data.prepare import cache_folder
+        from hpo.data.cache import cache_folder
 
         # The training makes it when it has something to write; task.folder is a path of the supervisor's machine.
         folder = cache_folder() / "results" / uuid.uuid4().hex

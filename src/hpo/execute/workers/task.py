@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo.errors import DataError, HpoError, NotFiniteError, disk_full, redact
-from hpo.records import DataCard, Epoch, EpochEnded, FailureKind, TrialEnded, TrialResult, TrialState
+from hpo.events import EpochEnded, TrialEnded
+from hpo.records import DataCard, Epoch, FailureKind, TrialResult, TrialState
 from hpo.spec.models import OwnModelSpec
 from hpo.spec.study import Setup
 

@@ -1,4 +1,4 @@
-"""References to trained models: a study, a trial or a registered version, by the names that commands accept."""
+"""References to trained models: a study, a trial or a registered version, by the names of commands."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 
-from hpo.errors import ModelError, StoreError
+from hpo.errors import DataError, ModelError, StoreError
 from hpo.execute.finals import final_setup, race
 from hpo.home import Home
-from hpo.jobs.shared.study_data import study_data
 from hpo.records import FINAL, DataCard, ModelVersion, StudyResult, Trial, TrialState
 from hpo.spec.load import parse_study
 from hpo.spec.study import Setup, StudySpec
@@ -113,3 +112,16 @@ def _version(home: Home, study: StudyResult, trial: Trial) -> ModelVersion | Non
             return version
     uri = Tracker(home).kept_models(study).get(trial.number) if exists(home) else None
     return resolve(home, uri) if uri else None
+
+
+def study_data(study: StudyResult, spec: StudySpec) -> DataCard:
+    """The prepared data of a study. Raises DataError where it is gone or is not what the study was made with."""
+    from hpo.data.prepare import prepare
+
+    card = prepare(spec.data, spec.split)
+    if card.digest != study.data_digest:
+        raise DataError(
+            f"{card.source}: its digest {card.digest} is not {study.data_digest}, which {study.title} was made with.",
+            "Bring back the file that the study was run on.",
+        )
+    return card

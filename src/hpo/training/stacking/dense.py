@@ -11,8 +11,7 @@ from torch.nn import functional
 
 from hpo.models.basic import OneLogit
 from hpo.training.stacking.compatibility import Segment, parts_of
-from hpo.training.stacking.conv import Maps
-from hpo.training.stacking.layers import Activations, Norm, drop
+from hpo.training.stacking.layers import Activations, Maps, Norm, drop
 
 
 class _Dense(torch.autograd.Function):

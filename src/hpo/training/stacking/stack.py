@@ -22,8 +22,7 @@ from hpo.spec.training import TrainingSpec
 from hpo.training.augment import mix_batch
 from hpo.training.batches import Batches
 from hpo.training.checkpoint import random_state, set_random_state
-from hpo.training.early_stopping import EarlyStopping
-from hpo.training.loop import evaluation_batch, moving_average, requested_of
+from hpo.training.loop import EarlyStopping, evaluation_batch, moving_average, requested_of
 from hpo.training.losses import class_weights
 from hpo.training.optimizers import OPTIMIZERS, learning_rate_factor
 from hpo.training.stacking.compatibility import BrokenStackError, UnstackableError, shape_of, sort_key
