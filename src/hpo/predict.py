@@ -28,6 +28,7 @@ class Classifier:
     """A loaded model. image_shape is (height, width, channels); uri says where it came from.
 
     ranges are those of the pixels that it was trained on; None for a model that knows none, which takes uint8 levels.
+    several_labels: an image may have any number of the classes.
     """
 
     uri: str
@@ -35,6 +36,7 @@ class Classifier:
     image_shape: tuple[int, int, int]
     _model: Any = field(repr=False)
     ranges: Ranges | None = None
+    several_labels: bool = False
 
     @property
     def input_kind(self) -> str:
@@ -43,6 +45,8 @@ class Classifier:
 
     def predict_proba(self, images: np.ndarray) -> np.ndarray:
         """Images (n, height, width, channels) -> probabilities (n, classes) float32, rows summing to 1.
+
+        With several_labels each is that of its own label, and a row need not sum to 1.
 
         Images are uint8 or of the kind of pixel that the model was trained on, and are scaled as those were. Grey
         images may come as (n, height, width). Raises DataError for another type or shape, and for NaN.
@@ -74,7 +78,7 @@ class Classifier:
         return found
 
     def predict(self, images: np.ndarray) -> list[str]:
-        """Images as for predict_proba -> the name of the most probable class of each."""
+        """Images as for predict_proba -> the name of the most probable class of each; see labels for several."""
         return [self.class_names[row] for row in self.predict_proba(images).argmax(axis=1)]
 
 
@@ -113,8 +117,9 @@ def _load(folder: Path, uri: str, allow_pickle: bool) -> Classifier:
     config = read_config(parts / "config.json")
     height, width, channels = config["image_shape"]
     # The script next to it, which MLflow would run, is left alone.
+    names, several = tuple(config["class_names"]), bool(config.get("several_labels"))
     program = Program(parts / "net.pt2")
-    return Classifier(uri, tuple(config["class_names"]), (height, width, channels), program, config.get("ranges"))
+    return Classifier(uri, names, (height, width, channels), program, config.get("ranges"), several)
 
 
 def _flavors(folder: Path) -> str:
@@ -137,8 +142,9 @@ def _load_any(folder: Path, uri: str) -> Classifier:
             f"{uri}: not a model of images that loads here: {str(error) or type(error).__name__}.",
             _LIST,
         ) from error
-    ranges = (model.metadata.metadata or {}).get("ranges")
-    return Classifier(uri, names, (height, width, channels), _Levels(model), ranges and _pairs(ranges))
+    config = model.metadata.metadata or {}
+    ranges, several = config.get("ranges"), bool(config.get("several_labels"))
+    return Classifier(uri, names, (height, width, channels), _Levels(model), ranges and _pairs(ranges), several)
 
 
 def _pairs(ranges: Mapping[str, Sequence[float]]) -> Ranges:
@@ -184,7 +190,9 @@ def _read_image(path: AnyPath, shape: tuple[int, int, int], ranges: Ranges | Non
 def predict_files(model: Classifier, paths: Sequence[AnyPath]) -> list[dict[str, Any]]:
     """One row per image file: file, class, probability (of that class), probabilities (class name -> probability).
 
-    A file that cannot be read has a row with `error`, which says why, and neither class nor probabilities.
+    A file that cannot be read has a row with `error`, which says why, and neither class nor probabilities. Where an
+    image may have several labels, labels lists those above 1/2, class shows them as text, and probability is the
+    highest.
     """
     return list(_rows(model, paths))
 
@@ -206,10 +214,13 @@ def _rows(model: Classifier, paths: Sequence[AnyPath]) -> Iterator[dict[str, Any
                 yield {**row, "error": errors[index].message}
                 continue
             probabilities = dict(zip(model.class_names, map(float, found[index]), strict=True))
-            name = max(probabilities, key=probabilities.__getitem__)
+            likeliest = max(probabilities, key=probabilities.__getitem__)
+            labels = [name for name, probability in probabilities.items() if probability > 0.5]
+            name = (", ".join(labels) or "none") if model.several_labels else likeliest
             yield {
                 "file": str(path),
                 "class": name,
-                "probability": probabilities[name],
+                "probability": probabilities[likeliest],
+                **({"labels": labels} if model.several_labels else {}),
                 "probabilities": probabilities,
             }

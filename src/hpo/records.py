@@ -312,6 +312,7 @@ class DataCard:
     official says whether the bytes had the publisher's checksum. files counts the files of a folder: seen, used, and
     those skipped by reason. ranges maps a kind of pixel (a numpy dtype) to the values that became 0 and 255. warnings
     are about images that can hardly be meant. groups is how many groups no two parts share, 0 where none are known.
+    several_labels: labels are (n, classes) of 0 and 1.
     shared tells, in words, which parts of the user's own hold the same images, and how many.
     """
 
@@ -332,6 +333,7 @@ class DataCard:
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict, hash=False)
     warnings: tuple[str, ...] = field(default=(), hash=False)
     groups: int = 0
+    several_labels: bool = False
     shared: tuple[str, ...] = ()
 
     @property

@@ -20,6 +20,7 @@ from sklearn.metrics import (
 )
 from sklearn.metrics import classification_report as sklearn_report
 
+from hpo.metrics import METRICS
 from hpo.report.comparison import Comparison, Predictions, compare_predictions
 from hpo.report.statistics import (
     binarise_confusion,
@@ -296,10 +297,12 @@ def test_the_lead_of_single_trainings_is_the_difference_of_their_scores():
     first, second = (np.where(generator.random(300) < share, labels, 3 - labels) for share in (0.9, 0.7))
     _, differences = score_intervals(labels, np.stack([second, first]), classes=4, seed=1)
     for score in ("accuracy", "balanced_accuracy", "macro_f1"):
-        lead = mean_lead(labels, first[np.newaxis], second[np.newaxis], score=score, classes=4, seed=1)
+        lead = mean_lead(labels, first[np.newaxis], second[np.newaxis], score=METRICS[score], classes=4, seed=1)
         assert lead.value == pytest.approx(differences[1][score].value)
         assert (lead.low, lead.high) == pytest.approx((differences[1][score].low, differences[1][score].high), abs=0.01)
-    three = mean_lead(labels, np.stack([first, second]), second[np.newaxis], score="accuracy", classes=4, seed=1)
+    three = mean_lead(
+        labels, np.stack([first, second]), second[np.newaxis], score=METRICS["accuracy"], classes=4, seed=1
+    )
     assert three.value == pytest.approx(differences[1]["accuracy"].value / 2)
 
 

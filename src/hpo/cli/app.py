@@ -39,7 +39,7 @@ from hpo.cli.stop import status, stop
 from hpo.cli.store import app as store_app
 from hpo.cli.store import export, import_
 from hpo.cli.use import models, predict, promote
-from hpo.report.text import duration, short_paths
+from hpo.report.text import duration, parameter_names, ranges_of
 
 if TYPE_CHECKING:
     from hpo.records import Trial
@@ -178,7 +178,7 @@ def trials(
     if as_json:
         output.print_json(replace(result, trials=tuple(shown)))
         return
-    names = short_paths({path for trial in shown for path in trial.candidate.parameters})
+    names = parameter_names({path for trial in shown for path in trial.candidate.parameters}, ranges_of(result))
     columns = [">trial", "state", f">{result.objective}", ">epoch", ">time", "~parameters"]
     output.print_table([_trial_row(trial, names) for trial in shown], columns)
 

@@ -51,7 +51,7 @@ def begin_study(spec: StudySpec, options: RunOptions, *, watch: Watch | None = N
         interrupted = cleanup.enter_context(interruptible())
         jobs = JobProcess(process_context())
         cleanup.callback(jobs.close)
-        job = jobs.submit(prepare, spec.data, spec.split, "cpu")  # the machine that begins the study may have no GPU
+        job = jobs.submit(prepare, spec, "cpu")  # the machine that begins the study may have no GPU
         from hpo.search.lifecycle import open_study  # optuna is imported while data are prepared
 
         prepared: Prepared = await_job(job, jobs, emit, interrupted)

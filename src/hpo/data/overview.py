@@ -52,11 +52,23 @@ def channel_statistics(images: NDArray[np.uint8], rows: Rows) -> tuple[tuple[flo
     return tuple(mean.tolist()), tuple(deviation.tolist())
 
 
+def class_text(labels: Any, names: Sequence[str]) -> str:
+    """The class of an image from its label, or all labels of an image from their row of 0 and 1."""
+    if np.ndim(labels) == 0:
+        return names[int(labels)]
+    return " and ".join(name for name, label in zip(names, labels, strict=True) if label) or "none"
+
+
+def _of_class(labels: NDArray[Any], label: int) -> NDArray[np.bool_]:
+    chosen: NDArray[np.bool_] = labels[:, label] == 1 if labels.ndim == 2 else labels == label
+    return chosen
+
+
 def sample_rows(labels: NDArray[Any], rows: Rows, *, classes: int, count: int, seed: int) -> list[list[int]]:
     """For each class up to count of the rows, drawn at random without repetition."""
     generator = np.random.default_rng(seed)
     shuffled = generator.permutation(rows)
-    return [shuffled[labels[shuffled] == label][:count].tolist() for label in range(classes)]
+    return [shuffled[_of_class(labels[shuffled], label)][:count].tolist() for label in range(classes)]
 
 
 def duplicates(

@@ -24,7 +24,10 @@ from hpo.spec.study import DataSpec, SplitSpec
 
 @dataclass(frozen=True)
 class Part:
-    """The images of one part, their labels (n,) int64, and the code of each image's group, (n,) int64, where known."""
+    """The images of one part, their labels int64, and the code of each image's group, (n,) int64, where known.
+
+    Labels are (n,), or (n, labels) of 0 and 1 where an image has several.
+    """
 
     images: Images
     labels: NDArray[np.int64]
@@ -61,7 +64,7 @@ def checked(found: Gathered, source: Source, data: DataSpec) -> tuple[dict[str, 
     parts = {}
     for part, (images, labels) in given.pairs.items():
         whole = images if isinstance(images, Images) else Images(images, np.arange(len(images)), ranges)
-        parts[part] = Part(whole, labels.reshape(-1).astype(np.int64), codes.get(part))
+        parts[part] = Part(whole, plain_labels(labels), codes.get(part))
     return parts, class_names, ranges
 
 
@@ -75,14 +78,29 @@ def _check_arrays(images: Any, labels: NDArray[Any], place: str) -> None:
             f"{place} images have shape {images.shape}.",
             "Save them as (n, height, width) or (n, height, width, channels) with 1 to 4 channels, none empty.",
         )
-    if labels.shape not in ((len(images),), (len(images), 1)):
+    several = labels.ndim == 2 and labels.shape[1] > 1 and bool(np.isin(labels, (0, 1)).all())
+    if labels.shape not in ((len(images),), (len(images), 1)) and not (several and len(labels) == len(images)):
         raise DataError(
-            f"{place} labels have shape {labels.shape} for {len(images)} images.", "Save one label for each image."
+            f"{place} labels have shape {labels.shape} for {len(images)} images.",
+            "Save one label for each image, or (n, labels) of 0 and 1 where an image has several.",
         )
     if labels.dtype.kind not in "iu":
         raise DataError(
             f"{place} labels are {labels.dtype}, not integers.", "Number the classes 0, 1, 2, ... as int64."
         )
+
+
+def plain_labels(labels: NDArray[Any]) -> NDArray[np.int64]:
+    """Labels as found, (n,), (n, 1) or (n, labels) -> int64, (n,) or, where an image has several, (n, labels)."""
+    several = labels.ndim == 2 and labels.shape[1] > 1
+    return (labels if several else labels.reshape(-1)).astype(np.int64)
+
+
+def class_codes(labels: NDArray[Any]) -> NDArray[np.int64]:
+    """Labels (n,) or (n, labels) -> (n,): the same number for the same labels."""
+    if labels.ndim == 1:
+        return labels
+    return np.unique(labels, axis=0, return_inverse=True)[1].reshape(-1).astype(np.int64)
 
 
 def _shape(images: Any) -> tuple[int, int, int]:
@@ -107,7 +125,10 @@ def _ranges(given: Parts, data: DataSpec, origin: str) -> dict[str, tuple[float,
 
 
 def _class_names(given: Parts, origin: str) -> tuple[str, ...]:
-    labels = np.concatenate([labels.reshape(-1) for _, labels in given.pairs.values()]).astype(np.int64)
+    kinds = [plain_labels(labels) for _, labels in given.pairs.values()]
+    if kinds[0].ndim == 2:
+        return _label_names(given, kinds, origin)
+    labels = np.concatenate([labels.reshape(-1) for labels in kinds])
     if not len(labels) or labels.max() >= max(len(labels), len(given.class_names)):
         raise DataError(
             f"{origin}: {len(labels)} labels, the highest {labels.max() if len(labels) else 'missing'}.",
@@ -125,6 +146,25 @@ def _class_names(given: Parts, origin: str) -> tuple[str, ...]:
     return class_names
 
 
+def _label_names(given: Parts, labels: Sequence[NDArray[np.int64]], origin: str) -> tuple[str, ...]:
+    """The names of labels of which an image may have several."""
+    shapes = {part.shape[1:] for part in labels}
+    if len(shapes) > 1:
+        raise DataError(f"{origin}: parts have different numbers of labels.", "Save one column for each label.")
+    count = labels[0].shape[1]
+    names = given.class_names or tuple(map(str, range(count)))
+    if all((part.sum(1) == 1).all() for part in labels):
+        raise DataError(
+            f"{origin}: labels are (n, {count}), and each image has exactly one of them.",
+            "Save the number of the class instead: labels.argmax(axis=1).",
+        )
+    if len(names) != count or len(set(names)) < count:
+        raise DataError(
+            f"{origin}: {count} labels, named {', '.join(names)}.", "Give each its own name, in class_names."
+        )
+    return names
+
+
 def _codes(groups: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.int64]]:
     """Names of groups as numbers, the same in all parts."""
     if not groups:
@@ -138,6 +178,8 @@ def regrouped(
     parts: Mapping[str, Part], class_names: tuple[str, ...], groups: Mapping[str, Sequence[str]]
 ) -> tuple[dict[str, Part], tuple[str, ...]]:
     """The parts with the classes of each group as one new class, in the order of groups, and without other images."""
+    if parts["train"].labels.ndim == 2:
+        raise DataError("data.groups: images have several labels, which cannot be grouped.", "Leave data.groups out.")
     group_of = np.full(len(class_names), -1, dtype=np.int64)
     for label, members in enumerate(groups.values()):
         for name in members:
@@ -223,14 +265,16 @@ def check_groups(parts: Mapping[str, Part], origin: str, split: SplitSpec) -> No
 
 def check_classes(parts: Mapping[str, Part], class_names: Sequence[str], origin: str) -> None:
     """Refuse data of one class, classes without an image to train on, and an empty test part. Raises DataError."""
+    several = parts["train"].labels.ndim == 2
     present = np.unique(parts["train"].labels)
-    if len(present) < 2:
+    if len(present) < 2 and not several:
         raise DataError(
             f"{origin}: one-class data: every training image is of class {class_names[int(present[0])]!r}.",
             "Add images of at least one more class.",
         )
     development = np.concatenate([part.labels for name, part in parts.items() if name != "test"])
-    lacking = [name for label, name in enumerate(class_names) if label not in development]
+    there = np.flatnonzero(development.any(axis=0)) if several else np.unique(development)
+    lacking = [name for label, name in enumerate(class_names) if label not in there]
     if lacking:
         shown = ", ".join(map(repr, lacking[:5])) + (f" and {len(lacking) - 5} more" if len(lacking) > 5 else "")
         raise DataError(
@@ -252,7 +296,9 @@ def digest_of(parts: Mapping[str, Part], ranges: Ranges) -> str:
         digest.update(f"{name} {part.images.shape}".encode())
         for chunk in part.images.chunks():
             digest.update(chunk.data)
-        digest.update(part.labels.astype("<i8").data)
+        if part.labels.ndim == 2:
+            digest.update(f"labels {part.labels.shape}".encode())
+        digest.update(np.ascontiguousarray(part.labels, "<i8").data)
         if part.groups is not None:
             digest.update(b"groups")
             digest.update(part.groups.astype("<i8").data)

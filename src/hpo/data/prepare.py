@@ -28,6 +28,7 @@ from hpo.data.parts import (
     check_classes,
     check_groups,
     checked,
+    class_codes,
     digest_of,
     joined,
     near_clusters,
@@ -35,7 +36,7 @@ from hpo.data.parts import (
     sealed,
 )
 from hpo.data.ranges import Ranges
-from hpo.data.sources import Gathered, Source, find, gather
+from hpo.data.sources import Gathered, Source, find, gather, scores_of
 from hpo.data.split import rows_of
 from hpo.errors import DataError
 from hpo.records import DataCard
@@ -151,7 +152,8 @@ def _prepare(source: Source, data: DataSpec, split: SplitSpec, root: Path, entry
             parts, class_names = regrouped(parts, class_names, data.groups)
         report("comparing images", 0, 0)
         looks = {part: look_at(each.images) for part, each in parts.items()}
-        warnings = judge(looks, {part: each.labels for part, each in parts.items()}, ranges, found.origin)
+        classes = {part: class_codes(each.labels) for part, each in parts.items()}
+        warnings = judge(looks, classes, ranges, found.origin)
         # Published sets are what they are; copies between parts that are drawn here are counted as near-duplicates.
         shared = () if source.sizes else shared_images({part: look.digests.tolist() for part, look in looks.items()})
         near = near_clusters(parts, looks)
@@ -200,6 +202,7 @@ def _written(
         files=found.parts.files,
         ranges=ranges,
         warnings=warnings,
+        several_labels=parts["train"].labels.ndim == 2,
         shared=shared,
         groups=len(np.unique(np.concatenate(grouped))) if grouped else 0,
     )
@@ -244,7 +247,8 @@ def _save(path: Path, shape: tuple[int, ...], chunks: Iterator[NDArray[np.uint8]
 class TrialData:
     """All that a trial sees: the development images, on its device. It knows nothing of the test part.
 
-    images (n, height, width, channels) uint8 and labels (n,) int64; train and valid are ascending int64 rows of them.
+    images (n, height, width, channels) uint8 and labels (n,) int64, or (n, labels) of 0 and 1 where an image has
+    several; train and valid are ascending int64 rows of them. scores are those of sources.scores_of.
     Where a frozen backbone has seen the images before, images are its features instead, float32 (n, count), or
     (n, 1 + views, count): of the image as it is, then of augmented views. mean and std have one value a channel, in
     [0, 1] as pixel / 255, exact over the training rows; std is at least 1e-6. ranges are the card's.
@@ -258,6 +262,21 @@ class TrialData:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     ranges: Ranges = field(default_factory=dict, hash=False)
+    scores: tuple[str, ...] = ()
+
+
+def check_task(card: DataCard, task: str) -> None:
+    """Refuse a task for other labels than the data has. Raises DataError."""
+    if card.several_labels and task != "multilabel":
+        raise DataError(
+            f"task: {task}, but an image of {card.name} has any number of its {len(card.class_names)} labels.",
+            "Say so: --set task=multilabel",
+        )
+    if task == "multilabel" and not card.several_labels:
+        raise DataError(
+            f"task: multilabel, but each image of {card.name} has one class.",
+            "Leave task out, or save its labels as (n, labels) of 0 and 1.",
+        )
 
 
 def open_trial(card: DataCard, split: SplitSpec, *, device: torch.device, fold: int = 0) -> TrialData:
@@ -273,7 +292,7 @@ def open_trial(card: DataCard, split: SplitSpec, *, device: torch.device, fold: 
     rows = rows_of(card, split, labels.cpu().numpy(), fold=fold)
     train, valid = (torch.from_numpy(part).to(device) for part in rows)
     mean, std = _statistics(images, train)
-    return TrialData(images, labels, train, valid, card.class_names, mean, std, card.ranges)
+    return TrialData(images, labels, train, valid, card.class_names, mean, std, card.ranges, scores_of(card.name))
 
 
 def load_tensor(path: Path, device: torch.device) -> Tensor:

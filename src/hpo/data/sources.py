@@ -112,9 +112,10 @@ def _words(text: str) -> Callable[[], tuple[str, ...]]:
     return lambda: tuple(text.split(", "))
 
 
-# All 2D sets of medmnist with one label an image (chestmnist has several), with their licences.
+# All 2D sets of medmnist, with their licences.
 _MEDMNIST = {
     "pathmnist": "CC BY 4.0",
+    "chestmnist": "CC BY 4.0",
     "dermamnist": "CC BY-NC 4.0",
     "octmnist": "CC BY 4.0",
     "pneumoniamnist": "CC BY 4.0",
@@ -173,6 +174,19 @@ DATASETS: dict[str, Source] = {
     "folder": Source(read=read_folder),
     "table": Source(read=read_table),
 }
+
+# What medmnist's table says of its tasks, where they are more than to tell classes apart.
+_TASK_SCORES = {"ordinal-regression": ("valid_class_error", "valid_quadratic_kappa")}
+
+
+def task_of(name: str) -> str:
+    """The task of a data set in medmnist's words, such as multi-class; "" for data sets of elsewhere."""
+    return str(medmnist_info()[name]["task"]) if name in _MEDMNIST else ""
+
+
+def scores_of(name: str) -> tuple[str, ...]:
+    """The scores that a data set has beyond those of every classifier: for grades, how far a prediction is off."""
+    return _TASK_SCORES.get(task_of(name), ())
 
 
 @dataclass(frozen=True)

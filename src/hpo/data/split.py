@@ -32,13 +32,15 @@ def indices(
 ) -> tuple[Rows, Rows]:
     """Rows of the development images that train and that validate, each ascending; together they are all rows.
 
-    labels (n,) int64 are those of the development images; valid_start is the first row of the official validation
+    labels (n,) int64 are those of the development images, or (n, labels) of 0 and 1 where an image has several: then
+    stratified draws at random, by the same seed; valid_start is the first row of the official validation
     part (None: there is none). holdout and kfold draw from all rows, those of an official validation part included;
     kfold with a fraction leaves the other rows out. fold counts from 0. groups (n,) are the codes of what must not be
     divided: no group both trains and validates. Raises DataError when there is no official part to use or it shares
     groups, when a class would have no training image, and when fewer than two classes would validate.
     """
     every = np.arange(len(labels), dtype=np.int64)
+    whole_labels, labels = labels, _drawn_by(labels)
     if split.kind == "none":
         return every, every[:0]
     if split.kind == "kfold":
@@ -49,7 +51,7 @@ def indices(
             dealt = _deal_groups(labels[pool], groups[pool], split)
         valid = pool[dealt == fold]
         train = np.setdiff1d(pool, valid, assume_unique=True)
-        _check(labels, train, valid, split)
+        _check(whole_labels, train, valid, split)
         return train, valid
     if split.kind == "official":
         if valid_start is None:
@@ -70,8 +72,13 @@ def indices(
     else:
         valid = draw(labels, groups, share=split.share, seed=split.seed, by=split.by)
     train = np.setdiff1d(every, valid, assume_unique=True)
-    _check(labels, train, valid, split)
+    _check(whole_labels, train, valid, split)
     return train, valid
+
+
+def _drawn_by(labels: NDArray[Any]) -> NDArray[Any]:
+    """The classes by which rows are drawn; where an image has several labels all are of one, so a draw is random."""
+    return labels if labels.ndim == 1 else np.zeros(len(labels), np.int64)
 
 
 def groups_shared(first: NDArray[np.int64], second: NDArray[np.int64]) -> tuple[int, int]:
@@ -87,6 +94,7 @@ def draw(
 
     Every class keeps a row that is not drawn, where its groups allow it.
     """
+    labels = _drawn_by(labels)
     if groups is None:
         return _DRAWS[by](labels, share=share, seed=seed)
     classes = labels if by == "stratified" else np.zeros_like(labels)
@@ -211,12 +219,17 @@ def split_card(card: DataCard, split: SplitSpec) -> SplitCard:
     _check_folds(labels, split, card)
     train, valid = rows_of(card, split, labels)
     classes = len(card.class_names)
-    counts = {name: np.bincount(labels[rows], minlength=classes) for name, rows in (("train", train), ("valid", valid))}
+    sizes = {"train": len(train), "valid": len(valid), "test": card.test_count}
+    counts = {"train": class_counts(labels[train], classes), "valid": class_counts(labels[valid], classes)}
     counts["test"] = count_classes(card)
     return SplitCard(
-        counts={name: int(part.sum()) for name, part in counts.items()},
-        shares={name: tuple((part / max(part.sum(), 1)).tolist()) for name, part in counts.items()},
+        counts=sizes, shares={name: tuple((part / max(sizes[name], 1)).tolist()) for name, part in counts.items()}
     )
+
+
+def class_counts(labels: NDArray[Any], classes: int) -> NDArray[np.int64]:
+    """How many images have each class, (classes,); labels are (n,), or (n, classes) of 0 and 1."""
+    return labels.sum(axis=0).astype(np.int64) if labels.ndim == 2 else np.bincount(labels, minlength=classes)
 
 
 def _random(labels: NDArray[Any], *, share: float, seed: int) -> Rows:
@@ -280,10 +293,20 @@ _DRAWS = {"stratified": stratified, "random": _random, "order": _last}
 def _check(labels: NDArray[Any], train: Rows, valid: Rows, split: SplitSpec) -> None:
     place = f"split ({split.kind}" + (f", share {split.share:g}, by {split.by})" if split.kind == "holdout" else ")")
     hint = "Hold out by class: --set split.kind=holdout --set split.by=stratified; or change split.share"
-    lacking = np.setdiff1d(labels, labels[train])
+    if labels.ndim == 2:
+        lacking = np.flatnonzero(labels.any(axis=0) & ~labels[train].any(axis=0))
+        if not (labels[valid].any(axis=0) & ~labels[valid].all(axis=0)).any():
+            raise DataError(
+                f"{place}: no label is on some of the {len(valid)} validation images and not on others, so no score "
+                "can rank them.",
+                "Change split.share or split.seed.",
+            )
+        hint = "Change split.share or split.seed."
+    else:
+        lacking = np.setdiff1d(labels, labels[train])
     if lacking.size:
         raise DataError(f"{place}: no training image is left of class {', '.join(map(str, lacking))}.", hint)
-    if len(np.unique(labels[valid])) < 2:
+    if labels.ndim == 1 and len(np.unique(labels[valid])) < 2:
         raise DataError(
             f"{place}: the {len(valid)} validation images hold fewer than two classes, which no score can rank.", hint
         )

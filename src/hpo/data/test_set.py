@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpo.data.duplicates import Digests, copies, count_across, found_in, pixel_digests
+from hpo.data.requested_scores import requested
+from hpo.data.sources import scores_of
 from hpo.errors import DataError
 from hpo.records import DataCard
 
@@ -19,7 +21,7 @@ from hpo.records import DataCard
 class Measured:
     """What a model says of the test part: images (n, height, width, channels) uint8, labels (n,) int64, probabilities.
 
-    scores holds test_loss, test_accuracy, ...; see learn.metrics.scores. probabilities are (n, classes).
+    scores holds test_loss, test_accuracy, ...; see hpo.metrics.scores. probabilities are (n, classes).
     """
 
     images: NDArray[np.uint8]
@@ -28,8 +30,10 @@ class Measured:
     scores: Mapping[str, float]
 
 
-def open_test(card: DataCard, predict: Callable[[NDArray[np.uint8]], NDArray[np.floating]]) -> Measured:
-    """Open the test part and measure a model on it. Raises DataError.
+def open_test(
+    card: DataCard, predict: Callable[[NDArray[np.uint8]], NDArray[np.floating]], *, further: Sequence[str] = ()
+) -> Measured:
+    """Open the test part and measure a model on it, further scores (valid_mcc, ...) included. Raises DataError.
 
     predict maps images to probabilities, as a logged model does. Only hpo.jobs.shared.test_set_access may call this:
     it writes each opening down before the first byte is read.
@@ -38,17 +42,23 @@ def open_test(card: DataCard, predict: Callable[[NDArray[np.uint8]], NDArray[np.
 
     from hpo.metrics import scores
 
+    # What does not fit the classes is refused before the part is opened.
+    names = [*scores_of(card.name), *further]
+    wanted = requested(names, card.class_names, several=card.several_labels)
     images, labels = _read(card, "test_images.npy"), _read(card, "test_labels.npy")
     probabilities = predict(images)
     # The logarithm of probabilities is a set of logits for them.
-    logits = torch.tensor(probabilities, dtype=torch.float64).clamp(min=1e-12).log()
-    measured = scores(logits, torch.tensor(labels))
+    chances = torch.tensor(probabilities, dtype=torch.float64)
+    logits = torch.logit(chances, eps=1e-12) if labels.ndim == 2 else chances.clamp(min=1e-12).log()
+    measured = scores(logits, torch.tensor(labels), further=wanted)
     return Measured(images, labels, probabilities, {f"test_{name}": value for name, value in measured.items()})
 
 
 def count_classes(card: DataCard) -> NDArray[np.int64]:
     """How many test images are of each class, (classes,). This is no opening: it measures no model."""
-    return np.bincount(_read(card, "test_labels.npy"), minlength=len(card.class_names))
+    from hpo.data.split import class_counts
+
+    return class_counts(_read(card, "test_labels.npy"), len(card.class_names))
 
 
 def duplicates_of_test(card: DataCard, seen: Mapping[str, Digests]) -> dict[str, int]:

@@ -35,7 +35,7 @@ def finalists(spec: StudySpec, study: StudyResult) -> list[tuple[Mapping[str, An
 def final_setup(spec: StudySpec, study: StudyResult, parameters: Mapping[str, Any], *, data: DataCard) -> Setup:
     """The setup of a final training: the candidate's, with what `final` changes."""
     final = spec.final or FinalSpec()
-    setup = spec.with_values({**parameters, **final.set})
+    setup = spec.with_values(parameters, fixed=final.set)
     if final.on == "all":
         best = next(trial.result for trial in study.ranked() if trial.candidate.parameters == parameters)
         epochs = best.best_epoch if best is not None and best.best_epoch else setup.training.epochs
@@ -85,6 +85,7 @@ class Race:
         first = self.ranking[0]
         if self.lead is None:
             others = f", the best of {len(first)} seeds" if len(first) > 1 else ""
+            others += f" and {len(self.ranking)} finalists by their mean objective" if len(self.ranking) > 1 else ""
             return f"final: trial {self.winner.number}, the search's best trained again{others}, is the model."
         verdict = "a tie" if self.tie else "a win"
         return (
@@ -116,7 +117,7 @@ def race(spec: StudySpec, study: StudyResult, *, data: DataCard) -> Race | None:
         tuple(sorted(group, key=lambda trial: -worth([trial]))) for group in sorted(groups, key=worth)[::-1]
     )
     lead = None
-    if len(ranking) > 1:
+    if len(ranking) > 1 and not data.several_labels:  # several labels an image: means decide, without an interval
         labels = np.load(Path(data.folder) / "development_labels.npy")
         _, rows = rows_of(data, final_split(spec, data), labels)
         first, second = (_correct(trials, labels[rows]) for trials in ranking[:2])

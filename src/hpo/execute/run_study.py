@@ -127,7 +127,7 @@ def _start(
 def _open_study(run: _Run, cleanup: contextlib.ExitStack) -> _OpenStudy:
     """Prepare the data, open the study, finish what dead runs have left, and clean the folder of work."""
     spec, options = run.spec, run.options
-    job = run.jobs.submit(prepare, spec.data, spec.split, run.factory.device)
+    job = run.jobs.submit(prepare, spec, run.factory.device)
     run.queue.submit(load_mlflow)  # its import takes seconds, and happens while data are prepared
     from hpo.search.lifecycle import open_study  # and so does optuna's
 

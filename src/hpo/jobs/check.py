@@ -96,8 +96,10 @@ def _warnings(spec: StudySpec, card: DataCard, split: SplitCard) -> list[str]:
             f"training.batch_size {spec.training.batch_size} exceeds the {split.counts['train']} training images: "
             "every epoch is one step"
         )
+    if card.several_labels and spec.split.kind in ("holdout", "kfold") and spec.split.by == "stratified":
+        found.append("images have several labels: parts are drawn at random by split.seed, not by class")
     drift = max(abs(train - valid) for train, valid in zip(split.shares["train"], split.shares["valid"], strict=True))
-    if drift > 0.05:
+    if drift > 0.05 and not card.several_labels:
         found.append(
             f"class shares of train and validation differ by up to {100 * drift:.0f} points: "
             "split by: stratified makes them equal"

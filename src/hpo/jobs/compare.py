@@ -47,6 +47,12 @@ def compare(
     if len(models) < 2:
         raise HpoError(f"{' '.join(models)}: that is one model.", "Name at least two: hpo compare A B")
     references = [find_model(place, name, trust=trust) for name in models]
+    for reference in references:
+        if reference.card.several_labels:
+            raise HpoError(
+                f"{reference.name}: its images have several labels, and models are compared by one class an image.",
+                "Measure each on the test part: hpo evaluate MODEL",
+            )
     _check_different(references)
     classes = _grouped_classes(references) if binarise else _common_classes(references)
     _check_shapes(references)

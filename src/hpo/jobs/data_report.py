@@ -52,7 +52,16 @@ def explore_data(
 ) -> tuple[DataFacts, dict[int, bytes]]:
     """The same for a DataSpec; split None takes the parts of the data set."""
     from hpo.data.duplicates import contradictions, pixel_digests
-    from hpo.data.overview import channel_statistics, duplicates, near_words, open_development, sample_rows, to_pngs
+    from hpo.data.overview import (
+        channel_statistics,
+        class_text,
+        duplicates,
+        near_words,
+        open_development,
+        sample_rows,
+        to_pngs,
+    )
+    from hpo.data.parts import class_codes
     from hpo.data.prepare import prepare
     from hpo.data.split import split_card
 
@@ -65,7 +74,7 @@ def explore_data(
     mean, std = channel_statistics(pixels, parts["train"])
     names = card.class_names
     samples = sample_rows(labels, parts["train"], classes=len(names), count=images, seed=seed)
-    groups = contradictions(digests, labels.tolist())
+    groups = contradictions(digests, class_codes(labels).tolist())
     facts = DataFacts(
         data=card,
         split=split_text(split),
@@ -74,7 +83,7 @@ def explore_data(
         std=std,
         copies=within,
         shared={f"{first} and {second}": count for (first, second), count in across.items()},
-        contradictions=tuple(tuple((row, names[labels[row]]) for row in rows) for rows in groups),
+        contradictions=tuple(tuple((row, class_text(labels[row], names)) for row in rows) for rows in groups),
         samples={name: tuple(rows) for name, rows in zip(names, samples, strict=True)},
         near_duplicates=near_words(card, split),
     )

@@ -258,7 +258,7 @@ def _answers(arrays: Mapping[str, NDArray[Any]], data: DataCard | None) -> Answe
     labels, probabilities = arrays["labels"], arrays["probabilities"]
     if data is None:
         return Answers(labels, probabilities)
-    mistakes = tuple(confident_mistakes(labels, probabilities))
+    mistakes = tuple(confident_mistakes(labels, probabilities)) if labels.ndim == 1 else ()
     images = np.load(Path(data.folder) / "development_images.npy", mmap_mode="r", allow_pickle=False)
     places = {place for mistake in mistakes for place in mistake.positions}
     return Answers(labels, probabilities, mistakes, {place: images[arrays["rows"][place]] for place in places})

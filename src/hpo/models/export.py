@@ -28,19 +28,21 @@ def save_trained(net: nn.Module, setup: Setup, data: TrialData, folder: Path) ->
         "mean": list(data.mean),
         "std": list(data.std),
         "ranges": {kind: list(limits) for kind, limits in data.ranges.items()},
+        **({"several_labels": True} if data.labels.ndim == 2 else {}),
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
     (folder / SETUP).write_text(setup.model_dump_json(indent=1), encoding="utf-8")
 
 
 class _Whole(nn.Module):
-    """uint8 images (n, height, width, channels) -> float32 probabilities (n, classes)."""
+    """uint8 images (n, height, width, channels) -> float32 probabilities (n, classes); of each label with several."""
 
     def __init__(
-        self, net: nn.Module, *, mean: Sequence[float], std: Sequence[float], image_shape: Sequence[int]
+        self, net: nn.Module, *, mean: Sequence[float], std: Sequence[float], image_shape: Sequence[int], several: bool
     ) -> None:
         super().__init__()
         self.net = net
+        self._several = several
         scale, shift = normalisation(mean, std, image_shape)
         self.scale: Tensor
         self.shift: Tensor
@@ -49,13 +51,14 @@ class _Whole(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.net(to_input(images, self.scale, self.shift).contiguous())
-        return logits.softmax(1)
+        return logits.sigmoid() if self._several else logits.softmax(1)
 
 
 def export_program(folder: Path) -> Path:
     """Write net.pt2 next to the weights in folder: float32, on the CPU, for any number of images."""
     net, config = load_trained(folder)
-    whole = _Whole(net, mean=config["mean"], std=config["std"], image_shape=config["image_shape"]).eval()
+    shape, several = config["image_shape"], bool(config.get("several_labels"))
+    whole = _Whole(net, mean=config["mean"], std=config["std"], image_shape=shape, several=several).eval()
     # A batch of one would be taken for a constant.
     example = torch.zeros((2, *config["image_shape"]), dtype=torch.uint8)
     batch = torch.export.Dim("batch", min=1, max=1_000_000)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpo.records import FINAL, StudyResult, Trial
-from hpo.report.text import short_paths, value_text
+from hpo.report.text import parameter_names, value_text
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _parameters(trials: Sequence[Trial], ranges: Mapping[str, Any]) -> tuple[Par
     order = [*(path for path in ranges if path in held), *(path for path in held if path not in ranges)]
     columns = {path: tuple(trial.candidate.parameters.get(path) for trial in trials) for path in order}
     varied = {path: values for path, values in columns.items() if len(set(map(value_text, values))) > 1}
-    labels = short_paths(list(varied))
+    labels = parameter_names(list(varied), ranges)
     return tuple(_parameter(path, labels[path], values, ranges.get(path) or {}) for path, values in varied.items())
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpo.metrics import counted
+from hpo.metrics import FromCounts, Metric, counted
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -67,7 +67,8 @@ def score_intervals(
     bootstrap (Efron & Tibshirani 1993, ch. 13): each resample draws whole images, the same for all classifiers. Both
     lists have one dict a classifier, score -> Interval; a difference is its score minus the first one's.
     """
-    values, drawn = _replicates(labels, predicted, classes=classes, seed=seed, resamples=resamples)
+    functions = list(counted().values())
+    values, drawn = _replicates(labels, predicted, functions, classes=classes, seed=seed, resamples=resamples)
 
     def named(values: Floats, drawn: Floats) -> dict[str, Interval]:
         each = zip(counted(), values, drawn, strict=True)
@@ -83,7 +84,7 @@ def mean_lead(
     first: Ints,
     second: Ints,
     *,
-    score: str,
+    score: Metric,
     classes: int,
     seed: int,
     resamples: int = 10_000,
@@ -91,19 +92,22 @@ def mean_lead(
 ) -> Interval:
     """Mean of a score over trainings of one candidate minus that of another, on the same images.
 
-    score is a key of hpo.metrics.counted().
+    score is a metric that is computed from counts.
 
     first (a, n) and second (b, n) are the classes that a and b trainings predicted, labels (n,) the true ones; the
     interval is that of score_intervals: whole images are resampled, the same for all trainings.
     """
     both = np.concatenate([first, second])
-    values, drawn = _replicates(labels, both, classes=classes, seed=seed, resamples=resamples)
-    place, count = list(counted()).index(score), len(first)
+    functions = [score.from_counts] if score.from_counts else []
+    values, drawn = _replicates(labels, both, functions, classes=classes, seed=seed, resamples=resamples)
+    place, count = 0, len(first)
     lead = values[:count, place].mean() - values[count:, place].mean()
     return percentiles(float(lead), drawn[:count, place].mean(0) - drawn[count:, place].mean(0), level=level)
 
 
-def _replicates(labels: Ints, predicted: Ints, *, classes: int, seed: int, resamples: int) -> tuple[Floats, Floats]:
+def _replicates(
+    labels: Ints, predicted: Ints, functions: Sequence[FromCounts], *, classes: int, seed: int, resamples: int
+) -> tuple[Floats, Floats]:
     """The scores of each classifier (classifiers, scores), and of each in every resample, (..., resamples)."""
     cells, cell_of = np.unique(np.vstack([labels, predicted]), axis=1, return_inverse=True)
     counts = np.bincount(cell_of.ravel(), minlength=cells.shape[1])
@@ -115,7 +119,7 @@ def _replicates(labels: Ints, predicted: Ints, *, classes: int, seed: int, resam
         """Counts of each cell (resamples, cells) -> (classifiers, scores, resamples)."""
         true = drawn @ truth
         return np.array(
-            [[score(drawn @ (truth * each), true, drawn @ each) for score in counted().values()] for each in answers]
+            [[score(drawn @ (truth * each), true, drawn @ each) for score in functions] for each in answers]
         )
 
     # The scores depend only on the counts of each combination of true and predicted classes, so resampling n images is
@@ -189,8 +193,12 @@ def roc(positive: NDArray[np.bool_], score: NDArray[np.floating]) -> Roc | None:
 
 
 def roc_per_class(labels: NDArray[np.integer], probabilities: NDArray[np.floating]) -> list[Roc | None]:
-    """labels (n,), probabilities (n, classes) -> each class against all others; None for a class without images."""
-    return [roc(labels == index, probabilities[:, index]) for index in range(probabilities.shape[1])]
+    """labels (n,), probabilities (n, classes) -> each class against all others; None for a class without images.
+
+    Labels may be (n, classes) of 0 and 1, where an image has several.
+    """
+    truth = labels.T == 1 if labels.ndim == 2 else [labels == index for index in range(probabilities.shape[1])]
+    return [roc(positive, probabilities[:, index]) for index, positive in enumerate(truth)]
 
 
 def macro_roc(probabilities: NDArray[np.floating], labels: Ints) -> Roc | None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from hpo.records import FINAL, StudyResult, Trial, TrialState
 from hpo.report.parameters import groups
-from hpo.report.text import markdown_table, score_text, value_text
+from hpo.report.text import markdown_table, ranges_of, relative_text, score_text, value_text
 
 _FRONT = 12  # rows of the table of trade-offs
 _NUMBER = re.compile(r"\d[\d.,e+-]*")
@@ -68,9 +68,11 @@ def _winner(study: StudyResult, trial: Trial, *, chosen: bool) -> list[str]:
     heading = "Winner" if chosen else "Best of the search so far"
     better = "higher" if study.direction == "maximize" else "lower"
     value = f"{score_text(study.objective)} **{trial.value or 0.0:.4f}** ({better} is better)"
+    ranges = ranges_of(study)
     lines = [f"**{heading}: trial {trial.number}**{final}, {value}.", ""]
     lines += markdown_table(
-        ("parameter", "value"), ((path, value_text(v)) for path, v in trial.candidate.parameters.items())
+        ("parameter", "value"),
+        ((path + relative_text(path, ranges), value_text(v)) for path, v in trial.candidate.parameters.items()),
     )
     if trial.result is not None:
         scores = trial.result.scores

@@ -93,6 +93,29 @@ def short_paths(paths: Iterable[str]) -> dict[str, str]:
     return short
 
 
+def parameter_names(paths: Iterable[str], ranges: Mapping[str, Any]) -> dict[str, str]:
+    """short_paths, with what a value that was drawn `per` another place stands for: lr*64/batch_size.
+
+    ranges maps paths to their parameters as plain data.
+    """
+    return {path: name + relative_text(path, ranges) for path, name in short_paths(paths).items()}
+
+
+def relative_text(path: str, ranges: Mapping[str, Any]) -> str:
+    """From the value that is used at a path to the one that was drawn, as text: *64/batch_size, or ""."""
+    part = ranges.get(path) or {}
+    if not part.get("per"):
+        return ""
+    return f"*{part['reference']:g}/{next(iter(short_paths([part['per']]).values()))}"
+
+
+def ranges_of(study: StudyResult) -> dict[str, Any]:
+    """What each searched place may be, as plain data; the later stage's where two vary one place."""
+    search = study.spec.get("search") or {}
+    spaces = [search.get("space") or {}, *(stage.get("space") or {} for stage in search.get("stages") or ())]
+    return {path: part for each in spaces for path, part in each.items()}
+
+
 def value_text(value: Any) -> str:
     """A parameter's value as a label."""
     if isinstance(value, float):
@@ -118,7 +141,7 @@ def trial_tooltip(study: StudyResult, trial: Trial) -> str:
     if result is not None and result.epochs:
         best = f", best {result.best_epoch}" if result.best_epoch else ""
         lines.append(f"{counted(len(result.epochs), 'epoch')}{best}, {duration(result.seconds)}")
-    names = short_paths(trial.candidate.parameters)
+    names = parameter_names(trial.candidate.parameters, ranges_of(study))
     lines += [
         f"{escape(names[path])} = {escape(short_name(value_text(value), 60))}"
         for path, value in trial.candidate.parameters.items()
@@ -128,13 +151,16 @@ def trial_tooltip(study: StudyResult, trial: Trial) -> str:
 
 def range_text(parameter: Float | Int | Choice) -> str:
     """The options of a parameter, or its range and scale."""
-    from hpo.spec.space import Choice
+    from hpo.spec.space import Choice, Float
 
     if isinstance(parameter, Choice):
         return listed(map(value_text, parameter.choice))
     low, high = parameter.ends()
     scale = " on a logarithmic scale" if parameter.log else f" in steps of {parameter.step}" if parameter.step else ""
-    return f"{value_text(low)} to {value_text(high)}{scale}"
+    times = ""
+    if isinstance(parameter, Float) and parameter.per is not None:
+        times = f", times {parameter.per} / {parameter.reference:g}"
+    return f"{value_text(low)} to {value_text(high)}{scale}{times}"
 
 
 def condition_text(when: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from hpo.errors import SpecError
 from hpo.records import TrialResult
 from hpo.spec.study import StudySpec
 
-_FORM = re.compile(r"\s*(\w+)\s*(<=|>=)\s*(\S+)\s*")
+_FORM = re.compile(r"\s*(\w[^<>]*?)\s*(<=|>=)\s*(\S+)\s*")
 
 
 class Constraint(NamedTuple):

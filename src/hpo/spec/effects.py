@@ -19,6 +19,7 @@ _SAME_IMAGES = (
 NOT_SEARCHED: Mapping[str, str] = {
     "data": _SAME_IMAGES + ", and for several data sets one study each",
     "split": _SAME_IMAGES,
+    "training.scores": "decides what else is measured of a training and changes nothing that comes out of it. Fix it",
     "training.checkpoint": "decides how often a training is saved and changes nothing that comes out of it. Fix it",
 }
 
@@ -68,6 +69,7 @@ _EFFECTS: Mapping[str, tuple[Effect, ...]] = {
     "training.optimizer.beta2": _one_of("training.optimizer.name", "adam", "adamw"),
     "training.schedule.gamma": _one_of("training.schedule.name", "step", "exponential"),
     "training.schedule.step_epochs": _one_of("training.schedule.name", "step"),
+    "training.focal_gamma": _one_of("training.loss", "focal"),
     "training.augment.fill": (Effect(_MOVES, bool, "Set one of them above 0"),),
     "training.augment.magnitude": _other_than("training.augment.randaugment", 0),
     "training.augment.erase_area": _other_than("training.augment.erase", 0),

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, cast, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from hpo.metrics import direction_of
+from hpo.metrics import direction_of, metric_of
 from hpo.spec.space import Part, Space
 from hpo.spec.types import Cost, Positive, PrunerName, SamplerName, Score, Share
 
-_CONSTRAINT = r"^ *(parameters|latency_ms|valid_[a-z0-9_]+) *(<=|>=) *[0-9.eE+-]+ *$"
+_CONSTRAINT = r"^ *(parameters|latency_ms|valid_[^<>]*[^<> ]) *(<=|>=) *[0-9.eE+-]+ *$"
 
 
 def _by_name(value: Any) -> Any:
@@ -143,6 +144,10 @@ class SearchSpec(Part):
         unknown = [path for values in self.start for path in values if path not in self.whole_space]
         if unknown:
             raise ValueError(f"start names {unknown[0]}, which the space does not vary. Correct the path")
+        for text in self.constraints:
+            name = re.split("[<>]=", text)[0].strip()
+            if name.startswith("valid_") and metric_of(name) is None:
+                raise ValueError(f"constraints: {text!r}: there is no score {name}. See the objectives for their names")
         right = direction_of(self.objective)
         if self.direction not in (None, right):
             raise ValueError(f"direction {self.direction} would look for the worst {self.objective}. Write {right}")
@@ -168,6 +173,13 @@ class SearchSpec(Part):
     def better(self) -> Literal["maximize", "minimize"]:
         """The direction in which the objective improves."""
         return self.direction or direction_of(self.objective)
+
+    @property
+    def requested_scores(self) -> list[str]:
+        """The scores that objectives and constraints name and that are computed only where they are named."""
+        aims = [aim.score for aim in self.objectives] or [self.objective]
+        named = [*aims, *(re.split("[<>]=", text)[0].strip() for text in self.constraints)]
+        return [score for score in named if (metric := metric_of(score)) is not None and metric.on_request]
 
     @property
     def judged_by(self) -> Score:

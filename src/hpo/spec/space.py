@@ -63,10 +63,17 @@ class Float(_Parameter):
     """Search the logarithm: for scales such as learning rates."""
     step: _Real | None = None
     """Only low, low + step, low + 2 step, ..."""
+    per: str | None = None
+    """Another place with a number, such as training.batch_size: the value that is drawn holds where that is
+    `reference`; elsewhere it is multiplied by that place's number / reference."""
+    reference: Annotated[_Real, Field(gt=0.0)] | None = None
+    """per: the number of the other place for which low and high are meant."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Float:
         _check_range(*self.float, self.log, self.step)
+        if (self.per is None) != (self.reference is None):
+            raise ValueError("per and reference belong together. Write both, such as per: training.batch_size")
         return self
 
     def grid(self) -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -13,11 +13,11 @@ from pydantic import Field, model_validator
 from hpo.errors import SpecError
 from hpo.spec.models import ModelSpec
 from hpo.spec.search import SearchSpec
-from hpo.spec.space import Part
+from hpo.spec.space import Choice, Float, Int, Part
 from hpo.spec.training import TrainingSpec
 from hpo.spec.types import Positive, PublishedScore, Seed, Share
 
-Task = Literal["multiclass", "binary"]
+Task = Literal["multiclass", "binary", "multilabel"]
 
 # Places that are younger than some studies, whose record lacks them: what they meant before there were any.
 _YOUNGER_DATA: Mapping[str, Any] = {"range": None, "image": None, "label": None, "group": None, "part": None}
@@ -148,6 +148,10 @@ def _count(policy: str) -> float:
     return {"all": float("inf"), "none": 0}.get(policy) or float(policy.partition(":")[2] or 0)
 
 
+# Places of a training that are younger than some studies, and what was done without them.
+_YOUNGER = {"data_growth": 1.0, "loss": "cross_entropy", "focal_gamma": 2.0, "sampling": "shuffled"}
+
+
 class StudySpec(Part):
     """One study: everything that decides its trials."""
 
@@ -160,7 +164,8 @@ class StudySpec(Part):
     model: ModelSpec
     training: TrainingSpec = TrainingSpec()
     task: Task = "multiclass"
-    """binary: two classes and one sigmoid output."""
+    """binary: two classes and one sigmoid output. multilabel: each image has any number of labels, and each label a
+    sigmoid output (chestmnist)."""
     search: SearchSpec
     final: FinalSpec | None = None
     keep: KeepSpec = KeepSpec()
@@ -201,8 +206,8 @@ class StudySpec(Part):
                 _place(plain, path, f"search.space.{path}")
                 for asked in parameter.when:
                     _place(plain, asked, f"search.space.{path}.when.{asked}")
-                for value in parameter.ends():
-                    _validated(self, {path: value}, f"search.space.{path}")
+                for values in self._extremes(path, parameter):
+                    _validated(self, values, f"search.space.{path}")
             except ValueError as error:
                 faults.append(str(error))
         if faults:
@@ -226,12 +231,38 @@ class StudySpec(Part):
         asked = {path for _, parameter in space.items() for path in parameter.when}
         return {path: _place(plain, path, path) for path in asked if path not in space}
 
-    def with_values(self, values: Mapping[str, Any]) -> Setup:
+    def _extremes(self, path: str, parameter: Float | Int | Choice) -> Iterator[dict[str, Any]]:
+        """Values of a searched place, as they are used, between which all lie; ValueError where `per` is wrong."""
+        if not isinstance(parameter, Float) or parameter.per is None:
+            yield from ({path: value} for value in parameter.ends())
+            return
+        place, where, space = parameter.per, f"search.space.{path}.per", self.search.whole_space
+        ends = space[place].ends() if place in space else [_place(self.model_dump(), place, where)]
+        relative = isinstance(other := space.root.get(place), Float) and other.per is not None
+        if relative or not all(isinstance(end, int | float) and not isinstance(end, bool) and end > 0 for end in ends):
+            raise ValueError(f"{where}: {place} is not a positive number of its own. Name one that is")
+        for value in parameter.ends():
+            yield from (self.resolved({path: value, place: end}) for end in ends)
+
+    def resolved(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of a candidate as they are used: those that are drawn `per` another place, times its share."""
+        found, space = dict(values), self.search.whole_space
+        for path, value in values.items():
+            parameter = space.root.get(path)
+            if isinstance(parameter, Float) and parameter.per is not None and parameter.reference is not None:
+                other = (
+                    values[parameter.per] if parameter.per in values else _place(self.model_dump(), parameter.per, path)
+                )
+                found[path] = value * (other / parameter.reference)
+        return found
+
+    def with_values(self, values: Mapping[str, Any], *, fixed: Mapping[str, Any] | None = None) -> Setup:
         """The setup of one candidate: this spec's, with the places of the space filled in and validated again.
 
-        hpo.spec.effects says which places those can be.
+        hpo.spec.effects says which places those can be. fixed are further values, which are used as they are.
         """
-        return _validated(self, values, "candidate")
+        fixed = fixed or {}
+        return _validated(self, {**self.resolved({**values, **fixed}), **fixed}, "candidate")
 
     def resumed_as(self, record: Mapping[str, Any]) -> StudySpec:
         """This spec for a study that began with the spec of record: a monitor that was not given stays that one's."""
@@ -243,7 +274,9 @@ class StudySpec(Part):
     @property
     def setup(self) -> Setup:
         """The part of the spec that one training needs, as written."""
-        return Setup(data=self.data, split=self.split, model=self.model, training=self.training, task=self.task)
+        scores = list(dict.fromkeys([*self.training.scores, *self.search.requested_scores]))
+        training = self.training.model_copy(update={"scores": scores}) if scores else self.training
+        return Setup(data=self.data, split=self.split, model=self.model, training=training, task=self.task)
 
     def identity(self) -> dict[str, Any]:
         """What must not change while a study goes on, or its trials could not be compared."""
@@ -252,15 +285,24 @@ class StudySpec(Part):
         plain["data"].pop("path")
         # How often a training is saved makes no difference to what comes out of it.
         plain["training"].pop("checkpoint")
-        # Younger than some studies: without it all images took part.
-        if plain["training"]["data_growth"] == 1:
-            plain["training"].pop("data_growth")
+        # What else is measured of a training does not change it.
+        plain["training"].pop("scores")
+        for place, value in _YOUNGER.items():
+            if plain["training"][place] == value:
+                plain["training"].pop(place)
         for part, younger in (("data", _YOUNGER_DATA), ("split", _YOUNGER_SPLIT)):
             for place, default in younger.items():
                 if plain[part][place] == default:
                     plain[part].pop(place)
         kept = {part: plain[part] for part in ("data", "split", "model", "training", "task", "seed")}
         aims = [f"{aim.better} {aim.score}" for aim in self.search.objectives]
+        relative = {
+            path: [parameter.per, parameter.reference]
+            for path, parameter in self.search.whole_space.items()
+            if isinstance(parameter, Float) and parameter.per is not None
+        }
+        # What a candidate's values mean.
+        kept |= {"per": relative} if relative else {}
         return {**kept, "objective": aims or [f"{self.search.better} {self.search.objective}"]}
 
     def seed_of(self, ordinal: int) -> int:

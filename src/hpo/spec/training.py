@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from hpo.spec.space import Part
 from hpo.spec.types import OptimizerName, Positive, Rate, Score, Seed
@@ -101,12 +101,22 @@ class TrainingSpec(Part):
     optimizer: OptimizerSpec = OptimizerSpec()
     schedule: ScheduleSpec = ScheduleSpec()
     augment: AugmentSpec = AugmentSpec()
+    loss: Annotated[str, Field(pattern=r"^(cross_entropy|focal|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$")] = "cross_entropy"
+    """What is minimized: cross_entropy (of each label, where images have several), focal (Lin et al. 2017), or
+    package.module:function of (logits (n, classes), labels) that returns a scalar tensor. The score valid_loss is
+    cross-entropy always."""
+    focal_gamma: Annotated[float, Field(ge=0.0, le=10.0)] = 2.0
+    """focal: how much less well-classified images weigh; 0 is cross-entropy."""
+    sampling: Literal["shuffled", "balanced"] = "shuffled"
+    """balanced: the images of an epoch are drawn with replacement, every class equally often."""
     label_smoothing: Rate = 0.0
     class_weights: Literal["none", "balanced"] = "none"
     """balanced: each class weighs n / (classes * images of the class) in the loss."""
     monitor: Score = "valid_accuracy"
     """The score whose best epoch's weights are kept, and that early stopping watches. Left out: the search's objective
     (the first of several that is a validation score)."""
+    scores: list[Score] = Field(default_factory=list)
+    """Further scores of every epoch, such as [valid_mcc]; those that monitor and search name need not be listed."""
     patience: Positive | None = None
     """Stop after this number of epochs without a better monitor; null: never."""
     clip_norm: Annotated[float, Field(gt=0.0)] | None = None
@@ -124,6 +134,14 @@ class TrainingSpec(Part):
     """auto: the faster of the two for this network, batch and device, by a short measurement."""
     seed: Seed | None = None
     """Initialisation, data order and dropout; null: a seed of its own for each trial, from the study's seed."""
+
+    @model_validator(mode="after")
+    def _loss_fits(self) -> TrainingSpec:
+        if self.loss != "cross_entropy" and self.label_smoothing:
+            raise ValueError(f"label_smoothing belongs to cross_entropy, and loss is {self.loss}. Leave one out")
+        if ":" in self.loss and self.class_weights != "none":
+            raise ValueError(f"class_weights do not reach {self.loss}. Leave them out, and weigh in your function")
+        return self
 
     def watching(self, monitor: Score) -> TrainingSpec:
         """The same training with another monitor, which counts as given only where this one's was."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from hpo.errors import SpecError
 
 _PROSE = ("name", "question", "references")  # parts of a study that are only read by people
+_OWN_SCORE = re.compile(r" *valid_([^<>\s]+)(?: *[<>]=.*)?")  # as an objective, a monitor or in a constraint
 
 
 def split_function(text: str) -> tuple[str, str] | None:
@@ -31,8 +33,10 @@ def is_function(text: str) -> bool:
 
 def named_functions(tree: Mapping[str, Any]) -> list[str]:
     """Every package.module:function in the parts of a study or a setup, but for those that are prose."""
-    parts = (tree[part] for part in tree if part not in _PROSE)
-    return sorted({text for part in parts for text in _texts(part) if is_function(text)})
+    texts = {text for part in tree if part not in _PROSE for text in _texts(tree[part])}
+    measured = {text for part in ("training", "search") for text in _texts(tree.get(part))}
+    scores = {text: match[1] for text in measured if (match := _OWN_SCORE.fullmatch(text)) and is_function(match[1])}
+    return sorted({text for text in texts - scores.keys() if is_function(text)} | set(scores.values()))
 
 
 def module_file(function: str) -> Path | None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from hpo.metrics import METRICS
+from hpo.metrics import FORMS, METRICS, find_metric
 
 Activation = Literal["relu", "leaky_relu", "elu", "gelu", "silu", "tanh", "sigmoid"]
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -35,10 +35,31 @@ def _one_of(known: Callable[[], Iterable[str]]) -> Any:
     return Annotated[str, AfterValidator(check), Field(json_schema_extra=schema)]
 
 
+def _score_of(*parts: str) -> Any:
+    """The name of a metric after one of these parts. The table is asked each time: metrics may be added to it."""
+
+    def known() -> list[str]:
+        return [f"{part}_{name}" for part in parts for name in METRICS]
+
+    def check(value: str) -> str:
+        part, _, name = value.partition("_")
+        if part not in parts or find_metric(name) is None:
+            names = [*known(), *(f"{part}_{form}" for part in parts for form in FORMS)]
+            expected = ", ".join(map(repr, names[:-1])) + f" or {names[-1]!r}"
+            raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": expected})
+        return value
+
+    def schema(tree: dict[str, Any]) -> None:
+        del tree["type"]
+        tree["anyOf"] = [{"enum": known()}, {"type": "string", "pattern": rf"^({'|'.join(parts)})_.*[\[\]:0-9]"}]
+
+    return Annotated[str, AfterValidator(check), Field(json_schema_extra=schema)]
+
+
 # Validation scores that a study may aim at. Directions are those of hpo.metrics.direction_of.
-Score = _one_of(lambda: [f"valid_{name}" for name in METRICS])
+Score = _score_of("valid")
 # Scores of published results.
-PublishedScore = _one_of(lambda: [f"{part}_{name}" for part in ("test", "valid") for name in METRICS])
+PublishedScore = _score_of("test", "valid")
 # What a network costs: trainable and frozen weights; milliseconds an image takes, one at a time, on the trial's device.
 Cost = Literal["parameters", "latency_ms"]
 LIMITED: tuple[Cost, ...] = ("parameters", "latency_ms")

@@ -15,7 +15,7 @@ from hpo.errors import ModelError
 from hpo.home import Home
 from hpo.locks import lock
 from hpo.records import ModelVersion
-from hpo.tracking.runs import user
+from hpo.tracking.runs import score_name, stored_name, user
 from hpo.tracking.store import connect, exists, is_missing, local_path, pages, translate_errors
 
 ORIGIN = "hpo.copied_from"  # tag of a version that came from another store
@@ -272,7 +272,9 @@ def _record(version: Any, aliases: tuple[str, ...]) -> ModelVersion:
         study=version.tags.get("hpo.study", version.name),
         trial=int(version.tags.get("hpo.trial", -1)),
         scores={
-            name.removeprefix(_SCORE): float(value) for name, value in version.tags.items() if name.startswith(_SCORE)
+            score_name(name.removeprefix(_SCORE)): float(value)
+            for name, value in version.tags.items()
+            if name.startswith(_SCORE)
         },
         created=int(version.tags.get(REGISTERED, version.creation_timestamp)) / 1000,
         origin=version.tags.get(ORIGIN, ""),
@@ -280,4 +282,4 @@ def _record(version: Any, aliases: tuple[str, ...]) -> ModelVersion:
 
 
 def _score_tags(scores: Mapping[str, float]) -> dict[str, str]:
-    return {f"{_SCORE}{name}": repr(float(value)) for name, value in scores.items()}
+    return {f"{_SCORE}{stored_name(name)}": repr(float(value)) for name, value in scores.items()}

@@ -6,6 +6,7 @@ import getpass
 import json
 import math
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -40,6 +41,7 @@ STATUS: Mapping[TrialState, str] = {
     TrialState.STOPPED: "KILLED",
 }
 _PACKAGES = ("hpo", "mlflow", "numpy", "optuna", "scikit-learn", "timm", "torch", "torchvision")
+_OTHER = re.compile(r"[^\w\- ]")  # what a class name may hold and the name of a metric may not
 _ITEMS_PER_REQUEST = {"metrics": 900, "params": 100, "tags": 100}  # MLflow takes 1000 in all, 100 of the latter two
 
 
@@ -109,7 +111,27 @@ def metrics(values: Mapping[str, float], when: float, *, step: int = 0) -> list[
     """mlflow Metrics of one step; when is in seconds since 1970."""
     from mlflow.entities import Metric
 
-    return [Metric(name, float(value), int(when * 1000), step) for name, value in values.items()]
+    return [Metric(stored_name(name), float(value), int(when * 1000), step) for name, value in values.items()]
+
+
+def stored_name(score: str) -> str:
+    """A score's name as MLflow takes it: valid_recall[cat] -> valid_recall/cat; other signs in hexadecimal."""
+    return re.sub(
+        r"\[([^\[\]]+)\](.*)",
+        lambda match: (
+            "/" + _OTHER.sub(lambda letter: f":{ord(letter[0]):x}:", match[1]) + (match[2] and f"/{match[2]}")
+        ),
+        score,
+    )
+
+
+def score_name(stored: str) -> str:
+    """The score's name that stored_name turned into this one."""
+    name, slash, rest = stored.partition("/")
+    if not slash:
+        return stored
+    inside, _, after = rest.partition("/")
+    return f"{name}[{re.sub(':([0-9a-f]+):', lambda match: chr(int(match[1], 16)), inside)}]{after}"
 
 
 def epoch_metrics(epochs: Sequence[Epoch], ended: float) -> list[Any]:
@@ -144,7 +166,7 @@ def result_metrics(result: TrialResult, ended: float) -> list[Any]:
 def scores_of(metrics: Mapping[str, float]) -> dict[str, float]:
     """The scores among a trial run's metrics: valid_accuracy, ..."""
     return {
-        name.removeprefix("best_"): value
+        score_name(name.removeprefix("best_")): value
         for name, value in metrics.items()
         if name.startswith("best_") and name != "best_epoch" and math.isfinite(value)
     }

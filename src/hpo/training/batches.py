@@ -198,7 +198,9 @@ class GrowingSubset:
         self._spec = spec
         self._rows = data.train
         if spec.data_growth < 1:
-            self._rows = data.train[stratified_order(data.labels[data.train].cpu(), seed=seed).to(data.train.device)]
+            self._rows = data.train[
+                stratified_order(class_codes(data.labels[data.train]).cpu(), seed=seed).to(data.train.device)
+            ]
 
     def of(self, epoch: int) -> Tensor:
         """The rows (n,) int64 of an epoch, counted from 1, in no particular order."""
@@ -213,6 +215,11 @@ class GrowingSubset:
     def _count(self, epoch: int) -> int:
         # Batch norm cannot learn from a single image.
         return min(len(self._rows), max(2, round(self._spec.share(epoch) * len(self._rows))))
+
+
+def class_codes(labels: Tensor) -> Tensor:
+    """Labels (n,), or (n, labels) -> (n,): the same number for the same labels."""
+    return labels if labels.ndim == 1 else torch.unique(labels, dim=0, return_inverse=True)[1]
 
 
 def stratified_order(labels: Tensor, *, seed: int) -> Tensor:

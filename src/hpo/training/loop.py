@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel
 
 from hpo.data.prepare import TrialData
+from hpo.data.requested_scores import requested
 from hpo.errors import NotFiniteError
-from hpo.metrics import direction_of, scores
+from hpo.metrics import Metric, direction_of, scores
 from hpo.models.inputs import input_of
 from hpo.models.transfer import transfer_of
 from hpo.records import Epoch
@@ -24,6 +23,7 @@ from hpo.training.augment import mix_batch
 from hpo.training.batches import Batches, GrowingSubset
 from hpo.training.checkpoint import random_state, set_random_state
 from hpo.training.compute.device import lay_out
+from hpo.training.losses import Loss, balanced_order
 from hpo.training.optimizers import build_optimizer, learning_rate_factor
 from hpo.training.profiler import phase
 
@@ -38,10 +38,10 @@ _PIECES = 4
 Save = Callable[[Epoch, Mapping[str, Any]], None]
 
 
-def class_weights(labels: Tensor, classes: int) -> Tensor:
-    """labels (n,) -> (classes,) weights n / (classes * images of the class): scikit-learn's "balanced"."""
-    counts = torch.bincount(labels, minlength=classes).clamp(min=1)
-    return len(labels) / (classes * counts.float())
+def requested_of(spec: TrainingSpec, data: TrialData) -> tuple[Metric, ...]:
+    """The further metrics that a training computes: those that it names, and those of its data set."""
+    names = [*data.scores, *spec.scores, spec.monitor]
+    return requested(names, data.class_names, several=data.labels.ndim == 2)
 
 
 def evaluation_batch(device: torch.device) -> int:
@@ -114,12 +114,11 @@ class _Training:
         self._optimizer = build_optimizer(spec.optimizer, net)
         self._batches = Batches(data.images, spec.augment)
         self._normalise = input_of(data)
+        self._requested = requested_of(spec, data)
         self._averaged = moving_average(net, spec.ema) if spec.ema else None
         self._evaluated: nn.Module = net if self._averaged is None else self._averaged.module
         self._transfer = transfer_of(net)
-        balanced = spec.class_weights == "balanced"
-        weights = class_weights(data.labels[data.train], len(data.class_names)) if balanced else None
-        self._loss_of = partial(functional.cross_entropy, weight=weights, label_smoothing=spec.label_smoothing)
+        self._loss_of = Loss(spec, data)
         self._subset = GrowingSubset(data, spec, seed=seed)
         self._steps, self._steps_per_epoch = self._subset.batches(spec.epochs), -(-len(data.train) // spec.batch_size)
         self._stopping = EarlyStopping(spec, validates=len(data.valid) > 0)
@@ -172,12 +171,17 @@ class _Training:
         if self._transfer is not None:
             self._transfer.begin_epoch(number)
         self._net.train()
+        several = data.labels.ndim == 2
         losses: list[Tensor] = []
         hits: list[Tensor] = []
         counts: list[int] = []  # images in each batch
         rate = 0.0
         subset = self._subset.of(number)
-        order = subset[torch.randperm(len(subset), generator=self._generator).to(device)]
+        if spec.sampling == "balanced":
+            order = balanced_order(data.labels[subset].cpu(), len(subset), self._generator)
+        else:
+            order = torch.randperm(len(subset), generator=self._generator)
+        order = subset[order.to(device)]
         single = len(order) % spec.batch_size == 1 < min(spec.batch_size, len(order))
         order = order[:-1] if single else order  # batch norm cannot learn from a single image
         sources = self._batches.rows(order, spec.batch_size, self._generator)
@@ -197,7 +201,9 @@ class _Training:
                 if self._averaged is not None:
                     self._averaged.update_parameters(self._net)
             losses.append(loss)
-            hits.append((logits.argmax(1) == labels).sum())
+            hits.append(
+                ((logits > 0) == labels).float().mean(1).sum() if several else (logits.argmax(1) == labels).sum()
+            )
             counts.append(len(rows))
         self._step += single
         # Added up once an epoch, in one transfer from the device.
@@ -221,7 +227,8 @@ class _Training:
         """The scores on the validation part."""
         data, micro_batch = self._data, self._spec.micro_batch
         logits = predict_logits(self._evaluated, data, data.valid, precision=self._precision, micro_batch=micro_batch)
-        return {f"valid_{name}": value for name, value in scores(logits, data.labels[data.valid]).items()}
+        measured = scores(logits, data.labels[data.valid], further=self._requested)
+        return {f"valid_{name}": value for name, value in measured.items()}
 
     def _backward(self, inputs: Tensor, labels: Tensor, others: Tensor, share: float) -> tuple[Tensor, Tensor]:
         """Add the gradient of a batch's mean loss to the weights; returns that loss and the logits.
@@ -242,25 +249,14 @@ class _Training:
                     with torch.autocast(device.type, torch.bfloat16, enabled=self._precision == "bfloat16"):
                         logits = self._net(part)
                     logits = logits.float()
-                piece = loss_of(logits, first) * _weight(first, labels, loss_of)
+                piece = loss_of(logits, first) * loss_of.share(first, labels)
                 if share < 1:
-                    piece = share * piece + (1 - share) * loss_of(logits, second) * _weight(second, others, loss_of)
+                    piece = share * piece + (1 - share) * loss_of(logits, second) * loss_of.share(second, others)
             with phase("backward"):
                 torch.autograd.backward(piece)
             loss += piece.detach()
             all_logits.append(logits.detach())
         return loss, torch.cat(all_logits)
-
-
-def _weight(part: Tensor, batch: Tensor, loss_of: partial[Tensor]) -> Tensor | float:
-    """The share of a piece's mean loss in that of its batch, from their labels: torch's mean is weighted by class."""
-    weights = loss_of.keywords["weight"]
-    if len(part) == len(batch):
-        return 1.0
-    share: Tensor | float = (
-        weights[part].sum() / weights[batch].sum() if weights is not None else len(part) / len(batch)
-    )
-    return share
 
 
 def moving_average(net: nn.Module, keep: float) -> AveragedModel:

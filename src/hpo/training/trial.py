@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hpo.data.cache import cache_folder
-from hpo.data.prepare import TrialData, open_trial
+from hpo.data.prepare import TrialData, check_task, open_trial
 from hpo.metrics import confusion_matrix
 from hpo.models import build_model, parameter_count
 from hpo.models.basic import OneLogit
@@ -324,6 +324,7 @@ def build_full(
     setup: Setup, card: DataCard, *, seed: int, device_name: str, fold: int = 0
 ) -> tuple[nn.Module, TrialData]:
     """The whole network of a trial on its device, and its images with the normalisation that it expects."""
+    check_task(card, setup.task)
     data = trial_data(card, setup.split, device_name, fold)
     classes, binary = len(data.class_names), setup.task == "binary"
     net = build_model(setup.model, image_shape=card.image_shape, classes=classes, seed=seed, binary=binary)
@@ -355,13 +356,16 @@ def _leave(result: TrialResult, built: Built, plan: TrialPlan) -> TrialResult:
         return replace(result, folder=str(folder))
     micro_batch = plan.setup.training.micro_batch
     logits = predict_logits(built.net, data, data.valid, precision=built.precision, micro_batch=micro_batch)
-    labels, predicted = data.labels[data.valid], logits.argmax(1)
+    labels, several = data.labels[data.valid], data.labels.ndim == 2
     np.savez(
         folder / VALIDATION,
         rows=data.valid.cpu().numpy(),
         labels=labels.cpu().numpy(),
-        probabilities=logits.softmax(1).cpu().numpy(),
+        probabilities=(logits.sigmoid() if several else logits.softmax(1)).cpu().numpy(),
     )
+    if several:  # there is no one predicted class, and so no confusion of two
+        return replace(result, folder=str(folder))
+    predicted = logits.argmax(1)
     counts = confusion_matrix(predicted, labels, logits.shape[1])
     return replace(
         result,

@@ -46,7 +46,7 @@ def test_processes_see_the_environment_of_now_not_of_the_fork_server(processes, 
     monkeypatch.setenv("HPO_DATA", str(tmp_path))
     helper = JobProcess(process_context())
     try:
-        prepared = helper.submit(prepare_in_helper, SPEC.data, SPEC.split, "cpu").result(60)
+        prepared = helper.submit(prepare_in_helper, SPEC, "cpu").result(60)
     finally:
         helper.close()
     assert Path(prepared.data.folder).is_relative_to(tmp_path)

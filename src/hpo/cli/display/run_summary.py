@@ -15,7 +15,7 @@ from hpo.cli.display.output import show_parameters, show_score
 from hpo.events import EpochEnded, Event, StudyEnded, StudyOpened, StudyProfiled, TrialEnded, TrialStarted
 from hpo.records import FINAL, EndReason, TrialResult, TrialState
 from hpo.report.summary import failure_lines
-from hpo.report.text import duration, short_paths
+from hpo.report.text import duration, parameter_names, ranges_of
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,9 @@ class Tally:
         study = event.study
         searched = [trial.state for trial in study.trials if trial.candidate.stage != FINAL]
         self.states = {state: searched.count(state) for state in TrialState if state.finished}
-        search = study.spec.get("search") or {}
-        spaces = [search.get("space") or {}, *(stage.get("space") or {} for stage in search.get("stages") or ())]
-        space = {path for each in spaces for path in each}
-        self.names = short_paths(space or {path for trial in study.trials for path in trial.candidate.parameters})
+        ranges = ranges_of(study)
+        held = {path for trial in study.trials for path in trial.candidate.parameters}
+        self.names = parameter_names(ranges or held, ranges)
         if study.best:
             self.best, self.best_parameters = study.best.result, study.best.candidate.parameters
 

@@ -20,7 +20,7 @@ from hpo.events import Notice
 from hpo.execute.process import follow_supervisor, hidden_main
 from hpo.execute.stack_size import StackSize, measure_stack_size
 from hpo.records import DataCard, SplitCard, StudyResult, TrialResult
-from hpo.spec.study import DataSpec, SplitSpec, StudySpec
+from hpo.spec.study import StudySpec
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -133,17 +133,24 @@ def _notify(text: str, done: int, total: int) -> None:
         _progress.send(Notice(text, done, total))
 
 
-def prepare(data: DataSpec, split: SplitSpec, device: str) -> Prepared:
-    """Fetch and check the data, and resolve the devices. Raises HpoError."""
+def prepare(spec: StudySpec, device: str) -> Prepared:
+    """Fetch and check the data of a study and the scores that it asks for, and resolve devices. Raises HpoError."""
+    from hpo.data.prepare import check_task
     from hpo.data.prepare import prepare as prepare_data
+    from hpo.data.requested_scores import requested
     from hpo.data.split import split_card
     from hpo.training.compute.device import resolve_devices
 
     devices = resolve_devices(device)
-    card = prepare_data(data, split, progress=_notify)
+    card = prepare_data(spec.data, spec.split, progress=_notify)
+    training = spec.setup.training
+    check_task(card, spec.task)
+    requested([*training.scores, training.monitor], card.class_names, several=card.several_labels)
+    if card.several_labels and spec.split.kind in ("holdout", "kfold") and spec.split.by == "stratified":
+        _notify("data: images have several labels, so parts are drawn at random by split.seed, not by class", 0, 0)
     for line in (*([f"files: {card.accounting}"] if card.accounting else ()), *(f"data: {w}" for w in card.warnings)):
         _notify(line, 0, 0)
-    return Prepared(card, split_card(card, split), tuple(devices))
+    return Prepared(card, split_card(card, spec.split), tuple(devices))
 
 
 def measure_stack(spec: StudySpec, data: DataCard, device: str, threads: int, most: int) -> StackSize:
@@ -223,10 +230,11 @@ def draw_trial(result: TrialResult, data: DataCard, folder: Path) -> list[Path]:
     if result.confusion:
         figures["confusion"] = lambda: classifier.confusion_figure(result.confusion, names, title=title)
         figures["class_accuracy"] = lambda: classifier.class_accuracy_figure(result.confusion, names, title=title)
-    if result.confusion and left.is_file():
+    if left.is_file():
         with np.load(left) as arrays:
             rows, labels, probabilities = (arrays[name] for name in ("rows", "labels", "probabilities"))
         figures["roc"] = lambda: classifier.roc_figure(labels, probabilities, names, title=title)
+    if result.confusion and left.is_file():
         figures["rank_of_truth"] = lambda: images.rank_figure(labels, probabilities, title=title)
 
         def gallery() -> Figure | None:

@@ -11,11 +11,12 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hpo.errors import HpoError
 from hpo.home import Home
 from hpo.jobs.shared.model_reference import ModelReference
-from hpo.metrics import counted, direction_of
+from hpo.metrics import METRICS, direction_of, find_metric, name_of
 from hpo.records import FINAL, ModelVersion, Trial, TrialResult, unpack_classes
 from hpo.report.statistics import Ints, mean_lead
 
@@ -73,15 +74,19 @@ def beats_champion(
     with several seeds counts by their mean. Where there are no such images, the objectives decide, without an interval.
     """
     objective = new.spec.search.objective
-    part, note = (None, why) if old is None else _unseen(new, old)
+    several = new.card.several_labels or (old is not None and old.card.several_labels)
+    if several:
+        why = "images have several labels, of which no one class is resampled"
+    part, note = (None, why) if old is None or several else _unseen(new, old)
     if old is None or part is None:
         return _by_objective(new, champion, old, why=note)
-    score = objective.removeprefix("valid_")
-    score = score if score in counted() else "accuracy"
     names = new.card.class_names
+    score = find_metric(name_of(objective), names)
+    resampled = score is not None and score.from_counts is not None and score.direction == "maximize"
+    score = score if score is not None and resampled else METRICS["accuracy"]
     first, second = (_predicted_classes(home, each, part, names) for each in (new, old))
     lead = mean_lead(part.labels, first, second, score=score, classes=len(names), seed=new.spec.seed)
-    points = f"{100 * lead.value:+.2f} points of {score.replace('_', ' ')} over version {champion.version}"
+    points = f"{100 * lead.value:+.2f} points of {score.label} over version {champion.version}"
     seeds = f", seeds: {len(first)} against {len(second)}" if len(first) + len(second) > 2 else ""
     return Verdict(
         "beats the champion",
@@ -173,7 +178,7 @@ def parity(home: Home, new: ModelReference, model: Classifier) -> Verdict:
     ours, theirs = model.predict_levels(images[answers["rows"]]), answers["probabilities"]
     if ours.shape != theirs.shape:
         return Verdict("reloads", False, f"{ours.shape[1]} classes", f"{theirs.shape[1]} classes, as in its trial")
-    far, differing = float(np.abs(ours - theirs).max()), int((ours.argmax(1) != theirs.argmax(1)).sum())
+    far, differing = float(np.abs(ours - theirs).max()), _differing(ours, theirs, several=new.card.several_labels)
     kind = _kind(new.trial.result)
     most, share = _PARITY[kind]
     allowed = int(share * len(ours))
@@ -184,6 +189,12 @@ def parity(home: Home, new: ModelReference, model: Classifier) -> Verdict:
         f"{outcome} after reload (largest difference {far:.1g}; limit {most:g})",
         f"{f'at most {allowed} other' if allowed else 'same'} predictions, trained in {kind}",
     )
+
+
+def _differing(ours: NDArray[np.floating], theirs: NDArray[np.floating], *, several: bool) -> int:
+    """How many images are answered differently: with another class, or with other labels above 1/2."""
+    differs = ((ours > 0.5) != (theirs > 0.5)).any(1) if several else ours.argmax(1) != theirs.argmax(1)
+    return int(differs.sum())
 
 
 def _kind(result: TrialResult | None) -> str:

@@ -37,7 +37,9 @@ def open_sealed(home: Home, entrant: ModelReference, model: Classifier, *, purpo
 
     version = entrant.kept("the test part asks for it")
     opening = announce_opening(home, entrant.study, model=version, trial=entrant.trial.number, purpose=purpose)
-    measured = open_test(entrant.card, model.predict_levels)
+    training = entrant.setup.training
+    further = [*training.scores, training.monitor]
+    measured = open_test(entrant.card, model.predict_levels, further=further)
     return measured, complete_opening(home, entrant.study, opening, measured.scores)
 
 

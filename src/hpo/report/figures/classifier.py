@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpo.metrics import METRICS
+from hpo.metrics import direction_of
 from hpo.records import Epoch
 from hpo.report.figures.style import (
     BLACK,
@@ -40,8 +40,12 @@ def training_curves(epochs: Sequence[Epoch], *, best_epoch: int = 0, title: str 
 
     Each fold has a line of its own. Without a validation part its lines are missing; best_epoch 0 marks none.
     """
-    names = [name for name, metric in METRICS.items() if metric.direction == "maximize" and name != "accuracy"]
-    further = [f"valid_{name}" for name in names if f"valid_{name}" in epochs[0].scores]
+    plotted = ("valid_loss", "valid_accuracy")
+    further = [
+        score
+        for score in epochs[0].scores
+        if score.startswith("valid_") and score not in plotted and direction_of(score) == "maximize"
+    ]
     count = 3 if further else 2
     boxes = [(0.7 + 3.95 * index, 0.55, 3.1, 2.5) for index in range(count)]
     figure, panels = placed_figure(3.95 * count, 3.5, boxes)
@@ -127,7 +131,7 @@ def roc_figure(
 
     Two classes have one curve, of the second.
     """
-    binary = len(class_names) == 2
+    binary = len(class_names) == 2 and labels.ndim == 1
     names = short_names(class_names)
     legend_width = 0.0 if binary else 1.1 + name_inches(names)
     figure, (panel,) = placed_figure(4.7 + legend_width, 4.7, [(0.65, 0.55, 3.8, 3.8)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from hpo.metrics import METRICS
+from hpo.metrics import METRICS, direction_of, metric_of, name_of
 from hpo.records import FINAL, DataCard, Trial, TrialState
 from hpo.report import text
 from hpo.report.page.data_page import channel_table, origin_rows
@@ -48,7 +48,10 @@ def result(findings: Findings) -> str:
     )
     opened = _opened(findings)
     measured = _test_intervals(findings, opened.scores) if opened else {}
-    scores = sorted(METRICS, key=lambda name: METRICS[name].direction)  # losses last
+    always = [name for name, metric in METRICS.items() if not metric.on_request]
+    further = [name_of(score) for score in shown.result.scores if score.startswith("valid_") and metric_of(score)]
+    # Losses last.
+    scores = sorted(dict.fromkeys([*always, *further]), key=lambda name: direction_of(f"valid_{name}"))
     rows = [
         (
             score_text(score),

@@ -238,10 +238,12 @@ def _model(findings: Findings) -> Iterator[str]:
     if result.confusion:
         yield _figure(confusion_figure(result.confusion, names), "confusion matrix", "Validation images.")
         yield _figure(class_accuracy_figure(result.confusion, names), "accuracy of each class", "Validation images.")
+    elif findings.data is not None and findings.data.several_labels:
+        yield "<p>Images have several labels: there is no confusion of one class with another to show.</p>"
     if answers is not None:
         curves = roc_figure(answers.labels, answers.probabilities, names)
         yield _figure(curves, "ROC curves", "Each class against all others, on the validation images.")
-        ranks = rank_figure(answers.labels, answers.probabilities)
+        ranks = rank_figure(answers.labels, answers.probabilities) if answers.labels.ndim == 1 else None
         if ranks is not None:
             caption = "Rank of the true class of each mistake in the order of probabilities: 2 is a near miss."
             yield _figure(ranks, "rank of the true class among mistakes", caption)

@@ -139,7 +139,7 @@ def _tried(
 def _step(forward: Callable[[Tensor], Tensor], net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
     net.zero_grad(set_to_none=True)
     inputs, labels = batch
-    torch.autograd.backward(functional.cross_entropy(forward(inputs), labels))
+    torch.autograd.backward(functional.cross_entropy(forward(inputs), labels.float() if labels.ndim == 2 else labels))
 
 
 def _left_by(

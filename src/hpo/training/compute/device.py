@@ -140,7 +140,7 @@ def _step_seconds(net: nn.Module, images: Tensor, labels: Tensor, dtype: torch.d
     for _ in range(1 + _REPEATS):  # the first is a warm-up: kernels are chosen in it
         started = time.perf_counter()
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
-            loss = nn.functional.cross_entropy(net(images).float(), labels)
+            loss = nn.functional.cross_entropy(net(images).float(), labels.float() if labels.ndim == 2 else labels)
         torch.autograd.backward(loss)
         net.zero_grad(set_to_none=True)
         loss.item()

@@ -22,7 +22,8 @@ from hpo.spec.training import TrainingSpec
 from hpo.training.augment import mix_batch
 from hpo.training.batches import Batches
 from hpo.training.checkpoint import random_state, set_random_state
-from hpo.training.loop import EarlyStopping, class_weights, evaluation_batch, moving_average
+from hpo.training.loop import EarlyStopping, evaluation_batch, moving_average, requested_of
+from hpo.training.losses import class_weights
 from hpo.training.optimizers import OPTIMIZERS, learning_rate_factor
 from hpo.training.stacking.compatibility import BrokenStackError, UnstackableError, shape_of, sort_key
 from hpo.training.stacking.dense import StackedNets
@@ -65,6 +66,9 @@ def key_of(net: nn.Module, data: TrialData, spec: TrainingSpec, precision: str) 
         ("its layers learn at rates of their own", spec.optimizer.layer_decay != 1),
         ("it saves checkpoints", spec.checkpoint is not None),
         ("its epochs grow", spec.data_growth < 1),
+        ("its loss is not cross-entropy", spec.loss != "cross_entropy"),
+        ("its images are drawn by class", spec.sampling != "shuffled"),
+        ("its images have several labels", data.labels.ndim == 2),
     ):
         if applies:
             raise UnstackableError(reason)
@@ -332,7 +336,8 @@ def _judge(member: Member, total: tuple[float, float], logits: Tensor) -> Epoch 
     measured = {"train_loss": total[0], "train_accuracy": total[1]}
     if len(member.data.valid):
         labels = member.data.labels[member.data.valid]
-        measured |= {f"valid_{name}": value for name, value in scores(logits, labels).items()}
+        found = scores(logits, labels, further=requested_of(member.spec, member.data))
+        measured |= {f"valid_{name}": value for name, value in found.items()}
     try:
         last = member.stopping.note(member.epoch, measured, member.evaluated)
     except NotFiniteError as error:  # concerns this member only
