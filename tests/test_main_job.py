@@ -112,6 +112,7 @@ def test_run_promote_predict_and_a_plain_mlflow_load_agree(project, tmp_path):
         assert run.inputs.dataset_inputs
 
 
+@pytest.mark.slow
 def test_a_finished_study_says_so_and_how_to_ask_for_more(project):
     hpo("run", "digits-mlp", "--trials", "1", "--workers", "1", *QUICK)
     again = hpo("run", "digits-mlp", "--trials", "1", "--workers", "1", *QUICK)
@@ -155,6 +156,7 @@ def test_ctrl_c_leaves_nothing_running_and_the_next_run_goes_on(project):
     assert {run.info.status for run in runs(project)} == {"KILLED", "FINISHED"}
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_study_in_an_empty_folder_share_its_budget(project):
     command = [*HPO, "run", "digits-mlp", "--trials", "6", "--workers", "1", *QUICK]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
@@ -167,6 +169,7 @@ def test_two_runs_of_one_study_in_an_empty_folder_share_its_budget(project):
     assert len(parents) == 1
 
 
+@pytest.mark.slow
 def test_the_python_api_needs_no_main_guard(project):
     script = project / "script.py"
     script.write_text(
@@ -183,6 +186,7 @@ def test_the_python_api_needs_no_main_guard(project):
     assert names == str(tuple("0123456789"))
 
 
+@pytest.mark.slow
 def test_a_candidate_that_diverges_fails_with_its_reason_and_the_study_goes_on(project):
     rates = ["--set", "search.space={training.optimizer.lr: {choice: [0.1, 100.0]}}", "--set", "search.sampler=grid"]
     deep = ["--set", "model.hidden=[64, 64, 64, 64]", "--set", "training.epochs=3"]
@@ -206,8 +210,12 @@ def test_a_read_only_folder_is_one_message(tmp_path):
     assert "--home" in said
 
 
-def test_the_first_epoch_comes_soon(project):
-    """12 s is the aim on two idle cores; a busy machine is given three times that."""
+@pytest.mark.slow
+def test_the_first_epoch_comes_soon_after_what_torch_alone_takes_to_import(project):
+    """Both are measured here, one after the other. benchmarks/startup.py has the aim; a busy machine is given more."""
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import torch"], check=True)
+    torch_seconds = time.monotonic() - started
     started = time.monotonic()
     process = subprocess.Popen(
         [*HPO, "run", "digits-mlp", "--trials", "1", "--json"], stdout=subprocess.PIPE, text=True
@@ -219,7 +227,7 @@ def test_the_first_epoch_comes_soon(project):
     seconds = time.monotonic() - started
     process.kill()
     process.communicate(timeout=60)
-    assert seconds < 36
+    assert seconds < 6 * torch_seconds
 
 
 def _descendants_of(session: int) -> list[str]:
@@ -227,6 +235,7 @@ def _descendants_of(session: int) -> list[str]:
     return [line for line in listed.stdout.splitlines() if "python" in line and "defunct" not in line]
 
 
+@pytest.mark.slow
 def test_a_killed_run_takes_its_processes_with_it_and_loses_no_finished_trial(project):
     command = [*HPO, "run", "digits-mlp", "--trials", "30", "--workers", "2", "--json", *QUICK]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)

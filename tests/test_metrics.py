@@ -10,12 +10,9 @@ from sklearn import metrics as reference
 
 from hpo.data.requested_scores import requested
 from hpo.errors import HpoError
-from hpo.metrics import METRICS, Metric, confusion_matrix, direction_of, label_of, macro_auc, metric_of, scores
-from hpo.records import Epoch, best_of
+from hpo.metrics import confusion_matrix, direction_of, label_of, macro_auc, metric_of, scores
 from hpo.report.statistics import score_intervals
-from hpo.report.text import score_text
 from hpo.search.constraints import parse_constraint
-from hpo.spec.load import study_schema
 from hpo.spec.search import SearchSpec
 from hpo.spec.training import TrainingSpec
 from hpo.spec.trust import named_functions
@@ -59,25 +56,6 @@ def test_the_area_of_a_single_class_is_not_a_number():
 
 
 SPACE = {"training.optimizer.lr": {"float": [0.001, 0.1], "log": True}}
-
-
-def test_a_metric_is_added_by_one_entry_of_the_table(monkeypatch):
-    error = Metric("error_rate", "error rate", "minimize", lambda hits, true, _: 1 - hits.sum(-1) / true.sum(-1))
-    monkeypatch.setitem(METRICS, "error_rate", error)
-    labels, predicted = np.array([0, 0, 0, 0, 1, 1]), np.array([[0, 0, 0, 1, 1, 0]])
-    assert scores(torch.eye(2)[predicted[0]], torch.tensor(labels))["error_rate"] == pytest.approx(1 / 3)
-
-    search = SearchSpec(objective="valid_error_rate", space=SPACE, constraints=["valid_error_rate <= 0.3"])
-    assert search.better == "minimize"
-    assert TrainingSpec(epochs=1, monitor="valid_error_rate").monitor == "valid_error_rate"
-    assert "valid_error_rate" in str(study_schema())
-    epochs = [Epoch(number, {"valid_error_rate": value}, 0.1, 1.0) for number, value in ((1, 0.2), (2, 0.4))]
-    assert best_of(epochs, "valid_error_rate").number == 1
-
-    assert score_text("valid_error_rate") == "validation error rate"
-    (interval,), _ = score_intervals(labels, predicted, classes=2, seed=0, resamples=200)
-    assert interval["error_rate"].value == pytest.approx(1 / 3)
-    assert interval["error_rate"].low < 1 / 3 < interval["error_rate"].high
 
 
 @pytest.mark.parametrize("score", ["valid_error_rate", "accuracy", "train_loss", "test_accuracy"])

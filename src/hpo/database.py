@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _BUSY_SECONDS = 20.0
 
 # How a connection to PostgreSQL begins. Optuna compares times that have no zone. A client that is gone without a word,
-# or stands still inside a lock, is noticed within a minute. Poolers in transaction mode know no prepared statements,
+# or is stuck inside a lock, is noticed within a minute. Poolers in transaction mode know no prepared statements,
 # and ignore `options`: the database itself has them then (docs/cluster.md).
 _SESSION = {
     "timezone": "UTC",
@@ -34,13 +34,13 @@ SERVER_ARGUMENTS = {
 
 # What databases say -> what to do.
 _HINTS = {
-    "locked": "Another program keeps the database busy: end it, then run the study again to go on.",
+    "locked": "Another program keeps the database busy: end it, then run the study again to resume it.",
     "readonly": "Make the file and its folder writable, or choose another folder: --home DIR.",
     "read-only": "Make the file and its folder writable, or choose another folder: --home DIR.",
     "unable to open": "Check the folder and its permissions, or choose another: --home DIR.",
     "not a database": "The file is something else: move it away, or choose another folder: --home DIR.",
     "malformed": "The file is damaged: restore it from a copy, or move it away.",
-    "full": "Free some space on the disk, then run the study again to go on.",
+    "full": "Free some space on the disk, then run the study again to resume it.",
     "no longer compatible": "It was written by another version of Optuna: hpo store upgrade.",
     "no module named": 'Install the driver: pip install "hpo[postgres]".',
     "password": "Give it where libpq finds it: PGPASSWORD, or a line in ~/.pgpass (chmod 600), see docs/cluster.md.",
@@ -50,9 +50,9 @@ _HINTS = {
 }
 
 
-def hint_of(said: str) -> str:
+def hint_of(message: str) -> str:
     """What to do where a database says this; "" where nothing is known of it."""
-    return next((hint for words, hint in _HINTS.items() if words in said.lower()), "")
+    return next((hint for words, hint in _HINTS.items() if words in message.lower()), "")
 
 
 def server_address(url: str) -> str:
@@ -100,7 +100,7 @@ class Reader:
         """SQL for a column's JSON object, without these keys where the database can leave them out; else whole."""
         if not keys or self._connection.dialect.name != "sqlite":
             return column
-        # Python writes NaN and infinities, which SQLite does not take for JSON.
+        # Python writes NaN and infinities, which SQLite does not accept as JSON.
         paths = ", ".join(f"'$.{key}'" for key in keys)
         return f"CASE WHEN json_valid({column}) THEN json_remove({column}, {paths}) ELSE {column} END"
 
@@ -111,7 +111,7 @@ class Reader:
         return set(inspect(self._connection).get_table_names())
 
     def schema(self) -> str:
-        """Where alembic says that its schema stands; "" where it says nothing."""
+        """The schema version that alembic recorded; "" where there is none."""
         found = self.rows("SELECT version_num FROM alembic_version") if "alembic_version" in self.tables() else ()
         return str(found[0][0]) if found else ""
 
@@ -159,7 +159,7 @@ def _read_only(file: Path) -> Engine:
         except sqlite3.OperationalError as error:
             if "unable to open" not in str(error):
                 raise
-            # A write-ahead file on a read-only disk, where SQLite cannot make the index that it wants beside it.
+            # A write-ahead file on a read-only disk, where SQLite cannot make its index next to it.
             connection = sqlite3.connect(f"{address}?immutable=1", uri=True)
         return connection
 

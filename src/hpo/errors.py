@@ -75,7 +75,7 @@ class DataError(HpoError):
 
 
 class TrainingError(HpoError):
-    """A training could not start or go on: its candidate fails, the study goes on."""
+    """A training could not start or continue: its candidate fails, the study continues."""
 
 
 class NotFiniteError(TrainingError):

@@ -35,11 +35,11 @@ class Home:
         embedded SQLite files. Raises StoreError where that file says something else.
         """
         own = cls.at(home or os.environ.get("HPO_HOME") or Path.cwd())
-        said = _stores(own.root.parent / STORES)
+        stores = _stores(own.root.parent / STORES)
         return cls(
             root=own.root,
-            storage_url=server_address(os.environ.get("HPO_STORAGE") or said.get("storage") or own.storage_url),
-            tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or said.get("tracking") or own.tracking_uri,
+            storage_url=server_address(os.environ.get("HPO_STORAGE") or stores.get("storage") or own.storage_url),
+            tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or stores.get("tracking") or own.tracking_uri,
         )
 
     @classmethod
@@ -90,15 +90,15 @@ class Home:
 def _stores(file: Path) -> Mapping[str, str]:
     """What the file says of the stores: addresses by name; {} where there is none."""
     try:
-        said = tomllib.loads(file.read_text(encoding="utf-8"))
+        stores = tomllib.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise StoreError(
             f"{file}: cannot be read: {error}.", 'Write lines such as: storage = "postgresql://..."'
         ) from None
-    for name, value in said.items():
+    for name, value in stores.items():
         if name not in ("storage", "tracking") or not isinstance(value, str):
             # Without the value: it may hold a password.
             raise StoreError(f"{file}: {name}: is not storage or tracking, or not a text.", _EXAMPLE)
-    return said
+    return stores

@@ -1,4 +1,4 @@
-"""Locks that the death of their holder frees: files beside a SQLite storage, advisory locks on a PostgreSQL server."""
+"""Locks that the death of their holder frees: files next to a SQLite storage, advisory locks on a PostgreSQL server."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
 _PATIENCE_SECONDS = 120.0
-_LONGEST_MINUTES = 30  # after which a server frees the lock of a holder that stands still
+_LONGEST_MINUTES = 30  # after which a server frees the lock of a holder that is stuck
 _LOCK_TIMEOUT = "55P03"  # PostgreSQL's lock_not_available
 
 
@@ -75,7 +75,7 @@ def _server_lock(engine: Engine, name: str) -> Iterator[None]:
                 raise _held(name)
             time.sleep(pause)
             pause = min(2 * pause, 0.5)
-        # What is done under it uses other connections: this one stands idle, longer than others may.
+        # What is done under it uses other connections: this one is idle, for longer than others may be.
         connection.execute(text(f"SET LOCAL idle_in_transaction_session_timeout = '{_LONGEST_MINUTES}min'"))
         yield
     finally:

@@ -116,7 +116,7 @@ def _load(folder: Path, uri: str, allow_pickle: bool) -> Classifier:
 
     config = read_config(parts / "config.json")
     height, width, channels = config["image_shape"]
-    # The script beside it, which MLflow would run, is left alone.
+    # The script next to it, which MLflow would run, is left alone.
     names, several = tuple(config["class_names"]), bool(config.get("several_labels"))
     program = Program(parts / "net.pt2")
     return Classifier(uri, names, (height, width, channels), program, config.get("ranges"), several)

@@ -17,7 +17,7 @@ FINAL = "final"
 
 
 class TrialState(StrEnum):
-    """How a trial stands. STOPPED is a trial that was interrupted: it does not count and is tried again."""
+    """The state of a trial. STOPPED is a trial that was interrupted: it does not count and is tried again."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -202,7 +202,7 @@ def unpack_classes(text: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial as the study storage holds it: what was asked, how it stands, what came out.
+    """One trial as the study storage holds it: its candidate, state and result.
 
     run_seconds is the wall time from ask to tell; started is seconds since the epoch (0.0 while waiting).
     """

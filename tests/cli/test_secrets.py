@@ -48,6 +48,7 @@ def secretive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_neither_a_store_nor_a_page_nor_a_message_holds_a_secret(secretive: Path) -> None:
     (secretive / "telling_net.py").write_text(TELLING_MODEL)
     (secretive / "telling.yaml").write_text(STUDY)
@@ -105,7 +106,7 @@ def test_a_server_for_others_is_warned_of_in_a_line(
 ) -> None:
     monkeypatch.setattr("hpo.tracking.ui.open_ui", lambda home, *, host, port: 0)
     result = runner.invoke(app, ["ui", "--host", host])
-    assert (result.stderr.count("warning: whoever reaches") == 1) is warned
+    assert (result.stderr.count("warning: everyone who reaches") == 1) is warned
 
 
 def test_an_error_hides_secrets_and_what_would_steer_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

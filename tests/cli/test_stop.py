@@ -102,6 +102,7 @@ def test_stop_ends_every_run_of_a_study_cleanly(place):
     assert "nothing runs" in hpo("stop", "digits-mlp")
 
 
+@pytest.mark.slow
 def test_stop_says_that_only_a_dead_supervisor_is_left_and_doctor_mends_it(place):
     run = begin()
     seen(place, lambda one: len(one.running) == 1)

@@ -139,7 +139,7 @@ def test_a_verdict_ends_a_trial_as_pruned(tested, card, tmp_path):
     assert not (tmp_path / "0").exists()
 
 
-def test_a_candidate_that_fails_tells_why_and_its_worker_lives_on(tested, card, tmp_path):
+def test_a_failed_candidate_reports_why_and_its_worker_trains_the_next(tested, card, tmp_path):
     setup = SPEC.setup.model_copy(update={"model": CnnSpec(kind="cnn", kernel=9, padding="valid")})
     tested.submit(0, _task(card, tmp_path, setup=setup))
     result = tested.until(TrialEnded)[-1][1].result

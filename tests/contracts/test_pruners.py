@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import optuna
 import pytest
 
-from formula import NUMERIC, objective, run_in_pieces, run_whole, sequence, train
+from formula import NUMERIC, run_in_pieces, run_whole, sequence, train
 from hpo.records import Epoch, TrialResult, TrialState
 from hpo.search.lifecycle import open_study
-from hpo.search.pruners import PRUNERS, Pruner, report_step
+from hpo.search.pruners import PRUNERS, report_step
 from hpo.spec.search import PrunerSpec
-from hpo.spec.types import PRUNER_NAMES
 
 
 def other(home):
@@ -30,10 +28,6 @@ def report_all(study, candidate, curve):
     """Whether the pruner would end the trial after any of nine epochs."""
     verdicts = [study.report(candidate.number, epoch, curve(epoch)) for epoch in range(1, 10)]
     return any(verdicts)
-
-
-def test_the_table_has_every_name_that_a_study_may_give():
-    assert PRUNERS.keys() == set(PRUNER_NAMES)
 
 
 @pytest.mark.parametrize("pruner", PRUNERS)
@@ -101,22 +95,3 @@ def test_epochs_of_several_folds_are_reported_as_the_table_says(make_spec, prune
         "whole_folds": [None, None, (1, 0.3), None, None, (2, 0.6)],
     }
     assert folds(make_spec, pruner) == expected[PRUNERS[pruner].reports]
-
-
-class _Strict(optuna.pruners.BasePruner):
-    """Prunes all but the best trial after its third report."""
-
-    def prune(self, study, trial):
-        finished = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
-        best = max((other.value for other in finished), default=-math.inf)
-        return trial.last_step == 3 and trial.intermediate_values[3] < best / 3
-
-
-def test_a_pruner_is_added_by_one_entry(home, make_spec, monkeypatch):
-    monkeypatch.setitem(PRUNERS, "mine", Pruner(lambda spec: _Strict(), reports="first_fold"))
-    spec = with_pruner(make_spec("tpe", space=NUMERIC), "mine")
-    whole = run_whole(home, spec, 11, epochs=9)
-    assert 0 < whole.count(TrialState.PRUNED) < 11
-    assert whole.best.value == max(objective(trial.candidate.parameters) for trial in whole.trials)
-    assert sequence(run_in_pieces(other(home), spec, 11, epochs=9)) == sequence(whole)
-    assert folds(lambda **options: with_pruner(make_spec(**{**options, "pruner": "none"}), "mine"), "")[3] is None

@@ -5,16 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import optuna
 import pytest
 
 from formula import FINITE, MIXED, NUMERIC, objective, run_all, run_in_pieces, run_whole, sequence, train
-from hpo.execute.stack_size import largest_stack
 from hpo.records import TrialResult, TrialState
 from hpo.search.lifecycle import open_study
-from hpo.search.samplers import SAMPLERS, Sampler
-from hpo.spec.search import SamplerSpec
-from hpo.spec.types import SAMPLER_NAMES
+from hpo.search.samplers import SAMPLERS
 
 SPACES = {"grid": FINITE, "cmaes": NUMERIC, "gp": NUMERIC}
 STARTUP = {"gp": 8}  # a Gaussian process takes seconds
@@ -23,10 +19,6 @@ STARTUP = {"gp": 8}  # a Gaussian process takes seconds
 def other(home):
     root = home.root / "b"
     return replace(home, root=root, storage_url=f"sqlite:///{root / 'optuna.db'}")
-
-
-def test_the_table_has_every_name_that_a_study_may_give():
-    assert SAMPLERS.keys() == set(SAMPLER_NAMES)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -75,19 +67,3 @@ def test_a_sampler_that_learns_finds_better_candidates_in_time(home, make_spec, 
     result = run_whole(home, make_spec(sampler, space=space), 20)
     values = [objective(trial.candidate.parameters) for trial in result.trials]
     assert sum(values[12:]) / 8 > sum(values[:6]) / 6
-
-
-def test_a_sampler_is_added_by_one_entry(home, make_spec, monkeypatch):
-    def build(stage, seed, ordinal):
-        return optuna.samplers.TPESampler(n_startup_trials=2, seed=seed)
-
-    def specs(space):
-        spec = make_spec(space=space)
-        search = spec.search.model_copy(update={"sampler": SamplerSpec.model_construct(name="mine")})
-        return spec.model_copy(update={"search": search})
-
-    monkeypatch.setitem(SAMPLERS, "mine", Sampler(build, learns=True))
-    spec = specs(MIXED)
-    expected = sequence(run_whole(home, spec, 11))
-    assert sequence(run_in_pieces(other(home), spec, 11)) == expected
-    assert largest_stack(spec, left=40, workers=2, by_default=True) == 4

@@ -48,9 +48,8 @@ def test_written_down_urls_and_checksums_are_torchvisions():
 
 def test_listing_data_sets_imports_nothing_heavy():
     heavy = "{'torch', 'torchvision', 'medmnist', 'sklearn', 'PIL', 'pooch'}"
-    code = (
-        f"import sys; from hpo.data import prepare, sources; assert sources.NAMES; print({heavy} & sys.modules.keys())"
-    )
+    loaded = f"print({heavy} & sys.modules.keys())"
+    code = f"import sys; from hpo.data import prepare, sources; assert sources.DATASETS; {loaded}"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
 
 

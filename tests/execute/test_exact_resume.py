@@ -77,6 +77,7 @@ class _Interrupt:
 PIECES = [(1, None), (3, 4), (3, None), (5, 2), (5, None), (6, None), (8, 5), (8, 4), (9, None), (10, None)]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # eleven runs with their processes take minutes on a busy machine
 def test_a_study_in_ten_pieces_is_the_study_in_one_go(study, tmp_path):
     whole = study("whole", 10)

@@ -49,7 +49,7 @@ def test_the_measurement_chooses_a_number_within_the_limit(card):
         ((), 1, "few trials are left"),
         (("model={kind: resnet, width: 4}",), 8, "a layer ResidualBlock"),
         (("model={kind: cnn, filters: 512, kernel: 5}",), 8, "all of it computing"),
-        (("training.checkpoint=2",), 8, "it is saved every so many epochs"),
+        (("training.checkpoint=2",), 8, "it saves checkpoints"),
     ],
 )
 def test_what_cannot_share_says_why(card, settings, most, reason):

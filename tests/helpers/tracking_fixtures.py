@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -56,20 +57,26 @@ def folder(exported: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@contextmanager
+def tracking_server(template: Path, folder: Path) -> Iterator[str]:
+    """An MLflow server with its database and its artifacts in a folder; its address."""
+    folder.mkdir()
+    shutil.copyfile(template, folder / "mlflow.db")
+    uri = f"http://127.0.0.1:{(port := free_port())}"
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
+    command += ["--artifacts-destination", str(folder / "artifacts"), "--port", str(port), "--workers", "1"]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    with subprocess.Popen(command, env=environment, cwd=folder, start_new_session=True) as process:
+        try:
+            wait_for(f"{uri}/health", seconds=200)
+            yield uri
+        finally:
+            os.killpg(process.pid, 15)
+
+
 @pytest.fixture
 def server(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
     """A home whose tracking store is a server that keeps the artifacts too."""
-    place = tmp_path / "server"
-    place.mkdir()
-    shutil.copyfile(template, place / "mlflow.db")
-    uri = f"http://127.0.0.1:{(port := free_port())}"
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{place / 'mlflow.db'}"]
-    command += ["--artifacts-destination", str(place / "artifacts"), "--port", str(port), "--workers", "1"]
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    with subprocess.Popen(command, env=environment, cwd=place, start_new_session=True) as process:
-        try:
-            wait_for(f"{uri}/health", seconds=200)
-            yield Home.find(tmp_path)
-        finally:
-            os.killpg(process.pid, 15)
+    with tracking_server(template, tmp_path / "server") as uri:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        yield Home.find(tmp_path)

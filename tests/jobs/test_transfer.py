@@ -97,6 +97,7 @@ def _move(home: Home, target: Path, file: Path) -> Home:
     return Home.find(target)
 
 
+@pytest.mark.slow
 def test_study_is_the_same_on_shared_stores_and_back(rich: Home, stores: Home, other: Path, tmp_path: Path) -> None:
     _move(rich, _folder(stores), tmp_path / "one.zip")
     back = _move(stores, other, tmp_path / "two.zip")

@@ -168,7 +168,7 @@ def test_all_levels_are_the_averages_of_each_stage_s_maps_beside_the_answer(file
 
 def test_a_network_without_maps_between_says_that_it_has_no_levels():
     spec = TimmSpec(kind="timm", name="test_vit", weights="none", levels="all")
-    with pytest.raises(SpecError, match="test_vit cannot be taken apart") as caught:
+    with pytest.raises(SpecError, match="test_vit has no separate stages") as caught:
         _build(spec, shape=(32, 32, 3))
     assert "levels to last" in caught.value.hint
 

@@ -10,18 +10,29 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, chi2
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, f1_score, roc_auc_score
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    confusion_matrix,
+    f1_score,
+    roc_auc_score,
+    roc_curve,
+)
+from sklearn.metrics import classification_report as sklearn_report
 
 from hpo.metrics import METRICS
 from hpo.report.comparison import Comparison, Predictions, compare_predictions
 from hpo.report.statistics import (
     binarise_confusion,
     binarise_probabilities,
+    classification_report,
     holm,
     macro_roc,
     mcnemar,
     mean_lead,
     paired_bootstrap,
+    roc,
+    roc_per_class,
     score_intervals,
 )
 
@@ -293,3 +304,47 @@ def test_the_lead_of_single_trainings_is_the_difference_of_their_scores():
         labels, np.stack([first, second]), second[np.newaxis], score=METRICS["accuracy"], classes=4, seed=1
     )
     assert three.value == pytest.approx(differences[1]["accuracy"].value / 2)
+
+
+@pytest.mark.parametrize("decimals", [1, 8])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_curve_is_that_of_scikit_learn_ties_included(seed, decimals):
+    rng = np.random.default_rng(seed)
+    positive = rng.random(200) < 0.3
+    score = np.round(rng.random(200) + 0.4 * positive, decimals)
+    curve = roc(positive, score)
+    false, true, _ = roc_curve(positive, score)
+    assert curve.area == pytest.approx(roc_auc_score(positive, score))
+    # Every point of theirs lies on our line, which has corners only; both rates grow along it.
+    along = curve.false_rate + curve.true_rate
+    np.testing.assert_allclose(np.interp(false + true, along, curve.true_rate), true, atol=1e-12)
+    assert len(along) <= len(false)
+
+
+def test_one_kind_only_has_no_curve():
+    assert roc(np.ones(3, bool), np.arange(3.0)) is None
+    assert roc_per_class(np.zeros(4, int), np.full((4, 2), 0.5)) == [None, None]
+
+
+def test_the_report_agrees_with_scikit_learn():
+    generator = np.random.default_rng(0)
+    true, predicted = generator.integers(0, 4, 500), generator.integers(0, 4, 500)
+    counts = np.zeros((4, 4), int)
+    np.add.at(counts, (true, predicted), 1)
+    names = ["a", "b", "c", "d"]
+    ours, text = classification_report(counts.tolist(), names)
+    theirs = sklearn_report(true, predicted, target_names=names, output_dict=True)
+    for name in names:
+        assert ours["classes"][name]["precision"] == pytest.approx(theirs[name]["precision"])
+        assert ours["classes"][name]["f1"] == pytest.approx(theirs[name]["f1-score"])
+        assert ours["classes"][name]["support"] == theirs[name]["support"]
+    assert ours["macro_average"]["f1"] == pytest.approx(theirs["macro avg"]["f1-score"])
+    assert ours["weighted_average"]["recall"] == pytest.approx(theirs["weighted avg"]["recall"])
+    assert "macro avg" in text
+    assert ours["accuracy"] == pytest.approx(theirs["accuracy"])
+
+
+def test_a_class_without_images_or_predictions_has_zeros():
+    report, text = classification_report([[3, 0], [0, 0]], ["full", "empty"])
+    assert report["classes"]["empty"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}
+    assert "empty" in text

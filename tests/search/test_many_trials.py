@@ -77,6 +77,7 @@ def test_reading_a_study_again_reads_only_what_is_new(home, make_spec):
     study.close()
 
 
+@pytest.mark.slow
 def test_long_study_resumed_asks_what_it_would_have_asked_unbroken(tmp_path, home, make_spec):
     spec = make_spec("tpe", space=SPACE)
     make_study(home, spec, SHORT, images=10)

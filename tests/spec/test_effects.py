@@ -61,6 +61,7 @@ OTHERS: Mapping[str, list[Any]] = {  # where the kind of the place does not tell
     "model.filters": [[3, 5]],
     "model.padding": ["valid"],
     "model.dropout": [0.5],
+    "training.optimizer.name": ["sgd", "adam", "rmsprop"],
 }
 
 

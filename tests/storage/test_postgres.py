@@ -62,6 +62,7 @@ def _ask_and_die(home, spec) -> None:
     os._exit(0)
 
 
+@pytest.mark.slow
 def test_trial_of_a_machine_that_is_gone_is_tried_again_after_its_grace(make_home, make_spec, impatient):
     dead = FORK.Process(target=_ask_and_die, args=(make_home("dead"), make_spec()))
     dead.start()
@@ -76,6 +77,7 @@ def test_trial_of_a_machine_that_is_gone_is_tried_again_after_its_grace(make_hom
     study.close()
 
 
+@pytest.mark.slow
 def test_trial_of_a_living_machine_is_left_alone_however_long_it_takes(make_home, make_spec, impatient):
     first = open_study(make_home("a"), make_spec(), data_digest="d")
     second = open_study(make_home("b"), make_spec(), data_digest="d")
@@ -91,6 +93,7 @@ def test_trial_of_a_living_machine_is_left_alone_however_long_it_takes(make_home
     second.close()
 
 
+@pytest.mark.slow
 def test_supervisor_that_stood_still_finds_its_trial_taken_and_goes_on(make_home, make_spec, impatient):
     slow = open_study(make_home("slow"), make_spec(), data_digest="d")
     slow._liveness.close()  # it stands still
@@ -113,6 +116,7 @@ def _hold_trial(home, spec, pipe) -> None:
     os._exit(0)
 
 
+@pytest.mark.slow
 def test_after_an_outage_nobody_is_taken_for_dead_by_those_who_lived_through_it_or_came_later(
     make_home, make_spec, impatient, postgres
 ):
@@ -137,6 +141,7 @@ def test_after_an_outage_nobody_is_taken_for_dead_by_those_who_lived_through_it_
     newcomer.close()
 
 
+@pytest.mark.slow
 def test_repairs_wait_until_silence_means_something(make_home, make_spec, impatient):
     ours, theirs = FORK.Pipe()
     owner = FORK.Process(target=_hold_trial, args=(make_home("owner"), make_spec(), theirs))

@@ -79,6 +79,7 @@ def test_images_of_another_kind_are_refused_by_the_signature(
         mlflow.pyfunc.load_model(str(kept)).predict(change(images))
 
 
+@pytest.mark.slow
 def test_a_model_loads_without_this_package_and_without_unpickling(
     home: Home, kept: Path, folder: Path, images: np.ndarray, tmp_path: Path
 ) -> None:

@@ -9,7 +9,7 @@ import tiny_study as tiny
 from hpo.errors import ModelError
 from hpo.home import Home
 from hpo.records import ModelVersion
-from hpo.tracking.registry import fetch, resolve, set_alias, versions
+from hpo.tracking.registry import fetch, resolve
 from hpo.tracking.tracker import Tracker
 
 Register = Callable[[int], ModelVersion]
@@ -25,47 +25,6 @@ def register(tracker: Tracker, folder: Path) -> Register:
         return tracker.register(tiny.study(), number)
 
     return register
-
-
-def test_the_same_trial_registers_once(tracker: Tracker, register: Register) -> None:
-    first = register(4)
-    assert tracker.register(tiny.study(), 4) == first
-    assert (first.version, first.trial, first.study, first.aliases) == (1, 4, "tiny", ("challenger",))
-    assert first.scores == {"valid_accuracy": 0.904, "valid_loss": 0.4}
-
-
-def test_the_challenger_moves_to_what_was_registered_last(home: Home, tracker: Tracker, register: Register) -> None:
-    register(0)
-    register(1)
-    assert [(v.version, v.aliases) for v in versions(home)] == [(2, ("challenger",)), (1, ())]
-    tracker.register(tiny.study(), 0)
-    assert [(v.version, v.aliases) for v in versions(home, "tiny")] == [(2, ()), (1, ("challenger",))]
-
-
-def test_a_trial_whose_model_was_not_kept_is_not_registered(tracker: Tracker) -> None:
-    candidate = tiny.candidate(0)
-    tracker.start_trial(candidate, tiny.spec().with_values(candidate.parameters), worker="w0")
-    with pytest.raises(ModelError, match="model of trial 0 was not kept"):
-        tracker.register(tiny.study(), 0)
-
-
-def test_a_bare_name_is_the_champion_and_else_the_challenger(home: Home, register: Register) -> None:
-    first, second = register(0), register(1)
-    assert resolve(home, "tiny").version == second.version
-    promoted = set_alias(home, "tiny", "champion", 1, scores={"test_accuracy": 0.875}, tags={"why": "gate"})
-    assert promoted.scores["test_accuracy"] == 0.875
-    assert resolve(home, "tiny").version == first.version
-
-
-def test_names_aliases_versions_and_uris_resolve_to_the_same_version(
-    home: Home, tracker: Tracker, register: Register
-) -> None:
-    version = register(0)
-    for model in ("tiny@challenger", "tiny/1", "models:/tiny/1", "models:/tiny@challenger"):
-        assert resolve(home, model) == version
-    logged = resolve(home, tracker.kept_models(tiny.study())[0])
-    assert (logged.version, logged.study, logged.trial, logged.run_id) == (0, "tiny", 0, version.run_id)
-    assert fetch(home, logged, home.work) == fetch(home, version, home.work)
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,8 @@ from torch.nn import functional
 from hpo.errors import TrainingError
 from hpo.spec.training import AugmentSpec
 from hpo.training.augment import (
-    AUGMENTATIONS,
     MIXES,
     OPTIONS,
-    Augmentation,
-    build_augment,
     erase,
     mix_batch,
     recolour,
@@ -336,16 +333,3 @@ def test_every_field_of_the_spec_changes_a_batch_when_it_is_the_only_one(name):
         assert not torch.equal(mixed, _planes(images))
     else:
         assert not torch.equal(augmenter(spec)(images, _generator()), images)
-
-
-class _Inverting(AugmentSpec):
-    invert: bool = False
-
-
-def test_an_augmentation_is_added_by_one_entry_of_the_table(monkeypatch):
-    images, spec = _images(20, 12, 12), _Inverting(invert=True)
-    with pytest.raises(TrainingError, match=r"augment\.invert: is not implemented"):
-        build_augment(spec)
-    monkeypatch.setitem(AUGMENTATIONS, "invert", Augmentation(change=lambda _spec, batch, _generator: 255 - batch))
-    assert torch.equal(build_augment(spec)(images, _generator()), 255 - images)
-    assert augmenter(_Inverting()) is None

@@ -126,6 +126,7 @@ def _worker(file: str, card, cache: str, count) -> None:
     np.save(Path(cache) / f"{os.getpid()}.npy", images.numpy())
 
 
+@pytest.mark.slow
 def test_workers_that_begin_together_share_the_images_and_get_all_features(
     file, digits_card, digits, tmp_path, monkeypatch
 ):

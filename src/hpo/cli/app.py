@@ -264,7 +264,7 @@ def ui(
 
     if not is_local(host):
         output.print_warning(
-            f"whoever reaches {host}:{port} can read and change everything: MLflow asks for no password."
+            f"everyone who reaches {host}:{port} can read and change everything: MLflow asks for no password."
         )
     typer.echo(f"MLflow starts at http://{host}:{port} in half a minute; Ctrl-C ends it.", err=True)
     raise typer.Exit(open_ui(Home.find(home), host=host, port=port))

@@ -6,12 +6,15 @@ import itertools
 from dataclasses import replace
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hpo.cli.display import output
 from hpo.cli.options import AsJson, Debug, HomeFolder, Trust, complete_study
+
+if TYPE_CHECKING:
+    from hpo.report.comparison import Comparison
 
 
 def compare(
@@ -39,7 +42,6 @@ def compare(
     """Compare models on the same images: scores with intervals, McNemar's test, ROC curves."""
     from hpo.jobs.compare import compare as run_comparison
     from hpo.jobs.compare import make_folder, write_comparison
-    from hpo.report.comparison import rows_of
 
     if out is not None:
         make_folder(out)  # so that the test part is not opened in vain
@@ -53,8 +55,16 @@ def compare(
             del contestant["curve"]
         output.print_json({**plain, "verdicts": comparison.verdicts, "files": written})
         return
+    _print_comparison(comparison)
+    for path in written:
+        output.print_text(str(path))
+
+
+def _print_comparison(comparison: Comparison) -> None:
+    from hpo.report.comparison import rows_of
+
     binary = len(comparison.class_names) == 2
-    letters = [ascii_uppercase[index] if index < 26 else str(index + 1) for index in range(len(models))]
+    letters = [ascii_uppercase[index] if index < 26 else str(index + 1) for index in range(len(comparison.contestants))]
     named = list(zip(letters, comparison.contestants, strict=True))
     count = f"{comparison.image_count:,} {comparison.part} images, {len(comparison.class_names)} classes"
     if binary:
@@ -76,8 +86,6 @@ def compare(
         output.print_text(line)
     for study, times in comparison.openings.items():
         output.print_text(output.show_openings(study, times))
-    for path in written:
-        output.print_text(str(path))
 
 
 def evaluate(

@@ -145,5 +145,5 @@ def _show(check: EpochCheck) -> None:
         output.print_text(f"  {'epoch':>8}  {'then':>7}  {'again':>7}  difference")
     place = f"{check.fold + 1}.{check.number}" if check.fold else str(check.number)
     then, again = (output.show_score(value) or "-" for value in (check.objective, check.again))
-    apart = f"{check.difference:.2g} {check.score}" if check.difference else "0"
-    output.print_text(f"{_MARKS[check.agreement]} {place:>8}  {then:>7}  {again:>7}  {apart}")
+    difference = f"{check.difference:.2g} {check.score}" if check.difference else "0"
+    output.print_text(f"{_MARKS[check.agreement]} {place:>8}  {then:>7}  {again:>7}  {difference}")

@@ -102,13 +102,13 @@ def models(
     found = versions(place, name)
     terms = champions(place, name) if name and found else []
     if as_json:
-        told = [
+        plain = [
             {**output.plain(model), "champion": [term for term in terms if term.version == model.version]}
             if name
             else model
             for model in found
         ]
-        output.print_json(told)
+        output.print_json(plain)
         return
     if not found:
         output.print_text("No model is registered here yet. Begin with: hpo run digits-mlp")

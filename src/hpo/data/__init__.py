@@ -1,1 +1,1 @@
-"""Data sets: found, checked, prepared once as arrays, split; the test part apart and sealed."""
+"""Data sets: found, checked, prepared once as arrays, split; the test part sealed."""

@@ -19,7 +19,7 @@ def cache_folder() -> Path:
 
 
 def models_folder() -> Path:
-    """Where models of a store lie that other networks stand on, each in a folder named by its id."""
+    """The folder of registered models that other networks start from, each in a folder named by its id."""
     return cache_folder() / "models"
 
 
@@ -61,15 +61,15 @@ def write_text(path: Path, text: str) -> None:
     part.replace(path)
 
 
-# The kinds of networks that stand on others, whose features of a data set are kept.
-_STANDING = ("torchvision", "timm", "fusion", "transfer")
+# The kinds of networks that start from others, whose features of a data set are kept.
+_PRETRAINED = ("torchvision", "timm", "fusion", "transfer")
 
 
 def unused(digests: Collection[str], specs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Path]]:
     """(kind, file or folder) of what studies on data with these digests, and with these specs, do not use.
 
-    Features are told apart by what networks and data they are of, in a key that does not show which: they count as used
-    while any of the studies stands on a pretrained network. Downloads stay: they may be hard to get again.
+    The key of features, a digest, does not show their network and data: they count as used
+    while any of the studies starts from a pretrained network. Downloads stay: they may be hard to get again.
     """
     root = cache_folder()
     used = {digest.removeprefix("sha256:")[:32] for digest in digests}
@@ -79,7 +79,7 @@ def unused(digests: Collection[str], specs: Sequence[Mapping[str, Any]]) -> Iter
         if _digest(entry).removeprefix("sha256:")[:32] not in used:
             yield "index", entry
     models = [spec.get("model") or {} for spec in specs]
-    if not any(model.get("kind") in _STANDING for model in models):
+    if not any(model.get("kind") in _PRETRAINED for model in models):
         yield from (("features", path) for path in sorted((root / "features").glob("*")) if path.is_dir())
     named = {str(model.get("from_model")).removeprefix("models:/") for model in models}
     yield from (("network", path) for path in sorted(models_folder().glob("*")) if path.name not in named)

@@ -60,7 +60,7 @@ class _Check:
     start: str
 
     def miss(self, path: Path) -> str:
-        """What is said of a file with another checksum; empty for the right one."""
+        """The message on a file with another checksum; empty for the right one."""
         found = _digest(path, self.algorithm)
         right = found.startswith(self.start)
         return "" if right else f"its {self.algorithm} is {found}, the official one is {self.start}"

@@ -162,7 +162,7 @@ def _headers(
 
 
 def _undecodable(files: Iterable[AnyFile]) -> list[str]:
-    """Which files have a header but no image, and why: all faults are told at once."""
+    """Which files have a header but no image, and why: all faults are reported at once."""
     broken = []
     for file in files:
         try:

@@ -32,7 +32,7 @@ def open_development(card: DataCard, split: SplitSpec) -> tuple[NDArray[np.uint8
         labels = np.load(folder / "development_labels.npy", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{folder}: the prepared data cannot be read: {error}.", "Run again: it is prepared anew."
+            f"{folder}: the prepared data cannot be read: {error}.", "Run again: it is prepared again."
         ) from None
     train, valid = rows_of(card, split, labels)
     return images, labels, {"train": train, "valid": valid} if len(valid) else {"train": train}
@@ -77,7 +77,7 @@ def duplicates(
     """Images of each part that repeat an earlier one of it; images of a later part that also occur in an earlier one.
 
     digests are the pixel_digests of the development images, parts the rows of train and valid. The second answer is
-    keyed by (earlier, later) of train, valid, test; of the test part only these numbers are ever told.
+    keyed by (earlier, later) of train, valid, test; of the test part only these numbers are ever reported.
     """
     by_part = {part: [digests[row] for row in rows] for part, rows in parts.items()}
     test = duplicates_of_test(card, by_part)
@@ -91,7 +91,7 @@ def duplicates(
 def near_duplicates(card: DataCard, split: SplitSpec) -> dict[tuple[str, str], int]:
     """Images of a later part that look nearly like one of an earlier part, by (earlier, later); copies count, too.
 
-    Of the test part only these numbers are ever told. Empty where an older version of hpo prepared the data. Raises
+    Of the test part only these numbers are ever reported. Empty where an older version of hpo prepared the data. Raises
     DataError as open_development does.
     """
     file = Path(card.folder) / "development_near.npy"

@@ -305,7 +305,7 @@ def load_tensor(path: Path, device: torch.device) -> Tensor:
         return _mapped(path, device, (seen.st_ino, seen.st_size, seen.st_mtime_ns))
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{path}: the prepared data cannot be read: {error}.", "Run again: it is prepared anew."
+            f"{path}: the prepared data cannot be read: {error}.", "Run again: it is prepared again."
         ) from None
 
 

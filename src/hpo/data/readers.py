@@ -183,7 +183,7 @@ def _idx(folder: Path, name: str, dims: int) -> NDArray[np.uint8]:
             if file.read(4) != bytes((0, 0, 8, dims)):
                 raise ValueError(f"it does not begin as uint8 idx of {dims} dimensions")
             shape = struct.unpack(f">{dims}I", file.read(4 * dims))
-            # One more than is due: a file that unpacks to more is told, not unpacked.
+            # One more than is due: a file that unpacks to more is reported, not unpacked.
             values = file.read(math.prod(shape) + 1)
         return np.frombuffer(values, np.uint8).reshape(shape)
     except _DAMAGE as error:

@@ -175,8 +175,6 @@ DATASETS: dict[str, Source] = {
     "table": Source(read=read_table),
 }
 
-NAMES = tuple(DATASETS)
-
 # What medmnist's table says of its tasks, where they are more than to tell classes apart.
 _TASK_SCORES = {"ordinal-regression": ("valid_class_error", "valid_quadratic_kappa")}
 
@@ -210,10 +208,10 @@ def find(name: str, *, size: int | None, path: str | None) -> Source:
     if ":" in name:
         return Source(read=partial(read_own, name), installed=lambda: Path(name))
     if name not in DATASETS:
-        close = difflib.get_close_matches(name, NAMES, n=1)
+        close = difflib.get_close_matches(name, DATASETS, n=1)
         raise DataError(
             f"data.name: there is no data set {name!r}.",
-            f"Did you mean {close[0]}?" if close else f"Known: {', '.join(NAMES)}.",
+            f"Did you mean {close[0]}?" if close else f"Known: {', '.join(DATASETS)}.",
         )
     source = DATASETS[name]
     if size is not None and source.sizes and size not in source.sizes:

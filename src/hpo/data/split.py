@@ -44,8 +44,7 @@ def indices(
     if split.kind == "none":
         return every, every[:0]
     if split.kind == "kfold":
-        whole = split.fraction == 1
-        pool = every if whole else draw(labels, groups, share=split.fraction, seed=split.seed)
+        pool = every if split.fraction == 1 else draw(labels, groups, share=split.fraction, seed=split.seed)
         if groups is None:
             dealt = _DEALS[split.by](labels[pool], split.folds, split.seed)
         else:

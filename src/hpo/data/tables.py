@@ -1,4 +1,4 @@
-"""A table of labels beside image files: CSV, TSV, JSON Lines or Parquet."""
+"""A table of labels for image files: CSV, TSV, JSON Lines or Parquet."""
 
 from __future__ import annotations
 
@@ -85,15 +85,13 @@ def label_by_table(
         elif not table[label][row]:
             unlabelled.add(matches[0].path)
         else:
-            said = table[part][row] if part else ""
-            # Without a column, the folder train, valid or test that a file lies in says it.
-            own = PART_NAMES.get(said.lower()) if part else by_name.part(matches[0])
+            # Without a column, the part is the folder train, valid or test that the file lies in.
+            own = PART_NAMES.get(table[part][row].lower()) if part else by_name.part(matches[0])
             if own is None:
-                strange[said] += 1
+                strange[table[part][row] if part else ""] += 1
                 continue
-            found = Labelled(
-                matches[0].file, matches[0].path, table[label][row], own, table[group][row] if group else ""
-            )
+            grouped = table[group][row] if group else ""
+            found = Labelled(matches[0].file, matches[0].path, table[label][row], own, grouped)
             if group and not found.group:
                 ungrouped.append(name)
             earlier = chosen.setdefault(found.path, found)
@@ -159,7 +157,7 @@ def metadata_files(listing: Listing) -> list[Found]:
 
 
 def unread_table(listing: Listing, found: Sequence[Labelled], place: Path) -> list[str]:
-    """A warning where a table beside folders names their images and no column of it is their classes.
+    """A warning where a table next to folders names their images and no column of it is their classes.
 
     Raises DataError where the names of the folders, such as images_part_1, are no classes either.
     """

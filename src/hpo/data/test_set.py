@@ -89,6 +89,6 @@ def _read(card: DataCard, name: str) -> NDArray[Any]:
         array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{path}: the prepared data cannot be read: {error}.", "Run again: it is prepared anew."
+            f"{path}: the prepared data cannot be read: {error}.", "Run again: it is prepared again."
         ) from None
     return array

@@ -85,8 +85,11 @@ def _cases(snapshot: HomeSnapshot) -> Iterator[Case]:
     """All problems; those that others depend on come first."""
     home = snapshot.home
     for url, error in snapshot.faults.items():
-        yield Case(
-            Finding(error.message.rstrip("."), _address(url), "Its content cannot be examined.", hint=error.hint)
+        yield Case.of(
+            what=error.message.rstrip("."),
+            where=_address(url),
+            why="Its content cannot be examined.",
+            hint=error.hint,
         )
     for package, url in (("optuna", home.storage_url), ("mlflow", home.tracking_uri)):
         if url not in snapshot.faults and not is_server(url):
@@ -115,14 +118,12 @@ def _integrity(url: str) -> Iterator[Case]:
     except StoreError as error:
         answers = [error.message]
     if answers != ["ok"]:
-        yield Case(
-            Finding(
-                what=f"the database is damaged: {answers[0]}",
-                where=_address(url),
-                why="Its content may be wrong, and the next write may fail.",
-                hint="Restore it from a copy; sqlite3 FILE .recover saves what can be read. "
-                "A new mlflow.db is filled from the study storage by the next hpo run.",
-            )
+        yield Case.of(
+            what=f"the database is damaged: {answers[0]}",
+            where=_address(url),
+            why="Its content may be wrong, and the next write may fail.",
+            hint="Restore it from a copy; sqlite3 FILE .recover saves what can be read. "
+            "A new mlflow.db is filled from the study storage by the next hpo run.",
         )
 
 
@@ -133,13 +134,11 @@ def _schema(home: Home, package: str, url: str) -> Iterator[Case]:
     found = read_schema(package, url)
     if not found.current and not found.is_new:
         age = "an older" if found.older else "a newer"
-        yield Case(
-            Finding(
-                what=f"the database was written by {age} {package} than is installed",
-                where=f"{_address(url)}: schema {found.version}, installed {found.newest}",
-                why=f"{package} refuses to open it." if package == "mlflow" or not found.older else "It may refuse it.",
-                hint="Copy it, then: hpo store upgrade" if found.older else f"Install a newer {package}.",
-            )
+        yield Case.of(
+            what=f"the database was written by {age} {package} than is installed",
+            where=f"{_address(url)}: schema {found.version}, installed {found.newest}",
+            why=f"{package} refuses to open it." if package == "mlflow" or not found.older else "It may refuse it.",
+            hint="Copy it, then: hpo store upgrade" if found.older else f"Install a newer {package}.",
         )
 
 
@@ -154,14 +153,12 @@ def _moved(snapshot: HomeSnapshot) -> Iterator[Case]:
         if path is not None and experiment.location.endswith(f"/artifacts/{quote(experiment.name)}"):
             roots.add(path.parents[1])
     for old in sorted(each for each in roots if each != root and not (each.exists() and each.samefile(root))):
-        yield Case(
-            Finding(
-                what="the project was moved or copied: MLflow still looks for artifacts and models in the old folder",
-                where=f"{root}, which was {old}",
-                why="Models do not load; if the old folder still exists, both projects write to its files.",
-                repair="copies mlflow.db, then changes every address in it to the new folder",
-            ),
+        yield Case.of(
             partial(move_artifacts, snapshot.home, old, root),
+            what="the project was moved or copied: MLflow still looks for artifacts and models in the old folder",
+            where=f"{root}, which was {old}",
+            why="Models do not load; if the old folder still exists, both projects write to its files.",
+            repair="copies mlflow.db, then changes every address in it to the new folder",
         )
 
 
@@ -172,13 +169,11 @@ def _unowned(snapshot: HomeSnapshot) -> Iterator[Case]:
         return
     if snapshot.tracking is None:
         if snapshot.folders and not snapshot.faults:
-            yield Case(
-                Finding(
-                    what=f"{len(snapshot.folders)} folders of runs and models, but MLflow's database is gone",
-                    where=str(home.root / "mlflow.db"),
-                    why="Runs and registered models are not found.",
-                    hint="Restore the file from a copy. Without one, hpo run writes the runs again, but no model.",
-                )
+            yield Case.of(
+                what=f"{len(snapshot.folders)} folders of runs and models, but MLflow's database is gone",
+                where=str(home.root / "mlflow.db"),
+                why="Runs and registered models are not found.",
+                hint="Restore the file from a copy. Without one, hpo run writes the runs again, but no model.",
             )
         return
     known = {run.id for run in snapshot.tracking.runs} | {model.id for model in snapshot.tracking.models}
@@ -188,14 +183,12 @@ def _unowned(snapshot: HomeSnapshot) -> Iterator[Case]:
         if path.name not in known and path.relative_to(home.artifacts).parts[0] not in snapshot.live_names
     ]
     if lost:
-        yield Case(
-            Finding(
-                what=f"{len(lost)} artifact folders that no run and no model in MLflow owns",
-                where=_first(lost),
-                why=f"They take {_megabytes(sum(map(size_of, lost)))} and nothing refers to them.",
-                repair=f"moves them to {home.root / 'aside'}; hpo clean --aside deletes them for good",
-            ),
+        yield Case.of(
             partial(_set_aside, home, lost),
+            what=f"{len(lost)} artifact folders that no run and no model in MLflow owns",
+            where=_first(lost),
+            why=f"They take {_megabytes(sum(map(size_of, lost)))} and nothing refers to them.",
+            repair=f"moves them to {home.root / 'aside'}; hpo clean --aside deletes them for good",
         )
 
 
@@ -209,14 +202,12 @@ def _set_aside(home: Home, folders: list[Path]) -> None:
 def _leftovers(snapshot: HomeSnapshot) -> Iterator[Case]:
     lost = [path for _, path in leftover_work(snapshot)]
     if lost:
-        yield Case(
-            Finding(
-                what=f"{len(lost)} folders of work that no run will use",
-                where=_first(lost),
-                why=f"They take {_megabytes(sum(map(size_of, lost)))}.",
-                repair="deletes them: they hold no result",
-            ),
+        yield Case.of(
             partial(_remove_all, lost),
+            what=f"{len(lost)} folders of work that no run will use",
+            where=_first(lost),
+            why=f"They take {_megabytes(sum(map(size_of, lost)))}.",
+            repair="deletes them: they hold no result",
         )
 
 
@@ -229,28 +220,24 @@ def _space(home: Home) -> Iterator[Case]:
     folder = next((path for path in (home.root, *home.root.parents) if path.exists()), Path("/"))
     free = shutil.disk_usage(folder).free
     if free < _LEAST_FREE_BYTES:
-        yield Case(
-            Finding(
-                what=f"the disk is nearly full: {_megabytes(free)} free",
-                where=str(folder),
-                why="A study that cannot write stops.",
-                hint="See what can be deleted: hpo clean",
-            )
+        yield Case.of(
+            what=f"the disk is nearly full: {_megabytes(free)} free",
+            where=str(folder),
+            why="A study that cannot write stops.",
+            hint="See what can be deleted: hpo clean",
         )
 
 
 def _abandoned(snapshot: HomeSnapshot) -> Iterator[Case]:
     for title, one in snapshot.studies.items():
         if one.abandoned:
-            yield Case(
-                Finding(
-                    what=f"{_count(len(one.abandoned), 'trial')} running, but nobody runs it: its supervisor is dead",
-                    where=f"{title}: trial {numbers(one.abandoned)}",
-                    why="They count against the budget, and other supervisors may wait for them.",
-                    repair="records them as stopped and enqueues them again, as the next hpo run does",
-                    study=title,
-                ),
+            yield Case.of(
                 partial(_reap, snapshot.home, title),
+                what=f"{_count(len(one.abandoned), 'trial')} running, but nobody runs it: its supervisor is dead",
+                where=f"{title}: trial {numbers(one.abandoned)}",
+                why="They count against the budget, and other supervisors may wait for them.",
+                repair="records them as stopped and enqueues them again, as the next hpo run does",
+                study=title,
             )
 
 
@@ -261,14 +248,12 @@ def _locks(snapshot: HomeSnapshot) -> Iterator[Case]:
         titles = {path.name.removesuffix(".ask.lock") for path in files} - set(snapshot.studies)
     stale = len(snapshot.stale_leases) + len(titles)
     if stale:
-        yield Case(
-            Finding(
-                what=f"{_count(stale, 'lock file')} of dead supervisors or of studies that no longer exist",
-                where=str(snapshot.home.locks),
-                why="They block nothing, but they hide which supervisors live.",
-                repair="deletes them",
-            ),
+        yield Case.of(
             partial(_drop_locks, snapshot.home, titles),
+            what=f"{_count(stale, 'lock file')} of dead supervisors or of studies that no longer exist",
+            where=str(snapshot.home.locks),
+            why="They block nothing, but they hide which supervisors live.",
+            repair="deletes them",
         )
 
 

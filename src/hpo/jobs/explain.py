@@ -8,10 +8,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hpo.errors import HpoError, ModelError
 from hpo.execute.base_model import check_setup
 from hpo.home import Home
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 AnyPath = str | Path
 
@@ -52,7 +56,6 @@ def explain(
     from hpo.predict import read_images
     from hpo.report.figures.images import saliency_figure
 
-    target_folder = Path(folder)
     with _parts(model, home, trust=trust) as parts:
         config = read_config(parts / "config.json")
         names = config["class_names"]
@@ -60,17 +63,11 @@ def explain(
         images = read_images(paths, tuple(config["image_shape"]), None if scaled else config.get("ranges"))
         explanations = explain_images(parts, images, methods=methods, target=target)
     rows = []
-    for path, picture, found in zip(paths, _pictures(paths, target_folder), explanations, strict=True):
+    for path, picture, found in zip(paths, _pictures(paths, Path(folder)), explanations, strict=True):
         best = max(range(len(names)), key=found.probabilities.__getitem__)
         title = f"{Path(path).name}: why {names[found.target]}?"
         figure = saliency_figure(found.image, found.maps, found.probabilities, names, target=found.target, title=title)
-        try:
-            target_folder.mkdir(parents=True, exist_ok=True)
-            figure.savefig(picture)
-        except OSError as error:
-            raise HpoError(
-                f"{picture}: cannot be written: {error.strerror}.", "Choose another folder: --out FOLDER"
-            ) from None
+        _save(figure, picture)
         rows.append(
             Explained(
                 file=str(path),
@@ -83,6 +80,16 @@ def explain(
             )
         )
     return rows
+
+
+def _save(figure: Figure, picture: Path) -> None:
+    try:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(picture)
+    except OSError as error:
+        raise HpoError(
+            f"{picture}: cannot be written: {error.strerror}.", "Choose another folder: --out FOLDER"
+        ) from None
 
 
 @contextmanager

@@ -17,9 +17,9 @@ from hpo.execute.base_model import with_model
 from hpo.execute.workers.task import Task, Training, train_task
 from hpo.home import Home
 from hpo.jobs.shared.model_reference import ModelReference, find_trial, study_data
-from hpo.records import Epoch, TrialResult, TrialState, unpack_classes
+from hpo.records import Epoch, StudyResult, Trial, TrialResult, TrialState, unpack_classes
 from hpo.spec.load import parse_study
-from hpo.spec.study import Setup
+from hpo.spec.study import Setup, StudySpec
 
 if TYPE_CHECKING:
     from hpo.training.stacking.stack import Stacks
@@ -106,45 +106,28 @@ def rerun(
     the trial stays as it is, and no store is written to. Raises HpoError where the trial is not finished, or its data
     or its device is not here.
     """
-    match = re.fullmatch(r"(.+)[/#]([0-9]+)", asked)
-    if match is None:
-        raise HpoError(f"{asked}: names no trial.", "Write STUDY/NUMBER, such as digits-mlp/3.")
-    if not tolerance >= 0:
-        raise HpoError(f"--tolerance {tolerance}: is negative.", "Give 0 or more, such as 0.001.")
-    from hpo.storage.optuna_storage import read_study
     from hpo.training.compute.device import threads
 
-    place = Home.find(home)
-    study = read_study(place, match[1])
-    spec = with_model(parse_study(study.spec, trust=trust), place, trust=trust)
-    trial = find_trial(study, match[2], (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAILED))
-    before = trial.result or TrialResult(trial.number, trial.state)
-    if before.state is not TrialState.FAILED and not before.epochs:
-        raise StoreError(f"{asked}: it was not trained: {before.reason}.", "Train that one again.")
+    if not tolerance >= 0:
+        raise HpoError(f"--tolerance {tolerance}: is negative.", "Give 0 or more, such as 0.001.")
+    study, spec, trial, before = _trained(asked, Home.find(home), trust=trust)
     card = study_data(study, spec)
     setup = _as_it_was(ModelReference(asked, study, spec, trial, card, None).setup, before)
     name = _device(device or before.settings.get("device", "auto"))
     checks: list[EpochCheck] = []
     count = int(before.settings.get("threads", "1"))
     with tempfile.TemporaryDirectory() as folder, threads(count):
-        task = Task(
-            number=trial.number,
-            setup=setup,
-            seed=trial.candidate.seed,
-            data=card,
-            folder=folder,
-        )
+        task = Task(number=trial.number, setup=setup, seed=trial.candidate.seed, data=card, folder=folder)
         training = train_task(task, name, _stacks(before))
         result = _follow(training, before, study.objective, tolerance, checks, watch or _ignore)
     images, changed = _answers(before, result)
-    ended, again = _end(before), _end(result)
     worst = max((check.agreement for check in checks), key=list(Agreement).index, default=Agreement.EQUAL)
     precision = result.settings.get("precision", "")
     return Rerun(
         study=study.title,
         trial=trial.number,
-        ended=ended,
-        ended_again=again,
+        ended=_end(before),
+        ended_again=_end(result),
         epochs=tuple(checks),
         agreement=worst if before.state is result.state else Agreement.DIFFERS,
         difference=max((check.difference for check in checks), default=0.0),
@@ -156,6 +139,22 @@ def rerun(
         images=images,
         changed=changed,
     )
+
+
+def _trained(asked: str, place: Home, *, trust: bool) -> tuple[StudyResult, StudySpec, Trial, TrialResult]:
+    """The study of STUDY/NUMBER, its spec with the model that it starts from, the finished trial and its result."""
+    match = re.fullmatch(r"(.+)[/#]([0-9]+)", asked)
+    if match is None:
+        raise HpoError(f"{asked}: names no trial.", "Write STUDY/NUMBER, such as digits-mlp/3.")
+    from hpo.storage.optuna_storage import read_study
+
+    study = read_study(place, match[1])
+    spec = with_model(parse_study(study.spec, trust=trust), place, trust=trust)
+    trial = find_trial(study, match[2], (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAILED))
+    before = trial.result or TrialResult(trial.number, trial.state)
+    if before.state is not TrialState.FAILED and not before.epochs:
+        raise StoreError(f"{asked}: it was not trained: {before.reason}.", "Train that one again.")
+    return study, spec, trial, before
 
 
 def _ignore(check: EpochCheck) -> None:
@@ -173,7 +172,7 @@ def _as_it_was(setup: Setup, before: TrialResult) -> Setup:
 
 
 def _stacks(before: TrialResult) -> Stacks | None:
-    """A stack for a trial that was trained in one: the same arithmetic, whoever else is in it."""
+    """A stack for a trial that was trained in one: the same arithmetic, whatever other trials are in it."""
     if before.settings.get("stack") != "shared":
         return None
     from hpo.training.stacking.stack import Stacks
@@ -241,8 +240,8 @@ def _difference(one: float | None, other: float | None) -> float:
         return math.inf
     if one == other or (math.isnan(one) and math.isnan(other)):
         return 0.0
-    apart = abs(one - other)
-    return math.inf if math.isnan(apart) else apart
+    difference = abs(one - other)
+    return math.inf if math.isnan(difference) else difference
 
 
 def _end(result: TrialResult) -> str:

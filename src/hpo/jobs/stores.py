@@ -44,7 +44,7 @@ class Schema:
 
 @dataclass(frozen=True)
 class StoreState:
-    """How a store stands. name is studies or tracking; address has no password; state is ok, new, older, newer or away.
+    """A store. name is studies or tracking; address has no password; state is ok, new, older, newer or away.
 
     detail says what is in it, or why it is away; next is a command or what else to do, "" where nothing is to be done.
     """
@@ -96,7 +96,7 @@ def _judge(schema: Schema, package: str) -> tuple[str, str]:
 def upgrade_stores(home: str | Path | None = None, *, backed_up: bool = False) -> list[str]:
     """Bring databases of older versions up to date; one sentence for each that was.
 
-    A SQLite file is copied first, beside itself. Of a database on a server there must be a copy (backed_up=True): its
+    A SQLite file is copied first, next to it. Of a database on a server there must be a copy (backed_up=True): its
     migrations cannot be undone. Raises StoreError where one is newer than what is installed, where one cannot be read,
     or while a run of this machine has a study open: those of others are not seen, and must have ended.
     """

@@ -253,7 +253,7 @@ def _with_levels(net: nn.Module, spec: AnyBackbone, side: int, pool: int | None)
         cut = library.create_feature_extractor(net, {name: name for name in [*shapes, *([] if pool else [last])]})
     except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
         raise SpecError(
-            f"model.levels: {spec.kind}'s {spec.name} cannot be taken apart: {str(error).splitlines()[0]}.",
+            f"model.levels: {spec.kind}'s {spec.name} has no separate stages: {str(error).splitlines()[0]}.",
             "Set levels to last.",
         ) from None
     for graph in (cut.train_graph, cut.eval_graph):

@@ -66,11 +66,11 @@ def load_program(file: Path) -> Any:
     if found:
         raise ModelError(
             f"{file}: not a plain exported program: {found}, and loading that could run code.",
-            "Export the model anew, with hpo. If you trust its maker: --allow-pickle",
+            "Export the model again with hpo. If you trust its maker: --allow-pickle",
         )
     log = logging.getLogger("torch.export")
     level = log.level
-    log.setLevel(logging.CRITICAL)  # else torch prints a traceback of what is told here in a line
+    log.setLevel(logging.CRITICAL)  # else torch prints a traceback of the error that is raised here
     try:
         return torch.export.load(file)
     except Exception as error:  # noqa: BLE001
@@ -169,7 +169,7 @@ class Program:
     def predict(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Images (n, height, width, channels) uint8 -> probabilities (n, classes) float32; n >= 0.
 
-        Raises ModelError where the program does not take them.
+        Raises ModelError where the program does not accept them.
         """
         try:
             with torch.inference_mode():
@@ -182,6 +182,6 @@ class Program:
         except Exception as error:
             raise ModelError(
                 f"{self._file}: fails for images of shape {images.shape}: {str(error).splitlines()[0]}.",
-                "The program and the config.json beside it do not fit: restore them from a copy.",
+                "The program and the config.json next to it do not fit: restore them from a copy.",
             ) from error
         return found

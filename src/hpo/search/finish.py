@@ -109,7 +109,7 @@ def final_result(spec: StudySpec, result: TrialResult, *, final: bool = False, d
 
     The objective becomes the value, unless one is given, and constraints decide what is feasible. A complete trial
     without a finite value for each objective fails, and so does one that was stopped when its process had died three
-    times. final: it is a final training, which may have no validation scores beside its given value.
+    times. final: it is a final training, which may have no validation scores besides its given value.
     """
     if result.state in (TrialState.COMPLETE, TrialState.PRUNED) and not result.values:
         value = result.scores.get(aims(spec)[0][0]) if result.value is None else result.value

@@ -101,23 +101,7 @@ def _enter_study(
     title = spec.name if generation == 1 else f"{spec.name}~{generation}"
     study_id, before = storage.studies()[titles[generation]] if generation in titles else (-1, None)
     spec = spec.resumed_as(before["spec"]) if before else spec
-    objectives = aims(spec)
-    identity = spec.identity()
-    if spec.search.constraints:
-        identity["constraints"] = spec.search.constraints
-    record = {
-        "name": spec.name,
-        "generation": generation,
-        "direction": objectives[0][1],
-        "objective": objectives[0][0],
-        "objectives": objectives,
-        "spec": spec.model_dump(mode="json"),
-        "identity": identity,
-        "data_digest": data_digest,
-        "created": time.time(),
-        "budget": budget,
-        "content": content,
-    }
+    record = {**_record(spec, generation, data_digest, content), "budget": budget}
     notes: list[str] = []
     if before is not None:
         _check_same(before, record)
@@ -132,10 +116,30 @@ def _enter_study(
         # It may exist without our record: its creator was killed between the two writes.
         study_id = storage.study_ids().get(title, -1)
         if study_id == -1:
-            directions = [StudyDirection[direction.upper()] for _, direction in objectives]
+            directions = [StudyDirection[direction.upper()] for _, direction in aims(spec)]
             study_id = storage.database.create_new_study(directions, title)
     storage.database.set_study_user_attr(study_id, STUDY, record)
     return title, notes, spec
+
+
+def _record(spec: StudySpec, generation: int, data_digest: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a new study, without its budget."""
+    objectives = aims(spec)
+    identity = spec.identity()
+    if spec.search.constraints:
+        identity["constraints"] = spec.search.constraints
+    return {
+        "name": spec.name,
+        "generation": generation,
+        "direction": objectives[0][1],
+        "objective": objectives[0][0],
+        "objectives": objectives,
+        "spec": spec.model_dump(mode="json"),
+        "identity": identity,
+        "data_digest": data_digest,
+        "created": time.time(),
+        "content": content,
+    }
 
 
 def _check_search(spec: StudySpec) -> None:

@@ -197,7 +197,7 @@ def _check_size(node: yaml.Node | None) -> None:
 
     def size(place: yaml.Node) -> int:
         if place in above:
-            raise ValueError("an alias stands inside what it names")
+            raise ValueError("an alias refers to a node that contains it")
         if place not in sizes:
             above.add(place)
             below = place.value if isinstance(place, yaml.CollectionNode) else ()

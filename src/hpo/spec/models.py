@@ -29,7 +29,7 @@ class _Backbone(Part):
     """Side in pixels to which images are resized on the device. null: what the network was trained at; with fresh
     weights the images' own."""
     levels: Literal["last", "all"] = "last"
-    """last: the features that its own classifier would see. all: beside them the averages of the maps that each of its
+    """last: the features that its own classifier would see. all: also the averages of the maps that each of its
     stages gives, which tell of textures and colours: for images unlike the photos that the weights were trained on."""
 
 
@@ -49,13 +49,13 @@ class Tuned(Part):
     """What of a backbone trains, and what comes after it."""
 
     freeze: Freeze = "none"
-    """all: only the new head trains. none: everything does. A number: so many stages from the image on are frozen.
+    """all: only the new head trains. none: everything does. A number: this many stages from the image on are frozen.
     What is frozen stays as it is, running means of batch norm included."""
     unfreeze_epoch: Positive | None = None
     """From this epoch on everything trains. null: what is frozen stays so."""
     views: Annotated[int, Field(ge=0, le=100)] = 0
-    """With freeze all and augmentation: so many augmented views of each image go through the backbone once, and each
-    epoch draws one of them. 0: every epoch augments anew, and sends every image through the whole network."""
+    """With freeze all and augmentation: this many augmented views of each image go through the backbone once, and each
+    epoch draws one of them. 0: every epoch augments again, and sends every image through the whole network."""
     dense: list[Width] = Field(default_factory=list)
     """Neurons of dense layers between the features and the classifier."""
     batch_norm: bool = False
@@ -119,7 +119,7 @@ class TransferSpec(Tuned):
     from_model: Annotated[str, Field(pattern=r"^models:/.+")]
     """models:/NAME@champion, models:/NAME/3 or models:/m-<id>. A study remembers the third form, the model itself."""
     freeze: Freeze = "all"
-    """all: only the new head trains. none: everything does. A number: so many stages from the image on are frozen."""
+    """all: only the new head trains. none: everything does. A number: this many stages from the image on are frozen."""
 
 
 def _refuse_frozen_noise(tuned: Tuned, backbones: Any) -> None:
@@ -233,7 +233,7 @@ class ConvnetSpec(Part):
 class ResnetSpec(Part):
     """A stem, residual blocks that halve the maps and multiply the filters, global average pooling, dense layers.
 
-    As it stands: 1,957,768 trainable parameters for RGB images and 8 classes. More blocks of one width (repeats) and
+    By default: 1,957,768 trainable parameters for RGB images and 8 classes. More blocks of one width (repeats) and
     batch norm in the shortcuts make the networks of He et al. (2016).
     """
 
@@ -308,10 +308,10 @@ def _known(value: Any) -> Any:
     if kind in families or (isinstance(kind, str) and re.match(_DOTTED, kind)):
         return value
     close = difflib.get_close_matches(str(kind), families, n=1)
-    said = "kind is missing" if kind is None else f"there is no kind {kind!r}"
+    fault = "kind is missing" if kind is None else f"there is no kind {kind!r}"
     meant = f" Did you mean {close[0]}?" if close else ""
     raise ValueError(
-        f"{said}.{meant} The families: {', '.join(families)}. A network of your own: kind: package.module:function"
+        f"{fault}.{meant} The families: {', '.join(families)}. A network of your own: kind: package.module:function"
     )
 
 

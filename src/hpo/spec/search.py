@@ -41,7 +41,7 @@ class PrunerSpec(Part):
     min_epochs: Positive = 1
     """successive_halving, hyperband: epochs of the first rung."""
     reduction_factor: Annotated[int, Field(ge=2)] = 3
-    """successive_halving, hyperband: one in so many goes on to the next rung."""
+    """successive_halving, hyperband: one in this many is promoted to the next rung."""
     patience: Positive = 5
     """patient: epochs without a better value before a trial is pruned."""
     p_threshold: Share = 0.1

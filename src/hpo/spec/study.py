@@ -106,7 +106,7 @@ class FinalSpec(Part):
 
 
 class Reference(Part):
-    """A published number to stand beside the study's own."""
+    """A published number to compare with the study's own."""
 
     label: str
     score: PublishedScore

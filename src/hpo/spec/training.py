@@ -59,7 +59,7 @@ class AugmentSpec(Part):
     shift: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Across and down, each by up to this share of the side, either way."""
     crop: Annotated[int, Field(ge=0, le=64)] = 0
-    """Random crop after padding by so many pixels: a shift by whole pixels, which does not blur."""
+    """Random crop after padding by this number of pixels: a shift by whole pixels, which does not blur."""
     zoom: Annotated[float, Field(ge=0.0, le=3.0)] = 0.0
     """By a factor between 1 / (1 + zoom) and 1 + zoom."""
     fill: Literal["reflect", "edge", "black"] = "reflect"
@@ -96,7 +96,7 @@ class TrainingSpec(Part):
     """The most; early stopping may end it sooner."""
     data_growth: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """The first epoch goes through this share of the training images, each further one through as much more, until all
-    take part: poor candidates are told by short epochs. The classes keep their shares. 1: always all."""
+    take part: short epochs suffice to recognise poor candidates. The classes keep their shares. 1: always all."""
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 64
     optimizer: OptimizerSpec = OptimizerSpec()
     schedule: ScheduleSpec = ScheduleSpec()
@@ -118,7 +118,7 @@ class TrainingSpec(Part):
     scores: list[Score] = Field(default_factory=list)
     """Further scores of every epoch, such as [valid_mcc]; those that monitor and search name need not be listed."""
     patience: Positive | None = None
-    """Stop after so many epochs without a better monitor; null: never."""
+    """Stop after this number of epochs without a better monitor; null: never."""
     clip_norm: Annotated[float, Field(gt=0.0)] | None = None
     """A gradient longer than this, over all weights, is shortened to it. null: never."""
     micro_batch: Positive | None = None
@@ -128,7 +128,7 @@ class TrainingSpec(Part):
     """Evaluate and keep a moving average of the weights, which keeps this share of itself in every step (less in the
     first steps). 0: the weights themselves."""
     checkpoint: Positive | None = None
-    """Save the training every so many epochs: an interrupted trial goes on from there. null: it begins again. May be
+    """Save the training every this many epochs: an interrupted trial resumes from there. null: it begins again. May be
     changed while a study goes on."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: the faster of the two for this network, batch and device, by a short measurement."""

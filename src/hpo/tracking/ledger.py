@@ -20,9 +20,9 @@ _TAG = "hpo.test_opening."
 
 @dataclass(frozen=True)
 class Opening:
-    """One look at the test part: when (ISO 8601, UTC), who, for which version (0: not registered) and trial, what for.
+    """One opening of the test part: time (ISO 8601, UTC), user, version (0: not registered), trial, purpose.
 
-    purpose is the command: promote, compare, evaluate. scores are what it showed; empty where whoever looked was
+    purpose is the command: promote, compare, evaluate. scores are what it showed; empty where the command was
     stopped before the result could be written, which counts all the same.
     """
 
@@ -39,7 +39,7 @@ class Opening:
 
 @translate_errors
 def announce_opening(home: Home, study: StudyResult, *, model: ModelVersion, trial: int, purpose: str) -> Opening:
-    """Write down that the test part is about to be opened; complete_opening adds the result. Raises StoreError."""
+    """Record that the test part is about to be opened; complete_opening adds the result. Raises StoreError."""
     opening = Opening(
         when=datetime.now(UTC).isoformat(timespec="microseconds"),
         who=user(),
@@ -56,7 +56,7 @@ def announce_opening(home: Home, study: StudyResult, *, model: ModelVersion, tri
 
 @translate_errors
 def complete_opening(home: Home, study: StudyResult, opening: Opening, scores: Mapping[str, float]) -> Opening:
-    """Write down what an announced opening showed. Raises StoreError."""
+    """Record the scores of an announced opening. Raises StoreError."""
     complete = replace(opening, scores=dict(scores))
     _write(home, study, complete)
     return complete
@@ -74,14 +74,14 @@ def openings(home: Home, study: StudyResult) -> list[Opening]:
     for opening in _parse(lines):
         if (opening.study, opening.created) == (study.title, study.created):
             key = opening.when, opening.who, opening.trial
-            # The announcement and the result are one opening, told twice.
+            # The announcement and the result are one opening, written twice.
             if key not in found or opening.scores:
                 found[key] = opening
     return sorted(found.values(), key=lambda opening: opening.when)
 
 
 def add_openings(home: Home, known: Sequence[Opening]) -> None:
-    """Write down openings of another store that this folder's ledger has not."""
+    """Record openings of another store that this folder's ledger lacks."""
     path = home.root / "openings.jsonl"
     with lock(home.create(), "openings"):
         there = list(_parse(path.read_text(encoding="utf-8").splitlines())) if path.is_file() else []
@@ -94,11 +94,11 @@ def _parse(lines: list[str]) -> Iterator[Opening]:
     known = {each.name for each in fields(Opening)}
     for line in lines:
         try:
-            told_of = json.loads(line)
+            content = json.loads(line)
         except ValueError:
-            # The writer died over it: an announcement, and nothing was read yet; or a result, that was announced.
+            # The writer died: of an announcement nothing was read yet, and a result was announced before.
             continue
-        yield Opening(**{key: value for key, value in told_of.items() if key in known})
+        yield Opening(**{key: value for key, value in content.items() if key in known})
 
 
 def _write(home: Home, study: StudyResult, opening: Opening) -> None:
@@ -121,7 +121,7 @@ def _append(path: Path, line: str) -> None:
 
 
 def _whole(path: Path) -> bool:
-    """Whether the last line has its end; a writer that was killed may have left half of one."""
+    """True if the last line is complete; a writer that was killed may have left half of one."""
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1))

@@ -1,6 +1,6 @@
 """The code inside every logged model: images in the values of its training data in, class probabilities out.
 
-It needs nothing of the platform. MLflow copies this file beside net.pt2 and config.json, runs it when the model is
+It needs nothing of the platform. MLflow copies this file next to net.pt2 and config.json, runs it when the model is
 logged and when it is loaded; so torch is imported only where it is used.
 """
 

@@ -114,7 +114,7 @@ def add_scores(home: Home, version: ModelVersion, scores: Mapping[str, float]) -
 
 @translate_errors
 def resolve(home: Home, model: str) -> ModelVersion:
-    """The version that a name stands for.
+    """The version that a name refers to.
 
     model is NAME (its champion, else its challenger), NAME@ALIAS, NAME/VERSION, or an MLflow URI models:/...; a logged
     model that is not registered, models:/m-<id>, is version 0 of its study. Raises ModelError, which lists the

@@ -85,7 +85,7 @@ class Tracker:
 
     @translate_errors
     def keep_model(self, number: int, folder: Path) -> str:
-        """Log the model of an ended trial, the tables beside it and the pictures in `figures`; returns models:/m-<id>.
+        """Log the model of an ended trial, the tables next to it and the pictures in `figures`; returns models:/m-<id>.
 
         folder holds net.pt2 and config.json (class_names, image_shape). A model that the trial has already is returned
         as it is. Raises ModelError where a file is missing.

@@ -65,7 +65,7 @@ def warp(planes: Tensor, amounts: Mapping[str, Tensor], *, fill: str = "reflect"
     aspect = torch.tensor([[1.0, height / width], [width / height, 1.0]], device=device)
     linear = (turn @ shear) * aspect / zoom.exp().view(-1, 1, 1)
     offset = -2 * linear @ torch.stack([right, down], dim=1).unsqueeze(2)
-    # affine_grid does the same for each image apart, which takes ten times as long as one product for all.
+    # affine_grid does the same for each image by itself, which takes ten times as long as one product for all.
     x = (2 * torch.arange(width, device=device) + 1) / width - 1
     y = (2 * torch.arange(height, device=device) + 1) / height - 1
     places = torch.stack([x.repeat(height), y.repeat_interleave(width), torch.ones(height * width, device=device)])

@@ -21,6 +21,8 @@ from hpo.execute.workers.task import Task
 from hpo.records import TrialState
 from hpo.spec.load import load_study
 
+pytestmark = pytest.mark.slow  # a real Ray of several nodes
+
 SPEC = load_study("digits-mlp", overrides=["training.epochs=3", "training.precision=float32"])
 
 

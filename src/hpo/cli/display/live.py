@@ -29,7 +29,7 @@ from hpo.events import Event, Notice, StudyEnded, StudyOpened, StudyProfiled, Tr
 from hpo.records import FINAL, TrialResult, TrialState
 from hpo.report.text import duration
 
-FRAMES_PER_SECOND = 4  # calm to look at, and cheap beside the training
+FRAMES_PER_SECOND = 4  # calm to look at, and cheap compared with training
 WIDEST = 100  # columns of the live display, however wide the terminal
 LABEL = 12  # width of the labels of the last lines
 

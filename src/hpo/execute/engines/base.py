@@ -80,7 +80,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class WorkerPlan:
-    """How many workers train, and on what: one device (cpu, cuda:0, ...) for each, with so many threads each.
+    """The workers: one device (cpu, cuda:0, ...) for each, and the number of threads of each.
 
     description is for users: the devices, or the cluster.
     """

@@ -194,7 +194,7 @@ def draw_study(study: StudyResult, folder: Path) -> list[Path]:
 def finish_trial(result: TrialResult, data: DataCard, *, figures: bool) -> Path:
     """Turn what a complete trial left in its folder into what is kept, and return the folder.
 
-    That is the exported program, tables beside it and, where asked for, pictures in `figures`.
+    That is the exported program, tables next to it and, where asked for, pictures in `figures`.
     """
     from hpo.models.export import export_program
     from hpo.report.statistics import classification_report

@@ -36,7 +36,7 @@ class Writer:
         self._add(name, iter([json.dumps(value, ensure_ascii=False).encode()]))
 
     def add_lines(self, name: str, values: Iterator[object]) -> int:
-        """A member with one line of JSON a value; returns how many."""
+        """A member with one line of JSON a value; returns the number of lines."""
         lines = [f"{json.dumps(value, ensure_ascii=False)}\n".encode() for value in values]
         self._add(name, iter(lines))
         return len(lines)
@@ -77,8 +77,8 @@ def writing(file: Path, head: Mapping[str, Any]) -> Iterator[Writer]:
     except OSError as error:
         if not disk_full(error) and error.filename not in (str(part), part, str(file)):
             raise
-        said = error.strerror or str(error)
-        raise StoreError(f"{file}: cannot be written: {said}.", "Choose another file: --output FILE") from None
+        reason = error.strerror or str(error)
+        raise StoreError(f"{file}: cannot be written: {reason}.", "Choose another file: --output FILE") from None
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
@@ -189,17 +189,17 @@ def _check(file: Path, archive: zipfile.ZipFile, members: Mapping[str, Any], scr
         raise damaged(file, f"{min(nested)} is a file and a folder")
     if differing := {*members, MANIFEST} ^ {*there}:
         raise damaged(file, f"{min(differing)} is not in both the file and its {MANIFEST}")
-    total, free = sum(int(said["size"]) for said in members.values()), shutil.disk_usage(scratch).free
+    total, free = sum(int(entry["size"]) for entry in members.values()), shutil.disk_usage(scratch).free
     if total > free:
         raise StoreError(
             f"{file}: {total / 1e6:,.0f} MB unpacked, and {free / 1e6:,.0f} MB are free at {scratch}.",
             "Free some space there, or choose another folder: --home DIR.",
         )
-    for name, said in members.items():
+    for name, entry in members.items():
         digest, size = hashlib.sha256(), 0
         with archive.open(name) as member:
-            while size <= said["size"] and (block := member.read(_BLOCK)):
+            while size <= entry["size"] and (block := member.read(_BLOCK)):
                 digest.update(block)
                 size += len(block)
-        if (size, digest.hexdigest()) != (said["size"], said["sha256"]):
+        if (size, digest.hexdigest()) != (entry["size"], entry["sha256"]):
             raise damaged(file, f"{name} is not what was written")

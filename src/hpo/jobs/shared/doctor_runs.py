@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from hpo.home import Home
-from hpo.jobs.shared.home_snapshot import Case, Finding, HomeSnapshot
+from hpo.jobs.shared.home_snapshot import Case, HomeSnapshot
 from hpo.records import StudyResult
 from hpo.spec.load import parse_study
 from hpo.storage.reader import read_snapshots
@@ -59,62 +59,53 @@ def _study_runs(study: StudyResult, tracking: TrackingSnapshot) -> _StudyRuns:
 
 
 def _study_cases(snapshot: HomeSnapshot, study: StudyResult, found: _StudyRuns) -> Iterator[Case]:
-    home, title = snapshot.home, study.title
+    title = study.title
     ended = [trial for trial in study.trials if trial.state in runs.STATUS]
-    again = partial(_project, home, title)
+    again = partial(_project, snapshot.home, title)
     if found.parent is None:
         if ended:
-            yield Case(
-                Finding(
-                    what=f"MLflow has no run of the study, whose {len(ended)} trials have ended",
-                    where=title,
-                    why="Its results are missing in MLflow, and its model cannot be registered.",
-                    repair="writes its runs from the study storage",
-                    study=title,
-                ),
+            yield Case.of(
                 again,
+                what=f"MLflow has no run of the study, whose {len(ended)} trials have ended",
+                where=title,
+                why="Its results are missing in MLflow, and its model cannot be registered.",
+                repair="writes its runs from the study storage",
+                study=title,
             )
         return
     # A run that a user has deleted in MLflow is a decision, not a fault.
     missing = [each.number for each in ended if each.number not in found.trials and each.number not in found.deleted]
     if missing:
-        yield Case(
-            Finding(
-                what=f"{len(missing)} trials have ended, but have no run in MLflow",
-                where=f"{title}: trial {numbers(missing)}",
-                why="Their results are missing in MLflow.",
-                repair="writes the runs from the study storage",
-                study=title,
-            ),
+        yield Case.of(
             again,
+            what=f"{len(missing)} trials have ended, but have no run in MLflow",
+            where=f"{title}: trial {numbers(missing)}",
+            why="Their results are missing in MLflow.",
+            repair="writes the runs from the study storage",
+            study=title,
         )
-    wrong = [
+    if wrong := [
         trial.number
         for trial in ended
         if (run := found.trials.get(trial.number)) is not None
         and (run.status == "RUNNING" or run.tags.get(runs.STATE) != trial.state)
-    ]
-    if wrong:
-        yield Case(
-            Finding(
-                what=f"{len(wrong)} runs in MLflow have another state than their trials",
-                where=f"{title}: trial {numbers(wrong)}",
-                why="A run that stays RUNNING, or has a wrong state, misleads readers of MLflow.",
-                repair="gives the runs the state of their trials",
-                study=title,
-            ),
+    ]:
+        yield Case.of(
             again,
+            what=f"{len(wrong)} runs in MLflow have another state than their trials",
+            where=f"{title}: trial {numbers(wrong)}",
+            why="A run that stays RUNNING, or has a wrong state, misleads readers of MLflow.",
+            repair="gives the runs the state of their trials",
+            study=title,
         )
     if found.parent.status == "RUNNING":
-        yield Case(
-            Finding(
-                what="the study's run in MLflow is RUNNING, but nobody runs the study",
-                where=title,
-                why="The study looks as if it were running.",
-                repair="ends it as KILLED; the next hpo run resumes it",
-                study=title,
-            ),
-            partial(end_runs, home, [found.parent.id]),
+        yield Case.of(
+            partial(end_runs, snapshot.home, [found.parent.id]),
+            what="the study's run in MLflow is RUNNING, but nobody runs the study",
+            where=title,
+            why="The study looks as if it were running.",
+            repair="ends it as KILLED; the next hpo run resumes it",
+            study=title,
         )
     yield from _lost_files(snapshot, study, found)
 
@@ -150,16 +141,14 @@ def _lost_files(snapshot: HomeSnapshot, study: StudyResult, found: _StudyRuns) -
         gone = {name: content for name, content in files.items() if folder and not (folder / name).is_file()}
         lost += [(run, gone)] if gone else []
     if lost:
-        yield Case(
-            Finding(
-                what=f"{sum(len(files) for _, files in lost)} artifacts are missing",
-                where=f"{study.title}: "
-                + ", ".join(f"{name} of run {run.id}" for run, files in lost[:3] for name in files),
-                why="MLflow shows the runs without them.",
-                repair="writes them again from the study storage",
-                study=study.title,
-            ),
+        yield Case.of(
             partial(_restore, snapshot.home, lost),
+            what=f"{sum(len(files) for _, files in lost)} artifacts are missing",
+            where=f"{study.title}: "
+            + ", ".join(f"{name} of run {run.id}" for run, files in lost[:3] for name in files),
+            why="MLflow shows the runs without them.",
+            repair="writes them again from the study storage",
+            study=study.title,
         )
 
 
@@ -184,15 +173,13 @@ def _orphans(snapshot: HomeSnapshot, tracking: TrackingSnapshot, owned: set[str]
             else "a study that does not exist"
         )
         running = sum(run.status == "RUNNING" for run in found)
-        yield Case(
-            Finding(
-                what=f"{len(found)} runs in MLflow belong to {belongs}" + (f"; {running} RUNNING" if running else ""),
-                where=f"{title}: run {', '.join(run.id for run in found[:3])}" + (", ..." if len(found) > 3 else ""),
-                why="They are of an earlier storage, or HPO_STORAGE names another one today; hpo ignores them.",
-                repair=f"ends those that are RUNNING and marks all with the tag {ORPHAN}; none is deleted",
-                study=title,
-            ),
+        yield Case.of(
             partial(end_runs, snapshot.home, [run.id for run in found], tags={ORPHAN: "true"}),
+            what=f"{len(found)} runs in MLflow belong to {belongs}" + (f"; {running} RUNNING" if running else ""),
+            where=f"{title}: run {', '.join(run.id for run in found[:3])}" + (", ..." if len(found) > 3 else ""),
+            why="They are of an earlier storage, or HPO_STORAGE names another one today; hpo ignores them.",
+            repair=f"ends those that are RUNNING and marks all with the tag {ORPHAN}; none is deleted",
+            study=title,
         )
 
 
@@ -208,27 +195,23 @@ def _lost_models(snapshot: HomeSnapshot, tracking: TrackingSnapshot) -> Iterator
             continue  # reported below
         if model is not None and not model.deleted and not _is_gone(snapshot, model.location):
             continue
-        yield Case(
-            Finding(
-                what="a run names a model whose files are gone",
-                where=f"{title}: trial {run.tags.get(runs.TRIAL, '?')}, {uri}",
-                why="Loading or registering it fails.",
-                repair="removes the model's name from the run, whose results stay",
-                study=title,
-            ),
+        yield Case.of(
             partial(forget_model, snapshot.home, run),
+            what="a run names a model whose files are gone",
+            where=f"{title}: trial {run.tags.get(runs.TRIAL, '?')}, {uri}",
+            why="Loading or registering it fails.",
+            repair="removes the model's name from the run, whose results stay",
+            study=title,
         )
     for version in tracking.versions:
         if _is_gone(snapshot, version.location):
-            yield Case(
-                Finding(
-                    what="a registered model's files are gone",
-                    where=f"{version.name} version {version.version}"
-                    + "".join(f" @{alias}" for alias in version.aliases)
-                    + f", {version.location}",
-                    why="Loading it fails.",
-                    hint=f"Restore the folder from a copy, or train and promote another: hpo run {version.name}",
-                )
+            yield Case.of(
+                what="a registered model's files are gone",
+                where=f"{version.name} version {version.version}"
+                + "".join(f" @{alias}" for alias in version.aliases)
+                + f", {version.location}",
+                why="Loading it fails.",
+                hint=f"Restore the folder from a copy, or train and promote another: hpo run {version.name}",
             )
 
 

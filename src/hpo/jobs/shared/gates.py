@@ -68,7 +68,7 @@ def verdicts(
 def beats_champion(
     home: Home, new: ModelReference, champion: ModelVersion, old: ModelReference | None, why: str
 ) -> Verdict:
-    """Whether the challenger is better on validation images that neither model has learnt from, beyond chance.
+    """The gate that the challenger is better, beyond chance, on validation images that neither was trained on.
 
     The score is the objective where it can be counted from classes, else accuracy; a candidate that a race trained
     with several seeds counts by their mean. Where there are no such images, the objectives decide, without an interval.
@@ -84,7 +84,7 @@ def beats_champion(
     score = find_metric(name_of(objective), names)
     resampled = score is not None and score.from_counts is not None and score.direction == "maximize"
     score = score if score is not None and resampled else METRICS["accuracy"]
-    first, second = (_said(home, each, part, names) for each in (new, old))
+    first, second = (_predicted_classes(home, each, part, names) for each in (new, old))
     lead = mean_lead(part.labels, first, second, score=score, classes=len(names), seed=new.spec.seed)
     points = f"{100 * lead.value:+.2f} points of {score.label} over version {champion.version}"
     seeds = f", seeds: {len(first)} against {len(second)}" if len(first) + len(second) > 2 else ""
@@ -105,24 +105,24 @@ def _by_objective(new: ModelReference, champion: ModelVersion, old: ModelReferen
     if ours is None or theirs is None:
         return Verdict("beats the champion", False, f"only one of the two has a {objective}; {why}", wanted)
     better = ours > theirs if direction_of(objective) == "maximize" else ours < theirs
-    said = f"{objective} {ours:.4f} against {theirs:.4f} of version {champion.version}, without an interval: {why}"
-    return Verdict("beats the champion", better, said, wanted)
+    found = f"{objective} {ours:.4f} against {theirs:.4f} of version {champion.version}, without an interval: {why}"
+    return Verdict("beats the champion", better, found, wanted)
 
 
 def _unseen(new: ModelReference, old: ModelReference) -> tuple[Part | None, str]:
-    """The challenger's validation images that the champion has not learnt from, and a remark on them; None: why not."""
+    """The challenger's validation images that the champion was not trained on, and a remark; None with the reason."""
     from hpo.data.evaluation_sets import Part, rows_unseen, validation_part
 
     here, there = new.setup.split, old.setup.split
     if here.kind in ("none", "kfold"):
         return None, "the challenger has no validation images of its own"
     if new.card.image_shape != old.card.image_shape or set(new.card.class_names) != set(old.card.class_names):
-        return None, "the champion takes other images or tells other classes apart"
+        return None, "the champion has other images or classes"
     part = validation_part(new.card, here)
     if (new.card.digest, here) == (old.card.digest, there):
         return part, ""
     if there.kind == "kfold":
-        return None, "the champion was cross-validated, so no one model answers for it"
+        return None, "the champion was cross-validated, so no single model stands for it"
     rows = rows_unseen(part, old.card, there)
     if not len(rows):
         return None, "the champion was trained on all validation images of the challenger"
@@ -132,26 +132,26 @@ def _unseen(new: ModelReference, old: ModelReference) -> tuple[Part | None, str]
     return Part(part.images[rows], part.labels[rows]), less
 
 
-def _said(home: Home, entrant: ModelReference, part: Part, class_names: tuple[str, ...]) -> Ints:
-    """(seeds, n) the classes that each training of a candidate gives to the images, as places in class_names.
+def _predicted_classes(home: Home, entrant: ModelReference, part: Part, class_names: tuple[str, ...]) -> Ints:
+    """(seeds, n) the classes that each training of a candidate predicts for the images, as indices into class_names.
 
-    As remembered, where these images were all validated on; else the kept model is asked.
+    Recorded predictions where the candidate was validated on all of these images; else those of the kept model.
     """
     from hpo.data.evaluation_sets import shared_rows, validation_part
 
-    place = np.array([class_names.index(name) for name in entrant.card.class_names])
+    indices = np.array([class_names.index(name) for name in entrant.card.class_names])
     split = entrant.setup.split
     if split.kind not in ("none", "kfold"):
         own = validation_part(entrant.card, split)
         shared, rows = shared_rows([part.images, own.images])
-        told = [classes for each in _seeds(entrant) if len(classes := _remembered(each)) == len(own.labels)]
-        if len(shared) == len(part.labels) and told:
-            return np.stack([place[np.array(classes)[rows]] for classes in told])
+        recorded = [classes for each in _seeds(entrant) if len(classes := _recorded(each)) == len(own.labels)]
+        if len(shared) == len(part.labels) and recorded:
+            return np.stack([indices[np.array(classes)[rows]] for classes in recorded])
     from hpo.predict import load_model
 
-    model = load_model(entrant.kept("its answers are needed").model_uri, home=home)
-    said: Ints = place[model.predict_levels(part.images).argmax(1)][np.newaxis]
-    return said
+    model = load_model(entrant.kept("its predictions are needed").model_uri, home=home)
+    predicted: Ints = indices[model.predict_levels(part.images).argmax(1)][np.newaxis]
+    return predicted
 
 
 def _seeds(entrant: ModelReference) -> list[Trial]:
@@ -163,19 +163,17 @@ def _seeds(entrant: ModelReference) -> list[Trial]:
     return [trial for trial in finals if trial.candidate.parameters == mine.parameters] or [entrant.trial]
 
 
-def _remembered(trial: Trial) -> list[int]:
+def _recorded(trial: Trial) -> list[int]:
     return unpack_classes(trial.result.predicted) if trial.result is not None else []
 
 
 def parity(home: Home, new: ModelReference, model: Classifier) -> Verdict:
-    """Whether the model that was logged answers as the trial did that left it."""
+    """The gate that the logged model predicts as its trial did."""
     from hpo.tracking.runs import validation_predictions
 
     answers = validation_predictions(home, new.kept("it is to be promoted").run_id)
     if answers is None:
-        return Verdict(
-            "reloads", True, "it loads; no answers of its training are on record to compare with", "it loads"
-        )
+        return Verdict("reloads", True, "it loads; its trial recorded no predictions to compare with", "it loads")
     images = np.load(Path(new.card.folder) / "development_images.npy", mmap_mode="r", allow_pickle=False)
     ours, theirs = model.predict_levels(images[answers["rows"]]), answers["probabilities"]
     if ours.shape != theirs.shape:
@@ -184,11 +182,12 @@ def parity(home: Home, new: ModelReference, model: Classifier) -> Verdict:
     kind = _kind(new.trial.result)
     most, share = _PARITY[kind]
     allowed = int(share * len(ours))
+    outcome = f"{differing} of {len(ours):,} predictions differ" if differing else "same predictions"
     return Verdict(
         "reloads",
         far <= most and differing <= allowed,
-        f"probabilities within {far:.1g} of the trial's, {differing} of {len(ours):,} answers differ",
-        f"{most:g} and {allowed}, trained in {kind}",
+        f"{outcome} after reload (largest difference {far:.1g}; limit {most:g})",
+        f"{f'at most {allowed} other' if allowed else 'same'} predictions, trained in {kind}",
     )
 
 
@@ -206,13 +205,13 @@ def _kind(result: TrialResult | None) -> str:
 
 
 def same_signature(home: Home, model: Classifier, champion: ModelVersion) -> Verdict:
-    """Whether who uses the champion can use the challenger: the same images in, the same classes out, in one order."""
+    """The gate that the challenger can replace the champion: same images in, same classes in one order."""
     from hpo.predict import load_model
 
     try:
         old = load_model(champion.model_uri, home=home)
     except HpoError as error:
-        return Verdict("same signature", False, f"the champion cannot be loaded: {error.message}", "a champion to ask")
+        return Verdict("same signature", False, f"the champion cannot be loaded: {error.message}", "it loads")
     kinds = [f" of {each.input_kind}" if each.input_kind != "uint8" else "" for each in (model, old)]
     words = [
         f"{'x'.join(map(str, each.image_shape))}{kind}, {_shown(each.class_names)}"
@@ -227,7 +226,7 @@ def _shown(names: tuple[str, ...]) -> str:
 
 
 def limits(home: Home, new: ModelReference, model: Classifier) -> Iterator[Verdict]:
-    """Whether the model keeps what the study declares: the constraints of its search, and `promote`."""
+    """The gates that the study declares: the constraints of its search, and `promote`."""
     from hpo.search.constraints import parse_constraint, violations
     from hpo.tracking.registry import fetch
 

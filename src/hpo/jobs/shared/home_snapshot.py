@@ -45,6 +45,11 @@ class Case:
     finding: Finding
     mend: Callable[[], object] | None = None
 
+    @classmethod
+    def of(cls, mend: Callable[[], object] | None = None, **finding: str) -> Case:
+        """The case of a finding with these fields."""
+        return cls(Finding(**finding), mend)
+
 
 @dataclass(frozen=True)
 class HomeSnapshot:

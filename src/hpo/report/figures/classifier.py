@@ -196,7 +196,7 @@ def _mark(panel: Axes, contestant: Contestant, colour: str) -> None:
 
 
 def _edge(curves: Sequence[Roc]) -> float:
-    """The side of the corner that shows where every curve turns."""
+    """The side of the corner that contains the bend of every curve."""
     for edge in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5):
         if min(np.interp(edge / 3, curve.false_rate, curve.true_rate) for curve in curves) >= 1 - edge / 3:
             return edge

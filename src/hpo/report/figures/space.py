@@ -189,17 +189,7 @@ def parallel_coordinates(study: StudyResult) -> Figure | None:
     panel.plot(across, lines[order[-1]], color=RED, linewidth=2.4, label="best", zorder=3)
     ticks = [*[ticks for _, ticks in heights], [(0.0, f"{low:.4f}"), (1.0, f"{high:.4f}")]]
     for x, marks in zip(across, ticks, strict=True):
-        panel.axvline(x, color=GREY, linewidth=0.8, zorder=2)
-        for height, text in marks:
-            panel.text(
-                x + 0.03,
-                height,
-                short_name(text, 14),
-                fontsize=7,
-                va="center",
-                zorder=4,
-                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.6},
-            )
+        _axis(panel, x, marks)
     if unused.any():
         panel.text(-0.08, -0.12, "not used", fontsize=7, ha="right", va="center", color=GREY)
     names = [*[parameter.label for parameter in parameters], score_text(study.objective)]
@@ -211,6 +201,13 @@ def parallel_coordinates(study: StudyResult) -> Figure | None:
     panel.set_ylim(-0.18 if unused.any() else -0.06, 1.06)
     panel.set_title(group.name, fontsize=10)
     return figure
+
+
+def _axis(panel: Any, x: float, marks: Sequence[tuple[float, str]]) -> None:
+    panel.axvline(x, color=GREY, linewidth=0.8, zorder=2)
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.6}
+    for height, text in marks:
+        panel.text(x + 0.03, height, short_name(text, 14), fontsize=7, va="center", zorder=4, bbox=box)
 
 
 def _two_lines(name: str) -> str:

@@ -161,7 +161,7 @@ def _fill_run(
     tags = _run_tags(run, ids, models)
     if there.data.tags.get(COPIED) == digest and tags.items() <= there.data.tags.items():
         return
-    # MLflow's databases take a point that they have already as the same one, and know parameters by name.
+    # MLflow's databases store a point that they have already only once, and know parameters by name.
     params = {name: value for name, value in run["params"].items() if name not in there.data.params}
     runs.log(client, run_id, metrics=[Metric(*point) for point in run["metrics"]], params=params)
     datasets = []

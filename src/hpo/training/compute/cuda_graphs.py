@@ -70,7 +70,7 @@ def choose_graph(
 
     It is taken where, for two batches and two states of the weights, it leaves the same gradients and running
     statistics from the same chance, and is faster. The network and the global random state stay as they were. own says
-    that the network is the user's: what its Python code decides anew in every step a graph would not.
+    that the network is the user's: what its Python code decides in every step a graph would not.
     """
     transfer, device = transfer_of(net), data.images.device
     steps = spec.epochs * (len(data.train) // spec.batch_size)
@@ -88,9 +88,9 @@ def choose_graph(
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             graph = _tried(net.train(), before, data, spec, precision, grapher)
-    except Exception as error:  # noqa: BLE001 - whatever a capture does not take, the eager step does
-        said = (str(error).splitlines() or [""])[0]
-        graph = _eager(f"{type(error).__name__}: {said}"[:200])
+    except Exception as error:  # noqa: BLE001 - the eager step does what cannot be captured
+        reason = (str(error).splitlines() or [""])[0]
+        graph = _eager(f"{type(error).__name__}: {reason}"[:200])
     finally:
         net.zero_grad(set_to_none=True)
         net.load_state_dict(before)

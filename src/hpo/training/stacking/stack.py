@@ -64,7 +64,7 @@ def key_of(net: nn.Module, data: TrialData, spec: TrainingSpec, precision: str) 
     for reason, applies in (
         ("its batches are computed in pieces", spec.micro_batch is not None),
         ("its layers learn at rates of their own", spec.optimizer.layer_decay != 1),
-        ("it is saved every so many epochs", spec.checkpoint is not None),
+        ("it saves checkpoints", spec.checkpoint is not None),
         ("its epochs grow", spec.data_growth < 1),
         ("its loss is not cross-entropy", spec.loss != "cross_entropy"),
         ("its images are drawn by class", spec.sampling != "shuffled"),

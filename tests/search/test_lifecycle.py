@@ -1,4 +1,4 @@
-"""Supervisors that join a study which others have begun."""
+"""Supervisors that open a study, or join one that others have begun."""
 
 from __future__ import annotations
 
