@@ -217,7 +217,7 @@ GIVEN = arrays()
         ({"test_images": GIVEN["test_images"][:0], "test_labels": GIVEN["test_labels"][:0]}, "none empty"),
         ({"val_images": GIVEN["val_images"][:, :4]}, "valid images are 4x8x3, train images 8x8x3"),
         ({"train_labels": GIVEN["train_labels"][:-1]}, "for 60 images"),
-        ({"train_labels": np.zeros((60, 14), np.uint8)}, r"labels have shape \(60, 14\)"),
+        ({"train_labels": np.zeros((60, 14), np.uint8)}, "parts have different numbers of labels"),
         ({"train_labels": np.full(60, np.nan)}, "train labels are float64, not integers"),
         ({"train_labels": GIVEN["train_labels"].astype(int) - 1}, "label -1 is outside 0 to 2"),
         ({"class_names": np.array(["a", "b"])}, "label 2 is outside 0 to 1"),

@@ -44,17 +44,26 @@ BASES: Mapping[str, dict[str, Any]] = {
         "training.augment.randaugment": 2,
         "training.augment.erase": 0.5,
     },
+    "focal": {"training.loss": "focal"},
     "linear": {"model.hidden": []},
     "pooled by one": {"model.pool": 1},
     "without pooling": {"model.pool": "none"},
     "listed": {"model.filters": [3, 4]},
 }
 # What shows only elsewhere: in which epoch is kept, how long a training lasts, on which device and in which memory.
-ELSEWHERE = {"training.monitor", "training.patience", "training.precision", "training.micro_batch", "model.kind"}
+ELSEWHERE = {
+    "training.monitor",
+    "training.scores",
+    "training.patience",
+    "training.precision",
+    "training.micro_batch",
+    "model.kind",
+}
 OTHERS: Mapping[str, list[Any]] = {  # where the kind of the place does not tell a sensible other value
     "training.optimizer.lr": [0.01],
     "training.batch_size": [7],
     "training.class_weights": ["balanced"],
+    "training.loss": ["focal"],
     "training.clip_norm": [0.01],
     "training.seed": [5],
     "model.pool_after": [[1]],

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from hpo.metrics import METRICS, direction_of
+from hpo.metrics import METRICS, direction_of, metric_of
 from hpo.spec.effects import effects_of, refusal_of
 from hpo.spec.space import Choice, Float, Int, Space, listed
 from hpo.spec.study import Setup, StudySpec, set_place
@@ -273,7 +273,7 @@ def _limits(spec: StudySpec, _steps: list[_Step]) -> Iterator[Conflict]:
         known = [*(f"valid_{score}" for score in METRICS), *LIMITED]
         if number is None:
             yield Conflict(keys, f"{text!r} has no number. Write for example: parameters <= 200000")
-        elif name not in known:
+        elif name not in LIMITED and not (name.startswith("valid_") and metric_of(name)):
             yield Conflict(keys, f"there is no score {name!r}. Known: {', '.join(known)}. Correct the name")
         elif (number < 0 and op == "<=" and name in _AT_LEAST_0) or (number > 1 and op == ">=" and name in _SHARES):
             within = "0 to 1" if name in _SHARES else "at least 0"

@@ -144,10 +144,6 @@ class SearchSpec(Part):
         unknown = [path for values in self.start for path in values if path not in self.whole_space]
         if unknown:
             raise ValueError(f"start names {unknown[0]}, which the space does not vary. Correct the path")
-        for text in self.constraints:
-            name = re.split("[<>]=", text)[0].strip()
-            if name.startswith("valid_") and metric_of(name) is None:
-                raise ValueError(f"constraints: {text!r}: there is no score {name}. See the objectives for their names")
         right = direction_of(self.objective)
         if self.direction not in (None, right):
             raise ValueError(f"direction {self.direction} would look for the worst {self.objective}. Write {right}")
