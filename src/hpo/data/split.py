@@ -221,7 +221,7 @@ def split_card(card: DataCard, split: SplitSpec) -> SplitCard:
     classes = len(card.class_names)
     sizes = {"train": len(train), "valid": len(valid), "test": card.test_count}
     counts = {"train": class_counts(labels[train], classes), "valid": class_counts(labels[valid], classes)}
-    counts["test"] = count_classes(card)
+    counts["test"] = count_classes(card, class_counts)
     return SplitCard(
         counts=sizes, shares={name: tuple((part / max(sizes[name], 1)).tolist()) for name, part in counts.items()}
     )

@@ -54,11 +54,9 @@ def open_test(
     return Measured(images, labels, probabilities, {f"test_{name}": value for name, value in measured.items()})
 
 
-def count_classes(card: DataCard) -> NDArray[np.int64]:
-    """How many test images are of each class, (classes,). This is no opening: it measures no model."""
-    from hpo.data.split import class_counts
-
-    return class_counts(_read(card, "test_labels.npy"), len(card.class_names))
+def count_classes(card: DataCard, count: Callable[[NDArray[Any], int], NDArray[np.int64]]) -> NDArray[np.int64]:
+    """The number of test images of each class, (classes,), by split.class_counts. No opening: it measures no model."""
+    return count(_read(card, "test_labels.npy"), len(card.class_names))
 
 
 def duplicates_of_test(card: DataCard, seen: Mapping[str, Digests]) -> dict[str, int]:
