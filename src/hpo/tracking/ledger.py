@@ -22,7 +22,7 @@ from hpo.errors import StoreError
 from hpo.home import Home
 from hpo.locks import lock, locked
 from hpo.records import ModelVersion, StudyResult
-from hpo.tracking.runs import CREATED, artifact, find_parent, user
+from hpo.tracking.runs import KIND, artifact, find_parent, user
 from hpo.tracking.store import connect, exists, pages, translate_errors
 
 LEDGER = "openings.jsonl"
@@ -86,7 +86,7 @@ def announce_opening(
 
 @translate_errors
 def name_images(
-    home: Home, study: StudyResult, opening: Opening, digests: Iterable[bytes], *, cache: Path | None = None
+    home: Home, study: StudyResult, opening: Opening, digests: Sequence[bytes], *, cache: Path | None = None
 ) -> Opening:
     """Add the test images to an announced opening: pixel digests of 16 bytes, whose order is forgotten."""
     content = b"".join(sorted(digests))
@@ -169,6 +169,10 @@ def parse_opening(stored: Any) -> Opening:
         given[each.name] = value
     if not all(isinstance(value, int | float) for value in given.get("scores", {}).values()):
         raise ValueError("has scores that are no numbers")
+    try:
+        datetime.fromisoformat(given["when"])
+    except ValueError:
+        raise ValueError("has no time") from None
     return Opening(**given)
 
 
@@ -227,13 +231,12 @@ def count_set_aside(folder: Path) -> int:
 
 
 def _parents(client: Any) -> Iterator[Any]:
-    """The runs of all studies in the store."""
+    """The runs in the store that can have openings: of all studies, and of copied versions."""
     known = [each.experiment_id for each in pages(client.search_experiments, max_results=1000)]
     for first in range(0, len(known), 100):
         ids = known[first : first + 100]
-        yield from pages(
-            client.search_runs, experiment_ids=ids, filter_string=f"tags.`{CREATED}` != ''", max_results=1000
-        )
+        wanted = f"tags.`{KIND}` != 'trial'"
+        yield from pages(client.search_runs, experiment_ids=ids, filter_string=wanted, max_results=1000)
 
 
 def _tagged(run: Any) -> list[Opening]:
