@@ -157,7 +157,7 @@ def parse_opening(stored: Any) -> Opening:
     if not isinstance(stored, dict):
         raise ValueError("is not a JSON object")
     kinds = {"created": (int, float), "version": (int,), "trial": (int,), "scores": (dict,)}
-    given = {}
+    given: dict[str, Any] = {}
     for each in fields(Opening):
         if each.name not in stored:
             if each.name not in ("scores", "purpose", "data", "images"):

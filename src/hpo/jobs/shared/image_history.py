@@ -32,8 +32,8 @@ class Overlap:
 class ImageHistory:
     """What is known of the `images` (a count) of a test part.
 
-    openings counts those of exactly these images, by `models` (titles of studies) and `users`. answered counts the images that were
-    in another test part that was opened, `answered_openings` times by `answered_models`. trained has the development
+    openings counts those of exactly these images, by `models` (titles of studies) and `users`. answered counts the
+    images that were in another test part that was opened, `answered_openings` times by `answered_models`. trained has the development
     images of models that were measured before, own those of the study itself, base those of the models that it was
     transferred from. unknown are sentences on what could not be compared.
     """
@@ -133,7 +133,8 @@ def base_overlaps(home: Home, model: ModelReference) -> tuple[list[Overlap], str
     uri = _base(model.setup.model)
     if not uri:
         return [], ""
-    digests, found = digests_of_test(model.card), []
+    digests = digests_of_test(model.card)
+    found: list[Overlap] = []
     seen: set[str] = set()
     while uri and uri not in seen:
         seen.add(uri)
@@ -205,7 +206,7 @@ def _names(looks: Collection[tuple[Opening, str]]) -> tuple[str, ...]:
 
 
 def _trained(known: Sequence[tuple[Opening, str]], card: DataCard, digests: Sequence[bytes]) -> Iterator[Overlap]:
-    """Of the data of models that were measured before, with another split: the test images among the development ones."""
+    """Test images among the development images of models that were measured before, on other data."""
     from hpo.data.prepare import prepared
 
     by_data: dict[str, dict[str, None]] = {}
