@@ -86,9 +86,7 @@ def test_generations_have_openings_of_their_own(home: Home, tracker: Tracker) ->
 DIGESTS = [bytes([number]) * 16 for number in (3, 1, 2)]
 
 
-def test_another_home_finds_an_opening_in_the_cache_with_its_images(
-    home: Home, tracker: Tracker, tmp_path: Path
-) -> None:
+def test_another_home_finds_an_opening_in_the_cache(home: Home, tracker: Tracker, tmp_path: Path) -> None:
     cache, study = tmp_path / "cache", tiny.study()
     opening = announce_opening(home, study, model=MODEL, trial=5, purpose="promote", cache=cache)
     named = name_images(home, study, opening, DIGESTS, cache=cache)

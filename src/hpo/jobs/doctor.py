@@ -289,7 +289,7 @@ def _ledgers(home: Home) -> Iterator[Case]:
                 Finding(
                     what=f"{_count(len(damaged), 'damaged line')} in the ledger of test openings",
                     where=f"{file}: line {', '.join(map(str, damaged))}",
-                    why="Nobody knows which test part was opened there: promote, evaluate and compare refuse to open one.",
+                    why="An opening may go uncounted: promote, evaluate and compare open no test part.",
                     repair="moves them to openings.damaged.jsonl next to it, which every later opening mentions",
                 ),
                 partial(set_damaged_aside, file, lock_file=held),

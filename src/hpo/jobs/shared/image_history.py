@@ -33,9 +33,9 @@ class ImageHistory:
     """What is known of the `images` (a count) of a test part.
 
     openings counts those of exactly these images, by `models` (titles of studies) and `users`. answered counts the
-    images that were in another test part that was opened, `answered_openings` times by `answered_models`. trained has the development
-    images of models that were measured before, own those of the study itself, base those of the models that it was
-    transferred from. unknown are sentences on what could not be compared.
+    images that were in another test part that was opened, `answered_openings` times by `answered_models`. trained has
+    the development images of models that were measured before, own those of the study itself, base those of the models
+    that it was transferred from. unknown are sentences on what could not be compared.
     """
 
     images: int
