@@ -1,4 +1,4 @@
-"""Test images of the digits under several studies, splits and homes: who has been measured on them, who has seen them."""
+"""Test images of the digits under several studies, splits and homes: the models that were measured on or saw them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def digits(seed: int = 0) -> DataCard:
 
 
 def study(title: str, card: DataCard, created: float = 1.0) -> StudyResult:
-    return replace(tiny.study(), title=title, created=created, data_digest=card.digest)
+    name, _, generation = title.partition("~")
+    return replace(tiny.study(), name=name, generation=int(generation or 1), created=created, data_digest=card.digest)
 
 
 def opened(home: Home, by: StudyResult, card: DataCard) -> None:
