@@ -215,6 +215,7 @@ class Promotion:
     openings: int = 1
     gates: tuple[Verdict, ...] = ()
     refused: bool = False
+    history: tuple[str, ...] = ()
 
 
 def test_promote_shows_both_scores_and_counts_the_openings(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -257,3 +257,37 @@ def test_a_look_that_is_killed_before_its_result_is_counted(home: Home, monkeypa
     (look,) = openings(home, read_study(home, "digits-mlp~1"))
     assert (look.purpose, look.scores) == ("promote", {})
     assert promote("digits-mlp").openings == 2
+
+
+def test_images_are_counted_over_generations_and_a_damaged_ledger_refuses(home: Home) -> None:
+    evaluate(["digits-mlp/1"])
+    (sentence,) = {line for line in evaluate(["digits-mlp/2"])[0].history if line.startswith("This test part")}
+    assert sentence.startswith("This test part: 2 times, by digits-mlp, digits-mlp~2") or "another home" in sentence
+    stand(home, champion=None, challenger=1)
+    with (home.root / "openings.jsonl").open("a") as ledger:
+        ledger.write('{"when": "2026-01-01T00:00:00"}\n')
+    refused = CliRunner().invoke(app, ["promote", "digits-mlp"])
+    assert refused.exit_code != 0
+    assert champion(home) is None
+    CliRunner().invoke(app, ["doctor", "--fix"])
+    promotion = promote("digits-mlp")
+    assert promotion.promoted
+    assert any("Damaged lines of the ledger that were set aside" in line for line in promotion.history)
+
+
+def test_a_base_that_has_seen_test_images_refuses_unless_forced(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hpo.jobs.shared import image_history
+
+    # The training of the base is the study itself here, whose development images stand in for the test images.
+    new = _entrants(home)[0]
+    monkeypatch.setattr(image_history, "_base", lambda model: "models:/m-1")
+    monkeypatch.setattr(image_history, "_base_training", lambda *_: ("trial 0 of base", new.card, ""))
+    monkeypatch.setattr(image_history, "_found", lambda digests, others: 7)
+    stand(home, champion=None, challenger=2)
+    refused = promote("digits-mlp")
+    assert refused.refused
+    assert refused.reason.startswith("base has not seen the test part: 7 of ")
+    assert not (home.root / "openings.jsonl").exists()
+    forced = promote("digits-mlp", force=True)
+    assert (forced.promoted, forced.forced) == (True, True)
+    assert "7 of" in champions(home, "digits-mlp")[0].why

@@ -129,6 +129,8 @@ def evaluate(
     for study, count in {each.study: each.openings for each in found}.items():
         now = sum(each.opened for each in found if each.study == study)
         output.print_text(output.show_openings(study, count, now=now))
+    for sentence in dict.fromkeys(sentence for each in found for sentence in each.history):
+        output.print_text(sentence)
 
 
 def _source(when: str, opened: bool) -> str:

@@ -64,6 +64,8 @@ def promote(
     if rows:
         output.print_table(rows, columns)
     output.print_text(output.show_openings(new.study or study_name(study), promotion.openings))
+    for sentence in promotion.history:
+        output.print_text(sentence)
     if promotion.refused:
         output.print_text(f"Promote it anyway, which is recorded: hpo promote {shlex.quote(study)} --force")
         raise typer.Exit(1)

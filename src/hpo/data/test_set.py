@@ -70,6 +70,19 @@ def duplicates_of_test(card: DataCard, seen: Mapping[str, Digests]) -> dict[str,
     return {"test": copies(digests), **{part: found_in(digests, others) for part, others in seen.items()}}
 
 
+def digests_of_test(card: DataCard) -> list[bytes]:
+    """The pixel digests of the test images, sorted, so that no row is told. This is no opening: it measures no model.
+
+    For the ledger only, which knows by them what was opened. Raises DataError.
+    """
+    return sorted(pixel_digests(_read(card, "test_images.npy")))
+
+
+def ledger_folder(card: DataCard) -> Path:
+    """The folder of the ledger in the data cache that holds the test part. Removing prepared data leaves it."""
+    return Path(card.test_folder).parents[2] / "openings"
+
+
 def near_duplicates_of_test(card: DataCard, seen: Mapping[str, NDArray[np.int64]]) -> dict[str, int]:
     """How many test images look nearly like one of each part that was seen, by the clusters of its images.
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from hpo.errors import DataError, HpoError
 from hpo.home import Home
+from hpo.jobs.shared.image_history import image_history
 from hpo.jobs.shared.model_reference import ModelReference, find_model
 from hpo.jobs.shared.test_set_access import open_sealed
 from hpo.records import unpack_classes
@@ -162,6 +163,8 @@ def _on_test(home: Home, models: Sequence[ModelReference], classes: _Classes, se
         classes.predictions(model, each.probabilities[own])
         for model, each, own in zip(models, measured, rows, strict=True)
     ]
+    histories = {model.study.title: image_history(home, model).sentences for model in models}
+    notes += dict.fromkeys(sentence for sentences in histories.values() for sentence in sentences)
     counted = {model.study.title: len(openings(home, model.study)) for model in models}
     return compare_predictions(
         labels, predictions, class_names=classes.names, part="test", seed=seed, notes=notes, openings=counted

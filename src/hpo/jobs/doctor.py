@@ -16,6 +16,7 @@ from hpo.jobs.shared.doctor_runs import numbers, run_cases
 from hpo.jobs.shared.home_snapshot import Case, Finding, HomeSnapshot, leftover_work, remove, size_of, take_snapshot
 from hpo.jobs.stores import read_schema
 from hpo.storage.liveness import seen_held
+from hpo.tracking.ledger import LEDGER, damaged_lines, set_damaged_aside
 from hpo.tracking.repair import move_artifacts
 from hpo.tracking.store import is_server, local_path
 
@@ -101,6 +102,7 @@ def _cases(snapshot: HomeSnapshot) -> Iterator[Case]:
     yield from _space(home)
     yield from _abandoned(snapshot)
     yield from _locks(snapshot)
+    yield from _ledgers(home)
     yield from run_cases(snapshot)
 
 
@@ -255,6 +257,28 @@ def _locks(snapshot: HomeSnapshot) -> Iterator[Case]:
             why="They block nothing, but they hide which supervisors live.",
             repair="deletes them",
         )
+
+
+def _ledgers(home: Home) -> Iterator[Case]:
+    """Damaged lines of the ledger of test openings, in the home and in the data cache."""
+    from hpo.data.cache import cache_folder
+
+    cache = cache_folder() / "openings"
+    for file, held in (
+        (home.root / LEDGER, home.locks / "openings.lock"),
+        (cache / LEDGER, cache / "openings.lock"),
+    ):
+        damaged = damaged_lines(file)
+        if damaged:
+            yield Case(
+                Finding(
+                    what=f"{_count(len(damaged), 'damaged line')} in the ledger of test openings",
+                    where=f"{file}: line {', '.join(map(str, damaged))}",
+                    why="An opening may go uncounted: promote, evaluate and compare open no test part.",
+                    repair="moves them to openings.damaged.jsonl next to it, which every later opening mentions",
+                ),
+                partial(set_damaged_aside, file, lock_file=held),
+            )
 
 
 def _reap(home: Home, title: str) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpo.home import Home
+from hpo.jobs.shared.image_history import image_history
 from hpo.jobs.shared.model_reference import find_model
 from hpo.jobs.shared.test_set_access import measure
 from hpo.tracking.ledger import openings
@@ -17,7 +18,8 @@ class Evaluation:
     """Test scores of one model, as `asked` for. opened: the test part was opened for it just now.
 
     when (ISO 8601, UTC) and purpose are of the look that measured it, "" where only the registry remembers. openings
-    counts the looks at the test part of `study` (a title) so far, those for other models of it included.
+    counts the looks at the test part of `study` (a title) so far, those for other models of it included. history has
+    sentences on its images: the models of any study that they have measured, and the trainings that have seen them.
     """
 
     asked: str
@@ -28,6 +30,7 @@ class Evaluation:
     when: str
     purpose: str
     openings: int
+    history: tuple[str, ...] = ()
 
 
 def evaluate(models: Sequence[str], *, home: str | Path | None = None, trust: bool = False) -> list[Evaluation]:
@@ -52,6 +55,7 @@ def evaluate(models: Sequence[str], *, home: str | Path | None = None, trust: bo
             when=each.opening.when if each.opening else "",
             purpose=each.opening.purpose if each.opening else "",
             openings=len(openings(place, reference.study)),
+            history=image_history(place, reference).sentences,
         )
         for reference, each in zip(references, measured, strict=True)
     ]

@@ -10,6 +10,7 @@ from pathlib import Path
 from hpo.errors import HpoError, ModelError
 from hpo.home import Home
 from hpo.jobs.shared.gates import Verdict, same_signature, verdicts
+from hpo.jobs.shared.image_history import base_verdict, image_history
 from hpo.jobs.shared.model_reference import ModelReference, find_model
 from hpo.jobs.shared.test_set_access import measure, test_scores
 from hpo.records import ModelVersion
@@ -26,7 +27,8 @@ class Promotion:
 
     gates are the verdicts on the challenger, none where it is the champion already; forced says that the alias was
     moved although one of them refused. scores are test scores (test_accuracy, ...), empty where the test part was not
-    opened; openings counts the looks at the study's test part so far.
+    opened; openings counts the looks at the study's test part so far. history has sentences on its images: the models
+    of any study that they have measured, and the trainings that have seen them.
     """
 
     promoted: bool
@@ -38,6 +40,7 @@ class Promotion:
     openings: int = 0
     gates: tuple[Verdict, ...] = ()
     forced: bool = False
+    history: tuple[str, ...] = ()
 
     @property
     def refused(self) -> bool:
@@ -49,10 +52,11 @@ def promote(study: str, *, home: str | Path | None = None, force: bool = False, 
     """Let the challenger of a study pass the gates, measure it on the test part, and point `champion` at it.
 
     The gates (see run.gates) look at development images only: the test part measures what was chosen before, and is not
-    opened for a challenger that is refused. force=True promotes it nevertheless, and the registry remembers that. Who
-    was measured before is not measured again, so nothing is gained by asking twice. trust allows a data function from
-    outside the working directory. Raises ModelError where there is no challenger, DataError where the data is not the
-    study's.
+    opened for a challenger that is refused. One gate counts the test images that a base of the challenger has seen.
+    force=True promotes it nevertheless, and the registry remembers that. Who was measured before is not measured again,
+    so nothing is gained by asking twice. trust allows a data function from outside the working directory. Raises
+    ModelError where there is no challenger, DataError where the data is not the study's, StoreError for a ledger with a
+    damaged line.
     """
     from hpo.predict import load_model
     from hpo.storage.optuna_storage import read_study
@@ -64,19 +68,21 @@ def promote(study: str, *, home: str | Path | None = None, force: bool = False, 
     challenger, champion = by_alias.get("challenger"), by_alias.get("champion")
     if challenger is None:
         raise ModelError(f"{name}: there is no challenger.", f"Run the study to its end: hpo run {name}")
+    count = len(openings(place, record))  # a damaged ledger ends here, before any gate
     if champion is not None and champion.version == challenger.version:
-        known, count = test_scores(champion.scores), len(openings(place, record))
+        known = test_scores(champion.scores)
         return Promotion(False, "the challenger is the champion already", challenger, champion, known, known, count)
     new = find_model(place, f"{name}/{challenger.version}", trust=trust)
     old, why = _trained(place, champion, trust=trust)
     model = load_model(challenger.model_uri, home=place)
-    gates = tuple(verdicts(place, new, model, champion, old, why))
+    gates = (*base_verdict(place, new), *verdicts(place, new, model, champion, old, why))
     failed = [gate for gate in gates if not gate.passed]
     reason = "; ".join(map(str, failed)) or _why(champion, gates)
     before: Mapping[str, float] = test_scores(champion.scores) if champion is not None else {}
     if failed and not force:
-        known = test_scores(challenger.scores)
-        return Promotion(False, reason, challenger, champion, known, before, len(openings(place, new.study)), gates)
+        known, count = test_scores(challenger.scores), len(openings(place, new.study))
+        told = image_history(place, new).sentences
+        return Promotion(False, reason, challenger, champion, known, before, count, gates, history=told)
     scores = measure(place, new, purpose="promote").scores
     if old is not None and old.card.digest == new.card.digest:
         with contextlib.suppress(ModelError):  # its files may be gone, which is no reason to keep it
@@ -86,8 +92,8 @@ def promote(study: str, *, home: str | Path | None = None, force: bool = False, 
     tags = {"hpo.promoted_because": reason}
     challenger = set_alias(place, name, "champion", challenger.version, tags=tags)
     champion = resolve(place, f"{name}/{champion.version}") if champion is not None else None
-    count = len(openings(place, new.study))
-    return Promotion(True, reason, challenger, champion, scores, before, count, gates, forced=bool(failed))
+    count, told = len(openings(place, new.study)), image_history(place, new).sentences
+    return Promotion(True, reason, challenger, champion, scores, before, count, gates, bool(failed), told)
 
 
 def _trained(home: Home, champion: ModelVersion | None, *, trust: bool) -> tuple[ModelReference | None, str]:
@@ -101,7 +107,9 @@ def _trained(home: Home, champion: ModelVersion | None, *, trust: bool) -> tuple
 
 
 def _why(champion: ModelVersion | None, gates: tuple[Verdict, ...]) -> str:
-    return "there was no champion before" if champion is None else gates[0].measured
+    if champion is None:
+        return "there was no champion before"
+    return next(gate.measured for gate in gates if gate.name == "beats the champion")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from hpo.errors import HpoError, ModelError
 from hpo.home import Home
 from hpo.jobs.explain import Explained, explain
+from hpo.jobs.shared.image_history import study_history
 from hpo.records import FINAL, DataCard, ModelVersion, SplitCard, StudyResult, TrialState
 from hpo.report.figures.images import confident_mistakes
 from hpo.report.page.study_page import Answers, Findings, Opening, Samples, shown_trial, study_page
@@ -128,6 +129,8 @@ def gather(home: Home, study: StudyResult) -> Findings:
         with _noting(missing, "the images could not be read"):
             findings = replace(findings, samples=_samples(data, spec), split=findings.split or _split(data, spec))
             findings = replace(findings, near_duplicates=_near_duplicates(data, spec))
+        with _noting(missing, "the history of the test images could not be read"):
+            findings = replace(findings, test_history=study_history(home, study, data).sentences)
     shown = findings.shown
     if shown is not None:
         if tracked.answers is not None:

@@ -15,7 +15,7 @@ from hpo.home import Home
 from hpo.jobs.shared.archive import Archive, damaged, reading, writing
 from hpo.locks import locked
 from hpo.records import StudyResult, TrialState
-from hpo.tracking.ledger import Opening
+from hpo.tracking.ledger import parse_opening
 from hpo.tracking.store import check_reachable, without_password
 
 if TYPE_CHECKING:
@@ -230,7 +230,7 @@ def _read(archive: Archive) -> tuple[dict[str, Any], StudyResult, TrackedStudy]:
                 kind.model_validate(value)
         if registered and registered["name"] != record.name:
             raise ValueError(f"the registered model is not named {record.name}")
-        openings = [Opening(**look) for look in looks]
+        openings = [parse_opening(look) for look in looks]
         if any((one.study, one.created) != (record.title, record.created) for one in openings):
             raise ValueError("an opening is of another study")
     except ValidationError as error:

@@ -1,29 +1,45 @@
-"""The ledger of the sealed test part: an opening is on disk, and on the study's run, before the first byte is read."""
+"""The ledger of the sealed test part: an opening is on disk, and on the study's run, before the first byte is read.
+
+An opening names the set of test images by a digest of their pixel digests, so that it is found again under every study,
+split and name. The ledger of a home is mlruns/openings.jsonl; a second one lies in the data cache (`cache`, a folder),
+where other homes on the same data find it. The pixel digests of each set are in test_images/ of both, and of the run.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+from hpo.errors import StoreError
 from hpo.home import Home
-from hpo.locks import lock
+from hpo.locks import lock, locked
 from hpo.records import ModelVersion, StudyResult
-from hpo.tracking.runs import find_parent, user
-from hpo.tracking.store import connect, exists, translate_errors
+from hpo.tracking.runs import KIND, artifact, find_parent, user
+from hpo.tracking.store import connect, exists, pages, translate_errors
 
+LEDGER = "openings.jsonl"
+SET_ASIDE = "openings.damaged.jsonl"
 _TAG = "hpo.test_opening."
+_FOLDER = "test_images"
+_DIGEST_BYTES = 16  # of one image
 
 
 @dataclass(frozen=True)
 class Opening:
-    """One opening of the test part: time (ISO 8601, UTC), user, version (0: not registered), trial, purpose.
+    """One look at the test part: when (ISO 8601, UTC), who, for which version (0: not registered) and trial, what for.
 
-    purpose is the command: promote, compare, evaluate. scores are what it showed; empty where the command was
-    stopped before the result could be written, which counts all the same.
+    purpose is the command: promote, compare, evaluate. scores are what it showed; empty where whoever looked was
+    stopped before the result could be written, which counts all the same. data is the digest of the data set and images
+    that of the set of test images; both are "" in a ledger of an earlier version, images also where the process was
+    stopped before it had read them.
     """
 
     when: str
@@ -35,11 +51,24 @@ class Opening:
     trial: int
     scores: Mapping[str, float] = field(default_factory=dict)
     purpose: str = ""
+    data: str = ""
+    images: str = ""
+
+    @property
+    def key(self) -> tuple[str, float, str, str, int]:
+        """The same for the announcement, the images and the result of one opening, in all ledgers."""
+        return self.study, self.created, self.when, self.who, self.trial
 
 
 @translate_errors
-def announce_opening(home: Home, study: StudyResult, *, model: ModelVersion, trial: int, purpose: str) -> Opening:
-    """Record that the test part is about to be opened; complete_opening adds the result. Raises StoreError."""
+def announce_opening(
+    home: Home, study: StudyResult, *, model: ModelVersion, trial: int, purpose: str, cache: Path | None = None
+) -> Opening:
+    """Write down that the test part is about to be opened; complete_opening adds the result.
+
+    Raises StoreError, also for a ledger with a damaged line: then nothing is written, and nothing may be opened.
+    """
+    every_opening(home, cache=cache)
     opening = Opening(
         when=datetime.now(UTC).isoformat(timespec="microseconds"),
         who=user(),
@@ -49,68 +78,259 @@ def announce_opening(home: Home, study: StudyResult, *, model: ModelVersion, tri
         version=model.version,
         trial=trial,
         purpose=purpose,
+        data=study.data_digest,
     )
-    _write(home, study, opening)
+    _write(home, study, opening, cache)
     return opening
 
 
 @translate_errors
-def complete_opening(home: Home, study: StudyResult, opening: Opening, scores: Mapping[str, float]) -> Opening:
-    """Record the scores of an announced opening. Raises StoreError."""
+def name_images(
+    home: Home, study: StudyResult, opening: Opening, digests: Sequence[bytes], *, cache: Path | None = None
+) -> Opening:
+    """Add the test images to an announced opening: pixel digests of 16 bytes, whose order is forgotten."""
+    content = b"".join(sorted(digests))
+    named = replace(opening, images=set_digest(digests))
+    for folder in filter(None, (home.root, _writable(cache))):
+        file = _digest_file(folder, named.images)
+        if not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            part = file.with_name(f"{file.name}.{os.getpid()}.part")
+            part.write_bytes(content)
+            part.replace(file)
+    _write(home, study, named, cache)
+    client = connect(home)
+    parent = find_parent(client, study)
+    if parent is not None:
+        client.log_artifact(parent.info.run_id, str(_digest_file(home.root, named.images)), _FOLDER)
+    return named
+
+
+@translate_errors
+def complete_opening(
+    home: Home, study: StudyResult, opening: Opening, scores: Mapping[str, float], *, cache: Path | None = None
+) -> Opening:
+    """Write down what an announced opening showed. Raises StoreError."""
     complete = replace(opening, scores=dict(scores))
-    _write(home, study, complete)
+    _write(home, study, complete, cache)
     return complete
 
 
 @translate_errors
 def openings(home: Home, study: StudyResult) -> list[Opening]:
-    """The openings of a study's generation, oldest first, from this folder and, with a server, from elsewhere."""
-    path = home.root / "openings.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    """The openings of a study's generation, oldest first, from this folder and, with a server, from elsewhere.
+
+    Raises StoreError, also for a damaged line, as all that read the ledger do.
+    """
+    found = [opening for _, opening in _read(home.root / LEDGER)]
     if exists(home):
         parent = find_parent(connect(home), study)
-        lines += [value for name, value in parent.data.tags.items() if name.startswith(_TAG)] if parent else []
-    found: dict[tuple[str, str, int], Opening] = {}
-    for opening in _parse(lines):
-        if (opening.study, opening.created) == (study.title, study.created):
-            key = opening.when, opening.who, opening.trial
-            # The announcement and the result are one opening, written twice.
-            if key not in found or opening.scores:
-                found[key] = opening
-    return sorted(found.values(), key=lambda opening: opening.when)
+        found += _tagged(parent) if parent else []
+    return [each for each in _merged(found) if (each.study, each.created) == (study.title, study.created)]
+
+
+@translate_errors
+def every_opening(home: Home, *, cache: Path | None = None) -> tuple[list[Opening], list[Opening]]:
+    """The openings by all studies of the home and its store, oldest first, and those that only the cache knows."""
+    found = [opening for _, opening in _read(home.root / LEDGER)]
+    if exists(home):
+        for run in _parents(connect(home)):
+            found += _tagged(run)
+    own = _merged(found)
+    keys = {opening.key for opening in own}
+    others = [opening for _, opening in _read(cache / LEDGER)] if cache else []
+    return own, [opening for opening in _merged(others) if opening.key not in keys]
 
 
 def add_openings(home: Home, known: Sequence[Opening]) -> None:
-    """Record openings of another store that this folder's ledger lacks."""
-    path = home.root / "openings.jsonl"
+    """Write down openings of another store that this folder's ledger has not."""
+    path = home.root / LEDGER
     with lock(home.create(), "openings"):
-        there = list(_parse(path.read_text(encoding="utf-8").splitlines())) if path.is_file() else []
+        there = [opening for _, opening in _read(path)]
         for opening in known:
             if opening not in there:
                 _append(path, json.dumps(asdict(opening)))
 
 
-def _parse(lines: list[str]) -> Iterator[Opening]:
-    known = {each.name for each in fields(Opening)}
-    for line in lines:
-        try:
-            content = json.loads(line)
-        except ValueError:
-            # The writer died: of an announcement nothing was read yet, and a result was announced before.
+def parse_opening(stored: Any) -> Opening:
+    """The opening that a JSON value holds; fields of later versions are left out. Raises ValueError."""
+    if not isinstance(stored, dict):
+        raise ValueError("is not a JSON object")
+    kinds = {"created": (int, float), "version": (int,), "trial": (int,), "scores": (dict,)}
+    given: dict[str, Any] = {}
+    for each in fields(Opening):
+        if each.name not in stored:
+            if each.name not in ("scores", "purpose", "data", "images"):
+                raise ValueError(f"lacks {each.name}")
             continue
-        yield Opening(**{key: value for key, value in content.items() if key in known})
+        value = stored[each.name]
+        if not isinstance(value, kinds.get(each.name, (str,))) or isinstance(value, bool):
+            raise ValueError(f"has another {each.name} than is ever written")
+        given[each.name] = value
+    if not all(isinstance(value, int | float) for value in given.get("scores", {}).values()):
+        raise ValueError("has scores that are no numbers")
+    try:
+        datetime.fromisoformat(given["when"])
+    except ValueError:
+        raise ValueError("has no time") from None
+    return Opening(**given)
 
 
-def _write(home: Home, study: StudyResult, opening: Opening) -> None:
+def set_digest(digests: Iterable[bytes]) -> str:
+    """sha256:... over the pixel digests of a set of images, whatever their order."""
+    return f"sha256:{hashlib.sha256(b''.join(sorted(digests))).hexdigest()}"
+
+
+@translate_errors
+def image_digests(home: Home, images: str, *, cache: Path | None = None) -> frozenset[bytes] | None:
+    """The pixel digests of a set of test images that was opened, from home, cache or store; None where none has it."""
+    for folder in filter(None, (home.root, cache)):
+        with contextlib.suppress(OSError):
+            if (found := _pieces(_digest_file(folder, images).read_bytes(), images)) is not None:
+                return found
+    client = connect(home) if exists(home) else None
+    for run in _parents(client) if client is not None else ():
+        if any(opening.images == images for opening in _tagged(run)):
+            with tempfile.TemporaryDirectory() as scratch:
+                name = f"{_FOLDER}/{_digest_file(home.root, images).name}"
+                file = artifact(client, run.info.run_id, name, scratch)
+                if file is not None and (found := _pieces(file.read_bytes(), images)) is not None:
+                    return found
+    return None
+
+
+def damaged_lines(path: Path) -> dict[int, str]:
+    """The lines of a ledger's file that are no opening, by number from 1, with the reason."""
+    return {number: what for number, what in _lines(path) if isinstance(what, str)}
+
+
+def set_damaged_aside(path: Path, *, lock_file: Path) -> Path:
+    """Move the damaged lines of a ledger's file to openings.damaged.jsonl next to it, each with a note; returns it.
+
+    The lines are in the note byte for byte, as Latin-1 text, before they leave the ledger.
+    """
+    aside = path.with_name(SET_ASIDE)
+    with locked(lock_file):
+        damaged = damaged_lines(path)
+        lines = path.read_bytes().split(b"\n")
+        for number, reason in damaged.items():
+            note = {"moved": datetime.now(UTC).isoformat(timespec="seconds"), "line": number, "reason": reason}
+            _append(aside, json.dumps({**note, "text": lines[number - 1].decode("latin-1")}))
+        kept = [line for number, line in enumerate(lines, 1) if number not in damaged]
+        part = path.with_name(f"{path.name}.part")
+        part.write_bytes(b"\n".join(kept))
+        part.replace(path)
+    return aside
+
+
+def count_set_aside(folder: Path) -> int:
+    """The number of damaged lines that were moved out of a folder's ledger: openings whose images nobody knows."""
+    with contextlib.suppress(OSError):
+        return (folder / SET_ASIDE).read_bytes().count(b"\n")
+    return 0
+
+
+def _parents(client: Any) -> Iterator[Any]:
+    """The runs in the store that can have openings: of all studies, and of copied versions."""
+    known = [each.experiment_id for each in pages(client.search_experiments, max_results=1000)]
+    for first in range(0, len(known), 100):
+        ids = known[first : first + 100]
+        wanted = f"tags.`{KIND}` != 'trial'"
+        yield from pages(client.search_runs, experiment_ids=ids, filter_string=wanted, max_results=1000)
+
+
+def _tagged(run: Any) -> list[Opening]:
+    found = []
+    for name, value in run.data.tags.items():
+        if name.startswith(_TAG):
+            try:
+                found.append(parse_opening(json.loads(value)))
+            except ValueError as error:
+                raise StoreError(
+                    f"run {run.info.run_id} in MLflow: its tag {name} {_reason(error)}, so an opening of the test part "
+                    "would go uncounted.",
+                    "Correct the tag in MLflow's UI: hpo ui",
+                ) from None
+    return found
+
+
+def _merged(found: Iterable[Opening]) -> list[Opening]:
+    """One of each opening, the most complete, oldest first."""
+    merged: dict[tuple[str, float, str, str, int], Opening] = {}
+    for opening in found:
+        known = merged.get(opening.key)
+        if known is None or (bool(opening.scores), bool(opening.images)) > (bool(known.scores), bool(known.images)):
+            merged[opening.key] = opening
+    return sorted(merged.values(), key=lambda opening: opening.when)
+
+
+def _read(path: Path) -> Iterator[tuple[int, Opening]]:
+    for number, what in _lines(path):
+        if isinstance(what, str):
+            raise StoreError(
+                f"{path}: line {number} {what}, so an opening of the test part would go uncounted.",
+                "Repair the line, or have it moved to a file next to it: hpo doctor --fix",
+            )
+        yield number, what
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Opening | str]]:
+    """The number of each line, with its opening, or with the reason why it is none."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error.strerror}.", "Make the file readable.") from None
+    for number, line in enumerate(lines, 1):
+        # The start of a line: its writer died over it, an announcement, before anything was read, or a result, whose
+        # announcement is a line of its own.
+        if line and not (line[:9] == b'{"when": '[: len(line)] and not line.rstrip().endswith(b"}")):
+            try:
+                yield number, parse_opening(json.loads(line.decode("utf-8")))
+            except (ValueError, RecursionError) as error:
+                yield number, _reason(error)
+
+
+def _reason(error: Exception) -> str:
+    known = type(error) is ValueError
+    return f"is damaged: it {error}" if known else "is damaged: it is not JSON in UTF-8"
+
+
+def _write(home: Home, study: StudyResult, opening: Opening, cache: Path | None) -> None:
     line = json.dumps(asdict(opening))
-    path = home.root / "openings.jsonl"
     with lock(home.create(), "openings"):
-        _append(path, line)
+        _append(home.root / LEDGER, line)
+    if (folder := _writable(cache)) is not None:
+        with locked(folder / "openings.lock"):
+            _append(folder / LEDGER, line)
     client = connect(home)
     parent = find_parent(client, study)
     if parent is not None:
         # One tag an opening, so that two supervisors cannot overwrite each other's.
         client.set_tag(parent.info.run_id, _TAG + "".join(filter(str.isdigit, opening.when[:26])), line)
+
+
+def _writable(cache: Path | None) -> Path | None:
+    """The cache's folder, created; None where it cannot be written, as a cache that an administrator shares."""
+    if cache is None:
+        return None
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=cache).close()
+    except OSError:
+        return None
+    return cache
+
+
+def _digest_file(folder: Path, images: str) -> Path:
+    return folder / _FOLDER / f"{Path(images.removeprefix('sha256:')).name}.digests"
+
+
+def _pieces(content: bytes, images: str) -> frozenset[bytes] | None:
+    """The digests in a file; None where it is damaged."""
+    found = [content[start : start + _DIGEST_BYTES] for start in range(0, len(content), _DIGEST_BYTES)]
+    return frozenset(found) if set_digest(found) == images else None
 
 
 def _append(path: Path, line: str) -> None:
@@ -121,7 +341,7 @@ def _append(path: Path, line: str) -> None:
 
 
 def _whole(path: Path) -> bool:
-    """True if the last line is complete; a writer that was killed may have left half of one."""
+    """Whether the last line has its end; a writer that was killed may have left half of one."""
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hpo.home import Home
-from hpo.tracking.ledger import Opening, announce_opening, complete_opening, openings
+from hpo.tracking.ledger import Opening, announce_opening, complete_opening, name_images, openings
 from hpo.tracking.registry import add_scores
 
 if TYPE_CHECKING:
@@ -33,14 +33,15 @@ def open_sealed(home: Home, entrant: ModelReference, model: Classifier, *, purpo
 
     purpose is the command that asks. Raises DataError, StoreError.
     """
-    from hpo.data.test_set import open_test
+    from hpo.data.test_set import digests_of_test, ledger_folder, open_test
 
-    version = entrant.kept("the test part asks for it")
-    opening = announce_opening(home, entrant.study, model=version, trial=entrant.trial.number, purpose=purpose)
-    training = entrant.setup.training
-    further = [*training.scores, training.monitor]
+    version, number = entrant.kept("the test part asks for it"), entrant.trial.number
+    cache = ledger_folder(entrant.card)
+    opening = announce_opening(home, entrant.study, model=version, trial=number, purpose=purpose, cache=cache)
+    opening = name_images(home, entrant.study, opening, digests_of_test(entrant.card), cache=cache)
+    further = [*entrant.setup.training.scores, entrant.setup.training.monitor]
     measured = open_test(entrant.card, model.predict_levels, further=further)
-    return measured, complete_opening(home, entrant.study, opening, measured.scores)
+    return measured, complete_opening(home, entrant.study, opening, measured.scores, cache=cache)
 
 
 def measure(home: Home, entrant: ModelReference, *, purpose: str) -> Measurement:

@@ -86,14 +86,15 @@ def _opened(findings: Findings) -> Opening | None:
 
 
 def _test_sentence(findings: Findings) -> str:
+    history = "".join(f" {escape(sentence)}" for sentence in findings.test_history)
     if not findings.openings:
         return (
             "The sealed test part was never opened, so there are no test results. "
-            f"<code>hpo promote {escape(findings.study.name)}</code> opens it."
+            f"<code>hpo promote {escape(findings.study.name)}</code> opens it.{history}"
         )
     often = text.times(len(findings.openings))
     other = "" if _opened(findings) else ", but not for this model"
-    return f"The sealed test part was opened {often}{other}."
+    return f"The sealed test part was opened {often}{other}.{history}"
 
 
 def _test_intervals(findings: Findings, scores: Mapping[str, float]) -> dict[str, Interval]:

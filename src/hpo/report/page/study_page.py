@@ -67,6 +67,7 @@ class Findings:
 
     made is the time of the page. versions maps software (python, torch, commit, ...) to its version. importances maps
     stage -> method -> path to a share of the score's variance. saliency holds a PNG for each mistake, if requested.
+    test_history has sentences on the images of the test part: which models they have measured, and who has seen them.
     """
 
     study: StudyResult
@@ -83,6 +84,7 @@ class Findings:
     saliency: tuple[bytes, ...] = ()
     missing: tuple[str, ...] = ()
     near_duplicates: str = ""
+    test_history: tuple[str, ...] = ()
 
     @property
     def ranking(self) -> Mapping[str, float]:

@@ -1,0 +1,236 @@
+"""The history of the images of a test part: which models they have measured, and which models have seen them before."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from hpo.errors import HpoError
+from hpo.home import Home
+from hpo.jobs.shared.gates import Verdict
+from hpo.jobs.shared.model_reference import ModelReference
+from hpo.records import DataCard, StudyResult
+from hpo.report.text import times
+from hpo.spec.load import parse_study
+from hpo.spec.models import TransferSpec
+from hpo.tracking.ledger import Opening, count_set_aside, every_opening, image_digests, set_digest
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How many images of a test part are also in something else, of which `name` tells."""
+
+    name: str
+    count: int
+
+
+@dataclass(frozen=True)
+class ImageHistory:
+    """What is known of the `images` (a count) of a test part.
+
+    openings counts those of exactly these images, by `models` (titles of studies) and `users`. answered counts the
+    images that were in another test part that was opened, `answered_openings` times by `answered_models`. trained has
+    the development images of models that were measured before, own those of the study itself, base those of the models
+    that it was transferred from. unknown are sentences on what could not be compared.
+    """
+
+    images: int
+    openings: int = 0
+    models: tuple[str, ...] = ()
+    users: tuple[str, ...] = ()
+    answered: int = 0
+    answered_openings: int = 0
+    answered_models: tuple[str, ...] = ()
+    trained: tuple[Overlap, ...] = ()
+    own: int = 0
+    base: tuple[Overlap, ...] = ()
+    unknown: tuple[str, ...] = ()
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """The history in sentences; what is 0 is left out."""
+        of = f"of {self.images:,} of these images"
+        told = []
+        if self.openings:
+            users = f" (users: {', '.join(self.users)})" if len(self.users) > 1 else ""
+            told.append(f"This test part: {times(self.openings)}, by {', '.join(self.models)}{users}.")
+        if self.answered:
+            by = f"{times(self.answered_openings)}, by {', '.join(self.answered_models)}"
+            told.append(f"{self.answered:,} {of} have answered before, in other test parts: {by}.")
+        if self.own:
+            told.append(f"{self.own:,} {of} are also development images of this study.")
+        told += [f"{each.count:,} {of} are development images of its base, {each.name}." for each in self.base]
+        told += [
+            f"{each.count:,} {of} are development images of {each.name}, measured before." for each in self.trained
+        ]
+        return (*told, *self.unknown)
+
+
+def image_history(home: Home, model: ModelReference) -> ImageHistory:
+    """The history of the test images of a model's study. Only counts leave; no model is measured. Raises HpoError."""
+    base, unknown = base_overlaps(home, model)
+    found = study_history(home, model.study, model.card)
+    more = (f"It was not compared with its base: {unknown}",) if unknown else ()
+    return replace(found, base=tuple(base), unknown=(*found.unknown, *more))
+
+
+def study_history(home: Home, study: StudyResult, card: DataCard) -> ImageHistory:
+    """The history of the test images of a study's data, without the bases of its models. Raises HpoError."""
+    from hpo.data.test_set import digests_of_test, ledger_folder
+
+    cache = ledger_folder(card)
+    digests = digests_of_test(card)
+    here, elsewhere = every_opening(home, cache=cache)
+    known = [(_dated(home, each), each.study) for each in here]
+    known += [(each, f"{each.study} (another home)") for each in elsewhere]
+    images = set_digest(digests)
+    same = [(each, name) for each, name in known if _is_same(each, study, card, images)]
+    others = [(each, name) for each, name in known if (each, name) not in same and each.images]
+    seen: set[bytes] = set()
+    overlapping: list[tuple[Opening, str]] = []
+    lost = 0
+    for part in dict.fromkeys(each.images for each, _ in others):
+        theirs = image_digests(home, part, cache=cache)
+        looks = [(each, name) for each, name in others if each.images == part]
+        if theirs is None:
+            lost += len(looks)
+        elif shared := theirs.intersection(digests):
+            seen |= shared
+            overlapping += looks
+    unknown = (
+        [f"{times(lost)} a test part was opened whose image digests are lost: it was not compared."] if lost else []
+    )
+    aside = count_set_aside(home.root) + count_set_aside(cache)
+    unknown += (
+        [f"Damaged lines of the ledger that were set aside, and may be openings of it: {aside}."] if aside else []
+    )
+    return ImageHistory(
+        images=len(digests),
+        openings=len(same),
+        models=_names(same),
+        users=tuple(dict.fromkeys(each.who for each, _ in same)),
+        answered=_found(digests, seen),
+        answered_openings=len(overlapping),
+        answered_models=_names(overlapping),
+        trained=tuple(_trained(known, card, digests)),
+        own=_found(digests, _development(card)),
+        unknown=tuple(unknown),
+    )
+
+
+def base_overlaps(home: Home, model: ModelReference) -> tuple[list[Overlap], str]:
+    """Of each model that this one was transferred from, directly or not, how many test images its study has seen.
+
+    Bases that have seen none are left out. The text tells which base could not be compared, and why; "" where all were.
+    Raises HpoError.
+    """
+    from hpo.data.test_set import digests_of_test
+
+    uri = _base(model.setup.model)
+    if not uri:
+        return [], ""
+    digests = digests_of_test(model.card)
+    found: list[Overlap] = []
+    seen: set[str] = set()
+    while uri and uri not in seen:
+        seen.add(uri)
+        try:
+            name, card, following = _base_training(home, uri)
+        except HpoError as error:
+            return found, f"the training of its base {uri} is not at hand: {error.message}"
+        count = _found(digests, _development(card)) if card.image_shape == model.card.image_shape else 0
+        found += [Overlap(name, count)] if count else []
+        uri = following
+    return found, ""
+
+
+def base_verdict(home: Home, model: ModelReference) -> Iterator[Verdict]:
+    """The gate of a model that was transferred from others: they have seen no test image. Nothing for other models."""
+    if not _base(model.setup.model):
+        return
+    found, unknown = base_overlaps(home, model)
+    seen = "; ".join(f"{each.count:,} of {model.card.test_count:,} test images in {each.name}" for each in found)
+    measured = "; ".join(filter(None, [seen, unknown])) or "0 test images among the development images of its base"
+    yield Verdict("base has not seen the test part", not found, measured, "0 test images")
+
+
+def _base_training(home: Home, uri: str) -> tuple[str, DataCard, str]:
+    """Name, data and base ("" for none) of a logged model."""
+    from hpo.data.prepare import prepared
+    from hpo.jobs.shared.model_reference import find_trial, study_data
+    from hpo.records import TrialState
+    from hpo.storage.optuna_storage import read_study
+    from hpo.tracking.registry import resolve
+
+    version = resolve(home, uri)
+    study = read_study(home, version.generation)
+    spec = parse_study(study.spec, trust=True)  # nothing of it is imported
+    trial = find_trial(study, str(version.trial), (TrialState.COMPLETE,))
+    card = prepared(study.data_digest) or study_data(study, spec)
+    name = f"trial {trial.number} of {study.title}"
+    following = ModelReference(name, study, spec, trial, card, version).setup.model
+    return name, card, _base(following)
+
+
+def _base(model: object) -> str:
+    return model.from_model if isinstance(model, TransferSpec) else ""
+
+
+def _dated(home: Home, opening: Opening) -> Opening:
+    """An opening of an earlier version of hpo with the data digest of its study, if that is in the storage."""
+    from hpo.storage.optuna_storage import read_study
+
+    if not opening.data:
+        with contextlib.suppress(HpoError):
+            title = opening.study if "~" in opening.study else f"{opening.study}~1"
+            study = read_study(home, title)
+            if study.created == opening.created:
+                return replace(opening, data=study.data_digest)
+    return opening
+
+
+def _is_same(opening: Opening, study: StudyResult, card: DataCard, images: str) -> bool:
+    if opening.images:
+        return opening.images == images
+    own = (opening.study, opening.created) == (study.title, study.created)
+    return own or opening.data == card.digest
+
+
+def _names(looks: Collection[tuple[Opening, str]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for _, name in looks))
+
+
+def _trained(known: Sequence[tuple[Opening, str]], card: DataCard, digests: Sequence[bytes]) -> Iterator[Overlap]:
+    """Test images among the development images of models that were measured before, on other data."""
+    from hpo.data.prepare import prepared
+
+    by_data: dict[str, dict[str, None]] = {}
+    for opening, name in known:
+        if opening.data and opening.data != card.digest:
+            by_data.setdefault(opening.data, {})[name] = None
+    for data, names in by_data.items():
+        other = prepared(data)
+        if other is not None and other.image_shape == card.image_shape:
+            count = _found(digests, _development(other))
+            if count:
+                yield Overlap(", ".join(names), count)
+
+
+def _development(card: DataCard) -> frozenset[bytes]:
+    """The pixel digests of the images that a study on these data trains and chooses on."""
+    from hpo.data.duplicates import pixel_digests
+    from hpo.errors import DataError
+
+    file = Path(card.folder) / "development_images.npy"
+    try:
+        return frozenset(pixel_digests(np.load(file, mmap_mode="r", allow_pickle=False)))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: the prepared data cannot be read: {error}.", "Run the study again.") from None
+
+
+def _found(digests: Sequence[bytes], others: Collection[bytes]) -> int:
+    return sum(digest in others for digest in digests)
