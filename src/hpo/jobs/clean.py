@@ -126,16 +126,17 @@ def _deleted(snapshot: HomeSnapshot, study: str | None) -> Plan:
     ]
     dead += [run for run in tracking.runs if run.deleted or run.experiment in gone]
     dead += [one for one in tracking.experiments if one.id in gone]
-    kept_elsewhere: set[str] = set()
+    elsewhere: set[str] = set()
     for one in dead:
         name = names.get(one.id if isinstance(one, Experiment) else one.experiment, "")
         if name in snapshot.live_names or study not in (None, name):
             continue
         folder = None if isinstance(one, Experiment) else local_path(one.location)
-        if isinstance(one, Experiment) and one.id in kept_elsewhere:
-            continue
-        if snapshot.home.embedded and folder is not None and snapshot.inside(one.location) is None:
-            kept_elsewhere.add(one.experiment)  # another program's, in a folder of its own
+        if isinstance(one, Experiment):
+            if one.id in elsewhere:
+                continue
+        elif snapshot.home.embedded and folder is not None and snapshot.inside(one.location) is None:
+            elsewhere.add(one.experiment)  # another program's, in a folder of its own
             continue
         there = folder is not None and folder.exists()
         if isinstance(one, Model) and folder is not None and not there:

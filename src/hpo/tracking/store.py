@@ -103,14 +103,14 @@ def _guard(home: Home, client: Any) -> None:
 
     find = client._tracking_client._get_artifact_repo
 
-    def find_inside(resource: str, **kind: Any) -> Any:
+    def find_inside(owner: str, /, **kind: Any) -> Any:
         try:
-            found = find(resource, **kind)
+            found = find(owner, **kind)
             check_inside(client, found.artifact_uri)
         except StoreError:
             # MLflow keeps addresses by the id of their run, which is the same in the original and in a copy.
-            utils._artifact_repos_cache.pop(resource, None)
-            found = find(resource, **kind)
+            utils._artifact_repos_cache.pop(owner, None)
+            found = find(owner, **kind)
             check_inside(client, found.artifact_uri)
         return found
 
