@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sqlite3
 import subprocess
@@ -185,7 +184,7 @@ def test_what_lies_outside_is_never_deleted(kept: Home, tmp_path: Path) -> None:
     assert outside.is_dir()
     assert kept.root.is_dir()
     link = kept.work / "link"
-    os.symlink(outside, link)
+    link.symlink_to(outside)
     remove(kept.root, link)
     assert outside.is_dir()
     assert not link.is_symlink()
