@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from hpo.errors import StoreError
+from hpo.events import Notice
 from hpo.execute.run_study import run_study
 from hpo.home import Home, remove
 from hpo.jobs.clean import clean
@@ -21,7 +22,6 @@ from hpo.jobs.promote import promote
 from hpo.jobs.rerun import rerun
 from hpo.jobs.transfer import export_study, import_study
 from hpo.predict import load_model
-from hpo.records import Notice
 from hpo.spec.load import load_study
 from hpo.tracking.models import delete_artifacts
 from hpo.tracking.registry import versions
@@ -39,7 +39,7 @@ KILLED = """
 import os, sys
 from hpo.execute.run_study import run_study
 from hpo.execute.subscribers.model_retention import ModelRetention
-from hpo.records import TrialEnded
+from hpo.events import TrialEnded
 from hpo.spec.load import load_study
 
 def watch(event):
