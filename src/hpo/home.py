@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import tomllib
 from collections.abc import Mapping
@@ -73,6 +74,10 @@ class Home:
         """Whether studies are kept on a server, for several machines."""
         return not self.storage_url.startswith("sqlite")
 
+    def check_inside(self, path: Path) -> Path:
+        """The path, which is about to be written or deleted. Raises StoreError where it is outside this home."""
+        return check_inside(self.root, path)
+
     def create(self) -> Home:
         """Make the folders. Raises StoreError where that is not allowed."""
         for folder in (self.artifacts, self.work, self.locks):
@@ -85,6 +90,29 @@ class Home:
                     "Choose a folder of your own: --home DIR, or the environment variable HPO_HOME.",
                 ) from None
         return self
+
+
+def check_inside(folder: Path, path: Path) -> Path:
+    """The path, which is about to be written or deleted. Raises StoreError where it is not below the folder.
+
+    A folder that the user has replaced by a link (mlruns/artifacts on a larger disk) counts as inside.
+    """
+    below = Path(os.path.normpath(path))
+    if below != folder and (below.is_relative_to(folder) or path.resolve().is_relative_to(folder.resolve())):
+        return path
+    raise StoreError(
+        f"{path}: is outside {folder}, so it is neither written nor deleted.",
+        "If the project was moved or copied, correct its addresses: hpo doctor --fix",
+    )
+
+
+def remove(folder: Path, path: Path, *, ignore_errors: bool = False) -> None:
+    """Delete a file or a folder with all in it, below the folder. Raises StoreError where it is not below, OSError."""
+    check_inside(folder, path)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=ignore_errors)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _stores(file: Path) -> Mapping[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -54,6 +55,41 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         held.release()
+
+
+def seen_held(path: Path) -> bool:
+    """Whether any process holds a lock file: read-only, without the folder's lock, for read-only disks too.
+
+    Only for a lease that has been held before: a new one could find this probe in its place.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return is_locked(path)
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(file)  # which ends the probe
+    return False
+
+
+def is_locked(path: Path) -> bool:
+    """Whether any process holds a lock file, by taking it for an instant."""
+    if not path.exists():
+        return False
+    probe = FileLock(path, timeout=0, thread_local=False)
+    try:
+        probe.acquire()
+    except Timeout:
+        return True
+    probe.release()
+    return False
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
+from pathlib import PurePath
 from typing import Any
 
 from hpo.metrics import direction_of
@@ -137,7 +138,8 @@ class TrialResult:
 
     value is the objective at the best epoch (None unless complete or pruned); best_epoch counts from 1 (0: none was
     finished). scores are those of the best epoch; with folds, their means. confusion is (true class, predicted class)
-    counts on the validation part. folder is where the worker left weights and validation probabilities, or "".
+    counts on the validation part. folder is where the worker left weights and validation probabilities, or ""; stored,
+    it is only the folder's name in the study's work folder, for a project can move.
     settings are what the machine decided rather than the spec: device, precision, layout, threads, and micro_batch
     where the memory was short.
     values are those of several objectives, in the order of the spec. folds holds the scores of each fold at its best
@@ -171,13 +173,14 @@ class TrialResult:
 
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types; from_json takes it back."""
-        return asdict(self)
+        return {**asdict(self), "folder": PurePath(self.folder).name}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TrialResult:
         """The record that to_json wrote; keys of other versions are ignored."""
         known = {key: value for key, value in data.items() if key in cls.__dataclass_fields__}
         known["state"] = TrialState(known["state"])
+        known["folder"] = PurePath(known.get("folder", "")).name  # older versions stored an absolute path
         known["failure"] = next((kind for kind in FailureKind if kind == known.get("failure")), None)
         known["epochs"] = tuple(Epoch(**epoch) for epoch in known.get("epochs", ()))
         known["values"] = tuple(known.get("values", ()))

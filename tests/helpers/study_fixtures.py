@@ -21,9 +21,9 @@ from hpo.execute.tracking_queue import TrackingQueue
 from hpo.execute.workdir import WorkdirCleanup
 from hpo.home import Home
 from hpo.records import SplitCard
+from hpo.relocation import relocate
 from hpo.search.lifecycle import open_study
 from hpo.search.study import Study
-from hpo.tracking.repair import move_artifacts
 from kept_study import make_kept_study
 
 
@@ -54,7 +54,7 @@ def run_formula(tmp_path: Path):
         events, queue, tracker = Events(), TrackingQueue(), RecordedTracker()
         if subscribers is None:
             tracking = Tracking(tracker, queue, spec, emit=events.emit)
-            retention = ModelRetention(tracker, queue, None, spec, data=CARD, emit=events.emit)
+            retention = ModelRetention(tracker, queue, None, spec, work=tmp_path / "work", data=CARD, emit=events.emit)
             cleanup = WorkdirCleanup(tmp_path / "work", study)
             cleanup(StudyOpened(study.result(), CARD, SplitCard({}, {}), 0, 0, workers=1, device="cpu"))
             watchers = [Watcher(seen.append), *([Watcher(watch)] if watch else [])]
@@ -115,7 +115,7 @@ def kept(kept_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("HPO_DATA", str(kept_template / "data"))
     shutil.copytree(kept_template / "mlruns", tmp_path / "kept" / "mlruns")
     home = Home.find(tmp_path / "kept")
-    move_artifacts(home, kept_template / "mlruns", home.root)
+    relocate(home)
     for copy in home.root.glob("mlflow.db.before-*"):
         copy.unlink()
     return home

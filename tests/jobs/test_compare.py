@@ -100,12 +100,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def home(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
-    """A copy that a test may write to; models stay in the first one."""
+    """A copy that a test may write to."""
     for name in ("MLFLOW_TRACKING_URI", "HPO_STORAGE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HPO_DATA", str(trained / "data"))
     monkeypatch.setenv("HPO_HOME", str(tmp_path))
-    shutil.copytree(trained / "mlruns", tmp_path / "mlruns", ignore=shutil.ignore_patterns("artifacts", "work"))
+    shutil.copytree(trained / "mlruns", tmp_path / "mlruns", ignore=shutil.ignore_patterns("work"))
     return Home.find()
 
 

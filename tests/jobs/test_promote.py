@@ -54,12 +54,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def home(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
-    """A copy that a test may write to; models stay in the first one."""
+    """A copy that a test may write to."""
     for name in ("MLFLOW_TRACKING_URI", "HPO_STORAGE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HPO_DATA", str(place / "data"))
     monkeypatch.setenv("HPO_HOME", str(tmp_path))
-    shutil.copytree(place / "mlruns", tmp_path / "mlruns", ignore=shutil.ignore_patterns("artifacts", "work"))
+    shutil.copytree(place / "mlruns", tmp_path / "mlruns", ignore=shutil.ignore_patterns("work"))
     return Home.find()
 
 

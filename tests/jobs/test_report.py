@@ -37,12 +37,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def project(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the folder that a test may change; artifacts stay in the first one."""
+    """A copy of the folder that a test may change."""
     for name in ("HPO_HOME", "HPO_STORAGE", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HPO_DATA", str(place / "data"))
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(place / "mlruns", tmp_path / "mlruns", ignore=shutil.ignore_patterns("artifacts", "work"))
+    shutil.copytree(place / "mlruns", tmp_path / "mlruns", ignore=shutil.ignore_patterns("work"))
     return tmp_path
 
 

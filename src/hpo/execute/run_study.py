@@ -33,6 +33,7 @@ from hpo.execute.workers.job_process import Job, JobProcess, Prepared, measure_s
 from hpo.home import Home
 from hpo.options import RunOptions
 from hpo.records import DataCard, EndReason, StudyResult
+from hpo.relocation import relocate
 from hpo.search.stages import budget_of, stage_warnings
 from hpo.spec.study import KeepSpec, StudySpec
 from hpo.spec.training import TrainingSpec
@@ -112,6 +113,7 @@ def _start(
     """Check the options and the tracking store, and start the processes and threads that every step needs."""
     factory = engine_factory(options)
     home = Home.find(options.home).create()
+    moved = relocate(home)
     check_reachable(home)  # an outage later on is waited for; at the start it is more likely a wrong address
     spec = with_model(with_options(spec, options), home)
     deadline = time.monotonic() + options.timeout if options.timeout is not None else float("inf")
@@ -121,6 +123,8 @@ def _start(
     jobs = JobProcess(process_context())
     cleanup.callback(jobs.close)
     events = Events([Watcher(watch)] if watch else [])
+    if moved:
+        events.emit(Notice(moved))
     return _Run(spec, options, home, join, deadline, interrupted, events, factory, jobs, queue, tracker)
 
 
@@ -171,7 +175,7 @@ def _choose_workers(run: _Run, opened: _OpenStudy) -> tuple[WorkerPlan, StackSiz
 def _subscribe(run: _Run, opened: _OpenStudy, cleanup: contextlib.ExitStack) -> Tracking:
     """Subscribe all that follows the events of this run; callers' watch functions come last."""
     emit, data = run.events.emit, opened.prepared.data
-    retention = ModelRetention(run.tracker, run.queue, run.jobs, opened.spec, data=data, emit=emit)
+    retention = ModelRetention(run.tracker, run.queue, run.jobs, opened.spec, work=opened.work, data=data, emit=emit)
     tracking = Tracking(
         run.tracker,
         run.queue,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpo.events import RunEvent, StudyEnded, StudyOpened, TrialEnded, TrialStarted
 from hpo.execute.subscribers import Subscriber
+from hpo.home import remove
 from hpo.records import FINAL, Candidate, StudyResult, TrialState
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def drop_finished(work: Path, study: StudyResult) -> None:
     for file, trial in last.items():
         if trial.state.finished:
             for path in (file, *file.parent.glob(f"{file.name}.*.part")):
-                path.unlink(missing_ok=True)
+                remove(work, path)
 
 
 def wanted(study: StudyResult) -> set[int]:
@@ -56,7 +56,7 @@ def sweep(work: Path, study: Study) -> None:
     for path in paths:
         dead = path.name.startswith("lease-") and not study.lease.is_held(f"{path.name}.lock")
         if dead or (path.name.isdecimal() and int(path.name) not in needed):
-            shutil.rmtree(path, ignore_errors=True)
+            remove(work, path, ignore_errors=True)
     for folder in (work / "checkpoints", work):
         with contextlib.suppress(OSError):  # it is not empty, or does not exist
             folder.rmdir()
@@ -80,9 +80,9 @@ class WorkdirCleanup(Subscriber):
             case TrialEnded(result):
                 candidate = self._running.pop(result.number)
                 if result.state.finished:
-                    checkpoint_file(self._work, candidate).unlink(missing_ok=True)
+                    remove(self._work, checkpoint_file(self._work, candidate))
             case StudyEnded():
-                shutil.rmtree(pictures_folder(self._work, self._study), ignore_errors=True)
+                remove(self._work, pictures_folder(self._work, self._study), ignore_errors=True)
                 sweep(self._work, self._study)
             case _:
                 pass

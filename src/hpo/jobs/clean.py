@@ -10,15 +10,16 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from hpo.errors import SpecError
-from hpo.home import Home
-from hpo.jobs.shared.home_snapshot import HomeSnapshot, leftover_work, remove, size_of, take_snapshot
+from hpo.home import Home, remove
+from hpo.jobs.shared.home_snapshot import HomeSnapshot, leftover_work, size_of, take_snapshot
 from hpo.records import FINAL
+from hpo.relocation import local_path, relocate
 from hpo.spec.study import KeepSpec
 from hpo.storage.reader import StudySnapshot
 from hpo.tracking import runs
 from hpo.tracking.reader import Experiment, Model, Run, TrackingSnapshot
 from hpo.tracking.repair import purge
-from hpo.tracking.store import is_server, local_path
+from hpo.tracking.store import is_server
 from hpo.tracking.tracker import Tracker
 
 
@@ -67,7 +68,9 @@ def clean(
     doctor has set aside. Running studies are left alone. Raises HpoError.
     """
     models, figures = _policy("models", keep_models), _policy("figures", keep_figures)
-    snapshot = take_snapshot(Home.find(home))
+    place = Home.find(home)
+    moved = relocate(place)
+    snapshot = take_snapshot(place)
     for error in snapshot.faults.values():
         raise error  # any folder may belong to what cannot be read
     plan = [*_work(snapshot, study), *_deleted(snapshot, study)]
@@ -81,8 +84,9 @@ def clean(
     if really:
         for _, delete in plan:
             delete()
-    notes = tuple(f"{title} is running: it was left alone." for title in sorted(snapshot.live))
-    return Cleaning(tuple(waste for waste, _ in plan), really, notes)
+    notes = [moved] if moved else []
+    notes += [f"{title} is running: it was left alone." for title in sorted(snapshot.live)]
+    return Cleaning(tuple(waste for waste, _ in plan), really, tuple(notes))
 
 
 def _policy(what: str, policy: str | None) -> float | None:
@@ -96,14 +100,14 @@ def _policy(what: str, policy: str | None) -> float | None:
     return keep.count if what == "models" else keep.figure_count
 
 
-def _path(kind: str, study: str, path: Path) -> tuple[Waste, Callable[[], object]]:
-    return Waste(kind, study, str(path), size_of(path)), partial(remove, path, ignore_errors=True)
+def _path(kind: str, study: str, root: Path, path: Path) -> tuple[Waste, Callable[[], object]]:
+    return Waste(kind, study, str(path), size_of(path)), partial(remove, root, path, ignore_errors=True)
 
 
 def _work(snapshot: HomeSnapshot, study: str | None) -> Plan:
     for title, path in leftover_work(snapshot):
         if study in (None, title, title.partition("~")[0]):
-            yield _path("work", title, path)
+            yield _path("work", title, snapshot.home.work, path)
 
 
 def _deleted(snapshot: HomeSnapshot, study: str | None) -> Plan:
@@ -122,11 +126,18 @@ def _deleted(snapshot: HomeSnapshot, study: str | None) -> Plan:
     ]
     dead += [run for run in tracking.runs if run.deleted or run.experiment in gone]
     dead += [one for one in tracking.experiments if one.id in gone]
+    elsewhere: set[str] = set()
     for one in dead:
         name = names.get(one.id if isinstance(one, Experiment) else one.experiment, "")
         if name in snapshot.live_names or study not in (None, name):
             continue
         folder = None if isinstance(one, Experiment) else local_path(one.location)
+        if isinstance(one, Experiment):
+            if one.id in elsewhere:
+                continue
+        elif snapshot.home.embedded and folder is not None and snapshot.inside(one.location) is None:
+            elsewhere.add(one.experiment)  # another program's, in a folder of its own
+            continue
         there = folder is not None and folder.exists()
         if isinstance(one, Model) and folder is not None and not there:
             continue  # a row without files: hpo deletes the files of a model together with it
@@ -172,9 +183,9 @@ def _data(snapshot: HomeSnapshot) -> Plan:
     digests = {one.study.data_digest for one in snapshot.studies.values()}
     specs = [one.study.spec for one in snapshot.studies.values()]
     for kind, path in unused(digests, specs):
-        yield _path(kind, "", path)
+        yield _path(kind, "", path.parent, path)
 
 
 def _aside(home: Home) -> Plan:
     for path in sorted(folder for folder in (home.root / "aside").glob("*") if folder.is_dir()):
-        yield _path("set aside", path.name, path)
+        yield _path("set aside", path.name, home.root / "aside", path)

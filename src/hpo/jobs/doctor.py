@@ -7,18 +7,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from urllib.parse import quote
 
 from hpo.database import engine_name, reading, sqlite_file
 from hpo.errors import HpoError, StoreError
-from hpo.home import Home
+from hpo.home import Home, remove
 from hpo.jobs.shared.doctor_runs import numbers, run_cases
-from hpo.jobs.shared.home_snapshot import Case, Finding, HomeSnapshot, leftover_work, remove, size_of, take_snapshot
+from hpo.jobs.shared.home_snapshot import Case, Finding, HomeSnapshot, leftover_work, size_of, take_snapshot
 from hpo.jobs.stores import read_schema
-from hpo.storage.liveness import seen_held
+from hpo.locks import seen_held
+from hpo.relocation import earlier_roots, relocate
 from hpo.tracking.ledger import LEDGER, damaged_lines, set_damaged_aside
-from hpo.tracking.repair import move_artifacts
-from hpo.tracking.store import is_server, local_path
+from hpo.tracking.store import is_server
 
 _ROUNDS = 4  # a repair can reveal another problem: a trial that is recorded as stopped leaves a run to end
 _LEAST_FREE_BYTES = 1_000_000_000
@@ -145,23 +144,22 @@ def _schema(home: Home, package: str, url: str) -> Iterator[Case]:
 
 
 def _moved(snapshot: HomeSnapshot) -> Iterator[Case]:
-    """Experiments of hpo whose artifacts are in another folder than this home's."""
-    root = snapshot.home.root
-    if not snapshot.home.embedded or snapshot.tracking is None:
-        return
-    roots = set()
-    for experiment in snapshot.tracking.experiments:
-        path = local_path(experiment.location)
-        if path is not None and experiment.location.endswith(f"/artifacts/{quote(experiment.name)}"):
-            roots.add(path.parents[1])
-    for old in sorted(each for each in roots if each != root and not (each.exists() and each.samefile(root))):
+    """Addresses in the databases that are in another folder than this home."""
+    home = snapshot.home
+    roots = earlier_roots(home)
+    if roots:
         yield Case.of(
-            partial(move_artifacts, snapshot.home, old, root),
-            what="the project was moved or copied: MLflow still looks for artifacts and models in the old folder",
-            where=f"{root}, which was {old}",
-            why="Models do not load; if the old folder still exists, both projects write to its files.",
-            repair="copies mlflow.db, then changes every address in it to the new folder",
+            partial(_follow, home),
+            what="the project was moved or copied: its databases still name files in the old folder",
+            where=f"{home.root}, which was {', '.join(map(str, roots))}",
+            why="Models do not load in MLflow, until the next command that writes corrects the addresses.",
+            repair="copies mlflow.db, then corrects the addresses in both databases",
         )
+
+
+def _follow(home: Home) -> None:
+    if not relocate(home):
+        raise StoreError(f"{home.root}: cannot be written, or a run uses it under its old path.", "Stop the run first.")
 
 
 def _unowned(snapshot: HomeSnapshot) -> Iterator[Case]:
@@ -196,7 +194,7 @@ def _unowned(snapshot: HomeSnapshot) -> Iterator[Case]:
 
 def _set_aside(home: Home, folders: list[Path]) -> None:
     for folder in folders:
-        target = home.root / "aside" / folder.relative_to(home.artifacts)
+        target = home.root / "aside" / home.check_inside(folder).relative_to(home.artifacts)
         target.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(target)
 
@@ -205,7 +203,7 @@ def _leftovers(snapshot: HomeSnapshot) -> Iterator[Case]:
     lost = [path for _, path in leftover_work(snapshot)]
     if lost:
         yield Case.of(
-            partial(_remove_all, lost),
+            partial(_remove_all, snapshot.home, lost),
             what=f"{len(lost)} folders of work that no run will use",
             where=_first(lost),
             why=f"They take {_megabytes(sum(map(size_of, lost)))}.",
@@ -213,9 +211,9 @@ def _leftovers(snapshot: HomeSnapshot) -> Iterator[Case]:
         )
 
 
-def _remove_all(paths: list[Path]) -> None:
+def _remove_all(home: Home, paths: list[Path]) -> None:
     for path in paths:
-        remove(path)
+        remove(home.work, path)
 
 
 def _space(home: Home) -> Iterator[Case]:

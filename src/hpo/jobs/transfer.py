@@ -207,7 +207,7 @@ def _not_exported(home: Home, title: str, side: TrackedStudy) -> Iterable[str]:
     waiting = [
         trial.number
         for trial in read_study(home, title).trials
-        if trial.result is not None and trial.result.folder and Path(trial.result.folder).is_dir()
+        if trial.result is not None and trial.result.folder and (home.work / title / str(trial.number)).is_dir()
     ]
     if waiting:
         numbers = ", ".join(map(str, waiting))

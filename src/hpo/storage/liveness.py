@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
-from hpo.locks import locked
+from hpo.locks import is_locked, locked, seen_held
 from hpo.records import TrialState
 from hpo.storage.trial_attrs import START, attrs_of, result_of, state_of
 
@@ -88,7 +88,7 @@ class Lease:
     def is_held(self, name: str) -> bool:
         """Whether any process holds the lease of that name; it must be near."""
         with _probing(self._folder):
-            return _is_locked(self._folder / name.rpartition("|")[2])
+            return is_locked(self._folder / name.rpartition("|")[2])
 
     def close(self) -> None:
         """Release the lease; trials that still run under it count as abandoned from now on."""
@@ -118,7 +118,7 @@ def clean_leases(folder: Path) -> None:
     """Remove the files of leases that no process holds."""
     with _probing(folder):
         for path in folder.glob("lease-*.lock"):
-            if not _is_locked(path):
+            if not is_locked(path):
                 _remove(path)
 
 
@@ -132,28 +132,6 @@ def holders(folder: Path) -> list[Holder]:
     return sorted(living, key=lambda holder: holder.since)
 
 
-def seen_held(path: Path) -> bool:
-    """Whether any process holds a lock file: read-only, without the folder's lock, for read-only disks too.
-
-    Only for a lease that has been held before: a new one could find this probe in its place.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        return _is_locked(path)
-    try:
-        file = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(file)  # which ends the probe
-    return False
-
-
 def _remove(path: Path) -> None:
     path.unlink(missing_ok=True)
     path.with_suffix(".json").unlink(missing_ok=True)
@@ -162,18 +140,6 @@ def _remove(path: Path) -> None:
 def _probing(folder: Path) -> AbstractContextManager[None]:
     # A probe holds the lock for an instant: another probe would see it held, a new lease would find it taken.
     return locked(folder / "leases.lock")
-
-
-def _is_locked(path: Path) -> bool:
-    if not path.exists():
-        return False
-    probe = FileLock(path, timeout=0, thread_local=False)
-    try:
-        probe.acquire()
-    except Timeout:
-        return True
-    probe.release()
-    return False
 
 
 class Heartbeat:

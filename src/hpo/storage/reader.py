@@ -13,8 +13,9 @@ from hpo.database import Reader, engine_name, reading, sqlite_file
 from hpo.errors import StoreError
 from hpo.events import Event, TrialEnded, TrialStarted
 from hpo.home import Home
+from hpo.locks import seen_held
 from hpo.records import FINAL, StudyResult, Trial, TrialResult, TrialState
-from hpo.storage.liveness import GRACE_SECONDS, HEARTBEATS, Holder, holders, host_of, is_near, seen_held
+from hpo.storage.liveness import GRACE_SECONDS, HEARTBEATS, Holder, holders, host_of, is_near
 from hpo.storage.trial_attrs import CLAIM, RESULT, START, STOP, STUDY, TrialAttrs, make_trial, read_state
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hpo.errors import ModelError
-from hpo.tracking.store import is_missing, load_mlflow, local_path, pages, quiet
+from hpo.relocation import local_path
+from hpo.tracking.store import check_inside, is_missing, load_mlflow, pages, quiet
 
 NET, CONFIG, SETUP, WEIGHTS = "net.pt2", "config.json", "setup.json", "weights.safetensors"
 
@@ -93,6 +94,7 @@ def delete_artifacts(client: Any, uri: str, path: str | None = None) -> None:
     """Delete the files at a place of the artifact store, wherever that is."""
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
+    check_inside(client, uri)
     get_artifact_repository(uri, tracking_uri=client.tracking_uri).delete_artifacts(path)
     place = local_path(uri)
     if place is not None and path is None and place.parent.is_dir() and not any(place.parent.iterdir()):

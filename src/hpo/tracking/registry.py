@@ -15,8 +15,9 @@ from hpo.errors import ModelError
 from hpo.home import Home
 from hpo.locks import lock
 from hpo.records import ModelVersion
+from hpo.relocation import local_path
 from hpo.tracking.runs import score_name, stored_name, user
-from hpo.tracking.store import connect, exists, is_missing, local_path, pages, translate_errors
+from hpo.tracking.store import connect, exists, is_missing, pages, translate_errors
 
 ORIGIN = "hpo.copied_from"  # tag of a version that came from another store
 REGISTERED = "hpo.registered"  # tag of a version that was moved here: when it was first registered, in ms since 1970

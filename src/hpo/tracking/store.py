@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from hpo.database import sqlite_address
 from hpo.errors import HpoError, StoreAwayError, StoreError, disk_full
 from hpo.home import Home
 from hpo.locks import lock, locked
+from hpo.relocation import local_path, relocate
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -79,6 +80,8 @@ def connect(home: Home) -> Any:
         if is_server(home.tracking_uri):
             _check_server(home.tracking_uri)
             return load_mlflow().MlflowClient(home.tracking_uri, home.tracking_uri)
+        if moved := relocate(home):
+            logging.getLogger("hpo").warning(moved)
         # MLflow's first migrations race where several processes open a new database.
         with _creation_lock(home), quiet("alembic"):
             if home.embedded:
@@ -90,7 +93,36 @@ def connect(home: Home) -> Any:
         if home.embedded:
             _write_ahead(home.root / "mlflow.db", client._tracking_client.store.engine)
             _remove_stray_folder(home)
+            _guard(home, client)
         return client
+
+
+def _guard(home: Home, client: Any) -> None:
+    """Let the client refuse every artifact of a run or model that lies outside the home; see check_inside."""
+    from mlflow.tracking._tracking_service import utils
+
+    find = client._tracking_client._get_artifact_repo
+
+    def find_inside(owner: str, /, **kind: Any) -> Any:
+        try:
+            found = find(owner, **kind)
+            check_inside(client, found.artifact_uri)
+        except StoreError:
+            # MLflow keeps addresses by the id of their run, which is the same in the original and in a copy.
+            utils._artifact_repos_cache.pop(owner, None)
+            found = find(owner, **kind)
+            check_inside(client, found.artifact_uri)
+        return found
+
+    client.hpo_home = home
+    client._tracking_client._get_artifact_repo = find_inside
+
+
+def check_inside(client: Any, uri: str) -> None:
+    """Raise StoreError if the address names local files outside the home of an embedded store's client."""
+    path, home = local_path(uri), getattr(client, "hpo_home", None)
+    if path is not None and home is not None:
+        home.check_inside(path)
 
 
 def pages(search: Callable[..., Any], **arguments: Any) -> Iterator[Any]:
@@ -284,11 +316,3 @@ def quiet(*names: str) -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def local_path(uri: str) -> Path | None:
-    """The path of a file: URI or of a plain path; None for any other address."""
-    parts = urlsplit(uri)
-    if parts.scheme not in ("", "file") or parts.netloc not in ("", "localhost"):
-        return None
-    return Path(unquote(parts.path)) if parts.scheme else Path(uri)

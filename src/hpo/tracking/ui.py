@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import logging
 import os
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import sys
 
 from hpo.errors import HpoError
 from hpo.home import Home
+from hpo.relocation import relocate
 from hpo.tracking.store import SETTINGS, exists, is_server, without_password
 
 
@@ -29,6 +31,8 @@ def ui_command(home: Home, *, host: str = "127.0.0.1", port: int = 5000) -> tupl
             f"{home.root}: there is no mlflow.db to show.",
             "Run a study first (hpo run digits-mlp), or give --home DIR.",
         )
+    if moved := relocate(home):
+        logging.getLogger("hpo").warning(moved)
     if not _free(host, port):
         following = next((other for other in range(port + 1, 65536) if _free(host, other)), 0)
         raise HpoError(f"port {port} on {host} is in use.", f"Take the next free one: --port {following}")

@@ -32,7 +32,7 @@ class _Exports:
         return future
 
 
-def _retention(models, *, figures="best:10", exports=None, events=None):
+def _retention(models, work, *, figures="best:10", exports=None, events=None):
     spec = formula_spec().model_copy(update={"keep": KeepSpec(models=models, figures=figures)})
     tracker, queue = RecordedTracker(), TrackingQueue()
     retention = ModelRetention(
@@ -40,6 +40,7 @@ def _retention(models, *, figures="best:10", exports=None, events=None):
         queue,
         exports or _Exports(),
         spec,
+        work=work,
         data=CARD,
         emit=[].append if events is None else events.append,
     )
@@ -56,7 +57,7 @@ def _complete(number, value, folder):
     [("best:2", {1, 3}), ("all", {0, 1, 2, 3}), ("none", set())],
 )
 def test_the_policy_decides_which_models_are_left(models, left, tmp_path):
-    retention, tracker, queue = _retention(models)
+    retention, tracker, queue = _retention(models, tmp_path)
     for number, value in enumerate([0.5, 0.6, 0.1, 0.9]):
         retention.add(_complete(number, value, tmp_path / str(number)))
         retention.collect()
@@ -72,7 +73,7 @@ def test_the_policy_decides_which_models_are_left(models, left, tmp_path):
 @pytest.mark.parametrize(("figures", "left"), [("best:1", {3}), ("all", {0, 1, 2, 3}), ("none", set())])
 def test_the_policy_decides_which_pictures_are_left(figures, left, tmp_path):
     exports = _Exports()
-    retention, tracker, queue = _retention("all", figures=figures, exports=exports)
+    retention, tracker, queue = _retention("all", tmp_path, figures=figures, exports=exports)
     for number, value in enumerate([0.5, 0.6, 0.1, 0.9]):
         retention.add(_complete(number, value, tmp_path / str(number)))
         retention.collect(wait=True)
@@ -84,7 +85,7 @@ def test_the_policy_decides_which_pictures_are_left(figures, left, tmp_path):
 
 
 def test_a_pruned_trial_leaves_nothing(tmp_path):
-    retention, tracker, queue = _retention("all")
+    retention, tracker, queue = _retention("all", tmp_path)
     retention.add(TrialResult(0, TrialState.PRUNED, 0.9, 1))
     retention.collect(wait=True)
     queue.close()
@@ -93,7 +94,7 @@ def test_a_pruned_trial_leaves_nothing(tmp_path):
 
 def test_a_model_that_cannot_be_exported_is_told_and_the_study_goes_on(tmp_path):
     events = []
-    retention, tracker, queue = _retention("all", exports=_Exports(fails={0}), events=events)
+    retention, tracker, queue = _retention("all", tmp_path, exports=_Exports(fails={0}), events=events)
     retention.add(_complete(0, 0.5, tmp_path / "0"))
     retention.collect(wait=True)
     queue.close()
@@ -104,7 +105,7 @@ def test_a_model_that_cannot_be_exported_is_told_and_the_study_goes_on(tmp_path)
 
 
 def test_a_resumed_study_exports_what_still_waits_and_drops_what_falls_out(tmp_path):
-    retention, tracker, queue = _retention("best:1")
+    retention, tracker, queue = _retention("best:1", tmp_path)
     waiting = _complete(1, 0.9, tmp_path / "1")
     results = [TrialResult(0, TrialState.COMPLETE, 0.5, 1), waiting]
     study = StudyResult(

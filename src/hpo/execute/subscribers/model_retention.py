@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Collection
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
 from hpo.errors import NO_SPACE, StoreError, disk_full
@@ -15,6 +15,7 @@ from hpo.execute.subscribers import Emit, Subscriber
 from hpo.execute.subscribers.tracking import store_timeout
 from hpo.execute.tracking_queue import TrackingQueue
 from hpo.execute.workers.job_process import Job, JobProcess, finish_trial
+from hpo.home import remove
 from hpo.records import FINAL, DataCard, StudyResult, Trial, TrialResult, TrialState
 from hpo.spec.study import StudySpec
 from hpo.tracking.tracker import Tracker
@@ -23,7 +24,10 @@ _EXPORT_SHARE = 0.1  # of the time, while trials train
 
 
 class ModelRetention(Subscriber):
-    """Keeps the models of the best trials, as many as spec.keep says, and the figures of the best of those."""
+    """Keeps the models of the best trials, as many as spec.keep says, and the figures of the best of those.
+
+    work is the study's folder of work in progress; the files of a trial are in the folder of its number there.
+    """
 
     def __init__(
         self,
@@ -32,6 +36,7 @@ class ModelRetention(Subscriber):
         jobs: JobProcess | None,
         spec: StudySpec,
         *,
+        work: Path,
         data: DataCard,
         emit: Emit,
     ) -> None:
@@ -39,6 +44,7 @@ class ModelRetention(Subscriber):
         self._queue = queue
         self._jobs = jobs
         self._spec = spec
+        self._work = work
         self._data = data
         self._emit = emit
         self._values: dict[int, float] = {}
@@ -79,11 +85,12 @@ class ModelRetention(Subscriber):
         for trial in [*study.ranked(), *study.ranked(FINAL)]:
             if trial.result is None or trial.number in leave or trial.number in self._kept | self._pending.keys():
                 continue
-            if trial.result.folder and Path(trial.result.folder).is_dir():
+            if trial.result.folder and self._folder(trial.number).is_dir():
                 self.add(trial.result, final=trial.candidate.stage == FINAL)
 
     def add(self, result: TrialResult, *, final: bool = False) -> None:
         """Queue the export of an ended trial's model if it is a final one or among the best; else remove its files."""
+        result = replace(result, folder=str(self._folder(result.number)) if result.folder else "")
         if result.state is TrialState.COMPLETE and result.value is not None and result.folder and result.feasible:
             if final:
                 self._finals.add(result.number)
@@ -92,7 +99,8 @@ class ModelRetention(Subscriber):
             if result.number in self._best():
                 self._waiting[result.number] = result
                 return
-        _remove(result.folder)
+        if result.folder:
+            self._remove(result.number)
 
     def poll(self) -> None:
         """Export, log and drop what has become due."""
@@ -110,7 +118,8 @@ class ModelRetention(Subscriber):
             self._kept_before = None
         best = self._best()
         for number in self._waiting.keys() - best:
-            _remove(self._waiting.pop(number).folder)
+            del self._waiting[number]
+            self._remove(number)
         self._export(wait=wait)
         for number in [number for number, job in self._pending.items() if wait or job.done()]:
             job = self._pending.pop(number)
@@ -123,7 +132,7 @@ class ModelRetention(Subscriber):
                 self._kept.add(number)
                 self._queue.submit(self._log, number, job.result())
             else:
-                _remove(str(job.result()))
+                self._remove(number)
         for number in self._kept - best:
             self._kept.discard(number)
             self._drawn.discard(number)
@@ -145,7 +154,14 @@ class ModelRetention(Subscriber):
 
     def _log(self, number: int, folder: Path) -> None:
         self._tracker.keep_model(number, folder)
-        _remove(str(folder))
+        self._remove(number)
+
+    def _folder(self, number: int) -> Path:
+        # Never the path that a result names: since it was stored, the project may have been moved or copied.
+        return self._work / str(number)
+
+    def _remove(self, number: int) -> None:
+        remove(self._work, self._folder(number), ignore_errors=True)
 
     def _best(self, count: float | None = None) -> set[int]:
         """The final trials, and the best `count` of the search; None: as many as keep their model."""
@@ -159,8 +175,3 @@ class ModelRetention(Subscriber):
     def keeps(self, trial: Trial) -> bool:
         """True if the trial's model is logged, or queued to be."""
         return trial.number in self._kept
-
-
-def _remove(folder: str) -> None:
-    if folder:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -9,10 +9,11 @@ from typing import Any
 
 from hpo.home import Home
 from hpo.jobs.shared.home_snapshot import Case, HomeSnapshot
-from hpo.records import StudyResult
+from hpo.records import FINAL, StudyResult
 from hpo.spec.load import parse_study
 from hpo.storage.reader import read_snapshots
 from hpo.tracking import runs
+from hpo.tracking.models import WEIGHTS
 from hpo.tracking.reader import Run, TrackingSnapshot
 from hpo.tracking.repair import ORPHAN, end_runs, forget_model, restore_files
 from hpo.tracking.tracker import Tracker
@@ -108,6 +109,27 @@ def _study_cases(snapshot: HomeSnapshot, study: StudyResult, found: _StudyRuns) 
             study=title,
         )
     yield from _lost_files(snapshot, study, found)
+    yield from _unlogged(snapshot.home, study, found)
+
+
+def _unlogged(home: Home, study: StudyResult, found: _StudyRuns) -> Iterator[Case]:
+    """Trials whose weights a killed run has left in the work folder, and that have no model."""
+    ranked = sorted({trial.number for trial in [*study.ranked(), *study.ranked(FINAL)]})
+    left = [
+        number
+        for number in ranked
+        if (run := found.trials.get(number)) is not None
+        and runs.MODEL not in run.tags
+        and (home.work / study.title / str(number) / WEIGHTS).is_file()
+    ]
+    if left:
+        yield Case.of(
+            what=f"{len(left)} trials have weights on the disk, but no model in MLflow",
+            where=f"{study.title}: trial {numbers(left)}",
+            why="Their run ended before it logged them: they cannot be registered or loaded.",
+            study=study.title,
+            hint=f"Log them and register the best: hpo run {study.name}",
+        )
 
 
 def _project(home: Home, title: str) -> None:

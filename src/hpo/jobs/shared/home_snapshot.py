@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,10 +11,10 @@ from pathlib import Path
 from hpo.errors import StoreError
 from hpo.execute.workdir import wanted
 from hpo.home import Home
-from hpo.storage.liveness import seen_held
+from hpo.locks import seen_held
+from hpo.relocation import local_path
 from hpo.storage.reader import StudySnapshot, read_snapshots
 from hpo.tracking.reader import TrackingSnapshot, read_tracking
-from hpo.tracking.store import local_path
 
 # Work of a trial, or of drawing the study's figures, in the study's work folder. Checkpoints are not part of it.
 _WORK = re.compile(r"[0-9]+|study|lease-.*")
@@ -79,8 +78,10 @@ class HomeSnapshot:
 
     def inside(self, uri: str) -> Path | None:
         """The path of artifacts inside this home; None for any others, which hpo doctor does not judge."""
-        path = local_path(uri)
-        return path if path is not None and path.is_relative_to(self.home.artifacts) else None
+        path, artifacts = local_path(uri), self.home.artifacts
+        if path is None or path.is_relative_to(artifacts):
+            return path
+        return path if path.resolve().is_relative_to(artifacts.resolve()) else None  # the home by another name
 
 
 def take_snapshot(home: Home) -> HomeSnapshot:
@@ -156,11 +157,3 @@ def size_of(path: Path) -> int:
     if path.is_file():
         return path.stat().st_size
     return sum(file.lstat().st_size for file in path.rglob("*") if file.is_file())
-
-
-def remove(path: Path, *, ignore_errors: bool = False) -> None:
-    """Delete a file or a folder. Raises OSError."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=ignore_errors)
-    else:
-        path.unlink(missing_ok=True)
