@@ -71,7 +71,7 @@ def test_the_preparation_of_a_run_says_what_was_read(study, monkeypatch):
     spec = load_study(study)
     for _ in range(2):  # the second answer is from the index
         said.clear()
-        job_process.prepare(spec.data, spec.split, "cpu")
+        job_process.prepare(spec, "cpu")
         assert f"files: {FILES}" in said
         assert any(CONSTANT in text for text in said)
 

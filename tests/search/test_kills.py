@@ -84,7 +84,9 @@ def place(request, home):
 
 
 @pytest.mark.parametrize("staged", [False, True])
-def test_grid_under_kills_stops_and_failures_covers_every_cell_exactly_once(place, make_spec, staged):
+def test_grid_under_kills_stops_and_failures_covers_every_cell_exactly_once(place, make_spec, staged, monkeypatch):
+    # On a slow machine one candidate may meet three kills before it is drawn; that it is then failed has its own test.
+    monkeypatch.setattr(finish, "_MOST_DEATHS", 100)
     drops = {"model.dropout": {"float": [0, 0.4], "step": 0.1}}
     stages = [{"name": "first", "space": FINITE, "carry": 2}, {"name": "second", "space": drops}]
     spec = make_spec(space={}, stages=stages) if staged else make_spec("grid", space=FINITE)

@@ -288,7 +288,10 @@ def await_job(job: Job, jobs: JobProcess, emit: Emit, interrupted: threading.Eve
         if interrupted.is_set():
             raise KeyboardInterrupt
         with contextlib.suppress(TimeoutError):
-            return job.result(timeout=0.1)
+            result = job.result(timeout=0.1)
+            for notice in jobs.notices():
+                emit(notice)
+            return result
 
 
 @contextlib.contextmanager
