@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hpo.spec.pretrained import TransferSpec
 
 import tiny_study as tiny
 from hpo.data.prepare import prepare
@@ -20,6 +19,7 @@ from hpo.jobs.shared import image_history
 from hpo.jobs.shared.image_history import base_verdict, study_history
 from hpo.records import DataCard, ModelVersion, StudyResult
 from hpo.spec.load import load_study
+from hpo.spec.models import TransferSpec
 from hpo.tracking.ledger import announce_opening, name_images
 
 
