@@ -50,6 +50,7 @@ class _Page(HTMLParser):
                 self.fetched.append(value)
 
 
+@pytest.mark.slow
 def test_site_builds_strictly_links_nowhere_wrong_and_fetches_nothing(tmp_path):
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q", "-d", str(tmp_path / "cache")]
     site = tmp_path / "site"

@@ -30,6 +30,7 @@ def report_all(study, candidate, curve):
     return any(verdicts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pruner", PRUNERS)
 def test_a_study_in_pieces_prunes_the_same_trials_as_in_one_go(home, make_spec, pruner):
     spec = make_spec("tpe", pruner, NUMERIC)

@@ -21,6 +21,7 @@ def other(home):
     return replace(home, root=root, storage_url=f"sqlite:///{root / 'optuna.db'}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_study_in_pieces_tries_the_same_candidates_as_in_one_go(home, make_spec, sampler):
     spec = make_spec(sampler, space=SPACES.get(sampler, MIXED), startup=STARTUP.get(sampler, 3))
@@ -61,6 +62,7 @@ def test_a_result_that_is_no_number_fails_its_trial_only(home, make_spec, sample
     assert states == [TrialState.COMPLETE, TrialState.FAILED, TrialState.COMPLETE, TrialState.COMPLETE]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", [name for name, entry in SAMPLERS.items() if entry.learns])
 def test_a_sampler_that_learns_finds_better_candidates_in_time(home, make_spec, sampler):
     space = {"training.optimizer.lr": MIXED["training.optimizer.lr"]}

@@ -355,6 +355,7 @@ def test_a_zip_archive_of_eurosat_keeps_the_account_of_its_files(tmp_path):
 # Memory and time
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 def test_a_folder_larger_than_the_memory_it_may_use_is_prepared(tmp_path):
     import subprocess

@@ -136,6 +136,7 @@ def test_a_checkpoint_that_a_killed_process_left_of_a_finished_trial_is_deleted(
     assert list(folder.iterdir()) == [other]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampler", "pruner"),
     [

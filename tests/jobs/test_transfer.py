@@ -111,6 +111,7 @@ def test_study_is_the_same_on_shared_stores_and_back(rich: Home, stores: Home, o
     assert [resolve(back, f"formula/{number}").aliases for number in (1, 2)] == [("champion",), ("challenger",)]
 
 
+@pytest.mark.slow
 def test_second_import_changes_nothing(rich: Home, other: Path, tmp_path: Path) -> None:
     there = _move(rich, other, tmp_path / "study.zip")
     before = whole(there, stored(there))

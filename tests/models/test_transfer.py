@@ -173,6 +173,7 @@ def test_a_network_without_maps_between_says_that_it_has_no_levels():
     assert "levels to last" in caught.value.hint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["torchvision", "timm", "levels", "fusion"])
 def test_the_exported_program_agrees_through_plain_mlflow(files, pixels, kind, tmp_path):
     backbones = [{**net, "weights": files[net["kind"]], "input_size": 32} for net in (SQUEEZE, TINY)]

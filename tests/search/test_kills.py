@@ -83,6 +83,7 @@ def place(request, home):
     return replace(home, storage_url=server_address(request.getfixturevalue("database")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("staged", [False, True])
 def test_grid_under_kills_stops_and_failures_covers_every_cell_exactly_once(place, make_spec, staged, monkeypatch):
     # On a slow machine one candidate may meet three kills before it is drawn; that it is then failed has its own test.
@@ -110,6 +111,7 @@ def test_grid_under_kills_stops_and_failures_covers_every_cell_exactly_once(plac
     study.close()
 
 
+@pytest.mark.slow
 def test_staged_search_killed_anywhere_ends_as_an_unbroken_one(home, make_spec, monkeypatch):
     # On a slow machine one trial may see three kills or more; who is given up for that is another test's.
     monkeypatch.setattr(finish, "_MOST_DEATHS", 100)
@@ -142,6 +144,7 @@ def _search_and_note(home, spec, budget, log: Path) -> None:
     os._exit(0)
 
 
+@pytest.mark.slow
 def test_kills_at_any_moment_lose_no_finished_trial_and_leave_none_running(home, make_spec, tmp_path):
     spec, log, budget = make_spec("tpe"), tmp_path / "log", 40
     chance = random.Random(0)  # noqa: S311

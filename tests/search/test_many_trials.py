@@ -57,6 +57,7 @@ def told(home, spec, count, *, pruned=False):
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("search", SEARCHES)
 def test_asking_and_telling_stays_as_quick_when_the_study_grows(home, make_spec, search):
     sampler, space = SEARCHES[search]

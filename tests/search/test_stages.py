@@ -55,6 +55,7 @@ def test_stages_run_in_order_and_build_on_the_best_before_them(home, staged):
         assert abs(math.log10(ratio)) <= 0.75 + 1e-9
 
 
+@pytest.mark.slow
 def test_staged_search_in_pieces_tries_the_same_candidates_as_in_one_go(home, make_spec):
     epochs = 4
     spec = make_spec("random", "hyperband", {}, stages=STAGES, epochs=epochs)

@@ -154,6 +154,7 @@ def cases() -> Iterator[Any]:
                 yield pytest.param(kind, path, field, id=f"{kind} {path}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "path", "field"), list(cases()))
 def test_a_searched_place_changes_the_training_or_is_refused(card, kind, path, field):
     _CARDS.append(card)

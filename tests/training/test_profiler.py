@@ -1,5 +1,8 @@
 """A profiled trial reports the time of its epochs by phase and ends as an unprofiled one does."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from hpo.records import TrialResult
@@ -59,7 +62,7 @@ def test_labels_cost_nothing_without_a_profiler():
 def test_profiles_are_stored_and_those_of_older_versions_load(digits_card, tmp_path):
     result, _ = _train(digits_card, tmp_path, profile=True)
     stored = result.to_json()
-    assert TrialResult.from_json(stored) == result
+    assert TrialResult.from_json(stored) == replace(result, folder=Path(result.folder).name)
     old = {
         "seconds": {"forward": 2.0},
         "cpu_seconds": {"forward": 1.0},

@@ -131,6 +131,7 @@ def test_a_copy_reaches_a_real_server_once(
     assert len(list((tmp_path / "server").rglob("net.pt2"))) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["shared server", "none in common"])
 def test_two_machines_that_copy_one_champion_at_once_leave_one_version(
     storage: str,
