@@ -137,7 +137,7 @@ def _card(file: Path) -> DataCard | None:
             plain[name] = tuple(plain.get(name, ()))
         plain["ranges"] = {kind: tuple(limits) for kind, limits in plain.get("ranges", {}).items()}
         return DataCard(**plain)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # damaged: read again
         return None
 
 
