@@ -7,6 +7,7 @@ import mlflow
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn import metrics as reference
 
 from hpo.data.prepare import check_task, open_trial, prepare
@@ -17,8 +18,10 @@ from hpo.errors import HpoError
 from hpo.metrics import scores
 from hpo.models.export import export_program
 from hpo.predict import load_model, predict_files
+from hpo.spec.load import load_study
 from hpo.spec.study import DataSpec, Setup, SplitSpec
 from hpo.tracking.models import save_model
+from hpo.training.preflight import save_preview
 from hpo.training.trial import TrialPlan, train_trial
 
 SETS = {flag: info for flag, info in medmnist_info().items() if "3d" not in flag}
@@ -177,6 +180,16 @@ def test_the_task_must_be_that_of_the_labels(tmp_path):
         check_task(card("chestmnist"), "multiclass")
     with pytest.raises(HpoError, match="each image of breastmnist has one class"):
         check_task(card("breastmnist"), "multilabel")
+
+
+def test_a_preview_shows_images_of_several_labels_and_of_rare_classes(tmp_path):
+    for name in ("chestmnist", "retinamnist"):
+        data = DataSpec(name=name, path=str(_file(tmp_path, name, 28)))
+        card = prepare(data, SplitSpec(), cache=tmp_path / "cache")
+        setup = load_study("digits-mlp").setup.model_copy(update={"split": SplitSpec(kind="holdout")})
+        file = save_preview(setup, card, tmp_path / "preview.png", images=60, copies=1, seed=0)
+        with Image.open(file) as picture:
+            assert picture.size[1] >= 60 * 28
 
 
 def test_parts_of_several_labels_are_drawn_at_random_by_a_seed(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -102,8 +103,13 @@ def save_preview(setup: Setup, card: DataCard, path: Path, *, images: int, copie
 
     data = open_trial(card, setup.split, device=torch.device("cpu"))
     labels = data.labels[data.train]
-    by_class = [data.train[labels == label] for label in range(len(data.class_names))]
-    rows = torch.stack([by_class[row % len(by_class)][row // len(by_class)] for row in range(images)])
+    by_class = [
+        data.train[labels == label if labels.ndim == 1 else labels[:, label] > 0]
+        for label in range(len(data.class_names))
+    ]
+    # Round after round of the classes; one that has no more images is left out.
+    rounds = (rows[turn] for turn in range(len(data.train)) for rows in by_class if turn < len(rows))
+    rows = torch.stack(list(islice(rounds, images)))
     generator = torch.Generator().manual_seed(seed)
     picture = preview(data.images[rows], setup.training.augment, generator=generator, copies=copies)
     # Small images are shown large, pixel by pixel.
