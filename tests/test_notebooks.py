@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import pkgutil
 from pathlib import Path
 
 import nbformat
@@ -20,6 +23,18 @@ def test_notebook_is_valid_and_holds_no_outputs(path):
     assert code
     assert all(not cell.outputs and cell.execution_count is None for cell in code)
     assert not any("execution" in cell.metadata for cell in code)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_a_notebook_imports_from_hpo_is_there(path):
+    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    imports = [node for source in cells for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
+    for node in imports:
+        if (node.module or "").split(".")[0] == "hpo":
+            module = importlib.import_module(str(node.module))
+            rooms = [found.name for found in pkgutil.iter_modules(getattr(module, "__path__", []))]
+            missing = [name.name for name in node.names if not hasattr(module, name.name) and name.name not in rooms]
+            assert not missing, f"{path.name}: {node.module} has no {', '.join(missing)}"
 
 
 @pytest.mark.slow
