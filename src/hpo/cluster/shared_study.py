@@ -10,8 +10,8 @@ from hpo.errors import StoreError
 from hpo.events import Notice, StudyOpened
 from hpo.execute.base_model import with_model
 from hpo.execute.finals import check_final
-from hpo.execute.process import process_context
-from hpo.execute.run_study import await_job, interruptible, refuse_new, run_study, with_options
+from hpo.execute.process import interruptible, process_context
+from hpo.execute.run_study import await_job, refuse_new, run_study, with_options
 from hpo.execute.subscribers import Events, Watch, Watcher
 from hpo.execute.workers.job_process import JobProcess, Prepared, prepare
 from hpo.home import Home
@@ -48,13 +48,13 @@ def begin_study(spec: StudySpec, options: RunOptions, *, watch: Watch | None = N
     spec = with_model(with_options(spec, options), home)
     emit = Events([Watcher(watch)] if watch else []).emit
     with contextlib.ExitStack() as cleanup:
-        interrupted = cleanup.enter_context(interruptible())
+        end = cleanup.enter_context(interruptible())
         jobs = JobProcess(process_context())
         cleanup.callback(jobs.close)
         job = jobs.submit(prepare, spec, "cpu")  # the machine that begins the study may have no GPU
         from hpo.search.lifecycle import open_study  # optuna is imported while data are prepared
 
-        prepared: Prepared = await_job(job, jobs, emit, interrupted)
+        prepared: Prepared = await_job(job, jobs, emit, end)
         digest, budget = prepared.data.digest, budget_of(spec, options.trials)
         refuse_new(home, spec, prepared.data, fresh=options.fresh)
         check_final(spec, prepared.data)

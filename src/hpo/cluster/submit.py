@@ -12,7 +12,7 @@ from hpo.cluster.shared_study import begin_study, shared_home
 from hpo.cluster.slurm import Jobs, read_settings, submit, worker_command
 from hpo.errors import HpoError, StoreError
 from hpo.events import Notice, StudyEnded, StudyOpened
-from hpo.execute.run_study import interruptible
+from hpo.execute.process import interruptible
 from hpo.execute.subscribers import Watch
 from hpo.home import Home
 from hpo.jobs.stop import stop_study
@@ -85,8 +85,8 @@ class _ArrayRun:
         self._unreadable = False
 
     def run(self) -> StudyResult:
-        with interruptible() as interrupted:
-            reason = self._watch(interrupted)
+        with interruptible() as end:
+            reason = self._watch(end.interrupted)
         study = list_trials(self._home, self._opened.study.exact)
         self._emit(StudyEnded(study, reason, _model(self._home, study)))
         return study

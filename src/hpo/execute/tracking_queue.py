@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -23,12 +24,15 @@ class TrackingQueue:
 
     While the store is unavailable (StoreAwayError) the calls wait: the first is tried again after first_pause seconds,
     then after twice as long each time, at most longest_pause. Any other failure becomes a notice, and the next call
-    follows.
+    follows. left gives the seconds that waiting may still take, whatever the store does.
     """
 
-    def __init__(self, *, first_pause: float = 1.0, longest_pause: float = 30.0) -> None:
+    def __init__(
+        self, *, first_pause: float = 1.0, longest_pause: float = 30.0, left: Callable[[], float] = lambda: math.inf
+    ) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hpo-tracker")
         self._pauses = first_pause, longest_pause
+        self._left = left
         self._lock = threading.Lock()
         self._pending = 0  # submitted and not done
         self._outage: StoreAwayError | None = None  # why the store refuses now
@@ -51,7 +55,9 @@ class TrackingQueue:
         return taken
 
     def wait(self, *, timeout: float = TIMEOUT, notify: Callable[[str], None] | None = None) -> bool:
-        """Wait until all calls are done, or the store has been unavailable for timeout seconds; True: all are done.
+        """Wait until all calls are done; True: they are. It ends too when the time is up.
+
+        That is so where the store has been unavailable for timeout seconds, or where no time is left for the run.
 
         The seconds of several calls of this method add up. notify takes the notices meanwhile.
         """
@@ -59,7 +65,7 @@ class TrackingQueue:
             self._pass_on(notify)
             with self._lock:
                 pending, outage = self._pending, self._outage is not None
-            if not pending or (outage and self._waited >= timeout):
+            if not pending or (outage and self._waited >= timeout) or not self._left():
                 return not pending
             time.sleep(_TICK)
             self._waited += _TICK if outage else 0.0
@@ -70,8 +76,9 @@ class TrackingQueue:
         if not done and not self._gave_up.is_set():
             self._gave_up.set()
             with self._lock:
+                cause = self._outage or "The run had to end."
                 self._notices.append(
-                    f"tracking: {_records(self._pending)} still to be delivered. {self._outage} The next hpo run of "
+                    f"tracking: {_records(self._pending)} still to be delivered. {cause} The next hpo run of "
                     "this study delivers what is missing, and so does hpo doctor --fix."
                 )
         self._thread.shutdown(wait=done)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Sequence
 
 from hpo.events import TrialEnded
@@ -30,11 +32,12 @@ class InProcess:
         """Start the task."""
         self._training, self._go_on = self._trainer(task, self._device), None
 
-    def poll(self, timeout: float) -> list[tuple[int, Message]]:  # noqa: ARG002 - there is nothing to wait for
-        """Train one more epoch."""
-        if self._training is None:
+    def poll(self, timeout: float) -> list[tuple[int, Message]]:
+        """Train one more epoch, unless the timeout is 0. What the network prints goes to standard error."""
+        if self._training is None or not timeout:
             return []
-        message = next(self._training) if self._go_on is None else self._training.send(self._go_on)
+        with contextlib.redirect_stdout(sys.stderr):  # standard output belongs to the command
+            message = next(self._training) if self._go_on is None else self._training.send(self._go_on)
         self._go_on = True
         if message is None:
             return []

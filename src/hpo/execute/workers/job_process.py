@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpo.errors import HpoError
 from hpo.events import Notice
-from hpo.execute.process import follow_supervisor, hidden_main
+from hpo.execute.process import begin, end_family, follow_supervisor
 from hpo.execute.stack_size import StackSize, measure_stack_size
 from hpo.records import DataCard, SplitCard, StudyResult, TrialResult
 from hpo.spec.study import StudySpec
@@ -98,13 +98,16 @@ class JobProcess:
         return Job(lambda: self._begin(partial(job, *arguments, **options)), job.__name__)
 
     def _begin(self, job: Callable[[], Any]) -> Future[Any]:
-        with hidden_main():
+        def submit() -> Future[Any]:
             try:
                 return self._pool.submit(job)
-            except BrokenProcessPool:
-                self.close()
-                self._open()
+            except (BrokenProcessPool, EOFError, ConnectionError) as error:
+                self.restart()  # a pool whose process did not start has the job in its queue
+                if not isinstance(error, BrokenProcessPool):
+                    raise
                 return self._pool.submit(job)
+
+        return begin(submit)
 
     def notices(self) -> list[Notice]:
         """The notices since the last call; only the newest of each text."""
@@ -114,9 +117,17 @@ class JobProcess:
             newest[notice.text] = notice
         return list(newest.values())
 
+    def restart(self) -> None:
+        """Drop all jobs, and have another process do the next one."""
+        self.close()
+        self._open()
+
     def close(self) -> None:
-        """Drop the jobs that have not begun and end the process, which would take seconds to end by itself."""
+        """Drop all jobs and end the process, whatever it does, with all that it started."""
+        processes = list((self._pool._processes or {}).values())  # Python 3.14 has kill_workers
         self._pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            end_family(process)
         self._notices.close()
 
 
