@@ -21,6 +21,9 @@ def report(
     saliency: Annotated[
         bool, typer.Option("--saliency", help="Add saliency maps of the most confident mistakes; takes seconds.")
     ] = False,
+    fanova: Annotated[
+        bool, typer.Option("--fanova", help="Add a second measure of importance, fANOVA; takes seconds.")
+    ] = False,
     home: HomeFolder = None,
     as_json: AsJson = False,
     _debug: Debug = False,
@@ -33,7 +36,7 @@ def report(
     from hpo.spec.load import load_study
 
     name = load_study(study, trust=True).name if study.endswith((".yaml", ".yml")) else study
-    path = write_report(name, home=home, out=target, saliency=saliency)
+    path = write_report(name, home=home, out=target, saliency=saliency, fanova=fanova)
     if as_json:
         output.print_json({"path": str(path)})
     else:

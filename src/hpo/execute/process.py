@@ -26,6 +26,7 @@ _QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of this container, seen from inside
 _GRACE = 8.0  # seconds that a run may still save results once its end is asked for
 _FOR_TRACKING = 3.0  # of these, kept from the export of models for their registration
 _TICK = 0.1
+_beginning = threading.Lock()
 _LEAST_MEMORY = 8  # GB of addresses; torch alone maps three
 
 
@@ -166,8 +167,11 @@ def end_fork_server() -> None:
 
 
 def begin(start: Callable[[], T]) -> T:
-    """start(), which starts a process; once more if the fork server dies of it. Raises HpoError if it dies again."""
-    with hidden_main():
+    """start(), which starts a process; once more if the fork server dies of it. Raises HpoError if it dies again.
+
+    One thread at a time.
+    """
+    with _beginning, hidden_main():
         try:
             return start()
         except (EOFError, ConnectionError):

@@ -26,7 +26,7 @@ from hpo.execute.subscribers.model_retention import ModelRetention
 from hpo.execute.subscribers.profile import Profiling
 from hpo.execute.subscribers.tracking import QUICK_TIMEOUT, Tracking
 from hpo.execute.supervisor import Supervisor
-from hpo.execute.tracking_queue import TrackingQueue
+from hpo.execute.tracking_queue import TrackingQueue, tracker_of
 from hpo.execute.workdir import WorkdirCleanup, pictures_folder, sweep
 from hpo.execute.workers.job_process import Job, JobProcess, Prepared, measure_stack, prepare
 from hpo.home import Home
@@ -37,7 +37,7 @@ from hpo.search.stages import budget_of, stage_warnings
 from hpo.spec.study import KeepSpec, StudySpec
 from hpo.spec.training import TrainingSpec
 from hpo.storage.reader import read_snapshots
-from hpo.tracking.store import check_reachable, load_mlflow
+from hpo.tracking.store import check_reachable
 from hpo.tracking.tracker import Tracker
 
 _STOP, _SHARED_STOP = 2.0, 10.0  # seconds between checks for hpo stop
@@ -118,7 +118,7 @@ def _start(
     check_reachable(home)  # an outage later on is waited for; at the start it is more likely a wrong address
     spec = with_model(with_options(spec, options), home)
     end = cleanup.enter_context(interruptible(deadline))
-    tracker, queue = Tracker(home), TrackingQueue(left=end.left)
+    tracker, queue = tracker_of(home, cleanup.callback), TrackingQueue(left=end.left)
     cleanup.callback(queue.close, timeout=QUICK_TIMEOUT)
     jobs = JobProcess(process_context())
     cleanup.callback(jobs.close)
@@ -132,8 +132,7 @@ def _open_study(run: _Run, cleanup: contextlib.ExitStack) -> _OpenStudy:
     """Prepare the data, open the study, finish what dead runs have left, and clean the folder of work."""
     spec, options = run.spec, run.options
     job = run.jobs.submit(prepare, spec, run.factory.device)
-    run.queue.submit(load_mlflow)  # its import takes seconds, and happens while data are prepared
-    from hpo.search.lifecycle import open_study  # and so does optuna's
+    from hpo.search.lifecycle import open_study  # its import of optuna takes a second, while data are prepared
 
     cleanup.callback(run.factory.close)
     run.factory.connect()

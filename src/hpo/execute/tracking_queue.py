@@ -1,16 +1,22 @@
-"""A queue of calls to the tracker, run in order by a thread: training never waits for the tracking store."""
+"""A queue of calls to the tracker, run in order beside the training, which never waits for the tracking store."""
 
 from __future__ import annotations
 
 import math
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
-from typing import ParamSpec, TypeVar
+from dataclasses import replace
+from functools import lru_cache, partial
+from typing import Any, ParamSpec, TypeVar, cast
 
 from hpo.errors import StoreAwayError
+from hpo.execute.process import process_context
+from hpo.execute.workers.job_process import JobProcess
+from hpo.home import Home
+from hpo.tracking.tracker import Tracker
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -140,3 +146,53 @@ class TrackingQueue:
 
 def _records(count: int) -> str:
     return "1 record" if count == 1 else f"{count} records"
+
+
+class TrackerProcess:
+    """A Tracker in a process of its own, where the import of mlflow takes no time of the supervisor.
+
+    It has the methods of Tracker. If its process dies, the call is made again in another one.
+    """
+
+    def __init__(self, home: Home) -> None:
+        self.home = home
+        self._jobs = JobProcess(process_context())
+        self._opening: tuple[Any, ...] = ()
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        return partial(self._call, method)
+
+    def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
+        if method == "open_study":
+            study, *others = arguments
+            self._opening = replace(study, trials=()), *others
+        return self._jobs.submit(_call_tracker, self.home, self._opening, method, arguments, options).result()
+
+    def close(self) -> None:
+        """End the process, whatever it does."""
+        self._jobs.close()
+
+
+def tracker_of(home: Home, cleanup: Callable[[Callable[[], None]], Any]) -> Tracker:
+    """The tracker of a run; cleanup takes what is to be called at its end."""
+    if "mlflow" in sys.modules:  # as in a notebook that has looked at the runs: nothing is left to import
+        return Tracker(home)
+    process = TrackerProcess(home)
+    cleanup(process.close)
+    return cast("Tracker", process)
+
+
+@lru_cache(1)
+def _tracker_here(home: Home) -> Tracker:
+    return Tracker(home)
+
+
+def _call_tracker(
+    home: Home, opening: Sequence[Any], method: str, arguments: Sequence[Any], options: Mapping[str, Any]
+) -> Any:
+    """Call a method of this process's tracker; a new one opens the study first."""
+    known = _tracker_here.cache_info().currsize
+    tracker = _tracker_here(home)
+    if not known and opening and method != "open_study":
+        tracker.open_study(*opening)
+    return getattr(tracker, method)(*arguments, **options)

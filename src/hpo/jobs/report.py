@@ -33,20 +33,25 @@ _PIXELS = 50_000_000  # at most, for mean and deviation: half a second
 
 
 def write_report(
-    study: str, *, home: str | Path | None = None, out: str | Path | None = None, saliency: bool = False
+    study: str,
+    *,
+    home: str | Path | None = None,
+    out: str | Path | None = None,
+    saliency: bool = False,
+    fanova: bool = False,
 ) -> Path:
     """Write the page of a study, by default to mlruns/reports/STUDY.html; returns its absolute path.
 
-    study is a name, or a title such as name~2. saliency adds maps of the most confident mistakes, which
-    takes seconds. The test part is never opened. Raises StoreError if there is no such study and HpoError if the file
-    cannot be written; other missing parts are listed on the page.
+    study is a name, or a title such as name~2. saliency adds maps of the most confident mistakes, fanova a
+    second measure of importance; each takes seconds. The test part is never opened. Raises StoreError if there is no
+    such study and HpoError if the file cannot be written; other missing parts are listed on the page.
     """
     from hpo.storage.optuna_storage import read_study
 
     place = Home.find(home)
     record = read_study(place, study)
     path = Path(out or place.root / "reports" / f"{record.title}.html").expanduser().absolute()
-    findings = gather(place, record)
+    findings = gather(place, record, fanova=fanova)
     html = study_page(_with_saliency(findings, place) if saliency else findings)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +107,7 @@ def explain_mistakes(
     return [replace(row, file=Path(row.file).stem) for row in rows]
 
 
-def gather(home: Home, study: StudyResult) -> Findings:
+def gather(home: Home, study: StudyResult, *, fanova: bool = False) -> Findings:
     """The findings of a study from storage, tracking, ledger and prepared data."""
     from hpo.search.importance import importances
 
@@ -121,7 +126,7 @@ def gather(home: Home, study: StudyResult) -> Findings:
         model=tracked.model,
         openings=tracked.openings,
         versions=tracked.versions,
-        importances=importances(study),
+        importances=importances(study, fanova=fanova),
     )
     if data is None:
         missing.append(f"The images ({study.data_digest[:19]}) are not on this machine: none are shown.")

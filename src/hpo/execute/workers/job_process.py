@@ -183,7 +183,6 @@ def draw_study(study: StudyResult, folder: Path) -> list[Path]:
         return []
     shares = importances(study)
     last = list(shares.values())[-1] if shares else {}
-    # fANOVA, the last method: the other one can overlook a parameter with few options.
     ranking = list(last.values())[-1] if last else {}
     figures: dict[str, Drawing] = {
         "optimisation_history": lambda: study_figures.optimisation_history(study),
