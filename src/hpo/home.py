@@ -17,6 +17,13 @@ STORES = "hpo.toml"
 _EXAMPLE = 'Write lines such as: storage = "postgresql://hpo@db/hpo" and tracking = "http://mlflow:5000"'
 
 
+def cache_folder() -> Path:
+    """HPO_DATA, else `hpo` in the user's cache folder (XDG_CACHE_HOME, else ~/.cache)."""
+    own = os.environ.get("HPO_DATA")
+    folder = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "hpo"
+    return folder.expanduser().absolute()
+
+
 @dataclass(frozen=True)
 class Home:
     """The stores of one project. root is the absolute path of its `mlruns` folder.

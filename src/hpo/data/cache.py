@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-
-def cache_folder() -> Path:
-    """HPO_DATA, else `hpo` in the user's cache folder (XDG_CACHE_HOME, else ~/.cache)."""
-    own = os.environ.get("HPO_DATA")
-    folder = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "hpo"
-    return folder.expanduser().absolute()
+from hpo.home import cache_folder
 
 
 def models_folder() -> Path:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from hpo.data.cache import cache_folder, intact, write_folder, write_text
+from hpo.data.cache import intact, write_folder, write_text
 from hpo.data.download import Progress
 from hpo.data.duplicates import shared_images
 from hpo.data.examine import judge, look_at
@@ -39,6 +39,7 @@ from hpo.data.ranges import Ranges
 from hpo.data.sources import Gathered, Source, find, gather, scores_of
 from hpo.data.split import rows_of
 from hpo.errors import DataError
+from hpo.home import cache_folder
 from hpo.records import DataCard
 from hpo.spec.study import DataSpec, SplitSpec
 

@@ -259,7 +259,7 @@ def _locks(snapshot: HomeSnapshot) -> Iterator[Case]:
 
 def _ledgers(home: Home) -> Iterator[Case]:
     """Damaged lines of the ledger of test openings, in the home and in the data cache."""
-    from hpo.data.cache import cache_folder
+    from hpo.home import cache_folder
 
     cache = cache_folder() / "openings"
     for file, held in (

@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 import re
+import shutil
 import socket
 import sqlite3
 import warnings
@@ -18,7 +19,7 @@ from urllib.parse import urlsplit
 
 from hpo.database import sqlite_address
 from hpo.errors import HpoError, StoreAwayError, StoreError, disk_full
-from hpo.home import Home
+from hpo.home import Home, cache_folder
 from hpo.locks import lock, locked
 from hpo.relocation import local_path, relocate
 
@@ -178,17 +179,44 @@ def _creation_lock(home: Home) -> AbstractContextManager[None]:
 
 
 def _create_file(path: Path) -> None:
-    """Create a database with all its tables, or none: nobody can open what a kill in the migrations leaves."""
-    load_mlflow()
-    from mlflow.store.db.utils import _initialize_tables, create_sqlalchemy_engine
+    """Create a database with all its tables, or none: nobody can open what a kill in the migrations leaves.
 
+    MLflow's migrations take seconds: their result is kept in the cache, once for each version, and copied.
+    """
+    version = load_mlflow().__version__
+    template = cache_folder() / f"mlflow-{version}.db"
     part = path.with_name(f"{path.name}.part")
     for leftover in path.parent.glob(f"{part.name}*"):
         leftover.unlink()
-    engine = create_sqlalchemy_engine(sqlite_address(part))
+    if not _is_whole(template):
+        _migrate_new(part)
+        with suppress(OSError):  # a cache that cannot be written costs seconds the next time
+            template.parent.mkdir(parents=True, exist_ok=True)
+            own = template.with_name(f"{template.name}.{os.getpid()}.part")
+            shutil.copyfile(part, own)
+            own.replace(template)
+    else:
+        shutil.copyfile(template, part)
+    part.replace(path)
+
+
+def _is_whole(template: Path) -> bool:
+    if not template.is_file():
+        return False
+    try:
+        with closing(sqlite3.connect(template)) as database:
+            (found,) = database.execute("PRAGMA quick_check").fetchone()
+            return found == "ok" and database.execute("SELECT 1 FROM alembic_version").fetchone() is not None
+    except sqlite3.Error:
+        return False
+
+
+def _migrate_new(path: Path) -> None:
+    from mlflow.store.db.utils import _initialize_tables, create_sqlalchemy_engine
+
+    engine = create_sqlalchemy_engine(sqlite_address(path))
     _initialize_tables(engine)
     engine.dispose()
-    part.replace(path)
 
 
 def _write_ahead(path: Path, engine: Any) -> None:

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hpo.data.cache import cache_folder
 from hpo.data.prepare import TrialData, check_task, open_trial
+from hpo.home import cache_folder
 from hpo.metrics import confusion_matrix
 from hpo.models import build_model, parameter_count
 from hpo.models.basic import OneLogit
