@@ -75,6 +75,10 @@ def run(
 
 def start(study: str, options: RunOptions, *, as_json: bool, quiet: bool, debug: bool) -> None:
     """Run a study with these options, here or on a scheduler's jobs."""
+    from hpo.execute.process import start_fork_server
+
+    if options.engine not in ("kubernetes", "slurm"):
+        start_fork_server()  # the imports below go on beside it
     from hpo.cli.display.live import watcher
     from hpo.cli.display.run_summary import NextCommands
     from hpo.errors import HpoError

@@ -26,6 +26,7 @@ _QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of this container, seen from inside
 _GRACE = 8.0  # seconds that a run may still save results once its end is asked for
 _FOR_TRACKING = 3.0  # of these, kept from the export of models for their registration
 _TICK = 0.1
+SLOW = 1.0  # seconds after which the user is told what a run waits for
 _beginning = threading.Lock()
 _LEAST_MEMORY = 8  # GB of addresses; torch alone maps three
 
@@ -75,14 +76,20 @@ class RunEnd:
         """Seconds that the run may still save results, less a reserve; inf until its end is asked for."""
         return max(0.0, self._began + _GRACE - reserve - time.monotonic()) if self.reason() else math.inf
 
-    def await_done(self, job: _Waitable, *, reserve: float = _FOR_TRACKING) -> bool:
-        """Wait for a job as long as there is time left; True: it is done."""
+    def await_done(
+        self, job: _Waitable, *, reserve: float = _FOR_TRACKING, slow: Callable[[], object] | None = None
+    ) -> bool:
+        """Wait for a job as long as there is time left; True: it is done. slow is called if it takes over a second."""
+        told_after = time.monotonic() + SLOW
         while True:
             try:
                 job.exception(timeout=min(_TICK, self.left(reserve=reserve)))
             except TimeoutError:
                 if not self.left(reserve=reserve):
                     return False
+                if slow is not None and time.monotonic() > told_after:
+                    slow()
+                    slow = None
             else:
                 return True
 
@@ -147,6 +154,15 @@ def process_context() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hpo.training.compute.preload", "hpo.execute.workers.main"])
     return context
+
+
+def start_fork_server() -> None:
+    """Begin to import torch in the fork server, while this process does other things."""
+    if process_context().get_start_method() == "forkserver":
+        from multiprocessing.forkserver import ensure_running
+
+        with _beginning, hidden_main():
+            ensure_running()
 
 
 def _fork_server() -> int | None:

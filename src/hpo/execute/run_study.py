@@ -19,7 +19,7 @@ from hpo.execute.base_model import with_model
 from hpo.execute.engines import engine_factory
 from hpo.execute.engines.base import EngineFactory, StudyWork, WorkerPlan
 from hpo.execute.finals import check_final, finalists, race
-from hpo.execute.process import RunEnd, interruptible, process_context
+from hpo.execute.process import RunEnd, interruptible, process_context, start_fork_server
 from hpo.execute.stack_size import StackSize, largest_stack
 from hpo.execute.subscribers import Emit, Events, Subscriber, Watch, Watcher
 from hpo.execute.subscribers.model_retention import ModelRetention
@@ -113,6 +113,7 @@ def _start(
     """Check the options and the tracking store, and start the processes and threads that every step needs."""
     deadline = time.monotonic() + (math.inf if options.timeout is None else options.timeout)
     factory = engine_factory(options)
+    start_fork_server()
     home = Home.find(options.home).create()
     moved = relocate(home)
     check_reachable(home)  # an outage later on is waited for; at the start it is more likely a wrong address
@@ -131,8 +132,11 @@ def _start(
 def _open_study(run: _Run, cleanup: contextlib.ExitStack) -> _OpenStudy:
     """Prepare the data, open the study, finish what dead runs have left, and clean the folder of work."""
     spec, options = run.spec, run.options
+    from hpo.search.lifecycle import open_study
+    from hpo.storage.optuna_storage import open_storage
+
+    open_storage(run.home).close()  # a new one is made while the fork server, which the next line waits for, starts
     job = run.jobs.submit(prepare, spec, run.factory.device)
-    from hpo.search.lifecycle import open_study  # its import of optuna takes a second, while data are prepared
 
     cleanup.callback(run.factory.close)
     run.factory.connect()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import sys
 import threading
 import time
@@ -13,9 +14,10 @@ from functools import lru_cache, partial
 from typing import Any, ParamSpec, TypeVar, cast
 
 from hpo.errors import StoreAwayError
-from hpo.execute.process import process_context
+from hpo.execute.process import SLOW
 from hpo.execute.workers.job_process import JobProcess
 from hpo.home import Home
+from hpo.tracking.store import load_mlflow
 from hpo.tracking.tracker import Tracker
 
 P = ParamSpec("P")
@@ -67,10 +69,14 @@ class TrackingQueue:
 
         The seconds of several calls of this method add up. notify takes the notices meanwhile.
         """
+        told_after = time.monotonic() + SLOW
         while True:
             self._pass_on(notify)
             with self._lock:
                 pending, outage = self._pending, self._outage is not None
+            if notify is not None and pending and not outage and time.monotonic() > told_after:
+                told_after = math.inf
+                notify(f"MLflow takes {_records(pending)}")
             if not pending or (outage and self._waited >= timeout) or not self._left():
                 return not pending
             time.sleep(_TICK)
@@ -156,8 +162,13 @@ class TrackerProcess:
 
     def __init__(self, home: Home) -> None:
         self.home = home
-        self._jobs = JobProcess(process_context())
+        # Not from the fork server: it begins while that one still imports torch, which it has no use for.
+        self._jobs = JobProcess(multiprocessing.get_context("spawn"))
         self._opening: tuple[Any, ...] = ()
+
+    def load(self) -> None:
+        """Begin to import mlflow."""
+        self._jobs.submit(load_mlflow)
 
     def __getattr__(self, method: str) -> Callable[..., Any]:
         return partial(self._call, method)
@@ -178,6 +189,7 @@ def tracker_of(home: Home, cleanup: Callable[[Callable[[], None]], Any]) -> Trac
     if "mlflow" in sys.modules:  # as in a notebook that has looked at the runs: nothing is left to import
         return Tracker(home)
     process = TrackerProcess(home)
+    process.load()
     cleanup(process.close)
     return cast("Tracker", process)
 

@@ -121,8 +121,8 @@ class KeepSpec(Part):
 
     models: Annotated[str, Field(pattern=r"^(all|none|best:[1-9][0-9]*)$")] = "best:10"
     """all, none, or best:K: a trial's model is kept while it is among the K best."""
-    figures: Annotated[str, Field(pattern=r"^(all|none|best:[1-9][0-9]*)$")] = "best:10"
-    """The same for its pictures. They are drawn of trials that keep their model."""
+    figures: Annotated[str, Field(pattern=r"^(all|none|best:[1-9][0-9]*)$")] = "best:1"
+    """The same for its pictures. They are drawn at the end of the search, of trials that keep their model."""
 
     @property
     def count(self) -> float:

@@ -104,6 +104,11 @@ class Tracker:
         return uri
 
     @translate_errors
+    def log_figures(self, number: int, folder: Path) -> None:
+        """Log the pictures in folder, as those of a trial."""
+        self._client.log_artifacts(self._run_id(number), str(folder), runs.FIGURES)
+
+    @translate_errors
     def drop_model(self, number: int, study: StudyResult | None = None) -> None:
         """Delete the model of a trial, its pictures and tables, from the disk too; a registered model stays."""
         client, run = self._client, self._client.get_run(self._run_id(number, study))

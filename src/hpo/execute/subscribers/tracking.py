@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 from hpo.events import (
@@ -129,12 +130,21 @@ class Tracking(Subscriber):
         if self._jobs is None:
             return []
         drawing = self._jobs.submit(draw_study, study, self._figures)
-        error: object = "the run had to end." if not self._end.await_done(drawing) else drawing.exception()
+        self._say_registered()
+        waits = partial(self._notify, "drawing the figures of the study")
+        error: object = "the run had to end." if not self._end.await_done(drawing, slow=waits) else drawing.exception()
         if error is not None:
             self._notify(f"the study's pictures could not be drawn: {error}")
             return []
         files: list[Path] = drawing.result()
         return files
+
+    def _say_registered(self) -> None:
+        waits = partial(self._notify, "registering the best model")
+        registered = self._registered
+        if registered is not None and self._end.await_done(registered, slow=waits) and registered.exception() is None:
+            model = registered.result()
+            self._notify(f"registered {model.name} version {model.version}, the best model")
 
     def finish(self, reason: EndReason) -> ModelVersion | None:
         """Wait for the store and close the queue; returns the registered model, if this run has registered one."""

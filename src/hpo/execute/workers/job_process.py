@@ -201,11 +201,8 @@ def draw_study(study: StudyResult, folder: Path) -> list[Path]:
     return _draw(figures, folder, study.title)
 
 
-def finish_trial(result: TrialResult, data: DataCard, *, figures: bool) -> Path:
-    """Turn what a complete trial left in its folder into what is kept, and return the folder.
-
-    That is the exported program, tables next to it and, where asked for, pictures in `figures`.
-    """
+def finish_trial(result: TrialResult, data: DataCard) -> Path:
+    """Turn what a complete trial left in its folder into a program, with tables next to it, and return the folder."""
     from hpo.models.export import export_program
     from hpo.report.statistics import classification_report
     from hpo.training.compute.device import use_threads
@@ -217,8 +214,6 @@ def finish_trial(result: TrialResult, data: DataCard, *, figures: bool) -> Path:
         report, table = classification_report(result.confusion, data.class_names)
         (folder / "classification_report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
         (folder / "classification_report.txt").write_text(table, encoding="utf-8")
-    if figures:
-        draw_trial(result, data, folder / "figures")
     return folder
 
 
