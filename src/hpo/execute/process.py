@@ -26,6 +26,7 @@ _QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of this container, seen from inside
 _GRACE = 8.0  # seconds that a run may still save results once its end is asked for
 _FOR_TRACKING = 3.0  # of these, kept from the export of models for their registration
 _TICK = 0.1
+_SERVER_ENDS = 5.0  # seconds that a fork server may take to end
 _LEAST_MEMORY = 8  # GB of addresses; torch alone maps three
 
 
@@ -181,14 +182,14 @@ def begin(start: Callable[[], T]) -> T:
 
 def _await_fork_server() -> str:
     """Wait until the fork server, which has closed its pipes, has ended, and leave it to multiprocessing; its end."""
-    if (pid := _fork_server()) is None:
-        return "no cause is known"
-    try:
-        ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-    except ChildProcessError:
-        return "no cause is known"
-    assert ended is not None  # noqa: S101 - it is without WNOHANG
-    return f"exit code {ended.si_status}" if ended.si_code == os.CLD_EXITED else f"signal {ended.si_status}"
+    pid, until = _fork_server(), time.monotonic() + _SERVER_ENDS
+    with contextlib.suppress(ChildProcessError):
+        while pid is not None and time.monotonic() < until:
+            ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+            if ended is not None:
+                return f"exit code {ended.si_status}" if ended.si_code == os.CLD_EXITED else f"signal {ended.si_status}"
+            time.sleep(_TICK)
+    return "no cause is known"
 
 
 def _memory_hint() -> str:
@@ -248,6 +249,7 @@ def follow_supervisor(environment: Mapping[str, str], connection: Connection | N
     os.environ.update(environment)
     with contextlib.suppress(OSError):  # one of them is closed
         os.dup2(2, 1)
+    sys.stdout = sys.stderr
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)  # what it starts is found by this, and ended with it
     # Ctrl-C reaches the whole terminal group, and a scheduler's SIGTERM the whole job. The supervisor decides what to
