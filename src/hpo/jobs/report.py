@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -37,6 +38,8 @@ def write_report(
 ) -> Path:
     """Write the page of a study, by default to mlruns/reports/STUDY.html; returns its absolute path.
 
+    In a home that cannot be written, the default is STUDY.html in the working directory.
+
     study is a name, or a title such as name~2. saliency adds maps of the most confident mistakes, which
     takes seconds. The test part is never opened. Raises StoreError if there is no such study and HpoError if the file
     cannot be written; other missing parts are listed on the page.
@@ -45,7 +48,8 @@ def write_report(
 
     place = Home.find(home)
     record = read_study(place, study)
-    path = Path(out or place.root / "reports" / f"{record.title}.html").expanduser().absolute()
+    folder = place.root / "reports" if os.access(place.root, os.W_OK) else Path.cwd()
+    path = Path(out or folder / f"{record.title}.html").expanduser().absolute()
     findings = gather(place, record)
     html = study_page(_with_saliency(findings, place) if saliency else findings)
     try:

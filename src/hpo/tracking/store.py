@@ -20,7 +20,7 @@ from hpo.database import sqlite_address
 from hpo.errors import HpoError, StoreAwayError, StoreError, disk_full
 from hpo.home import Home
 from hpo.locks import lock, locked
-from hpo.relocation import local_path, relocate
+from hpo.relocation import local_path, readable_copy, relocate
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -80,6 +80,8 @@ def connect(home: Home) -> Any:
         if is_server(home.tracking_uri):
             _check_server(home.tracking_uri)
             return load_mlflow().MlflowClient(home.tracking_uri, home.tracking_uri)
+        if home.embedded and (copy := readable_copy(home, "mlflow.db")) is not None:
+            return _connect_to_copy(home, copy)
         if moved := relocate(home):
             logging.getLogger("hpo").warning(moved)
         # MLflow's first migrations race where several processes open a new database.
@@ -95,6 +97,21 @@ def connect(home: Home) -> Any:
             _remove_stray_folder(home)
             _guard(home, client)
         return client
+
+
+def _connect_to_copy(home: Home, copy: Path) -> Any:
+    """The client of a copy of a database that cannot be written; what would change the copy is refused."""
+    from sqlalchemy import event
+
+    uri = sqlite_address(copy)
+    with quiet("alembic"):
+        client = load_mlflow().MlflowClient(uri, uri)
+        client.search_registered_models(max_results=1)
+    for store in (client._tracking_client.store, client._get_registry_client().store):
+        event.listen(store.engine, "connect", lambda connection, _: connection.execute("PRAGMA query_only=ON"))
+        store.engine.dispose()
+    _guard(home, client)
+    return client
 
 
 def _guard(home: Home, client: Any) -> None:
