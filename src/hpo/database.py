@@ -57,6 +57,11 @@ def hint_of(message: str) -> str:
     return next((hint for words, hint in _HINTS.items() if words in message.lower()), "")
 
 
+def is_damaged(message: str) -> bool:
+    """Whether a database says in this that its file is damaged."""
+    return any(words in message.lower() for words in ("malformed", "not a database"))
+
+
 def server_address(url: str) -> str:
     """The address of a database on a server, with the driver that we install named in it."""
     return re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", url)

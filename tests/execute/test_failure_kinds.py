@@ -11,6 +11,7 @@ import torch
 from deadly_jobs import await_end
 from formula_study import formula, formula_spec
 from hpo.data.prepare import prepare
+from hpo.errors import disk_full
 from hpo.events import EpochEnded, TrialEnded
 from hpo.execute.engines.base import WorkerLost
 from hpo.execute.engines.in_process import InProcess
@@ -121,6 +122,18 @@ def test_every_failure_has_its_kind_its_reason_and_its_traceback(card, tmp_path,
 def test_records_of_earlier_and_later_versions_still_load():
     assert TrialResult.from_json({"number": 1, "state": "failed"}).failure is None
     assert TrialResult.from_json({"number": 1, "state": "failed", "failure": "new kind"}).failure is None
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0",
+        "PytorchStreamWriter failed writing file data/0: file write failed",
+    ],
+)
+def test_a_full_disk_is_known_by_torchs_words_too(words):
+    assert disk_full(RuntimeError(words))
+    assert not disk_full(RuntimeError("unexpected pos 64 vs 0"))
 
 
 @pytest.fixture(scope="module")

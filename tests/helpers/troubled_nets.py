@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from deadly_jobs import leave_child
+from hpo.execute.workers import job_process
 
 
 class Hungry(nn.Module):
@@ -108,3 +109,12 @@ def unbuilt(*, image_shape, classes):
 def talking(*, image_shape, classes):
     print("my own words")  # noqa: T201 - as a user's network does
     return _dense(image_shape, classes)
+
+
+def hanging(*, image_shape, classes, mark, train):
+    """While the file `mark` is there: never built by the process that exports, and never trained where train is set."""
+    exports = job_process._progress is not None
+    if exports and Path(mark).exists():
+        time.sleep(600)
+    hangs = train and Path(mark).exists()
+    return Crashing(_dense(image_shape, classes), "hang" if hangs else "never")

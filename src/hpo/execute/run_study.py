@@ -37,6 +37,7 @@ from hpo.search.stages import budget_of, stage_warnings
 from hpo.spec.study import KeepSpec, StudySpec
 from hpo.spec.training import TrainingSpec
 from hpo.storage.reader import read_snapshots
+from hpo.tracking.ledger import openings_of_lost
 from hpo.tracking.store import check_reachable, load_mlflow
 from hpo.tracking.tracker import Tracker
 
@@ -218,6 +219,11 @@ def _emit_opening(run: _Run, opened: _OpenStudy, plan: WorkerPlan, stack: StackS
     run.events.emit(event)
     for note in opened.study.notes:
         run.notify(note)
+    if lost := [one for one in openings_of_lost(run.home, [opened.before]) if one.study == opened.before.title]:
+        run.notify(
+            f"an earlier study {lost[0].study} has opened its test part, and the study storage does not have it any "
+            "more: was the database emptied? Its openings still count. See hpo doctor"
+        )
 
 
 def _supervise(

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import ParamSpec, TypeVar
 
+from hpo.database import is_damaged
 from hpo.errors import StoreAwayError
 
 P = ParamSpec("P")
@@ -131,7 +132,8 @@ class TrackingQueue:
                 self._delivered_late = None
 
     def _note_failure(self, error: Exception) -> None:
-        text = f"tracking: {error} The next hpo run of this study mends it."
+        # A damaged database stays so; its error says what to do.
+        text = f"tracking: {error}" + " The next hpo run of this study mends it." * (not is_damaged(str(error)))
         with self._lock:
             if text not in self._noticed:  # once, not once a trial
                 self._noticed.add(text)

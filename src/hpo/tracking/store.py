@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
-from hpo.database import sqlite_address
+from hpo.database import is_damaged, sqlite_address
 from hpo.errors import HpoError, StoreAwayError, StoreError, disk_full
 from hpo.home import Home
 from hpo.locks import lock, locked
@@ -37,6 +37,10 @@ SETTINGS = {
     "MLFLOW_UV_AUTO_DETECT": "false",  # else the working directory's lock file becomes the model's requirements
 }
 _HINT = "Check that the folder can be written and has space left, or that the server of MLFLOW_TRACKING_URI is up."
+_DAMAGED = (
+    "A damaged file: restore it from a copy, or move it elsewhere and run the study again, which writes its runs again "
+    "from the study storage; of models, those that still wait in mlruns/work."
+)
 # MLflow's codes for a busy or missing database, and the system's for a disk or a server that is unavailable.
 _BUSY = ("TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
 _UNAVAILABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTUNREACH)
@@ -246,7 +250,7 @@ def _errors_translated(home: Home) -> Iterator[None]:
         if not isinstance(error, MlflowException | SQLAlchemyError | OSError):
             raise
         kind = StoreAwayError if _is_temporary(error) else StoreError
-        hint = "Free some space on its disk." if disk_full(error) else _HINT
+        hint = "Free some space on its disk." if disk_full(error) else _DAMAGED if is_damaged(str(error)) else _HINT
         raise kind(f"MLflow at {without_password(home.tracking_uri)}: {_message(error)}.", hint) from error
 
 
@@ -314,8 +318,7 @@ def _check_file(path: Path) -> None:
             return  # another process writes it, so it can be written
         raise StoreError(
             f"{path}: not a database that can be opened: {error}.",
-            "Check the file's permissions and the space left. A damaged file: move it elsewhere and run the study "
-            "again, which writes its runs again from the study storage.",
+            _DAMAGED if is_damaged(str(error)) else "Check the file's permissions and the space left.",
         ) from None
 
 

@@ -142,8 +142,8 @@ class ModelRetention(Subscriber):
                 self._queue.submit(self._log, number, job.result())
             else:
                 self._remove(number)
-        if wait and self._pending:
-            self._emit(Notice(f"{_models(len(self._pending))} not saved: the next hpo run of this study does it"))
+        if wait and (count := len(self._pending)):
+            self._emit(Notice(f"{_models(count)} not saved yet: the next hpo run of this study does it"))
         for number in self._kept - best:
             self._kept.discard(number)
             self._drawn.discard(number)
