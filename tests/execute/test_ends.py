@@ -106,15 +106,35 @@ def test_an_own_data_function_that_hangs_ends_with_the_timeout(tmp_path):
         run_study(spec, timeout=0.5, workers=1, home=tmp_path)
 
 
-def test_a_tracking_store_that_never_answers_does_not_hold_the_end():
+@pytest.mark.parametrize("reason", ENDS)
+def test_a_tracking_store_that_never_answers_does_not_hold_the_end(reason):
     hangs = threading.Event()
-    queue = TrackingQueue(left=ENDS[EndReason.TIMEOUT]().left)
+    queue = TrackingQueue(end=ENDS[reason]())
     queue.submit(hangs.wait)
     heard: list[str] = []
     queue.close(timeout=600, notify=heard.append)
     hangs.set()
     (text,) = heard
     assert text.startswith("tracking: 1 record still to be delivered. The run had to end.")
+
+
+def test_after_ctrl_c_a_store_that_is_slow_gets_all_and_a_second_ctrl_c_or_a_deadline_ends_it(monkeypatch):
+    monkeypatch.setattr(process, "_GRACE", 1.0)
+
+    def delivered(end: RunEnd) -> bool:
+        queue = TrackingQueue(end=end)
+        for _ in range(15):
+            queue.submit(time.sleep, 0.1)
+        done = queue.wait()
+        queue.close()
+        return done
+
+    assert delivered(interrupted())
+    assert not delivered(ENDS[EndReason.TIMEOUT]())
+    end = interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        end.note_signal(signal.SIGINT)
+    assert not delivered(end)
 
 
 class _Exports:
@@ -243,7 +263,7 @@ def test_own_models_that_hang_in_training_or_export_end_with_the_timeout_and_res
     )
     events: list = []
     first = run_study(spec, timeout=30.0, workers=2, home=tmp_path, watch=events.append)
-    assert sorted(trial.state for trial in first.trials) == [TrialState.COMPLETE, TrialState.STOPPED]
+    assert {trial.state for trial in first.trials} == {TrialState.COMPLETE, TrialState.STOPPED, TrialState.WAITING}
     assert "the model of 1 trial not saved yet: the next hpo run of this study does it" in [
         event.text for event in events if isinstance(event, Notice)
     ]

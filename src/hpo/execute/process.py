@@ -47,6 +47,7 @@ class RunEnd:
         self.deadline = deadline
         self.interrupted = threading.Event()
         self._began = math.inf  # when the end was asked for
+        self._progress = -math.inf  # when something was last saved
         self._stop_asked: Callable[[], bool] = lambda: False
         self._stop_every, self._stop_checked, self._stopped = 0.0, 0.0, False
         self._shielded = self._held_back = False
@@ -72,8 +73,20 @@ class RunEnd:
         return reason
 
     def left(self, *, reserve: float = 0.0) -> float:
-        """Seconds that the run may still save results, less a reserve; inf until its end is asked for."""
-        return max(0.0, self._began + _GRACE - reserve - time.monotonic()) if self.reason() else math.inf
+        """Seconds that the run may still save results, less a reserve; inf until its end is asked for.
+
+        After Ctrl-C and hpo stop they begin anew with each result that is saved: a second Ctrl-C ends the run at once.
+        """
+        reason = self.reason()
+        if reason is None:
+            return math.inf
+        renewed = reason.by_user and self._began > -math.inf
+        began = max(self._began, self._progress) if renewed else self._began
+        return max(0.0, began + _GRACE - reserve - time.monotonic())
+
+    def note_progress(self) -> None:
+        """Something was saved just now; from any thread."""
+        self._progress = time.monotonic()
 
     def await_done(self, job: _Waitable, *, reserve: float = _FOR_TRACKING) -> bool:
         """Wait for a job as long as there is time left; True: it is done."""

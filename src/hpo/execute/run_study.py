@@ -119,7 +119,7 @@ def _start(
     check_reachable(home)  # an outage later on is waited for; at the start it is more likely a wrong address
     spec = with_model(with_options(spec, options), home)
     end = cleanup.enter_context(interruptible(deadline))
-    tracker, queue = Tracker(home), TrackingQueue(left=end.left)
+    tracker, queue = Tracker(home), TrackingQueue(end=end)
     cleanup.callback(queue.close, timeout=QUICK_TIMEOUT)
     jobs = JobProcess(process_context())
     cleanup.callback(jobs.close)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import ParamSpec, TypeVar
 
 from hpo.database import is_damaged
 from hpo.errors import StoreAwayError
+from hpo.execute.process import RunEnd
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -25,15 +25,13 @@ class TrackingQueue:
 
     While the store is unavailable (StoreAwayError) the calls wait: the first is tried again after first_pause seconds,
     then after twice as long each time, at most longest_pause. Any other failure becomes a notice, and the next call
-    follows. left gives the seconds that waiting may still take, whatever the store does.
+    follows. Whatever the store does, waiting hears the end of the run.
     """
 
-    def __init__(
-        self, *, first_pause: float = 1.0, longest_pause: float = 30.0, left: Callable[[], float] = lambda: math.inf
-    ) -> None:
+    def __init__(self, *, first_pause: float = 1.0, longest_pause: float = 30.0, end: RunEnd | None = None) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hpo-tracker")
         self._pauses = first_pause, longest_pause
-        self._left = left
+        self._end = end or RunEnd()
         self._lock = threading.Lock()
         self._pending = 0  # submitted and not done
         self._outage: StoreAwayError | None = None  # why the store refuses now
@@ -66,7 +64,7 @@ class TrackingQueue:
             self._pass_on(notify)
             with self._lock:
                 pending, outage = self._pending, self._outage is not None
-            if not pending or (outage and self._waited >= timeout) or not self._left():
+            if not pending or (outage and self._waited >= timeout) or not self._end.left():
                 return not pending
             time.sleep(_TICK)
             self._waited += _TICK if outage else 0.0
@@ -111,6 +109,7 @@ class TrackingQueue:
             self._note_failure(error)
             raise
         finally:
+            self._end.note_progress()
             with self._lock:
                 self._pending -= 1
 

@@ -132,6 +132,7 @@ class ModelRetention(Subscriber):
             if not (self._await(job) if wait else job.done()):
                 continue
             del self._pending[number]
+            self._end.note_progress()
             self._export_seconds += time.monotonic() - self._export_started
             if (error := job.exception()) is not None:
                 if disk_full(error):

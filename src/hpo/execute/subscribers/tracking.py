@@ -126,7 +126,7 @@ class Tracking(Subscriber):
 
     def _draw(self, study: StudyResult) -> list[Path]:
         """The study's figures; where they could not be drawn that is a notice, and the study ends without them."""
-        if self._jobs is None:
+        if self._jobs is None or study.best is None:
             return []
         drawing = self._jobs.submit(draw_study, study, self._figures)
         error: object = "the run had to end." if not self._end.await_done(drawing) else drawing.exception()
