@@ -28,6 +28,7 @@ from hpo.spec.study import KeepSpec
 def short(monkeypatch):
     """Little time to save results in."""
     monkeypatch.setattr(process, "_GRACE", 0.3)
+    monkeypatch.setattr(process, "_PATIENCE", 0.3)
     monkeypatch.setattr(process, "_FOR_TRACKING", 0.1)
 
 
@@ -120,6 +121,7 @@ def test_a_tracking_store_that_never_answers_does_not_hold_the_end(reason):
 
 def test_after_ctrl_c_a_store_that_is_slow_gets_all_and_a_second_ctrl_c_or_a_deadline_ends_it(monkeypatch):
     monkeypatch.setattr(process, "_GRACE", 1.0)
+    monkeypatch.setattr(process, "_PATIENCE", 1.0)
 
     def delivered(end: RunEnd) -> bool:
         queue = TrackingQueue(end=end)

@@ -23,7 +23,8 @@ from hpo.records import EndReason
 T = TypeVar("T")
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of this container, seen from inside
-_GRACE = 8.0  # seconds that a run may still save results once its end is asked for
+_GRACE = 8.0  # seconds that a run may still save results after its deadline
+_PATIENCE = 30.0  # and after Ctrl-C or hpo stop, since it has last saved one
 _FOR_TRACKING = 3.0  # of these, kept from the export of models for their registration
 _TICK = 0.1
 _SERVER_ENDS = 5.0  # seconds that a fork server may take to end
@@ -50,6 +51,7 @@ class RunEnd:
         self._progress = -math.inf  # when something was last saved
         self._stop_asked: Callable[[], bool] = lambda: False
         self._stop_every, self._stop_checked, self._stopped = 0.0, 0.0, False
+        self._hurried = False  # by a second Ctrl-C
         self._shielded = self._held_back = False
 
     def watch_stop(self, asked: Callable[[], bool], *, every: float) -> None:
@@ -75,14 +77,13 @@ class RunEnd:
     def left(self, *, reserve: float = 0.0) -> float:
         """Seconds that the run may still save results, less a reserve; inf until its end is asked for.
 
-        After Ctrl-C and hpo stop they begin anew with each result that is saved: a second Ctrl-C ends the run at once.
+        After a second Ctrl-C they are none.
         """
         reason = self.reason()
         if reason is None:
             return math.inf
-        renewed = reason.by_user and self._began > -math.inf
-        began = max(self._began, self._progress) if renewed else self._began
-        return max(0.0, began + _GRACE - reserve - time.monotonic())
+        until = max(self._began, self._progress) + _PATIENCE if reason.by_user else self._began + _GRACE
+        return 0.0 if self._hurried else max(0.0, until - reserve - time.monotonic())
 
     def note_progress(self) -> None:
         """Something was saved just now; from any thread."""
@@ -114,7 +115,7 @@ class RunEnd:
         """Take in a signal. Raises KeyboardInterrupt at a second Ctrl-C, after which nothing waits any more."""
         # Schedulers send SIGTERM more than once; to end a process at once they have SIGKILL.
         if self.interrupted.is_set() and number == signal.SIGINT:
-            self._began = -math.inf
+            self._hurried = True
             if self._shielded and not self._held_back:
                 self._held_back = True
                 return

@@ -171,7 +171,7 @@ def _choose_workers(run: _Run, opened: _OpenStudy) -> tuple[WorkerPlan, StackSiz
         return plan, StackSize((options.stack or 1) if run.factory.stacks and not options.profile else 1)
     most = largest_stack(spec, left=left, workers=len(plan.devices), by_default=options.workers is None)
     job = run.jobs.submit(measure_stack, spec, prepared.data, plan.devices[0], plan.threads, most)
-    if run.end.await_done(job):
+    if run.end.await_done(job, reserve=math.inf):
         return plan, await_job(job, run.jobs, run.events.emit, run.end)
     run.jobs.restart()
     return plan, StackSize(1, "the run was to end before that was measured")
