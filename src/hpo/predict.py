@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 
 from hpo.data.image_files import read_picture
-from hpo.data.ranges import Ranges, input_kind, kind_of, range_for, to_levels
+from hpo.data.pixels import Ranges, input_kind, kind_of, range_for, to_levels
 from hpo.errors import DataError, ModelError
 from hpo.home import Home
 from hpo.tracking.registry import fetch, resolve

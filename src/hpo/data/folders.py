@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpo.data.download import Progress
+from hpo.data.cache import Progress
 from hpo.data.image_files import AnyFile, Header, NotAnImageError, read_header, read_picture, read_values, unreadable
-from hpo.data.image_rows import ImageFile, Images
 from hpo.data.layouts import (
     IMAGE_ENDINGS,
     Found,
@@ -27,7 +26,7 @@ from hpo.data.layouts import (
     list_files,
     matched,
 )
-from hpo.data.ranges import Extent, Ranges, extent_of, ranges_of
+from hpo.data.pixels import Extent, ImageFile, Images, Ranges, extent_of, ranges_of
 from hpo.data.tables import Columns, label_by_table, metadata_files, read_table, unread_table
 from hpo.errors import DataError
 from hpo.spec.study import DataSpec

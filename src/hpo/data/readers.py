@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpo.data.dotted_path import load_function
 from hpo.data.folders import Asked, FolderImages, read_class_folders, read_labelled_table
-from hpo.data.ranges import Ranges
+from hpo.data.pixels import Ranges
 from hpo.errors import DataError, HpoError
+from hpo.spec.own_code import load_function
 
 Pair = tuple[Any, NDArray[Any]]
 """Images, an array or Images, and their labels, as found: not checked yet."""

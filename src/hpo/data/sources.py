@@ -10,7 +10,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from hpo.data.download import fetch, md5_of
+from hpo.data.cache import fetch, md5_of
 from hpo.data.folders import Asked
 from hpo.data.readers import (
     Parts,

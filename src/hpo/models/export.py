@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hpo.data.prepare import TrialData
-from hpo.models import CONFIG, PROGRAM, SETUP, WEIGHTS, load_trained
-from hpo.models.inputs import normalisation, to_input
+from hpo.models import CONFIG, PROGRAM, SETUP, WEIGHTS, load_trained, normalisation, to_input
 from hpo.spec.study import Setup
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hpo.data.download import Progress, fetch
+from hpo.data.cache import Progress, fetch
 from hpo.errors import DataError
 
 _FRESH = "Or name your own: --set model.weights=FILE; without freeze also fresh ones: --set model.weights=none"

@@ -15,10 +15,9 @@ from optuna.trial import FrozenTrial
 from hpo.errors import SpecError, StoreError
 from hpo.home import Home
 from hpo.locks import lock
-from hpo.search.constraints import aims, parse_constraint
-from hpo.search.distributions import distribution, fits
+from hpo.search.results import aims, parse_constraint
 from hpo.search.samplers import SAMPLERS
-from hpo.search.stages import check_stages
+from hpo.search.stages import check_stages, distribution, fits
 from hpo.search.study import Study
 from hpo.spec.content import content_changes, content_of, library_changes, with_digests
 from hpo.spec.load import parse_study

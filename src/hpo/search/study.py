@@ -16,12 +16,10 @@ from optuna.trial import FrozenTrial, Trial
 from hpo.errors import StoreError
 from hpo.home import Home
 from hpo.records import FINAL, Candidate, FailureKind, StudyResult, TrialResult, TrialState
-from hpo.search.distributions import encode, suggest
-from hpo.search.finish import Finisher, template
 from hpo.search.pruners import build_pruner
-from hpo.search.samplers import StageSampler
-from hpo.search.stage_progress import StageProgress, Step
-from hpo.search.stages import Stage, total_trials
+from hpo.search.results import Finisher, template
+from hpo.search.samplers import StageProgress, StageSampler, Step
+from hpo.search.stages import Stage, encode, suggest, total_trials
 from hpo.spec.study import StudySpec
 from hpo.storage import outbox
 from hpo.storage.liveness import Lease, Liveness, clean_leases

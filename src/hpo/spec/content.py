@@ -16,8 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from hpo.spec.own_code import module_file, named_functions, split_function
 from hpo.spec.study import StudySpec
-from hpo.spec.trust import module_file, named_functions, split_function
 
 _PARTS = ("model", "training", "search", "final")  # data is compared by its pixels
 _LIBRARIES = ("torch", "torchvision", "timm", "numpy")

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from hpo.metrics import direction_of
 from hpo.records import Epoch
-from hpo.report.figures.style import (
+from hpo.report.figures import (
     BLACK,
     BLUE,
     GREY,

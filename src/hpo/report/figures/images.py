@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpo.report.figures.style import BLACK, BLUE, GREY, PALE, RED, placed_figure, tidy
+from hpo.report.figures import BLACK, BLUE, GREY, PALE, RED, placed_figure, tidy
 from hpo.report.text import short_name, short_names, wrapped
 
 if TYPE_CHECKING:

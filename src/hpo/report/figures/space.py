@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from hpo.metrics import direction_of
 from hpo.records import StudyResult, Trial
-from hpo.report.figures.style import (
+from hpo.report.figures import (
     BLACK,
     BLUE,
     GREY,
@@ -23,7 +23,7 @@ from hpo.report.figures.style import (
     panels_of,
     tidy,
 )
-from hpo.report.parameters import Group, Parameter, groups
+from hpo.report.summary import Group, Parameter, groups
 from hpo.report.text import score_text, short_name, value_text
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hpo.records import FINAL, Epoch, StudyResult, Trial, TrialState
-from hpo.report.figures.style import (
+from hpo.report.figures import (
     BLACK,
     BLUE,
     GREEN,
@@ -26,7 +26,7 @@ from hpo.report.figures.style import (
     panels_of,
     tidy,
 )
-from hpo.report.parameters import groups, stage_of
+from hpo.report.summary import groups, stage_of
 from hpo.report.text import score_text, short_name, short_paths, value_text
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hpo.records import DataCard
-from hpo.report.page.html import Html, escape, page, picture, table
+from hpo.report.page import Html, escape, page, picture, table
 from hpo.report.text import counted, listed
 
 _SHOWN_CONTRADICTIONS = 12

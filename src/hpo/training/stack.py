@@ -16,17 +16,16 @@ from torch.optim.swa_utils import AveragedModel
 from hpo.data.prepare import TrialData
 from hpo.errors import NotFiniteError
 from hpo.metrics import scores
-from hpo.models.inputs import input_of
+from hpo.models import input_of
 from hpo.records import Epoch
 from hpo.spec.training import TrainingSpec
 from hpo.training.augment import mix_batch
 from hpo.training.batches import Batches
 from hpo.training.checkpoint import random_state, set_random_state
 from hpo.training.loop import EarlyStopping, evaluation_batch, moving_average, requested_of
-from hpo.training.losses import class_weights
-from hpo.training.optimizers import OPTIMIZERS, learning_rate_factor
-from hpo.training.stacking.compatibility import BrokenStackError, UnstackableError, shape_of, sort_key
-from hpo.training.stacking.dense import StackedNets
+from hpo.training.optimizers import OPTIMIZERS, class_weights, learning_rate_factor
+from hpo.training.stack_layers import StackedNets
+from hpo.training.stack_parts import BrokenStackError, UnstackableError, shape_of, sort_key
 
 
 @dataclass

@@ -12,9 +12,9 @@ from torch import nn
 from hpo.data.prepare import TrialData
 from hpo.records import Epoch
 from hpo.spec.training import TrainingSpec
-from hpo.training.compute.device import device_clock, has_bfloat16
+from hpo.training.device import device_clock, has_bfloat16
 from hpo.training.loop import train
-from hpo.training.stacking.stack import Stack
+from hpo.training.stack import Stack
 
 _STEPS = 4
 _SOME = 4  # networks in a measured stack, which represents larger ones

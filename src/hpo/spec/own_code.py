@@ -1,15 +1,19 @@
-"""Which code of others a study would import, where it lies, and whether it may run without being asked for."""
+"""Code of the user's own that a study names: where it lies, whether it may run, and its functions as metrics."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.machinery
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from hpo.errors import SpecError
+from hpo.errors import SpecError, TrainingError
+from hpo.metrics import Metric, find_metric, name_of
 
 _PROSE = ("name", "question", "references")  # parts of a study that are only read by people
 _OWN_SCORE = re.compile(r" *valid_([^<>\s]+)(?: *[<>]=.*)?")  # as an objective, a monitor or in a constraint
@@ -105,3 +109,80 @@ def _texts(tree: Any) -> Iterator[str]:
     elif isinstance(tree, list | tuple):
         for value in tree:
             yield from _texts(value)
+
+
+def load_function(dotted: str, *, what: str) -> Callable[..., Any]:
+    """The function that package.module:function names; what is "model" or "data". Raises SpecError without one."""
+    parts = split_function(dotted)
+    if parts is None:
+        raise SpecError(
+            f"{what}: {dotted!r} is no name of a function.",
+            "Write package.module:function, in letters, digits and _.",
+        )
+    module_name, name = parts
+    if str(Path.cwd()) not in sys.path and "" not in sys.path:
+        # The hpo command, unlike python -m, does not look for modules in the working directory.
+        sys.path.append(str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise SpecError(
+            f"{what} {dotted}: there is no module {error.name!r}.",
+            f"Put it in the working directory ({Path.cwd()}) or install it, and check its name.",
+        ) from error
+    except Exception as error:
+        raise SpecError(
+            f"{what} {dotted}: importing {module_name} fails: {type(error).__name__}: {error}.",
+            f"Mend it until this works: python -c 'import {module_name}'",
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = ", ".join(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
+        raise SpecError(
+            f"{what} {dotted}: {module_name} has no function {name!r}.", f"It has: {known or 'none'}. Correct the name."
+        )
+    return cast("Callable[..., Any]", function)
+
+
+_OF_LABELS = ("recall[", "precision[", "f1[")  # also where an image has several labels
+
+
+def requested(scores: Iterable[str], class_names: Sequence[str], *, several: bool = False) -> tuple[Metric, ...]:
+    """The metrics among scores (valid_mcc, ...) that are not computed anyway. several: of images with several labels.
+
+    Raises SpecError where one does not fit the classes, or where the function of one is not found.
+    """
+    found: dict[str, Metric] = {}
+    for score in scores:
+        metric = find_metric(name_of(score), class_names)
+        if metric is not None and metric.on_request:
+            if several and ":" not in metric.name and not metric.name.startswith(_OF_LABELS):
+                raise SpecError(
+                    f"score {metric.name}: not defined for images with several labels.",
+                    "Take recall[LABEL], precision[LABEL], f1[LABEL], a function of your own, or a usual score.",
+                )
+            own = metric.from_counts is None and metric.from_logits is None
+            found[metric.name] = _with_function(metric) if own else metric
+    return tuple(found.values())
+
+
+def _with_function(metric: Metric) -> Metric:
+    load_function(metric.name, what="score")
+    return replace(metric, from_logits=partial(own_score, name=metric.name))
+
+
+def own_score(logits: Any, labels: Any, *, name: str) -> Any:
+    """The answer of package.module:function to (probabilities (n, classes), labels) as NumPy arrays; higher is better.
+
+    Raises TrainingError where it fails or answers no number.
+    """
+    function = load_function(name, what="score")
+    probabilities = logits.double().sigmoid() if labels.ndim == 2 else logits.double().softmax(1)
+    try:
+        value = float(function(probabilities.cpu().numpy(), labels.cpu().numpy()))
+    except Exception as error:
+        raise TrainingError(
+            f"score {name}: the function fails: {type(error).__name__}: {error}.",
+            f"Call it with probabilities of shape {tuple(probabilities.shape)} and labels {tuple(labels.shape)}.",
+        ) from error
+    return logits.double().new_tensor(value)
