@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from hpo.cluster import run_array
 from hpo.cluster.schedulers import read_settings, script, submit, worker_command
-from hpo.cluster.shared_study import run_array
 from hpo.errors import HpoError
 from hpo.execute.process import cores
 from hpo.options import RunOptions

@@ -11,7 +11,7 @@ from PIL import Image
 from blobs import as_set, deep_png, prepared_images, tiff
 from hpo.data.prepare import prepare
 from hpo.execute.workers.task import Task, train_task
-from hpo.models.export import SETUP, export_program
+from hpo.models import SETUP, export_program
 from hpo.predict import load_model, predict_files, read_images
 from hpo.spec.load import load_study
 from hpo.spec.study import DataSpec, SplitSpec

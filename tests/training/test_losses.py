@@ -11,7 +11,7 @@ from hpo.spec.models import MlpSpec
 from hpo.spec.training import TrainingSpec
 from hpo.training.loop import train
 from hpo.training.optimizers import Loss, balanced_order
-from hpo.training.stack import unstackable_reason
+from hpo.training.stack_layers import unstackable_reason
 
 
 def _data(labels, classes=3):

@@ -49,7 +49,7 @@ def run_slurm(spec: StudySpec, options: RunOptions, watcher: Watcher, *, as_json
         output.print_text(script(spec.name, flags, workers=options.workers, settings=settings).rstrip())
         return 0
     with watcher as watch:
-        from hpo.cluster.shared_study import Submitted, run_array
+        from hpo.cluster import Submitted, run_array
 
         done = run_array(spec, options, watch=watch)
     if not isinstance(done, Submitted):
@@ -80,7 +80,7 @@ def begin(
     from hpo.spec.load import load_study
 
     spec = load_study(study, overrides=options.settings, trust=trust)
-    from hpo.cluster.shared_study import begin_study
+    from hpo.cluster import begin_study
 
     opened = begin_study(spec, options, watch=None if as_json else _print_notice)
     title = opened.study.title
@@ -155,7 +155,7 @@ def worker(
     home_flag = f" --home {shlex.quote(str(home))}" if home else ""
     commands = NextCommands(options.to_resume().command_line("worker", study), with_trials, home=home_flag)
     with watcher(as_json=as_json, quiet=quiet)(commands, debug=debug) as watch:
-        from hpo.cluster.shared_study import join_study
+        from hpo.cluster import join_study
 
         join_study(study, options, watch=watch)
     raise typer.Exit(watch.exit_code)

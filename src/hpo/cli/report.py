@@ -12,7 +12,7 @@ from hpo.cli import output
 from hpo.cli.options import AsJson, Command, Debug, HomeFolder, Study, Trust
 
 if TYPE_CHECKING:
-    from hpo.report.page.data_page import DataFacts
+    from hpo.report.page import DataFacts
 
 
 def report(

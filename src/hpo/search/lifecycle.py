@@ -19,8 +19,8 @@ from hpo.search.results import aims, parse_constraint
 from hpo.search.samplers import SAMPLERS
 from hpo.search.stages import check_stages, distribution, fits
 from hpo.search.study import Study
-from hpo.spec.content import content_changes, content_of, library_changes, with_digests
 from hpo.spec.load import parse_study
+from hpo.spec.own_code import content_changes, content_of, library_changes, with_digests
 from hpo.spec.space import Choice, Float, Int
 from hpo.spec.study import StudySpec
 from hpo.storage import outbox
@@ -89,7 +89,7 @@ def _enter_study(
     """Write the study's record, new or updated, and return its title, notes on its start, and its spec; see open_study.
 
     The spec is the one given, except that a study keeps the monitor that it began with where the spec sets none.
-    content has the fingerprints of hpo.spec.content and the class names of the data.
+    content has the fingerprints of hpo.spec.own_code and the class names of the data.
     """
     _check_search(spec)
     titles = generations(storage, spec.name)

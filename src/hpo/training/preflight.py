@@ -16,10 +16,9 @@ from torch.nn import functional
 
 from hpo.data.prepare import TrialData, open_trial
 from hpo.errors import TrainingError
-from hpo.models import parameter_count
+from hpo.models import export_program, parameter_count, save_trained
 from hpo.models.backbones import Backbone
 from hpo.models.basic import OneLogit
-from hpo.models.export import export_program, save_trained
 from hpo.models.transfer import Transfer, transfer_of
 from hpo.records import DataCard
 from hpo.spec.models import OwnModelSpec
@@ -30,9 +29,8 @@ from hpo.training.batches import augmenter
 from hpo.training.device import free_memory
 from hpo.training.features import cached_views, forward
 from hpo.training.loop import train
-from hpo.training.stack import key_of
-from hpo.training.stack_parts import UnstackableError
-from hpo.training.stack_speed import FULL, shared_seconds, step_seconds
+from hpo.training.stack import FULL, shared_seconds, step_seconds
+from hpo.training.stack_layers import UnstackableError, key_of
 from hpo.training.trial import build_full, measured_precision
 
 

@@ -1,8 +1,9 @@
-"""The layers of several networks as one: weights side by side, multiplied and convolved in one call for all of them."""
+"""The layers that networks must have in common to share a computation, and the convolutions of several as one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -10,8 +11,172 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hpo.models.basic import OneLogit
-from hpo.training.stack_parts import Block, Segment, activation_name, parts_of
+from hpo.data.prepare import TrialData
+from hpo.models.basic import ACTIVATIONS, POOLS, OneLogit
+from hpo.spec.training import TrainingSpec
+
+
+class UnstackableError(Exception):
+    """A network cannot share its computation with others; the message is the reason."""
+
+
+class BrokenStackError(Exception):
+    """A shared computation failed; which of its trainings caused it is unknown."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A convolution and the layers after it, in this order: norm, activation, pooling, dropout.
+
+    A block without a convolution has further layers after those of the block before.
+    """
+
+    conv: nn.Conv2d | None = None
+    norm: nn.BatchNorm2d | None = None
+    activation: nn.Module | None = None
+    pool: nn.Module | None = None
+    dropout: float = 0.0
+
+    @property
+    def shape(self) -> tuple[object, ...]:
+        """The properties that stacked blocks share; numbers of filters may differ by less than a factor of 2."""
+        filters = self.conv.out_channels.bit_length() if self.conv else 0
+        steps = (self.conv.kernel_size, self.conv.stride, self.conv.padding) if self.conv else ()
+        return filters, steps, self.norm is not None, str(self.pool)
+
+    def then(self, layer: nn.Module) -> Block | None:
+        """The block with this layer added at its end; None if the order forbids it."""
+        done = (self.norm, self.activation, self.pool, self.dropout or None)
+        for place, (name, kinds) in enumerate(_ORDER.items()):
+            if isinstance(layer, kinds) and all(part is None for part in done[place:]):
+                changes: dict[str, Any] = {name: layer.p if isinstance(layer, nn.Dropout) else layer}
+                return replace(self, **changes)
+        return None
+
+
+_ORDER: dict[str, tuple[Any, ...]] = {
+    "norm": (nn.BatchNorm2d,),
+    "activation": tuple(ACTIVATIONS.values()),
+    "pool": tuple(pool for pools in POOLS.values() for pool in pools),
+    "dropout": (nn.Dropout,),
+}
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A dense layer and the layers before it, in this order: norm, activation, dropout."""
+
+    norm: nn.BatchNorm1d | None
+    activation: nn.Module | None
+    dropout: float
+    dense: nn.Linear
+
+
+def parts_of(net: nn.Module) -> tuple[list[Block], list[Segment]]:
+    """The convolutions and the dense layers of a plain network, or of the head of a frozen backbone.
+
+    Raises UnstackableError for other networks.
+    """
+    inner = net.net if isinstance(net, OneLogit) else net
+    if not isinstance(inner, nn.Sequential):
+        raise UnstackableError(f"{type(inner).__name__} is not a plain row of layers")
+    layers = list(inner)
+    flat = next((place for place, layer in enumerate(layers) if isinstance(layer, nn.Flatten)), -1)
+    return _blocks(layers[: max(0, flat)]), _segments(layers[flat + 1 :])
+
+
+def _blocks(layers: list[nn.Module]) -> list[Block]:
+    found: list[Block] = []
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d):
+            found.append(Block(layer))
+        elif found and (longer := found[-1].then(layer)) is not None:
+            found[-1] = longer
+        elif found and (further := Block().then(layer)) is not None:
+            found.append(further)
+        else:
+            raise UnstackableError(f"it has a layer {type(layer).__name__}")
+    return found
+
+
+def _segments(layers: list[nn.Module]) -> list[Segment]:
+    found: list[Segment] = []
+    norm: nn.BatchNorm1d | None = None
+    activation: nn.Module | None = None
+    dropout = 0.0
+    for layer in layers:
+        if isinstance(layer, nn.BatchNorm1d) and activation is None and not dropout:
+            norm = layer
+        elif type(layer) in ACTIVATIONS.values() and activation is None and not dropout:
+            activation = layer
+        elif isinstance(layer, nn.Dropout) and not dropout:
+            dropout = layer.p
+        elif isinstance(layer, nn.Linear):
+            found.append(Segment(norm, activation, dropout, layer))
+            norm, activation, dropout = None, None, 0.0
+        else:
+            raise UnstackableError(f"it has a layer {type(layer).__name__}")
+    if not found or norm is not None or activation is not None or dropout:
+        raise UnstackableError("it does not end in a dense layer")
+    return found
+
+
+def shape_of(net: nn.Module) -> tuple[object, ...]:
+    """The properties that stacked networks share: depth, kernels, norms, classes, and about their widths."""
+    blocks, parts = parts_of(net)
+    return (
+        type(net) is OneLogit,
+        *(block.shape for block in blocks),
+        *(part.norm is not None for part in parts),
+        # After convolutions that is their filters, of which there may be fewer, times the pixels of their last maps.
+        None if blocks else parts[0].dense.in_features,
+        *(part.dense.out_features.bit_length() for part in parts[:-1]),
+        parts[-1].dense.out_features,
+    )
+
+
+def convolves(net: nn.Module) -> bool:
+    """True if a plain network begins with convolutions. Raises UnstackableError for other networks."""
+    return bool(parts_of(net)[0])
+
+
+def sort_key(net: nn.Module) -> tuple[str, ...]:
+    """A key that sorts networks with the same activations next to each other, so that they share calls."""
+    return tuple(activation_name(part) for parts in parts_of(net) for part in parts)
+
+
+def activation_name(part: Block | Segment) -> str:
+    """The class name of the activation."""
+    return type(part.activation).__name__
+
+
+def key_of(net: nn.Module, data: TrialData, spec: TrainingSpec, precision: str) -> tuple[Any, ...]:
+    """Trainings with the same key can share a stack. Raises UnstackableError, with the reason.
+
+    Networks of less than half the width of the widest would mostly compute padding, and are put into another stack.
+    """
+    for reason, applies in (
+        ("its batches are computed in pieces", spec.micro_batch is not None),
+        ("its layers learn at rates of their own", spec.optimizer.layer_decay != 1),
+        ("it saves checkpoints", spec.checkpoint is not None),
+        ("its epochs grow", spec.data_growth < 1),
+        ("its loss is not cross-entropy", spec.loss != "cross_entropy"),
+        ("its images are drawn by class", spec.sampling != "shuffled"),
+        ("its images have several labels", data.labels.ndim == 2),
+    ):
+        if applies:
+            raise UnstackableError(reason)
+    place = (id(data.images), id(data.train), id(data.valid), data.mean, data.std)
+    return (*shape_of(net), place, str(data.images.device), spec.batch_size, spec.class_weights, precision)
+
+
+def unstackable_reason(net: nn.Module, data: TrialData, spec: TrainingSpec) -> str:
+    """The reason why a training can share its computation with no other; "" if it can."""
+    try:
+        key_of(net, data, spec, "")
+    except UnstackableError as reason:
+        return str(reason)
+    return ""
 
 
 class Norm(nn.Module):
@@ -167,158 +332,3 @@ class Maps(nn.Module):
                     yield stage.bias[row, :filters], part.conv.bias
                 if part.norm is not None and stage.norm is not None:
                     yield from stage.norm.pairs(row, part.norm)
-
-
-class _Dense(torch.autograd.Function):
-    """inputs (networks, n, fan in) times weight plus bias; gradients of these two go to where they are kept.
-
-    That saves what autograd would allocate, fill and hand on in every step: a quarter of it for 784-128-10. In bfloat16
-    only the products are.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: nn.Parameter, bias: nn.Parameter, half: bool) -> Tensor:
-        ctx.half, ctx.grads = half, (weight.grad, bias.grad)
-        factor = weight.detach()
-        if half:
-            inputs, factor = inputs.bfloat16(), factor.bfloat16()
-            answers = torch.bmm(inputs, factor).float().add_(bias.detach().unsqueeze(1))
-        else:
-            answers = torch.baddbmm(bias.detach().unsqueeze(1), inputs, factor)
-        ctx.save_for_backward(inputs, factor)
-        return answers
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
-        inputs, factor = ctx.saved_tensors
-        of_weight, of_bias = ctx.grads
-        torch.sum(gradient, 1, out=of_bias)
-        if not ctx.half:
-            torch.bmm(inputs.transpose(1, 2), gradient, out=of_weight)
-        else:
-            gradient = gradient.bfloat16()
-            of_weight.copy_(torch.bmm(inputs.transpose(1, 2), gradient))
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, None
-        return torch.bmm(gradient, factor.transpose(1, 2)).float(), None, None, None
-
-
-class _Layer(nn.Module):
-    """One segment of all networks, the narrower ones filled up with neurons that are always 0.
-
-    A padded neuron's activation is multiplied by 0: whatever its activation function makes of 0, it gives nothing to
-    the next layer, and gets no gradient back. Its own weights begin at 0 and, without a gradient, stay there under
-    every optimizer here: decay and momentum of 0 are 0.
-    """
-
-    def __init__(self, parts: Sequence[Segment], fan_in: int) -> None:
-        super().__init__()
-        first, norm = parts[0].dense.weight, parts[0].norm
-        wide = max(part.dense.out_features for part in parts)
-        # The other way round than in nn.Linear: so the product needs no transposed copy, and gradients are contiguous.
-        self.weight = nn.Parameter(first.new_zeros(len(parts), fan_in, wide))
-        self.bias = nn.Parameter(first.new_zeros(len(parts), wide))
-        self.norm = Norm(norm, len(parts), fan_in) if norm is not None else None
-        self._activations = Activations(parts, dim=0, size=1)
-        self.dropouts = [part.dropout for part in parts]
-        self.widths = [part.dense.in_features for part in parts]
-        self.padded = any(width < fan_in for width in self.widths)
-        mask = torch.zeros(len(parts), 1, fan_in)
-        for row, width in enumerate(self.widths):
-            mask[row, :, :width] = 1.0
-        self.mask = mask.to(first.device)
-
-    def forward(self, inputs: Tensor, noises: Sequence[torch.Generator], *, half: bool) -> Tensor:
-        """inputs (networks, n, fan in) -> (networks, n, fan out); each network's dropout draws from its own noise."""
-        if self.norm is not None:
-            count, images, width = inputs.shape
-            flat = self.norm(inputs.transpose(0, 1).reshape(images, count * width))
-            inputs = flat.reshape(images, count, width).transpose(0, 1)
-        inputs = self._activations(inputs)
-        if any(self.dropouts):
-            inputs = inputs * self._noise(inputs, noises)
-        elif self.padded:
-            inputs = inputs * self.mask
-        answers: Tensor = _Dense.apply(inputs, self.weight, self.bias, half)
-        return answers
-
-    def _noise(self, inputs: Tensor, noises: Sequence[torch.Generator]) -> Tensor:
-        """The dropout factors of each network, drawn as it would draw them alone; 0 beyond its width."""
-        noise = inputs.new_zeros(inputs.shape, dtype=torch.float32)
-        for row, (rate, width, generator) in enumerate(zip(self.dropouts, self.widths, noises, strict=True)):
-            if rate:
-                noise[row, :, :width] = drop(inputs.new_empty(inputs.shape[1], width), rate, generator)
-            else:
-                noise[row, :, :width] = 1.0
-        return noise
-
-
-class StackedNets(nn.Module):
-    """Networks of one shape as one module, in training mode: images of each in, logits of each out.
-
-    While it lives, the weights of `nets` are views of its own: what it learns they know. See sort_key for their order.
-    """
-
-    def __init__(self, nets: Sequence[nn.Module]) -> None:
-        super().__init__()
-        blocks, rows = zip(*map(parts_of, nets), strict=True)
-        self.one_logit = isinstance(nets[0], OneLogit)
-        self.maps = Maps(blocks) if blocks[0] else None
-        layers, fan_in = [], max(parts[0].dense.in_features for parts in rows)
-        for parts in zip(*rows, strict=True):
-            layers.append(_Layer(parts, fan_in))
-            fan_in = layers[-1].weight.shape[2]
-        self.layers = nn.ModuleList(layers)
-        adding = (self.maps, *(layer.norm for layer in layers))
-        self._adding = [weight for part in adding if part is not None for weight in part.parameters()]
-        self._rows = rows
-        with torch.no_grad():
-            for own, theirs in self._pairs():
-                own.copy_(theirs)
-                theirs.data = own.detach()
-        for weight in self.parameters():
-            weight.grad = torch.zeros_like(weight)
-
-    def forward(self, inputs: Tensor, noises: Sequence[torch.Generator], *, half: bool) -> Tensor:
-        """Inputs (networks, n, ...) -> logits (networks, n, classes); half: products are of bfloat16 numbers.
-
-        Inputs are features, or images (channels, height, width).
-        """
-        inputs = self.maps(inputs, noises, half=half) if self.maps is not None else inputs.flatten(2)
-        for layer in self.layers:
-            inputs = layer(inputs, noises, half=half)
-        return functional.pad(inputs, (1, 0)) if self.one_logit else inputs
-
-    def weights_of(self, row: int) -> list[nn.Parameter]:
-        """The weights of one network, padded, always in the same order; new leaves on the shared memory.
-
-        Their gradients are there as soon as those of the stack are.
-        """
-        found = []
-        for weight in self.parameters():
-            found.append(nn.Parameter(weight.detach()[row]))
-            found[-1].grad = None if weight.grad is None else weight.grad[row]
-        return found
-
-    def forget(self) -> None:
-        """Set to 0 the gradients that a backward pass would add to; those of dense layers are overwritten."""
-        for weight in self._adding:
-            if weight.grad is not None:
-                weight.grad.zero_()
-
-    def release(self) -> None:
-        """Give the networks weights of their own again, as they are now."""
-        for _, theirs in self._pairs():
-            theirs.data = theirs.detach().clone(memory_format=torch.contiguous_format)
-
-    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pairs of each network's own tensors and their regions of the stack."""
-        if self.maps is not None:
-            yield from self.maps.pairs()
-        for layer, *parts in zip(self.layers, *self._rows, strict=True):
-            for row, part in enumerate(parts):
-                high, wide = part.dense.weight.shape
-                yield layer.weight[row, :wide, :high].T, part.dense.weight
-                yield layer.bias[row, :high], part.dense.bias
-                if part.norm is not None:
-                    yield from layer.norm.pairs(row, part.norm)

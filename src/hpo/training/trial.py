@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from hpo.data.cache import cache_folder
 from hpo.data.prepare import TrialData, check_task, open_trial
 from hpo.metrics import confusion_matrix
-from hpo.models import build_model, input_of, parameter_count
+from hpo.models import build_model, input_of, parameter_count, save_trained
 from hpo.models.basic import OneLogit
-from hpo.models.export import save_trained
 from hpo.models.transfer import transfer_of
 from hpo.records import DataCard, Epoch, TrialResult, TrialState, best_of, pack_classes
 from hpo.spec.models import OwnModelSpec
@@ -30,9 +29,8 @@ from hpo.training.device import Graph, choose_graph, faster_precision, layout
 from hpo.training.features import cached_views, features_of
 from hpo.training.loop import predict_logits, train
 from hpo.training.profiler import TrainingProfiler
-from hpo.training.stack import Stacks, alongside, unstackable_reason
-from hpo.training.stack_parts import convolves
-from hpo.training.stack_speed import shared_precision, why_slower_stacked
+from hpo.training.stack import Stacks, alongside, shared_precision, why_slower_stacked
+from hpo.training.stack_layers import convolves, unstackable_reason
 
 VALIDATION = "validation.npz"  # rows, labels, probabilities of the validation part at the best epoch
 

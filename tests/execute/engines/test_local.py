@@ -140,7 +140,7 @@ def test_trainings_that_share_with_none_come_one_after_another(stacked, card, tm
 
 def test_trainings_whose_shared_computation_fails_go_on_alone(card, tmp_path, monkeypatch):
     from hpo.training.stack import Stacks
-    from hpo.training.stack_layers import StackedNets
+    from hpo.training.stack_nets import StackedNets
 
     whole, tried = StackedNets.forward, []
 

@@ -165,7 +165,7 @@ def draw_study(study: StudyResult, folder: Path) -> list[Path]:
     """
     from hpo.report.figures import space as space_figures
     from hpo.report.figures import study as study_figures
-    from hpo.search.importance import importances
+    from hpo.search.results import importances
 
     shutil.rmtree(folder, ignore_errors=True)
     if study.best is None:
@@ -196,7 +196,7 @@ def finish_trial(result: TrialResult, data: DataCard, *, figures: bool) -> Path:
 
     That is the exported program, tables next to it and, where asked for, pictures in `figures`.
     """
-    from hpo.models.export import export_program
+    from hpo.models import export_program
     from hpo.report.statistics import classification_report
     from hpo.training.device import use_threads
 

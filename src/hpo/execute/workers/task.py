@@ -64,7 +64,7 @@ def train_task(task: Task, device_name: str, stacks: Stacks | None = None) -> Tr
     """
     # Imported here: the supervisor knows tasks and engines without waiting for torch.
     from hpo.training.device import free_memory, halved
-    from hpo.training.stack_parts import BrokenStackError
+    from hpo.training.stack_layers import BrokenStackError
 
     started, requested, not_stacked = time.perf_counter(), task.setup, ""
     try:
@@ -95,7 +95,7 @@ def _attempt(
     task: Task, device_name: str, stacks: Stacks | None, *, not_stacked: str = ""
 ) -> Generator[EpochEnded | None, bool, TrialResult]:
     """Train once; the result has its epochs. Raises BrokenStackError."""
-    from hpo.training.stack_parts import BrokenStackError
+    from hpo.training.stack_layers import BrokenStackError
     from hpo.training.trial import TrialPlan, train_trial
 
     epochs: list[Epoch] = []

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from hpo.records import FINAL, DataCard, ModelVersion, SplitCard, StudyResult, Trial
+from hpo.report import sections
 from hpo.report.figures.images import Mistake
-from hpo.report.page import Html, escape, page, picture, sections
+from hpo.report.page import Html, escape, page, picture
 from hpo.report.text import trial_tooltip
 from hpo.spec.study import StudySpec
 

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING
 from hpo.metrics import METRICS, direction_of, metric_of, name_of
 from hpo.records import FINAL, DataCard, Trial, TrialState
 from hpo.report import text
-from hpo.report.page import Html, escape, picture, table
-from hpo.report.page.data_page import channel_table, origin_rows
+from hpo.report.page import Html, channel_table, escape, origin_rows, picture, table
 from hpo.report.statistics import Interval, confusion_intervals, share_interval
 from hpo.report.text import score_text, value_text
 from hpo.spec.study import Reference
 
 if TYPE_CHECKING:
-    from hpo.report.page.study_page import Findings, Opening, Samples
+    from hpo.report.study_page import Findings, Opening, Samples
 
 _RESAMPLES = 2000
 _MOST_CLASSES = 60  # sample strips shown
