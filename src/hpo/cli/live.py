@@ -85,7 +85,7 @@ class JsonLines(Watcher):
             case TrialEnded(result):
                 body["result"] = _fields(result, "epochs", "folder")
             case StudyOpened(study):
-                body = {**_fields(event, "attended"), "study": _fields(study, "trials")}
+                body = {**_fields(event, "trials_of_others"), "study": _fields(study, "trials")}
             case TrialStarted():
                 body = _fields(event, "setup", "started")
             case StudyEnded(study):

@@ -100,7 +100,7 @@ def import_(
         return
     parts = [(made.trials, "trial"), (made.runs, "run"), (made.models, "model"), (made.versions, "registered version")]
     new = ", ".join(_counted(count, what) for count, what in parts if count) or "nothing"
-    further = "; the study here has more trials than the file" if made.standing == "ahead" else ""
+    further = "; the study here has more trials than the file" if made.relation == "ahead" else ""
     output.print_text(f"{made.title}: {new} new in {made.store}{further}")
     for note in made.notes:
         output.print_warning(note)

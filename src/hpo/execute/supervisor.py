@@ -177,7 +177,7 @@ class Supervisor:
         """Finish or retry the trials of supervisors that have died since the last look."""
         if self._study.reap():
             study = self._study.result()
-            self._events.emit(TrialsReaped(study, frozenset(self._study.attended())))
+            self._events.emit(TrialsReaped(study, frozenset(self._study.trials_of_others())))
 
     def _reason_to_stop(self) -> EndReason | None:
         if self._interrupted.is_set():

@@ -243,13 +243,13 @@ class Study:
         return result
 
     @_guarded
-    def attended(self) -> set[int]:
+    def trials_of_others(self) -> set[int]:
         """The numbers of trials that another living supervisor is responsible for: it writes them to MLflow itself.
 
         A supervisor on another machine is known to live only while it has running trials: it is responsible for its
         ended trials for ten minutes.
         """
-        return self._liveness.attended(self._trials())
+        return self._liveness.trials_of_others(self._trials())
 
     @property
     def spec(self) -> StudySpec:
