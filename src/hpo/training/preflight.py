@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,14 +16,15 @@ from torch import Tensor, float32, nn
 from torch.nn import functional
 
 from hpo.data.prepare import TrialData, open_trial
-from hpo.errors import TrainingError
-from hpo.models import export_program, parameter_count, save_trained
+from hpo.errors import HpoError, TrainingError
+from hpo.models import MODELS, build_model, export_program, parameter_count, save_trained
 from hpo.models.backbones import Backbone
 from hpo.models.basic import OneLogit
 from hpo.models.transfer import Transfer, transfer_of
 from hpo.records import DataCard
 from hpo.spec.models import OwnModelSpec
-from hpo.spec.study import Setup
+from hpo.spec.space import holds, listed
+from hpo.spec.study import Setup, StudySpec
 from hpo.spec.training import AugmentSpec, TrainingSpec
 from hpo.training.augment import mix_batch
 from hpo.training.batches import augmenter
@@ -50,6 +52,65 @@ class Preflight:
     model_bytes: int
 
 
+def failing_ends(spec: StudySpec, card: DataCard) -> list[str]:
+    """A line for each candidate at an end of the search space whose network or first step fails, with the reason.
+
+    Every end of a range and every choice is tried in the study's own network, then all low and all high ends together.
+    Networks but a user's own are built without memory, on torch's meta device.
+    """
+    found: dict[str, str] = {}
+    seen = []  # most places of training do not change the network
+    for values in _ends(spec):
+        try:
+            setup = spec.with_values(values)
+            count = min(2, setup.training.micro_batch or setup.training.batch_size)
+            if (setup.model, count) in seen:
+                continue
+            seen.append((setup.model, count))
+            _step_without_memory(setup, card, count)
+        except (HpoError, ValueError, RuntimeError) as error:
+            shown = ", ".join(f"{path}={value}" for path, value in values.items())
+            found.setdefault(" ".join(str(error).split()), shown)
+    return [f"trials with {shown} will fail: {reason}" for reason, shown in found.items()]
+
+
+def _ends(spec: StudySpec) -> list[dict[str, Any]]:
+    space, fixed = spec.search.whole_space, spec.fixed()
+    parents = {
+        path: {asked: listed(wanted)[0] for asked, wanted in parameter.when.items() if asked in space}
+        for path, parameter in space.items()
+    }
+    tried = [{**parents[path], path: end} for path, parameter in space.items() for end in parameter.ends()]
+    for side in (0, -1):
+        together: dict[str, Any] = {}
+        for path, parameter in space.ordered():
+            if holds(parameter.when, {**fixed, **together}):
+                together[path] = parameter.ends()[side]
+        tried.append(together)
+    return tried
+
+
+def _step_without_memory(setup: Setup, card: DataCard, count: int) -> None:
+    height, width, channels = card.image_shape
+    classes, binary, training = len(card.class_names), setup.task == "binary", setup.training
+    with torch.device("meta" if setup.model.kind in MODELS else "cpu"):
+        net = build_model(
+            setup.model, image_shape=card.image_shape, classes=classes, seed=0, binary=binary, loaded=False
+        )
+        try:
+            net.train()(torch.zeros(count, channels, height, width))
+        except ValueError as error:
+            raise _batch_norm_of_one(training) if "more than 1 value per channel" in str(error) else error from None
+
+
+def _batch_norm_of_one(spec: TrainingSpec) -> TrainingError:
+    place, size = ("micro_batch", spec.micro_batch) if spec.micro_batch else ("batch_size", spec.batch_size)
+    return TrainingError(
+        f"training.{place} {size}: batch norm cannot learn from pieces of one image.",
+        "Take 2 or more images at once, or turn batch_norm off.",
+    )
+
+
 def preflight(setup: Setup, card: DataCard, *, device_name: str, seed: int, folder: Path) -> Preflight:
     """Train a few batches, evaluate them, and export. Raises TrainingError if the loss is not finite."""
     net, data = build_full(setup, card, seed=seed, device_name=device_name)
@@ -69,11 +130,7 @@ def preflight(setup: Setup, card: DataCard, *, device_name: str, seed: int, fold
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        place, size = ("micro_batch", spec.micro_batch) if spec.micro_batch else ("batch_size", spec.batch_size)
-        raise TrainingError(
-            f"training.{place} {size}: batch norm cannot learn from pieces of one image.",
-            "Take 2 or more images at once, or turn batch_norm off.",
-        ) from None
+        raise _batch_norm_of_one(spec) from None
     if not epochs:
         raise TrainingError("the training yields no epoch.", "Set training.epochs to 1 or more.")
     step_seconds = epochs[-1].seconds / steps  # the first epoch warms up
