@@ -139,8 +139,7 @@ def _load_any(folder: Path, uri: str) -> Classifier:
         names = tuple(model.metadata.get_output_schema().input_names())
     except Exception as error:
         raise ModelError(
-            f"{uri}: not a model of images that loads here: {str(error) or type(error).__name__}.",
-            _LIST,
+            f"{uri}: not a model of images that loads here: {str(error) or type(error).__name__}.", _LIST
         ) from error
     config = model.metadata.metadata or {}
     ranges, several = config.get("ranges"), bool(config.get("several_labels"))

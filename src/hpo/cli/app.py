@@ -17,18 +17,7 @@ import typer
 
 from hpo.cli import cluster, output
 from hpo.cli.cluster import worker
-from hpo.cli.options import (
-    AsJson,
-    Command,
-    Debug,
-    DeviceName,
-    HomeFolder,
-    Settings,
-    Study,
-    Trials,
-    Trust,
-    study_name,
-)
+from hpo.cli.options import AsJson, Command, Debug, DeviceName, HomeFolder, Settings, Study, Trials, Trust, study_name
 from hpo.cli.report import app as data_app
 from hpo.cli.report import explain, report
 from hpo.cli.run import rerun, run, status, stop

@@ -118,8 +118,7 @@ def rerun(
     trial: Annotated[str, typer.Argument(metavar="STUDY/TRIAL", help="digits-mlp/3.", show_default=False)],
     tolerance: Annotated[float, typer.Option(min=0.0, help="Differences of a score up to this count as close.")] = 1e-3,
     device: Annotated[
-        str | None,
-        typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:N or mps.", show_default="the trial's"),
+        str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:N or mps.", show_default="the trial's")
     ] = None,
     trust: Trust = False,
     home: HomeFolder = None,

@@ -65,12 +65,7 @@ def begin_study(spec: StudySpec, options: RunOptions, *, watch: Watch | None = N
         refuse_new(home, spec, prepared.data, fresh=options.fresh)
         check_final(spec, prepared.data)
         study = open_study(
-            home,
-            spec,
-            data_digest=digest,
-            class_names=prepared.data.class_names,
-            budget=budget,
-            fresh=options.fresh,
+            home, spec, data_digest=digest, class_names=prepared.data.class_names, budget=budget, fresh=options.fresh
         )
         spec = study.spec
         cleanup.callback(study.close)

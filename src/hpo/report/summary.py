@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hpo.metrics import label_of
 from hpo.records import FINAL, StudyResult, Trial, TrialState
-from hpo.report.text import markdown_table, parameter_names, ranges_of, relative_text, score_text, value_text
+from hpo.report.text import markdown_table, parameter_names, ranges_of, relative_text, value_text
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def _winner(study: StudyResult, trial: Trial, *, chosen: bool) -> list[str]:
     final = ", trained again after the search" if trial.candidate.stage == FINAL else ""
     heading = "Winner" if chosen else "Best of the search so far"
     better = "higher" if study.direction == "maximize" else "lower"
-    value = f"{score_text(study.objective)} **{trial.value or 0.0:.4f}** ({better} is better)"
+    value = f"{label_of(study.objective)} **{trial.value or 0.0:.4f}** ({better} is better)"
     ranges = ranges_of(study)
     lines = [f"**{heading}: trial {trial.number}**{final}, {value}.", ""]
     lines += markdown_table(
@@ -180,7 +181,7 @@ def _winner(study: StudyResult, trial: Trial, *, chosen: bool) -> list[str]:
     if trial.result is not None:
         scores = trial.result.scores
         rows = [
-            (score_text(name), f"{value:.4f}" + (f" ± {scores[f'{name}_std']:.4f}" if f"{name}_std" in scores else ""))
+            (label_of(name), f"{value:.4f}" + (f" ± {scores[f'{name}_std']:.4f}" if f"{name}_std" in scores else ""))
             for name, value in scores.items()
             if name.startswith("valid_") and not name.endswith("_std")
         ]
@@ -198,7 +199,7 @@ def _stages(study: StudyResult) -> list[str]:
             held = best.candidate.parameters
             chosen = [f"{p.label} = {value_text(held[p.path])}" for p in group.parameters if p.path in held]
             rows.append((group.name, str(len(group.trials)), ", ".join(chosen), f"{best.value:.4f}", str(best.number)))
-    heads = ("stage", "complete trials", "best", score_text(study.objective), "trial")
+    heads = ("stage", "complete trials", "best", label_of(study.objective), "trial")
     return ["## Stages", "", *markdown_table(heads, rows)] if rows else []
 
 
@@ -211,12 +212,7 @@ def _front(study: StudyResult) -> list[str]:
         if trial.result
     ]
     more = [f"And {len(front) - _FRONT} more.", ""] if len(front) > _FRONT else []
-    return [
-        "## Pareto front",
-        "",
-        *markdown_table(("trial", *map(score_text, names)), rows),
-        *more,
-    ]
+    return ["## Pareto front", "", *markdown_table(("trial", *map(label_of, names)), rows), *more]
 
 
 def _cost(study: StudyResult) -> list[str]:

@@ -221,9 +221,7 @@ def template(
 ) -> FrozenTrial:
     """A trial to be created, with these attributes and fixed values."""
     return optuna.trial.create_trial(
-        state=state,
-        user_attrs={START: attrs.to_json()},
-        system_attrs={**(notes or {}), FIXED: dict(fixed)},
+        state=state, user_attrs={START: attrs.to_json()}, system_attrs={**(notes or {}), FIXED: dict(fixed)}
     )
 
 

@@ -28,17 +28,7 @@ from hpo.storage.optuna_storage import Storage
 from hpo.storage.reader import to_result
 from hpo.storage.retry import store_errors
 from hpo.storage.stage_view import StageView
-from hpo.storage.trial_attrs import (
-    CLAIM,
-    START,
-    STOP,
-    STUDY,
-    TrialAttrs,
-    attrs_of,
-    key_of,
-    result_of,
-    state_of,
-)
+from hpo.storage.trial_attrs import CLAIM, START, STOP, STUDY, TrialAttrs, attrs_of, key_of, result_of, state_of
 from hpo.storage.trial_index import TrialIndex
 
 Method = TypeVar("Method", bound=Callable[..., Any])

@@ -309,10 +309,7 @@ def _aims(spec: StudySpec, _steps: list[_Step]) -> Iterator[Conflict]:
             yield Conflict(keys, f"{aim.score} is listed twice. Leave one out")
         right = direction_of(aim.score)
         if aim.score not in LIMITED and aim.better != right:
-            yield Conflict(
-                keys,
-                f"direction {aim.better} would look for the worst {aim.score}. Write {right}",
-            )
+            yield Conflict(keys, f"direction {aim.better} would look for the worst {aim.score}. Write {right}")
     default = type(spec.search).model_fields["objective"].default
     if names and spec.search.objective not in (*names, default):
         yield Conflict(

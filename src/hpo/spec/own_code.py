@@ -123,8 +123,7 @@ def load_function(dotted: str, *, what: str) -> Callable[..., Any]:
     parts = split_function(dotted)
     if parts is None:
         raise SpecError(
-            f"{what}: {dotted!r} is no name of a function.",
-            "Write package.module:function, in letters, digits and _.",
+            f"{what}: {dotted!r} is no name of a function.", "Write package.module:function, in letters, digits and _."
         )
     module_name, name = parts
     if str(Path.cwd()) not in sys.path and "" not in sys.path:

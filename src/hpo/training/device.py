@@ -244,12 +244,7 @@ def _eager(reason: str) -> Graph:
 
 
 def _tried(
-    net: nn.Module,
-    state: Mapping[str, Tensor],
-    data: TrialData,
-    spec: TrainingSpec,
-    precision: str,
-    grapher: Grapher,
+    net: nn.Module, state: Mapping[str, Tensor], data: TrialData, spec: TrainingSpec, precision: str, grapher: Grapher
 ) -> Graph:
     normalise, size = input_of(data), spec.batch_size
     parts = (data.train[:size], data.train[-size:])

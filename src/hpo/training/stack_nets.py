@@ -10,14 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hpo.models.basic import OneLogit
-from hpo.training.stack_layers import (
-    Activations,
-    Maps,
-    Norm,
-    Segment,
-    drop,
-    parts_of,
-)
+from hpo.training.stack_layers import Activations, Maps, Norm, Segment, drop, parts_of
 
 
 class _Dense(torch.autograd.Function):

@@ -93,11 +93,7 @@ def rank_figure(labels: NDArray[np.integer], probabilities: NDArray[np.floating]
 
 
 def mistakes_figure(
-    mistakes: Sequence[Mistake],
-    images: Mapping[int, NDArray[np.uint8]],
-    class_names: Sequence[str],
-    *,
-    title: str = "",
+    mistakes: Sequence[Mistake], images: Mapping[int, NDArray[np.uint8]], class_names: Sequence[str], *, title: str = ""
 ) -> Figure | None:
     """Each mistake, an example of the predicted and of the true class, and the probabilities.
 
