@@ -16,8 +16,8 @@ from torch import nn
 
 from formula import MIXED, NUMERIC, objective, run_in_pieces, run_whole, sequence
 from formula_study import CARD, formula, formula_spec
+from hpo.data.folders import Parts
 from hpo.data.prepare import open_trial, prepare
-from hpo.data.readers import Parts
 from hpo.data.sources import DATASETS, Source
 from hpo.errors import TrainingError
 from hpo.events import TrialEnded
