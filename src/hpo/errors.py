@@ -95,13 +95,20 @@ class ModelError(HpoError):
 
 
 NO_SPACE = "Free some space there, then run the study again: it goes on where it stopped."
+_FULL = (
+    "no space left",
+    "disk is full",
+    "disk quota exceeded",
+    "enforce fail at inline_container",
+    "pytorchstreamwriter failed",
+)
 
 
 def disk_full(error: BaseException) -> bool:
     """Whether an error, or what caused it, is that there is no space left where something was to be written."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    # Native libraries and databases keep the system's words and lose its number.
-    if any(words in str(error).lower() for words in ("no space left", "disk is full", "disk quota exceeded")):
+    # Native libraries and databases keep the system's words and lose its number; torch has words of its own.
+    if any(words in str(error).lower() for words in _FULL):
         return True
     return error.__cause__ is not None and disk_full(error.__cause__)

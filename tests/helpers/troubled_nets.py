@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 from pathlib import Path
 
 import torch
 from torch import nn
+
+from deadly_jobs import leave_child
+from hpo.execute.workers import job_process
 
 
 class Hungry(nn.Module):
@@ -36,7 +40,10 @@ _ERRORS = {
 
 
 class Crashing(nn.Module):
-    """Ends its process when it first learns: abort, segfault, kill, exit, or never."""
+    """Ends its process when it first learns: abort, segfault, kill, exit, hang, or never.
+
+    orphan:FILE kills it while a process that it has started lives, whose id is in the file.
+    """
 
     def __init__(self, net: nn.Module, how: str) -> None:
         super().__init__()
@@ -44,11 +51,19 @@ class Crashing(nn.Module):
 
     def forward(self, images):
         if self.training:
-            _ENDS[self.how]()
+            how, _, file = self.how.partition(":")
+            _ENDS[how](*[file] * bool(file))
         return self.net(images)
 
 
+def _kill_with_child(file: str) -> None:
+    leave_child(Path(file))
+    os.kill(os.getpid(), 9)
+
+
 _ENDS = {
+    "orphan": _kill_with_child,
+    "hang": lambda: time.sleep(600),
     "never": lambda: None,
     "abort": os.abort,
     "segfault": lambda: ctypes.string_at(0),
@@ -89,3 +104,17 @@ def raising(*, image_shape, classes):
 
 def unbuilt(*, image_shape, classes):
     raise ZeroDivisionError("my own mistake")
+
+
+def talking(*, image_shape, classes):
+    print("my own words")  # noqa: T201 - as a user's network does
+    return _dense(image_shape, classes)
+
+
+def hanging(*, image_shape, classes, mark, train):
+    """While the file `mark` is there: never built by the process that exports, and never trained where train is set."""
+    exports = job_process._progress is not None
+    if exports and Path(mark).exists():
+        time.sleep(600)
+    hangs = train and Path(mark).exists()
+    return Crashing(_dense(image_shape, classes), "hang" if hangs else "never")

@@ -15,6 +15,8 @@ from hpo.home import Home
 from hpo.jobs import stores
 from hpo.jobs.doctor import doctor
 from hpo.records import TrialState
+from hpo.storage.optuna_storage import open_storage
+from hpo.tracking.ledger import announce_opening
 from hpo.tracking.registry import versions
 from hpo.tracking.store import connect
 from kept_study import go_on, make_kept_study, result_of, run_of, stored, tracked
@@ -287,6 +289,20 @@ def test_a_damaged_database_is_told_and_nothing_is_repaired_by_it(kept, file):
     assert not found.well
     assert any("cannot be read" in finding.what for finding in found.wrong)
     assert not any("no run" in finding.what or "no study" in finding.what for finding in found.fixed)
+
+
+def test_an_emptied_study_storage_beside_a_full_ledger_is_told(kept):
+    study = stored(kept)
+    version = versions(kept)[0]
+    announce_opening(kept, study, model=version, trial=0, purpose="promote")
+    assert doctor(home=where(kept)).well
+    for path in kept.root.glob("optuna.db*"):
+        path.unlink()
+    open_storage(kept).close()
+    (lost,) = [finding for finding in doctor(home=where(kept), fix=True).wrong if "ledger" in finding.what]
+    assert lost.what == "the ledger has 1 test opening of studies that the study storage does not have"
+    assert lost.where == f"formula: {kept.root / 'optuna.db'}"
+    assert "Restore it from a copy" in lost.hint
 
 
 def test_little_space_is_told(kept, monkeypatch):

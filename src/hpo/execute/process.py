@@ -23,11 +23,13 @@ from hpo.records import EndReason
 T = TypeVar("T")
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of this container, seen from inside
-_GRACE = 8.0  # seconds that a run may still save results once its end is asked for
+_GRACE = 8.0  # seconds that a run may still save results after its deadline
+_PATIENCE = 30.0  # and after Ctrl-C or hpo stop, since it has last saved one
 _FOR_TRACKING = 3.0  # of these, kept from the export of models for their registration
 _TICK = 0.1
 SLOW = 1.0  # seconds after which the user is told what a run waits for
 _beginning = threading.Lock()
+_SERVER_ENDS = 5.0  # seconds that a fork server may take to end
 _LEAST_MEMORY = 8  # GB of addresses; torch alone maps three
 
 
@@ -48,8 +50,10 @@ class RunEnd:
         self.deadline = deadline
         self.interrupted = threading.Event()
         self._began = math.inf  # when the end was asked for
+        self._progress = -math.inf  # when something was last saved
         self._stop_asked: Callable[[], bool] = lambda: False
         self._stop_every, self._stop_checked, self._stopped = 0.0, 0.0, False
+        self._hurried = False  # by a second Ctrl-C
         self._shielded = self._held_back = False
 
     def watch_stop(self, asked: Callable[[], bool], *, every: float) -> None:
@@ -73,8 +77,19 @@ class RunEnd:
         return reason
 
     def left(self, *, reserve: float = 0.0) -> float:
-        """Seconds that the run may still save results, less a reserve; inf until its end is asked for."""
-        return max(0.0, self._began + _GRACE - reserve - time.monotonic()) if self.reason() else math.inf
+        """Seconds that the run may still save results, less a reserve; inf until its end is asked for.
+
+        After a second Ctrl-C they are none.
+        """
+        reason = self.reason()
+        if reason is None:
+            return math.inf
+        until = max(self._began, self._progress) + _PATIENCE if reason.by_user else self._began + _GRACE
+        return 0.0 if self._hurried else max(0.0, until - reserve - time.monotonic())
+
+    def note_progress(self) -> None:
+        """Something was saved just now; from any thread."""
+        self._progress = time.monotonic()
 
     def await_done(
         self, job: _Waitable, *, reserve: float = _FOR_TRACKING, slow: Callable[[], object] | None = None
@@ -108,7 +123,7 @@ class RunEnd:
         """Take in a signal. Raises KeyboardInterrupt at a second Ctrl-C, after which nothing waits any more."""
         # Schedulers send SIGTERM more than once; to end a process at once they have SIGKILL.
         if self.interrupted.is_set() and number == signal.SIGINT:
-            self._began = -math.inf
+            self._hurried = True
             if self._shielded and not self._held_back:
                 self._held_back = True
                 return
@@ -152,7 +167,7 @@ def process_context() -> BaseContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hpo.training.compute.preload", "hpo.execute.workers.main"])
+    context.set_forkserver_preload(["hpo.training.preload", "hpo.execute.workers.main"])
     return context
 
 
@@ -201,14 +216,14 @@ def begin(start: Callable[[], T]) -> T:
 
 def _await_fork_server() -> str:
     """Wait until the fork server, which has closed its pipes, has ended, and leave it to multiprocessing; its end."""
-    if (pid := _fork_server()) is None:
-        return "no cause is known"
-    try:
-        ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-    except ChildProcessError:
-        return "no cause is known"
-    assert ended is not None  # noqa: S101 - it is without WNOHANG
-    return f"exit code {ended.si_status}" if ended.si_code == os.CLD_EXITED else f"signal {ended.si_status}"
+    pid, until = _fork_server(), time.monotonic() + _SERVER_ENDS
+    with contextlib.suppress(ChildProcessError):
+        while pid is not None and time.monotonic() < until:
+            ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+            if ended is not None:
+                return f"exit code {ended.si_status}" if ended.si_code == os.CLD_EXITED else f"signal {ended.si_status}"
+            time.sleep(_TICK)
+    return "no cause is known"
 
 
 def _memory_hint() -> str:
@@ -268,6 +283,7 @@ def follow_supervisor(environment: Mapping[str, str], connection: Connection | N
     os.environ.update(environment)
     with contextlib.suppress(OSError):  # one of them is closed
         os.dup2(2, 1)
+    sys.stdout = sys.stderr
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)  # what it starts is found by this, and ended with it
     # Ctrl-C reaches the whole terminal group, and a scheduler's SIGTERM the whole job. The supervisor decides what to

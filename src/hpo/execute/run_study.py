@@ -37,6 +37,7 @@ from hpo.search.stages import budget_of, stage_warnings
 from hpo.spec.study import KeepSpec, StudySpec
 from hpo.spec.training import TrainingSpec
 from hpo.storage.reader import read_snapshots
+from hpo.tracking.ledger import openings_of_lost
 from hpo.tracking.store import check_reachable
 from hpo.tracking.tracker import Tracker
 
@@ -70,7 +71,7 @@ class _OpenStudy:
     spec: StudySpec
     study: Any
     before: StudyResult
-    attended: frozenset[int]
+    trials_of_others: frozenset[int]
     prepared: Prepared
     work: Path
 
@@ -119,7 +120,7 @@ def _start(
     check_reachable(home)  # an outage later on is waited for; at the start it is more likely a wrong address
     spec = with_model(with_options(spec, options), home)
     end = cleanup.enter_context(interruptible(deadline))
-    tracker, queue = tracker_of(home, cleanup.callback), TrackingQueue(left=end.left)
+    tracker, queue = tracker_of(home, cleanup.callback), TrackingQueue(end=end)
     cleanup.callback(queue.close, timeout=QUICK_TIMEOUT)
     jobs = JobProcess(process_context())
     cleanup.callback(jobs.close)
@@ -157,10 +158,10 @@ def _open_study(run: _Run, cleanup: contextlib.ExitStack) -> _OpenStudy:
     study.reap()
     if options.retry_failed:
         study.retry_failed()
-    attended, before = frozenset(study.attended()), study.result()
+    trials_of_others, before = frozenset(study.trials_of_others()), study.result()
     work = run.home.work / before.title
     sweep(work, study)
-    return _OpenStudy(study.spec, study, before, attended, prepared, work)
+    return _OpenStudy(study.spec, study, before, trials_of_others, prepared, work)
 
 
 def _choose_workers(run: _Run, opened: _OpenStudy) -> tuple[WorkerPlan, StackSize]:
@@ -173,7 +174,7 @@ def _choose_workers(run: _Run, opened: _OpenStudy) -> tuple[WorkerPlan, StackSiz
         return plan, StackSize((options.stack or 1) if run.factory.stacks and not options.profile else 1)
     most = largest_stack(spec, left=left, workers=len(plan.devices), by_default=options.workers is None)
     job = run.jobs.submit(measure_stack, spec, prepared.data, plan.devices[0], plan.threads, most)
-    if run.end.await_done(job):
+    if run.end.await_done(job, reserve=math.inf):
         return plan, await_job(job, run.jobs, run.events.emit, run.end)
     run.jobs.restart()
     return plan, StackSize(1, "the run was to end before that was measured")
@@ -216,11 +217,16 @@ def _emit_opening(run: _Run, opened: _OpenStudy, plan: WorkerPlan, stack: StackS
         device=plan.description,
         stack=stack.count,
         alone=stack.reason,
-        attended=opened.attended,
+        trials_of_others=opened.trials_of_others,
     )
     run.events.emit(event)
     for note in opened.study.notes:
         run.notify(note)
+    if lost := [one for one in openings_of_lost(run.home, [opened.before]) if one.study == opened.before.title]:
+        run.notify(
+            f"an earlier study {lost[0].study} has opened its test part, and the study storage does not have it any "
+            "more: was the database emptied? Its openings still count. See hpo doctor"
+        )
 
 
 def _supervise(
@@ -247,9 +253,9 @@ def _finish(run: _Run, opened: _OpenStudy, reason: EndReason, tracking: Tracking
     """Choose the winner, wait for the tracking store, and end the study."""
     spec, emit = opened.spec, run.events.emit
     summarize = not run.join or (reason.orderly and opened.study.claim_end())
-    attended = frozenset(opened.study.attended())
+    trials_of_others = frozenset(opened.study.trials_of_others())
     study: StudyResult = opened.study.result()
-    emit(SearchEnded(study, reason, attended, summarize))
+    emit(SearchEnded(study, reason, trials_of_others, summarize))
     outcome = race(spec, study, data=opened.prepared.data)
     remarks = [str(outcome)] * bool(outcome) + stage_warnings(study)
     for text in remarks:

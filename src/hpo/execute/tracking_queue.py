@@ -13,8 +13,9 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, ParamSpec, TypeVar, cast
 
+from hpo.database import is_damaged
 from hpo.errors import StoreAwayError
-from hpo.execute.process import SLOW
+from hpo.execute.process import SLOW, RunEnd
 from hpo.execute.workers.job_process import JobProcess
 from hpo.home import Home
 from hpo.tracking.store import load_mlflow
@@ -32,15 +33,13 @@ class TrackingQueue:
 
     While the store is unavailable (StoreAwayError) the calls wait: the first is tried again after first_pause seconds,
     then after twice as long each time, at most longest_pause. Any other failure becomes a notice, and the next call
-    follows. left gives the seconds that waiting may still take, whatever the store does.
+    follows. Whatever the store does, waiting hears the end of the run.
     """
 
-    def __init__(
-        self, *, first_pause: float = 1.0, longest_pause: float = 30.0, left: Callable[[], float] = lambda: math.inf
-    ) -> None:
+    def __init__(self, *, first_pause: float = 1.0, longest_pause: float = 30.0, end: RunEnd | None = None) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hpo-tracker")
         self._pauses = first_pause, longest_pause
-        self._left = left
+        self._end = end or RunEnd()
         self._lock = threading.Lock()
         self._pending = 0  # submitted and not done
         self._outage: StoreAwayError | None = None  # why the store refuses now
@@ -77,7 +76,7 @@ class TrackingQueue:
             if notify is not None and pending and not outage and time.monotonic() > told_after:
                 told_after = math.inf
                 notify(f"MLflow takes {_records(pending)}")
-            if not pending or (outage and self._waited >= timeout) or not self._left():
+            if not pending or (outage and self._waited >= timeout) or not self._end.left():
                 return not pending
             time.sleep(_TICK)
             self._waited += _TICK if outage else 0.0
@@ -122,6 +121,7 @@ class TrackingQueue:
             self._note_failure(error)
             raise
         finally:
+            self._end.note_progress()
             with self._lock:
                 self._pending -= 1
 
@@ -143,7 +143,8 @@ class TrackingQueue:
                 self._delivered_late = None
 
     def _note_failure(self, error: Exception) -> None:
-        text = f"tracking: {error} The next hpo run of this study mends it."
+        # A damaged database stays so; its error says what to do.
+        text = f"tracking: {error}" + " The next hpo run of this study mends it." * (not is_damaged(str(error)))
         with self._lock:
             if text not in self._noticed:  # once, not once a trial
                 self._noticed.add(text)

@@ -16,7 +16,7 @@ from hpo.jobs.shared.home_snapshot import Case, Finding, HomeSnapshot, leftover_
 from hpo.jobs.stores import read_schema
 from hpo.locks import seen_held
 from hpo.relocation import earlier_roots, relocate
-from hpo.tracking.ledger import LEDGER, damaged_lines, set_damaged_aside
+from hpo.tracking.ledger import LEDGER, damaged_lines, openings_of_lost, set_damaged_aside
 from hpo.tracking.store import is_server
 
 _ROUNDS = 4  # a repair can reveal another problem: a trial that is recorded as stopped leaves a run to end
@@ -102,6 +102,7 @@ def _cases(snapshot: HomeSnapshot) -> Iterator[Case]:
     yield from _abandoned(snapshot)
     yield from _locks(snapshot)
     yield from _ledgers(home)
+    yield from _lost(snapshot)
     yield from run_cases(snapshot)
 
 
@@ -277,6 +278,20 @@ def _ledgers(home: Home) -> Iterator[Case]:
                 ),
                 partial(set_damaged_aside, file, lock_file=held),
             )
+
+
+def _lost(snapshot: HomeSnapshot) -> Iterator[Case]:
+    """Studies that opened a test part, and that the study storage does not have any more."""
+    if not snapshot.storage_read:
+        return
+    lost = openings_of_lost(snapshot.home, [one.study for one in snapshot.studies.values()])
+    if lost:
+        yield Case.of(
+            what=f"the ledger has {_count(len(lost), 'test opening')} of studies that the study storage does not have",
+            where=f"{', '.join(sorted({each.study for each in lost}))}: {_address(snapshot.home.storage_url)}",
+            why="Their trials are gone: was the database emptied, or replaced by another?",
+            hint="Restore it from a copy. The openings still count.",
+        )
 
 
 def _reap(home: Home, title: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ from hpo.jobs.explain import Explained, explain
 from hpo.jobs.shared.image_history import study_history
 from hpo.records import FINAL, DataCard, ModelVersion, SplitCard, StudyResult, TrialState
 from hpo.report.figures.images import confident_mistakes
-from hpo.report.page.study_page import Answers, Findings, Opening, Samples, shown_trial, study_page
+from hpo.report.study_page import Answers, Findings, Opening, Samples, shown_trial, study_page
 from hpo.spec.load import parse_study
 from hpo.spec.study import StudySpec
 from hpo.tracking.ledger import openings
@@ -42,6 +43,8 @@ def write_report(
 ) -> Path:
     """Write the page of a study, by default to mlruns/reports/STUDY.html; returns its absolute path.
 
+    In a home that cannot be written, the default is STUDY.html in the working directory.
+
     study is a name, or a title such as name~2. saliency adds maps of the most confident mistakes, fanova a
     second measure of importance; each takes seconds. The test part is never opened. Raises StoreError if there is no
     such study and HpoError if the file cannot be written; other missing parts are listed on the page.
@@ -50,7 +53,8 @@ def write_report(
 
     place = Home.find(home)
     record = read_study(place, study)
-    path = Path(out or place.root / "reports" / f"{record.title}.html").expanduser().absolute()
+    folder = place.root / "reports" if os.access(place.root, os.W_OK) else Path.cwd()
+    path = Path(out or folder / f"{record.title}.html").expanduser().absolute()
     findings = gather(place, record, fanova=fanova)
     html = study_page(_with_saliency(findings, place) if saliency else findings)
     try:

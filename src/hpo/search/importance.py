@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hpo.records import StudyResult, Trial
-from hpo.search.distributions import distribution, encode
-from hpo.search.stages import CARRIED
+from hpo.search.stages import CARRIED, distribution, encode
 from hpo.spec.space import Space
 
 _FEWEST = 8  # trials; fewer say nothing about importance

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -140,6 +140,13 @@ def every_opening(home: Home, *, cache: Path | None = None) -> tuple[list[Openin
     keys = {opening.key for opening in own}
     others = [opening for _, opening in _read(cache / LEDGER)] if cache else []
     return own, [opening for opening in _merged(others) if opening.key not in keys]
+
+
+def openings_of_lost(home: Home, known: Collection[StudyResult]) -> list[Opening]:
+    """The openings in the home's ledger by studies that are none of these: the study storage has lost them."""
+    there = {(study.title, study.created) for study in known}
+    found = _merged(what for _, what in _lines(home.root / LEDGER) if not isinstance(what, str))
+    return [opening for opening in found if (opening.study, opening.created) not in there]
 
 
 def add_openings(home: Home, known: Sequence[Opening]) -> None:

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
-from hpo.database import sqlite_address
+from hpo.database import is_damaged, sqlite_address
 from hpo.errors import HpoError, StoreAwayError, StoreError, disk_full
 from hpo.home import Home, cache_folder
 from hpo.locks import lock, locked
-from hpo.relocation import local_path, relocate
+from hpo.relocation import local_path, readable_copy, relocate
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -38,6 +38,10 @@ SETTINGS = {
     "MLFLOW_UV_AUTO_DETECT": "false",  # else the working directory's lock file becomes the model's requirements
 }
 _HINT = "Check that the folder can be written and has space left, or that the server of MLFLOW_TRACKING_URI is up."
+_DAMAGED = (
+    "A damaged file: restore it from a copy, or move it elsewhere and run the study again, which writes its runs again "
+    "from the study storage; of models, those that still wait in mlruns/work."
+)
 # MLflow's codes for a busy or missing database, and the system's for a disk or a server that is unavailable.
 _BUSY = ("TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
 _UNAVAILABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTUNREACH)
@@ -81,6 +85,8 @@ def connect(home: Home) -> Any:
         if is_server(home.tracking_uri):
             _check_server(home.tracking_uri)
             return load_mlflow().MlflowClient(home.tracking_uri, home.tracking_uri)
+        if home.embedded and (copy := readable_copy(home, "mlflow.db")) is not None:
+            return _connect_to_copy(home, copy)
         if moved := relocate(home):
             logging.getLogger("hpo").warning(moved)
         # MLflow's first migrations race where several processes open a new database.
@@ -96,6 +102,21 @@ def connect(home: Home) -> Any:
             _remove_stray_folder(home)
             _guard(home, client)
         return client
+
+
+def _connect_to_copy(home: Home, copy: Path) -> Any:
+    """The client of a copy of a database that cannot be written; what would change the copy is refused."""
+    from sqlalchemy import event
+
+    uri = sqlite_address(copy)
+    with quiet("alembic"):
+        client = load_mlflow().MlflowClient(uri, uri)
+        client.search_registered_models(max_results=1)
+    for store in (client._tracking_client.store, client._get_registry_client().store):
+        event.listen(store.engine, "connect", lambda connection, _: connection.execute("PRAGMA query_only=ON"))
+        store.engine.dispose()
+    _guard(home, client)
+    return client
 
 
 def _guard(home: Home, client: Any) -> None:
@@ -257,7 +278,7 @@ def _errors_translated(home: Home) -> Iterator[None]:
         if not isinstance(error, MlflowException | SQLAlchemyError | OSError):
             raise
         kind = StoreAwayError if _is_temporary(error) else StoreError
-        hint = "Free some space on its disk." if disk_full(error) else _HINT
+        hint = "Free some space on its disk." if disk_full(error) else _DAMAGED if is_damaged(str(error)) else _HINT
         raise kind(f"MLflow at {without_password(home.tracking_uri)}: {_message(error)}.", hint) from error
 
 
@@ -325,8 +346,7 @@ def _check_file(path: Path) -> None:
             return  # another process writes it, so it can be written
         raise StoreError(
             f"{path}: not a database that can be opened: {error}.",
-            "Check the file's permissions and the space left. A damaged file: move it elsewhere and run the study "
-            "again, which writes its runs again from the study storage.",
+            _DAMAGED if is_damaged(str(error)) else "Check the file's permissions and the space left.",
         ) from None
 
 

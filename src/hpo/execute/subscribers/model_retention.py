@@ -71,13 +71,13 @@ class ModelRetention(Subscriber):
         """Follow the trials; at the end of the search, export every model that is to be kept, then draw the best."""
         match event:
             case StudyOpened(study):
-                self.resume(study, self._queue.submit(self._tracker.kept_models, study), leave=event.attended)
+                self.resume(study, self._queue.submit(self._tracker.kept_models, study), leave=event.trials_of_others)
             case TrialStarted(candidate) if candidate.stage == FINAL:
                 self._running_finals.add(candidate.number)
             case TrialEnded(result):
                 self.add(result, final=result.number in self._running_finals)
-            case SearchEnded(study, reason, attended):
-                self.resume(study, self._queue.submit(self._tracker.kept_models, study), leave=attended)
+            case SearchEnded(study, reason, trials_of_others):
+                self.resume(study, self._queue.submit(self._tracker.kept_models, study), leave=trials_of_others)
                 self._queue.wait(timeout=store_timeout(reason), notify=lambda text: self._emit(Notice(text)))
                 self.collect(wait=True)
             case WinnerChosen():
@@ -137,6 +137,7 @@ class ModelRetention(Subscriber):
             if not (self._await(job) if wait else job.done()):
                 continue
             del self._pending[number]
+            self._end.note_progress()
             self._export_seconds += time.monotonic() - self._export_started
             if (error := job.exception()) is not None:
                 if disk_full(error):
@@ -147,8 +148,8 @@ class ModelRetention(Subscriber):
                 self._logging[number] = self._queue.submit(self._tracker.keep_model, number, job.result())
             else:
                 self._remove(number)
-        if wait and self._pending:
-            self._emit(Notice(f"{_models(len(self._pending))} not saved: the next hpo run of this study does it"))
+        if wait and (count := len(self._pending)):
+            self._emit(Notice(f"{_models(count)} not saved yet: the next hpo run of this study does it"))
         for number in self._kept - best:
             self._kept.discard(number)
             self._drawn.discard(number)

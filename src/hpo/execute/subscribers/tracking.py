@@ -75,17 +75,17 @@ class Tracking(Subscriber):
                 self._study = study
                 submit(tracker.open_study, study, self._spec, event.data, event.split)
                 if not self._joined:
-                    submit(tracker.reconcile, study, self._spec, leave=event.attended)
+                    submit(tracker.reconcile, study, self._spec, leave=event.trials_of_others)
             case TrialStarted(candidate, worker, setup, started):
                 submit(tracker.start_trial, candidate, setup, worker=worker, started=started)
             case TrialEnded(result):
                 submit(tracker.log_epochs, result.number, result.epochs, ended=result.ended)
                 submit(tracker.end_trial, result)
-            case TrialsReaped(study, attended):
-                submit(tracker.reconcile, study, self._spec, leave=attended)
-            case SearchEnded(study, _, attended, True):
+            case TrialsReaped(study, trials_of_others):
+                submit(tracker.reconcile, study, self._spec, leave=trials_of_others)
+            case SearchEnded(study, _, trials_of_others, True):
                 # Other runs of the study may have ended without writing everything since this one began.
-                submit(tracker.reconcile, study, self._spec, leave=attended)
+                submit(tracker.reconcile, study, self._spec, leave=trials_of_others)
             case StudyProfiled() if self._study is not None:
                 submit(tracker.log_profile, self._study, event)
             case WinnerChosen():
@@ -127,7 +127,7 @@ class Tracking(Subscriber):
 
     def _draw(self, study: StudyResult) -> list[Path]:
         """The study's figures; where they could not be drawn that is a notice, and the study ends without them."""
-        if self._jobs is None:
+        if self._jobs is None or study.best is None:
             return []
         drawing = self._jobs.submit(draw_study, study, self._figures)
         self._say_registered()

@@ -148,9 +148,9 @@ def prepare(spec: StudySpec, device: str) -> Prepared:
     """Fetch and check the data of a study and the scores that it asks for, and resolve devices. Raises HpoError."""
     from hpo.data.prepare import check_task
     from hpo.data.prepare import prepare as prepare_data
-    from hpo.data.requested_scores import requested
     from hpo.data.split import split_card
-    from hpo.training.compute.device import resolve_devices
+    from hpo.spec.own_code import requested
+    from hpo.training.device import resolve_devices
 
     devices = resolve_devices(device)
     card = prepare_data(spec.data, spec.split, progress=_notify)
@@ -203,9 +203,9 @@ def draw_study(study: StudyResult, folder: Path) -> list[Path]:
 
 def finish_trial(result: TrialResult, data: DataCard) -> Path:
     """Turn what a complete trial left in its folder into a program, with tables next to it, and return the folder."""
-    from hpo.models.export import export_program
+    from hpo.models import export_program
     from hpo.report.statistics import classification_report
-    from hpo.training.compute.device import use_threads
+    from hpo.training.device import use_threads
 
     use_threads(1)
     folder = Path(result.folder)
@@ -254,7 +254,7 @@ def draw_trial(result: TrialResult, data: DataCard, folder: Path) -> list[Path]:
 
 def _draw(figures: Mapping[str, Drawing], folder: Path, owner: str) -> list[Path]:
     """Write each figure that is not None to folder. An error costs one figure, never a model or the end of a study."""
-    from hpo.report.figures.style import save_png
+    from hpo.report.figures import save_png
 
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
