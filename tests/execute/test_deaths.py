@@ -14,7 +14,16 @@ from pathlib import Path
 import pytest
 
 import hpo.execute.supervisor
-from deadly_jobs import await_end, die_always, die_once, hang, is_alive, leave_child, prints_to_stderr
+from deadly_jobs import (
+    await_end,
+    die_always,
+    die_once,
+    die_once_with_child,
+    hang,
+    is_alive,
+    leave_child,
+    prints_to_stderr,
+)
 from formula_study import CARD, formula, formula_spec
 from hpo.errors import HpoError
 from hpo.events import TrialEnded
@@ -72,6 +81,12 @@ def test_a_job_that_always_kills_its_process_is_given_up_and_the_next_is_done(he
 
 def test_what_a_process_of_a_run_prints_goes_to_standard_error(helper):
     assert helper.submit(prints_to_stderr).result(60)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="asks /proc who is alive")
+def test_a_job_whose_process_dies_while_a_child_of_it_lives_is_begun_anew_and_the_child_ended(helper, tmp_path):
+    assert helper.submit(die_once_with_child, tmp_path / "child").result(60) == "done"
+    assert await_end(int((tmp_path / "child").read_text()))
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="asks /proc who is alive")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from hpo.execute.run_study import lost_note
 from hpo.home import Home
 from hpo.jobs import stores
 from hpo.jobs.doctor import doctor
@@ -303,6 +304,8 @@ def test_an_emptied_study_storage_beside_a_full_ledger_is_told(kept):
     assert lost.what == "the ledger has 1 test opening of studies that the study storage does not have"
     assert lost.where == f"formula: {kept.root / 'optuna.db'}"
     assert "Restore it from a copy" in lost.hint
+    assert lost_note(kept, study) == ""
+    assert "was the database emptied?" in lost_note(kept, replace(study, created=study.created + 1))
 
 
 def test_little_space_is_told(kept, monkeypatch):

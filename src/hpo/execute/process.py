@@ -43,11 +43,11 @@ class _Waitable(Protocol):
 class RunEnd:
     """The end of a run that is asked for: its deadline, Ctrl-C or SIGTERM, hpo stop. Whatever waits, asks left().
 
-    deadline is a time.monotonic() value or inf. stop_asked, which watch_stop sets, is called every few seconds at most.
+    deadline is a time.monotonic() value or inf.
     """
 
     def __init__(self, deadline: float = math.inf) -> None:
-        self.deadline = deadline
+        self._deadline = deadline
         self.interrupted = threading.Event()
         self._began = math.inf  # when the end was asked for
         self._progress = -math.inf  # when something was last saved
@@ -67,13 +67,13 @@ class RunEnd:
             self._stop_checked, self._stopped = now, self._stop_asked()
         if self.interrupted.is_set():
             reason = EndReason.INTERRUPTED
-        elif now >= self.deadline:
+        elif now >= self._deadline:
             reason = EndReason.TIMEOUT
         elif self._stopped:
             reason = EndReason.STOPPED
         else:
             return None
-        self._began = min(self._began, now, self.deadline)
+        self._began = min(self._began, now, self._deadline)
         return reason
 
     def left(self, *, reserve: float = 0.0) -> float:
@@ -142,7 +142,7 @@ def interruptible(deadline: float = math.inf) -> Iterator[RunEnd]:
         signal.SIGINT: lambda number, _: end.note_signal(number),
         signal.SIGTERM: lambda number, _: end.note_signal(number),
     }
-    if hasattr(signal, "SIGTSTP"):
+    if hasattr(signal, "SIGTSTP") and signal.getsignal(signal.SIGTSTP) is signal.SIG_DFL:
         handlers[signal.SIGTSTP] = _suspend
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:

@@ -222,11 +222,18 @@ def _emit_opening(run: _Run, opened: _OpenStudy, plan: WorkerPlan, stack: StackS
     run.events.emit(event)
     for note in opened.study.notes:
         run.notify(note)
-    if lost := [one for one in openings_of_lost(run.home, [opened.before]) if one.study == opened.before.title]:
-        run.notify(
-            f"an earlier study {lost[0].study} has opened its test part, and the study storage does not have it any "
-            "more: was the database emptied? Its openings still count. See hpo doctor"
-        )
+    if note := lost_note(run.home, opened.before):
+        run.notify(note)
+
+
+def lost_note(home: Home, study: StudyResult) -> str:
+    """A line for the user where the ledger knows an earlier study of this title, which the storage has lost; or ""."""
+    if not any(opening.study == study.title for opening in openings_of_lost(home, [study])):
+        return ""
+    return (
+        f"an earlier study {study.title} has opened its test part, and the study storage does not have it any more: "
+        "was the database emptied? Its openings still count. See hpo doctor"
+    )
 
 
 def _supervise(
