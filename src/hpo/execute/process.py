@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -53,7 +53,12 @@ def hidden_main() -> Iterator[None]:
             setattr(main, name, value)
 
 
-def follow_supervisor(environment: Mapping[str, str], connection: Connection | None = None) -> None:
+def follow_supervisor(
+    environment: Mapping[str, str],
+    connection: Connection | None = None,
+    *,
+    last: Callable[[], object] = lambda: None,
+) -> None:
     """Make this process ignore Ctrl-C and SIGTERM, and end at once when its supervisor dies.
 
     environment is the supervisor's: the fork server keeps the environment of its start, and a notebook may have changed
@@ -69,11 +74,12 @@ def follow_supervisor(environment: Mapping[str, str], connection: Connection | N
     supervisor = multiprocessing.parent_process()
     if supervisor is not None:
         signs = [supervisor.sentinel, *([connection] if connection else [])]
-        threading.Thread(target=_end_with, args=(signs,), daemon=True).start()
+        threading.Thread(target=_end_with, args=(signs, last), daemon=True).start()
 
 
-def _end_with(signs: list[Any]) -> None:
+def _end_with(signs: list[Any], last: Callable[[], object]) -> None:
     wait(signs)
+    last()
     os._exit(0)
 
 

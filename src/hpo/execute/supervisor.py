@@ -90,8 +90,8 @@ class Supervisor:
     """One run of a study: it hands candidates to the engine's slots, tells Optuna the results, and emits events.
 
     budget is the study's total number of trials; deadline is a time.monotonic() value or inf; interrupted ends the run
-    when it is set. work is the study's folder of work in progress. Every result is in Optuna's storage before its event
-    is emitted.
+    when it is set. work is the study's folder of work in progress. ranks is that of Task. Every result is in Optuna's
+    storage before its event is emitted.
     """
 
     def __init__(
@@ -107,6 +107,7 @@ class Supervisor:
         deadline: float,
         interrupted: threading.Event,
         profile: bool = False,
+        ranks: int = 1,
     ) -> None:
         self._spec = spec
         self._study = study
@@ -118,6 +119,7 @@ class Supervisor:
         self._deadline = deadline
         self._interrupted = interrupted
         self._profile = profile
+        self._ranks = ranks
         self._prunes = spec.search.pruner.name != "none"
         self._running: dict[int, _RunningTrial] = {}  # by slot
         self._progress = Progress(spec, study.result())
@@ -225,6 +227,7 @@ class Supervisor:
             profile=self._profile,
             # It may have killed the process that it shared with others.
             exclusive=candidate.deaths > 0,
+            ranks=self._ranks,
         )
         self._engine.submit(slot, task)
         self._running[slot] = _RunningTrial(candidate, setup, time.monotonic(), self._found_by_search(candidate))
