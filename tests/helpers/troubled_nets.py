@@ -9,6 +9,9 @@ from pathlib import Path
 import torch
 from torch import distributed, nn
 
+from hpo.models.backbones import Backbone
+from hpo.models.transfer import Transfer
+
 
 class Hungry(nn.Module):
     """Has memory for `room` images at once where it learns; what it was given is noted in a file."""
@@ -102,6 +105,14 @@ def crashing(*, image_shape, classes, how, width=16):
 
 def noting(*, image_shape, classes, note):
     return Noting(_dense(image_shape, classes), note)
+
+
+def thawing(*, image_shape, classes):
+    """A frozen body that learns from the second epoch on."""
+    height, wide, channels = image_shape
+    body = nn.Sequential(nn.Flatten(), nn.Linear(height * wide * channels, 16), nn.Tanh())
+    frozen = Backbone(body, mean=[0.5] * channels, std=[0.5] * channels, label="tiny")
+    return Transfer([frozen], nn.Linear(16, classes), freeze="all", unfreeze_epoch=2)
 
 
 def raising(*, image_shape, classes):
