@@ -140,6 +140,7 @@ def _open_study(run: _Run, cleanup: contextlib.ExitStack) -> _OpenStudy:
     prepared: Prepared = await_job(job, run.jobs, run.events.emit, run.interrupted)
     refuse_new(run.home, spec, prepared.data, fresh=options.fresh)
     check_final(spec, prepared.data)
+    run.factory.plan(prepared.devices, most=1)  # what it refuses begins no study
     study = open_study(
         run.home,
         spec,

@@ -109,8 +109,8 @@ def test_two_processes_learn_what_one_learns(task, tmp_path, case):
 
 
 def test_a_training_that_was_cut_off_goes_on_exactly_with_dropout_and_batch_norm(task, tmp_path):
-    model = CnnSpec(kind="cnn", filters=4, kernel=3, dropout=0.3, batch_norm=True)
-    given = {"epochs": 4, "checkpoint": 1, "optimizer": OptimizerSpec(name="adamw", lr=0.01)}
+    model = MlpSpec(kind="mlp", hidden=[16], dropout=0.3, batch_norm=True)
+    given = {"epochs": 4, "batch_size": 37, "checkpoint": 1, "optimizer": OptimizerSpec(name="adamw", lr=0.01)}
     whole, _ = _run(task(model, **given))
     given |= {"file": tmp_path / "checkpoint"}
     cut = train_task(task(model, **given), "cpu")

@@ -126,6 +126,9 @@ def _serve(
 ) -> None:
     """Train as one rank: the first sends its epochs, all receive the verdicts, and send their results."""
     follow_supervisor(environment, last=lambda: shutil.rmtree(folder, ignore_errors=True))
+    if hasattr(os, "setpgid"):  # it ends with the worker's process group, even where it hangs
+        with contextlib.suppress(OSError):
+            os.setpgid(0, os.getpgid(os.getppid()))
     from hpo.training.compute.device import use_threads
     from hpo.training.data_parallel import Ranks, device_of
 
