@@ -19,7 +19,7 @@ from hpo.execute.engines.local import LocalProcesses, ProcessesFactory
 from hpo.execute.run_study import run_study
 from hpo.execute.workers.task import Task, train_task
 from hpo.jobs.rerun import Agreement, rerun
-from hpo.models.export import WEIGHTS
+from hpo.models import WEIGHTS
 from hpo.options import RunOptions
 from hpo.records import FailureKind, TrialState
 from hpo.spec.load import load_study

@@ -55,7 +55,7 @@ def train_in_ranks(task: Task, device_name: str) -> Generator[EpochEnded | None,
 
 
 def _start(task: Task, device_name: str, rank: int, folder: str) -> _Rank:
-    from hpo.training.compute.device import threads_in_use
+    from hpo.training.device import threads_in_use
 
     context: Any = process_context()
     ours, theirs = context.Pipe()
@@ -129,8 +129,8 @@ def _serve(
     if hasattr(os, "setpgid"):  # it ends with the worker's process group, even where it hangs
         with contextlib.suppress(OSError):
             os.setpgid(0, os.getpgid(os.getppid()))
-    from hpo.training.compute.device import use_threads
     from hpo.training.data_parallel import Ranks, device_of
+    from hpo.training.device import use_threads
 
     use_threads(threads)
     training = train_once(task, device_of(device_name, rank), ranks=Ranks(rank, task.ranks, folder))

@@ -18,7 +18,7 @@ from hpo.spec.study import Setup
 
 if TYPE_CHECKING:
     from hpo.training.data_parallel import Ranks
-    from hpo.training.stacking.stack import Stacks
+    from hpo.training.stack import Stacks
 
 # Each epoch is answered with a verdict: continue (True) or end as pruned (False). Trainings that share a computation
 # yield None first: all of them are asked once before the first of them trains.
@@ -66,8 +66,8 @@ def train_task(task: Task, device_name: str, stacks: Stacks | None = None) -> Tr
     batch; its epochs are yielded again then. After that the candidate is infeasible: pruned, so that samplers learn.
     """
     # Imported here: the supervisor knows tasks and engines without waiting for torch.
-    from hpo.training.compute.device import at_once, free_memory, halved
-    from hpo.training.stacking.compatibility import BrokenStackError
+    from hpo.training.device import at_once, free_memory, halved
+    from hpo.training.stack_layers import BrokenStackError
 
     started, requested, not_stacked = time.perf_counter(), task.setup, ""
     try:
@@ -108,8 +108,8 @@ def train_once(
     task: Task, device_name: str, stacks: Stacks | None = None, *, not_stacked: str = "", ranks: Ranks | None = None
 ) -> Generator[EpochEnded | None, bool, TrialResult]:
     """Train in this process, which is one of these ranks. Raises BrokenStackError."""
-    from hpo.training.data_parallel import Ranks
-    from hpo.training.stacking.compatibility import BrokenStackError
+    from hpo.training.data_parallel import ALONE
+    from hpo.training.stack_layers import BrokenStackError
     from hpo.training.trial import TrialPlan, train_trial
 
     epochs: list[Epoch] = []
@@ -128,7 +128,7 @@ def train_once(
             checkpoint=Path(task.checkpoint) if task.checkpoint else None,
             profile=task.profile,
             not_stacked=not_stacked,
-            ranks=ranks or Ranks(),
+            ranks=ranks or ALONE,
         )
         training = train_trial(plan, stacks=None if task.exclusive else stacks, decided=settings)
         go_on: bool | None = None
@@ -168,7 +168,7 @@ def _failed(task: Task, error: Exception, epochs: Sequence[Epoch], settings: Map
 
 def _kind(error: Exception, *, own: bool) -> FailureKind:
     """The kind of a failure; own: the network is the user's."""
-    from hpo.training.compute.device import is_out_of_memory
+    from hpo.training.device import is_out_of_memory
 
     if is_out_of_memory(error):
         return FailureKind.OUT_OF_MEMORY
