@@ -43,14 +43,15 @@ def train_in_ranks(task: Task, device_name: str) -> Generator[EpochEnded | None,
     folder = tempfile.mkdtemp(prefix="hpo-ranks-")
     ranks: list[_Rank] = []
     try:
-        ranks += [_start(task, device_name, rank, folder) for rank in range(task.ranks)]
+        # One by one: if the second cannot be started, the first is ended.
+        ranks.extend(_start(task, device_name, rank, folder) for rank in range(task.ranks))
         return (yield from _follow(task, ranks))
     finally:
-        for rank in ranks:
-            rank.process.kill()
-        for rank in ranks:
-            rank.process.join()
-            rank.connection.close()
+        for started in ranks:
+            started.process.kill()
+        for started in ranks:
+            started.process.join()
+            started.connection.close()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -75,9 +76,9 @@ def _follow(task: Task, ranks: list[_Rank]) -> Generator[EpochEnded | None, bool
     while left and (seconds := until - time.monotonic()) > 0:
         signs = [sign for rank in left.values() for sign in (rank.connection, rank.process.sentinel)]
         ready = wait(signs, seconds if failures else None)
-        for number, rank in [
-            item for item in left.items() if {item[1].connection, item[1].process.sentinel} & {*ready}
-        ]:
+        for number, rank in list(left.items()):
+            if rank.connection not in ready and rank.process.sentinel not in ready:
+                continue
             message = _receive(task, number, rank)
             if isinstance(message, EpochEnded):
                 epochs.append(message.epoch)
