@@ -8,10 +8,12 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from deadly_jobs import leave_child
 from hpo.execute.workers import job_process
+from hpo.models.backbones import Backbone
+from hpo.models.transfer import Transfer
 
 
 class Hungry(nn.Module):
@@ -69,7 +71,24 @@ _ENDS = {
     "segfault": lambda: ctypes.string_at(0),
     "kill": lambda: os.kill(os.getpid(), 9),
     "exit": lambda: os._exit(3),
+    "kill the second": lambda: distributed.get_rank() == 1 and os.kill(os.getpid(), 9),
+    "fail in the second": lambda: distributed.get_rank() == 1 and 1 / 0,
 }
+
+
+class Noting(nn.Module):
+    """Notes in a file which processes it learns in, and how its neurons drop out there."""
+
+    def __init__(self, net: nn.Module, note: str) -> None:
+        super().__init__()
+        self.net, self.note = net, note
+
+    def forward(self, images):
+        if self.training:
+            kept = (nn.functional.dropout(torch.ones(30)) > 0).int().tolist()
+            with Path(self.note).open("a") as file:
+                file.write(f"{os.getpid()} {''.join(map(str, kept))}\n")
+        return self.net(images)
 
 
 class Raising(nn.Module):
@@ -96,6 +115,18 @@ def hungry(*, image_shape, classes, room, note, error="gpu", width=16):
 
 def crashing(*, image_shape, classes, how, width=16):
     return Crashing(_dense(image_shape, classes, width), how)
+
+
+def noting(*, image_shape, classes, note):
+    return Noting(_dense(image_shape, classes), note)
+
+
+def thawing(*, image_shape, classes):
+    """A frozen body that learns from the second epoch on."""
+    height, wide, channels = image_shape
+    body = nn.Sequential(nn.Flatten(), nn.Linear(height * wide * channels, 16), nn.Tanh())
+    frozen = Backbone(body, mean=[0.5] * channels, std=[0.5] * channels, label="tiny")
+    return Transfer([frozen], nn.Linear(16, classes), freeze="all", unfreeze_epoch=2)
 
 
 def raising(*, image_shape, classes):

@@ -14,6 +14,7 @@ from hpo.cli.options import (
     Debug,
     DeviceName,
     Fresh,
+    GpusPerTrial,
     HomeFolder,
     KeepModels,
     PrecisionName,
@@ -127,6 +128,7 @@ def worker(
     workers: Workers = None,
     stack: StackSize = None,
     device: DeviceName = "auto",
+    gpus_per_trial: GpusPerTrial = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(

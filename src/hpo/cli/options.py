@@ -99,7 +99,7 @@ Address = Annotated[
 ]
 GpusPerTrial = Annotated[
     float | None,
-    typer.Option(metavar="N", help="GPUs of a Ray worker, such as 0.25.", show_default="1 if the cluster has any"),
+    typer.Option(metavar="N", help="GPUs that train each trial together; with Ray also 0.25, say.", show_default="1"),
 ]
 CpusPerTrial = Annotated[float | None, typer.Option(metavar="N", help="CPU cores of a Ray worker.", show_default="1")]
 SlurmSettings = Annotated[

@@ -272,7 +272,12 @@ def hidden_main() -> Iterator[None]:
             setattr(main, name, value)
 
 
-def follow_supervisor(environment: Mapping[str, str], connection: Connection | None = None) -> None:
+def follow_supervisor(
+    environment: Mapping[str, str],
+    connection: Connection | None = None,
+    *,
+    last: Callable[[], object] = lambda: None,
+) -> None:
     """Make this process ignore Ctrl-C and SIGTERM, and end at once when its supervisor dies, with all that it started.
 
     environment is the supervisor's: the fork server keeps the environment of its start, and a notebook may have changed
@@ -293,11 +298,12 @@ def follow_supervisor(environment: Mapping[str, str], connection: Connection | N
     supervisor = multiprocessing.parent_process()
     if supervisor is not None:
         signs = [supervisor.sentinel, *([connection] if connection else [])]
-        threading.Thread(target=_end_with, args=(signs,), daemon=True).start()
+        threading.Thread(target=_end_with, args=(signs, last), daemon=True).start()
 
 
-def _end_with(signs: list[Any]) -> None:
+def _end_with(signs: list[Any], last: Callable[[], object]) -> None:
     wait(signs)
+    last()
     if hasattr(os, "getpgrp") and os.getpgrp() == os.getpid():
         os.killpg(0, signal.SIGKILL)
     os._exit(0)

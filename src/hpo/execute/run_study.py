@@ -144,6 +144,7 @@ def _open_study(run: _Run, cleanup: contextlib.ExitStack) -> _OpenStudy:
     prepared: Prepared = await_job(job, run.jobs, run.events.emit, run.end)
     refuse_new(run.home, spec, prepared.data, fresh=options.fresh)
     check_final(spec, prepared.data)
+    run.factory.plan(prepared.devices, most=1)  # what it refuses begins no study
     study = open_study(
         run.home,
         spec,
@@ -170,6 +171,8 @@ def _choose_workers(run: _Run, opened: _OpenStudy) -> tuple[WorkerPlan, StackSiz
     left = max(1, opened.study.budget - opened.finished, len(finalists(spec, opened.before)))
     plan = run.factory.plan(prepared.devices, most=left)
     # A profile could not divide the time of a shared computation among its trainings.
+    if plan.ranks > 1:
+        return plan, StackSize(1, "each trial trains in several processes")
     if not run.factory.stacks or options.profile or options.stack is not None:
         return plan, StackSize((options.stack or 1) if run.factory.stacks and not options.profile else 1)
     most = largest_stack(spec, left=left, workers=len(plan.devices), by_default=options.workers is None)
@@ -253,6 +256,7 @@ def _supervise(
         budget=opened.study.budget,
         end=run.end,
         profile=run.options.profile,
+        ranks=plan.ranks,
     ).run()
 
 

@@ -88,8 +88,8 @@ class _RunningTrial:
 class Supervisor:
     """One run of a study: it hands candidates to the engine's slots, tells Optuna the results, and emits events.
 
-    budget is the study's total number of trials. work is the study's folder of work in progress. Every result is in
-    Optuna's storage before its event is emitted.
+    budget is the study's total number of trials. work is the study's folder of work in progress. ranks is that of Task.
+    Every result is in Optuna's storage before its event is emitted.
     """
 
     def __init__(
@@ -104,6 +104,7 @@ class Supervisor:
         budget: int,
         end: RunEnd,
         profile: bool = False,
+        ranks: int = 1,
     ) -> None:
         self._spec = spec
         self._study = study
@@ -114,6 +115,7 @@ class Supervisor:
         self._budget = budget
         self._end = end
         self._profile = profile
+        self._ranks = ranks
         self._prunes = spec.search.pruner.name != "none"
         self._running: dict[int, _RunningTrial] = {}  # by slot
         self._progress = Progress(spec, study.result())
@@ -212,6 +214,7 @@ class Supervisor:
             profile=self._profile,
             # It may have killed the process that it shared with others.
             exclusive=candidate.deaths > 0,
+            ranks=self._ranks,
         )
         self._engine.submit(slot, task)
         self._running[slot] = _RunningTrial(candidate, setup, time.monotonic(), self._found_by_search(candidate))

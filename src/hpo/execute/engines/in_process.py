@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from hpo.events import TrialEnded
-from hpo.execute.engines.base import Message, StudyWork, Trainer, WorkerPlan
+from hpo.execute.engines.base import Message, StudyWork, Trainer, WorkerPlan, described, group_devices
 from hpo.execute.process import cores
 from hpo.execute.workers.task import Task, Training, train_task
 from hpo.options import RunOptions
@@ -64,13 +64,15 @@ class InProcessFactory:
 
     def __init__(self, options: RunOptions) -> None:
         self.device = options.device
+        self._options = options
 
     def connect(self) -> None:
         """There is nothing to reach."""
 
     def plan(self, devices: Sequence[str], *, most: int) -> WorkerPlan:  # noqa: ARG002 - it is one worker
         """One worker, on the first device."""
-        return WorkerPlan((devices[0],), cores(), devices[0])
+        first, ranks = group_devices(devices, self._options)[0], self._options.ranks
+        return WorkerPlan((first,), max(1, cores() // ranks), described([first], ranks), ranks)
 
     def start(self, plan: WorkerPlan, work: StudyWork, *, stack: int) -> InProcess:  # noqa: ARG002 - it needs neither
         """The engine."""

@@ -15,7 +15,7 @@ from operator import itemgetter
 from typing import Any
 
 from hpo.events import TrialEnded
-from hpo.execute.engines.base import Message, StudyWork, WorkerLost, WorkerPlan
+from hpo.execute.engines.base import Message, StudyWork, WorkerLost, WorkerPlan, described, group_devices
 from hpo.execute.process import begin, cores, end_family, end_leftovers, process_context
 from hpo.execute.workers.main import serve
 from hpo.execute.workers.task import Task
@@ -166,18 +166,19 @@ class ProcessesFactory:
 
     def __init__(self, options: RunOptions) -> None:
         self.device = options.device
-        self._workers = options.workers
+        self._options = options
 
     def connect(self) -> None:
         """There is nothing to reach."""
 
     def plan(self, devices: Sequence[str], *, most: int) -> WorkerPlan:
-        """One worker for each GPU, or for each core, unless a number was asked for; devices in turn."""
-        workers = self._workers
+        """One worker for each GPU, group of GPUs, or core, unless a number was asked for; devices in turn."""
+        workers, ranks = self._options.workers, self._options.ranks
+        devices = group_devices(devices, self._options)
         if workers is None:
-            workers = cores() if devices[0] == "cpu" else len(devices)
+            workers = cores() // ranks if devices[0] == "cpu" else len(devices)
         chosen = tuple(devices[index % len(devices)] for index in range(max(1, min(workers, most))))
-        return WorkerPlan(chosen, max(1, cores() // len(chosen)), ", ".join(dict.fromkeys(chosen)))
+        return WorkerPlan(chosen, max(1, cores() // len(chosen) // ranks), described(chosen, ranks), ranks)
 
     def start(self, plan: WorkerPlan, work: StudyWork, *, stack: int) -> LocalProcesses:  # noqa: ARG002 - tasks name it
         """Start the processes."""
