@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from hpo.data.prepare import TrialData
 from hpo.models import CONFIG, PROGRAM, SETUP, WEIGHTS, load_trained
 from hpo.models.inputs import normalisation, to_input
+from hpo.models.safe_loader import check_program
 from hpo.spec.study import Setup
 
 
@@ -54,16 +56,26 @@ class _Whole(nn.Module):
         return logits.sigmoid() if self._several else logits.softmax(1)
 
 
-def export_program(folder: Path) -> Path:
-    """Write net.pt2 next to the weights in folder: float32, on the CPU, for any number of images."""
-    net, config = load_trained(folder)
+def traced(net: nn.Module, config: Mapping[str, Any]) -> torch.export.ExportedProgram:
+    """The program of a network in evaluation mode and of what its config says, for any number of uint8 images."""
     shape, several = config["image_shape"], bool(config.get("several_labels"))
     whole = _Whole(net, mean=config["mean"], std=config["std"], image_shape=shape, several=several).eval()
     # A batch of one would be taken for a constant.
-    example = torch.zeros((2, *config["image_shape"]), dtype=torch.uint8)
+    example = torch.zeros((2, *shape), dtype=torch.uint8)
     batch = torch.export.Dim("batch", min=1, max=1_000_000)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch warns of its own deprecations while it traces
-        program = torch.export.export(whole, (example,), dynamic_shapes=({0: batch},))
+        return torch.export.export(whole, (example,), dynamic_shapes=({0: batch},))
+
+
+def export_program(folder: Path) -> Path:
+    """Write net.pt2 next to the weights in folder: float32, on the CPU, for any number of images.
+
+    Raises ModelError where the network does what no program may that load_program loads.
+    """
+    program = traced(*load_trained(folder))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         torch.export.save(program, folder / PROGRAM)
+    check_program(folder / PROGRAM)
     return folder / PROGRAM

@@ -18,9 +18,9 @@ from hpo.records import ModelVersion, StudyResult
 from hpo.tracking import runs
 from hpo.tracking.ledger import Opening, add_openings
 from hpo.tracking.models import delete_model
-from hpo.tracking.registry import ORIGIN, REGISTERED, fetch, renumber_champions, resolve
+from hpo.tracking.registry import COPY_OF, ORIGIN, REGISTERED, fetch, renumber_champions, resolve
 from hpo.tracking.store import connect, load_mlflow, pages, translate_errors, without_password
-from hpo.tracking.transfer.export_runs import COPIED, COPY_OF, URI, TrackedStudy, logged_models, registered_at
+from hpo.tracking.transfer.export_runs import COPIED, URI, TrackedStudy, logged_models, registered_at
 
 _INCOMPLETE = "hpo.moving"  # tag of a version whose other tags are not yet written
 MODEL_DIGEST = "hpo.model_digest"  # tag of a copied version: the digest of its files
