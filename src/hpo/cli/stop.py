@@ -10,6 +10,7 @@ import typer
 
 from hpo.cli.display import output
 from hpo.cli.options import AsJson, Debug, HomeFolder, Study, read_duration, study_name
+from hpo.errors import clean
 from hpo.records import FINAL, TrialState
 from hpo.report.text import duration
 
@@ -35,7 +36,7 @@ def stop(
     def say(count: int) -> None:
         if not as_json:
             processes = "supervisor" if count == 1 else "supervisors"
-            typer.echo(f"{study}: asked {count} {processes} to stop ...", err=True)
+            typer.echo(f"{clean(study)}: asked {count} {processes} to stop ...", err=True)
 
     done = stop_study(study_name(study), home=home, timeout=timeout or 60.0, watch=say)
     again = f"hpo run {shlex.quote(study)}" + (f" --home {shlex.quote(str(home))}" if home else "")
