@@ -102,7 +102,7 @@ LAYERS_OF_OWN: dict[tuple[int, ...], list[Callable[[Tensor], Any]]] = {
         *[
             lambda x: x.clone().fill_(1) + x.clone().zero_() + x.clone().copy_(x),
             lambda x: 1 - x,
-            lambda x: x.contiguous(),
+            lambda x: x.detach().contiguous(),
         ],
         *[
             lambda x: x.index_select(1, torch.tensor([1, 0])),

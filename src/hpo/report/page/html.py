@@ -6,6 +6,8 @@ import base64
 from collections.abc import Iterable, Sequence
 from html import escape as _escape
 
+from hpo.errors import clean
+
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --dim: #59636e; --line: #d5dae0; --paper: #ffffff; --tint: #f4f6f8;
   --link: #0b5cad; }
