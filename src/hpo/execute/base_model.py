@@ -12,7 +12,7 @@ from pathlib import Path
 from hpo.data.cache import models_folder
 from hpo.errors import ModelError
 from hpo.home import Home
-from hpo.spec.load import read_yaml
+from hpo.spec.load import read_yaml, small_text
 from hpo.spec.models import TransferSpec
 from hpo.spec.study import StudySpec
 from hpo.spec.trust import check_stored
@@ -24,7 +24,7 @@ def check_setup(file: Path, *, trust: bool = False) -> None:
     A model without a setup names no function; a damaged setup is reported when it is read.
     """
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        setup = json.loads(file.read_text(encoding="utf-8"))
+        setup = json.loads(small_text(file))
         if isinstance(setup, dict):
             check_stored(setup, trust=trust, origin=str(file))
 

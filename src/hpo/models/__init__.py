@@ -17,6 +17,7 @@ from hpo.models.basic import OneLogit, build_cnn, build_convnet, build_mlp
 from hpo.models.resnet import build_resnet
 from hpo.models.safe_loader import load_program, read_config
 from hpo.models.transfer import build_transfer
+from hpo.spec.load import small_text
 from hpo.spec.models import ModelSpec, OwnModelSpec, Tuned
 from hpo.spec.study import Setup
 
@@ -99,7 +100,7 @@ def load_registered(uri: str, *, weights: bool) -> tuple[nn.Module, dict[str, An
 
 def _setup(file: Path) -> Setup:
     try:
-        return Setup.model_validate_json(file.read_bytes())
+        return Setup.model_validate_json(small_text(file))
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(f"{file}: damaged or missing: {reason}.", "Restore it from a copy.") from None
