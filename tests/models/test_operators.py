@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as f
 
-from hpo.models import build_model
+from hpo.models import build_model, traced
 from hpo.models.basic import ACTIVATIONS
-from hpo.models.export import traced
 from hpo.models.safe_loader import LAYERS, is_plain
 from hpo.spec import models as specs
 

@@ -14,8 +14,8 @@ from hpo.errors import ModelError
 from hpo.home import Home
 from hpo.spec.load import read_yaml, small_text
 from hpo.spec.models import TransferSpec
+from hpo.spec.own_code import check_stored
 from hpo.spec.study import StudySpec
-from hpo.spec.trust import check_stored
 
 
 def check_setup(file: Path, *, trust: bool = False) -> None:

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from rich.text import Text
 
-from hpo.cli.display import output
-from hpo.cli.display.live import JsonLines, LiveDisplay, PlainLines, Quiet
-from hpo.cli.display.output import parse_duration, plain, show_bytes, show_parameters
-from hpo.cli.display.run_summary import NextCommands
+from hpo.cli import output
+from hpo.cli.live import JsonLines, LiveDisplay, PlainLines, Quiet
+from hpo.cli.output import parse_duration, plain, show_bytes, show_parameters
+from hpo.cli.run_summary import NextCommands
 from hpo.events import Notice
 from hpo.report.text import duration, short_paths
 from told_study import SPEC, opened, trial_events
