@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpo.errors import StoreError
+from hpo.errors import StoreError, shown_address
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -138,20 +138,9 @@ def reading(url: str) -> Iterator[Reader | None]:
             yield Reader(connection)
     except (SQLAlchemyError, sqlite3.Error, ImportError) as error:
         text = str(getattr(error, "orig", None) or error).splitlines()[0].rstrip(".")
-        place = file or engine_name(url)
+        place = file or shown_address(url)
         hint = hint_of(text) or "Check the database, or restore it from a copy."
         raise StoreError(f"{place}: the database cannot be read: {text}.", hint) from None
-
-
-def engine_name(url: str) -> str:
-    """The address as a message may show it, without its password."""
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        return make_url(url).render_as_string(hide_password=True)
-    except SQLAlchemyError:
-        return "the database"
 
 
 def _read_only(file: Path) -> Engine:

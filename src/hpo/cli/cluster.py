@@ -29,6 +29,7 @@ from hpo.cli.options import (
     Workers,
     study_name,
 )
+from hpo.errors import clean
 from hpo.events import Event, Notice
 from hpo.options import RunOptions
 
@@ -96,7 +97,7 @@ def begin(
 
 def _print_notice(event: Event) -> None:
     if isinstance(event, Notice) and not event.total:
-        typer.echo(event.text, err=True)
+        typer.echo(clean(event.text), err=True)
 
 
 def manifest(

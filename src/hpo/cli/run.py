@@ -36,6 +36,7 @@ from hpo.cli.options import (
     read_duration,
     study_name,
 )
+from hpo.errors import clean
 from hpo.options import RunOptions
 from hpo.records import FINAL, TrialState
 from hpo.report.text import duration
@@ -177,7 +178,7 @@ def stop(
     def say(count: int) -> None:
         if not as_json:
             processes = "supervisor" if count == 1 else "supervisors"
-            typer.echo(f"{study}: asked {count} {processes} to stop ...", err=True)
+            typer.echo(f"{clean(study)}: asked {count} {processes} to stop ...", err=True)
 
     done = stop_study(study_name(study), home=home, timeout=timeout or 60.0, watch=say)
     again = f"hpo run {shlex.quote(study)}" + (f" --home {shlex.quote(str(home))}" if home else "")

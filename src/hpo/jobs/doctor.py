@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from hpo.database import engine_name, reading, sqlite_file
-from hpo.errors import HpoError, StoreError
+from hpo.database import reading, sqlite_file
+from hpo.errors import HpoError, StoreError, shown_address
 from hpo.home import Home, remove
 from hpo.jobs.shared.doctor_runs import numbers, run_cases
 from hpo.jobs.shared.home_snapshot import Case, Finding, HomeSnapshot, leftover_work, size_of, take_snapshot
@@ -107,7 +107,7 @@ def _cases(snapshot: HomeSnapshot) -> Iterator[Case]:
 
 
 def _address(url: str) -> str:
-    return str(sqlite_file(url) or engine_name(url))
+    return str(sqlite_file(url) or shown_address(url))
 
 
 def _integrity(url: str) -> Iterator[Case]:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, StrictFloat, StrictInt, StrictStr, ValidationError, model_validator
 
-from hpo.errors import StoreError
+from hpo.errors import StoreError, shown_address
 from hpo.home import Home
 from hpo.jobs.shared.archive import Archive, damaged, reading, writing
 from hpo.locks import locked
 from hpo.records import StudyResult, TrialState
 from hpo.tracking.ledger import parse_opening
-from hpo.tracking.store import check_reachable, without_password
+from hpo.tracking.store import check_reachable
 
 if TYPE_CHECKING:
     from hpo.tracking.transfer.export_runs import TrackedStudy
@@ -187,7 +187,7 @@ def import_study(file: str | Path, *, home: str | Path | None = None) -> Importe
                 trials = storage.import_study(place, study)
     return Imported(
         title=record.title,
-        store=without_password(place.tracking_uri),
+        store=shown_address(place.tracking_uri),
         relation=relation.value,
         trials=trials,
         runs=added.runs,

@@ -14,6 +14,8 @@ from hpo.relocation import local_path
 from hpo.tracking.store import check_inside, is_missing, load_mlflow, pages, quiet
 
 NET, CONFIG, SETUP, WEIGHTS = "net.pt2", "config.json", "setup.json", "weights.safetensors"
+# Logged with each model, whose script loads the program by it where there is no hpo.
+_LOADER = Path(__file__).parents[1] / "models" / "safe_loader.py"
 
 
 def log_model(client: Any, run: Any, folder: Path) -> str:
@@ -119,12 +121,13 @@ def save_model(target: Path, folder: Path, *, model_id: str, run_id: str, tags: 
     kinds = list(config.get("ranges") or ())
     images = TensorSpec(dtype(kinds[0] if len(kinds) == 1 else "uint8"), (-1, *config["image_shape"]))
     classes = [ColSpec(DataType.float, name) for name in config["class_names"]]
+    artifacts = {"net": folder / NET, "config": folder / CONFIG, "setup": folder / SETUP, "loader": _LOADER}
     # It would warn that there is no input example (the signature says it all) and no pip (uv needs none).
     with quiet("mlflow.utils.environment"):
         save_pyfunc(
             str(target),
             python_model=str(Path(__file__).with_name("logged_model_script.py")),
-            artifacts={"net": _uri(folder / NET), "config": _uri(folder / CONFIG), "setup": _uri(folder / SETUP)},
+            artifacts={name: _uri(file) for name, file in artifacts.items()},
             # Given, because inferring them loads the model in another process: seconds for each trial.
             pip_requirements=[f"{name}=={_public_version(name)}" for name in ("mlflow", "numpy", "pandas", "torch")],
             signature=ModelSignature(inputs=Schema([images]), outputs=Schema(classes)),

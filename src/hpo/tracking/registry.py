@@ -20,6 +20,7 @@ from hpo.tracking.runs import score_name, stored_name, user
 from hpo.tracking.store import connect, exists, is_missing, pages, translate_errors
 
 ORIGIN = "hpo.copied_from"  # tag of a version that came from another store
+COPY_OF = "hpo.moved_from"  # tag of a copied run or logged model: the id of the original
 REGISTERED = "hpo.registered"  # tag of a version that was moved here: when it was first registered, in ms since 1970
 _SCORE = "score."  # tags of a version that hold its scores: score.valid_accuracy, score.test_accuracy, ...
 _CHAMPION_TAG = "hpo.champion."  # tags of a registered model, one for each change of its champion
@@ -256,6 +257,7 @@ def _logged(home: Home, model_id: str) -> ModelVersion:
         study=model.tags.get("hpo.study", ""),
         trial=int(model.tags.get("hpo.trial", -1)),
         created=model.creation_timestamp / 1000,
+        foreign=not {COPY_OF, ORIGIN}.isdisjoint(model.tags),
     )
 
 
@@ -279,6 +281,7 @@ def _record(version: Any, aliases: tuple[str, ...]) -> ModelVersion:
         },
         created=int(version.tags.get(REGISTERED, version.creation_timestamp)) / 1000,
         origin=version.tags.get(ORIGIN, ""),
+        foreign=not {REGISTERED, ORIGIN}.isdisjoint(version.tags),
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
 from hpo.database import is_damaged, sqlite_address
-from hpo.errors import HpoError, StoreAwayError, StoreError, disk_full
+from hpo.errors import HpoError, StoreAwayError, StoreError, disk_full, shown_address
 from hpo.home import Home, cache_folder
 from hpo.locks import lock, locked
 from hpo.relocation import local_path, readable_copy, relocate
@@ -279,7 +279,7 @@ def _errors_translated(home: Home) -> Iterator[None]:
             raise
         kind = StoreAwayError if _is_temporary(error) else StoreError
         hint = "Free some space on its disk." if disk_full(error) else _DAMAGED if is_damaged(str(error)) else _HINT
-        raise kind(f"MLflow at {without_password(home.tracking_uri)}: {_message(error)}.", hint) from error
+        raise kind(f"MLflow at {shown_address(home.tracking_uri)}: {_message(error)}.", hint) from error
 
 
 def _is_temporary(error: Exception) -> bool:
@@ -313,12 +313,6 @@ def _message(error: Exception) -> str:
     return cause[0] if cause else first_line.removeprefix("(sqlite3.OperationalError) ").rstrip(".")
 
 
-def without_password(uri: str) -> str:
-    """The address of a store as a message may print it."""
-    parts = urlsplit(uri)
-    return uri.replace(f":{parts.password}@", ":***@") if parts.password else uri
-
-
 def _check_server(uri: str) -> None:
     # MLflow itself would retry for minutes before it reports an error.
     parts = urlsplit(uri)
@@ -327,7 +321,7 @@ def _check_server(uri: str) -> None:
         socket.create_connection((parts.hostname or "", port), timeout=10).close()
     except OSError as error:
         raise StoreAwayError(
-            f"MLFLOW_TRACKING_URI={without_password(uri)}: nothing answers there: {error.strerror or error}.",
+            f"MLFLOW_TRACKING_URI={shown_address(uri)}: nothing answers there: {error.strerror or error}.",
             "Start the server, correct the address, or unset MLFLOW_TRACKING_URI to use mlruns/mlflow.db.",
         ) from None
 

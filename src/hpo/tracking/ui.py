@@ -13,10 +13,10 @@ import subprocess
 import sys
 from typing import Any
 
-from hpo.errors import HpoError
+from hpo.errors import HpoError, shown_address
 from hpo.home import Home
 from hpo.relocation import relocate
-from hpo.tracking.store import SETTINGS, exists, is_server, without_password
+from hpo.tracking.store import SETTINGS, exists, is_server
 
 _TO_END = 5.0  # seconds that the server may take to end by itself
 
@@ -28,7 +28,7 @@ def ui_command(home: Home, *, host: str = "127.0.0.1", port: int = 5000) -> tupl
     """
     if is_server(home.tracking_uri):
         raise HpoError(
-            f"MLFLOW_TRACKING_URI={without_password(home.tracking_uri)}: a server holds this store.",
+            f"MLFLOW_TRACKING_URI={shown_address(home.tracking_uri)}: a server holds this store.",
             "Open that address in a browser.",
         )
     if not exists(home):

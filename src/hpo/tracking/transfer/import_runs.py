@@ -12,15 +12,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hpo.errors import shown_address
 from hpo.home import Home
 from hpo.locks import lock
 from hpo.records import ModelVersion, StudyResult
 from hpo.tracking import runs
 from hpo.tracking.ledger import Opening, add_openings
 from hpo.tracking.models import delete_model
-from hpo.tracking.registry import ORIGIN, REGISTERED, fetch, renumber_champions, resolve
-from hpo.tracking.store import connect, load_mlflow, pages, translate_errors, without_password
-from hpo.tracking.transfer.export_runs import COPIED, COPY_OF, URI, TrackedStudy, logged_models, registered_at
+from hpo.tracking.registry import COPY_OF, ORIGIN, REGISTERED, fetch, renumber_champions, resolve
+from hpo.tracking.store import connect, load_mlflow, pages, translate_errors
+from hpo.tracking.transfer.export_runs import COPIED, URI, TrackedStudy, logged_models, registered_at
 
 _INCOMPLETE = "hpo.moving"  # tag of a version whose other tags are not yet written
 MODEL_DIGEST = "hpo.model_digest"  # tag of a copied version: the digest of its files
@@ -281,7 +282,7 @@ def copy_version(home: Home, version: ModelVersion, target: Home, *, openings: S
             tags = {
                 **source.tags,
                 MODEL_DIGEST: digest,
-                ORIGIN: source.tags.get(ORIGIN) or without_password(home.tracking_uri),
+                ORIGIN: source.tags.get(ORIGIN) or shown_address(home.tracking_uri),
                 **{
                     f"hpo.test_opening.{number}": json.dumps(asdict(opening)) for number, opening in enumerate(openings)
                 },
