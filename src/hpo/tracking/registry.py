@@ -22,7 +22,7 @@ from hpo.tracking.store import connect, exists, is_missing, pages, translate_err
 ORIGIN = "hpo.copied_from"  # tag of a version that came from another store
 REGISTERED = "hpo.registered"  # tag of a version that was moved here: when it was first registered, in ms since 1970
 _SCORE = "score."  # tags of a version that hold its scores: score.valid_accuracy, score.test_accuracy, ...
-_CHAMPION_TAG = "hpo.champion."  # tags of a registered model, one for each change of its champion
+CHAMPION = "hpo.champion."  # tags of a registered model, one for each change of its champion
 _MODEL = re.compile(r"(?P<name>[^/@:]+)(?:@(?P<alias>[^/@:]+)|/(?P<version>[0-9]+))?")
 
 
@@ -191,7 +191,7 @@ def record_champion(home: Home, name: str, version: int, *, why: str, forced: bo
     """Record that a version becomes champion now. Call it before the alias moves, so that no change goes unrecorded."""
     since = datetime.now(UTC).isoformat(timespec="microseconds")
     term = ChampionTerm(version, since, why[:2000], user(), forced)
-    tag = _CHAMPION_TAG + "".join(filter(str.isdigit, since[:26]))
+    tag = CHAMPION + "".join(filter(str.isdigit, since[:26]))
     connect(home).set_registered_model_tag(name, tag, json.dumps(asdict(term)))
     return term
 
@@ -209,7 +209,7 @@ def champions(home: Home, name: str) -> list[ChampionTerm]:
         if not is_missing(error):
             raise
         return []
-    changes = [ChampionTerm(**json.loads(tags[tag])) for tag in sorted(tags) if tag.startswith(_CHAMPION_TAG)]
+    changes = [ChampionTerm(**json.loads(tags[tag])) for tag in sorted(tags) if tag.startswith(CHAMPION)]
     return _merge_repeats(changes)
 
 
@@ -222,7 +222,7 @@ def renumber_champions(tags: Mapping[str, str], numbers: Mapping[int, int]) -> d
         number = term["version"]
         return json.dumps({**term, "version": numbers.get(number, number if kept else 0)})
 
-    return {name: renumbered(text) if name.startswith(_CHAMPION_TAG) else text for name, text in tags.items()}
+    return {name: renumbered(text) if name.startswith(CHAMPION) else text for name, text in tags.items()}
 
 
 def _merge_repeats(changes: Sequence[ChampionTerm]) -> list[ChampionTerm]:
