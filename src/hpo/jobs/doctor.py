@@ -16,7 +16,7 @@ from hpo.jobs.shared.home_snapshot import Case, Finding, HomeSnapshot, leftover_
 from hpo.jobs.stores import read_schema
 from hpo.locks import seen_held
 from hpo.relocation import earlier_roots, relocate
-from hpo.tracking.ledger import LEDGER, damaged_lines, set_damaged_aside
+from hpo.tracking.ledger import LEDGER, damaged_lines, damaged_tags, mend_tags, set_damaged_aside
 from hpo.tracking.store import is_server
 
 _ROUNDS = 4  # a repair can reveal another problem: a trial that is recorded as stopped leaves a run to end
@@ -102,6 +102,7 @@ def _cases(snapshot: HomeSnapshot) -> Iterator[Case]:
     yield from _abandoned(snapshot)
     yield from _locks(snapshot)
     yield from _ledgers(home)
+    yield from _ledger_tags(snapshot)
     yield from run_cases(snapshot)
 
 
@@ -276,6 +277,19 @@ def _ledgers(home: Home) -> Iterator[Case]:
                     repair="moves them to openings.damaged.jsonl next to it, which every later opening mentions",
                 ),
                 partial(set_damaged_aside, file, lock_file=held),
+            )
+
+
+def _ledger_tags(snapshot: HomeSnapshot) -> Iterator[Case]:
+    """Damaged copies of openings in MLflow."""
+    for run in snapshot.tracking.runs if snapshot.tracking else ():
+        if damaged := damaged_tags(run.tags):
+            yield Case.of(
+                partial(mend_tags, snapshot.home, run.id, run.tags),
+                what=f"{_count(len(damaged), 'damaged tag')} of test openings in MLflow",
+                where=f"run {run.id}: {', '.join(sorted(damaged))}",
+                why="An opening may go uncounted: promote, evaluate and compare open no test part.",
+                repair="writes them again from the ledger, and moves what it lacks to openings.damaged.jsonl",
             )
 
 

@@ -16,6 +16,7 @@ from hpo.home import Home
 from hpo.locks import lock
 from hpo.records import ModelVersion
 from hpo.relocation import local_path
+from hpo.tracking.models import is_whole
 from hpo.tracking.runs import score_name, stored_name, user
 from hpo.tracking.store import connect, exists, is_missing, pages, translate_errors
 
@@ -55,7 +56,10 @@ def register(
     scores: Mapping[str, float],
     alias: str,
 ) -> ModelVersion:
-    """Register models:/m-<id> under name and point alias at it; a model registered before keeps its version."""
+    """Register models:/m-<id> under name and point alias at it; a model registered before keeps its version.
+
+    Raises ModelError where the model is not whole.
+    """
     from mlflow.exceptions import MlflowException
 
     client = connect(home)
@@ -63,6 +67,8 @@ def register(
     # The location itself: MLflow would look models:/m-<id> up in the tracking URI of the process, not of this client.
     source = client.get_logged_model(model_id).artifact_location
     with lock(home, "mlflow-register"):
+        if not is_whole(client.get_logged_model(model_id)):
+            raise ModelError(f"{model_uri}: its files are gone, so it is not registered.", f"Run it: hpo run {name}")
         known = [v for v in pages(client.search_model_versions, filter_string=f"name = '{name}'") if v.source == source]
         if known:
             version = known[0]

@@ -17,7 +17,7 @@ from hpo.locks import lock
 from hpo.records import ModelVersion, StudyResult
 from hpo.tracking import runs
 from hpo.tracking.ledger import Opening, add_openings
-from hpo.tracking.models import delete_model
+from hpo.tracking.models import delete_model, is_whole
 from hpo.tracking.registry import (
     CHAMPION,
     ORIGIN,
@@ -125,7 +125,7 @@ def _create_models(
         whole = set()
         for model in logged_models(client, experiment):
             models.setdefault(model.tags.get(COPY_OF, model.model_id), model.model_id)
-            whole |= {model.tags.get(COPY_OF, model.model_id)} if str(model.status) == "READY" else set()
+            whole |= {model.tags.get(COPY_OF, model.model_id)} if is_whole(model) else set()
         for model in wanted:
             if model["id"] not in models:
                 made = client.create_logged_model(
@@ -373,9 +373,8 @@ def _add_copy(target: Home, name: str, folder: Path, tags: Mapping[str, str], or
             await_creation_for=0,  # as in registry
         )
     except BaseException:
-        if logged is not None:
-            delete_model(client, logged.model_id)
-        client.delete_run(run_id)
+        if logged is None or delete_model(client, logged.model_id):  # else its version was written
+            client.delete_run(run_id)
         raise
     return int(made.version)
 
