@@ -25,7 +25,7 @@ from hpo.jobs.transfer import export_study, import_study
 from hpo.records import TrialResult, TrialState
 from hpo.search.lifecycle import open_study
 from hpo.storage.optuna_storage import open_storage, read_study
-from hpo.tracking.ledger import announce_opening, complete_opening
+from hpo.tracking.ledger import announce_opening, complete_opening, image_digests, name_images
 from hpo.tracking.registry import champions, record_champion, resolve, set_alias
 from hpo.tracking.store import connect
 from hpo.tracking.tracker import Tracker
@@ -162,6 +162,18 @@ def test_number_of_a_version_stays_though_an_earlier_one_was_deleted(rich: Home,
     there = _move(rich, other, tmp_path / "study.zip")
     assert resolve(there, "formula").version == 2
     assert tracked(there, "formula") == tracked(rich, "formula")
+
+
+def test_images_of_openings_come_along_and_those_that_the_model_was_trained_on(
+    kept: Home, other: Path, tmp_path: Path
+) -> None:
+    study, tested, trained = stored(kept), [bytes([i] * 16) for i in range(9)], [bytes([i] * 16) for i in range(9, 40)]
+    look = announce_opening(kept, study, model=resolve(kept, "formula"), trial=0, purpose="promote")
+    look = name_images(kept, study, look, tested, trained=trained)
+    there = _move(kept, other, tmp_path / "study.zip")
+    assert not (there.root / "test_images").exists()
+    assert image_digests(there, look.images) == frozenset(tested)
+    assert image_digests(there, look.trained) == frozenset(trained)
 
 
 def test_running_study_is_not_exported(kept: Home, tmp_path: Path) -> None:
