@@ -354,8 +354,9 @@ class Torment:
             job = self._job(phase, folder, workers=chance.choice([1, 1, 2]))
             life = Child(job, folder / "log", folder)
             self.tally.lives += 1
-            hit = self._strike(life, phase, target, chance)
-            if hit:
+            for _ in range(1 if target in ("main", "all") else chance.randint(1, 3)):
+                if not (hit := self._strike(life, phase, target, chance)):
+                    break
                 self.tally.kills[hit, phase] += 1
             code = life.join()
             seen |= life.results
@@ -417,8 +418,10 @@ def _environment(scratch: Path, cache: Path | None) -> Iterator[None]:
 
 def _import_all(scratch: Path) -> None:
     """Import, and use once, what takes seconds at its first use in a process."""
+    import matplotlib.font_manager  # noqa: F401
     import mlflow.pyfunc  # noqa: F401
     import sklearn.datasets  # noqa: F401
+    import sklearn.ensemble  # noqa: F401
     import torch
 
     import hpo.execute.run_study
@@ -426,6 +429,9 @@ def _import_all(scratch: Path) -> None:
     import hpo.jobs.promote
     import hpo.jobs.transfer
     import hpo.models.export
+    import hpo.report.figures.space
+    import hpo.report.figures.study
+    import hpo.search.importance
     import hpo.search.lifecycle
     import hpo.training.trial  # noqa: F401
     from hpo.tracking.store import load_mlflow

@@ -96,16 +96,16 @@ def test_training_images_of_a_measured_model_are_known_without_its_data_or_misse
 @pytest.mark.slow
 def test_a_transfer_from_a_base_of_another_split_is_told_and_refused(home: Home) -> None:
     place, quick = home.root.parent, {"training.epochs": 1, "keep.figures": "none"}
-    run_study(load_study("digits-mlp", overrides=quick), trials=1, workers=0, home=place)
-    tree = load_study("digits-mlp", overrides={**quick, "split.seed": 1}).model_dump(mode="json")
-    tree |= {"name": "other", "model": {"kind": "transfer", "from_model": "models:/digits-mlp@challenger"}}
+    run_study(load_study("digits-cnn", overrides=quick), trials=1, workers=0, home=place)
+    tree = load_study("digits-cnn", overrides={**quick, "split.seed": 1}).model_dump(mode="json")
+    tree |= {"name": "other", "model": {"kind": "transfer", "from_model": "models:/digits-cnn@challenger"}}
     tree["search"] |= {"space": {"training.optimizer.lr": {"choice": [0.001, 0.01]}}}
     run_study(parse_study(tree), trials=1, workers=0, home=place)
     done = promote("other", home=place)
     assert not done.promoted
     assert "base has not seen the test part" in done.reason
     (look,) = evaluate(["other"], home=place)
-    assert any("are development images of its base, trial 0 of digits-mlp" in each for each in look.history)
+    assert any("are development images of its base, trial 0 of digits-cnn" in each for each in look.history)
 
 
 def test_lines_without_images_count_by_their_study(home: Home) -> None:
