@@ -420,7 +420,7 @@ def _import_all(scratch: Path) -> None:
     """Import, and use once, what takes seconds at its first use in a process."""
     import matplotlib.font_manager  # noqa: F401
     import mlflow.pyfunc  # noqa: F401
-    import sklearn.datasets  # noqa: F401
+    import sklearn.datasets
     import sklearn.ensemble  # noqa: F401
     import torch
 
