@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -87,3 +88,34 @@ def test_batch_norm_of_one_image_is_told_with_its_setting(folder, more):
     with pytest.raises(TrainingError, match="batch norm cannot learn from pieces of one image") as caught:
         check_study(load_study(write(folder, 30, 30, study=study)))
     assert f"training.{more.split(', ')[-1].split(':')[0]} 1" in str(caught.value)
+
+
+BATCH_NORM_WHEN = (
+    "model.batch_norm: {choice: [true, false]}, "
+    "training.micro_batch: {choice: [null, 1], when: {model.batch_norm: true}}"
+)
+
+
+MLP = "{kind: mlp, hidden: 4, batch_norm: true}"
+CNN = "{kind: cnn, filters: 4, padding: valid, batch_norm: true}"
+
+
+@pytest.mark.parametrize(
+    ("model", "places", "line"),
+    [
+        (
+            CNN,
+            "model.kernel: {choice: [3, 9]}",
+            r"model.kernel=9 will fail: model cnn does not fit images of .8, 8, 1.",
+        ),
+        (MLP, "training.batch_size: {int: [1, 16]}", "training.batch_size=1 will fail: .* batch norm"),
+        (MLP, BATCH_NORM_WHEN, "model.batch_norm=True, training.micro_batch=1 will fail: training.micro_batch 1"),
+        (CNN, "training.batch_size: {int: [1, 16]}, training.optimizer.lr: {float: [0.1, 0.2]}", None),
+    ],
+    ids=["kernel", "batch", "condition", "none"],
+)
+def test_the_ends_of_the_space_are_tried_before_trials_fail_there(folder, model, places, line):
+    study = STUDY.replace("{kind: mlp, hidden: 4}", model).replace("training.optimizer.lr: {float: [0.1, 0.2]}", places)
+    found = [text for text in check_study(load_study(write(folder, 30, 30, study=study))).warnings if "fail" in text]
+    assert len(found) == (line is not None)
+    assert line is None or re.search(line, found[0])

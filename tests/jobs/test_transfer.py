@@ -117,7 +117,7 @@ def test_second_import_changes_nothing(rich: Home, other: Path, tmp_path: Path) 
     there = _move(rich, other, tmp_path / "study.zip")
     before = whole(there, stored(there))
     again = import_study(tmp_path / "study.zip", home=other)
-    assert (again.standing, again.trials, again.runs, again.models, again.versions) == ("same", 0, 0, 0, 0)
+    assert (again.relation, again.trials, again.runs, again.models, again.versions) == ("same", 0, 0, 0, 0)
     assert whole(there, stored(there)) == before
     client = connect(there)
     for run in client.search_runs([client.get_experiment_by_name("formula").experiment_id]):
@@ -141,9 +141,9 @@ def test_study_comes_home_with_what_it_did_meanwhile(rich: Home, other: Path, tm
     tracker.register(going.result(), candidate.number)
     going.close()
     export_study("formula", home=other, file=tmp_path / "later.zip")
-    assert import_study(tmp_path / "study.zip", home=other).standing == "ahead"
+    assert import_study(tmp_path / "study.zip", home=other).relation == "ahead"
     back = import_study(tmp_path / "later.zip", home=_folder(rich), move_aliases=True)
-    assert (back.standing, back.notes) == ("behind", ())
+    assert (back.relation, back.notes) == ("behind", ())
     assert whole(rich, stored(rich)) == whole(there, stored(there))
     assert resolve(rich, "formula@challenger").version == 3
 
@@ -390,7 +390,7 @@ def test_generations_of_one_study_move_in_any_order(kept: Home, other: Path, tmp
     open_study(kept, kept_spec(9), data_digest=stored(kept).data_digest, fresh=True).close()
     for title in ("formula~2", "formula~1"):
         export_study(title, home=_folder(kept), file=tmp_path / "study.zip")
-        assert import_study(tmp_path / "study.zip", home=other).standing == "absent"
+        assert import_study(tmp_path / "study.zip", home=other).relation == "absent"
     assert read_study(Home.find(other), "formula~1") == read_study(kept, "formula~1")
 
 

@@ -50,8 +50,8 @@ def check_study(
     from hpo.data.overview import near_words
     from hpo.data.prepare import prepare
     from hpo.data.split import split_card
-    from hpo.training.compute.device import resolve_devices
-    from hpo.training.preflight import preflight
+    from hpo.training.device import resolve_devices
+    from hpo.training.preflight import failing_ends, preflight
 
     spec = with_model(spec, Home.find(home))
     devices = resolve_devices(device)
@@ -82,7 +82,7 @@ def check_study(
         trials=count,
         estimated_seconds=(epochs * flight.epoch_seconds + flight.features_seconds) / min(workers, count),
         estimated_bytes=flight.model_bytes * min(count, spec.keep.count),
-        warnings=(*card.warnings, *_warnings(spec, card, split)),
+        warnings=(*card.warnings, *_warnings(spec, card, split), *failing_ends(spec, card)),
         near_duplicates=near_words(card, spec.split),
     )
 
