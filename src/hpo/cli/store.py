@@ -87,6 +87,9 @@ def export(
 
 def import_(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A file of hpo export.", show_default=False)],
+    move_aliases: Annotated[
+        bool, typer.Option("--move-aliases", help="Move aliases such as champion to its versions, past the gates.")
+    ] = False,
     home: HomeFolder = None,
     as_json: AsJson = False,
     _debug: Debug = False,
@@ -94,7 +97,7 @@ def import_(
     """Import an exported study into this project's stores; safe to repeat."""
     from hpo.jobs.transfer import import_study
 
-    made = import_study(file, home=home)
+    made = import_study(file, home=home, move_aliases=move_aliases)
     if as_json:
         output.print_json(made)
         return

@@ -16,7 +16,14 @@ from hpo.jobs.shared.home_snapshot import Case, Finding, HomeSnapshot, leftover_
 from hpo.jobs.stores import read_schema
 from hpo.locks import seen_held
 from hpo.relocation import earlier_roots, relocate
-from hpo.tracking.ledger import LEDGER, damaged_lines, openings_of_lost, set_damaged_aside
+from hpo.tracking.ledger import (
+    LEDGER,
+    damaged_lines,
+    damaged_tags,
+    mend_tags,
+    openings_of_lost,
+    set_damaged_aside,
+)
 from hpo.tracking.store import is_server
 
 _ROUNDS = 4  # a repair can reveal another problem: a trial that is recorded as stopped leaves a run to end
@@ -103,6 +110,7 @@ def _cases(snapshot: HomeSnapshot) -> Iterator[Case]:
     yield from _locks(snapshot)
     yield from _ledgers(home)
     yield from _lost(snapshot)
+    yield from _ledger_tags(snapshot)
     yield from run_cases(snapshot)
 
 
@@ -292,6 +300,19 @@ def _lost(snapshot: HomeSnapshot) -> Iterator[Case]:
             why="Their trials are gone: was the database emptied, or replaced by another?",
             hint="Restore it from a copy. The openings still count.",
         )
+
+
+def _ledger_tags(snapshot: HomeSnapshot) -> Iterator[Case]:
+    """Damaged copies of openings in MLflow."""
+    for run in snapshot.tracking.runs if snapshot.tracking else ():
+        if damaged := damaged_tags(run.tags):
+            yield Case.of(
+                partial(mend_tags, snapshot.home, run.id, run.tags),
+                what=f"{_count(len(damaged), 'damaged tag')} of test openings in MLflow",
+                where=f"run {run.id}: {', '.join(sorted(damaged))}",
+                why="An opening may go uncounted: promote, evaluate and compare open no test part.",
+                repair="writes them again from the ledger, and moves what it lacks to openings.damaged.jsonl",
+            )
 
 
 def _reap(home: Home, title: str) -> None:
