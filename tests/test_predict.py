@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import signal
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,6 +119,20 @@ def test_height_and_width_are_not_mixed_up(tmp_path: Path) -> None:
     Image.fromarray(pixels).save(tmp_path / "wide.png")
     (read,) = read_images([tmp_path / "wide.png"], (5, 10, 3))
     assert (read[:, :4].max(), read[:, 6:].min()) == (0, 255)
+
+
+def test_a_program_in_postscript_is_no_image_whatever_its_file_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, started = tmp_path / "picture.png", []
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: started.append(True))
+    Image.new("RGB", (8, 8)).save(path, "EPS")
+    with Image.open(path) as opened, suppress(OSError, AttributeError):
+        opened.load()
+    assert started.pop(), "Pillow by itself starts Ghostscript"
+    with pytest.raises(DataError, match=r"picture\.png: not an image that can be read"):
+        read_images([path], SHAPE)
+    assert not started
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "text", "cut", "folder"])
