@@ -127,7 +127,7 @@ def test_a_program_in_postscript_is_no_image_whatever_its_file_is_called(
     path, started = tmp_path / "picture.png", []
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: started.append(True))
     Image.new("RGB", (8, 8)).save(path, "EPS")
-    with Image.open(path) as opened, suppress(OSError, AttributeError):
+    with Image.open(path) as opened, suppress(OSError, AttributeError, AssertionError):
         opened.load()
     assert started.pop(), "Pillow by itself starts Ghostscript"
     with pytest.raises(DataError, match=r"picture\.png: not an image that can be read"):
