@@ -418,7 +418,6 @@ def _environment(scratch: Path, cache: Path | None) -> Iterator[None]:
 
 def _import_all(scratch: Path) -> None:
     """Import, and use once, what takes seconds at its first use in a process."""
-    import hpo.models.export
     import matplotlib.font_manager  # noqa: F401
     import mlflow.pyfunc  # noqa: F401
     import sklearn.datasets
@@ -429,10 +428,12 @@ def _import_all(scratch: Path) -> None:
     import hpo.execute.workers.main
     import hpo.jobs.promote
     import hpo.jobs.transfer
+    import hpo.models
     import hpo.report.figures.space
     import hpo.report.figures.study
     import hpo.search.importance
     import hpo.search.lifecycle
+    import hpo.search.results
     import hpo.training.trial  # noqa: F401
     from hpo.tracking.store import load_mlflow
 
