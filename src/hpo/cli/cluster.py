@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -26,6 +25,7 @@ from hpo.cli.options import (
     Trials,
     Trust,
     Workers,
+    home_flag,
     study_name,
 )
 from hpo.events import Event, Notice
@@ -54,7 +54,7 @@ def run_slurm(spec: StudySpec, options: RunOptions, watcher: Watcher, *, as_json
         done = run_array(spec, options, watch=watch)
     if not isinstance(done, Submitted):
         return watch.exit_code
-    home = f" --home {shlex.quote(str(options.home))}" if options.home else ""
+    home = home_flag(options.home)
     if as_json:
         output.print_json({"event": "submitted", **output.plain(done)}, indent=None)
     else:
@@ -149,11 +149,7 @@ def worker(
     from hpo.cli.live import watcher
     from hpo.cli.run_summary import NextCommands
 
-    def with_trials(trials: int) -> str:
-        return RunOptions(home=home, trials=trials).command_line("run", study)
-
-    home_flag = f" --home {shlex.quote(str(home))}" if home else ""
-    commands = NextCommands(options.to_resume().command_line("worker", study), with_trials, home=home_flag)
+    commands = NextCommands("worker", study, options.to_resume(), RunOptions(home=home))
     with watcher(as_json=as_json, quiet=quiet)(commands, debug=debug) as watch:
         from hpo.cluster import join_study
 
