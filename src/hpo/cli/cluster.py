@@ -43,13 +43,13 @@ def run_slurm(spec: StudySpec, options: RunOptions, watcher: Watcher, *, as_json
     if not options.workers:
         raise HpoError("--engine slurm: the number of jobs is missing.", "Give it: --workers 8")
     if options.print_script:
-        from hpo.cluster.schedulers import read_settings, script
+        from hpo.cluster import read_settings, script
 
         flags, settings = options.of_worker().flags(), read_settings(options.slurm)
         output.print_text(script(spec.name, flags, workers=options.workers, settings=settings).rstrip())
         return 0
     with watcher as watch:
-        from hpo.cluster import Submitted, run_array
+        from hpo.cluster.shared_study import Submitted, run_array
 
         done = run_array(spec, options, watch=watch)
     if not isinstance(done, Submitted):
@@ -80,7 +80,7 @@ def begin(
     from hpo.spec.load import load_study
 
     spec = load_study(study, overrides=options.settings, trust=trust)
-    from hpo.cluster import begin_study
+    from hpo.cluster.shared_study import begin_study
 
     opened = begin_study(spec, options, watch=None if as_json else _print_notice)
     title = opened.study.title
@@ -114,8 +114,8 @@ def manifest(
     _debug: Debug = False,
 ) -> None:
     """Print a Kubernetes Job of workers for a study that has begun (hpo begin), for kubectl apply."""
-    from hpo.cluster.schedulers import Pods
-    from hpo.cluster.schedulers import manifest as print_manifest
+    from hpo.cluster import Pods
+    from hpo.cluster import manifest as print_manifest
 
     pods = Pods(image, workers, cpus, memory, gpus, scratch, secret)
     flags = RunOptions(device=device, trust=trust).flags()
@@ -151,7 +151,7 @@ def worker(
 
     commands = NextCommands("worker", study, options.to_resume(), RunOptions(home=home))
     with watcher(as_json=as_json, quiet=quiet)(commands, debug=debug) as watch:
-        from hpo.cluster import join_study
+        from hpo.cluster.shared_study import join_study
 
         join_study(study, options, watch=watch)
     raise typer.Exit(watch.exit_code)

@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial
 from hpo.errors import SpecError, StoreError
 from hpo.home import Home
 from hpo.locks import lock
-from hpo.search.results import aims, parse_constraint
+from hpo.search.constraints import aims, parse_constraint
 from hpo.search.samplers import SAMPLERS
 from hpo.search.stages import check_stages, distribution
 from hpo.search.study import Study
