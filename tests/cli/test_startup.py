@@ -31,6 +31,13 @@ def test_looking_around_imports_nothing_heavy(arguments: list[str]) -> None:
     assert not loaded & HEAVY
 
 
+@pytest.mark.parametrize(
+    ("code", "allowed"), [("import hpo.cluster", set()), ("import hpo.execute.run_study", {"optuna"})]
+)
+def test_a_supervisor_and_a_scheduler_script_import_no_network_no_tracking_and_no_figures(code, allowed) -> None:
+    assert not modules_after(code) & (HEAVY - allowed)
+
+
 def test_import_hpo_brings_only_itself() -> None:
     loaded = modules_after("import hpo; hpo.HpoError; hpo.__version__")
     assert not loaded & (HEAVY | {"pydantic", "yaml", "typer", "rich", "numpy"})

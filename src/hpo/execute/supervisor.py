@@ -18,8 +18,8 @@ from hpo.execute.subscribers import Events
 from hpo.execute.workdir import checkpoint_file
 from hpo.execute.workers.task import Task
 from hpo.records import FINAL, Candidate, DataCard, EndReason, FailureKind, StudyResult, TrialResult, TrialState
+from hpo.search.constraints import most_parameters, needs_latency
 from hpo.search.pruners import report_step
-from hpo.search.results import most_parameters, needs_latency
 from hpo.search.study import Study
 from hpo.spec.study import Setup, StudySpec
 
