@@ -48,11 +48,6 @@ from study_fixtures import run_formula  # noqa: F401 - a fixture
 SETUP = load_study("digits-mlp", overrides=["training.epochs=1", "training.precision=float32"]).setup
 
 
-@pytest.fixture(scope="module")
-def card(tmp_path_factory):
-    return prepare(SETUP.data, SETUP.split, cache=tmp_path_factory.mktemp("cache"))
-
-
 def train(setup: Setup, card, folder) -> TrialResult:
     """One trial in this process."""
     torch.set_num_threads(1)

@@ -47,11 +47,6 @@ def project(tmp_path, monkeypatch, digits_cache):
     return folder
 
 
-@pytest.fixture(scope="module")
-def digits_cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 def hpo(*arguments: str, code: int = 0, env: dict[str, str] | None = None) -> str:
     done = subprocess.run(
         [*HPO, *arguments], capture_output=True, text=True, check=False, env={**os.environ, **(env or {})}

@@ -23,14 +23,9 @@ HPO = [sys.executable, "-m", "hpo"]
 LONG = ["--set", "training.epochs=100000", "--set", "training.patience=null", "--set", "search.pruner=none"]
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
-def place(project, cache, monkeypatch):
-    monkeypatch.setenv("HPO_DATA", str(cache))
+def place(project, digits_cache, monkeypatch):
+    monkeypatch.setenv("HPO_DATA", str(digits_cache))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return project
 

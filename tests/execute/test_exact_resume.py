@@ -17,11 +17,6 @@ from no_pictures import draw_nothing
 EPOCHS = 3
 
 
-@pytest.fixture(scope="module")
-def digits_cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
 def study(tmp_path, monkeypatch, digits_cache):
     """run(folder, trials, watch) of a real study: one worker process with one thread, TPE, median pruner, digits."""

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from formula_study import formula, formula_spec
-from hpo.data.prepare import prepare
 from hpo.events import EpochEnded, TrialEnded
 from hpo.execute.engines.base import WorkerLost
 from hpo.execute.engines.local import LocalProcesses
@@ -25,10 +24,9 @@ from hpo.spec.training import OptimizerSpec, TrainingSpec
 from hpo.tracking.store import connect
 
 
-@pytest.fixture(scope="module")
-def card(tmp_path_factory):
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
     torch.set_num_threads(1)
-    return prepare(DataSpec(name="digits"), SplitSpec(kind="holdout"), cache=tmp_path_factory.mktemp("cache"))
 
 
 def _task(card, tmp_path, model, *, split=None, **training):

@@ -24,13 +24,6 @@ SPEC = load_study("digits-mlp", overrides=["training.epochs=3", "training.precis
 
 
 @pytest.fixture(scope="module")
-def card(tmp_path_factory):
-    from hpo.data.prepare import prepare
-
-    return prepare(SPEC.data, SPEC.split, cache=tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(scope="module")
 def processes():
     engine = LocalProcesses(["cpu", "cpu"], threads=1)
     yield engine
