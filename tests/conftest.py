@@ -49,3 +49,48 @@ def card(digits_cache: Path):
     from hpo.spec.study import DataSpec, SplitSpec
 
     return prepare(DataSpec(name="digits"), SplitSpec(kind="holdout"), cache=digits_cache)
+
+
+def _make_stores(folder: Path) -> None:
+    from hpo.home import Home
+    from hpo.storage.optuna_storage import open_storage
+    from hpo.tracking.store import connect
+
+    home = Home.at(folder).create()
+    connect(home)
+    open_storage(home).close()
+
+
+@pytest.fixture(scope="session")
+def empty_stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with empty stores: copying them takes a tenth of the time of making them."""
+    return shared(tmp_path_factory, "stores", _make_stores)
+
+
+FINISHED = {
+    "training.epochs": 2,
+    "training.precision": "float32",
+    "search.pruner": "none",
+    "search.sampler": "random",
+    "model.hidden": 8,
+    "keep.figures": "none",
+    "search.space": {"model.dropout": {"float": [0.0, 0.5]}},
+}
+
+
+@pytest.fixture(scope="module")
+def finished(digits_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run of digits-mlp: two trials, their models, one of them registered, and `data`."""
+
+    def make(folder: Path) -> None:
+        from hpo.execute.run_study import run_study
+        from hpo.spec.load import load_study
+
+        shutil.copytree(digits_cache, folder / "data")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("OMP_NUM_THREADS", "1")
+            patch.chdir(folder)
+            run_study(load_study("digits-mlp", overrides=FINISHED), trials=2, workers=0, home=folder)
+
+    made = shared(tmp_path_factory, "finished", make)
+    return Path(shutil.copytree(made, tmp_path_factory.mktemp("finished") / "project"))

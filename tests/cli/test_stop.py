@@ -62,6 +62,7 @@ def seen(place: Path, ready) -> StudySnapshot:
     raise AssertionError(read_snapshots(Home.find(place), results=False))
 
 
+@pytest.mark.slow
 def test_stop_ends_every_run_of_a_study_cleanly(place):
     runs = [begin(), begin()]
     try:

@@ -84,6 +84,7 @@ def test_a_study_in_ten_pieces_is_the_study_in_one_go(study, tmp_path):
     assert not list((tmp_path / "pieces" / "mlruns" / "work").rglob("*.pt"))
 
 
+@pytest.mark.slow
 def test_an_interrupted_trial_goes_on_from_its_checkpoint(study, tmp_path):
     long = {"training.epochs": 6, "training.checkpoint": 2, "search.pruner": "none"}
     study("home", 1, watch=_Interrupt(5), **long)

@@ -196,6 +196,7 @@ def test_infeasible_candidates_among_good_ones_stop_nothing_and_are_never_best(r
     assert run.study.result().best.result.feasible
 
 
+@pytest.mark.slow
 def test_kind_reason_and_traceback_are_on_the_trial_and_on_its_run(tmp_path, card, monkeypatch):
     from mlflow.artifacts import load_text
 

@@ -14,7 +14,6 @@ import tiny_study as tiny
 from hpo.home import Home
 from hpo.tracking.registry import fetch, resolve
 from hpo.tracking.store import load_mlflow
-from hpo.tracking.tracker import Tracker
 from ports import free_port, wait_for
 
 _ELSEWHERE = """
@@ -29,20 +28,26 @@ print(table.to_json(orient="split", double_precision=15))
 """
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def images() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (300, *tiny.SHAPE), dtype=np.uint8)
 
 
-@pytest.fixture
-def kept(home: Home, tracker: Tracker, folder: Path) -> Path:
-    """The folder of a registered model."""
-    candidate = tiny.candidate(0)
-    tracker.start_trial(candidate, tiny.spec().with_values(candidate.parameters), worker="w0")
-    tracker.end_trial(tiny.result(0))
-    tracker.keep_model(0, folder)
-    tracker.register(tiny.study(), 0)
+@pytest.fixture(scope="module")
+def home(registered: Path) -> Home:
+    """A home with a registered model, which no test changes."""
+    return Home.at(registered)
+
+
+@pytest.fixture(scope="module")
+def kept(home: Home) -> Path:
+    """The folder of its model."""
     return fetch(home, resolve(home, "tiny"), home.work)
+
+
+@pytest.fixture(scope="module")
+def folder(exported: Path) -> Path:
+    return exported
 
 
 def expected(folder: Path, images: np.ndarray) -> np.ndarray:
