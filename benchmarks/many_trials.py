@@ -121,9 +121,8 @@ def _rows(
     """The rows of each trial, with the names of their tables."""
     from optuna.distributions import distribution_to_json
 
-    from hpo.search.distributions import decode, distribution
     from hpo.search.samplers import StageSampler
-    from hpo.search.stages import make_stage
+    from hpo.search.stages import decode, distribution, make_stage
     from hpo.storage.trial_attrs import RESULT, START, TrialAttrs
 
     stage = make_stage(spec, 0, origins={})

@@ -61,7 +61,7 @@ def train(config: Mapping[str, Any], *, file: str, card: Any) -> None:
     from ray import tune
 
     from hpo.spec.load import load_study
-    from hpo.training.compute.device import use_threads
+    from hpo.training.device import use_threads
     from hpo.training.trial import TrialPlan, train_trial
 
     use_threads(1)

@@ -28,11 +28,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from hpo.data.prepare import TrialData
-from hpo.models import build_model
-from hpo.models.inputs import input_of
+from hpo.models import build_model, input_of
 from hpo.spec.models import ModelSpec
 from hpo.spec.training import OptimizerSpec, TrainingSpec
-from hpo.training.compute.device import device_clock, has_bfloat16, resolve_devices, use_threads
+from hpo.training.device import device_clock, has_bfloat16, resolve_devices, use_threads
 from hpo.training.loop import train
 
 CLASSES, SIDE, FEATURES = 8, 28, 1280

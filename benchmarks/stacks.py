@@ -21,15 +21,14 @@ import torch
 from torch.nn import functional
 
 from hpo.data.prepare import TrialData, open_trial, prepare
-from hpo.models import build_model
-from hpo.models.inputs import input_of
+from hpo.models import build_model, input_of
 from hpo.records import Epoch
 from hpo.spec.models import CnnSpec, MlpSpec
 from hpo.spec.study import DataSpec, SplitSpec
 from hpo.spec.training import TrainingSpec
-from hpo.training.compute.device import device_clock, has_bfloat16
+from hpo.training.device import device_clock, has_bfloat16
 from hpo.training.loop import predict_logits, train
-from hpo.training.stacking.stack import Stack
+from hpo.training.stack import Stack
 
 
 def main() -> None:

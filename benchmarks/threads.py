@@ -15,7 +15,7 @@ import time
 from multiprocessing.synchronize import Barrier
 from typing import Any
 
-from hpo.training.compute.device import use_threads
+from hpo.training.device import use_threads
 from hpo.training.loop import train
 from roofline import FAMILIES, build, training
 

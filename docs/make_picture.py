@@ -12,8 +12,8 @@ from playwright.sync_api import sync_playwright
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
-from hpo.cli.display.live import LiveDisplay
-from hpo.cli.display.run_summary import NextCommands
+from hpo.cli.live import LiveDisplay
+from hpo.cli.run_summary import NextCommands
 from hpo.events import EpochEnded, Event
 from hpo.execute.run_study import run_study
 from hpo.spec.load import load_study

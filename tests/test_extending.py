@@ -16,8 +16,8 @@ from torch import nn
 
 from formula import MIXED, NUMERIC, objective, run_in_pieces, run_whole, sequence
 from formula_study import CARD, formula, formula_spec
+from hpo.data.folders import Parts
 from hpo.data.prepare import open_trial, prepare
-from hpo.data.readers import Parts
 from hpo.data.sources import DATASETS, Source
 from hpo.errors import TrainingError
 from hpo.events import TrialEnded
@@ -33,7 +33,7 @@ from hpo.records import TrialResult, TrialState
 from hpo.report.statistics import score_intervals
 from hpo.search.pruners import PRUNERS, Pruner
 from hpo.search.samplers import SAMPLERS, Sampler
-from hpo.spec import types
+from hpo.spec import space
 from hpo.spec.load import load_study, study_schema
 from hpo.spec.models import FAMILIES, model_type
 from hpo.spec.search import SearchSpec
@@ -78,9 +78,9 @@ def test_the_diffs_of_the_page_apply_to_the_code_as_it_is():
 
 
 def test_names_of_the_spec_are_those_of_the_tables():
-    assert SAMPLERS.keys() == set(types.SAMPLER_NAMES)
-    assert PRUNERS.keys() == set(types.PRUNER_NAMES)
-    assert OPTIMIZERS.keys() == set(types.OPTIMIZER_NAMES)
+    assert SAMPLERS.keys() == set(space.SAMPLER_NAMES)
+    assert PRUNERS.keys() == set(space.PRUNER_NAMES)
+    assert OPTIMIZERS.keys() == set(space.OPTIMIZER_NAMES)
     assert MODELS.keys() == FAMILIES.keys()
 
 
@@ -107,7 +107,7 @@ def test_a_sampler_runs_a_study_that_resumes_and_stacks(home, make_spec, monkeyp
     def build(stage, seed, ordinal):
         return optuna.samplers.TPESampler(n_startup_trials=2, seed=seed)
 
-    monkeypatch.setattr(types, "SAMPLER_NAMES", (*types.SAMPLER_NAMES, "mine"))
+    monkeypatch.setattr(space, "SAMPLER_NAMES", (*space.SAMPLER_NAMES, "mine"))
     monkeypatch.setitem(SAMPLERS, "mine", Sampler(build, learns=True))
     spec = make_spec("mine", space=MIXED)
     expected = sequence(run_whole(home, spec, 11))
@@ -125,7 +125,7 @@ class _Strict(optuna.pruners.BasePruner):
 
 
 def test_a_pruner_ends_the_poor_trials_of_a_study_that_resumes(home, make_spec, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(types, "PRUNER_NAMES", (*types.PRUNER_NAMES, "mine"))
+    monkeypatch.setattr(space, "PRUNER_NAMES", (*space.PRUNER_NAMES, "mine"))
     monkeypatch.setitem(PRUNERS, "mine", Pruner(lambda spec: _Strict()))
     spec = make_spec("tpe", "mine", NUMERIC)
     whole = run_whole(home, spec, 11, epochs=9)
@@ -163,7 +163,7 @@ def test_an_optimizer_trains(monkeypatch, card, tmp_path):
         made.append(eager(torch.optim.Adagrad)(weights, spec.lr))
         return made[-1]
 
-    monkeypatch.setattr(types, "OPTIMIZER_NAMES", (*types.OPTIMIZER_NAMES, "adagrad"))
+    monkeypatch.setattr(space, "OPTIMIZER_NAMES", (*space.OPTIMIZER_NAMES, "adagrad"))
     monkeypatch.setitem(OPTIMIZERS, "adagrad", build)
     training = SETUP.training.model_copy(update={"optimizer": OptimizerSpec(name="adagrad", lr=0.01)})
     result = train(SETUP.model_copy(update={"training": training}), card, tmp_path / "0")

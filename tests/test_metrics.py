@@ -8,14 +8,13 @@ import pytest
 import torch
 from sklearn import metrics as reference
 
-from hpo.data.requested_scores import requested
 from hpo.errors import HpoError
 from hpo.metrics import confusion_matrix, direction_of, label_of, macro_auc, metric_of, scores
 from hpo.report.statistics import score_intervals
-from hpo.search.constraints import parse_constraint
+from hpo.search.results import parse_constraint
+from hpo.spec.own_code import named_functions, requested
 from hpo.spec.search import SearchSpec
 from hpo.spec.training import TrainingSpec
-from hpo.spec.trust import named_functions
 from hpo.tracking.runs import score_name, stored_name
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hpo.cli.display.output import predictions_csv
+from hpo.cli.output import predictions_csv
 from hpo.errors import DataError, ModelError
 from hpo.predict import Classifier, load_model, predict_files, read_images
 

@@ -23,8 +23,8 @@ class StudyOpened:
     """The study is ready to hand out trials.
 
     budget is the study's total of trials; finished counts those done by earlier runs. stack is the number of trainings
-    that each worker does at once; alone says why that is 1, where it was measured. attended holds the numbers of trials
-    that other living supervisors answer for.
+    that each worker does at once; alone says why that is 1, where it was measured. trials_of_others: the numbers of
+    those that other living supervisors answer for.
     """
 
     study: StudyResult
@@ -36,7 +36,7 @@ class StudyOpened:
     device: str
     stack: int = 1
     alone: str = ""
-    attended: frozenset[int] = frozenset()
+    trials_of_others: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -70,22 +70,22 @@ class TrialEnded:
 
 @dataclass(frozen=True)
 class TrialsReaped:
-    """Trials of another supervisor that died were stopped or finished; study holds them. attended as in StudyOpened."""
+    """Trials of another supervisor that died were stopped or finished; study holds them."""
 
     study: StudyResult
-    attended: frozenset[int]
+    trials_of_others: frozenset[int]
 
 
 @dataclass(frozen=True)
 class SearchEnded:
-    """The run hands out no more trials, and none is running. attended as in StudyOpened.
+    """The run hands out no more trials, and none is running.
 
     summarize: this run writes the study's summary; of several supervisors that end together one does.
     """
 
     study: StudyResult
     reason: EndReason
-    attended: frozenset[int] = frozenset()
+    trials_of_others: frozenset[int] = frozenset()
     summarize: bool = True
 
 

@@ -242,7 +242,7 @@ def find_metric(name: str, class_names: Sequence[str] | None = None) -> Metric |
     """The metric of this name, without a part such as valid_; None where there is none.
 
     Without class_names one with a parameter has its label and direction only, and so has a function of the user's own,
-    which hpo.data.requested_scores loads. Raises SpecError where it does not fit the classes.
+    which hpo.spec.own_code loads. Raises SpecError where it does not fit the classes.
     """
     if name in METRICS:
         return METRICS[name]

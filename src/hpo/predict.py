@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 
 from hpo.data.image_files import read_picture
-from hpo.data.ranges import Ranges, input_kind, kind_of, range_for, to_levels
+from hpo.data.pixels import Ranges, input_kind, kind_of, range_for, to_levels
 from hpo.errors import DataError, ModelError
 from hpo.home import Home
 from hpo.tracking.registry import fetch, resolve
@@ -139,8 +139,7 @@ def _load_any(folder: Path, uri: str) -> Classifier:
         names = tuple(model.metadata.get_output_schema().input_names())
     except Exception as error:
         raise ModelError(
-            f"{uri}: not a model of images that loads here: {str(error) or type(error).__name__}.",
-            _LIST,
+            f"{uri}: not a model of images that loads here: {str(error) or type(error).__name__}.", _LIST
         ) from error
     config = model.metadata.metadata or {}
     ranges, several = config.get("ranges"), bool(config.get("several_labels"))

@@ -59,7 +59,7 @@ def test_both_speak_json(searched: Path) -> None:
     made = json.loads(_hpo("export", "tiny", "--output", "x.zip", "--json"))
     assert (made["file"], made["trials"], made["notes"]) == ("x.zip", 2, [])
     came = json.loads(_hpo("import", "x.zip", "--home", "elsewhere", "--json"))
-    assert (came["standing"], came["trials"]) == ("absent", 2)
+    assert (came["relation"], came["trials"]) == ("absent", 2)
 
 
 def test_older_file_says_that_the_study_is_further_on(searched: Path) -> None:

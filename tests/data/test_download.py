@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from hpo.data.download import fetch
+from hpo.data.cache import fetch
 from hpo.errors import DataError
 
 CONTENT = bytes(range(256)) * 8192  # 2 MiB
@@ -132,7 +132,7 @@ def test_folder_that_cannot_be_written_is_an_error(server, tmp_path):
 
 def test_two_processes_at_once_download_once(server, tmp_path):
     code = (
-        "import sys; from pathlib import Path; from hpo.data.download import fetch;"
+        "import sys; from pathlib import Path; from hpo.data.cache import fetch;"
         "fetch(sys.argv[1], md5=sys.argv[2], path=Path(sys.argv[3]), progress=lambda *_: None)"
     )
     command = [sys.executable, "-c", code, url(server), MD5, str(tmp_path / "good.npz")]

@@ -16,7 +16,7 @@ from hpo.data.split import split_card
 from hpo.data.test_set import open_test
 from hpo.errors import HpoError
 from hpo.metrics import scores
-from hpo.models.export import export_program
+from hpo.models import export_program
 from hpo.predict import load_model, predict_files
 from hpo.spec.load import load_study
 from hpo.spec.study import DataSpec, Setup, SplitSpec

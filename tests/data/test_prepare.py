@@ -11,8 +11,7 @@ import torch
 
 from hpo.data import prepare as room
 from hpo.data import sources
-from hpo.data.cache import cache_folder
-from hpo.data.download import md5_of
+from hpo.data.cache import cache_folder, md5_of
 from hpo.data.prepare import open_trial, prepare
 from hpo.data.split import split_card
 from hpo.data.test_set import open_test

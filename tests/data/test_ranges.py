@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from blobs import SIDE, as_set, blob, deep_png, png, prepared_images, tiff, write_blobs
+from hpo.data.pixels import nominal, to_levels
 from hpo.data.prepare import prepare
-from hpo.data.ranges import nominal, to_levels
 from hpo.errors import DataError
 from hpo.predict import read_images
 from hpo.spec.study import DataSpec, SplitSpec

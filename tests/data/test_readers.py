@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from hpo.data import sources
-from hpo.data.download import md5_of
+from hpo.data.cache import md5_of
 from hpo.data.prepare import prepare
 from hpo.errors import DataError, SpecError
 from hpo.predict import read_images

@@ -11,7 +11,7 @@ from PIL import Image
 from blobs import as_set, deep_png, prepared_images, tiff
 from hpo.data.prepare import prepare
 from hpo.execute.workers.task import Task, train_task
-from hpo.models.export import SETUP, export_program
+from hpo.models import SETUP, export_program
 from hpo.predict import load_model, predict_files, read_images
 from hpo.spec.load import load_study
 from hpo.spec.study import DataSpec, SplitSpec
@@ -150,7 +150,7 @@ def test_a_logged_model_takes_arrays_in_the_values_of_its_training_data(tmp_path
     ours, theirs = model.predict_proba(images), np.asarray(logged.predict(whole))
     np.testing.assert_array_equal(ours, theirs.astype(np.float32))
     prepared = {image.tobytes(): p for image, p in zip(*_levels(card, model), strict=True)}
-    from hpo.data.ranges import to_levels
+    from hpo.data.pixels import to_levels
 
     levels = to_levels(whole, card.ranges[kind])
     np.testing.assert_array_equal(ours, np.stack([prepared[image.tobytes()] for image in levels]))

@@ -118,7 +118,7 @@ def test_a_run_that_stands_still_keeps_its_trials(other, tmp_path):
     os.kill(process.pid, signal.SIGSTOP)
     study = open_study(Home.find(tmp_path), formula_spec(), data_digest=CARD.digest)
     assert study.reap() == []
-    assert held in study.attended()
+    assert held in study.trials_of_others()
     os.kill(process.pid, signal.SIGCONT)
     study.close()
 

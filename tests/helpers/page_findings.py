@@ -11,7 +11,7 @@ from PIL import Image
 
 from hpo.records import Candidate, DataCard, Epoch, ModelVersion, SplitCard, StudyResult, Trial, TrialResult, TrialState
 from hpo.report.figures.images import confident_mistakes
-from hpo.report.page.study_page import Answers, Findings, Opening, Samples
+from hpo.report.study_page import Answers, Findings, Opening, Samples
 from hpo.spec.load import parse_study
 
 SPACE = {

@@ -5,7 +5,7 @@ import torch
 
 from hpo.spec.training import OptimizerSpec, TrainingSpec
 from hpo.training.loop import predict_logits, train
-from hpo.training.stacking.stack import Stack
+from hpo.training.stack import Stack
 
 
 def training(**fields):

@@ -78,7 +78,7 @@ def test_the_preparation_of_a_run_says_what_was_read(study, monkeypatch):
 
 def test_a_report_says_what_was_read(study):
     from hpo.data.prepare import prepare
-    from hpo.report.page.data_page import origin_rows
+    from hpo.report.page import origin_rows
     from hpo.spec.load import load_study
 
     spec = load_study(study)

@@ -48,7 +48,7 @@ def _train(home: Home, name: str) -> None:
     """Two trials of a study, as a run leaves them: the better one's model is kept and registered."""
     from hpo.data.prepare import prepare
     from hpo.data.split import split_card
-    from hpo.models.export import export_program
+    from hpo.models import export_program
     from hpo.search.lifecycle import open_study
     from hpo.tracking.tracker import Tracker
 

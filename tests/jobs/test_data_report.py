@@ -97,8 +97,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
 
     from hpo.data.prepare import open_trial, prepare
-    from hpo.models import build_model
-    from hpo.models.export import export_program, save_trained
+    from hpo.models import build_model, export_program, save_trained
     from hpo.spec.models import CnnSpec
     from hpo.spec.study import DataSpec, Setup, SplitSpec
     from hpo.spec.training import TrainingSpec

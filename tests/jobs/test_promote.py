@@ -150,7 +150,7 @@ def test_seeds_of_the_race_speak_for_a_candidate(home: Home) -> None:
 
 
 def test_images_that_the_champion_was_trained_on_do_not_count(home: Home) -> None:
-    from hpo.data.evaluation_sets import validation_part
+    from hpo.data.overview import validation_part
     from hpo.data.split import indices
 
     new, old = _entrants(home)

@@ -107,7 +107,7 @@ def test_second_import_changes_nothing(rich: Home, other: Path, tmp_path: Path) 
     there = _move(rich, other, tmp_path / "study.zip")
     before = whole(there, stored(there))
     again = import_study(tmp_path / "study.zip", home=other)
-    assert (again.standing, again.trials, again.runs, again.models, again.versions) == ("same", 0, 0, 0, 0)
+    assert (again.relation, again.trials, again.runs, again.models, again.versions) == ("same", 0, 0, 0, 0)
     assert whole(there, stored(there)) == before
     client = connect(there)
     for run in client.search_runs([client.get_experiment_by_name("formula").experiment_id]):
@@ -131,8 +131,8 @@ def test_study_comes_home_with_what_it_did_meanwhile(rich: Home, other: Path, tm
     tracker.register(going.result(), candidate.number)
     going.close()
     export_study("formula", home=other, file=tmp_path / "later.zip")
-    assert import_study(tmp_path / "study.zip", home=other).standing == "ahead"
-    assert import_study(tmp_path / "later.zip", home=_folder(rich)).standing == "behind"
+    assert import_study(tmp_path / "study.zip", home=other).relation == "ahead"
+    assert import_study(tmp_path / "later.zip", home=_folder(rich)).relation == "behind"
     assert whole(rich, stored(rich)) == whole(there, stored(there))
     assert resolve(rich, "formula@challenger").version == 3
 

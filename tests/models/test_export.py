@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hpo.models import PROGRAM, build_model, load_trained
-from hpo.models.export import export_program, save_trained
+from hpo.models import PROGRAM, build_model, export_program, load_trained, save_trained
 from hpo.spec.models import CnnSpec, MlpSpec
 from hpo.spec.study import DataSpec, Setup, SplitSpec
 from hpo.spec.training import TrainingSpec

@@ -16,8 +16,7 @@ import pytest
 import torch
 
 from hpo.errors import ModelError
-from hpo.models import PROGRAM, build_model
-from hpo.models.export import export_program, save_trained
+from hpo.models import PROGRAM, build_model, export_program, save_trained
 from hpo.models.safe_loader import Program, load_program
 from hpo.spec.models import MlpSpec
 from hpo.spec.study import DataSpec, Setup, SplitSpec

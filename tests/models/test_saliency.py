@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hpo.errors import ModelError
-from hpo.models import build_model
+from hpo.models import build_model, export_program, save_trained
 from hpo.models.basic import OneLogit
-from hpo.models.export import export_program, save_trained
 from hpo.models.saliency import METHODS, explain_images, integrated_gradients, last_maps, log_odds, saliency
 from hpo.spec.models import CnnSpec, ConvnetSpec, MlpSpec, ResnetSpec
 from hpo.spec.study import DataSpec, Setup, SplitSpec

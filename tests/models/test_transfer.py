@@ -11,9 +11,8 @@ from torchvision import models
 
 from hpo.data.cache import models_folder
 from hpo.errors import DataError, SpecError, TrainingError
-from hpo.models import build_model, parameter_count
+from hpo.models import build_model, export_program, parameter_count, save_trained
 from hpo.models.backbones import build_backbone, quick, stages
-from hpo.models.export import export_program, save_trained
 from hpo.models.transfer import transfer_of
 from hpo.spec.models import (
     CnnSpec,

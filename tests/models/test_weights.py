@@ -10,8 +10,8 @@ import threading
 import pytest
 import torch
 
+from hpo.data.cache import hub_file, read_weights, torchvision_file
 from hpo.errors import DataError
-from hpo.models.weights import hub_file, read_weights, torchvision_file
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_without_a_network_the_error_names_the_file_and_its_place(tmp_path, monk
 def test_without_a_hub_the_error_comes_at_once_and_names_the_file():
     # In a process of its own: the hub's client reads its environment when it is imported.
     code = (
-        "import time; from hpo.models.weights import hub_file; from hpo.errors import DataError; began = time.time()\n"
+        "import time; from hpo.data.cache import hub_file; from hpo.errors import DataError; began = time.time()\n"
         "try: hub_file('timm/resnet18.a1_in1k', None)\n"
         "except DataError as error: print(error)\n"
         "assert time.time() - began < 15"

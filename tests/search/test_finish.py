@@ -6,7 +6,7 @@ import pytest
 
 from formula_study import formula_spec
 from hpo.records import FailureKind, TrialResult, TrialState
-from hpo.search.finish import final_result
+from hpo.search.results import final_result
 
 ACCURACY = {"valid_accuracy": 0.5}
 AIMS = [{"score": "valid_accuracy"}, {"score": "parameters"}]

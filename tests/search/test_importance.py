@@ -7,7 +7,7 @@ import random
 import pytest
 
 from hpo.records import Candidate, StudyResult, Trial, TrialResult, TrialState
-from hpo.search.importance import importances
+from hpo.search.results import importances
 
 SPACE = {
     "model.kind": {"choice": [[8], [16], "mlp"]},

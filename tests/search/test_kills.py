@@ -15,7 +15,7 @@ import pytest
 from formula import FINITE, FINITE_CELLS, run_all, sequence, train
 from hpo.database import server_address
 from hpo.records import FINAL, TrialResult, TrialState
-from hpo.search import finish
+from hpo.search import results
 from hpo.search.lifecycle import open_study
 from hpo.storage.optuna_storage import read_study
 from hpo.storage.trial_attrs import key_of
@@ -87,7 +87,7 @@ def place(request, home):
 @pytest.mark.parametrize("staged", [False, True])
 def test_grid_under_kills_stops_and_failures_covers_every_cell_exactly_once(place, make_spec, staged, monkeypatch):
     # On a slow machine one candidate may meet three kills before it is drawn; that it is then failed has its own test.
-    monkeypatch.setattr(finish, "_MOST_DEATHS", 100)
+    monkeypatch.setattr(results, "_MOST_DEATHS", 100)
     drops = {"model.dropout": {"float": [0, 0.4], "step": 0.1}}
     stages = [{"name": "first", "space": FINITE, "carry": 2}, {"name": "second", "space": drops}]
     spec = make_spec(space={}, stages=stages) if staged else make_spec("grid", space=FINITE)
@@ -114,7 +114,7 @@ def test_grid_under_kills_stops_and_failures_covers_every_cell_exactly_once(plac
 @pytest.mark.slow
 def test_staged_search_killed_anywhere_ends_as_an_unbroken_one(home, make_spec, monkeypatch):
     # On a slow machine one trial may see three kills or more; who is given up for that is another test's.
-    monkeypatch.setattr(finish, "_MOST_DEATHS", 100)
+    monkeypatch.setattr(results, "_MOST_DEATHS", 100)
     spec = make_spec("tpe", space={}, stages=STAGES)
     whole = open_study(home, spec, data_digest="d")
     run_all(whole, worth=worth)

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from formula import run_all, sequence, train
 from hpo.errors import SpecError
 from hpo.records import Candidate, StudyResult, Trial, TrialResult, TrialState
-from hpo.search.distributions import fits, narrowed
 from hpo.search.lifecycle import open_study
-from hpo.search.stages import stage_warnings, total_trials
+from hpo.search.stages import fits, narrowed, stage_warnings, total_trials
 from hpo.spec.space import Space
 from staged import RATE, SIZES, STAGES, worth
 

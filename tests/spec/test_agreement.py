@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from hpo.errors import SpecError
-from hpo.search.distributions import distribution
+from hpo.search.stages import distribution
 from hpo.spec.agreement import MOST_CELLS, conflicts
 from hpo.spec.load import load_study, parse_study, study_files
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hpo.spec.content import content_changes, content_of, library_changes
 from hpo.spec.load import parse_study
+from hpo.spec.own_code import content_changes, content_of, library_changes
 from hpo.spec.study import StudySpec
 
 NETS = '''"""A network."""

@@ -18,9 +18,9 @@ from hpo.data.prepare import prepare
 from hpo.errors import TrainingError
 from hpo.records import DataCard
 from hpo.spec.agreement import conflicts
-from hpo.spec.effects import NOT_SEARCHED, effects_of, refusal_of
 from hpo.spec.load import parse_study
 from hpo.spec.models import CnnSpec, ConvnetSpec, MlpSpec, ResnetSpec
+from hpo.spec.search import NOT_SEARCHED, effects_of, refusal_of
 from hpo.spec.space import Part
 from hpo.spec.study import DataSpec, Setup, SplitSpec, StudySpec
 from hpo.spec.training import TrainingSpec

@@ -17,7 +17,7 @@ from hpo.cli.app import app
 from hpo.data.prepare import prepare
 from hpo.errors import HpoError, SpecError
 from hpo.spec.load import load_study, parse_study
-from hpo.spec.trust import check_stored, is_function, module_file, named_functions
+from hpo.spec.own_code import check_stored, is_function, module_file, named_functions
 
 runner = CliRunner()
 STUDY = """
@@ -167,7 +167,7 @@ def test_a_name_that_is_nearly_a_function_imports_nothing(evil: Path, name: str,
 @given(name=st.lists(st.sampled_from(PIECES)).map("".join))
 def test_nothing_is_imported_without_trust_whatever_its_name_looks_like(evil: Path, name: str) -> None:
     """What is not seen by the question of trust is not loaded either, from a file, a stored study or a setup."""
-    from hpo.data.dotted_path import load_function
+    from hpo.spec.own_code import load_function
 
     tree = load_study("digits-mlp").model_dump(mode="json")
     for part, key in (("data", "name"), ("model", "kind"), ("training", "loss"), ("search", "score")):

@@ -69,7 +69,7 @@ def test_trial_of_a_machine_that_is_gone_is_tried_again_after_its_grace(make_hom
     dead.join(60)
     study = open_study(make_home("alive"), make_spec(), data_digest="d")
     assert study.reap() == []  # nobody knows yet
-    assert study.attended() == {0}
+    assert study.trials_of_others() == {0}
     assert _wait(lambda: study.reap() == [0])
     again = study.ask(budget=10, worker="w")
     assert (again.number, again.ordinal, again.attempt) == (1, 0, 2)
@@ -84,11 +84,11 @@ def test_trial_of_a_living_machine_is_left_alone_however_long_it_takes(make_home
     candidate = first.ask(budget=10, worker="w")
     time.sleep(7)
     assert second.reap() == []
-    assert second.attended() == {candidate.number}
+    assert second.trials_of_others() == {candidate.number}
     (seen,) = read_snapshots(make_home("b"))
     assert seen.abandoned == ()
     train(first, candidate)
-    assert second.attended() == set()  # told without a time
+    assert second.trials_of_others() == set()  # told without a time
     first.close()
     second.close()
 

@@ -13,8 +13,7 @@ from hpo.records import best_of
 from hpo.spec.models import CnnSpec, MlpSpec
 from hpo.spec.training import AugmentSpec, OptimizerSpec, ScheduleSpec, TrainingSpec
 from hpo.training.loop import predict_logits, train
-from hpo.training.losses import class_weights
-from hpo.training.optimizers import build_optimizer, learning_rate_factor
+from hpo.training.optimizers import build_optimizer, class_weights, learning_rate_factor
 
 MLP = MlpSpec(kind="mlp", hidden=32)
 

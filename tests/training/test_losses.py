@@ -10,8 +10,8 @@ from hpo.models.basic import build_mlp
 from hpo.spec.models import MlpSpec
 from hpo.spec.training import TrainingSpec
 from hpo.training.loop import train
-from hpo.training.losses import Loss, balanced_order
-from hpo.training.stacking.stack import unstackable_reason
+from hpo.training.optimizers import Loss, balanced_order
+from hpo.training.stack_layers import unstackable_reason
 
 
 def _data(labels, classes=3):

@@ -9,7 +9,7 @@ from hpo.records import TrialState, unpack_classes
 from hpo.spec.models import CnnSpec, MlpSpec
 from hpo.spec.study import DataSpec, Setup, SplitSpec
 from hpo.spec.training import AugmentSpec, TrainingSpec
-from hpo.training.stacking.stack import Stacks
+from hpo.training.stack import Stacks
 from hpo.training.trial import VALIDATION, TrialPlan, train_trial
 
 DIGITS = DataSpec(name="digits")

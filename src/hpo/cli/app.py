@@ -15,30 +15,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hpo.cli import cluster
+from hpo.cli import cluster, output
 from hpo.cli.cluster import worker
-from hpo.cli.compare import compare, evaluate
-from hpo.cli.data import app as data_app
-from hpo.cli.display import output
-from hpo.cli.doctor import clean, doctor
-from hpo.cli.options import (
-    AsJson,
-    Command,
-    Debug,
-    DeviceName,
-    HomeFolder,
-    Settings,
-    Study,
-    Trials,
-    Trust,
-    study_name,
-)
+from hpo.cli.options import AsJson, Command, Debug, DeviceName, HomeFolder, Settings, Study, Trials, Trust, study_name
+from hpo.cli.report import app as data_app
 from hpo.cli.report import explain, report
-from hpo.cli.run import rerun, run
-from hpo.cli.stop import status, stop
+from hpo.cli.run import rerun, run, status, stop
 from hpo.cli.store import app as store_app
-from hpo.cli.store import export, import_
-from hpo.cli.use import models, predict, promote
+from hpo.cli.store import clean, doctor, export, import_
+from hpo.cli.use import compare, evaluate, models, predict, promote
 from hpo.report.text import duration, parameter_names, ranges_of
 
 if TYPE_CHECKING:

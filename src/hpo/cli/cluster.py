@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hpo.cli.display import output
+from hpo.cli import output
 from hpo.cli.options import (
     AsEvents,
     AsJson,
@@ -32,7 +32,7 @@ from hpo.events import Event, Notice
 from hpo.options import RunOptions
 
 if TYPE_CHECKING:
-    from hpo.cli.display.live import Watcher
+    from hpo.cli.live import Watcher
     from hpo.spec.study import StudySpec
 
 
@@ -43,13 +43,13 @@ def run_slurm(spec: StudySpec, options: RunOptions, watcher: Watcher, *, as_json
     if not options.workers:
         raise HpoError("--engine slurm: the number of jobs is missing.", "Give it: --workers 8")
     if options.print_script:
-        from hpo.cluster.slurm import read_settings, script
+        from hpo.cluster.schedulers import read_settings, script
 
         flags, settings = options.of_worker().flags(), read_settings(options.slurm)
         output.print_text(script(spec.name, flags, workers=options.workers, settings=settings).rstrip())
         return 0
     with watcher as watch:
-        from hpo.cluster.submit import Submitted, run_array
+        from hpo.cluster import Submitted, run_array
 
         done = run_array(spec, options, watch=watch)
     if not isinstance(done, Submitted):
@@ -80,7 +80,7 @@ def begin(
     from hpo.spec.load import load_study
 
     spec = load_study(study, overrides=options.settings, trust=trust)
-    from hpo.cluster.shared_study import begin_study
+    from hpo.cluster import begin_study
 
     opened = begin_study(spec, options, watch=None if as_json else _print_notice)
     title = opened.study.title
@@ -114,8 +114,8 @@ def manifest(
     _debug: Debug = False,
 ) -> None:
     """Print a Kubernetes Job of workers for a study that has begun (hpo begin), for kubectl apply."""
-    from hpo.cluster.kubernetes import Pods
-    from hpo.cluster.kubernetes import manifest as print_manifest
+    from hpo.cluster.schedulers import Pods
+    from hpo.cluster.schedulers import manifest as print_manifest
 
     pods = Pods(image, workers, cpus, memory, gpus, scratch, secret)
     flags = RunOptions(device=device, trust=trust).flags()
@@ -146,8 +146,8 @@ def worker(
     kills lose nothing: another worker tries the interrupted trials again. The images must be those of the study.
     """
     options = RunOptions.pick(locals())
-    from hpo.cli.display.live import watcher
-    from hpo.cli.display.run_summary import NextCommands
+    from hpo.cli.live import watcher
+    from hpo.cli.run_summary import NextCommands
 
     def with_trials(trials: int) -> str:
         return RunOptions(home=home, trials=trials).command_line("run", study)
@@ -155,7 +155,7 @@ def worker(
     home_flag = f" --home {shlex.quote(str(home))}" if home else ""
     commands = NextCommands(options.to_resume().command_line("worker", study), with_trials, home=home_flag)
     with watcher(as_json=as_json, quiet=quiet)(commands, debug=debug) as watch:
-        from hpo.cluster.shared_study import join_study
+        from hpo.cluster import join_study
 
         join_study(study, options, watch=watch)
     raise typer.Exit(watch.exit_code)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from hpo.cli.display import output
+from hpo.cli import output
 
 
 class Command(TyperCommand):

@@ -1,15 +1,18 @@
-"""`hpo report` and `hpo explain`: the page of a study, and pictures that explain a model."""
+"""`hpo report`, `hpo explain` and `hpo data`: pages of a study and its images, and pictures that explain a model."""
 
 from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hpo.cli.display import output
-from hpo.cli.options import AsJson, Debug, HomeFolder, Study, Trust
+from hpo.cli import output
+from hpo.cli.options import AsJson, Command, Debug, HomeFolder, Study, Trust
+
+if TYPE_CHECKING:
+    from hpo.report.page import DataFacts
 
 
 def report(
@@ -91,3 +94,77 @@ def explain(
         [[row.file, row.predicted, output.show_score(row.probability), row.explained, row.picture] for row in rows],
         ["file", "class", ">probability", "explained", "picture"],
     )
+
+
+app = typer.Typer(no_args_is_help=True, help="Explore a data set.")
+
+
+@app.command(cls=Command)
+def show(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME|STUDY",
+            help="bloodmnist, npz, folder, ..., or a study, whose split is shown.",
+            show_default=False,
+        ),
+    ],
+    path: Annotated[Path | None, typer.Option(help="Your own file or folder instead of a download.")] = None,
+    size: Annotated[int | None, typer.Option(min=1, max=1024, help="Side of the images in pixels.")] = None,
+    page: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="The page.", show_default="data-NAME.html")
+    ] = None,
+    images: Annotated[int, typer.Option(min=0, max=100, help="Training images of each class to show.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of their random choice.")] = 0,
+    trust: Trust = False,
+    as_json: AsJson = False,
+    _debug: Debug = False,
+) -> None:
+    """Write a page on a data set: images, classes, channels, duplicates.
+
+    The test part stays sealed: only its image counts are reported. With --json a page is written only with --out.
+    """
+    from hpo.jobs.data_report import explore, write_page
+
+    facts, pictures = explore(name, path=path, size=size, images=images, seed=seed, trust=trust)
+    if page is not None or not as_json:
+        stem = Path(name).stem if name.endswith((".yaml", ".yml")) else name.replace(":", "-")
+        page = write_page(facts, pictures, page or Path(f"data-{stem}.html"))
+    if as_json:
+        output.print_json(facts)
+        return
+    _print(facts)
+    output.print_text(str(page))
+
+
+def _print(facts: DataFacts) -> None:
+    data, totals = facts.data, facts.totals
+    rows = [
+        [name, *(f"{counts[label]:,}" for counts in facts.counts.values())]
+        for label, name in enumerate(data.class_names)
+    ]
+    rows.append(["all", *(f"{total:,}" for total in totals.values())])
+    output.print_table(rows, ["class", *(f">{part}" for part in totals)])
+    pairs = ", ".join(f"{count:,} in {pair}" for pair, count in facts.shared.items())
+    repeated = ", ".join(f"{count:,} in {part}" for part, count in facts.copies.items())
+    contradicting = sum(map(len, facts.contradictions))
+    output.print_facts(
+        [
+            ("images", " x ".join(map(str, data.image_shape))),
+            *([("files", data.accounting)] if data.accounting else []),
+            ("pixels", data.pixel_ranges or "uint8 0 to 255"),
+            ("split", facts.split),
+            *([("groups", f"{data.groups:,}, each in one part")] if data.groups else []),
+            ("mean", ", ".join(f"{value:.4f}" for value in facts.mean)),
+            ("deviation", ", ".join(f"{value:.4f}" for value in facts.std)),
+            ("repeated", repeated),
+            ("shared", pairs),
+            ("near-duplicates", facts.near_duplicates),
+            ("same pixels, different labels", f"{contradicting:,}"),
+            ("source", f"{data.source}, {'' if data.official else 'not '}the publisher's"),
+            ("licence", data.licence or "not stated"),
+            ("digest", data.digest),
+        ]
+    )
+    for warning in data.warnings:
+        output.print_warning(warning)

@@ -6,18 +6,18 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hpo.data.download import Progress
+from hpo.data.cache import Progress
 from hpo.data.image_files import AnyFile, Header, NotAnImageError, read_header, read_picture, read_values, unreadable
-from hpo.data.image_rows import ImageFile, Images
 from hpo.data.layouts import (
     IMAGE_ENDINGS,
+    PART_NAMES,
     Found,
     Labelled,
     Listing,
@@ -27,10 +27,13 @@ from hpo.data.layouts import (
     list_files,
     matched,
 )
-from hpo.data.ranges import Extent, Ranges, extent_of, ranges_of
+from hpo.data.pixels import Extent, ImageFile, Images, Ranges, extent_of, ranges_of
 from hpo.data.tables import Columns, label_by_table, metadata_files, read_table, unread_table
 from hpo.errors import DataError
 from hpo.spec.study import DataSpec
+
+Pair = tuple[Any, NDArray[Any]]
+"""Images, an array or Images, and their labels, as found: not checked yet."""
 
 _PARTS = ("train", "valid", "test")
 
@@ -55,19 +58,28 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class FolderImages:
-    """Images of a folder with their labels, by part. files counts those seen, used, and skipped by reason."""
+class Parts:
+    """What a source holds: train always, valid and test where it has them.
 
-    pairs: Mapping[str, tuple[Images, NDArray[np.int64]]]
-    class_names: tuple[str, ...]
-    groups: Mapping[str, NDArray[Any]]
-    files: Mapping[str, int]
-    ranges: Ranges
-    warnings: tuple[str, ...]
+    class_names is empty where the source names none. verified: the reader itself compared published checksums. groups
+    maps a part to the name of each image's group (n,), where the study asks for groups. files counts files as
+    DataCard.files does. ranges are those of the files' pixels, where files were read one by one.
+    """
+
+    pairs: Mapping[str, Pair]
+    class_names: tuple[str, ...] = ()
+    verified: bool = False
+    groups: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    files: Mapping[str, int] = field(default_factory=dict)
+    ranges: Ranges | None = None
+    warnings: tuple[str, ...] = ()
 
 
-def read_class_folders(place: AnyFile, asked: Asked) -> FolderImages:
-    """One folder a class, or train, valid and test folders of those, or a Hugging Face image folder with metadata."""
+def read_folder(place: AnyFile, asked: Asked) -> Parts:
+    """One folder a class, or train, valid and test folders of those, or a Hugging Face image folder with metadata.
+
+    Classes are ordered by name. Images are grey if all are, else RGB, and resized to a square if a size is asked for.
+    """
     if not place.is_dir():
         raise DataError(f"{place}: not a folder.", "Name one that holds a folder of images for each class.")
     listing = list_files(place)
@@ -98,19 +110,13 @@ def _by_metadata(place: Path, tables: Sequence[Found], listing: Listing, asked: 
         found, unlabelled = label_by_table(table, columns, below, origin=str(place / item.path), stem=str(stem))
         labelled += found
         if stem != PurePosixPath():
-            labelled = [replace(each, part=_part_of(each.path)) for each in labelled]
+            labelled = [replace(each, part=PART_NAMES.get(each.path.parts[0].lower(), "train")) for each in labelled]
         listing.skipped["without a class in the table"] += len(unlabelled)
         listing.files = [file for file in listing.files if file.path not in unlabelled]
     return labelled
 
 
-def _part_of(path: PurePosixPath) -> str:
-    from hpo.data.layouts import PART_NAMES
-
-    return PART_NAMES.get(path.parts[0].lower(), "train")
-
-
-def read_labelled_table(place: AnyFile, asked: Asked) -> FolderImages:
+def read_labelled_table(place: AnyFile, asked: Asked) -> Parts:
     """Images that a CSV or Parquet file names, anywhere below its folder."""
     if not isinstance(place, Path) or not place.is_file():
         raise DataError(f"{place}: not a table.", "Name a CSV or Parquet file: --set data.path=labels.csv")
@@ -197,7 +203,7 @@ def _read(
     place: AnyFile,
     asked: Asked,
     warnings: list[str],
-) -> FolderImages:
+) -> Parts:
     ordered = [item for part in _PARTS for item in labelled if item.part == part]
     if not any(item.part == "train" for item in ordered):
         raise DataError(f"{place}: no image of a class is there to train on.", "Name the folder that holds them.")
@@ -229,7 +235,7 @@ def _read(
         "used": len(ordered),
         **sorted_counts(listing.skipped),
     }
-    return FolderImages(pairs, tuple(names), groups, files, ranges, tuple(warnings))
+    return Parts(pairs, tuple(names), groups=groups, files=files, ranges=ranges, warnings=tuple(warnings))
 
 
 def sorted_counts(counts: Counter[str]) -> dict[str, int]:
@@ -278,7 +284,7 @@ def _fill(path: Path, ordered: Sequence[Labelled], mode: str | None, ranges: Ran
     shape: tuple[int, ...] | None = None
     broken: list[str] = []
     odd: list[str] = []
-    sizes = _sizes(ordered)
+    sizes = [0 if isinstance(item.file, zipfile.Path) else item.file.stat().st_size for item in ordered]
     total, done = sum(sizes), 0
     with path.open("wb") as file:
         for number, item in enumerate(ordered):
@@ -306,11 +312,6 @@ def _fill(path: Path, ordered: Sequence[Labelled], mode: str | None, ranges: Ran
         )
     asked.progress("reading images", total, total)
     return shape
-
-
-def _sizes(ordered: Sequence[Labelled]) -> list[int]:
-    """Bytes of each file; 0 inside an archive."""
-    return [0 if isinstance(item.file, zipfile.Path) else item.file.stat().st_size for item in ordered]
 
 
 def _size(shape: Sequence[int]) -> str:

@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpo.data.ranges import Range, Ranges, extent_of, kind_of, range_for, to_levels
+from hpo.data.pixels import Range, Ranges, extent_of, kind_of, range_for, to_levels
 from hpo.errors import DataError
 
 if TYPE_CHECKING:

@@ -1,16 +1,18 @@
-"""What a prepared data set looks like: its parts, channels and duplicates, and images to look at; without torch."""
+"""A prepared data set as jobs read it, without torch: what it looks like, and the images on which models are judged."""
 
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hpo.data.duplicates import Digests, copies, count_across, found_in
+from hpo.data.duplicates import Digests, copies, count_across, found_in, pixel_digests
 from hpo.data.split import Rows, rows_of
 from hpo.data.test_set import duplicates_of_test, near_duplicates_of_test
 from hpo.errors import DataError
@@ -126,3 +128,45 @@ def to_png(image: NDArray[np.uint8]) -> bytes:
 def to_pngs(images: NDArray[np.uint8], rows: Sequence[int]) -> dict[int, bytes]:
     """Row -> its image as a PNG file."""
     return {row: to_png(images[row]) for row in rows}
+
+
+@dataclass(frozen=True)
+class Part:
+    """images (n, height, width, channels) uint8 and labels (n,) int64 of one part."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+
+def validation_part(card: DataCard, split: SplitSpec) -> Part:
+    """What a training with this split validates on; folds have no one such part. Raises DataError."""
+    images, labels, rows = open_development(card, split)
+    valid = rows.get("valid", np.empty(0, np.int64))
+    return Part(images[valid], labels[valid])
+
+
+def rows_unseen(part: Part, card: DataCard, split: SplitSpec) -> Rows:
+    """The rows of a part whose images a training on this card with this split has not learnt from. Raises DataError."""
+    images, _, rows = open_development(card, split)
+    learnt = set(pixel_digests(images[rows["train"]]))
+    return np.array([row for row, digest in enumerate(pixel_digests(part.images)) if digest not in learnt], np.int64)
+
+
+def shared_rows(parts: Sequence[NDArray[Any]]) -> list[Rows]:
+    """Images (n_i, ...) of several parts -> the rows, in each, of the images that all hold, in the order of the first.
+
+    Images are the same where their pixels are; one that a part holds twice is matched twice where the others do so too.
+    """
+    rows = [{key: row for row, key in enumerate(_keys(images))} for images in parts]
+    shared = [key for key in rows[0] if all(key in other for other in rows[1:])]
+    return [np.array([known[key] for key in shared], dtype=np.int64) for known in rows]
+
+
+def _keys(images: NDArray[Any]) -> list[tuple[bytes, int]]:
+    """A digest of each image's pixels, and how often it came before."""
+    seen: Counter[bytes] = Counter()
+    keys = []
+    for digest in pixel_digests(images):
+        keys.append((digest, seen[digest]))
+        seen[digest] += 1
+    return keys

@@ -11,11 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpo.data.duplicates import clusters
-from hpo.data.examine import Look
-from hpo.data.image_rows import Images
-from hpo.data.ranges import Extent, Ranges, extent_of, kind_of, plain, ranges_of
-from hpo.data.readers import Parts
+from hpo.data.duplicates import Look, clusters
+from hpo.data.folders import Parts
+from hpo.data.pixels import Extent, Images, Ranges, extent_of, kind_of, plain, ranges_of
 from hpo.data.sources import Gathered, Source
 from hpo.data.split import draw, groups_shared
 from hpo.errors import DataError

@@ -17,10 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from hpo.data.cache import cache_folder, intact, write_folder, write_text
-from hpo.data.download import Progress
-from hpo.data.duplicates import shared_images
-from hpo.data.examine import judge, look_at
+from hpo.data.cache import Progress, cache_folder, intact, write_folder, write_text
+from hpo.data.duplicates import judge, look_at, shared_images
 from hpo.data.folders import Asked
 from hpo.data.layouts import list_files
 from hpo.data.parts import (
@@ -35,7 +33,7 @@ from hpo.data.parts import (
     regrouped,
     sealed,
 )
-from hpo.data.ranges import Ranges
+from hpo.data.pixels import Ranges
 from hpo.data.sources import Gathered, Source, find, gather, scores_of
 from hpo.data.split import rows_of
 from hpo.errors import DataError

@@ -12,20 +12,15 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hpo.data.dotted_path import load_function
-from hpo.data.folders import Asked, FolderImages, read_class_folders, read_labelled_table
-from hpo.data.ranges import Ranges
+from hpo.data.folders import Asked, Pair, Parts, read_folder
 from hpo.errors import DataError, HpoError
-
-Pair = tuple[Any, NDArray[Any]]
-"""Images, an array or Images, and their labels, as found: not checked yet."""
+from hpo.spec.own_code import load_function
 
 _NPZ_PARTS = {"train": "train", "valid": "val", "test": "test"}
 _IDX_PARTS = {"train": "train", "test": "t10k"}
@@ -35,24 +30,6 @@ _DAMAGE = (
     MemoryError,  # for what a header promises
 )
 _CIFAR10_BYTES = 1_000_000_000  # unpacked, at most: the official archive has 186 million
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a source holds: train always, valid and test where it has them.
-
-    class_names is empty where the source names none. verified: the reader itself compared published checksums. groups
-    maps a part to the name of each image's group (n,), where the study asks for groups. files counts files as
-    DataCard.files does. ranges are those of the files' pixels, where files were read one by one.
-    """
-
-    pairs: Mapping[str, Pair]
-    class_names: tuple[str, ...] = ()
-    verified: bool = False
-    groups: Mapping[str, NDArray[Any]] = field(default_factory=dict)
-    files: Mapping[str, int] = field(default_factory=dict)
-    ranges: Ranges | None = None
-    warnings: tuple[str, ...] = ()
 
 
 def package_file(package: str, *parts: str) -> Path:
@@ -236,24 +213,3 @@ def read_eurosat(place: Path, asked: Asked) -> Parts:
             return read_folder(root / "2750" if (root / "2750").is_dir() else root, asked)
     except zipfile.BadZipFile as error:
         raise DataError(f"{place}: the archive is damaged: {error}.", "Copy or download it again.") from None
-
-
-def read_folder(place: Path | zipfile.Path, asked: Asked) -> Parts:
-    """Class folders, ordered by name; images grey if all are, else RGB; resized to size x size if given."""
-    return _of_folder(read_class_folders(place, asked))
-
-
-def read_table(place: Path, asked: Asked) -> Parts:
-    """A table of labels and the image files that it names."""
-    return _of_folder(read_labelled_table(place, asked))
-
-
-def _of_folder(found: FolderImages) -> Parts:
-    return Parts(
-        found.pairs,
-        found.class_names,
-        groups=found.groups,
-        files=found.files,
-        ranges=found.ranges,
-        warnings=found.warnings,
-    )

@@ -10,20 +10,9 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from hpo.data.download import fetch, md5_of
-from hpo.data.folders import Asked
-from hpo.data.readers import (
-    Parts,
-    package_file,
-    read_cifar10,
-    read_digits,
-    read_eurosat,
-    read_folder,
-    read_idx,
-    read_npz,
-    read_own,
-    read_table,
-)
+from hpo.data.cache import fetch, md5_of
+from hpo.data.folders import Asked, Parts, read_folder, read_labelled_table
+from hpo.data.readers import package_file, read_cifar10, read_digits, read_eurosat, read_idx, read_npz, read_own
 from hpo.errors import DataError
 
 
@@ -172,7 +161,7 @@ DATASETS: dict[str, Source] = {
     ),
     "npz": Source(read=read_npz),
     "folder": Source(read=read_folder),
-    "table": Source(read=read_table),
+    "table": Source(read=read_labelled_table),
 }
 
 # What medmnist's table says of its tasks, where they are more than to tell classes apart.

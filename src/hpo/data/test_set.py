@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpo.data.duplicates import Digests, copies, count_across, found_in, pixel_digests
-from hpo.data.requested_scores import requested
 from hpo.data.sources import scores_of
 from hpo.errors import DataError
 from hpo.records import DataCard
+from hpo.spec.own_code import requested
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from hpo.data.cache import models_folder
 from hpo.errors import ModelError
 from hpo.home import Home
 from hpo.spec.models import TransferSpec
+from hpo.spec.own_code import check_stored
 from hpo.spec.study import StudySpec
-from hpo.spec.trust import check_stored
 
 
 def check_setup(file: Path, *, trust: bool = False) -> None:

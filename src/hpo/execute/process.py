@@ -23,7 +23,7 @@ def process_context() -> BaseContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hpo.training.compute.preload", "hpo.execute.workers.main"])
+    context.set_forkserver_preload(["hpo.training.preload", "hpo.execute.workers.main"])
     return context
 
 

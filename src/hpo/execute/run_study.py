@@ -70,7 +70,7 @@ class _OpenStudy:
     spec: StudySpec
     study: Any
     before: StudyResult
-    attended: frozenset[int]
+    trials_of_others: frozenset[int]
     prepared: Prepared
     work: Path
 
@@ -153,10 +153,10 @@ def _open_study(run: _Run, cleanup: contextlib.ExitStack) -> _OpenStudy:
     study.reap()
     if options.retry_failed:
         study.retry_failed()
-    attended, before = frozenset(study.attended()), study.result()
+    trials_of_others, before = frozenset(study.trials_of_others()), study.result()
     work = run.home.work / before.title
     sweep(work, study)
-    return _OpenStudy(study.spec, study, before, attended, prepared, work)
+    return _OpenStudy(study.spec, study, before, trials_of_others, prepared, work)
 
 
 def _choose_workers(run: _Run, opened: _OpenStudy) -> tuple[WorkerPlan, StackSize]:
@@ -206,7 +206,7 @@ def _emit_opening(run: _Run, opened: _OpenStudy, plan: WorkerPlan, stack: StackS
         device=plan.description,
         stack=stack.count,
         alone=stack.reason,
-        attended=opened.attended,
+        trials_of_others=opened.trials_of_others,
     )
     run.events.emit(event)
     for note in opened.study.notes:
@@ -238,9 +238,9 @@ def _finish(run: _Run, opened: _OpenStudy, reason: EndReason, tracking: Tracking
     """Choose the winner, wait for the tracking store, and end the study."""
     spec, emit = opened.spec, run.events.emit
     summarize = not run.join or (reason.orderly and opened.study.claim_end())
-    attended = frozenset(opened.study.attended())
+    trials_of_others = frozenset(opened.study.trials_of_others())
     study: StudyResult = opened.study.result()
-    emit(SearchEnded(study, reason, attended, summarize))
+    emit(SearchEnded(study, reason, trials_of_others, summarize))
     outcome = race(spec, study, data=opened.prepared.data)
     remarks = [str(outcome)] * bool(outcome) + stage_warnings(study)
     for text in remarks:

@@ -40,9 +40,9 @@ def measure_stack_size(spec: StudySpec, card: DataCard, device_name: str, *, thr
     """The number at which the smallest and the largest candidates, together, train fastest; run in the job process."""
     if most < 2:
         return StackSize(1, "one worker was asked for, or few trials are left")
-    from hpo.training.compute.device import free_memory
-    from hpo.training.compute.device import threads as with_threads
-    from hpo.training.stacking.choice import choose_places
+    from hpo.training.device import free_memory
+    from hpo.training.device import threads as with_threads
+    from hpo.training.preflight import choose_places
     from hpo.training.trial import trial_data
 
     try:

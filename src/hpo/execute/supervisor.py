@@ -18,8 +18,8 @@ from hpo.execute.subscribers import Events
 from hpo.execute.workdir import checkpoint_file
 from hpo.execute.workers.task import Task
 from hpo.records import FINAL, Candidate, DataCard, EndReason, FailureKind, StudyResult, TrialResult, TrialState
-from hpo.search.constraints import most_parameters, needs_latency
 from hpo.search.pruners import report_step
+from hpo.search.results import most_parameters, needs_latency
 from hpo.search.study import Study
 from hpo.spec.study import Setup, StudySpec
 
@@ -177,7 +177,7 @@ class Supervisor:
         """Finish or retry the trials of supervisors that have died since the last look."""
         if self._study.reap():
             study = self._study.result()
-            self._events.emit(TrialsReaped(study, frozenset(self._study.attended())))
+            self._events.emit(TrialsReaped(study, frozenset(self._study.trials_of_others())))
 
     def _reason_to_stop(self) -> EndReason | None:
         if self._interrupted.is_set():

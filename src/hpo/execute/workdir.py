@@ -52,7 +52,7 @@ def sweep(work: Path, study: Study) -> None:
     """
     # Listed before the trials are read: a trial's folder is made after the trial is recorded.
     paths = list(work.iterdir()) if work.is_dir() else []
-    needed = wanted(study.result()) | study.attended()
+    needed = wanted(study.result()) | study.trials_of_others()
     for path in paths:
         dead = path.name.startswith("lease-") and not study.lease.is_held(f"{path.name}.lock")
         if dead or (path.name.isdecimal() and int(path.name) not in needed):

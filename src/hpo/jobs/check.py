@@ -50,7 +50,7 @@ def check_study(
     from hpo.data.overview import near_words
     from hpo.data.prepare import prepare
     from hpo.data.split import split_card
-    from hpo.training.compute.device import resolve_devices
+    from hpo.training.device import resolve_devices
     from hpo.training.preflight import failing_ends, preflight
 
     spec = with_model(spec, Home.find(home))

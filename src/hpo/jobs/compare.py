@@ -21,7 +21,7 @@ from hpo.report.statistics import Floats, Ints, binarise_probabilities, group_ma
 from hpo.report.text import listed, split_text
 
 if TYPE_CHECKING:
-    from hpo.data.evaluation_sets import Part
+    from hpo.data.overview import Part
     from hpo.predict import Classifier
 
 _CHOSEN_ON = "The models were chosen on these validation images, so each score is slightly too high. See --test."
@@ -148,7 +148,7 @@ def _on_validation(home: Home, models: Sequence[ModelReference], classes: _Class
 
 def _on_test(home: Home, models: Sequence[ModelReference], classes: _Classes, seed: int) -> Comparison:
     """The comparison on the sealed test part. Everything that can fail is done before it is opened."""
-    from hpo.data.evaluation_sets import Part
+    from hpo.data.overview import Part
     from hpo.tracking.ledger import openings
 
     loaded = [_load(home, model) for model in models]
@@ -227,7 +227,7 @@ def _check_shapes(models: Sequence[ModelReference]) -> None:
 
 
 def _validation(model: ModelReference) -> Part:
-    from hpo.data.evaluation_sets import validation_part
+    from hpo.data.overview import validation_part
 
     split = model.setup.split
     if split.kind == "kfold":
@@ -245,7 +245,7 @@ def _validation(model: ModelReference) -> Part:
 
 def _shared(models: Sequence[ModelReference], parts: Sequence[Part], name: str) -> tuple[list[np.ndarray], list[str]]:
     """Rows, in each part, of the images that all parts hold, and what to say of the others. Raises DataError."""
-    from hpo.data.evaluation_sets import shared_rows
+    from hpo.data.overview import shared_rows
 
     rows = shared_rows([part.images for part in parts])
     sizes = "; ".join(

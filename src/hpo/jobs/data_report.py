@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hpo.errors import DataError, HpoError
-from hpo.report.page.data_page import DataFacts, data_page
+from hpo.report.page import DataFacts, data_page
 from hpo.report.text import split_text
 from hpo.spec.load import load_study, study_files
 from hpo.spec.study import DataSpec, SplitSpec

@@ -20,7 +20,7 @@ from hpo.jobs.explain import Explained, explain
 from hpo.jobs.shared.image_history import study_history
 from hpo.records import FINAL, DataCard, ModelVersion, SplitCard, StudyResult, TrialState
 from hpo.report.figures.images import confident_mistakes
-from hpo.report.page.study_page import Answers, Findings, Opening, Samples, shown_trial, study_page
+from hpo.report.study_page import Answers, Findings, Opening, Samples, shown_trial, study_page
 from hpo.spec.load import parse_study
 from hpo.spec.study import StudySpec
 from hpo.tracking.ledger import openings
@@ -104,7 +104,7 @@ def explain_mistakes(
 
 def gather(home: Home, study: StudyResult) -> Findings:
     """The findings of a study from storage, tracking, ledger and prepared data."""
-    from hpo.search.importance import importances
+    from hpo.search.results import importances
 
     spec = parse_study(study.spec, trust=True)  # nothing of it is imported
     missing: list[str] = list(_unfinished(study, spec))

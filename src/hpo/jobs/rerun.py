@@ -22,7 +22,7 @@ from hpo.spec.load import parse_study
 from hpo.spec.study import Setup, StudySpec
 
 if TYPE_CHECKING:
-    from hpo.training.stacking.stack import Stacks
+    from hpo.training.stack import Stacks
 
 TOLERANCE = 1e-3
 
@@ -106,7 +106,7 @@ def rerun(
     the trial stays as it is, and no store is written to. Raises HpoError where the trial is not finished, or its data
     or its device is not here.
     """
-    from hpo.training.compute.device import threads
+    from hpo.training.device import threads
 
     if not tolerance >= 0:
         raise HpoError(f"--tolerance {tolerance}: is negative.", "Give 0 or more, such as 0.001.")
@@ -175,13 +175,13 @@ def _stacks(before: TrialResult) -> Stacks | None:
     """A stack for a trial that was trained in one: the same arithmetic, whatever other trials are in it."""
     if before.settings.get("stack") != "shared":
         return None
-    from hpo.training.stacking.stack import Stacks
+    from hpo.training.stack import Stacks
 
     return Stacks(1)
 
 
 def _device(asked: str) -> str:
-    from hpo.training.compute.device import resolve_devices
+    from hpo.training.device import resolve_devices
 
     return resolve_devices(asked)[0]
 

@@ -44,12 +44,12 @@ class Exported:
 class Imported:
     """Counts of what was new to the stores; openings counts those of the file.
 
-    standing is the state of the study storage before: absent, behind, same, or ahead, in which case nothing is written.
+    relation is the state of the study storage before: absent, behind, same, or ahead, in which case nothing is written.
     """
 
     title: str
     store: str
-    standing: str
+    relation: str
     trials: int
     runs: int
     models: int
@@ -179,16 +179,16 @@ def import_study(file: str | Path, *, home: str | Path | None = None) -> Importe
         check_reachable(place.create())
         with locked(place.locks / "import.lock"):
             storage.refuse_running(place, record.title)
-            standing = storage.relation(place, study)
+            relation = storage.relation(place, study)
             added, trials = import_runs.Imports(), 0
-            if standing is not storage.Relation.AHEAD:
+            if relation is not storage.Relation.AHEAD:
                 # The trials last: a study that can be run is complete.
                 added = import_runs.import_runs(place, record, side, archive.extract)
                 trials = storage.import_study(place, study)
     return Imported(
         title=record.title,
         store=without_password(place.tracking_uri),
-        standing=standing.value,
+        relation=relation.value,
         trials=trials,
         runs=added.runs,
         models=added.models,

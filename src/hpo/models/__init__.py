@@ -1,23 +1,26 @@
-"""Networks: normalised images (n, channels, height, width) float in, logits (n, classes) out."""
+"""Networks: normalised images (n, channels, height, width) float in, logits (n, classes) out; saved and exported."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hpo.data.cache import models_folder
-from hpo.data.dotted_path import load_function
+from hpo.data.prepare import TrialData
 from hpo.errors import HpoError, ModelError, TrainingError
-from hpo.models.basic import OneLogit, build_cnn, build_convnet, build_mlp
-from hpo.models.resnet import build_resnet
+from hpo.models.basic import OneLogit, build_cnn, build_convnet, build_mlp, build_resnet
 from hpo.models.safe_loader import load_program, read_config
 from hpo.models.transfer import build_transfer
 from hpo.spec.models import ModelSpec, OwnModelSpec, Tuned
+from hpo.spec.own_code import load_function
 from hpo.spec.study import Setup
 
 WEIGHTS, CONFIG, SETUP, PROGRAM = "weights.safetensors", "config.json", "setup.json", "net.pt2"
@@ -152,3 +155,91 @@ def build_own(spec: OwnModelSpec, image_shape: tuple[int, int, int], classes: in
             f"Return logits of shape (n, classes), here (2, {classes}).",
         )
     return net
+
+
+def to_input(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """images (n, height, width, channels) uint8 -> (n, channels, height, width) float32 as images * scale + shift.
+
+    scale and shift are (height, width, channels). The result has channels-last strides, which convolutions prefer,
+    without a copy.
+    """
+    values = images.float()
+    return torch.addcmul(shift, values, scale, out=values).permute(0, 3, 1, 2)
+
+
+def normalisation(mean: Sequence[float], std: Sequence[float], image_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Mean and deviation per channel, in [0, 1] units, -> (scale, shift) of to_input, on the CPU.
+
+    One value for each pixel: spread over the image on every batch, one for each channel takes five times as long.
+    """
+    deviation = torch.tensor(std)
+    scale, shift = 1 / (255 * deviation), -torch.tensor(mean) / deviation
+    return scale.expand(*image_shape).contiguous(), shift.expand(*image_shape).contiguous()
+
+
+def input_of(data: TrialData) -> Callable[[Tensor], Tensor]:
+    """A function from images of this data, (n, height, width, channels) uint8 on its device, to a network's input.
+
+    Of features it takes those of the unchanged images.
+    """
+    if data.images.dtype != torch.uint8:
+        return _plain_view
+    device = data.images.device
+    scale, shift = (part.to(device) for part in normalisation(data.mean, data.std, data.images.shape[1:]))
+    return partial(to_input, scale=scale, shift=shift)
+
+
+def _plain_view(features: Tensor) -> Tensor:
+    return features if features.ndim == 2 else features[:, 0]
+
+
+def save_trained(net: nn.Module, setup: Setup, data: TrialData, folder: Path) -> None:
+    """Write to folder what export_program needs: weights, setup, and the normalisation of images."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
+    save_file(state, folder / WEIGHTS)
+    config = {
+        "class_names": list(data.class_names),
+        "image_shape": list(data.images.shape[1:]),
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "ranges": {kind: list(limits) for kind, limits in data.ranges.items()},
+        **({"several_labels": True} if data.labels.ndim == 2 else {}),
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+    (folder / SETUP).write_text(setup.model_dump_json(indent=1), encoding="utf-8")
+
+
+class _Whole(nn.Module):
+    """uint8 images (n, height, width, channels) -> float32 probabilities (n, classes); of each label with several."""
+
+    def __init__(
+        self, net: nn.Module, *, mean: Sequence[float], std: Sequence[float], image_shape: Sequence[int], several: bool
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self._several = several
+        scale, shift = normalisation(mean, std, image_shape)
+        self.scale: Tensor
+        self.shift: Tensor
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.net(to_input(images, self.scale, self.shift).contiguous())
+        return logits.sigmoid() if self._several else logits.softmax(1)
+
+
+def export_program(folder: Path) -> Path:
+    """Write net.pt2 next to the weights in folder: float32, on the CPU, for any number of images."""
+    net, config = load_trained(folder)
+    shape, several = config["image_shape"], bool(config.get("several_labels"))
+    whole = _Whole(net, mean=config["mean"], std=config["std"], image_shape=shape, several=several).eval()
+    # A batch of one would be taken for a constant.
+    example = torch.zeros((2, *config["image_shape"]), dtype=torch.uint8)
+    batch = torch.export.Dim("batch", min=1, max=1_000_000)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # torch warns of its own deprecations while it traces
+        program = torch.export.export(whole, (example,), dynamic_shapes=({0: batch},))
+        torch.export.save(program, folder / PROGRAM)
+    return folder / PROGRAM

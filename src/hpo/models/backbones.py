@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hpo.data.cache import hub_file, read_weights, torchvision_file
 from hpo.errors import DataError, SpecError, TrainingError
-from hpo.models.weights import hub_file, read_weights, torchvision_file
 from hpo.spec.models import TimmBackbone, TorchvisionBackbone
 
 AnyBackbone = TorchvisionBackbone | TimmBackbone

@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hpo.errors import HpoError, ModelError
-from hpo.models import SETUP, load_trained
-from hpo.models.inputs import normalisation, to_input
+from hpo.models import SETUP, load_trained, normalisation, to_input
 
 _STEPS = 64  # of the path that gradients are integrated over; Sundararajan et al. take 20 to 300
 

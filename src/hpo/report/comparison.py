@@ -8,17 +8,7 @@ from itertools import chain
 
 import numpy as np
 
-from hpo.report.statistics import (
-    Floats,
-    Interval,
-    Ints,
-    McNemar,
-    Roc,
-    holm,
-    macro_roc,
-    mcnemar,
-    score_intervals,
-)
+from hpo.report.statistics import Floats, Interval, Ints, McNemar, Roc, holm, macro_roc, mcnemar, score_intervals
 from hpo.report.text import markdown_table
 
 _SIGNIFICANT = 0.05

@@ -273,26 +273,13 @@ def group_matrix(class_names: Sequence[str], groups: Mapping[str, Sequence[str]]
     return np.array([[int(name in members) for members in groups.values()] for name in class_names])
 
 
-def binarise_confusion(
-    confusion: Sequence[Sequence[int]] | Ints, class_names: Sequence[str], groups: Mapping[str, Sequence[str]]
-) -> Ints:
-    """Counts (classes, classes) -> (groups, groups), rows true: each block of classes summed.
-
-    Confusing two classes of one group is then no error. Two groups make a matrix [[TN, FP], [FN, TP]], the second being
-    positive.
-    """
-    member = group_matrix(class_names, groups)
-    blocks: Ints = member.T @ np.asarray(confusion) @ member
-    return blocks
-
-
 def binarise_probabilities(
     probabilities: NDArray[np.floating], class_names: Sequence[str], groups: Mapping[str, Sequence[str]]
 ) -> tuple[Floats, Ints]:
     """Probabilities (n, classes) -> those of the groups (n, groups), sums over members, and the group decided on (n,).
 
-    The decision is the group of the most probable class (of those in a group), which is what binarise_confusion counts;
-    it need not be the group of the highest sum. The ROC curve ranks by the sums.
+    The decision is the group of the most probable class (of those in a group), which need not be that of the highest
+    sum. The ROC curve ranks by the sums.
     """
     member = group_matrix(class_names, groups)
     grouped = np.flatnonzero(member.any(axis=1))

@@ -1,14 +1,118 @@
-"""A run of a study as a short Markdown text: the winner, its scores, failures, cost, next commands."""
+"""A study in short: its varied parameters as axes, stage by stage, and a run as Markdown text."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from hpo.metrics import label_of
 from hpo.records import FINAL, StudyResult, Trial, TrialState
-from hpo.report.parameters import groups
-from hpo.report.text import markdown_table, ranges_of, relative_text, score_text, value_text
+from hpo.report.text import markdown_table, parameter_names, ranges_of, relative_text, value_text
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One varied parameter over the trials of a group.
+
+    values has one for each trial, None if its condition did not hold. options are the values as text in the order of
+    the space, or ascending for ranges. numeric: values are numbers; listed: the space lists them; log: they belong on
+    a logarithmic axis.
+    """
+
+    path: str
+    label: str
+    values: tuple[Any, ...]
+    options: tuple[str, ...]
+    numeric: bool
+    listed: bool
+    log: bool
+
+    @property
+    def used(self) -> NDArray[np.bool_]:
+        """(trials,) True if the trial has a value."""
+        return np.array([value is not None for value in self.values], dtype=bool)
+
+    def numbers(self) -> NDArray[np.float64]:
+        """(trials,) the value if it is a number, else the index of its option; nan without one."""
+        if self.numeric:
+            return np.array([np.nan if value is None else float(value) for value in self.values])
+        return self.places()
+
+    def places(self) -> NDArray[np.float64]:
+        """(trials,) the index of the value's option; nan without one."""
+        index = {option: float(position) for position, option in enumerate(self.options)}
+        return np.array([np.nan if value is None else index[value_text(value)] for value in self.values])
+
+
+@dataclass(frozen=True)
+class Group:
+    """The complete trials of one stage by number, and their parameters; name is "" in a search without stages."""
+
+    name: str
+    trials: tuple[Trial, ...]
+    parameters: tuple[Parameter, ...]
+
+    @property
+    def values(self) -> NDArray[np.float64]:
+        """(trials,) the objective of each."""
+        return np.array([trial.value for trial in self.trials], dtype=np.float64)
+
+    def scores(self, name: str) -> NDArray[np.float64]:
+        """(trials,) another score of each; nan if a trial lacks it."""
+        results = [trial.result.scores if trial.result else {} for trial in self.trials]
+        return np.array([scores.get(name, np.nan) for scores in results], dtype=np.float64)
+
+    def title(self, text: str = "") -> str:
+        """A heading for a panel of this group."""
+        return f"{self.name}: {text}" if self.name and text not in ("", self.name) else self.name or text
+
+
+def groups(study: StudyResult) -> list[Group]:
+    """The stages of the search in order, without final trainings and stages without a complete trial."""
+    search = study.spec.get("search") or {}
+    stages = [(stage["name"], stage.get("space") or {}) for stage in search.get("stages") or ()]
+    steps: list[tuple[str | None, Mapping[str, Any]]] = [*stages] or [(None, search.get("space") or {})]
+    ranges = {path: part for _, space in steps for path, part in space.items()}
+    found = []
+    for name, space in steps:
+        trials = sorted(study.ranked(name), key=lambda trial: trial.number)
+        if trials:
+            found.append(Group(name or "", tuple(trials), _parameters(trials, {**ranges, **space})))
+    return found
+
+
+def stage_of(trial: Trial) -> str:
+    """The stage of a trial of the search; "" without stages and for final trainings."""
+    return "" if trial.candidate.stage in (None, FINAL) else str(trial.candidate.stage)
+
+
+def _parameters(trials: Sequence[Trial], ranges: Mapping[str, Any]) -> tuple[Parameter, ...]:
+    """The parameters that differ between the trials, in the order of the space."""
+    held = {path: None for trial in trials for path in trial.candidate.parameters}
+    order = [*(path for path in ranges if path in held), *(path for path in held if path not in ranges)]
+    columns = {path: tuple(trial.candidate.parameters.get(path) for trial in trials) for path in order}
+    varied = {path: values for path, values in columns.items() if len(set(map(value_text, values))) > 1}
+    labels = parameter_names(list(varied), ranges)
+    return tuple(_parameter(path, labels[path], values, ranges.get(path) or {}) for path, values in varied.items())
+
+
+def _parameter(path: str, label: str, values: tuple[Any, ...], part: Mapping[str, Any]) -> Parameter:
+    present = [value for value in values if value is not None]
+    numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in present)
+    listed = "choice" in part
+    ordered = list(part.get("choice") or ()) or (sorted(present) if numeric else present)
+    texts = dict.fromkeys(map(value_text, ordered))
+    own = set(map(value_text, present))
+    options = [text for text in texts if text in own] + sorted(own - set(texts))
+    doubling = listed and numeric and len(own) > 2 and min(present) > 0 and max(present) >= 8 * min(present)
+    return Parameter(path, label, values, tuple(options), numeric, listed, bool(part.get("log")) or doubling)
+
 
 _FRONT = 12  # rows of the table of trade-offs
 _NUMBER = re.compile(r"\d[\d.,e+-]*")
@@ -67,7 +171,7 @@ def _winner(study: StudyResult, trial: Trial, *, chosen: bool) -> list[str]:
     final = ", trained again after the search" if trial.candidate.stage == FINAL else ""
     heading = "Winner" if chosen else "Best of the search so far"
     better = "higher" if study.direction == "maximize" else "lower"
-    value = f"{score_text(study.objective)} **{trial.value or 0.0:.4f}** ({better} is better)"
+    value = f"{label_of(study.objective)} **{trial.value or 0.0:.4f}** ({better} is better)"
     ranges = ranges_of(study)
     lines = [f"**{heading}: trial {trial.number}**{final}, {value}.", ""]
     lines += markdown_table(
@@ -77,7 +181,7 @@ def _winner(study: StudyResult, trial: Trial, *, chosen: bool) -> list[str]:
     if trial.result is not None:
         scores = trial.result.scores
         rows = [
-            (score_text(name), f"{value:.4f}" + (f" ± {scores[f'{name}_std']:.4f}" if f"{name}_std" in scores else ""))
+            (label_of(name), f"{value:.4f}" + (f" ± {scores[f'{name}_std']:.4f}" if f"{name}_std" in scores else ""))
             for name, value in scores.items()
             if name.startswith("valid_") and not name.endswith("_std")
         ]
@@ -95,7 +199,7 @@ def _stages(study: StudyResult) -> list[str]:
             held = best.candidate.parameters
             chosen = [f"{p.label} = {value_text(held[p.path])}" for p in group.parameters if p.path in held]
             rows.append((group.name, str(len(group.trials)), ", ".join(chosen), f"{best.value:.4f}", str(best.number)))
-    heads = ("stage", "complete trials", "best", score_text(study.objective), "trial")
+    heads = ("stage", "complete trials", "best", label_of(study.objective), "trial")
     return ["## Stages", "", *markdown_table(heads, rows)] if rows else []
 
 
@@ -108,12 +212,7 @@ def _front(study: StudyResult) -> list[str]:
         if trial.result
     ]
     more = [f"And {len(front) - _FRONT} more.", ""] if len(front) > _FRONT else []
-    return [
-        "## Pareto front",
-        "",
-        *markdown_table(("trial", *map(score_text, names)), rows),
-        *more,
-    ]
+    return ["## Pareto front", "", *markdown_table(("trial", *map(label_of, names)), rows), *more]
 
 
 def _cost(study: StudyResult) -> list[str]:

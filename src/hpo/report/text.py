@@ -127,17 +127,12 @@ def value_text(value: Any) -> str:
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else "none" if value is None else str(value)
 
 
-def score_text(score: str) -> str:
-    """A score's name as a label: valid_macro_auc -> validation macro AUC."""
-    return label_of(score)
-
-
 def trial_tooltip(study: StudyResult, trial: Trial) -> str:
     """Number, score, epochs, time and parameters of a trial, as lines of HTML."""
     result, stage = trial.result, trial.candidate.stage
     lines = [f"<b>trial {trial.number}</b> {trial.state.value}" + (f", {escape(stage)}" if stage else "")]
     if result is not None and result.value is not None:
-        lines.append(f"{score_text(study.objective)} {result.value:.4f}")
+        lines.append(f"{label_of(study.objective)} {result.value:.4f}")
     if result is not None and result.epochs:
         best = f", best {result.best_epoch}" if result.best_epoch else ""
         lines.append(f"{counted(len(result.epochs), 'epoch')}{best}, {duration(result.seconds)}")

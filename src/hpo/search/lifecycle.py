@@ -15,13 +15,12 @@ from optuna.trial import FrozenTrial
 from hpo.errors import SpecError, StoreError
 from hpo.home import Home
 from hpo.locks import lock
-from hpo.search.constraints import aims, parse_constraint
-from hpo.search.distributions import distribution, fits
+from hpo.search.results import aims, parse_constraint
 from hpo.search.samplers import SAMPLERS
-from hpo.search.stages import check_stages
+from hpo.search.stages import check_stages, distribution, fits
 from hpo.search.study import Study
-from hpo.spec.content import content_changes, content_of, library_changes, with_digests
 from hpo.spec.load import parse_study
+from hpo.spec.own_code import content_changes, content_of, library_changes, with_digests
 from hpo.spec.space import Choice, Float, Int
 from hpo.spec.study import StudySpec
 from hpo.storage import outbox
@@ -90,7 +89,7 @@ def _enter_study(
     """Write the study's record, new or updated, and return its title, notes on its start, and its spec; see open_study.
 
     The spec is the one given, except that a study keeps the monitor that it began with where the spec sets none.
-    content has the fingerprints of hpo.spec.content and the class names of the data.
+    content has the fingerprints of hpo.spec.own_code and the class names of the data.
     """
     _check_search(spec)
     titles = generations(storage, spec.name)

@@ -189,7 +189,7 @@ def _patient(spec: StudySpec) -> Any:
     return optuna.pruners.PatientPruner(None, patience=spec.search.pruner.patience - 1)
 
 
-# To add one: an entry here, and its name in spec.types.PRUNER_NAMES.
+# To add one: an entry here, and its name in spec.space.PRUNER_NAMES.
 PRUNERS: dict[str, Pruner] = {
     "none": Pruner(_none),
     "median": Pruner(_median),

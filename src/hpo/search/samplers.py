@@ -1,4 +1,4 @@
-"""The samplers of a search: a table of Optuna's samplers, and the one that makes each of them resumable."""
+"""The samplers of a search: a table of Optuna's, the one that makes each resumable, and the stage it is to run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
@@ -14,12 +15,24 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial
 
-from hpo.search.distributions import count_values, decode, distribution, encode, fits
-from hpo.search.stages import Stage
+from hpo.search.stages import (
+    Stage,
+    count_values,
+    decode,
+    distribution,
+    encode,
+    find_origins,
+    fits,
+    make_stage,
+    stage_names,
+)
 from hpo.spec.space import Choice, Float, Int, holds
+from hpo.spec.study import StudySpec
 from hpo.storage.optuna_private import FIXED, OrdinalQmc, at_ordinal
-from hpo.storage.trial_attrs import attrs_of, key_of
-from hpo.storage.trial_index import TrialIndex
+from hpo.storage.optuna_storage import Storage
+from hpo.storage.reader import to_result
+from hpo.storage.trial_attrs import STUDY, attrs_of, key_of
+from hpo.storage.trial_index import TrialCounts, TrialIndex
 
 _REDRAWS = 32
 _MOST_CELLS = 100_000  # a finite space with more is searched like a continuous one
@@ -71,7 +84,7 @@ def _qmc(stage: Stage, seed: int, ordinal: int) -> Any:  # noqa: ARG001
     return OrdinalQmc(seed=stage.spec.seed, ordinal=ordinal, ranges=ranges)
 
 
-# To add one: an entry here, and its name in spec.types.SAMPLER_NAMES.
+# To add one: an entry here, and its name in spec.space.SAMPLER_NAMES.
 SAMPLERS: dict[str, Sampler] = {
     "random": Sampler(_random),
     "grid": Sampler(None),
@@ -210,3 +223,62 @@ class StageSampler(optuna.samplers.BaseSampler):  # type: ignore[misc]
     def _seed_of(self, ordinal: int) -> int:
         digest = hashlib.sha256(f"{self._stage.spec.seed}/sampler/{ordinal}".encode()).digest()
         return int.from_bytes(digest[:4], "big")
+
+
+_STAGE = "hpo.stage."  # + name, a key of the study's attributes: the origins of a stage that has started
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage being run, and its sampler; last: no stage follows."""
+
+    stage: Stage
+    sampler: StageSampler
+    last: bool
+
+    def is_full(self, counts: TrialCounts) -> bool:
+        """Whether there is no new candidate; counts are the stage's."""
+        spent = self.stage.limit is not None and counts.total >= self.stage.limit
+        return spent or self.sampler.exhausted
+
+
+class StageProgress:
+    """The stages of one study in the storage; study_id is Optuna's."""
+
+    def __init__(self, spec: StudySpec, storage: Storage, study_id: int) -> None:
+        self._spec = spec
+        self._storage = storage
+        self._id = study_id
+        self._names = stage_names(spec)
+        self._steps: dict[int, Step] = {}
+        self._rollbacks = storage.rollbacks
+
+    def count(self, index: TrialIndex) -> TrialCounts:
+        """The number of trials of the search that count."""
+        return index.count(self._names)
+
+    def current(self, index: TrialIndex) -> Step | None:
+        """The first stage that is not complete; None after the last. Raises SpecError where one cannot start."""
+        if self._rollbacks != self._storage.rollbacks:
+            self._steps, self._rollbacks = {}, self._storage.rollbacks
+        for position in range(len(self._names)):
+            step = self._step(position)
+            counts = index.count([step.stage.name])
+            if counts.waiting or counts.running or not step.is_full(counts):
+                return step
+        return None
+
+    def _step(self, position: int) -> Step:
+        """A stage, once those before it are complete. Its origins are chosen once and stored."""
+        if position not in self._steps:
+            attributes = self._storage.database.get_study_user_attrs(self._id)
+            key = f"{_STAGE}{self._names[position]}"
+            if position and key not in attributes:
+                study = to_result(attributes[STUDY], self._storage.records(self._id))
+                attributes[key] = {"origins": list(find_origins(self._spec, position, study).items())}
+                self._storage.database.set_study_user_attr(self._id, key, attributes[key])
+            origins = dict(attributes[key]["origins"]) if position else {}
+            stage = make_stage(self._spec, position, origins=origins, warm=attributes[STUDY].get("start", []))
+            sampler = StageSampler(stage, partial(self._storage.index, self._id))
+            self._steps[position] = Step(stage, sampler, last=position == len(self._names) - 1)
+        return self._steps[position]

@@ -16,12 +16,10 @@ from optuna.trial import FrozenTrial, Trial
 from hpo.errors import StoreError
 from hpo.home import Home
 from hpo.records import FINAL, Candidate, FailureKind, StudyResult, TrialResult, TrialState
-from hpo.search.distributions import encode, suggest
-from hpo.search.finish import Finisher, template
 from hpo.search.pruners import build_pruner
-from hpo.search.samplers import StageSampler
-from hpo.search.stage_progress import StageProgress, Step
-from hpo.search.stages import Stage, total_trials
+from hpo.search.results import Finisher, template
+from hpo.search.samplers import StageProgress, StageSampler, Step
+from hpo.search.stages import Stage, encode, suggest, total_trials
 from hpo.spec.study import StudySpec
 from hpo.storage import outbox
 from hpo.storage.liveness import Lease, Liveness, clean_leases
@@ -30,17 +28,7 @@ from hpo.storage.optuna_storage import Storage
 from hpo.storage.reader import to_result
 from hpo.storage.retry import store_errors
 from hpo.storage.stage_view import StageView
-from hpo.storage.trial_attrs import (
-    CLAIM,
-    START,
-    STOP,
-    STUDY,
-    TrialAttrs,
-    attrs_of,
-    key_of,
-    result_of,
-    state_of,
-)
+from hpo.storage.trial_attrs import CLAIM, START, STOP, STUDY, TrialAttrs, attrs_of, key_of, result_of, state_of
 from hpo.storage.trial_index import TrialIndex
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -245,13 +233,13 @@ class Study:
         return result
 
     @_guarded
-    def attended(self) -> set[int]:
+    def trials_of_others(self) -> set[int]:
         """The numbers of trials that another living supervisor is responsible for: it writes them to MLflow itself.
 
         A supervisor on another machine is known to live only while it has running trials: it is responsible for its
         ended trials for ten minutes.
         """
-        return self._liveness.attended(self._trials())
+        return self._liveness.trials_of_others(self._trials())
 
     @property
     def spec(self) -> StudySpec:

@@ -13,11 +13,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from hpo.metrics import METRICS, direction_of, metric_of
-from hpo.spec.effects import effects_of, refusal_of
-from hpo.spec.space import Choice, Float, Int, Space, listed
+from hpo.spec.own_code import is_function
+from hpo.spec.search import effects_of, refusal_of
+from hpo.spec.space import LIMITED, Choice, Float, Int, Space, listed
 from hpo.spec.study import Setup, StudySpec, set_place
-from hpo.spec.trust import is_function
-from hpo.spec.types import LIMITED
 
 MOST_CELLS = 100_000
 """Cells of the largest grid that is searched cell by cell: a list of more takes seconds and hundreds of megabytes."""
@@ -310,10 +309,7 @@ def _aims(spec: StudySpec, _steps: list[_Step]) -> Iterator[Conflict]:
             yield Conflict(keys, f"{aim.score} is listed twice. Leave one out")
         right = direction_of(aim.score)
         if aim.score not in LIMITED and aim.better != right:
-            yield Conflict(
-                keys,
-                f"direction {aim.better} would look for the worst {aim.score}. Write {right}",
-            )
+            yield Conflict(keys, f"direction {aim.better} would look for the worst {aim.score}. Write {right}")
     default = type(spec.search).model_fields["objective"].default
     if names and spec.search.objective not in (*names, default):
         yield Conflict(

@@ -16,8 +16,8 @@ from pydantic import ValidationError
 from hpo.errors import SpecError
 from hpo.spec.agreement import conflicts
 from hpo.spec.models import FAMILIES
+from hpo.spec.own_code import check_file, check_stored
 from hpo.spec.study import StudySpec, means_null, set_place
-from hpo.spec.trust import check_file, check_stored
 
 _SHIPPED = (
     Path(__file__).parents[1] / "_studies",  # in a wheel

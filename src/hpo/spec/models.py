@@ -11,8 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from hpo.spec.space import Part
-from hpo.spec.types import Activation, Positive, Rate, Width
+from hpo.spec.space import Activation, Part, Positive, Rate, Width
 
 Freeze = Literal["all", "none"] | Annotated[int, Field(ge=1, le=1000)]
 

@@ -13,9 +13,8 @@ from pydantic import Field, model_validator
 from hpo.errors import SpecError
 from hpo.spec.models import ModelSpec
 from hpo.spec.search import SearchSpec
-from hpo.spec.space import Choice, Float, Int, Part
+from hpo.spec.space import Choice, Float, Int, Part, Positive, PublishedScore, Seed, Share
 from hpo.spec.training import TrainingSpec
-from hpo.spec.types import Positive, PublishedScore, Seed, Share
 
 Task = Literal["multiclass", "binary", "multilabel"]
 
@@ -259,7 +258,7 @@ class StudySpec(Part):
     def with_values(self, values: Mapping[str, Any], *, fixed: Mapping[str, Any] | None = None) -> Setup:
         """The setup of one candidate: this spec's, with the places of the space filled in and validated again.
 
-        hpo.spec.effects says which places those can be. fixed are further values, which are used as they are.
+        hpo.spec.search says which places those can be. fixed are further values, which are used as they are.
         """
         fixed = fixed or {}
         return _validated(self, {**self.resolved({**values, **fixed}), **fixed}, "candidate")

@@ -6,8 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from hpo.spec.space import Part
-from hpo.spec.types import OptimizerName, Positive, Rate, Score, Seed
+from hpo.spec.space import OptimizerName, Part, Positive, Rate, Score, Seed
 
 
 class OptimizerSpec(Part):

@@ -211,8 +211,8 @@ class Liveness:
 
         return [trial for trial in trials if is_abandoned(trial)]
 
-    def attended(self, trials: Iterable[FrozenTrial]) -> set[int]:
-        """The numbers of the trials that another living supervisor is responsible for, see Study.attended."""
+    def trials_of_others(self, trials: Iterable[FrozenTrial]) -> set[int]:
+        """The numbers of the trials that another living supervisor is responsible for, see Study.trials_of_others."""
         numbers, silent, now = set(), self._silent(), time.time()
         living: dict[str, bool] = {self._lease.name: False, "": False}
         for trial in trials:

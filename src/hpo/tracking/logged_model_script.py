@@ -58,7 +58,7 @@ class ImageClassifier(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
 
 def to_levels(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Values -> uint8: low is 0, high is 255. The formula of hpo.data.ranges.to_levels, as the images were prepared."""
+    """Values -> uint8: low is 0, high is 255. The formula of hpo.data.pixels.to_levels, as the images were prepared."""
     if values.dtype == np.uint8 and (low, high) == (0, 255):
         return values
     if values.dtype.kind in "iu" and (low, high) == (0, 65535):

@@ -12,23 +12,22 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from hpo.data.prepare import TrialData
-from hpo.data.requested_scores import requested
 from hpo.errors import NotFiniteError
 from hpo.metrics import Metric, direction_of, scores
-from hpo.models.inputs import input_of
+from hpo.models import input_of
 from hpo.models.transfer import transfer_of
 from hpo.records import Epoch
+from hpo.spec.own_code import requested
 from hpo.spec.training import TrainingSpec
 from hpo.training.augment import mix_batch
 from hpo.training.batches import Batches, GrowingSubset
 from hpo.training.checkpoint import random_state, set_random_state
-from hpo.training.compute.device import lay_out
-from hpo.training.losses import Loss, balanced_order
-from hpo.training.optimizers import build_optimizer, learning_rate_factor
+from hpo.training.device import lay_out
+from hpo.training.optimizers import Loss, balanced_order, build_optimizer, learning_rate_factor
 from hpo.training.profiler import phase
 
 if TYPE_CHECKING:
-    from hpo.training.compute.cuda_graphs import Graph
+    from hpo.training.device import Graph
 
 
 # A batch that fits into memory with all that its gradient needs fits this many times without.

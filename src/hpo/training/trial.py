@@ -18,23 +18,19 @@ from torch import Tensor, nn
 from hpo.data.cache import cache_folder
 from hpo.data.prepare import TrialData, check_task, open_trial
 from hpo.metrics import confusion_matrix
-from hpo.models import build_model, parameter_count
+from hpo.models import build_model, input_of, parameter_count, save_trained
 from hpo.models.basic import OneLogit
-from hpo.models.export import save_trained
-from hpo.models.inputs import input_of
 from hpo.models.transfer import transfer_of
 from hpo.records import DataCard, Epoch, TrialResult, TrialState, best_of, pack_classes
 from hpo.spec.models import OwnModelSpec
 from hpo.spec.study import Setup, SplitSpec
 from hpo.training.checkpoint import Checkpoint, Saved
-from hpo.training.compute.cuda_graphs import Graph, choose_graph
-from hpo.training.compute.device import faster_precision, layout
+from hpo.training.device import Graph, choose_graph, faster_precision, layout
 from hpo.training.features import cached_views, features_of
 from hpo.training.loop import predict_logits, train
 from hpo.training.profiler import TrainingProfiler
-from hpo.training.stacking.compatibility import convolves
-from hpo.training.stacking.speed import shared_precision, why_slower_stacked
-from hpo.training.stacking.stack import Stacks, alongside, unstackable_reason
+from hpo.training.stack import Stacks, alongside, shared_precision, why_slower_stacked
+from hpo.training.stack_layers import convolves, unstackable_reason
 
 VALIDATION = "validation.npz"  # rows, labels, probabilities of the validation part at the best epoch
 
@@ -103,7 +99,7 @@ def train_trial(
 
     With stacks the trial shares its computation with others where it can. It then yields None before each shared epoch:
     the caller advances all its trials once before it advances those that yielded None again. This is the only place
-    where stacking shows outside of hpo.training.stacking. decided receives the settings of the result as they are
+    where stacking shows outside of hpo.training.stack. decided receives the settings of the result as they are
     known, for a caller that wants them although an error ends the trial.
     """
     return (yield from _Trial(plan, stacks, {} if decided is None else decided).run())

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from hpo.cli.display.live import JsonLines, LiveDisplay, PlainLines, Quiet, Watcher
-from hpo.cli.display.run_summary import NextCommands, Tally
+from hpo.cli.live import JsonLines, LiveDisplay, PlainLines, Quiet, Watcher
+from hpo.cli.run_summary import NextCommands, Tally
 from hpo.events import EpochEnded, Event, Notice, StudyOpened, StudyProfiled, TrialEnded
 from hpo.records import TrialState
 from told_study import STORY, ended, opened, study, trial_events, trial_result, whole_story

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hpo.cli.display.output import parse_duration, plain, show_bytes, show_parameters
+from hpo.cli.output import parse_duration, plain, show_bytes, show_parameters
 from hpo.report.text import duration, short_paths
 
 

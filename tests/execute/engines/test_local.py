@@ -72,7 +72,7 @@ def test_a_killed_worker_is_noticed_at_once_and_replaced(processes, card, tmp_pa
 
 
 def test_workers_import_neither_mlflow_nor_optuna():
-    modules = "hpo.training.compute.preload, hpo.execute.workers.task"
+    modules = "hpo.training.preload, hpo.execute.workers.task"
     code = f"import sys, {modules}; print(*{{'torch', 'mlflow', 'optuna', 'typer'}} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["torch"]
@@ -132,8 +132,8 @@ def test_trainings_that_share_with_none_come_one_after_another(stacked, card, tm
 
 
 def test_trainings_whose_shared_computation_fails_go_on_alone(card, tmp_path, monkeypatch):
-    from hpo.training.stacking.dense import StackedNets
-    from hpo.training.stacking.stack import Stacks
+    from hpo.training.stack import Stacks
+    from hpo.training.stack_nets import StackedNets
 
     whole, tried = StackedNets.forward, []
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from figure_checks import faults
+from hpo.report.figures import save_png
 from hpo.report.figures.classifier import class_accuracy_figure, confusion_figure, roc_figure, training_curves
 from hpo.report.figures.images import confident_mistakes, mistakes_figure, rank_figure, ranks_of_truth
-from hpo.report.figures.style import save_png
 from hpo.report.text import short_names, short_paths, wrapped
 from made_studies import epochs
 

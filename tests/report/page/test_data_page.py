@@ -6,7 +6,7 @@ import pytest
 
 from hpo.records import DataCard
 from hpo.report.figures.images import saliency_figure
-from hpo.report.page.data_page import DataFacts, data_page
+from hpo.report.page import DataFacts, data_page
 
 CARD = DataCard("mine", "", "", "sha256:ab", ("a<b", "c"), (8, 9, 1), 30, 10, 20, False, "mine.npz", citation="Me")
 

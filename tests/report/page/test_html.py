@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from hpo.report.page.html import Html, escape, page, picture, table
+from hpo.report.page import Html, escape, page, picture, table
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

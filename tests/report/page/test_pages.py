@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import page_findings as told
-from hpo.report.page.study_page import study_page
+from hpo.report.study_page import study_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: apt-get install chromium")

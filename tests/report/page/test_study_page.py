@@ -10,10 +10,10 @@ import pytest
 
 import page_findings as told
 from hpo.records import FINAL, TrialState
+from hpo.report.figures import svg_text
 from hpo.report.figures.space import slices
-from hpo.report.figures.style import svg_text
-from hpo.report.page.study_page import Findings, Samples, study_page
 from hpo.report.statistics import confusion_intervals, share_interval
+from hpo.report.study_page import Findings, Samples, study_page
 from hpo.report.text import trial_tooltip
 
 FOUR = {"valid_accuracy": 0.7, "valid_loss": 0.5}

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from hpo.models import build_model
 from hpo.spec.models import CnnSpec, MlpSpec
 from hpo.spec.training import AugmentSpec, OptimizerSpec, TrainingSpec
-from hpo.training.compute.cuda_graphs import agree, capture_cuda, choose_graph
+from hpo.training.device import agree, capture_cuda, choose_graph
 from hpo.training.loop import train
 
 SPEC = TrainingSpec(epochs=30, batch_size=32, optimizer=OptimizerSpec(lr=3e-3))

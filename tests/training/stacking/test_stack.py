@@ -12,10 +12,9 @@ from hpo.spec.models import MlpSpec, ResnetSpec
 from hpo.spec.training import AugmentSpec, OptimizerSpec, ScheduleSpec
 from hpo.training.loop import train
 from hpo.training.optimizers import OPTIMIZERS
-from hpo.training.stacking.compatibility import BrokenStackError, UnstackableError
-from hpo.training.stacking.dense import StackedNets
-from hpo.training.stacking.speed import step_seconds
-from hpo.training.stacking.stack import Stack, Stacks, alongside, key_of
+from hpo.training.stack import Stack, Stacks, alongside, step_seconds
+from hpo.training.stack_layers import BrokenStackError, UnstackableError, key_of
+from hpo.training.stack_nets import StackedNets
 from side_by_side import agree, alone, stacked, training
 
 

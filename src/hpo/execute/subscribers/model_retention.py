@@ -62,13 +62,13 @@ class ModelRetention(Subscriber):
         """Follow the trials; at the end of the search, export every model that is to be kept."""
         match event:
             case StudyOpened(study):
-                self.resume(study, self._queue.submit(self._tracker.kept_models, study), leave=event.attended)
+                self.resume(study, self._queue.submit(self._tracker.kept_models, study), leave=event.trials_of_others)
             case TrialStarted(candidate) if candidate.stage == FINAL:
                 self._running_finals.add(candidate.number)
             case TrialEnded(result):
                 self.add(result, final=result.number in self._running_finals)
-            case SearchEnded(study, reason, attended):
-                self.resume(study, self._queue.submit(self._tracker.kept_models, study), leave=attended)
+            case SearchEnded(study, reason, trials_of_others):
+                self.resume(study, self._queue.submit(self._tracker.kept_models, study), leave=trials_of_others)
                 self._queue.wait(timeout=store_timeout(reason), notify=lambda text: self._emit(Notice(text)))
                 self.collect(wait=True)
             case _:

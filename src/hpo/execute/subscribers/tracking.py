@@ -72,18 +72,18 @@ class Tracking(Subscriber):
                 self._study = study
                 submit(tracker.open_study, study, self._spec, event.data, event.split)
                 if not self._joined:
-                    submit(tracker.reconcile, study, self._spec, leave=event.attended)
+                    submit(tracker.reconcile, study, self._spec, leave=event.trials_of_others)
             case TrialStarted(candidate, worker, setup, started):
                 submit(tracker.start_trial, candidate, setup, worker=worker, started=started)
             case TrialEnded(result):
                 submit(tracker.log_epochs, result.number, result.epochs, ended=result.ended)
                 submit(tracker.end_trial, result)
-            case TrialsReaped(study, attended):
-                submit(tracker.reconcile, study, self._spec, leave=attended)
-            case SearchEnded(study, _, attended, True):
+            case TrialsReaped(study, trials_of_others):
+                submit(tracker.reconcile, study, self._spec, leave=trials_of_others)
+            case SearchEnded(study, _, trials_of_others, True):
                 self._drawing = self._jobs.submit(draw_study, study, self._figures) if self._jobs else None
                 # Other runs of the study may have ended without writing everything since this one began.
-                submit(tracker.reconcile, study, self._spec, leave=attended)
+                submit(tracker.reconcile, study, self._spec, leave=trials_of_others)
             case StudyProfiled() if self._study is not None:
                 submit(tracker.log_profile, self._study, event)
             case WinnerChosen():

@@ -137,9 +137,9 @@ def prepare(spec: StudySpec, device: str) -> Prepared:
     """Fetch and check the data of a study and the scores that it asks for, and resolve devices. Raises HpoError."""
     from hpo.data.prepare import check_task
     from hpo.data.prepare import prepare as prepare_data
-    from hpo.data.requested_scores import requested
     from hpo.data.split import split_card
-    from hpo.training.compute.device import resolve_devices
+    from hpo.spec.own_code import requested
+    from hpo.training.device import resolve_devices
 
     devices = resolve_devices(device)
     card = prepare_data(spec.data, spec.split, progress=_notify)
@@ -165,7 +165,7 @@ def draw_study(study: StudyResult, folder: Path) -> list[Path]:
     """
     from hpo.report.figures import space as space_figures
     from hpo.report.figures import study as study_figures
-    from hpo.search.importance import importances
+    from hpo.search.results import importances
 
     shutil.rmtree(folder, ignore_errors=True)
     if study.best is None:
@@ -196,9 +196,9 @@ def finish_trial(result: TrialResult, data: DataCard, *, figures: bool) -> Path:
 
     That is the exported program, tables next to it and, where asked for, pictures in `figures`.
     """
-    from hpo.models.export import export_program
+    from hpo.models import export_program
     from hpo.report.statistics import classification_report
-    from hpo.training.compute.device import use_threads
+    from hpo.training.device import use_threads
 
     use_threads(1)
     folder = Path(result.folder)
@@ -249,7 +249,7 @@ def draw_trial(result: TrialResult, data: DataCard, folder: Path) -> list[Path]:
 
 def _draw(figures: Mapping[str, Drawing], folder: Path, owner: str) -> list[Path]:
     """Write each figure that is not None to folder. An error costs one figure, never a model or the end of a study."""
-    from hpo.report.figures.style import save_png
+    from hpo.report.figures import save_png
 
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []

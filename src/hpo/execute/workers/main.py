@@ -29,8 +29,8 @@ def serve(
     if os.name == "posix":
         # Writes where Python was when native code crashed.
         faulthandler.enable(crashes.fileno(), all_threads=False)
-    from hpo.training.compute.device import use_threads
-    from hpo.training.stacking.stack import Stacks
+    from hpo.training.device import use_threads
+    from hpo.training.stack import Stacks
 
     use_threads(threads)
     stacks = Stacks(stack) if stack > 1 else None

@@ -78,8 +78,8 @@ class RayWorker:
                 except OSError:  # another worker of this node was faster
                     shutil.rmtree(making)
         # Imports torch, so after the checks; the first candidate would wait for it.
-        import hpo.training.compute.preload  # noqa: F401
-        from hpo.training.compute.device import resolve_devices, use_threads
+        import hpo.training.preload  # noqa: F401
+        from hpo.training.device import resolve_devices, use_threads
 
         resolve_devices(self._device)
         use_threads(self._threads)

@@ -17,7 +17,7 @@ from hpo.spec.models import OwnModelSpec
 from hpo.spec.study import Setup
 
 if TYPE_CHECKING:
-    from hpo.training.stacking.stack import Stacks
+    from hpo.training.stack import Stacks
 
 # Each epoch is answered with a verdict: continue (True) or end as pruned (False). Trainings that share a computation
 # yield None first: all of them are asked once before the first of them trains.
@@ -63,8 +63,8 @@ def train_task(task: Task, device_name: str, stacks: Stacks | None = None) -> Tr
     batch; its epochs are yielded again then. After that the candidate is infeasible: pruned, so that samplers learn.
     """
     # Imported here: the supervisor knows tasks and engines without waiting for torch.
-    from hpo.training.compute.device import free_memory, halved
-    from hpo.training.stacking.compatibility import BrokenStackError
+    from hpo.training.device import free_memory, halved
+    from hpo.training.stack_layers import BrokenStackError
 
     started, requested, not_stacked = time.perf_counter(), task.setup, ""
     try:
@@ -95,7 +95,7 @@ def _attempt(
     task: Task, device_name: str, stacks: Stacks | None, *, not_stacked: str = ""
 ) -> Generator[EpochEnded | None, bool, TrialResult]:
     """Train once; the result has its epochs. Raises BrokenStackError."""
-    from hpo.training.stacking.compatibility import BrokenStackError
+    from hpo.training.stack_layers import BrokenStackError
     from hpo.training.trial import TrialPlan, train_trial
 
     epochs: list[Epoch] = []
@@ -153,7 +153,7 @@ def _failed(task: Task, error: Exception, epochs: Sequence[Epoch], settings: Map
 
 def _kind(error: Exception, *, own: bool) -> FailureKind:
     """The kind of a failure; own: the network is the user's."""
-    from hpo.training.compute.device import is_out_of_memory
+    from hpo.training.device import is_out_of_memory
 
     if is_out_of_memory(error):
         return FailureKind.OUT_OF_MEMORY

@@ -21,7 +21,7 @@ from hpo.records import FINAL, ModelVersion, Trial, TrialResult, unpack_classes
 from hpo.report.statistics import Ints, mean_lead
 
 if TYPE_CHECKING:
-    from hpo.data.evaluation_sets import Part
+    from hpo.data.overview import Part
     from hpo.predict import Classifier
 
 # How far probabilities may lie from the trial's, and which share of the images may be answered differently. A logged
@@ -111,7 +111,7 @@ def _by_objective(new: ModelReference, champion: ModelVersion, old: ModelReferen
 
 def _unseen(new: ModelReference, old: ModelReference) -> tuple[Part | None, str]:
     """The challenger's validation images that the champion was not trained on, and a remark; None with the reason."""
-    from hpo.data.evaluation_sets import Part, rows_unseen, validation_part
+    from hpo.data.overview import Part, rows_unseen, validation_part
 
     here, there = new.setup.split, old.setup.split
     if here.kind in ("none", "kfold"):
@@ -137,7 +137,7 @@ def _predicted_classes(home: Home, entrant: ModelReference, part: Part, class_na
 
     Recorded predictions where the candidate was validated on all of these images; else those of the kept model.
     """
-    from hpo.data.evaluation_sets import shared_rows, validation_part
+    from hpo.data.overview import shared_rows, validation_part
 
     indices = np.array([class_names.index(name) for name in entrant.card.class_names])
     split = entrant.setup.split
@@ -227,7 +227,7 @@ def _shown(names: tuple[str, ...]) -> str:
 
 def limits(home: Home, new: ModelReference, model: Classifier) -> Iterator[Verdict]:
     """The gates that the study declares: the constraints of its search, and `promote`."""
-    from hpo.search.constraints import parse_constraint, violations
+    from hpo.search.results import parse_constraint, violations
     from hpo.tracking.registry import fetch
 
     scores = new.trial.result.scores if new.trial.result is not None else {}

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpo.metrics import direction_of
+from hpo.metrics import direction_of, label_of
 from hpo.records import Epoch
-from hpo.report.figures.style import (
+from hpo.report.figures import (
     BLACK,
     BLUE,
     GREY,
@@ -24,7 +24,7 @@ from hpo.report.figures.style import (
     tidy,
 )
 from hpo.report.statistics import Roc, roc, roc_per_class
-from hpo.report.text import score_text, short_names
+from hpo.report.text import short_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,7 +65,7 @@ def training_curves(epochs: Sequence[Epoch], *, best_epoch: int = 0, title: str 
                     label=(
                         ("train" if score.startswith("train") else "validation")
                         if scores is not further
-                        else score_text(score[6:])
+                        else label_of(score[6:])
                     )
                     if fold == folds[0]
                     else None,
@@ -121,11 +121,7 @@ def confusion_figure(confusion: Sequence[Sequence[int]], class_names: Sequence[s
 
 
 def roc_figure(
-    labels: NDArray[np.integer],
-    probabilities: NDArray[np.floating],
-    class_names: Sequence[str],
-    *,
-    title: str = "",
+    labels: NDArray[np.integer], probabilities: NDArray[np.floating], class_names: Sequence[str], *, title: str = ""
 ) -> Figure:
     """labels (n,), probabilities (n, classes) -> each class against the others, smallest area first.
 

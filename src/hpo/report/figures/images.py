@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpo.report.figures.style import BLACK, BLUE, GREY, PALE, RED, placed_figure, tidy
+from hpo.report.figures import BLACK, BLUE, GREY, PALE, RED, placed_figure, tidy
 from hpo.report.text import short_name, short_names, wrapped
 
 if TYPE_CHECKING:
@@ -93,11 +93,7 @@ def rank_figure(labels: NDArray[np.integer], probabilities: NDArray[np.floating]
 
 
 def mistakes_figure(
-    mistakes: Sequence[Mistake],
-    images: Mapping[int, NDArray[np.uint8]],
-    class_names: Sequence[str],
-    *,
-    title: str = "",
+    mistakes: Sequence[Mistake], images: Mapping[int, NDArray[np.uint8]], class_names: Sequence[str], *, title: str = ""
 ) -> Figure | None:
     """Each mistake, an example of the predicted and of the true class, and the probabilities.
 

@@ -10,21 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpo.metrics import direction_of
+from hpo.metrics import direction_of, label_of
 from hpo.records import StudyResult, Trial
-from hpo.report.figures.style import (
-    BLACK,
-    BLUE,
-    GREY,
-    RED,
-    log_axes,
-    mark_trials,
-    new_figure,
-    panels_of,
-    tidy,
-)
-from hpo.report.parameters import Group, Parameter, groups
-from hpo.report.text import score_text, short_name, value_text
+from hpo.report.figures import BLACK, BLUE, GREY, RED, log_axes, mark_trials, new_figure, panels_of, tidy
+from hpo.report.summary import Group, Parameter, groups
+from hpo.report.text import short_name, value_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,7 +39,7 @@ def slices(study: StudyResult, *, columns: int = 3) -> Figure | None:
         numbers = [trial.number for trial in group.trials]
         points = panel.scatter(x, group.values, c=numbers, cmap="viridis", vmin=0, vmax=last, s=18, linewidth=0)
         mark_trials(points, numbers)
-        tidy(panel, y="" if index % columns else score_text(study.objective), title=group.title(parameter.label))
+        tidy(panel, y="" if index % columns else label_of(study.objective), title=group.title(parameter.label))
         _ticks(panel, parameter)
     figure.colorbar(points, ax=panels, label="trial", shrink=0.8, pad=0.01)
     return figure
@@ -70,7 +60,7 @@ def effects(study: StudyResult, *, score: str = "", columns: int = 3) -> Figure 
     figure = new_figure(min(columns, len(shown)) * 3.8 + 0.3, 2.9 * -(-len(shown) // columns) + 0.3)
     panels = panels_of(figure, len(shown), columns=columns)
     for index, (panel, (group, parameter), rows) in enumerate(zip(panels, shown, found, strict=True)):
-        tidy(panel, y="" if index % columns else score_text(name), title=group.title(parameter.label))
+        tidy(panel, y="" if index % columns else label_of(name), title=group.title(parameter.label))
         if not rows:
             continue
         means = np.array([row.mean for row in rows])
@@ -135,7 +125,7 @@ def heat_map(study: StudyResult) -> Figure | None:
         panel.set_title(group.name, fontsize=10)
         panel.spines[:].set_visible(False)
         panel.tick_params(length=0)
-    figure.colorbar(image, ax=panels, label=score_text(study.objective), pad=0.02)
+    figure.colorbar(image, ax=panels, label=label_of(study.objective), pad=0.02)
     return figure
 
 
@@ -192,7 +182,7 @@ def parallel_coordinates(study: StudyResult) -> Figure | None:
         _axis(panel, x, marks)
     if unused.any():
         panel.text(-0.08, -0.12, "not used", fontsize=7, ha="right", va="center", color=GREY)
-    names = [*[parameter.label for parameter in parameters], score_text(study.objective)]
+    names = [*[parameter.label for parameter in parameters], label_of(study.objective)]
     panel.set_xticks(across, [_two_lines(name) for name in names], fontsize=8)
     panel.set_yticks([])
     panel.spines[:].set_visible(False)
@@ -352,7 +342,7 @@ def _contour(study: StudyResult, group: Group, first: Parameter, second: Paramet
     panel.use_sticky_edges = False
     panel.margins(0.04)
     log_axes(panel, "x" * first.log + "y" * second.log)
-    figure.colorbar(filled, ax=panel, label=score_text(study.objective)).ax.tick_params(labelsize=8)
+    figure.colorbar(filled, ax=panel, label=label_of(study.objective)).ax.tick_params(labelsize=8)
     return figure
 
 

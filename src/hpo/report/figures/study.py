@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hpo.metrics import label_of
 from hpo.records import FINAL, Epoch, StudyResult, Trial, TrialState
-from hpo.report.figures.style import (
+from hpo.report.figures import (
     BLACK,
     BLUE,
     GREEN,
@@ -26,8 +27,8 @@ from hpo.report.figures.style import (
     panels_of,
     tidy,
 )
-from hpo.report.parameters import groups, stage_of
-from hpo.report.text import score_text, short_name, short_paths, value_text
+from hpo.report.summary import groups, stage_of
+from hpo.report.text import short_name, short_paths, value_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,7 +66,7 @@ def optimisation_history(study: StudyResult) -> Figure | None:
             numbers = [trial.number for trial in complete]
             # The line continues to the last trial, since none was better.
             panel.step([*numbers, searched[-1].number], [*best, best[-1]], where="post", color=RED, label="best so far")
-        tidy(panel, x="trial", y=score_text(score), whole="x")
+        tidy(panel, x="trial", y=label_of(score), whole="x")
         panel.margins(y=0.12)
         panel.set_xlim(-0.7, max(searched[-1].number, 3) + 0.7)
         _mark_stages(panel, searched)
@@ -97,7 +98,7 @@ def learning_curves(study: StudyResult) -> Figure | None:
             style = {"linewidth": 1.4, "zorder": 3 - index / _NAMED, **line_style(index)}
             (line,) = panel.plot(*_curve(trial, score), label=text, **style)
             mark_trials(line, [trial.number])
-        tidy(panel, x="epoch", y=score_text(score), title=group.name, whole="x")
+        tidy(panel, x="epoch", y=label_of(score), title=group.name, whole="x")
         legend(panel, title="trial, best first", title_fontsize=8, alignment="left", fontsize=7)
     return figure
 
@@ -194,7 +195,7 @@ def pareto_front(study: StudyResult) -> Figure | None:
             panel.plot(x, y, color=RED, linewidth=1, drawstyle=stairs)
         mark_trials(panel.scatter(x, y, color=RED, s=25, zorder=3, label="front (trial)"), [t.number for t in ordered])
         (first, _), (second, _) = study.objectives[across], study.objectives[up]
-        tidy(panel, x=score_text(first), y=score_text(second))
+        tidy(panel, x=label_of(first), y=label_of(second))
         panel.margins(0.08)
         for name, score, values in (("x", first, x), ("y", second, y)):
             if score == "parameters" and max(values) > 10 * min(values):

@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hpo.cli.display.output import show_parameters, show_score
+from hpo.cli.output import show_parameters, show_score
 from hpo.events import EpochEnded, Event, StudyEnded, StudyOpened, StudyProfiled, TrialEnded, TrialStarted
 from hpo.records import FINAL, EndReason, TrialResult, TrialState
 from hpo.report.summary import failure_lines

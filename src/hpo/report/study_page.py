@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from hpo.records import FINAL, DataCard, ModelVersion, SplitCard, StudyResult, Trial
+from hpo.report import sections
 from hpo.report.figures.images import Mistake
-from hpo.report.page import sections
-from hpo.report.page.html import Html, escape, page, picture
+from hpo.report.page import Html, escape, page, picture
 from hpo.report.text import trial_tooltip
 from hpo.spec.study import StudySpec
 
@@ -269,7 +269,7 @@ def _mistakes(findings: Findings) -> Iterator[str]:
 
 def _figure(figure: Figure, label: str, caption: str, *, photo: bool = False, colours: bool = False) -> str:
     """A figure inside the page: as SVG, which is sharp at any size, or with photographs as PNG at twice the size."""
-    from hpo.report.figures.style import svg_text
+    from hpo.report.figures import svg_text
 
     wide = f"--wide:{round(figure.get_figwidth() * 96)}px"
     if photo:

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hpo.models.basic import OneLogit
-from hpo.training.stacking.compatibility import Segment, parts_of
-from hpo.training.stacking.layers import Activations, Maps, Norm, drop
+from hpo.training.stack_layers import Activations, Maps, Norm, Segment, drop, parts_of
 
 
 class _Dense(torch.autograd.Function):
@@ -167,3 +166,18 @@ class StackedNets(nn.Module):
                 yield layer.bias[row, :high], part.dense.bias
                 if part.norm is not None:
                     yield from layer.norm.pairs(row, part.norm)
+
+
+def cross_entropies(logits: Tensor, labels: Tensor, smoothing: Tensor | None, weights: Tensor | None) -> Tensor:
+    """functional.cross_entropy of each network: logits (networks, n, classes), labels (networks, n) -> (networks,).
+
+    smoothing is (networks,), None where there is none; weights are those of the classes.
+    """
+    whole = labels.shape[1] if weights is None else weights[labels].sum(1)
+    hard = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), weight=weights, reduction="none")
+    losses = hard.view(labels.shape).sum(1) / whole
+    if smoothing is None:
+        return losses
+    logs = functional.log_softmax(logits, dim=2)
+    soft = -(logs if weights is None else logs * weights).sum((1, 2)) / (logits.shape[2] * whole)
+    return (1 - smoothing) * losses + smoothing * soft

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from hpo.metrics import METRICS, direction_of, metric_of, name_of
+from hpo.metrics import METRICS, direction_of, label_of, metric_of, name_of
 from hpo.records import FINAL, DataCard, Trial, TrialState
 from hpo.report import text
-from hpo.report.page.data_page import channel_table, origin_rows
-from hpo.report.page.html import Html, escape, picture, table
+from hpo.report.page import Html, channel_table, escape, origin_rows, picture, table
 from hpo.report.statistics import Interval, confusion_intervals, share_interval
-from hpo.report.text import score_text, value_text
+from hpo.report.text import value_text
 from hpo.spec.study import Reference
 
 if TYPE_CHECKING:
-    from hpo.report.page.study_page import Findings, Opening, Samples
+    from hpo.report.study_page import Findings, Opening, Samples
 
 _RESAMPLES = 2000
 _MOST_CLASSES = 60  # sample strips shown
@@ -54,7 +53,7 @@ def result(findings: Findings) -> str:
     scores = sorted(dict.fromkeys([*always, *further]), key=lambda name: direction_of(f"valid_{name}"))
     rows = [
         (
-            score_text(score),
+            label_of(score),
             _score(shown.result.scores.get(f"valid_{score}")),
             _ends(intervals.get(score)),
             *((_score(opened.scores.get(f"test_{score}")), _ends(measured.get(score))) if opened else ()),
@@ -149,7 +148,7 @@ def _reference(findings: Findings, reference: Reference, intervals: Mapping[str,
         lacking = "none yet"
     return (
         reference.label,
-        score_text(reference.score),
+        label_of(reference.score),
         f"{reference.value:.4f}",
         lacking if own is None else f"{own:.4f}",
         _ends(intervals.get(reference.score)) if own is not None else "",

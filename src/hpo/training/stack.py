@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import deque
 from collections.abc import Generator
@@ -10,23 +11,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel
 
 from hpo.data.prepare import TrialData
 from hpo.errors import NotFiniteError
 from hpo.metrics import scores
-from hpo.models.inputs import input_of
+from hpo.models import input_of
 from hpo.records import Epoch
 from hpo.spec.training import TrainingSpec
 from hpo.training.augment import mix_batch
 from hpo.training.batches import Batches
 from hpo.training.checkpoint import random_state, set_random_state
-from hpo.training.loop import EarlyStopping, evaluation_batch, moving_average, requested_of
-from hpo.training.losses import class_weights
-from hpo.training.optimizers import OPTIMIZERS, learning_rate_factor
-from hpo.training.stacking.compatibility import BrokenStackError, UnstackableError, shape_of, sort_key
-from hpo.training.stacking.dense import StackedNets
+from hpo.training.device import device_clock, has_bfloat16
+from hpo.training.loop import EarlyStopping, evaluation_batch, moving_average, requested_of, train
+from hpo.training.optimizers import OPTIMIZERS, class_weights, learning_rate_factor
+from hpo.training.stack_layers import BrokenStackError, key_of, sort_key
+from hpo.training.stack_nets import StackedNets, cross_entropies
+
+_STEPS = 4
+_SOME = 4  # networks in a measured stack, which represents larger ones
+FULL = 0.003  # seconds; a CPU step that takes longer is all arithmetic, and a stack does not make it faster
 
 
 @dataclass
@@ -54,35 +58,6 @@ class Member:
         """The network that is evaluated and kept."""
         kept: nn.Module = self.net if self.averaged is None else self.averaged.module
         return kept
-
-
-def key_of(net: nn.Module, data: TrialData, spec: TrainingSpec, precision: str) -> tuple[Any, ...]:
-    """Trainings with the same key can share a stack. Raises UnstackableError, with the reason.
-
-    Networks of less than half the width of the widest would mostly compute padding, and are put into another stack.
-    """
-    for reason, applies in (
-        ("its batches are computed in pieces", spec.micro_batch is not None),
-        ("its layers learn at rates of their own", spec.optimizer.layer_decay != 1),
-        ("it saves checkpoints", spec.checkpoint is not None),
-        ("its epochs grow", spec.data_growth < 1),
-        ("its loss is not cross-entropy", spec.loss != "cross_entropy"),
-        ("its images are drawn by class", spec.sampling != "shuffled"),
-        ("its images have several labels", data.labels.ndim == 2),
-    ):
-        if applies:
-            raise UnstackableError(reason)
-    place = (id(data.images), id(data.train), id(data.valid), data.mean, data.std)
-    return (*shape_of(net), place, str(data.images.device), spec.batch_size, spec.class_weights, precision)
-
-
-def unstackable_reason(net: nn.Module, data: TrialData, spec: TrainingSpec) -> str:
-    """The reason why a training can share its computation with no other; "" if it can."""
-    try:
-        key_of(net, data, spec, "")
-    except UnstackableError as reason:
-        return str(reason)
-    return ""
 
 
 class Stacks:
@@ -345,21 +320,6 @@ def _judge(member: Member, total: tuple[float, float], logits: Tensor) -> Epoch 
     return Epoch(number=member.epoch, scores=measured, learning_rate=member.group["lr"], seconds=0.0, last=last)
 
 
-def cross_entropies(logits: Tensor, labels: Tensor, smoothing: Tensor | None, weights: Tensor | None) -> Tensor:
-    """functional.cross_entropy of each network: logits (networks, n, classes), labels (networks, n) -> (networks,).
-
-    smoothing is (networks,), None where there is none; weights are those of the classes.
-    """
-    whole = labels.shape[1] if weights is None else weights[labels].sum(1)
-    hard = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), weight=weights, reduction="none")
-    losses = hard.view(labels.shape).sum(1) / whole
-    if smoothing is None:
-        return losses
-    logs = functional.log_softmax(logits, dim=2)
-    soft = -(logs if weights is None else logs * weights).sum((1, 2)) / (logits.shape[2] * whole)
-    return (1 - smoothing) * losses + smoothing * soft
-
-
 def _carry_over(member: Member, optimizer: torch.optim.Optimizer, weights: list[nn.Parameter]) -> None:
     """Give a member's new optimizer the moments of its last one; the padding, of 0s, may be another now."""
     if member.optimizer is None:
@@ -372,3 +332,53 @@ def _carry_over(member: Member, optimizer: torch.optim.Optimizer, weights: list[
                 moved[region] = value[region]
                 value = moved
             optimizer.state[new][name] = value
+
+
+def step_seconds(net: nn.Module, data: TrialData, spec: TrainingSpec, *, together: int, precision: str) -> float:
+    """Seconds of a training step for each of `together` such networks; 1 is alone. The network is unchanged.
+
+    On a CPU they are CPU seconds of this thread, so other processes do not count.
+    """
+    rows = data.train[: _STEPS * spec.batch_size]
+    few = replace(data, train=rows, valid=data.valid[:0])
+    brief = spec.model_copy(update={"epochs": 2, "patience": None, "precision": precision})
+    nets = [copy.deepcopy(net) for _ in range(together)]
+    clock = device_clock(few.images.device)
+    with torch.random.fork_rng(devices=[few.images.device] if few.images.device.type == "cuda" else []):
+        if together == 1:
+            fits: list[Generator[Epoch | None, None, None]] = [train(nets[0], few, brief, seed=0, precision=precision)]
+        else:
+            stack = Stack(precision=precision)
+            fits = [stack.join(each, few, brief, seed=0) for each in nets]
+        for _ in range(brief.epochs):  # the first warms up
+            started = clock()
+            for waits in [fit for fit in fits if next(fit) is None]:
+                next(waits)
+            seconds = clock() - started
+        for fit in fits:
+            fit.close()
+    return seconds / together / -(-len(rows) // spec.batch_size)
+
+
+def shared_precision(net: nn.Module, data: TrialData, spec: TrainingSpec) -> str:
+    """float32 or bfloat16, whichever trains a stack of networks like this one faster."""
+    if not has_bfloat16(data.images.device):
+        return "float32"
+    seconds = shared_seconds(net, data, spec, together=_SOME)
+    return min(seconds, key=seconds.__getitem__)
+
+
+def why_slower_stacked(net: nn.Module, data: TrialData, spec: TrainingSpec) -> str:
+    """The reason why a network like this one trains faster alone on its device; "" if it does not."""
+    alone = min(shared_seconds(net, data, spec, together=1).values())
+    if data.images.device.type == "cpu" and alone > FULL:
+        return f"a step takes {1000 * alone:.1f} ms, all of it computing"
+    gain = alone / min(shared_seconds(net, data, spec, together=_SOME).values())
+    return "" if gain > 1 else f"side by side it is {gain:.2f} times as fast as alone here"
+
+
+def shared_seconds(net: nn.Module, data: TrialData, spec: TrainingSpec, *, together: int) -> dict[str, float]:
+    """Seconds of a step in a stack of `together` (1: alone), by precision that the spec and the device allow."""
+    half = spec.precision == "bfloat16" or (spec.precision == "auto" and has_bfloat16(data.images.device))
+    precisions = ["float32"] * (spec.precision != "bfloat16") + ["bfloat16"] * half
+    return {each: step_seconds(net, data, spec, together=together, precision=each) for each in precisions}

@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hpo.cli.display.output import (
+from hpo.cli.output import (
     INTERRUPTED,
     is_live_terminal,
     make_console,
@@ -24,7 +24,7 @@ from hpo.cli.display.output import (
     show_parameters,
     show_score,
 )
-from hpo.cli.display.run_summary import NextCommands, RunningTrial, Tally, closing, next_steps, opening, profile_report
+from hpo.cli.run_summary import NextCommands, RunningTrial, Tally, closing, next_steps, opening, profile_report
 from hpo.events import Event, Notice, StudyEnded, StudyOpened, StudyProfiled, TrialEnded, TrialStarted
 from hpo.records import FINAL, TrialResult, TrialState
 from hpo.report.text import duration
@@ -85,7 +85,7 @@ class JsonLines(Watcher):
             case TrialEnded(result):
                 body["result"] = _fields(result, "epochs", "folder")
             case StudyOpened(study):
-                body = {**_fields(event, "attended"), "study": _fields(study, "trials")}
+                body = {**_fields(event, "trials_of_others"), "study": _fields(study, "trials")}
             case TrialStarted():
                 body = _fields(event, "setup", "started")
             case StudyEnded(study):

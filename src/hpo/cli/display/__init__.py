@@ -1,1 +1,0 @@
-"""What the terminal shows: live display, tables, summaries."""

@@ -1,1 +1,0 @@
-"""The page of a study: everything that is known of it, in one HTML file that needs no network."""

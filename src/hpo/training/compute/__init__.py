@@ -1,1 +1,0 @@
-"""The computation of a training: device, precision, memory, CUDA graphs."""

@@ -1,1 +1,0 @@
-"""Several trainings as one computation."""
