@@ -12,6 +12,13 @@ import pytest
 from postgres import Server, binaries, server
 from shared import shared
 
+# The files that take longest, in order: begun first, so that no worker is left with one at the end.
+LONGEST = ("test_main_job.py", "test_promote.py", "test_report.py", "test_rerun.py", "test_compare.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(name) if (name := item.path.name) in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Server]:
