@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
+import zipfile
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hpo.home import Home
@@ -21,6 +25,7 @@ WRONGS = (
     "epochs missing or doubled",
     "models or versions too many or too few",
     "files left over",
+    "files outside touched",
     "runs that ended badly",
 )
 
@@ -54,6 +59,53 @@ class Findings:
 
 def finished(study: StudyResult) -> dict[int, tuple[str, Any]]:
     return {trial.number: (trial.state.value, trial.value) for trial in study.trials if trial.state.finished}
+
+
+def _load_all(home: Home) -> int:
+    """Load every registered version, and the model of every alias, with MLflow alone; how many there are."""
+    import mlflow
+    import numpy as np
+
+    mlflow.set_tracking_uri(home.tracking_uri)
+    client = mlflow.MlflowClient()
+    named = [f"models:/{one.name}/{one.version}" for one in client.search_model_versions()]
+    named += [f"models:/{one.name}@{alias}" for one in client.search_registered_models() for alias in one.aliases]
+    for uri in named:
+        mlflow.pyfunc.load_model(uri).predict(np.zeros((1, 8, 8, 1), np.uint8))
+    return len(named)
+
+
+def judge(folder: Path, phase: str, seen: Seen, budget: int) -> Findings:
+    """Look at a home with the study `short` after its last life: plain sqlite3, Optuna and MLflow, then check."""
+    import optuna
+
+    from hpo.storage.optuna_storage import read_study
+
+    home, findings = Home.at(folder), Findings()
+    for name in ("optuna.db", "mlflow.db"):
+        with contextlib.closing(sqlite3.connect(home.root / name)) as database:
+            answer = database.execute("PRAGMA integrity_check").fetchone()[0]
+        if answer != "ok":
+            findings.add("runs that ended badly", f"{folder}: {name}: {answer}")
+    states = Counter(one.state.name for one in optuna.load_study(study_name="short", storage=home.storage_url).trials)
+    if states["RUNNING"] or states["WAITING"] or states["COMPLETE"] + states["PRUNED"] + states["FAIL"] < budget:
+        findings.add("runs left RUNNING", f"{folder}: plain Optuna: {dict(states)}")
+    try:
+        if not _load_all(home):
+            findings.add("models or versions too many or too few", f"{folder}: no version")
+        check(home, read_study(home, "short"), seen, findings, budget=budget)
+        if phase == "promote":
+            from hpo.tracking.registry import champions, resolve
+
+            version = resolve(home, "short@champion")
+            if "test_accuracy" not in version.scores or champions(home, "short")[-1].version != version.version:
+                findings.add("models or versions too many or too few", f"{folder}: champion {version}")
+        if phase == "export":
+            with zipfile.ZipFile(folder / "new.zip") as archive:
+                assert archive.testzip() is None
+    except Exception as error:  # noqa: BLE001 - whatever cannot be read is a finding
+        findings.add("runs that ended badly", f"{folder}: {type(error).__name__}: {error}")
+    return findings
 
 
 def check(home: Home, study: StudyResult, seen: Seen, findings: Findings, *, budget: int | None) -> None:
@@ -167,7 +219,7 @@ def _check_models(
     versions = client.search_model_versions(f"name = '{study.name}'")
     best = ended and most and bool(study.ranked(FINAL) if study.spec["final"] else study.ranked())
     aliases = client.get_registered_model(study.name).aliases if versions else {}
-    if len(versions) != bool(best) or (best and aliases != {"challenger": versions[0].version}):
+    if len(versions) != bool(best) or (best and aliases.get("challenger") != versions[0].version):
         findings.add(kind, f"{folder}: versions {[version.version for version in versions]}, aliases {aliases}")
 
 

@@ -9,7 +9,10 @@ Five write: two `hpo run` of one study, and one of each of three others. Three r
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -17,16 +20,115 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from agreement import Findings, check
-from faults import Life
+from faults import members
 from hpo.home import Home
+from hpo.records import TrialState
 from hpo.storage.optuna_storage import list_studies
 
 WRITERS = ("first", "first", "second", "third", "fourth")
 READERS = (("trials", "first"), ("models",), ("trials", "second", "--json"))
+
+
+class Life:
+    """One `hpo run`, what it says, and the processes it has."""
+
+    def __init__(self, study: Path, home: Path, environment: dict[str, str], *, workers: int) -> None:
+        command = [sys.executable, "-m", "hpo", "run", str(study), "--home", str(home), "--json"]
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - read at the end of the life
+        self.process = subprocess.Popen(
+            [*command, "--workers", str(workers)],
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            env=environment,
+            cwd=home,
+            start_new_session=True,
+        )
+        self.heard = ["start"]
+        self.troubles: list[str] = []
+        self.results: dict[int, tuple[str, Any]] = {}
+        self._news = threading.Condition()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            with contextlib.suppress(ValueError), self._news:  # a kill may tear the last line
+                self._hear(json.loads(line))
+                self._news.notify_all()
+        with self._news:
+            self.heard.append("end")
+            self._news.notify_all()
+
+    def _hear(self, event: dict[str, Any]) -> None:
+        if event["event"] != "notice":
+            self.heard.append(event["event"])
+        elif event["text"].startswith("tracking"):
+            self.troubles.append(event["text"])
+        if event["event"] == "trial_ended" and TrialState(event["result"]["state"]).finished:
+            self.results[event["result"]["number"]] = (event["result"]["state"], event["result"]["value"])
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has not ended."""
+        return self.process.poll() is None
+
+    @property
+    def phase(self) -> str:
+        """Where it is, as far as its lines say."""
+        if self.heard[-1] == "start":
+            return "opening"
+        if self.heard[-1] == "study_ended":
+            return "closing"
+        return "asking" if self.heard[-1] in ("study_opened", "trial_ended") else "training"
+
+    def wait_for(self, moment: str, *, timeout: float = 120.0) -> bool:
+        """Until the next line of this kind, or the last trial's; False if the run ended."""
+        known = len(self.heard)
+
+        def come() -> bool:
+            return moment in ("start", *self.heard[known:]) or self.phase == "closing" or self.heard[-1] == "end"
+
+        with self._news:
+            self._news.wait_for(come, timeout)
+            return self.heard[-1] != "end"
+
+    def pids(self, kind: str) -> list[int]:
+        """The processes that are the main one, its workers or its helper, which is nicer by 5."""
+        if kind in ("main", "all"):
+            return [self.process.pid]
+        return members(self.process.pid, kind)
+
+    def kill(self, kind: str, chance: random.Random) -> bool:
+        """SIGKILL; False where there is nobody of that kind."""
+        if not self.alive:
+            return False
+        with contextlib.suppress(ProcessLookupError):
+            if kind == "all":
+                os.killpg(self.process.pid, signal.SIGKILL)
+                return True
+            victims = self.pids(kind)
+            if victims:
+                os.kill(chance.choice(victims), signal.SIGKILL)
+                return True
+        return False
+
+    def join(self, timeout: float | None = None) -> int:
+        """Wait for its end, and for that of its children; its exit code."""
+        code = self.process.wait(timeout)
+        self._reader.join(30)
+        return code
+
+    def said(self) -> str:
+        """Standard error."""
+        self.errors.seek(0)
+        return self.errors.read()
 
 
 def write_study(folder: Path, name: str, *, trials: int) -> Path:

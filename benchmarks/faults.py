@@ -1,328 +1,481 @@
-"""Kill running studies at random moments, let them end, and see whether anything was lost, doubled or left behind.
+"""Kill studies and their commands at random moments, let them end, and see whether anything was lost, doubled or left.
 
-    OMP_NUM_THREADS=1 uv run python benchmarks/faults.py --kills 200 --seed 0
+    OMP_NUM_THREADS=1 uv run python benchmarks/faults.py --kills 1000 --seed 0
 
-Every study is short (digits, small networks), its stores are real, and its processes are those of `hpo run`. SIGKILL
-hits a worker, the helper that exports models, the main process, or the whole process group. A seed gives the same
-studies, victims and moments; where in the code a moment falls depends on the machine.
+Every scenario is one phase of a study of seconds in a copy of a home that has it half or wholly done: its start, its
+training, its end, promote, export, import, or a run after a move. SIGKILL hits a worker, the helper that exports
+models, the main process, or the whole group; then the same is done again until it ends, and judged by plain Optuna,
+plain MLflow and sqlite3. A process with all libraries forks each life, whose own fork server is forked too: a life
+costs seconds instead of tens. A seed gives the same scenarios, victims and moments; where in the code a moment falls
+depends on the machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import json
+import multiprocessing
 import os
 import random
+import select
+import shutil
 import signal
-import subprocess
 import sys
 import tempfile
-import threading
 import time
+import traceback
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from multiprocessing import util
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from agreement import Findings, Seen, check, finished
+from agreement import Findings, Seen, judge
 from hpo.errors import HpoError
-from hpo.home import Home
 from hpo.records import TrialState
-from hpo.storage.optuna_storage import read_study
 
-TRIALS = 10
-KINDS = ("worker", "helper", "main", "all")
-# When main or all of a run is killed: after which line of `hpo run --json`, and at most how many seconds later.
-MOMENTS = (
-    ("start", 5.0),
-    ("start", 15.0),
-    ("study_opened", 0.5),
-    ("trial_started", 0.3),
-    ("epoch_ended", 0.3),
-    ("trial_ended", 0.5),
-    ("trial_ended", 1.5),
-    ("last trial", 3.0),
-    ("last trial", 8.0),
-)
+TRIALS = 4
+TARGETS = ("main", "all", "worker", "helper")
+PHASES = ("start", "training", "end", "promote", "export", "import", "move")
+_SUBREAPER = 36  # of prctl: orphans of a life become our children, and are not left to whoever is process 1
 
 
 @dataclass
 class Tally:
     """What was done to how many studies, and what was found wrong."""
 
-    kills: Counter[tuple[str, str]] = field(default_factory=Counter)  # (kind, phase)
-    starts: int = 0
-    studies: int = 0
+    kills: Counter[tuple[str, str]] = field(default_factory=Counter)  # (target, phase)
+    lives: int = 0
+    scenarios: int = 0
     findings: Findings = field(default_factory=Findings)
 
-    def merge(self, other: Tally) -> None:
-        """Take in what another tally counted."""
-        self.kills += other.kills
-        self.starts += other.starts
-        self.studies += other.studies
-        self.findings.merge(other.findings)
+    @property
+    def total(self) -> int:
+        """The number of kills."""
+        return sum(self.kills.values())
 
     def table(self) -> str:
-        """Kills by kind and phase, then what was lost."""
-        phases = ("opening", "asking", "training", "closing")
-        lines = [f"{'SIGKILL of':<12}" + "".join(f"{phase:>10}" for phase in phases) + f"{'sum':>8}"]
-        for kind in KINDS:
-            row = [self.kills[kind, phase] for phase in phases]
-            lines.append(f"{kind:<12}" + "".join(f"{number:>10}" for number in row) + f"{sum(row):>8}")
-        total = sum(self.kills.values())
+        """Kills by target and phase, then what was found."""
+        lines = [f"{'SIGKILL of':<10}" + "".join(f"{phase:>10}" for phase in PHASES) + f"{'sum':>8}"]
+        for kind in TARGETS:
+            row = [self.kills[kind, phase] for phase in PHASES]
+            lines.append(f"{kind:<10}" + "".join(f"{number:>10}" for number in row) + f"{sum(row):>8}")
         trials = self.findings.trials
-        lines += ["", f"{total} kills in {self.starts} runs of {self.studies} studies, {trials} trials counted"]
+        lines += [
+            "",
+            f"{self.total} kills in {self.lives} lives of {self.scenarios} scenarios, {trials} trials counted",
+        ]
         return "\n".join([*lines, self.findings.table()])
 
 
-class Life:
-    """One `hpo run`, what it says, and the processes it has."""
-
-    def __init__(self, study: Path, home: Path, environment: dict[str, str], *, workers: int) -> None:
-        command = [sys.executable, "-m", "hpo", "run", str(study), "--home", str(home), "--json"]
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - read at the end of the life
-        self.process = subprocess.Popen(
-            [*command, "--workers", str(workers)],
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
-            env=environment,
-            cwd=home,
-            start_new_session=True,
-        )
-        self.heard = ["start"]
-        self.troubles: list[str] = []
-        self.ended = 0
-        self.results: dict[int, tuple[str, Any]] = {}
-        self._news = threading.Condition()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            with contextlib.suppress(ValueError), self._news:  # a kill may tear the last line
-                self._hear(json.loads(line))
-                self._news.notify_all()
-        with self._news:
-            self.heard.append("end")
-            self._news.notify_all()
-
-    def _hear(self, event: dict[str, Any]) -> None:
-        if event["event"] != "notice":
-            self.heard.append(event["event"])
-        elif event["text"].startswith("tracking"):
-            self.troubles.append(event["text"])
-        if event["event"] == "study_opened":
-            self.ended = event["finished"]
-        if event["event"] == "trial_ended" and TrialState(event["result"]["state"]).finished:
-            self.results[event["result"]["number"]] = (event["result"]["state"], event["result"]["value"])
-            self.ended += 1
-
-    @property
-    def alive(self) -> bool:
-        """Whether it has not ended."""
-        return self.process.poll() is None
-
-    @property
-    def phase(self) -> str:
-        """Where it is, as far as its lines say."""
-        if self.heard[-1] == "start":
-            return "opening"
-        if self.ended >= TRIALS or self.heard[-1] == "study_ended":
-            return "closing"
-        return "asking" if self.heard[-1] in ("study_opened", "trial_ended") else "training"
-
-    def wait_for(self, moment: str, *, timeout: float = 120.0) -> bool:
-        """Until the next line of this kind, or the last trial's; False if the run ended."""
-        known = len(self.heard)
-
-        def come() -> bool:
-            return moment in ("start", *self.heard[known:]) or self.phase == "closing" or self.heard[-1] == "end"
-
-        with self._news:
-            self._news.wait_for(come, timeout)
-            return self.heard[-1] != "end"
-
-    def pids(self, kind: str) -> list[int]:
-        """The processes that are the main one, its workers or its helper, which is nicer by 5."""
-        if kind in ("main", "all"):
-            return [self.process.pid]
-        mine = [pid for pid in _descendants(self.process.pid) if _is_forked(pid)]
-        nice = os.getpriority(os.PRIO_PROCESS, self.process.pid)
-        found = []
-        for pid in mine:
-            with contextlib.suppress(ProcessLookupError):
-                if (os.getpriority(os.PRIO_PROCESS, pid) > nice) == (kind == "helper"):
-                    found.append(pid)
-        return found
-
-    def kill(self, kind: str, chance: random.Random) -> bool:
-        """SIGKILL; False where there is nobody of that kind."""
-        if not self.alive:
-            return False
-        with contextlib.suppress(ProcessLookupError):
-            if kind == "all":
-                os.killpg(self.process.pid, signal.SIGKILL)
-                return True
-            victims = self.pids(kind)
-            if victims:
-                os.kill(chance.choice(victims), signal.SIGKILL)
-                return True
-        return False
-
-    def join(self, timeout: float | None = None) -> int:
-        """Wait for its end, and for that of its children; its exit code."""
-        code = self.process.wait(timeout)
-        self._reader.join(30)
-        return code
-
-    def said(self) -> str:
-        """Standard error."""
-        self.errors.seek(0)
-        return self.errors.read()
-
-
-def _descendants(pid: int) -> list[int]:
+def _children(pid: int) -> list[int]:
     found: list[int] = []
     with contextlib.suppress(OSError):
         for task in Path(f"/proc/{pid}/task").iterdir():
-            for child in map(int, (task / "children").read_text().split()):
-                found += [child, *_descendants(child)]
+            found += map(int, (task / "children").read_text().split())
     return found
 
 
-def _is_forked(pid: int) -> bool:
-    """A child of the fork server: its command is the server's, and its parent is too."""
-    with contextlib.suppress(OSError):
-        parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        return all(b"forkserver" in Path(f"/proc/{each}/cmdline").read_bytes() for each in (pid, parent))
-    return False
+def members(main: int, kind: str) -> list[int]:
+    """The workers of a run, or its helper, which is nicer by 5: the children of its fork server."""
+    nice, found = os.getpriority(os.PRIO_PROCESS, main), []
+    for pid in [pid for server in _children(main) for pid in _children(server)]:
+        with contextlib.suppress(ProcessLookupError):
+            if (os.getpriority(os.PRIO_PROCESS, pid) > nice) == (kind == "helper"):
+                found.append(pid)
+    return found
 
 
-def write_study(folder: Path, chance: random.Random) -> Path:
-    """A study of seconds; one in three has final trainings, half of them prune."""
+class Child:
+    """A forked life: job(say) in a session of its own; what it says and prints, and when."""
+
+    def __init__(self, job: Callable[[Callable[[dict[str, Any]], None]], None], log: Path, folder: Path) -> None:
+        self._lines, write = os.pipe()
+        self.log, self.began, self.ended_trials = log, time.monotonic(), 0
+        self.results: Seen = {}
+        self.code: int | None = None
+        self._rest = b""
+        self.pid = os.fork()
+        if not self.pid:
+            _live(job, log, folder, write)
+        os.close(write)
+
+    def wait_for(self, wanted: Callable[[str], bool], timeout: float = 120.0) -> bool:
+        """Until it says something that is wanted; False if it ended before."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            while b"\n" in self._rest:
+                line, _, self._rest = self._rest.partition(b"\n")
+                if wanted(self._hear(json.loads(line))):
+                    return True
+            if select.select([self._lines], [], [], 0.1)[0]:
+                heard = os.read(self._lines, 1 << 16)
+                if not heard:
+                    return False
+                self._rest += heard
+        return False
+
+    def _hear(self, said: dict[str, Any]) -> str:
+        if "finished" in said:
+            self.ended_trials = said["finished"]
+        if "number" in said and TrialState(said["state"]).finished:
+            self.ended_trials += 1
+            self.results[said["number"]] = (said["state"], said["value"])
+        return str(said["event"])
+
+    def kill(self, target: str, chance: random.Random) -> str:
+        """SIGKILL of one of that kind, or of main where there is none; says of whom, "" where it has ended."""
+        if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            return ""
+        victims = members(self.pid, target) if target in ("worker", "helper") else []
+        if target == "all":
+            os.killpg(self.pid, signal.SIGKILL)
+        else:
+            os.kill(chance.choice(victims) if victims else self.pid, signal.SIGKILL)
+        return target if victims or target == "all" else "main"
+
+    def join(self, timeout: float = 300.0) -> int:
+        """Its exit code, and the end of all that it has started: who is left after that is killed, and told."""
+        self.wait_for(lambda _: False, timeout)
+        deadline = time.monotonic() + 20
+        while os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            if time.monotonic() > deadline:
+                os.killpg(self.pid, signal.SIGKILL)
+            time.sleep(0.01)
+        os.close(self._lines)
+        left = self._session()
+        while left and time.monotonic() < deadline:
+            time.sleep(0.02)
+            left = self._session()
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.left = left
+        _, status = os.waitpid(self.pid, 0)
+        self.code = os.waitstatus_to_exitcode(status)
+        return self.code
+
+    def _session(self) -> list[int]:
+        """The processes of its session but itself; ended ones are buried on the way."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError, ValueError):
+                _, _, facts = (entry / "stat").read_text().rpartition(")")
+                state, parent, _, session = facts.split()[:4]
+                pid = int(entry.name)
+                if int(session) != self.pid or pid == self.pid:
+                    continue
+                if state == "Z" and int(parent) == os.getpid():
+                    os.waitpid(pid, os.WNOHANG)
+                else:
+                    found.append(pid)
+        return found
+
+
+def _live(job: Callable[[Callable[[dict[str, Any]], None]], None], log: Path, folder: Path, write: int) -> None:
+    """Be a life: never returns."""
+    code = 70
+    try:
+        os.setsid()
+        output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        for number in (1, 2):
+            os.dup2(output, number)
+        sys.stdout = sys.stderr = os.fdopen(output, "w", buffering=1)
+        os.chdir(folder)
+        util.spawnv_passfds = _fork_instead
+        job(lambda said: os.write(write, json.dumps(said).encode() + b"\n"))  # type: ignore[func-returns-value]
+        code = 0
+    except HpoError as error:
+        print(f"HpoError: {error}")
+        code = 1
+    except BaseException:  # noqa: BLE001 - it goes to the log, which is read
+        traceback.print_exc()
+    finally:
+        from hpo.execute.process import end_fork_server
+
+        end_fork_server()
+        os._exit(code)
+
+
+_spawn = util.spawnv_passfds
+
+
+def _fork_instead(path: str, arguments: list[Any], descriptors: list[int]) -> int:
+    """Start multiprocessing's fork server as a fork of this process, which has imported all that it imports."""
+    command = os.fsdecode(arguments[-1])
+    if "forkserver" not in command:
+        return int(_spawn(path, arguments, descriptors))
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        low = 3
+        for number in sorted(descriptors):
+            os.closerange(low, number)
+            low = number + 1
+        os.closerange(low, 1 << 16)
+        exec(command, {})  # noqa: S102 - what multiprocessing would have given to a new interpreter
+    finally:
+        os._exit(0)
+
+
+def write_study(folder: Path, *, final: bool) -> Path:
+    """A study of seconds: final trainings, or a pruner and two models."""
     tree = {
         "data": {"name": "digits"},
         "split": {"kind": "holdout", "share": 0.2, "by": "stratified", "test_share": 0.2},
         "model": {"kind": "mlp", "hidden": 16},
-        "training": {
-            "epochs": chance.choice([3, 6, 12]),
-            "precision": "float32",
-            "checkpoint": chance.choice([None, 1, 2]),
-        },
-        "keep": {"models": f"best:{chance.choice([1, 2])}", "figures": chance.choice(["none", "best:1"])},
+        "training": {"epochs": 3, "precision": "float32", "checkpoint": 1},
+        "keep": {"models": "best:1" if final else "best:2", "figures": "none"},
         "search": {
             "trials": TRIALS,
-            "sampler": chance.choice(["tpe", "random"]),
-            "pruner": chance.choice(["none", "median"]),
+            "sampler": "random",
+            "pruner": "none" if final else "median",
             "space": {
                 "model.hidden": {"int": [8, 64], "log": True},
                 "training.optimizer.lr": {"float": [1e-4, 1e-1], "log": True},
             },
         },
     }
-    if chance.random() < 1 / 3:
+    if final:
         tree["final"] = {"seeds": 2}
     path = folder / "short.yaml"
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return path
 
 
-def torment(folder: Path, *, seed: str, kills: int, cache: Path) -> Tally:
-    """One study in an empty folder: so many kills or until it is done, then a run to the end, then the checks."""
-    chance, tally = random.Random(seed), Tally(studies=1)  # noqa: S311 - nothing secret
-    folder.mkdir(parents=True)
-    study = write_study(folder, chance)
-    environment = {**os.environ, "HPO_DATA": str(cache), "OMP_NUM_THREADS": "1", "HOME": str(folder)}
-    for name in ("HPO_HOME", "HPO_STORAGE", "MLFLOW_TRACKING_URI"):
-        environment.pop(name, None)
-    seen: Seen = {}
-    code = -signal.SIGKILL
-    while code != 0:
-        life = Life(study, folder, environment, workers=chance.choice([1, 2]))
-        tally.starts += 1
-        _kill_in(life, chance, tally, left=kills - sum(tally.kills.values()))
-        try:
-            code = life.join(600)
-        except subprocess.TimeoutExpired:
-            os.killpg(life.process.pid, signal.SIGKILL)
-            tally.findings.add("runs that ended badly", f"{folder}: hangs: {life.said()}")
-            return tally
-        said = life.said()
+def _run(folder: Path, *, trials: int = TRIALS, workers: int = 1) -> Callable[[Any], None]:
+    """The life of an `hpo run`."""
+
+    def job(say: Callable[[dict[str, Any]], None]) -> None:
+        from hpo.events import StudyOpened, TrialEnded
+        from hpo.execute.run_study import run_study
+        from hpo.spec.load import load_study
+
+        def watch(event: object) -> None:
+            said: dict[str, Any] = {"event": type(event).__name__}
+            if isinstance(event, StudyOpened):
+                said["finished"] = event.finished
+            if isinstance(event, TrialEnded):
+                result = event.result
+                said |= {"number": result.number, "state": result.state.value, "value": result.value}
+            say(said)
+
+        run_study(load_study(str(folder / "short.yaml")), home=folder, trials=trials, workers=workers, watch=watch)
+
+    return job
+
+
+def _promote(folder: Path) -> None:
+    from hpo.jobs.promote import promote
+
+    promote("short", home=folder)
+
+
+def _export(folder: Path) -> None:
+    from hpo.jobs.transfer import export_study
+
+    export_study("short", home=folder, file=folder / "new.zip")
+
+
+def _import(folder: Path) -> None:
+    from hpo.jobs.transfer import import_study
+
+    import_study(folder / "study.zip", home=folder)
+
+
+def _tree(*folders: Path) -> dict[str, tuple[int, int, int]]:
+    """Every file below: when it was written, its size and its inode."""
+    paths = [path for folder in folders for path in [folder, *folder.rglob("*")]]
+    return {str(path): ((facts := path.lstat()).st_mtime_ns, facts.st_size, facts.st_ino) for path in paths}
+
+
+class Torment:
+    """A scratch folder with what scenarios begin with: homes without a trial, half done, and done, each twice."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.scratch, self.tally = scratch, Tally()
+        self.templates = scratch / "templates"
+        self.longest: dict[str, float] = {}  # phase -> seconds, of lives that were not killed
+        for final in (False, True):
+            for stage, trials in (("start", 0), ("half", TRIALS // 2), ("done", TRIALS)):
+                folder = self.templates / f"{stage}{final:d}"
+                folder.mkdir(parents=True)
+                write_study(folder, final=final)
+                if trials:
+                    self._last(folder, _run(folder, trials=trials), "end" if stage == "done" else "training")
+            _, archive = folder, self.templates / f"study{final:d}.zip"
+            self._last(folder, lambda _, folder=folder: _export(folder), "export")
+            shutil.move(folder / "new.zip", archive)
+        self.templates_before = _tree(self.templates)
+
+    def _last(self, folder: Path, job: Any, phase: str) -> Child:
+        """A life that nobody kills."""
+        life = Child(job, folder / "log", folder)
+        self.tally.lives += 1
+        opened = life.began
+        if phase in ("start", "training", "end", "move"):
+            life.wait_for(lambda event: event == "StudyOpened")
+            opened = time.monotonic()
+            self.longest["start"] = max(self.longest.get("start", 0.0), opened - life.began)
+            life.wait_for(lambda _: life.ended_trials >= TRIALS)
+            opened = time.monotonic()
+        code = life.join()
+        took = time.monotonic() - (life.began if phase == "move" else opened)
+        self.longest[phase] = max(self.longest.get(phase, 0.0), took)
+        said = (folder / "log").read_text()
+        if code or "Traceback" in said or "locked" in said or life.left:
+            self._wrong(f"{folder} ({phase}): exit code {code}, processes left {life.left}: {said[-2000:]}")
+        return life
+
+    def _wrong(self, sentence: str) -> None:
+        self.tally.findings.add("runs that ended badly", sentence)
+
+    def scenario(self, number: int, phase: str, target: str, chance: random.Random) -> None:
+        """Some lives of one phase, killed, then one to its end, then the judges."""
+        template = {"start": "start", "training": "half", "end": "half", "move": "half"}.get(phase, "done")
+        final = chance.random() < 0.5
+        folder = self.scratch / f"scenario{number}"
+        if phase == "import":
+            folder.mkdir()
+            shutil.copy(self.templates / f"study{final:d}.zip", folder / "study.zip")
+        else:
+            shutil.copytree(self.templates / f"{template}{final:d}", folder, symlinks=True)
+        seen: Seen = {}
+        self.tally.scenarios += 1
+        for _ in range(chance.choice([1, 2, 3])):
+            if phase == "move":
+                folder = folder.rename(f"{folder}m")
+            job = self._job(phase, folder, workers=chance.choice([1, 1, 2]))
+            life = Child(job, folder / "log", folder)
+            self.tally.lives += 1
+            for _ in range(1 if target in ("main", "all") else chance.randint(1, 3)):
+                if not (hit := self._strike(life, phase, target, chance)):
+                    break
+                self.tally.kills[hit, phase] += 1
+            code = life.join()
+            seen |= life.results
+            if code not in (0, -signal.SIGKILL) or life.left:
+                self._wrong(f"{folder} ({phase}): {code}, left {life.left}: {(folder / 'log').read_text()[-2000:]}")
+        life = self._last(folder, self._job(phase, folder, workers=1), phase)
         seen |= life.results
-        with contextlib.suppress(Exception):
-            seen |= finished(read_study(Home.find(folder), "short"))
-        if code not in (0, -signal.SIGKILL) or "Traceback" in said or "locked" in said:
-            tally.findings.add("runs that ended badly", f"{folder}: exit code {code}: {said}")
-            break
-    home = Home.find(folder)
-    for text in life.troubles:
-        tally.findings.add("runs that ended badly", f"{folder}: {text}")
+        self._judged(folder, phase, seen)
+
+    def _judged(self, folder: Path, phase: str, seen: Seen) -> None:
+        wrong = len(self.tally.findings.sentences)
+        with multiprocessing.get_context("fork").Pool(1) as pool:  # no database stays open in who forks the lives
+            found = pool.apply_async(judge, (folder, phase, seen, TRIALS)).get(300)
+        self.tally.findings.merge(found)
+        changed = _tree(self.templates).items() ^ self.templates_before.items()
+        if changed:
+            self.tally.findings.add("files outside touched", f"{folder} ({phase}): {sorted(changed)[:4]}")
+        if len(self.tally.findings.sentences) == wrong:
+            shutil.rmtree(folder)
+
+    def _job(self, phase: str, folder: Path, *, workers: int) -> Any:
+        plain = {"promote": _promote, "export": _export, "import": _import}.get(phase)
+        return (lambda _: plain(folder)) if plain else _run(folder, workers=workers)
+
+    def _strike(self, life: Child, phase: str, target: str, chance: random.Random) -> str:
+        """Wait for a moment of the phase, and kill."""
+        longest = self.longest.get(phase, 2.0)
+        if phase == "training":
+            for _ in range(chance.randint(1, 5)):
+                life.wait_for(lambda event: event in ("TrialStarted", "EpochEnded", "TrialEnded"))
+            longest = 0.2
+        elif phase == "end":
+            life.wait_for(lambda _: life.ended_trials >= TRIALS)
+        life.wait_for(lambda _: False, chance.uniform(0, longest))
+        return life.kill(target, chance)
+
+
+@contextlib.contextmanager
+def tormentor(cache: Path | None = None) -> Iterator[Torment]:
+    """A torment, in this process: it imports all that lives need, once, and adopts their orphans."""
+    ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
+    with tempfile.TemporaryDirectory(prefix="hpo-faults-") as scratch, _environment(Path(scratch), cache):
+        _import_all(Path(scratch))
+        yield Torment(Path(scratch))
+
+
+@contextlib.contextmanager
+def _environment(scratch: Path, cache: Path | None) -> Iterator[None]:
+    before = dict(os.environ)
+    for name in ("HPO_HOME", "HPO_STORAGE", "MLFLOW_TRACKING_URI"):
+        os.environ.pop(name, None)
+    os.environ |= {"HPO_DATA": str(cache or scratch / "cache"), "OMP_NUM_THREADS": "1", "HOME": str(scratch)}
     try:
-        check(home, read_study(home, "short"), seen, tally.findings, budget=TRIALS)
-    except HpoError as error:
-        tally.findings.add("runs that ended badly", f"{folder}: {error}")
-    return tally
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
-def _kill_in(life: Life, chance: random.Random, tally: Tally, *, left: int) -> None:
-    """Some workers or the helper along the way, then main or all of it, `left` in all at most."""
-    moment, longest = chance.choice(MOMENTS)
-    small = 0 if moment == "start" else min(left - 1, chance.choice([1, 2, 4, 6]))
-    for turn in range(small):
-        if not life.wait_for(chance.choice(["epoch_ended", "trial_ended"]) if turn else "study_opened"):
-            return
-        time.sleep(chance.uniform(0.0, 0.3))
-        kind, phase = chance.choice(["worker"] * 5 + ["helper"]), life.phase
-        tally.kills[kind, phase] += life.kill(kind, chance)
-    if left > 0 and life.wait_for(moment):
-        time.sleep(chance.uniform(0, longest))
-        kind, phase = chance.choice(["main", "all"]), life.phase
-        tally.kills[kind, phase] += life.kill(kind, chance)
+def _import_all(scratch: Path) -> None:
+    """Import, and use once, what takes seconds at its first use in a process."""
+    import matplotlib.font_manager  # noqa: F401
+    import mlflow.pyfunc  # noqa: F401
+    import sklearn.datasets
+    import sklearn.ensemble  # noqa: F401
+    import torch
+
+    import hpo.execute.run_study
+    import hpo.execute.workers.main
+    import hpo.jobs.promote
+    import hpo.jobs.transfer
+    import hpo.models
+    import hpo.report.figures.space
+    import hpo.report.figures.study
+    import hpo.search.importance
+    import hpo.search.lifecycle
+    import hpo.search.results
+    import hpo.training.trial  # noqa: F401
+    from hpo.tracking.store import load_mlflow
+
+    load_mlflow()
+    torch.set_num_threads(1)
+    example = (torch.zeros(2, 4),)
+    program = torch.export.export(torch.nn.Linear(4, 2).eval(), example, dynamic_shapes=({0: torch.export.Dim("n")},))
+    torch.export.save(program, scratch / "first.pt2")
+    (scratch / "first.pt2").unlink()
 
 
-def run(kills: int, *, seed: int, stores: int, each: int = 16, report: bool = True) -> Tally:
-    """Studies with `each` kills, `stores` of them at a time, until there were so many kills in all."""
-    tally, began, lock = Tally(), time.monotonic(), threading.Lock()
-    with tempfile.TemporaryDirectory(prefix="hpo-faults-") as scratch, ThreadPoolExecutor(stores) as pool:
-        wanted = iter(range(10**6))
-
-        def worker() -> None:
-            while True:
-                with lock:
-                    left = kills - sum(tally.kills.values())
-                    if left <= 0:
-                        return
-                    index = next(wanted)
-                folder = Path(scratch) / f"study{index}"
-                own = Path(scratch) / ("cache" if index % 4 else f"cache{index}")  # some prepare their data, too
-                mine = torment(folder, seed=f"{seed}/{index}", kills=min(each, left), cache=own)
-                with lock:
-                    tally.merge(mine)
-                    if report:
-                        total, wrong = sum(tally.kills.values()), sum(tally.findings.wrong.values())
-                        print(f"{time.monotonic() - began:6.0f} s: {total} kills, {wrong} wrong", flush=True)
-                        for sentence in mine.findings.sentences:
-                            print(f"  {sentence}", flush=True)
-
-        for job in [pool.submit(worker) for _ in range(stores)]:
-            job.result()
+def run(kills: int, *, seed: int, seconds: float = float("inf"), report: bool = True) -> Tally:
+    """Scenarios of all phases and targets in turn, until there were so many kills, or seconds have passed."""
+    began = time.monotonic()
+    with tormentor() as torment:
+        tally = torment.tally
+        for number in range(10 * kills):
+            if tally.total >= kills or time.monotonic() - began > seconds:
+                break
+            phase, target = PHASES[number % len(PHASES)], TARGETS[number // len(PHASES) % len(TARGETS)]
+            told = len(tally.findings.sentences)
+            chance = random.Random(f"{seed}/{number}")  # noqa: S311 - nothing secret
+            torment.scenario(number, phase, target, chance)
+            if report:
+                wrong = sum(tally.findings.wrong.values())
+                print(
+                    f"{time.monotonic() - began:6.0f} s: {phase}, {target}: {tally.total} kills, {wrong} wrong",
+                    flush=True,
+                )
+                for sentence in tally.findings.sentences[told:]:
+                    print(f"  {sentence}", flush=True)
     return tally
 
 
 def main() -> None:
     """Parse, run, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stores", type=int, default=2, help="studies at a time")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="end after that time")
     options = parser.parse_args()
-    tally = run(options.kills, seed=options.seed, stores=options.stores)
+    tally = run(options.kills, seed=options.seed, seconds=options.seconds)
     print(tally.table())
     sys.exit(bool(tally.findings.wrong))
 

@@ -134,3 +134,14 @@ def test_every_study_on_a_page_is_valid(page, tmp_path):
         file = tmp_path / "snippet.yaml"
         file.write_text(yaml.safe_dump(study), encoding="utf-8")
         load_study(file, trust=True)  # as if it lay where its reader works
+
+
+def test_every_promise_of_the_threat_model_has_a_test():
+    text = (DOCS / "threat-model.md").read_text(encoding="utf-8")
+    rows = [row for row in re.findall(r"^\| .*\|$", text, re.MULTILINE) if not row.startswith("| promise ")]
+    assert len(rows) > 20
+    for row in rows:
+        named = re.findall(r"`([\w/]+\.py)::(\w+)`", row.rstrip("| ").rpartition("|")[2])
+        assert named, row
+        for path, name in named:
+            assert f"\ndef {name}(" in (ROOT / "tests" / path).read_text(encoding="utf-8"), f"{path}::{name}"

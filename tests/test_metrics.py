@@ -11,7 +11,7 @@ from sklearn import metrics as reference
 from hpo.errors import HpoError
 from hpo.metrics import confusion_matrix, direction_of, label_of, macro_auc, metric_of, scores
 from hpo.report.statistics import score_intervals
-from hpo.search.results import parse_constraint
+from hpo.search.constraints import parse_constraint
 from hpo.spec.own_code import named_functions, requested
 from hpo.spec.search import SearchSpec
 from hpo.spec.training import TrainingSpec

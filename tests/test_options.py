@@ -30,6 +30,7 @@ OF_TYPE: dict[Any, st.SearchStrategy[Any]] = {
 OF_NAME = {
     "device": st.sampled_from(["cpu", "cuda", "cuda:1"]),
     "engine": st.sampled_from(["ray", "slurm", "in_process"]),
+    "gpus_per_trial": st.just(1.0),
 }
 HINTS = get_type_hints(RunOptions)
 VALUES = {
@@ -75,6 +76,7 @@ def test_every_field_is_a_flag_of_hpo_run(parsed, name):
     engine = ENGINE_OF[name] or "processes"
     samples = {bool: True, tuple[str, ...]: ("a=1", "b=2"), str | Path | None: Path("x y"), int | None: 3}
     known = {"device": "cpu", "engine": "ray", "keep_models": "all", "precision": "float32", "address": "auto"}
+    known["gpus_per_trial"] = 2.0
     value = known.get(name, samples.get(HINTS[name], 2.5))
     options = replace(RunOptions(engine=engine), **{name: value})
     command = options.command_line("run", "digits-mlp")

@@ -2,6 +2,10 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
+import signal
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +121,20 @@ def test_height_and_width_are_not_mixed_up(tmp_path: Path) -> None:
     assert (read[:, :4].max(), read[:, 6:].min()) == (0, 255)
 
 
+def test_a_program_in_postscript_is_no_image_whatever_its_file_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, started = tmp_path / "picture.png", []
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: started.append(True))
+    Image.new("RGB", (8, 8)).save(path, "EPS")
+    with Image.open(path) as opened, suppress(OSError, AttributeError, AssertionError):
+        opened.load()
+    assert started.pop(), "Pillow by itself starts Ghostscript"
+    with pytest.raises(DataError, match=r"picture\.png: not an image that can be read"):
+        read_images([path], SHAPE)
+    assert not started
+
+
 @pytest.mark.parametrize("damage", ["missing", "empty", "text", "cut", "folder"])
 def test_a_file_that_is_no_image_is_named(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "picture.png"
@@ -208,9 +226,42 @@ def test_a_python_model_with_code_is_refused_and_not_imported(tmp_path: Path) ->
 
 
 def test_the_script_inside_a_model_of_hpo_is_not_run(model: Classifier, tmp_path: Path) -> None:
-    import shutil
-
     copy = shutil.copytree(model.uri, tmp_path / "model")
     (copy / "logged_model_script.py").write_text("raise SystemExit('it was run')")
     images = np.zeros((1, *SHAPE), np.uint8)
     np.testing.assert_array_equal(load_model(copy).predict_proba(images), model.predict_proba(images))
+
+
+def test_a_program_of_others_runs_elsewhere_and_its_death_is_an_error(model: Classifier) -> None:
+    images = np.zeros((2, *SHAPE), np.uint8)
+    again = load_model(model.uri)
+    with pytest.raises(ModelError, match="fails for images of shape"):
+        again._model.predict(images[:, :3])
+    np.testing.assert_array_equal(again.predict_proba(images), model.predict_proba(images))  # it still answers
+    again._model._process.send_signal(signal.SIGSEGV)
+    with pytest.raises(ModelError, match=r"has ended its process: signal SIGSEGV\."):
+        again.predict_proba(images)
+
+
+def test_a_program_that_is_refused_is_told_from_its_process(model: Classifier, tmp_path: Path) -> None:
+    copy = shutil.copytree(model.uri, tmp_path / "model")
+    (copy / "artifacts" / "net.pt2").write_bytes(b"x")
+    with pytest.raises(ModelError, match=r"net\.pt2: the exported program cannot be read"):
+        load_model(copy)
+
+
+def test_an_mlmodel_that_would_unfold_without_end_is_read_in_no_time(tmp_path: Path) -> None:
+    levels = "".join(f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]\n" for level in range(1, 12))
+    (tmp_path / "MLmodel").write_text(f"a0: &a0 [x]\n{levels}flavors: [*a11]\n")
+    with pytest.raises(ModelError, match="MLmodel names no flavor"):
+        load_model(tmp_path)
+
+
+def test_answers_of_a_model_that_are_no_probabilities_are_refused(model: Classifier) -> None:
+    class Logits:
+        def predict(self, levels: np.ndarray) -> np.ndarray:
+            return np.full((len(levels), 3), 7.0, np.float32)
+
+    wrong = replace(model, _model=Logits())
+    with pytest.raises(ModelError, match=r"model: the answers lie 6 outside 0 to 1"):
+        wrong.predict_proba(np.zeros((2, *SHAPE), np.uint8))

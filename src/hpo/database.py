@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sqlite3
+import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpo.errors import StoreError
+from hpo.errors import StoreError, shown_address
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -53,6 +55,11 @@ _HINTS = {
 def hint_of(message: str) -> str:
     """What to do where a database says this; "" where nothing is known of it."""
     return next((hint for words, hint in _HINTS.items() if words in message.lower()), "")
+
+
+def is_damaged(message: str) -> bool:
+    """Whether a database says in this that its file is damaged."""
+    return any(words in message.lower() for words in ("malformed", "not a database"))
 
 
 def server_address(url: str) -> str:
@@ -131,36 +138,46 @@ def reading(url: str) -> Iterator[Reader | None]:
             yield Reader(connection)
     except (SQLAlchemyError, sqlite3.Error, ImportError) as error:
         text = str(getattr(error, "orig", None) or error).splitlines()[0].rstrip(".")
-        place = file or engine_name(url)
+        place = file or shown_address(url)
         hint = hint_of(text) or "Check the database, or restore it from a copy."
         raise StoreError(f"{place}: the database cannot be read: {text}.", hint) from None
-
-
-def engine_name(url: str) -> str:
-    """The address as a message may show it, without its password."""
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        return make_url(url).render_as_string(hide_password=True)
-    except SQLAlchemyError:
-        return "the database"
 
 
 def _read_only(file: Path) -> Engine:
     from sqlalchemy import create_engine
     from sqlalchemy.pool import NullPool
 
-    def connect() -> sqlite3.Connection:
-        address = file.as_uri()
-        try:
-            connection = sqlite3.connect(f"{address}?mode=ro", uri=True, timeout=_BUSY_SECONDS)
-            connection.execute("PRAGMA schema_version").fetchone()
-        except sqlite3.OperationalError as error:
-            if "unable to open" not in str(error):
-                raise
-            # A write-ahead file on a read-only disk, where SQLite cannot make its index next to it.
-            connection = sqlite3.connect(f"{address}?immutable=1", uri=True)
-        return connection
+    return create_engine("sqlite://", creator=lambda: open_read_only(file), poolclass=NullPool)
 
-    return create_engine("sqlite://", creator=connect, poolclass=NullPool)
+
+def open_read_only(file: Path) -> sqlite3.Connection:
+    """A connection to a SQLite file that changes nothing, in a folder that cannot be written too. Raises sqlite3.Error.
+
+    What a killed process has left in the write-ahead log is read as well.
+    """
+    try:
+        return _connect(file, "mode=ro")
+    except sqlite3.OperationalError as error:
+        if "unable to open" not in str(error):
+            raise
+    # A log on a read-only disk, where SQLite cannot make the index of it.
+    log = file.with_name(f"{file.name}-wal")
+    if not log.is_file() or not log.stat().st_size:
+        return _connect(file, "immutable=1")
+    connection = sqlite3.connect(":memory:", check_same_thread=False)
+    with tempfile.TemporaryDirectory() as folder:
+        for each in (file, log):
+            shutil.copyfile(each, Path(folder) / each.name)
+        with closing(sqlite3.connect(Path(folder) / file.name)) as copy:
+            copy.backup(connection)
+    return connection
+
+
+def _connect(file: Path, mode: str) -> sqlite3.Connection:
+    connection = sqlite3.connect(f"{file.as_uri()}?{mode}", uri=True, timeout=_BUSY_SECONDS)
+    try:
+        connection.execute("PRAGMA schema_version").fetchone()
+    except sqlite3.Error:
+        connection.close()
+        raise
+    return connection

@@ -5,13 +5,25 @@ from __future__ import annotations
 import errno
 import os
 import re
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import unquote
 
-_SECRET_NAME = re.compile(r"PASSWORD|PASSWD|SECRET|TOKEN|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE_KEY", re.IGNORECASE)
+_SECRET_NAME = re.compile(
+    r"PASSWORD|PASSWD|PASSPHRASE|SECRET|TOKEN|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE_KEY|(?:^|[_-])(?:PASS|KEY)$|[_-]PWD$",
+    re.IGNORECASE,
+)
 _STORE_URLS = ("HPO_STORAGE", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_BACKEND_STORE_URI")
-_LOGIN = re.compile(r"(?<=://)([^\s:/@]*):([^\s/]*)@")
+_LOGIN = re.compile(r"(?<=://)([^\s:/@\"']*):([^\s\"']*)@")
+_OPTION = re.compile(r"([?&]([\w.%-]+)=)([^&\s\"']*)")
+# What a terminal obeys, and what turns the direction of writing; not the ends of lines and tabs.
+_STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _LONGEST = 2000
 _SHORTEST = 6  # shorter values are words such as "true", and hiding them would garble every text
+_known: set[str] = set()
+
+
+def clean(text: str) -> str:
+    """text as a terminal, a page or a table may show it, whoever wrote it: without what would steer them."""
+    return _STEERING.sub("", text)
 
 
 def redact(text: str) -> str:
@@ -22,18 +34,36 @@ def redact(text: str) -> str:
     """
     for secret in sorted(_secrets(), key=len, reverse=True):
         text = text.replace(secret, "***")
-    return _LOGIN.sub(r"\1:***@", text)
+    return _OPTION.sub(_hidden, _LOGIN.sub(r"\1:***@", text))
+
+
+def shown_address(url: str) -> str:
+    """An address as any output shows it: without its password, whatever signs that has, and without secret options."""
+    kind, there, rest = url.partition("://")
+    login, _, place = rest.rpartition("@")
+    user, password, _ = login.partition(":")
+    return redact(f"{kind}{there}{user}:***@{place}" if password else url)
+
+
+def hide_secrets_of(url: str) -> str:
+    """The address, whose secrets no error shows from now on: for those that no variable of the environment holds."""
+    _known.add(url)
+    return url
+
+
+def _hidden(option: re.Match[str]) -> str:
+    return f"{option[1]}***" if _SECRET_NAME.search(unquote(option[2])) else option[0]
 
 
 def _secrets() -> set[str]:
     found = {value for name, value in os.environ.items() if _SECRET_NAME.search(name) and "://" not in value}
-    for url in filter(None, map(os.environ.get, _STORE_URLS)):
-        try:
-            parts = urlsplit(url)
-            options = [value for name, value in parse_qsl(parts.query) if _SECRET_NAME.search(name)]
-            found |= {parts.password or "", unquote(parts.password or ""), *options}
-        except ValueError:
+    for url in {*filter(None, map(os.environ.get, _STORE_URLS)), *_known}:
+        _, there, rest = url.partition("://")
+        if not there and not url.startswith("sqlite:"):
             found.add(url)  # not an address, so any part of it may be the password
+        password = rest.rpartition("@")[0].partition(":")[2]
+        options = [option[3] for option in _OPTION.finditer(rest) if _SECRET_NAME.search(unquote(option[2]))]
+        found |= {each for secret in (password, *options) for each in (secret, unquote(secret))}
     return {secret for secret in found if len(secret) >= _SHORTEST}
 
 
@@ -95,13 +125,20 @@ class ModelError(HpoError):
 
 
 NO_SPACE = "Free some space there, then run the study again: it goes on where it stopped."
+_FULL = (
+    "no space left",
+    "disk is full",
+    "disk quota exceeded",
+    "enforce fail at inline_container",
+    "pytorchstreamwriter failed",
+)
 
 
 def disk_full(error: BaseException) -> bool:
     """Whether an error, or what caused it, is that there is no space left where something was to be written."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    # Native libraries and databases keep the system's words and lose its number.
-    if any(words in str(error).lower() for words in ("no space left", "disk is full", "disk quota exceeded")):
+    # Native libraries and databases keep the system's words and lose its number; torch has words of its own.
+    if any(words in str(error).lower() for words in _FULL):
         return True
     return error.__cause__ is not None and disk_full(error.__cause__)

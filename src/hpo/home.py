@@ -11,10 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpo.database import server_address, sqlite_address
-from hpo.errors import StoreError
+from hpo.errors import StoreError, hide_secrets_of, shown_address
 
 STORES = "hpo.toml"
 _EXAMPLE = 'Write lines such as: storage = "postgresql://hpo@db/hpo" and tracking = "http://mlflow:5000"'
+
+
+def cache_folder() -> Path:
+    """HPO_DATA, else `hpo` in the user's cache folder (XDG_CACHE_HOME, else ~/.cache)."""
+    own = os.environ.get("HPO_DATA")
+    folder = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "hpo"
+    return folder.expanduser().absolute()
 
 
 @dataclass(frozen=True)
@@ -39,8 +46,10 @@ class Home:
         stores = _stores(own.root.parent / STORES)
         return cls(
             root=own.root,
-            storage_url=server_address(os.environ.get("HPO_STORAGE") or stores.get("storage") or own.storage_url),
-            tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or stores.get("tracking") or own.tracking_uri,
+            storage_url=_checked(
+                server_address(os.environ.get("HPO_STORAGE") or stores.get("storage") or own.storage_url)
+            ),
+            tracking_uri=_checked(os.environ.get("MLFLOW_TRACKING_URI") or stores.get("tracking") or own.tracking_uri),
         )
 
     @classmethod
@@ -113,6 +122,22 @@ def remove(folder: Path, path: Path, *, ignore_errors: bool = False) -> None:
         shutil.rmtree(path, ignore_errors=ignore_errors)
     else:
         path.unlink(missing_ok=True)
+
+
+def _checked(url: str) -> str:
+    """The address of a store, whose secrets are hidden from now on. Raises StoreError where its password would not be.
+
+    A database takes what follows the first @ for the host, and a web address ends its login at / ? #: both would ask
+    a name server for parts of the password, and tell them in errors.
+    """
+    password = url.partition("://")[2].rpartition("@")[0].partition(":")[2]
+    wrong = set("@/?#") if url.startswith("http") else set("@")
+    if not url.startswith("sqlite") and wrong & set(password):
+        raise StoreError(
+            f"{shown_address(url)}: the password in it has a sign that ends it.",
+            "Write @ as %40, / as %2F, ? as %3F and # as %23 there.",
+        )
+    return hide_secrets_of(url)
 
 
 def _stores(file: Path) -> Mapping[str, str]:

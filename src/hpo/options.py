@@ -32,8 +32,9 @@ class RunOptions:
     cuda, cuda:N or mps. home is the folder that holds mlruns. fresh starts a new generation of the study; retry_failed
     tries failed trials again. timeout is in seconds. keep_models is all, none or best:K; precision auto, float32 or
     bfloat16. With profile trainings share nothing, and a StudyProfiled says where the time went. engine is a key of
-    hpo.execute.engines.ENGINES, or slurm. address, gpus_per_trial and cpus_per_trial are Ray's; slurm (KEY=VALUE),
-    detach and print_script are SLURM's. Raises HpoError for values out of range.
+    hpo.execute.engines.ENGINES, or slurm. address and cpus_per_trial are Ray's; slurm (KEY=VALUE), detach and
+    print_script are SLURM's. gpus_per_trial is the number of GPUs that train a trial together; Ray also gives shares of
+    one. Raises HpoError for values out of range.
     """
 
     settings: tuple[str, ...] = _option((), flag="--set")
@@ -47,7 +48,7 @@ class RunOptions:
     keep_models: str | None = _option(None)
     engine: str = _option("processes")
     address: str | None = _option(None, engine="ray")
-    gpus_per_trial: float | None = _option(None, engine="ray")
+    gpus_per_trial: float | None = _option(None, worker=True)
     cpus_per_trial: float | None = _option(None, engine="ray")
     slurm: tuple[str, ...] = _option((), engine="slurm")
     timeout: float | None = _option(None, once=True, not_for="slurm")
@@ -66,6 +67,15 @@ class RunOptions:
             raise HpoError(f"--workers {self.workers}: is negative.", "Give 1 or more, or 0 to train in this process.")
         if self.stack is not None and self.stack < 1:
             raise HpoError(f"--stack {self.stack}: is not positive.", "Give 1 or more, or auto.")
+        gpus = self.gpus_per_trial
+        if self.engine != "ray" and gpus is not None and (not gpus >= 1 or gpus % 1):
+            raise HpoError(
+                f"--gpus-per-trial {gpus:g}: is not a whole number of GPUs.",
+                "Give 1 or more; --engine ray also gives shares of one GPU, such as 0.5.",
+            )
+        if (self.stack or 1) > 1 and self.ranks > 1:
+            both = f"--stack {self.stack} and --gpus-per-trial {self.ranks}"
+            raise HpoError(f"{both}: a GPU trains several candidates, or several train one.", "Leave one of them out.")
         for part in self._given():
             flag, needed = _flag(part), part.metadata.get("engine", self.engine)
             if needed != self.engine:
@@ -73,6 +83,11 @@ class RunOptions:
             if part.metadata.get("not_for") == self.engine:
                 hint = "Leave it out; the time of a job: --slurm timeout_min=60"
                 raise HpoError(f"{flag}: is not for --engine {self.engine}.", hint)
+
+    @property
+    def ranks(self) -> int:
+        """The number of processes that train a trial together."""
+        return int(max(1, self.gpus_per_trial or 1))
 
     @classmethod
     def pick(cls, given: Mapping[str, Any]) -> RunOptions:

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
+import signal
+import subprocess
+import sys
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from hpo.data.image_files import read_picture
 from hpo.data.pixels import Ranges, input_kind, kind_of, range_for, to_levels
-from hpo.errors import DataError, ModelError
+from hpo.errors import DataError, ModelError, SpecError
 from hpo.home import Home
+from hpo.spec.load import read_yaml
 from hpo.tracking.registry import fetch, resolve
 from hpo.tracking.store import load_mlflow
 
 AnyPath = str | Path
 _CHUNK_FILES = 256
+_LONGEST_LINE = 100_000  # of what another process says before it sends numbers
 _LIST = "Take one that a study has registered: hpo models"
 
 
@@ -68,14 +76,13 @@ class Classifier:
 
     def predict_levels(self, levels: np.ndarray) -> np.ndarray:
         """The same for images that are scaled already, as those of prepared data are: (n, h, w, channels) uint8."""
-        found = np.asarray(self._model.predict(levels), dtype=np.float32)
-        if found.shape != (len(levels), len(self.class_names)):
-            raise ModelError(
-                f"{self.uri}: answers of shape {found.shape} for {len(levels)} images and {len(self.class_names)} "
-                "classes.",
-                _LIST,
-            )
-        return found
+        from hpo.models.safe_loader import check_answers
+
+        found, classes = np.asarray(self._model.predict(levels)), len(self.class_names)
+        try:
+            return check_answers(found, images=len(levels), classes=classes, several=self.several_labels)
+        except ModelError as error:
+            raise ModelError(f"{self.uri}: {error.message}", error.hint) from None
 
     def predict(self, images: np.ndarray) -> list[str]:
         """Images as for predict_proba -> the name of the most probable class of each; see labels for several."""
@@ -86,20 +93,23 @@ def load_model(model: AnyPath, *, home: AnyPath | Home | None = None, allow_pick
     """Load a model: NAME (champion, else challenger), NAME@ALIAS, NAME/VERSION, models:/..., or a folder with MLmodel.
 
     home is a project's folder, by default the working directory. A model that hpo has logged is loaded as data: its
-    program, class names and image shape. Any other may run code of its maker when it is loaded (pickles, scripts), so
-    it is refused unless allow_pickle is True. Raises ModelError where there is no such model or it takes no images.
+    program, class names and image shape. Unless it was trained in this home, its program runs in a process of its own.
+    Any other may run code of its maker when it is loaded (pickles, scripts), so it is refused unless allow_pickle is
+    True. Raises ModelError where there is no such model or it takes no images.
     """
     if Path(model, "MLmodel").is_file():
-        return _load(Path(model), str(model), allow_pickle)
+        return _load(Path(model), str(model), allow_pickle, own=False)
     if isinstance(model, Path):
         raise ModelError(f"{model}: there is no file MLmodel in it.", "Give a model's folder, or a name: hpo models")
     home = home if isinstance(home, Home) else Home.find(home)
     version = resolve(home, model)
     with tempfile.TemporaryDirectory() as folder:
-        return _load(fetch(home, version, Path(folder)), version.model_uri, allow_pickle)
+        fetched = fetch(home, version, Path(folder))
+        own = home.embedded and not version.foreign and fetched.resolve().is_relative_to(home.artifacts.resolve())
+        return _load(fetched, version.model_uri, allow_pickle, own=own)
 
 
-def _load(folder: Path, uri: str, allow_pickle: bool) -> Classifier:
+def _load(folder: Path, uri: str, allow_pickle: bool, *, own: bool) -> Classifier:
     parts = folder / "artifacts"
     ours = (parts / "net.pt2").is_file() and (parts / "config.json").is_file()
     if allow_pickle:
@@ -112,21 +122,81 @@ def _load(folder: Path, uri: str, allow_pickle: bool) -> Classifier:
             f"{uri}: a model of MLflow flavor {flavors}, which runs code of its maker when it is loaded.",
             "If you trust its maker: --allow-pickle (in Python: allow_pickle=True). Those of hpo need no such trust.",
         )
+    program: Any = None if own else _ProgramElsewhere(parts / "net.pt2")  # it starts while torch is imported here
     from hpo.models.safe_loader import Program, read_config
 
     config = read_config(parts / "config.json")
     height, width, channels = config["image_shape"]
     # The script next to it, which MLflow would run, is left alone.
     names, several = tuple(config["class_names"]), bool(config.get("several_labels"))
-    program = Program(parts / "net.pt2")
+    if program is None:
+        program = Program(parts / "net.pt2")
+    else:
+        program.wait()
     return Classifier(uri, names, (height, width, channels), program, config.get("ranges"), several)
+
+
+class _ProgramElsewhere:
+    """A safe_loader.Program in a process of its own: its crash ends no other, and it draws and prints there."""
+
+    def __init__(self, file: Path) -> None:
+        """Begin to load it; wait() ends that."""
+        self._file = file
+        script = Path(__file__).parent / "models" / "safe_loader.py"
+        self._process = subprocess.Popen(  # noqa: S603
+            [sys.executable, "-I", str(script), str(file.absolute())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        # Its input ends with this object, and so does it.
+        weakref.finalize(self, _end, self._process)
+
+    def wait(self) -> None:
+        """Wait until it is loaded. Raises ModelError as that does."""
+        self._answer(rows=0)
+
+    def predict(self, levels: np.ndarray) -> np.ndarray:
+        """Levels (n, height, width, channels) uint8 -> what the program answers, float32; n >= 0."""
+        pipe: Any = self._process.stdin
+        with contextlib.suppress(BrokenPipeError):  # its answer, or the lack of one, tells why
+            pipe.write(json.dumps(levels.shape).encode() + b"\n")
+            pipe.write(np.ascontiguousarray(levels).data)
+            pipe.flush()
+        return self._answer(rows=len(levels))
+
+    def _answer(self, *, rows: int) -> np.ndarray:
+        pipe: Any = self._process.stdout
+        line = pipe.readline(_LONGEST_LINE)
+        if not line.endswith(b"\n"):
+            code = self._process.wait()
+            ended = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            raise ModelError(
+                f"{self._file}: the program has ended its process: {ended}.",
+                "It crashed or took too much memory: do not use it, or give it fewer images and more memory.",
+            )
+        head = json.loads(line)
+        if isinstance(head, dict):
+            raise ModelError(*map(str, head["error"]))
+        if head[0] != rows:
+            raise ModelError(f"{self._file}: {head[0]} answers for {rows} images.", _LIST)
+        return np.frombuffer(pipe.read(4 * math.prod(head)), np.float32).reshape(head)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    for pipe in (process.stdin, process.stdout):
+        with contextlib.suppress(OSError):
+            if pipe is not None:
+                pipe.close()
+    process.wait()
 
 
 def _flavors(folder: Path) -> str:
     try:
-        flavors = yaml.safe_load((folder / "MLmodel").read_text(encoding="utf-8"))["flavors"]
+        flavors = read_yaml(folder / "MLmodel")[0]["flavors"]
         return ", ".join(sorted(map(str, flavors or ())))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError):
+    except (SpecError, KeyError, TypeError):
         return ""
 
 

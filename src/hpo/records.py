@@ -375,6 +375,7 @@ class ModelVersion:
     """One version in the registry. model_uri loads it; scores are validation and, once opened, test scores.
 
     origin is the store that it was copied from, and that study and trial are of; "" where it was registered here.
+    foreign: its files were made in another store, and copied or imported.
     """
 
     name: str
@@ -387,6 +388,7 @@ class ModelVersion:
     scores: Mapping[str, float] = field(default_factory=dict)
     created: float = 0.0
     origin: str = ""
+    foreign: bool = False
 
     @property
     def generation(self) -> str:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
+import shutil
 import sqlite3
+import tempfile
 import time
 import uuid
 from collections.abc import Collection
@@ -12,6 +16,7 @@ from contextlib import closing
 from pathlib import Path, PurePath
 from urllib.parse import quote, unquote, urlsplit
 
+from hpo.database import open_read_only
 from hpo.errors import StoreError
 from hpo.home import Home
 from hpo.locks import locked, seen_held
@@ -116,7 +121,7 @@ def _roots_of_experiments(home: Home) -> set[Path]:
     if not home.embedded or not file.is_file():
         return set()
     try:
-        with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True, timeout=60)) as database:
+        with closing(open_read_only(file)) as database:
             found = database.execute("SELECT name, artifact_location FROM experiments").fetchall()
     except sqlite3.Error:  # damaged, or being created: connect() and the doctor have the message
         return set()
@@ -135,21 +140,44 @@ def _correct_tracking(home: Home, roots: Collection[Path]) -> None:
     with closing(sqlite3.connect(file, timeout=60)) as database:
         with closing(sqlite3.connect(copy)) as target:
             database.backup(target)
-        changes = [
-            (table, column, before, after)
-            for table, columns in _LOCATIONS.items()
-            for column in columns
-            for root in roots
-            for before, after in ((root.as_uri(), home.root.as_uri()), (str(root), str(home.root)))
-        ]
-        with database:
-            for table, column, before, after in changes:
-                # Names of this table only; substr, because a folder may have % or _ in its name.
-                database.execute(
-                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) "  # noqa: S608
-                    f"WHERE substr({column}, 1, ?) = ?",
-                    (f"{after}/", len(before) + 2, len(before) + 1, f"{before}/"),
-                )
+        _point_below(home.root, database, roots)
+
+
+def _point_below(own: Path, database: sqlite3.Connection, roots: Collection[Path]) -> None:
+    changes = [
+        (table, column, before, after)
+        for table, columns in _LOCATIONS.items()
+        for column in columns
+        for root in roots
+        for before, after in ((root.as_uri(), own.as_uri()), (str(root), str(own)))
+    ]
+    with database:
+        for table, column, before, after in changes:
+            # Names of this table only; substr, because a folder may have % or _ in its name.
+            database.execute(
+                f"UPDATE {table} SET {column} = ? || substr({column}, ?) "  # noqa: S608
+                f"WHERE substr({column}, 1, ?) = ?",
+                (f"{after}/", len(before) + 2, len(before) + 1, f"{before}/"),
+            )
+
+
+@functools.cache
+def readable_copy(home: Home, name: str) -> Path | None:
+    """A copy of one of the home's databases in a temporary folder, where the home cannot be written; else None.
+
+    The libraries of the stores write when they open a database. Addresses in the copy are of the place where the home
+    is now. It is removed when this process ends.
+    """
+    file = home.root / name
+    if not file.is_file() or all(os.access(path, os.W_OK) for path in (home.root, file)):
+        return None
+    folder = Path(tempfile.mkdtemp(prefix="hpo-reading-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    with closing(open_read_only(file)) as database, closing(sqlite3.connect(folder / name)) as copy:
+        database.backup(copy)
+        if name == "mlflow.db":
+            _point_below(home.root, copy, earlier_roots(home))
+    return folder / name
 
 
 def _correct_storage(home: Home) -> None:

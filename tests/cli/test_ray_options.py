@@ -7,7 +7,7 @@ from hpo.cli.app import app
 from hpo.options import RunOptions
 
 
-@pytest.mark.parametrize("option", ["--address", "--gpus-per-trial", "--cpus-per-trial"])
+@pytest.mark.parametrize("option", ["--address", "--cpus-per-trial"])
 def test_options_of_ray_without_ray_are_refused(option, tmp_path):
     done = CliRunner().invoke(app, ["run", "digits-mlp", "--home", str(tmp_path), option, "1"])
     assert done.exit_code == 2

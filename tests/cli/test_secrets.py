@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hpo.cli.app import app
-from hpo.errors import HpoError, redact
+from hpo.errors import HpoError, redact, shown_address
 from hpo.home import Home
 from hpo.tracking.ui import ui_command
 
@@ -120,3 +120,70 @@ def test_an_error_hides_secrets_and_what_would_steer_a_terminal(monkeypatch: pyt
     error = HpoError(f"a\n\x1b[31m{SECRET} false", "postgresql://me:pw@host/x")
     assert (error.message, error.hint) == ("a  [31m*** false", "postgresql://me:***@host/x")
     assert redact("http://host/a:b@c and me@host: https://x") == "http://host/a:b@c and me@host: https://x"
+
+
+@pytest.mark.parametrize("name", ["DB_PASS", "SIGNING_KEY", "PGPASSWORD", "db-pass", "LDAP_PWD", "KEY_PASSPHRASE"])
+def test_a_variable_that_is_named_like_a_secret_is_hidden(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, SECRET)
+    assert redact(f"a {SECRET} b") == "a *** b"
+
+
+def test_the_working_directory_and_such_are_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PWD", "OLDPWD", "KEYBOARD", "BYPASS", "MONKEYS"):
+        monkeypatch.setenv(name, "plain-text")
+    assert redact("plain-text") == "plain-text"
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        (f"postgresql://me:{SECRET}@db:5432/x", "postgresql://me:***@db:5432/x"),
+        (f"postgresql://me:a/{SECRET}@db/x", "postgresql://me:***@db/x"),
+        (f"postgresql://me:a@{SECRET}@db/x", "postgresql://me:***@db/x"),
+        (f"postgresql://me:%2F{CODED}@db/x", "postgresql://me:***@db/x"),
+        (f"postgresql://me:a?b#{SECRET}@db/x", "postgresql://me:***@db/x"),
+        (f"http://me:{SECRET}/x@host:5000", "http://me:***@host:5000"),
+        (f"postgresql://db/x?user=me&password={SECRET}", "postgresql://db/x?user=me&password=***"),
+        (f"postgresql://db/x?pass%77ord={SECRET}&sslmode=require", "postgresql://db/x?pass%77ord=***&sslmode=require"),
+        ("sqlite:////home/me/mlruns/optuna.db", "sqlite:////home/me/mlruns/optuna.db"),
+        ("http://127.0.0.1:5000", "http://127.0.0.1:5000"),
+    ],
+)
+def test_one_function_shows_every_address(url: str, shown: str) -> None:
+    assert shown_address(url) == shown
+    assert SECRET not in redact(f"cannot connect to {url}: refused")
+
+
+@pytest.mark.parametrize(
+    "url", [f"postgresql://me:a@{SECRET}@127.0.0.1:1/x", f"http://me:a/{SECRET}@127.0.0.1:1", f"http://a:b?{SECRET}@h"]
+)
+def test_a_password_that_a_name_server_would_be_asked_for_is_refused(
+    secretive: Path, monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+    result = runner.invoke(app, ["models", "--debug"])
+    assert result.exit_code == 2
+    assert "Write @ as %40" in result.stderr
+    assert SECRET not in result.output
+
+
+COMMANDS = "status; store status; store status --json; doctor --json; studies; models; clean; trials digits-mlp --json"
+COMMANDS += "; report digits-mlp; evaluate digits-mlp; promote digits-mlp --json; export digits-mlp; stop digits-mlp"
+COMMANDS += (
+    "; compare digits-mlp; predict digits-mlp x.png; explain digits-mlp x.png; rerun digits-mlp 0; store upgrade"
+)
+COMMANDS += "; run digits-mlp --trials 1 --workers 0; worker digits-mlp --workers 0; import x.zip; promote x --to {to}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "address", ["postgresql://127.0.0.1:1/x?user=me&password={0}", "postgresql://me:/{0}@127.0.0.1:1/x"]
+)
+def test_no_command_shows_a_password_of_the_project_s_file(secretive: Path, address: str) -> None:
+    url = address.format(SECRET)
+    (secretive / "hpo.toml").write_text(f'storage = "{url}"\ntracking = "{url.replace("/x", "/y", 1)}"\n')
+    for command in COMMANDS.split("; "):
+        result = runner.invoke(app, [*command.format(to=url).split(), "--debug"])
+        assert SECRET not in result.output, command
+        assert not any(SECRET in str(entry) for entry in secretive.rglob("*.html"))
+    assert "***" in runner.invoke(app, ["store", "status", "--json"]).output

@@ -45,6 +45,15 @@ def test_import_hpo_brings_only_itself(loaded: dict[str, set[str]]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("code", "allowed"), [("import hpo.cluster", set()), ("import hpo.execute.run_study", {"optuna"})]
+)
+def test_a_supervisor_and_a_scheduler_script_import_no_network_no_tracking_and_no_figures(code, allowed) -> None:
+    told = f"{code}; import json, sys; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
+    assert not set(json.loads(done.stdout)) & (HEAVY - allowed)
+
+
+@pytest.mark.parametrize(
     ("arguments", "seconds"),
     # The aims are 0.5 and 0.8 s of wall time on an idle machine. Processor time is measured here, which a busy machine
     # stretches less, and given three times that.

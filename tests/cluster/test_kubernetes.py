@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from hpo.cluster.schedulers import Pods, job_name, manifest
+from hpo.cluster import Pods, job_name, manifest
 from hpo.errors import HpoError
 
 PODS = Pods("registry.example/hpo:1", workers=8, cpus=2, memory="4Gi", gpus=1, secret="stores")  # noqa: S106 - its name

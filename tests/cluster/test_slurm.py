@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hpo.cluster import run_array
-from hpo.cluster.schedulers import read_settings, script, submit, worker_command
+from hpo.cluster import read_settings, script, submit, worker_command
+from hpo.cluster.shared_study import run_array
 from hpo.errors import HpoError
 from hpo.execute.process import cores
 from hpo.options import RunOptions
@@ -112,7 +112,7 @@ def test_one_array_is_submitted_whose_files_and_commands_hold_no_secret(tmp_path
 
 
 def test_jobs_have_ended_when_slurm_says_so_and_not_when_it_does_not_answer(tmp_path, bin_folder, monkeypatch):
-    monkeypatch.setattr("hpo.cluster.schedulers._ASK", 0.0)
+    monkeypatch.setattr("hpo.cluster._ASK", 0.0)
     _command(bin_folder, "srun", "")
     _command(bin_folder, "sbatch", "echo Submitted batch job 7")
     jobs = submit(["true"], name="x", workers=2, folder=tmp_path / "jobs", settings={})

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from hpo.cluster import Submitted, run_array
+from hpo.cluster.shared_study import Submitted, run_array
 from hpo.errors import HpoError
 from hpo.events import StudyEnded, TrialStarted
 from hpo.home import Home
@@ -110,7 +110,7 @@ def test_trials_of_a_killed_job_are_tried_again_by_the_others(project):
 
 @pytest.mark.long
 def test_ctrl_c_ends_the_study_and_its_jobs(project):
-    command = "import sys; from hpo.cluster import run_array; from hpo.spec.load import load_study\n"
+    command = "import sys; from hpo.cluster.shared_study import run_array; from hpo.spec.load import load_study\n"
     command += "spec = load_study('digits-mlp', overrides=['training.epochs=100000', 'training.patience=null'])\n"
     command += "said = lambda event: print(type(event).__name__, getattr(event, 'reason', ''), flush=True)\n"
     command += "from hpo.options import RunOptions\n"

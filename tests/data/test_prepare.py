@@ -11,11 +11,12 @@ import torch
 
 from hpo.data import prepare as room
 from hpo.data import sources
-from hpo.data.cache import cache_folder, md5_of
+from hpo.data.cache import md5_of
 from hpo.data.prepare import open_trial, prepare
 from hpo.data.split import split_card
 from hpo.data.test_set import open_test
 from hpo.errors import DataError
+from hpo.home import cache_folder
 from hpo.records import DataCard
 from hpo.spec.study import DataSpec, SplitSpec
 

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 import hpo.execute.supervisor
-from deadly_jobs import die_always, die_once
+from deadly_jobs import (
+    await_end,
+    die_always,
+    die_once,
+    die_once_with_child,
+    hang,
+    is_alive,
+    leave_child,
+    prints_to_stderr,
+)
 from formula_study import CARD, formula, formula_spec
 from hpo.errors import HpoError
 from hpo.events import TrialEnded
 from hpo.execute.engines.base import WorkerLost
 from hpo.execute.engines.local import LocalProcesses
-from hpo.execute.process import process_context
+from hpo.execute.process import begin, process_context
 from hpo.execute.workdir import pictures_folder, sweep
 from hpo.execute.workers.job_process import JobProcess
 from hpo.execute.workers.task import Task
@@ -65,6 +77,62 @@ def test_a_job_that_always_kills_its_process_is_given_up_and_the_next_is_done(he
         helper.submit(die_always).result(60)
     (tmp_path / "mark").touch()
     assert helper.submit(die_once, tmp_path / "mark").result(60) == "done"
+
+
+def test_what_a_process_of_a_run_prints_goes_to_standard_error(helper):
+    assert helper.submit(prints_to_stderr).result(60)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="asks /proc who is alive")
+def test_a_job_whose_process_dies_while_a_child_of_it_lives_is_begun_anew_and_the_child_ended(helper, tmp_path):
+    assert helper.submit(die_once_with_child, tmp_path / "child").result(60) == "done"
+    assert await_end(int((tmp_path / "child").read_text()))
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="asks /proc who is alive")
+def test_closing_ends_a_job_that_hangs_with_all_that_the_process_has_started(tmp_path):
+    helper = JobProcess(process_context())
+    helper.submit(leave_child, tmp_path / "child").result(60)
+    leader = helper.submit(os.getpid).result(60)
+    helper.submit(hang)
+    child = int((tmp_path / "child").read_text())
+    assert is_alive(child)
+    helper.close()
+    assert await_end(leader)
+    assert await_end(child)
+
+
+def test_a_fork_server_that_dies_once_is_begun_again_and_twice_is_told(monkeypatch):
+    monkeypatch.setattr("hpo.execute.process._fork_server", lambda: None)
+    tries = []
+
+    def start():
+        tries.append(1)
+        if len(tries) < 2:
+            raise EOFError
+        return "started"
+
+    assert begin(start) == "started"
+
+    def never():
+        raise EOFError
+
+    with pytest.raises(HpoError, match="no process can be started"):
+        begin(never)
+
+
+@pytest.mark.skipif(shutil.which("prlimit") is None, reason="limits the address space with prlimit")
+def test_an_address_space_that_is_too_small_is_named_with_what_to_set():
+    code = (
+        "import time; from hpo.execute.process import begin, process_context; "
+        "from hpo.execute.workers.job_process import JobProcess; "
+        "JobProcess(process_context()).submit(time.process_time)"
+    )
+    limited = ["prlimit", "--as=3000000000", sys.executable, "-c", code]
+    done = subprocess.run(limited, capture_output=True, text=True, check=False)
+    assert "no process can be started" in done.stderr
+    assert "The address space of a process is limited to 3.0 GB" in done.stderr
+    assert "ulimit -v" in done.stderr
 
 
 def test_a_task_for_a_worker_that_dies_just_then_is_lost_and_no_error(tmp_path):

@@ -8,9 +8,9 @@ import threading
 import pytest
 
 from formula_study import formula_spec
-from hpo.events import EpochEnded
+from hpo.events import EpochEnded, TrialEnded, TrialStarted
 from hpo.execute.run_study import run_study
-from hpo.records import TrialState
+from hpo.records import Candidate, TrialResult, TrialState
 from hpo.spec.load import load_study
 from no_pictures import draw_nothing
 
@@ -130,6 +130,20 @@ def test_a_checkpoint_that_a_killed_process_left_of_a_finished_trial_is_deleted(
         file.write_bytes(b"")
     run_formula(formula_spec(), trials=2)
     assert list(folder.iterdir()) == [other]
+
+
+def test_the_part_of_a_checkpoint_that_a_killed_attempt_left_goes_when_the_next_attempt_ends(tmp_path):
+    from hpo.execute.workdir import WorkdirCleanup, checkpoint_file
+
+    candidate = Candidate(3, ordinal=2, parameters={}, seed=5, attempt=2)
+    file = checkpoint_file(tmp_path, candidate)
+    file.parent.mkdir()
+    for left in (file, file.with_name(f"{file.name}.123.part")):
+        left.touch()
+    cleanup = WorkdirCleanup(tmp_path, study=None)
+    cleanup(TrialStarted(candidate, "worker 0", formula_spec().setup, 0.0))
+    cleanup(TrialEnded(TrialResult(3, TrialState.COMPLETE, 0.5)))
+    assert not [*file.parent.iterdir()]
 
 
 @pytest.mark.slow

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from deadly_jobs import await_end
 from formula_study import formula, formula_spec
+from hpo.errors import disk_full
 from hpo.events import EpochEnded, TrialEnded
 from hpo.execute.engines.base import WorkerLost
+from hpo.execute.engines.in_process import InProcess
 from hpo.execute.engines.local import LocalProcesses
 from hpo.execute.run_study import run_study
 from hpo.execute.workers.task import Task, train_task
@@ -119,6 +122,18 @@ def test_records_of_earlier_and_later_versions_still_load():
     assert TrialResult.from_json({"number": 1, "state": "failed", "failure": "new kind"}).failure is None
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0",
+        "PytorchStreamWriter failed writing file data/0: file write failed",
+    ],
+)
+def test_a_full_disk_is_known_by_torchs_words_too(words):
+    assert disk_full(RuntimeError(words))
+    assert not disk_full(RuntimeError("unexpected pos 64 vs 0"))
+
+
 @pytest.fixture(scope="module")
 def engine():
     engine = LocalProcesses(["cpu"], threads=1)
@@ -139,6 +154,30 @@ def test_a_crash_in_native_code_says_which_signal_and_where(engine, card, tmp_pa
     assert signal in lost.cause
     # A kill and an exit leave no time for last words.
     assert ("troubled_nets.py" in lost.traceback) == (how in ("abort", "segfault"))
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="asks /proc who is alive")
+def test_a_worker_that_is_killed_while_its_child_holds_the_pipe_is_lost_at_once_and_so_is_the_child(
+    engine, card, tmp_path
+):
+    child = tmp_path / "child"
+    engine.submit(0, _task(card, tmp_path, _own("crashing", how=f"orphan:{child}")))
+    ends, messages = time.monotonic() + 60, []
+    while not messages and time.monotonic() < ends:
+        messages = engine.poll(0.5)
+    assert [message.cause for _, message in messages] == [
+        "signal 9, SIGKILL: often the system's answer when memory is short"
+    ]
+    assert await_end(int(child.read_text()))
+
+
+def test_what_a_network_prints_in_this_process_goes_to_standard_error(card, tmp_path, capsys):
+    trainer = InProcess()
+    trainer.submit(0, _task(card, tmp_path, _own("talking"), epochs=1))
+    while not isinstance(trainer.poll(0.5)[0][1], TrialEnded):
+        pass
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", "my own words\n")
 
 
 def test_a_study_whose_candidates_all_crash_stops_and_says_why(run_formula, card, tmp_path):

@@ -81,3 +81,14 @@ def test_a_call_that_is_refused_for_good_is_told_once_and_the_next_follows():
     queue.close()
     assert store.taken == [1]
     assert queue.notices() == ["tracking: no such run. The next hpo run of this study mends it."]
+
+
+def test_of_a_damaged_database_nobody_says_that_the_next_run_mends_it():
+    queue = _queue()
+
+    def refuse() -> None:
+        raise StoreError("MLflow: database disk image is malformed.", "Restore it from a copy.")
+
+    queue.submit(refuse)
+    queue.close()
+    assert queue.notices() == ["tracking: MLflow: database disk image is malformed. Restore it from a copy."]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from hpo.errors import StoreError
 from hpo.events import EpochEnded, Event, TrialEnded
 from hpo.execute.workers.task import Task
 from hpo.records import DataCard, Epoch, TrialResult, TrialState
@@ -63,6 +64,7 @@ class RecordedTracker:
     """A tracker that records its calls, in order."""
 
     calls: list[tuple[str, Any]] = field(default_factory=list)
+    lost: frozenset[int] = frozenset()  # trials whose model cannot be logged
 
     def start_trial(self, candidate, setup, *, worker, started):
         self.calls.append(("start", candidate.number))
@@ -77,7 +79,12 @@ class RecordedTracker:
         self.calls += [("reconcile", trial.number) for trial in study.trials if trial.number not in leave]
 
     def keep_model(self, number, folder):
+        if number in self.lost:
+            raise StoreError("nothing can be logged.")
         self.calls.append(("keep", number))
+
+    def log_figures(self, number, folder):
+        self.calls.append(("figures", number))
 
     def drop_model(self, number):
         self.calls.append(("drop", number))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from formula_study import CARD, RecordedTracker, Run, formula, formula_spec
 from hpo.events import Event, StudyOpened
 from hpo.execute.engines.in_process import InProcess
 from hpo.execute.engines.ray_cluster import Cluster, RayOptions
+from hpo.execute.process import RunEnd
 from hpo.execute.subscribers import Events, Watcher
 from hpo.execute.subscribers.model_retention import ModelRetention
 from hpo.execute.subscribers.tracking import Tracking
@@ -52,6 +52,8 @@ def run_formula(tmp_path: Path):
         studies.append(study)
         study.reap()
         seen: list[Event] = []
+        end = RunEnd(deadline)
+        end.interrupted = interrupted or end.interrupted
         events, queue, tracker = Events(), TrackingQueue(), RecordedTracker()
         if subscribers is None:
             tracking = Tracking(tracker, queue, spec, emit=events.emit)
@@ -69,8 +71,7 @@ def run_formula(tmp_path: Path):
             work=tmp_path / "work",
             events=events,
             budget=trials or spec.search.trials,
-            deadline=deadline,
-            interrupted=interrupted or threading.Event(),
+            end=end,
             profile=profile,
         )
         try:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import distributed, nn
+
+from deadly_jobs import leave_child
+from hpo.execute.workers import job_process
+from hpo.models.backbones import Backbone
+from hpo.models.transfer import Transfer
 
 
 class Hungry(nn.Module):
@@ -36,7 +42,10 @@ _ERRORS = {
 
 
 class Crashing(nn.Module):
-    """Ends its process when it first learns: abort, segfault, kill, exit, or never."""
+    """Ends its process when it first learns: abort, segfault, kill, exit, hang, or never.
+
+    orphan:FILE kills it while a process that it has started lives, whose id is in the file.
+    """
 
     def __init__(self, net: nn.Module, how: str) -> None:
         super().__init__()
@@ -44,17 +53,42 @@ class Crashing(nn.Module):
 
     def forward(self, images):
         if self.training:
-            _ENDS[self.how]()
+            how, _, file = self.how.partition(":")
+            _ENDS[how](*[file] * bool(file))
         return self.net(images)
 
 
+def _kill_with_child(file: str) -> None:
+    leave_child(Path(file))
+    os.kill(os.getpid(), 9)
+
+
 _ENDS = {
+    "orphan": _kill_with_child,
+    "hang": lambda: time.sleep(600),
     "never": lambda: None,
     "abort": os.abort,
     "segfault": lambda: ctypes.string_at(0),
     "kill": lambda: os.kill(os.getpid(), 9),
     "exit": lambda: os._exit(3),
+    "kill the second": lambda: distributed.get_rank() == 1 and os.kill(os.getpid(), 9),
+    "fail in the second": lambda: distributed.get_rank() == 1 and 1 / 0,
 }
+
+
+class Noting(nn.Module):
+    """Notes in a file which processes it learns in, and how its neurons drop out there."""
+
+    def __init__(self, net: nn.Module, note: str) -> None:
+        super().__init__()
+        self.net, self.note = net, note
+
+    def forward(self, images):
+        if self.training:
+            kept = (nn.functional.dropout(torch.ones(30)) > 0).int().tolist()
+            with Path(self.note).open("a") as file:
+                file.write(f"{os.getpid()} {''.join(map(str, kept))}\n")
+        return self.net(images)
 
 
 class Raising(nn.Module):
@@ -83,9 +117,35 @@ def crashing(*, image_shape, classes, how, width=16):
     return Crashing(_dense(image_shape, classes, width), how)
 
 
+def noting(*, image_shape, classes, note):
+    return Noting(_dense(image_shape, classes), note)
+
+
+def thawing(*, image_shape, classes):
+    """A frozen body that learns from the second epoch on."""
+    height, wide, channels = image_shape
+    body = nn.Sequential(nn.Flatten(), nn.Linear(height * wide * channels, 16), nn.Tanh())
+    frozen = Backbone(body, mean=[0.5] * channels, std=[0.5] * channels, label="tiny")
+    return Transfer([frozen], nn.Linear(16, classes), freeze="all", unfreeze_epoch=2)
+
+
 def raising(*, image_shape, classes):
     return Raising(_dense(image_shape, classes))
 
 
 def unbuilt(*, image_shape, classes):
     raise ZeroDivisionError("my own mistake")
+
+
+def talking(*, image_shape, classes):
+    print("my own words")  # noqa: T201 - as a user's network does
+    return _dense(image_shape, classes)
+
+
+def hanging(*, image_shape, classes, mark, train):
+    """While the file `mark` is there: never built by the process that exports, and never trained where train is set."""
+    exports = job_process._progress is not None
+    if exports and Path(mark).exists():
+        time.sleep(600)
+    hangs = train and Path(mark).exists()
+    return Crashing(_dense(image_shape, classes), "hang" if hangs else "never")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,17 @@ def test_work_of_trials_that_are_over_goes(kept):
     (kept.work / "formula" / "3" / "weights").write_bytes(b"w" * 500)
     done = cleaned(kept)
     assert [(each.kind, each.study, each.bytes) for each in done.waste] == [("work", "formula", 500)]
+
+
+def test_what_a_killed_export_has_left_goes_but_not_what_one_is_writing(kept):
+    left, foreign = (kept.root.parent / f"{name}.zip.part" for name in ("formula", "holiday"))
+    left.write_bytes(b"half")
+    foreign.write_bytes(b"half")
+    assert not clean(home=kept.root.parent, really=True).waste
+    for path in (left, foreign):
+        os.utime(path, (1e9, 1e9))
+    assert [(each.kind, each.what) for each in cleaned(kept).waste] == [("killed export", str(left))]
+    assert foreign.exists()
 
 
 def test_what_was_deleted_in_mlflow_goes_with_its_files(kept):

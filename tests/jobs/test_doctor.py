@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sqlite3
@@ -11,11 +12,16 @@ from pathlib import Path
 
 import pytest
 
+from hpo.errors import StoreError
+from hpo.execute.run_study import lost_note
 from hpo.home import Home
 from hpo.jobs import stores
 from hpo.jobs.doctor import doctor
 from hpo.records import TrialState
-from hpo.tracking.registry import versions
+from hpo.storage.optuna_storage import open_storage
+from hpo.tracking.ledger import SET_ASIDE, announce_opening, count_set_aside, openings
+from hpo.tracking.registry import resolve, versions
+from hpo.tracking.runs import find_parent
 from hpo.tracking.store import connect
 from kept_study import go_on, make_kept_study, result_of, run_of, stored, tracked
 
@@ -287,6 +293,38 @@ def test_a_damaged_database_is_told_and_nothing_is_repaired_by_it(kept, file):
     assert not found.well
     assert any("cannot be read" in finding.what for finding in found.wrong)
     assert not any("no run" in finding.what or "no study" in finding.what for finding in found.fixed)
+
+
+def test_an_emptied_study_storage_beside_a_full_ledger_is_told(kept):
+    study = stored(kept)
+    version = versions(kept)[0]
+    announce_opening(kept, study, model=version, trial=0, purpose="promote")
+    assert doctor(home=where(kept)).well
+    for path in kept.root.glob("optuna.db*"):
+        path.unlink()
+    open_storage(kept).close()
+    (lost,) = [finding for finding in doctor(home=where(kept), fix=True).wrong if "ledger" in finding.what]
+    assert lost.what == "the ledger has 1 test opening of studies that the study storage does not have"
+    assert lost.where == f"formula: {kept.root / 'optuna.db'}"
+    assert "Restore it from a copy" in lost.hint
+    assert lost_note(kept, study) == ""
+    assert "was the database emptied?" in lost_note(kept, replace(study, created=study.created + 1))
+
+
+def test_damaged_tags_of_the_ledger_are_written_again_from_it_or_moved_aside(kept, untouched):
+    study, client = stored(kept), connect(kept)
+    look = announce_opening(kept, study, model=resolve(kept, "formula"), trial=0, purpose="promote")
+    parent = find_parent(client, study).info.run_id
+    (tag,) = [name for name in client.get_run(parent).data.tags if name.startswith("hpo.test_opening.")]
+    for name in (tag, "hpo.test_opening.1"):
+        client.set_tag(parent, name, '{"when": "2026')
+    with pytest.raises(StoreError, match="would go uncounted"):
+        openings(kept, study)
+    assert "2 damaged tags of test openings in MLflow" in told(kept)
+    mended(kept)
+    assert openings(kept, study) == [look]
+    assert json.loads((kept.root / SET_ASIDE).read_text())["text"] == '{"when": "2026'
+    assert count_set_aside(kept.root) == 1  # which every later opening mentions
 
 
 def test_little_space_is_told(kept, monkeypatch):

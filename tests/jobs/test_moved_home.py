@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+from typer.testing import CliRunner
 
+from hpo.cli.app import app
+from hpo.database import open_read_only
 from hpo.errors import StoreError
 from hpo.events import Notice
 from hpo.execute.run_study import run_study
@@ -23,8 +31,9 @@ from hpo.jobs.rerun import rerun
 from hpo.jobs.transfer import export_study, import_study
 from hpo.predict import load_model
 from hpo.spec.load import load_study
+from hpo.storage.optuna_storage import read_study
 from hpo.tracking.models import delete_artifacts
-from hpo.tracking.registry import versions
+from hpo.tracking.registry import fetch, resolve, set_alias, versions
 from hpo.tracking.store import connect
 from kept_study import run_of
 
@@ -205,3 +214,81 @@ def test_an_artifact_of_a_run_outside_the_home_is_neither_written_nor_deleted(ke
     with pytest.raises(StoreError, match="is outside"):
         client.log_text(other, "text", "text.txt")
     assert [path.name for path in outside.iterdir()] == ["dear"]
+
+
+@contextlib.contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """The folder on a disk that cannot be written; root may write everywhere else."""
+    if os.geteuid():
+        modes = {path: path.stat().st_mode for path in (folder, *folder.rglob("*"))}
+        for path, mode in modes.items():
+            path.chmod(mode & ~0o222)
+    elif subprocess.run(["mount", "--bind", folder, folder], capture_output=True, check=False).returncode:
+        pytest.skip("root, who may not mount here, can write everything")
+    else:
+        subprocess.run(["mount", "-o", "remount,ro,bind", folder], check=True)
+    try:
+        yield
+    finally:
+        if os.geteuid():
+            for path, mode in modes.items():
+                path.chmod(mode)
+        else:
+            subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_models_and_trials_are_read_in_a_moved_home_that_cannot_be_written(kept: Home, tmp_path: Path) -> None:
+    moved = Home.at(shutil.move(kept.root.parent, tmp_path / "moved"))
+    with read_only(moved.root.parent):
+        (version,) = versions(moved)
+        assert fetch(moved, version, tmp_path).is_relative_to(moved.artifacts)
+        assert len(read_study(moved, "formula").trials) == 4
+        with pytest.raises(StoreError):
+            set_alias(moved, "formula", "champion", 1)
+        assert version == resolve(moved, "formula")
+
+
+@pytest.mark.slow
+def test_what_only_reads_works_in_a_moved_home_that_cannot_be_written(
+    killed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, moved, image = tmp_path / "before", tmp_path / "moved", tmp_path / "one.png"
+    shutil.copytree(killed, before)
+    run(before)
+    before.rename(moved)
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(image)
+    monkeypatch.chdir(tmp_path)
+    commands = {
+        "status": "digits-mlp",
+        "trials digits-mlp": "complete",
+        "models": "challenger",
+        f"predict digits-mlp {image}": "one.png",
+        "report digits-mlp": str(tmp_path / "digits-mlp.html"),
+        "compare digits-mlp#0 digits-mlp#1": "accuracy",
+        "doctor": "moved or copied",
+    }
+    with read_only(moved):
+        for command, expected in commands.items():
+            done = CliRunner().invoke(app, [*command.split(), "--home", str(moved)], env={"COLUMNS": "200"})
+            assert done.exit_code == (1 if command == "doctor" else 0), (command, done.output)
+            assert expected in done.output, command
+        page = (tmp_path / "digits-mlp.html").read_text()
+        assert "could not be read" not in page
+        with pytest.raises(StoreError, match=r"readonly|read-only|cannot be written"):
+            set_alias(Home.at(moved), "digits-mlp", "champion", 1)
+    assert [version.aliases for version in versions(Home.at(moved))] == [("challenger",)]
+
+
+def test_what_a_killed_process_has_left_in_the_log_of_a_database_is_read_on_a_read_only_disk(tmp_path: Path) -> None:
+    folder, kept = tmp_path / "disk", tmp_path / "kept"
+    folder.mkdir()
+    kept.mkdir()
+    with closing(sqlite3.connect(kept / "a.db")) as database:
+        database.execute("PRAGMA journal_mode=WAL")
+        database.execute("CREATE TABLE t (x)")
+        database.execute("INSERT INTO t VALUES (7)")
+        database.commit()
+        for name in ("a.db", "a.db-wal"):
+            shutil.copy(kept / name, folder / name)
+    with read_only(folder), closing(open_read_only(folder / "a.db")) as database:
+        assert database.execute("SELECT x FROM t").fetchall() == [(7,)]

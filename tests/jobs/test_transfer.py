@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import zipfile
@@ -24,8 +25,8 @@ from hpo.jobs.transfer import export_study, import_study
 from hpo.records import TrialResult, TrialState
 from hpo.search.lifecycle import open_study
 from hpo.storage.optuna_storage import read_study
-from hpo.tracking.ledger import announce_opening, complete_opening
-from hpo.tracking.registry import record_champion, resolve, set_alias
+from hpo.tracking.ledger import announce_opening, complete_opening, image_digests, name_images
+from hpo.tracking.registry import champions, record_champion, resolve, set_alias
 from hpo.tracking.store import connect
 from hpo.tracking.tracker import Tracker
 from kept_study import go_on, kept_spec, left, stored
@@ -132,7 +133,8 @@ def test_study_comes_home_with_what_it_did_meanwhile(rich: Home, other: Path, tm
     going.close()
     export_study("formula", home=other, file=tmp_path / "later.zip")
     assert import_study(tmp_path / "study.zip", home=other).relation == "ahead"
-    assert import_study(tmp_path / "later.zip", home=_folder(rich)).relation == "behind"
+    back = import_study(tmp_path / "later.zip", home=_folder(rich), move_aliases=True)
+    assert (back.relation, back.notes) == ("behind", ())
     assert whole(rich, stored(rich)) == whole(there, stored(there))
     assert resolve(rich, "formula@challenger").version == 3
 
@@ -151,6 +153,18 @@ def test_number_of_a_version_stays_though_an_earlier_one_was_deleted(rich: Home,
     there = _move(rich, other, tmp_path / "study.zip")
     assert resolve(there, "formula").version == 2
     assert tracked(there, "formula") == tracked(rich, "formula")
+
+
+def test_images_of_openings_come_along_and_those_that_the_model_was_trained_on(
+    kept: Home, other: Path, tmp_path: Path
+) -> None:
+    study, tested, trained = stored(kept), [bytes([i] * 16) for i in range(9)], [bytes([i] * 16) for i in range(9, 40)]
+    look = announce_opening(kept, study, model=resolve(kept, "formula"), trial=0, purpose="promote")
+    look = name_images(kept, study, look, tested, trained=trained)
+    there = _move(kept, other, tmp_path / "study.zip")
+    assert not (there.root / "test_images").exists()
+    assert image_digests(there, look.images) == frozenset(tested)
+    assert image_digests(there, look.trained) == frozenset(trained)
 
 
 def test_running_study_is_not_exported(kept: Home, tmp_path: Path) -> None:
@@ -258,6 +272,14 @@ def _replace(name: str, old: str, new: str) -> Callable[[dict[str, bytes]], None
     return change
 
 
+def _number(name: str, field: str, value: int) -> Callable[[dict[str, bytes]], None]:
+    def change(members: dict[str, bytes]) -> None:
+        members[name], count = re.subn(rf'"{field}": [\d.]+'.encode(), f'"{field}": {value}'.encode(), members[name])
+        assert count
+
+    return change
+
+
 def _rename(start: str, to: str) -> Callable[[dict[str, bytes]], None]:
     def change(members: dict[str, bytes]) -> None:
         name = next(name for name in members if name.startswith(start))
@@ -290,6 +312,14 @@ HOSTILE = {
         "not a whole export",
     ),
     "a list for an object": (lambda members: members.update({"study.json": b"[]"}), "not a whole export"),
+    "a time that no database stores": (_number("runs.jsonl", "started", 10**30), "which no study has"),
+    "a time that no calendar has": (_number("runs.jsonl", "started", 10**17), "started"),
+    "a version beyond all": (_number("registered.json", "number", 10**5), "number"),
+    "a study of another age": (_number("study.json", "created", 10**15), "not a whole export"),
+    "a step that a server cannot store": (
+        _replace("trials.jsonl", '"steps": []', '"steps": [[9999999999, 0.5]]'),
+        "whole",
+    ),
     "an opening of others": (_replace("openings.jsonl", '"study": "formula"', '"study": "x"'), "of another study"),
 }
 
@@ -332,6 +362,65 @@ def test_member_that_is_not_what_was_written_is_refused(member: str, exported: P
     with pytest.raises(StoreError, match="is not what was written"):
         import_study(file, home=tmp_path / "target")
     assert not (tmp_path / "target").exists()
+
+
+def test_another_study_of_the_name_gets_no_generation_and_goes_on(kept: Home, other: Path, tmp_path: Path) -> None:
+    mine = Home.find(other)
+    open_study(mine, kept_spec(4), data_digest=stored(kept).data_digest).close()
+    open_study(kept, kept_spec(9), data_digest=stored(kept).data_digest, fresh=True).close()
+    for title in ("formula~2", "formula~1"):
+        export_study(title, home=_folder(kept), file=tmp_path / "study.zip")
+        with pytest.raises(StoreError, match=r"another study|not generations of one") as error:
+            import_study(tmp_path / "study.zip", home=other)
+        assert "--home" in error.value.hint
+    assert whole(mine, stored(mine)) | {"openings": []} == whole(mine, stored(mine))
+    assert (stored(mine).title, len(stored(mine).trials), tracked(mine, "formula")["runs"]) == ("formula", 0, [])
+
+
+def test_generations_of_one_study_move_in_any_order(kept: Home, other: Path, tmp_path: Path) -> None:
+    open_study(kept, kept_spec(9), data_digest=stored(kept).data_digest, fresh=True).close()
+    for title in ("formula~2", "formula~1"):
+        export_study(title, home=_folder(kept), file=tmp_path / "study.zip")
+        assert import_study(tmp_path / "study.zip", home=other).relation == "absent"
+    assert read_study(Home.find(other), "formula~1") == read_study(kept, "formula~1")
+
+
+def _foreign(home: Home) -> None:
+    """A registered model of the study's name that has nothing to do with it, and is the champion."""
+    client = connect(home)
+    model = client.create_logged_model(client.create_experiment("elsewhere", (home.artifacts / "x").as_uri()), "m")
+    client.create_registered_model("formula")
+    old = {"hpo.registered": "1000"}  # long before the one that is imported
+    client.create_model_version("formula", model.artifact_location, tags=old)
+    record_champion(home, "formula", 1, why="it was measured")
+    set_alias(home, "formula", "champion", 1)
+
+
+def test_no_alias_moves_to_an_imported_version_without_the_flag(kept: Home, other: Path, tmp_path: Path) -> None:
+    record_champion(kept, "formula", 1, why="it is worse")
+    set_alias(kept, "formula", "champion", 1)
+    export_study("formula", home=_folder(kept), file=tmp_path / "study.zip")
+    mine = Home.find(other).create()
+    _foreign(mine)
+    first, second = (import_study(tmp_path / "study.zip", home=other) for _ in range(2))
+    assert first.versions == 1
+    assert [note.partition(";")[0] for note in second.notes] == [
+        "alias challenger is not set",
+        "alias champion stays at version 1",
+    ]
+    assert connect(mine).get_registered_model("formula").aliases == {"champion": 1}
+    assert [(term.version, term.why) for term in champions(mine, "formula")] == [(1, "it was measured")]
+    assert not import_study(tmp_path / "study.zip", home=other, move_aliases=True).notes
+    assert resolve(mine, "formula@champion").version == resolve(mine, "formula@challenger").version == 2
+    assert champions(mine, "formula")[-1].version == 2
+
+
+def test_number_of_a_version_beyond_a_hundred_deleted_ones_is_not_kept(exported: Path, other: Path) -> None:
+    file = Path(shutil.copy(exported, other))
+    _rewritten(file, _number("registered.json", "number", 9999))
+    _rewritten(file, _number("registered.json", "challenger", 9999))
+    import_study(file, home=other)
+    assert resolve(Home.find(other), "formula@challenger").version == 1
 
 
 def test_missing_file_names_the_command_that_writes_one(tmp_path: Path) -> None:

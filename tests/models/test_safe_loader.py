@@ -17,7 +17,7 @@ import torch
 
 from hpo.errors import ModelError
 from hpo.models import PROGRAM, build_model, export_program, save_trained
-from hpo.models.safe_loader import Program, load_program
+from hpo.models.safe_loader import Program, check_answers, load_program, read_config
 from hpo.spec.models import MlpSpec
 from hpo.spec.study import DataSpec, Setup, SplitSpec
 from hpo.spec.training import TrainingSpec
@@ -128,11 +128,6 @@ HARMFUL: dict[str, Change] = {
     "a pickled constant": pickled_constant,
     "a size that is code": size_expression,
     "a guard that is code": guard,
-    "an operator of torch itself": in_graph("torch.ops.aten.relu.default", lambda _: "torch.hub.load"),
-    "an operator that reads files": in_graph(
-        "torch.ops.aten.relu.default", lambda _: "torch.ops.aten.from_file.default"
-    ),
-    "an operator of another library": in_graph("torch.ops.aten.relu.default", lambda _: "torch.ops.mylib.run.default"),
     "a name that is code": in_graph('"images"', lambda trap: f'"x=open({str(trap)!r},chr(119))"'),
     "a compiled library": extra_entry("data/aotinductor/model/run.so"),
     "weights of the older kind": extra_entry("data/weights/model.pt"),
@@ -145,9 +140,126 @@ HARMFUL: dict[str, Change] = {
 @pytest.mark.parametrize("change", HARMFUL.values(), ids=HARMFUL)
 def test_a_program_that_could_run_code_is_refused_unopened(program: Path, tmp_path: Path, change: Change) -> None:
     file, trap = changed(program, tmp_path, change)
-    with pytest.raises(ModelError, match=r"could run code.*--allow-pickle|cannot be read"):
+    with pytest.raises(ModelError, match=r"could do harm|cannot be read"):
         load_program(file)
     assert not trap.exists()
+
+
+# What runs code, reaches memory of others, hands it out, draws numbers, prints, or reads and writes files.
+FORBIDDEN = ["torch.hub.load", "torch.ops.mylib.run.default", "torch.ops.aten.from_file.default"]
+FORBIDDEN += [f"torch.ops.aten.{name}" for name in ("as_strided.default", "_reshape_alias.default", "resize_.default")]
+FORBIDDEN += [f"torch.ops.aten.{name}" for name in ("set_.source_Tensor", "empty.memory_format", "empty_like.default")]
+FORBIDDEN += [
+    f"torch.ops.aten.{name}" for name in ("rand.default", "bernoulli.default", "normal_.default", "seed.none")
+]
+FORBIDDEN += [f"torch.ops.aten.{name}" for name in ("_print.default", "save.default", "_conj.default", "relu.nothing")]
+FORBIDDEN += [f"torch.ops.aten.{name}" for name in ("__class__.mro", "max_pool2d_with_indices_backward.default")]
+
+
+@pytest.mark.parametrize("operator", FORBIDDEN)
+def test_an_operator_that_does_more_than_compute_is_refused_by_name(
+    program: Path, tmp_path: Path, operator: str
+) -> None:
+    file, _ = changed(program, tmp_path, in_graph("torch.ops.aten.relu.default", lambda _: operator))
+    with pytest.raises(ModelError, match=f"the operator {operator}, which is not among those of plain networks"):
+        load_program(file)
+
+
+def written(net: Callable[[torch.Tensor], torch.Tensor], file: Path) -> Path:
+    """A program of a function of uint8 images (n, 8, 8, 1), exported as anyone may."""
+
+    class Net(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return net(images)
+
+    shapes = {"images": {0: torch.export.Dim("images")}}
+    example = (torch.zeros((2, 8, 8, 1), dtype=torch.uint8),)
+    torch.export.save(torch.export.export(Net().eval(), example, dynamic_shapes=shapes), file)
+    return file
+
+
+ATTACKS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "memory of others": lambda images: torch.empty((images.shape[0], 4)),
+    "all of a storage": lambda images: images.float().as_strided((1, 4), (1, 1)).expand(images.shape[0], 4),
+    "random numbers": lambda images: torch.rand((images.shape[0], 4)),
+    "dropout as in training": lambda images: torch.dropout(images.float().flatten(1)[:, :4], 0.5, True),
+}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_program_of_anyone_that_is_not_plain_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ModelError, match=r"the operator torch\.ops\.aten\.\w+\.\w+, which (is not|draws)"):
+        load_program(written(ATTACKS[name], tmp_path / PROGRAM))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('"as_scalar_type": 7', '"as_int": -2'),
+        ('"name": "dtype", "arg": {"as_scalar_type": 7}', '"name": "non_blocking", "arg": {"as_int": -2}'),
+    ],
+    ids=["a number", "a number in its place"],
+)
+def test_a_type_that_is_only_a_number_is_refused(program: Path, tmp_path: Path, before: str, after: str) -> None:
+    def change(entries: dict[str, bytes], trap: Path) -> None:
+        assert before.encode() in entries[GRAPH]
+        entries[GRAPH] = entries[GRAPH].replace(before.encode(), after.encode(), 1)
+
+    with pytest.raises(
+        ModelError, match=r"the operator torch\.ops\.aten\.to\.dtype, (whose dtype is none|which is given)"
+    ):
+        load_program(changed(program, tmp_path, change)[0])
+
+
+def test_weights_of_another_layout_than_plain_rows_are_refused(program: Path, tmp_path: Path) -> None:
+    def sparse(entries: dict[str, bytes], trap: Path) -> None:
+        entries[WEIGHTS] = entries[WEIGHTS].replace(b'"layout": 7', b'"layout": 2', 1)
+
+    with pytest.raises(ModelError, match="'layout' in the graph"):
+        load_program(changed(program, tmp_path, sparse)[0])
+
+
+GOOD = np.full((2, 4), 0.25, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("answers", "fault"),
+    [
+        (GOOD[:1], r"shape \(1, 4\) for 2 images and 4 classes"),
+        (GOOD * np.float32("nan"), "NaN or infinite"),
+        (GOOD.astype(np.int64), "of type int64"),
+        (GOOD * 2, "add up to 1 only within 1"),
+        (GOOD + np.array([[1, -1, 0, 0]], np.float32), "lie 0.75 outside 0 to 1"),
+    ],
+)
+def test_answers_that_are_no_probabilities_are_refused(answers: np.ndarray, fault: str) -> None:
+    with pytest.raises(ModelError, match=fault):
+        check_answers(answers, images=2, classes=4, several=False)
+
+
+def test_probabilities_are_let_through() -> None:
+    np.testing.assert_array_equal(check_answers(GOOD, images=2, classes=4, several=False), GOOD)
+    check_answers(GOOD * 3, images=2, classes=4, several=True)
+    check_answers(GOOD[:0], images=0, classes=4, several=False)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"class_names": ["a"], "image_shape": [1000000, 1000000, 3]}',
+        '{"class_names": ["a"], "image_shape": [1e400, 8, 1]}',
+        f'{{"class_names": ["a"], "image_shape": [8, 8, 1], "mean": [1{"0" * 400}]}}',
+        '{"class_names": ["a"], "image_shape": [8, 8, 1], "std": [NaN]}',
+        '{"class_names": ["a"], "image_shape": [8, 8, 1], "ranges": {"float32": [0, Infinity]}}',
+        f'{{"class_names": ["a"], "image_shape": [8, 8, {"9" * 5000}]}}',
+        f'{{"class_names": ["{"a" * 20_000_000}"], "image_shape": [8, 8, 1]}}',
+    ],
+    ids=["large", "infinite", "long", "nan", "range", "digits", "bytes"],
+)
+def test_sizes_and_numbers_without_end_are_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ModelError, match="damaged or missing"):
+        read_config(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize("name", ["a pickled weight", "a pickled sample input", "a size that is code"])

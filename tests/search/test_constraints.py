@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from formula import NUMERIC, train
 from hpo.errors import SpecError
 from hpo.records import FINAL, Candidate, StudyResult, Trial, TrialResult, TrialState
+from hpo.search.constraints import aims, judge, most_parameters, needs_latency, parse_constraint, violation
 from hpo.search.lifecycle import open_study
-from hpo.search.results import aims, judge, most_parameters, needs_latency, parse_constraint, violation
 
 LR = {"training.optimizer.lr": NUMERIC["training.optimizer.lr"]}
 WIDTH = {"model.hidden": {"int": [1, 1000]}}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from hpo.records import Candidate, StudyResult, Trial, TrialResult, TrialState
-from hpo.search.results import importances
+from hpo.search.importance import importances
 
 SPACE = {
     "model.kind": {"choice": [[8], [16], "mlp"]},
@@ -47,13 +50,13 @@ def _lr(values):
 
 @pytest.mark.parametrize("direction", ["maximize", "minimize"])
 def test_both_methods_find_the_range_that_decides(direction):
-    for shares in importances(_study(60, worth=_lr, direction=direction))[""].values():
+    for shares in importances(_study(60, worth=_lr, direction=direction), fanova=True)[""].values():
         assert max(shares, key=shares.get) == "training.optimizer.lr"
         assert sum(shares.values()) == pytest.approx(1)
 
 
 def test_a_list_option_that_decides_is_found_by_fanova():
-    shares = list(importances(_study(60, worth=_kind))[""].values())[-1]
+    shares = list(importances(_study(60, worth=_kind), fanova=True)[""].values())[-1]
     assert max(shares, key=shares.get) == "model.kind"
 
 
@@ -72,3 +75,18 @@ def test_stages_are_asked_one_by_one():
 def test_the_same_study_has_the_same_importances():
     study = _study(30, worth=_lr)
     assert importances(study) == importances(study)
+
+
+def test_scikit_learn_is_imported_for_fanova_alone():
+    script = """
+import sys
+from test_importance import _lr, _study, importances
+study = _study(60, worth=_lr)
+first = importances(study)
+assert "sklearn" not in sys.modules
+import sklearn
+both = importances(study, fanova=True)[""]
+assert len(both) == 2 and list(first[""].values())[0] == list(both.values())[0]
+assert importances(study) == first
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, check=True)

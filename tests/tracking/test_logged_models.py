@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import urllib.request
@@ -12,8 +13,10 @@ import pytest
 
 import tiny_study as tiny
 from hpo.home import Home
-from hpo.tracking.registry import fetch, resolve
-from hpo.tracking.store import load_mlflow
+from hpo.models.safe_loader import Program
+from hpo.predict import load_model
+from hpo.tracking.registry import REGISTERED, fetch, resolve
+from hpo.tracking.store import connect, load_mlflow
 from ports import free_port, wait_for
 
 _ELSEWHERE = """
@@ -33,13 +36,14 @@ def images() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (300, *tiny.SHAPE), dtype=np.uint8)
 
 
-@pytest.fixture(scope="module")
-def home(registered: Path) -> Home:
-    """A home with a registered model, which no test changes."""
-    return Home.at(registered)
+@pytest.fixture
+def home(registered: Path, tmp_path: Path) -> Home:
+    """A home with a registered model."""
+    shutil.copytree(registered / "mlruns", tmp_path / "mlruns")
+    return Home.at(tmp_path)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def kept(home: Home) -> Path:
     """The folder of its model."""
     return fetch(home, resolve(home, "tiny"), home.work)
@@ -84,18 +88,66 @@ def test_images_of_another_kind_are_refused_by_the_signature(
         mlflow.pyfunc.load_model(str(kept)).predict(change(images))
 
 
+def elsewhere(home: Home, images: np.ndarray, folder: Path) -> subprocess.CompletedProcess[str]:
+    """What plain MLflow says of the images in a process that has no hpo."""
+    np.save(folder / "images.npy", images)
+    command = [sys.executable, "-I", "-c", _ELSEWHERE, home.tracking_uri, str(folder / "images.npy")]
+    environment = {**os.environ, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
+
+
 @pytest.mark.slow
 def test_a_model_loads_without_this_package_and_without_unpickling(
     home: Home, kept: Path, folder: Path, images: np.ndarray, tmp_path: Path
 ) -> None:
-    np.save(tmp_path / "images.npy", images[:5])
-    command = [sys.executable, "-I", "-c", _ELSEWHERE, home.tracking_uri, str(tmp_path / "images.npy")]
-    environment = {**os.environ, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    answer = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    answer = elsewhere(home, images[:5], tmp_path)
     assert answer.returncode == 0, answer.stderr
     table = json.loads(answer.stdout)
     assert tuple(table["columns"]) == tiny.CLASSES
     np.testing.assert_allclose(table["data"], expected(folder, images[:5]), atol=1e-5)
+
+
+def replace_program(kept: Path) -> Path:
+    """A program of anyone in place of the model's: it would answer with memory of the process as it is."""
+    import torch
+
+    class Peek(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.empty((images.shape[0], 3))
+
+    example = (torch.zeros((2, *tiny.SHAPE), dtype=torch.uint8),)
+    program = torch.export.export(Peek(), example, dynamic_shapes=({0: torch.export.Dim("images")},))
+    torch.export.save(program, kept / "artifacts" / "net.pt2")
+    return kept
+
+
+def test_a_program_that_was_put_into_a_model_is_refused_by_its_script(kept: Path) -> None:
+    mlflow = load_mlflow()
+    with pytest.raises(Exception, match=r"the operator torch\.ops\.aten\.empty\.memory_format"):
+        mlflow.pyfunc.load_model(str(replace_program(kept)))
+    assert not [*kept.rglob("__pycache__")]
+
+
+@pytest.mark.slow
+def test_it_is_refused_by_plain_mlflow_where_this_package_is_not_installed(
+    home: Home, kept: Path, images: np.ndarray, tmp_path: Path
+) -> None:
+    replace_program(kept)
+    answer = elsewhere(home, images, tmp_path)
+    assert answer.returncode == 1
+    assert "ModelError" in answer.stderr
+    assert "the operator torch.ops.aten.empty.memory_format, which is not among those" in answer.stderr
+
+
+def test_a_model_of_this_home_is_loaded_here_and_one_that_came_from_elsewhere_in_its_own_process(
+    home: Home, kept: Path, images: np.ndarray
+) -> None:
+    own = load_model("tiny", home=home)
+    assert isinstance(own._model, Program)
+    connect(home).set_model_version_tag("tiny", "1", REGISTERED, "1")  # as an import does
+    foreign = load_model("tiny", home=home)
+    assert not isinstance(foreign._model, Program)
+    np.testing.assert_array_equal(foreign.predict_proba(images), own.predict_proba(images))
 
 
 @pytest.mark.slow

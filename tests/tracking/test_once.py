@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+import multiprocessing
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import tiny_study as tiny
 from hpo.errors import StoreAwayError, StoreError
 from hpo.home import Home
 from hpo.records import TrialState
-from hpo.tracking import runs, store, tracker
+from hpo.relocation import local_path
+from hpo.tracking import models, registry, runs, store, tracker
+from hpo.tracking.reader import read_tracking
 from hpo.tracking.registry import versions
 from hpo.tracking.tracker import Tracker
 
@@ -112,6 +118,81 @@ def test_a_store_whose_every_answer_is_lost_once_ends_as_one_that_answers(
         _track(other, folder, deaf.insist)
     assert len(deaf.lost) > 30
     assert _state(other) == _state(home)
+
+
+def _die_at(home: Home, folder: Path, step: int, name: Any) -> None:
+    """End a study in this process, which dies at request number `step` from the first model on; name gets its name."""
+    made = store.connect(home)
+
+    class Dying:
+        requests = 0
+
+        def __getattr__(self, asked: str) -> Any:
+            found = getattr(made, asked)
+            return functools.partial(self.request, asked, found) if callable(found) else found
+
+        def request(self, asked: str, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+            Dying.requests += bool(Dying.requests or asked == "create_logged_model")
+            if Dying.requests == step:
+                name.value = asked.encode()
+                os._exit(9)
+            return call(*arguments, **options)
+
+    dying = Dying()
+    for module in (tracker, registry):
+        module.connect = lambda _: dying
+    delete = models.delete_artifacts
+    models.delete_artifacts = lambda _, place, part=None: (
+        dying.request("delete_artifacts", lambda: Path(local_path(place), "MLmodel").unlink(missing_ok=True)),
+        dying.request("delete_artifacts, begun", delete, made, place, part),
+    )
+    _track(home, folder, lambda call, *arguments, **options: call(*arguments, **options))
+    os._exit(0)
+
+
+def _loads(home: Home) -> int:
+    """Load every version as MLflow alone does, and ask it; returns how many there are."""
+    mlflow = store.load_mlflow()
+    mlflow.set_tracking_uri(home.tracking_uri)
+    found = mlflow.MlflowClient().search_model_versions()
+    images = np.zeros((1, *tiny.SHAPE), np.uint8)
+    for version in found:
+        assert mlflow.pyfunc.load_model(f"models:/{version.name}/{version.version}").predict(images).shape == (1, 3)
+    mlflow.set_tracking_uri(None)
+    return len(found)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_killed_at_any_request_every_version_has_its_model_and_what_counts_as_kept_can_be_registered(
+    exported: Path, template: Path, tmp_path: Path
+) -> None:
+    study = tiny.study(tiny.trial(0), tiny.trial(1, TrialState.FAILED), tiny.trial(2))
+    fork = multiprocessing.get_context("fork")
+    name, steps = fork.Array("c", 40), []
+    store.load_mlflow()
+    for step in itertools.count(1):
+        home = Home.at(tmp_path / str(step)).create()
+        shutil.copyfile(template, home.root / "mlflow.db")
+        folder = Path(shutil.copytree(exported, home.work / "left"))
+        child = fork.Process(target=_die_at, args=(home, folder, step, name))
+        child.start()
+        child.join()
+        if child.exitcode == 0:
+            break
+        steps.append(name.value.decode())
+        _loads(home)
+        one = Tracker(home)
+        one.open_study(study, tiny.spec(), tiny.data(), tiny.split())
+        one.reconcile(study, tiny.spec())
+        kept = one.kept_models(study)
+        for number in kept:
+            one.register(study, number)
+        assert len(kept) <= _loads(home) <= 2, (step, steps[-1])
+        tagged = {run.tags[runs.TRIAL] for run in read_tracking(home).runs if runs.MODEL in run.tags}
+        assert tagged == {*map(str, kept)}, (step, steps[-1])
+        shutil.rmtree(home.root)
+    assert {"finalize_logged_model", "set_tag", "create_model_version", "delete_artifacts, begun"} <= {*steps}
 
 
 def test_a_study_that_is_closed_twice_in_one_state_says_so_once(home: Home) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from hpo.errors import StoreError
 from hpo.home import Home
-from hpo.tracking.store import connect, exists, without_password
+from hpo.tracking.store import connect, exists
 
 _OPEN = """
 import sys
@@ -64,11 +64,6 @@ def test_looking_makes_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert versions(home) == []
     assert not exists(home)
     assert not list(tmp_path.iterdir())
-
-
-def test_passwords_are_not_shown() -> None:
-    assert without_password("postgresql://me:secret@host/db") == "postgresql://me:***@host/db"
-    assert without_password("sqlite:////x/mlflow.db") == "sqlite:////x/mlflow.db"
 
 
 def test_a_database_that_was_being_made_when_its_process_died_is_made_anew(

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from deadly_jobs import await_end, is_alive
 from hpo.errors import HpoError
 from hpo.home import Home
 from hpo.tracking.ui import ui_command
@@ -48,6 +51,30 @@ def test_a_server_is_opened_in_the_browser(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking.example:5000")
     with pytest.raises(HpoError, match="Open that address in a browser"):
         ui_command(Home.find(tmp_path))
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="asks /proc who is alive")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_ui_takes_its_server_along_and_ends_without_a_traceback(number: int, tmp_path: Path) -> None:
+    """The server is a process that starts another one and does not hear SIGTERM."""
+    server = (
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        "child = subprocess.Popen(['sleep', '600']); print(child.pid, flush=True); time.sleep(600)"
+    )
+    code = (
+        "import sys; from hpo.tracking import ui; ui._TO_END = 0.2;"
+        "ui.ui_command = lambda home, **_: ([sys.executable, '-c', sys.argv[1]], None);"
+        "sys.exit(ui.open_ui(None))"
+    )
+    command = [sys.executable, "-c", code, server]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as shown:
+        assert shown.stdout is not None
+        child = int(shown.stdout.readline())
+        assert is_alive(child)
+        shown.send_signal(number)
+        _, told = shown.communicate(timeout=60)
+    assert (shown.returncode, told) == (0, "")
+    assert await_end(child)
 
 
 @pytest.mark.slow

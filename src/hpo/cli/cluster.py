@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,6 +13,7 @@ from hpo.cli.options import (
     Debug,
     DeviceName,
     Fresh,
+    GpusPerTrial,
     HomeFolder,
     KeepModels,
     PrecisionName,
@@ -26,8 +26,10 @@ from hpo.cli.options import (
     Trials,
     Trust,
     Workers,
+    home_flag,
     study_name,
 )
+from hpo.errors import clean
 from hpo.events import Event, Notice
 from hpo.options import RunOptions
 
@@ -43,18 +45,18 @@ def run_slurm(spec: StudySpec, options: RunOptions, watcher: Watcher, *, as_json
     if not options.workers:
         raise HpoError("--engine slurm: the number of jobs is missing.", "Give it: --workers 8")
     if options.print_script:
-        from hpo.cluster.schedulers import read_settings, script
+        from hpo.cluster import read_settings, script
 
         flags, settings = options.of_worker().flags(), read_settings(options.slurm)
         output.print_text(script(spec.name, flags, workers=options.workers, settings=settings).rstrip())
         return 0
     with watcher as watch:
-        from hpo.cluster import Submitted, run_array
+        from hpo.cluster.shared_study import Submitted, run_array
 
         done = run_array(spec, options, watch=watch)
     if not isinstance(done, Submitted):
         return watch.exit_code
-    home = f" --home {shlex.quote(str(options.home))}" if options.home else ""
+    home = home_flag(options.home)
     if as_json:
         output.print_json({"event": "submitted", **output.plain(done)}, indent=None)
     else:
@@ -80,7 +82,7 @@ def begin(
     from hpo.spec.load import load_study
 
     spec = load_study(study, overrides=options.settings, trust=trust)
-    from hpo.cluster import begin_study
+    from hpo.cluster.shared_study import begin_study
 
     opened = begin_study(spec, options, watch=None if as_json else _print_notice)
     title = opened.study.title
@@ -95,7 +97,7 @@ def begin(
 
 def _print_notice(event: Event) -> None:
     if isinstance(event, Notice) and not event.total:
-        typer.echo(event.text, err=True)
+        typer.echo(clean(event.text), err=True)
 
 
 def manifest(
@@ -114,8 +116,8 @@ def manifest(
     _debug: Debug = False,
 ) -> None:
     """Print a Kubernetes Job of workers for a study that has begun (hpo begin), for kubectl apply."""
-    from hpo.cluster.schedulers import Pods
-    from hpo.cluster.schedulers import manifest as print_manifest
+    from hpo.cluster import Pods
+    from hpo.cluster import manifest as print_manifest
 
     pods = Pods(image, workers, cpus, memory, gpus, scratch, secret)
     flags = RunOptions(device=device, trust=trust).flags()
@@ -127,6 +129,7 @@ def worker(
     workers: Workers = None,
     stack: StackSize = None,
     device: DeviceName = "auto",
+    gpus_per_trial: GpusPerTrial = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -149,13 +152,9 @@ def worker(
     from hpo.cli.live import watcher
     from hpo.cli.run_summary import NextCommands
 
-    def with_trials(trials: int) -> str:
-        return RunOptions(home=home, trials=trials).command_line("run", study)
-
-    home_flag = f" --home {shlex.quote(str(home))}" if home else ""
-    commands = NextCommands(options.to_resume().command_line("worker", study), with_trials, home=home_flag)
+    commands = NextCommands("worker", study, options.to_resume(), RunOptions(home=home))
     with watcher(as_json=as_json, quiet=quiet)(commands, debug=debug) as watch:
-        from hpo.cluster import join_study
+        from hpo.cluster.shared_study import join_study
 
         join_study(study, options, watch=watch)
     raise typer.Exit(watch.exit_code)

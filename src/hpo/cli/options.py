@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -99,7 +100,7 @@ Address = Annotated[
 ]
 GpusPerTrial = Annotated[
     float | None,
-    typer.Option(metavar="N", help="GPUs of a Ray worker, such as 0.25.", show_default="1 if the cluster has any"),
+    typer.Option(metavar="N", help="GPUs that train each trial together; with Ray also 0.25, say.", show_default="1"),
 ]
 CpusPerTrial = Annotated[float | None, typer.Option(metavar="N", help="CPU cores of a Ray worker.", show_default="1")]
 SlurmSettings = Annotated[
@@ -136,6 +137,11 @@ AllowPickle = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+def home_flag(home: str | Path | None) -> str:
+    """The end of a command line that names the home: " --home DIR", or "" for the usual one."""
+    return f" --home {shlex.quote(str(home))}" if home else ""
 
 
 def study_name(study: str) -> str:

@@ -11,20 +11,29 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from hpo.errors import HpoError, redact
+from hpo.errors import HpoError, clean, redact
 from hpo.report.text import short_paths
 
 _LONG = 500  # rows
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
+
+
+class _Console(Console):
+    """It shows what files of others hold, and obeys nothing of it."""
+
+    def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(clean(segment.text), segment.style)
 
 
 def make_console(*, stderr: bool = False) -> Console:
@@ -33,7 +42,7 @@ def make_console(*, stderr: bool = False) -> Console:
     # Programs that read a pipe need whole rows; COLUMNS overrides this.
     width = None if stream.isatty() or "COLUMNS" in os.environ else 1000
     colors = None if os.environ.get("NO_COLOR") or not stream.isatty() else "auto"
-    return Console(
+    return _Console(
         stderr=stderr,
         highlight=False,
         markup=False,
@@ -98,7 +107,7 @@ def write_text(text: str, file: Path | None) -> None:
         print_text(text)
         return
     try:
-        file.write_text(f"{text}\n", encoding="utf-8")
+        file.write_text(f"{clean(text)}\n", encoding="utf-8", errors="replace")
     except OSError as error:
         raise HpoError(f"{file}: cannot be written: {error.strerror}.", "Choose another file: --output FILE") from None
 
@@ -134,7 +143,7 @@ def predictions_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def print_text(text: str) -> None:
     """One text and a newline to stdout, flushed, without styles or wrapping."""
-    sys.stdout.write(f"{text}\n")
+    sys.stdout.write(f"{clean(text)}\n")
     sys.stdout.flush()
 
 
@@ -167,11 +176,14 @@ def fail(error: BaseException, *, as_json: bool = False, debug: bool = False) ->
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     if debug:
-        sys.stderr.write(redact("".join(traceback.format_exception(error))))
+        sys.stderr.write(clean(redact("".join(traceback.format_exception(error)))))
     if isinstance(error, KeyboardInterrupt):
         message, hint, code = "interrupted", "", INTERRUPTED
     elif isinstance(error, HpoError):
         message, hint, code = error.message, error.hint, error.exit_code
+    elif isinstance(error, MemoryError):
+        message = f"the memory of this machine does not suffice: {redact(str(error))}".rstrip(": ")
+        hint, code = "End other programs, or give it fewer or smaller images.", HpoError.exit_code
     else:
         message = f"unexpected error {type(error).__name__}: {' '.join(redact(str(error)).split())}".rstrip(": ")
         hint, code = ("" if debug else "Run again with --debug for the traceback."), 1

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hpo.cli import output
-from hpo.cli.options import AsJson, Command, Debug, HomeFolder, Study, Trust
+from hpo.cli.options import AsJson, Command, Debug, HomeFolder, Study, Trust, study_name
 
 if TYPE_CHECKING:
     from hpo.report.page import DataFacts
@@ -24,6 +24,9 @@ def report(
     saliency: Annotated[
         bool, typer.Option("--saliency", help="Add saliency maps of the most confident mistakes; takes seconds.")
     ] = False,
+    fanova: Annotated[
+        bool, typer.Option("--fanova", help="Add a second measure of importance, fANOVA; takes seconds.")
+    ] = False,
     home: HomeFolder = None,
     as_json: AsJson = False,
     _debug: Debug = False,
@@ -33,10 +36,8 @@ def report(
     It can be read without a network. The sealed test part is not opened.
     """
     from hpo.jobs.report import write_report
-    from hpo.spec.load import load_study
 
-    name = load_study(study, trust=True).name if study.endswith((".yaml", ".yml")) else study
-    path = write_report(name, home=home, out=target, saliency=saliency)
+    path = write_report(study_name(study), home=home, out=target, saliency=saliency, fanova=fanova)
     if as_json:
         output.print_json({"path": str(path)})
     else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -33,12 +32,14 @@ from hpo.cli.options import (
     Trials,
     Trust,
     Workers,
+    home_flag,
     read_duration,
     study_name,
 )
+from hpo.errors import clean
 from hpo.options import RunOptions
 from hpo.records import FINAL, TrialState
-from hpo.report.text import duration
+from hpo.report.text import counted, duration
 
 if TYPE_CHECKING:
     from hpo.jobs.rerun import EpochCheck
@@ -82,6 +83,10 @@ def run(
 
 def start(study: str, options: RunOptions, *, as_json: bool, quiet: bool, debug: bool) -> None:
     """Run a study with these options, here or on a scheduler's jobs."""
+    from hpo.execute.process import start_fork_server
+
+    if options.engine not in ("kubernetes", "slurm"):
+        start_fork_server()  # the imports below go on beside it
     from hpo.cli.live import watcher
     from hpo.cli.run_summary import NextCommands
     from hpo.errors import HpoError
@@ -92,13 +97,7 @@ def start(study: str, options: RunOptions, *, as_json: bool, quiet: bool, debug:
         raise HpoError("--engine kubernetes: is a manifest.", hint)
     spec = load_study(study, overrides=options.settings, trust=options.trust)
     resume = options.to_resume()
-
-    def with_trials(trials: int) -> str:
-        return replace(resume, trials=trials).command_line("run", study)
-
-    home = f" --home {shlex.quote(str(options.home))}" if options.home else ""
-    commands = NextCommands(resume.command_line("run", study), with_trials, home=home)
-    display = watcher(as_json=as_json, quiet=quiet)(commands, debug=debug)
+    display = watcher(as_json=as_json, quiet=quiet)(NextCommands("run", study, resume, resume), debug=debug)
     if options.engine == "slurm":
         from hpo.cli.cluster import run_slurm
 
@@ -137,8 +136,8 @@ def rerun(
     if as_json:
         output.print_json(found)
     else:
-        threads = f"{found.threads} thread{'s' if found.threads > 1 else ''}"
-        output.print_text(f"{found}  ({found.device}, {found.precision or 'no precision'}, {threads})")
+        how = f"{found.device}, {found.precision or 'no precision'}, {counted(found.threads, 'thread')}"
+        output.print_text(f"{found}  ({how})")
         if not found.same_machine:
             output.print_warning("the trial used another device or precision, or they are unknown")
     if found.agreement is Agreement.DIFFERS:
@@ -172,11 +171,10 @@ def stop(
 
     def say(count: int) -> None:
         if not as_json:
-            processes = "supervisor" if count == 1 else "supervisors"
-            typer.echo(f"{study}: asked {count} {processes} to stop ...", err=True)
+            typer.echo(f"{clean(study)}: asked {counted(count, 'supervisor')} to stop ...", err=True)
 
     done = stop_study(study_name(study), home=home, timeout=timeout or 60.0, watch=say)
-    again = f"hpo run {shlex.quote(study)}" + (f" --home {shlex.quote(str(home))}" if home else "")
+    again = f"hpo run {shlex.quote(study)}{home_flag(home)}"
     if as_json:
         output.print_json({**output.plain(done), "next": again})
         return
@@ -185,12 +183,11 @@ def stop(
         if done.asked:
             output.print_text("Idle workers on other machines stop too; workers that are still starting do not.")
         if done.abandoned:
-            count = len(done.abandoned)
-            trials = f"{count} trial{'s' * (count > 1)}"
+            trials = counted(len(done.abandoned), "trial")
             output.print_text(f"{trials} of a dead supervisor will be tried again by the next run: {again}")
         return
-    count = len(done.stopped)
-    words = "no trial was running" if not count else f"{count} trial{'s' * (count > 1)} stopped, to be tried again"
+    stopped = counted(len(done.stopped), "trial")
+    words = f"{stopped} stopped, to be tried again" if done.stopped else "no trial was running"
     output.print_text(f"{done.title}: stopped in {duration(done.seconds)}; {words}.")
     output.print_text(f"Resume with: {again}")
 
@@ -225,8 +222,8 @@ def status(
             output.print_text(f"{one.study.title}: {where}{since}{trials}")
     for one in found:
         if one.abandoned:
-            count = len(one.abandoned)
-            text = f"{count} trial{'s' * (count > 1)} of a dead supervisor: hpo run resumes, hpo doctor has details"
+            trials = counted(len(one.abandoned), "trial")
+            text = f"{trials} of a dead supervisor: hpo run resumes, hpo doctor has details"
             output.print_warning(f"{one.study.title}: {text}")
 
 
@@ -236,7 +233,7 @@ def _row(one: StudySnapshot) -> list[str]:
     at_work = "-"
     if one.holders:
         runs = f"{len(one.holders)} runs, " if len(one.holders) > 1 else ""
-        at_work = f"{runs}{len(workers)} worker{'s' * (len(workers) != 1)}"
+        at_work = f"{runs}{counted(len(workers), 'worker')}"
     return [
         one.study.title,
         at_work,

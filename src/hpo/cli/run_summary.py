@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from hpo.cli.options import home_flag
 from hpo.cli.output import show_parameters, show_score
 from hpo.events import EpochEnded, Event, StudyEnded, StudyOpened, StudyProfiled, TrialEnded, TrialStarted
+from hpo.options import RunOptions
 from hpo.records import FINAL, EndReason, TrialResult, TrialState
 from hpo.report.summary import failure_lines
-from hpo.report.text import duration, parameter_names, ranges_of
+from hpo.report.text import counted, duration, parameter_names, ranges_of
 
 
 @dataclass(frozen=True)
 class NextCommands:
-    """Commands for the user: again resumes the study, more(N) runs it to N trials; home is " --home DIR" or ""."""
+    """Commands for the user: `hpo COMMAND STUDY` with the options `again` resumes; further trials take `further`."""
 
-    again: str
-    more: Callable[[int], str]
-    home: str = ""
+    command: str
+    study: str
+    again: RunOptions
+    further: RunOptions
+
+    def more(self, trials: int) -> str:
+        """The command that runs the study to so many trials."""
+        return replace(self.further, trials=trials).command_line("run", self.study)
 
 
 @dataclass
@@ -149,7 +156,7 @@ def opening(event: StudyOpened) -> tuple[str, str]:
     """The question, and data, parts, device and workers in one line."""
     data, split = event.data, event.split
     parts = ", ".join(f"{split.counts[part]:,} {part}" for part in ("train", "valid") if part in split.counts)
-    workers = f"{event.workers} worker{'s' if event.workers > 1 else ''}" if event.workers else "in this process"
+    workers = counted(event.workers, "worker") if event.workers else "in this process"
     workers += f", {event.stack} trials side by side in each" if event.stack > 1 else ""
     facts = [f"{data.name} {data.digest.removeprefix('sha256:')[:8]}", parts, event.device, workers]
     if event.finished:
@@ -203,10 +210,10 @@ def next_steps(tally: Tally, commands: NextCommands) -> list[tuple[str, str]]:
     ended = tally.ended
     if ended is None:
         return []
-    home, model = commands.home, ended.model
+    home, model = home_flag(commands.again.home), ended.model
     steps = []
     if not ended.reason.completed and tally.finished < tally.budget:
-        steps.append((commands.again, "resume"))
+        steps.append((commands.again.command_line(commands.command, commands.study), "resume"))
     if model and "champion" not in model.aliases:
         steps.append((f"hpo promote {model.study or model.name}{home}", "open its sealed test part once"))
     if model:

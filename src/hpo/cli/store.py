@@ -12,6 +12,7 @@ from rich.text import Text
 
 from hpo.cli import output
 from hpo.cli.options import AsJson, Command, Debug, HomeFolder, Study, study_name
+from hpo.report.text import counted
 
 if TYPE_CHECKING:
     from hpo.jobs.clean import Waste
@@ -76,8 +77,8 @@ def export(
         output.print_json(made)
         return
     output.print_text(
-        f"{made.title}: {_counted(made.trials, 'trial')}, {_counted(made.runs, 'run')}, "
-        f"{_counted(made.models, 'model')}, {_counted(made.versions, 'registered version')} in {made.file}, "
+        f"{made.title}: {counted(made.trials, 'trial')}, {counted(made.runs, 'run')}, "
+        f"{counted(made.models, 'model')}, {counted(made.versions, 'registered version')} in {made.file}, "
         f"{output.show_bytes(made.bytes)}"
     )
     for note in made.notes:
@@ -87,6 +88,9 @@ def export(
 
 def import_(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A file of hpo export.", show_default=False)],
+    move_aliases: Annotated[
+        bool, typer.Option("--move-aliases", help="Move aliases such as champion to its versions, past the gates.")
+    ] = False,
     home: HomeFolder = None,
     as_json: AsJson = False,
     _debug: Debug = False,
@@ -94,20 +98,16 @@ def import_(
     """Import an exported study into this project's stores; safe to repeat."""
     from hpo.jobs.transfer import import_study
 
-    made = import_study(file, home=home)
+    made = import_study(file, home=home, move_aliases=move_aliases)
     if as_json:
         output.print_json(made)
         return
     parts = [(made.trials, "trial"), (made.runs, "run"), (made.models, "model"), (made.versions, "registered version")]
-    new = ", ".join(_counted(count, what) for count, what in parts if count) or "nothing"
+    new = ", ".join(counted(count, what) for count, what in parts if count) or "nothing"
     further = "; the study here has more trials than the file" if made.relation == "ahead" else ""
     output.print_text(f"{made.title}: {new} new in {made.store}{further}")
     for note in made.notes:
         output.print_warning(note)
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def doctor(

@@ -1,237 +1,322 @@
-"""A study that machines share: one begins it, any number join, and a cluster's jobs are submitted and followed."""
+"""Workers of a study as a SLURM array, submitted or printed for sbatch, or as a Kubernetes Job, printed."""
 
 from __future__ import annotations
 
-import contextlib
-import shutil
-import threading
+import difflib
+import json
+import logging
+import os
+import re
+import shlex
+import subprocess
+import sys
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from hpo.cluster.schedulers import Jobs, read_settings, submit, worker_command
-from hpo.errors import HpoError, StoreError
-from hpo.events import Notice, StudyEnded, StudyOpened
-from hpo.execute.base_model import with_model
-from hpo.execute.finals import check_final
-from hpo.execute.process import process_context
-from hpo.execute.run_study import await_job, interruptible, refuse_new, run_study, with_options
-from hpo.execute.subscribers import Events, Watch, Watcher
-from hpo.execute.workers.job_process import JobProcess, Prepared, prepare
-from hpo.home import Home
-from hpo.jobs.stop import stop_study
-from hpo.options import RunOptions
-from hpo.records import EndReason, ModelVersion, StudyResult
-from hpo.search.stages import budget_of
-from hpo.spec.load import override_study
-from hpo.spec.study import StudySpec
-from hpo.storage.reader import StudyWatcher, list_trials
-from hpo.tracking.registry import versions
-from hpo.tracking.store import check_reachable
-from hpo.tracking.tracker import Tracker
+from hpo.errors import HpoError, redact
+
+_MINUTES = 240  # of a job, by default
+_ASK = 10.0  # seconds between questions to SLURM, which serves many users
+_NOTICE = 90  # seconds between SIGTERM and the end of a job's time
+# Parameters that only submitit's own script can have.
+_NOT_PRINTED = ("stderr_to_stdout", "teardown", "use_srun", "wckey")
 
 
-def shared_home(home: str | Path | None = None) -> Home:
-    """The home, whose studies must be on a server. Raises StoreError where they are in a file of this machine."""
-    found = Home.find(home)
-    if not found.shared:
-        raise StoreError(
-            f"{found.root}: its studies are in a file, which workers on other machines cannot share.",
-            "Name a PostgreSQL server, in the environment variable HPO_STORAGE or in hpo.toml.",
-        )
-    return found
+def read_settings(texts: Iterable[str]) -> dict[str, Any]:
+    """Parameters of submitit, from texts such as `slurm_partition=gpu`, `timeout_min=60`, `setup=["module load cuda"]`.
 
-
-def begin_study(spec: StudySpec, options: RunOptions, *, watch: Watch | None = None) -> StudyOpened:
-    """Write the study into the shared storage, or find it there, so that `hpo worker` can join it; train nothing.
-
-    The images are prepared and checked here, and their digest is written down. Of the options those apply that define
-    the study: trials, keep_models, precision, fresh, retry_failed and home. watch gets notices only. Returns the state
-    of the study, with no workers. Raises HpoError.
+    A value that is JSON is read as such; slurm_ may be left out. Raises HpoError where submitit does not know one, or
+    is not installed.
     """
-    home = shared_home(options.home).create()
-    check_reachable(home)
-    spec = with_model(with_options(spec, options), home)
-    emit = Events([Watcher(watch)] if watch else []).emit
-    with contextlib.ExitStack() as cleanup:
-        interrupted = cleanup.enter_context(interruptible())
-        jobs = JobProcess(process_context())
-        cleanup.callback(jobs.close)
-        job = jobs.submit(prepare, spec, "cpu")  # the machine that begins the study may have no GPU
-        from hpo.search.lifecycle import open_study  # optuna is imported while data are prepared
-
-        prepared: Prepared = await_job(job, jobs, emit, interrupted)
-        digest, budget = prepared.data.digest, budget_of(spec, options.trials)
-        refuse_new(home, spec, prepared.data, fresh=options.fresh)
-        check_final(spec, prepared.data)
-        study = open_study(
-            home, spec, data_digest=digest, class_names=prepared.data.class_names, budget=budget, fresh=options.fresh
-        )
-        spec = study.spec
-        cleanup.callback(study.close)
-        for note in study.notes:
-            emit(Notice(note))
-        if options.retry_failed:
-            study.retry_failed()
-        before = study.result()
-        # Workers that start at the same time find the run that each of them would otherwise make.
-        Tracker(home).open_study(before, spec, prepared.data, prepared.split)
-    finished = sum(trial.state.finished for trial in before.counted)
-    return StudyOpened(before, prepared.data, prepared.split, budget, finished, workers=0, device="")
+    from_all, of_slurm = _known()
+    settings: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not value:
+            raise HpoError(f"--slurm {text}: has no value.", "Write KEY=VALUE, such as --slurm timeout_min=60")
+        bare = key.removeprefix("slurm_")
+        if bare not in from_all | of_slurm:
+            close = difflib.get_close_matches(bare, sorted(from_all | of_slurm), n=1)
+            meant = f"Did you mean {close[0]}? " if close else ""
+            raise HpoError(
+                f"--slurm {key}: submitit knows no such parameter.",
+                f"{meant}Choose one of: {', '.join(sorted(from_all | of_slurm))}; others of sbatch: "
+                """--slurm 'additional_parameters={"reservation": "r1"}'""",
+            )
+        name = bare if bare in from_all else f"slurm_{bare}"
+        try:
+            settings[name] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[name] = value
+        wanted = {"slurm_setup": list, "slurm_srun_args": list, "slurm_additional_parameters": dict}.get(name)
+        if wanted is not None and not isinstance(settings[name], wanted):
+            example = '{"reservation": "r1"}' if wanted is dict else '["module load cuda"]'
+            raise HpoError(f"--slurm {text}: is not a JSON {wanted.__name__}.", f"Write: --slurm '{bare}={example}'")
+    return settings
 
 
-def join_study(study: str, options: RunOptions, *, watch: Watch | None = None) -> StudyResult:
-    """Train trials of a study until its budget is spent; Ctrl-C, SIGTERM and kills lose nothing.
+class Jobs:
+    """The jobs of one array, or processes of this machine for submitit's local cluster. folder holds their logs."""
 
-    study is its name, for its newest generation, or a title such as name~2. Its spec comes from the storage, and the
-    data must be the same images. options.settings are for what differs from machine to machine, such as
-    data.path=/scratch/images.npz; changes to the trials are refused. The other options that apply concern this machine:
-    workers, stack, device, timeout and home. Raises HpoError.
+    def __init__(self, jobs: Sequence[Any], folder: Path, *, cluster: str) -> None:
+        self.folder = folder
+        self._jobs, self._cluster = jobs, cluster
+        self._array = str(jobs[0].job_id).partition("_")[0]
+        self._ask_at, self._any_left = 0.0, True
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def __str__(self) -> str:
+        return f"{len(self)} jobs of array {self._array}" if len(self) > 1 else f"job {self._array}"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The scheduler's name of each job."""
+        return tuple(str(job.job_id) for job in self._jobs)
+
+    def left(self) -> bool:
+        """True while a job is waiting or running; also while SLURM, asked every 10 s at most, does not answer."""
+        if self._cluster != "slurm":
+            return not all(job.done() for job in self._jobs)
+        if self._any_left and time.monotonic() >= self._ask_at:
+            self._ask_at = time.monotonic() + _ASK
+            # Not sacct, which submitit asks: it needs an accounting database.
+            asked = _call("squeue", "--noheader", "--format=%T", f"--jobs={self._array}")
+            gone = asked.returncode != 0 and "Invalid job id" in asked.stderr
+            self._any_left = not gone and (asked.returncode != 0 or bool(asked.stdout.strip()))
+        return self._any_left
+
+    def cancel(self, *, waiting: bool = False) -> None:
+        """End the jobs, with SIGTERM first; waiting: only those that have not begun."""
+        if self._cluster == "slurm":
+            _call("scancel", *["--state=PENDING"] * waiting, self._array)
+        elif not waiting:
+            for job in self._jobs:
+                job.cancel(check=False)
+
+    def end_of_log(self, *, lines: int = 3) -> str:
+        """The name and the last lines of the newest log that is not empty, without secrets; "" where there is none."""
+        logs = [path for name in self.names for path in self.folder.glob(f"{name}_*_log.*")]
+        for path in sorted(logs, key=lambda path: (path.suffix == ".err", path.stat().st_mtime), reverse=True):
+            content = map(str.strip, path.read_text(encoding="utf-8", errors="replace").splitlines())
+            words = [line for line in content if line and not line.startswith("submitit")]
+            if words:
+                return redact(f"{path.name}: {' / '.join(words[-lines:])}")
+        return ""
+
+
+def _call(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - the command is ours
+
+
+def submit(
+    command: Sequence[str],
+    *,
+    name: str,
+    workers: int,
+    folder: Path,
+    settings: Mapping[str, Any],
+    cluster: str = "slurm",
+) -> Jobs:
+    """Submit one array of `workers` jobs that each become the command.
+
+    Scripts and logs are in folder, which all machines must see. sbatch passes this process's environment to the jobs:
+    addresses and passwords are in no command and in no file. cluster is submitit's: slurm, or
+    local for processes of this machine. Raises HpoError.
     """
-    home = Home.find(options.home)
-    known = list_trials(home, study)
-    spec = override_study(known.spec, options.settings, trust=options.trust)
-    if home.shared and home.embedded and watch is not None:
-        watch(
-            Notice("MLflow is not shared: runs and models of this worker stay in this folder. Set MLFLOW_TRACKING_URI.")
-        )
-    return run_study(spec, replace(options, settings=()), join=known.title, watch=watch)
+    from submitit import AutoExecutor
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    extra = {"signal": f"TERM@{settings.get('slurm_signal_delay_s', _NOTICE)}"}
+    chosen = {"name": f"hpo-{name}", "timeout_min": _MINUTES, "slurm_array_parallelism": workers, **settings}
+    chosen["slurm_additional_parameters"] = {**extra, **settings.get("slurm_additional_parameters", {})}
+    logging.getLogger("submitit").setLevel(logging.ERROR)
+    try:
+        executor = AutoExecutor(folder, cluster=cluster)
+        executor.update_parameters(**chosen)
+        # exec: no process of submitit stays between SLURM's signals and the worker, which handles them.
+        jobs = executor.map_array(os.execv, [command[0]] * workers, [list(command)] * workers)
+    except (AssertionError, NameError, TypeError, ValueError, FailedJobError, FailedSubmissionError) as error:
+        raise HpoError(
+            f"--engine slurm: the jobs were not submitted: {error}", "Fix what it names, and run this again."
+        ) from None
+    except RuntimeError as error:
+        raise HpoError(
+            f"--engine slurm: {error}", "Submit on a login node of the cluster, or print the script: --print"
+        ) from None
+    except FileNotFoundError as error:
+        raise HpoError(f"--engine slurm: {error.filename}: not found.", "Submit on a login node, or: --print") from None
+    return Jobs(jobs, folder, cluster=cluster)
 
 
-_TICK = 1.0  # seconds between readings of the study
-_SUM_UP = 300.0  # seconds in which the workers of a finished study must end
+def worker_command(study: str, options: Sequence[str], *, home: Path) -> list[str]:
+    """The command of `hpo worker` in this interpreter; home is the folder that holds mlruns."""
+    return [sys.executable, "-u", "-m", "hpo", "worker", study, *options, "--home", str(home)]
+
+
+def script(study: str, options: Sequence[str], *, workers: int, settings: Mapping[str, Any]) -> str:
+    """A script for sbatch that starts the workers: an array of `workers` jobs. Raises HpoError."""
+    odd = [key for key in settings if key.removeprefix("slurm_") in _NOT_PRINTED]
+    if odd:
+        raise HpoError(f"--slurm {odd[0]}: is not possible in a printed script.", "Leave it out and edit the script.")
+    flagged = {_FLAGS.get(key, key.removeprefix("slurm_")): value for key, value in settings.items()}
+    if "mem_gb" in flagged:
+        flagged["mem"] = f"{int(1024 * flagged.pop('mem_gb'))}M"
+    parallel, notice = flagged.pop("array_parallelism", None), flagged.pop("signal_delay_s", _NOTICE)
+    setup, arguments = flagged.pop("setup", []), map(str, flagged.pop("srun_args", []))
+    flags = {
+        "job_name": re.sub(r"[^\w.-]", "-", f"hpo-{study}"),
+        "array": f"0-{workers - 1}" + (f"%{parallel}" if parallel else ""),
+        "output": "%x-%A_%a.log",
+        "open_mode": "append",
+        "requeue": True,
+        "signal": f"TERM@{notice}",
+        "time": _MINUTES,
+        **flagged.pop("additional_parameters", {}),
+        **flagged,
+    }
+    return _SCRIPT.format(
+        workers=workers,
+        study=study,
+        flags="\n".join(f"#SBATCH --{_flag(key, value)}" for key, value in flags.items()),
+        setup="".join(f"{line}\n" for line in [*setup, ""] if setup),
+        command=shlex.join(["srun", *arguments, "hpo", "worker", study, *options]),
+    )
+
+
+_FLAGS = {"timeout_min": "time", "name": "job_name", "tasks_per_node": "ntasks_per_node"}
+_SCRIPT = """\
+#!/bin/bash
+# {workers} workers of the study {study}. Once, before: hpo begin {study}
+# Then, in the folder that holds mlruns: sbatch THIS_FILE. The workers find the stores in hpo.toml there, or in
+# HPO_STORAGE and MLFLOW_TRACKING_URI: sbatch passes on the environment in which it is called.
+{flags}
+
+{setup}# SIGTERM comes before the time is up, and before a preemption. The worker then stops its
+# trials and ends; the shell waits for it. Other workers resume them, or this job once SLURM has queued it again.
+trap : TERM
+{command} --home "${{SLURM_SUBMIT_DIR:-.}}"
+"""
+
+
+def _flag(key: str, value: Any) -> str:
+    return key.replace("_", "-") + ("" if value is True else f"={shlex.quote(str(value))}")
+
+
+def _known() -> tuple[set[str], set[str]]:
+    """The names of submitit's parameters: those of every cluster, and SLURM's own without slurm_."""
+    try:
+        from submitit import AutoExecutor, SlurmExecutor
+    except ImportError:
+        raise HpoError("--engine slurm: submitit is not installed.", "Install it: pip install 'hpo[slurm]'") from None
+    return set(AutoExecutor._typed_parameters()), set(SlurmExecutor._valid_parameters())
+
+
+_SIZE = re.compile(r"[0-9]+(\.[0-9]+)?([EPTGM]i?|Ki|k)?")
+_NAME = re.compile(r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?")
+_LONGEST = 50  # letters of a Job's name: pods add an index and five letters, and have at most 63
+_GRACE = 60  # seconds in which a worker stops its trials
+_RETRIES = 6
 
 
 @dataclass(frozen=True)
-class Submitted:
-    """An array of workers that continues by itself. jobs are the scheduler's names; folder holds their logs."""
+class Pods:
+    """The number of pods, their image, and the resources of each; sizes as Kubernetes writes them.
 
-    study: str
-    jobs: tuple[str, ...]
-    folder: Path
-
-
-def run_array(
-    spec: StudySpec,
-    options: RunOptions,
-    *,
-    worker: RunOptions | None = None,
-    cluster: str = "slurm",
-    watch: Watch | None = None,
-) -> StudyResult | Submitted:
-    """Run or resume a study on an array of options.workers jobs, each an `hpo worker`.
-
-    options.slurm are texts for submitit (see read_settings). worker holds the options of each `hpo worker`, by default
-    those of the run that apply to it. This process only watches: the workers register the best model. Ctrl-C ends the
-    study and the jobs cleanly; killing this process ends neither. With options.detach it returns once the jobs are
-    submitted. cluster is slurm, or local for processes of this machine. Raises HpoError, also where all jobs have ended
-    before the study.
+    secret is the name of the Secret that holds HPO_STORAGE and MLFLOW_TRACKING_URI.
     """
-    if not options.workers:
-        raise HpoError("--engine slurm: the number of jobs is missing.", "Give it: --workers 8")
-    settings = read_settings(options.slurm)
-    home = shared_home(options.home)
-    emit: Watch = watch or (lambda _: None)
-    if cluster == "slurm" and shutil.which("sbatch") is None:  # before anything is written
-        raise HpoError(
-            "--engine slurm: there is no sbatch here.", "Submit on a login node, or print the script: --print"
-        )
-    opened = begin_study(spec, options, watch=watch)
-    study = opened.study
-    if opened.finished >= opened.budget and spec.final is None:
-        emit(opened)
-        emit(StudyEnded(study, EndReason.BUDGET, _model(home, study)))
-        return study
-    follower = StudyWatcher(home, study)
-    follower.new_events()  # the state before the first job
-    folder = home.root / "jobs" / study.title
-    flags = (worker or options.of_worker()).flags()
-    command = worker_command(study.exact, flags, home=home.root.parent)
-    jobs = submit(command, name=study.name, workers=options.workers, folder=folder, settings=settings, cluster=cluster)
-    emit(replace(opened, workers=len(jobs), device=cluster))
-    emit(Notice(f"submitted {jobs}; logs in {folder}"))
-    if options.detach:
-        return Submitted(study.title, jobs.names, folder)
-    return _ArrayRun(home, opened, follower, jobs, emit).run()
+
+    image: str
+    workers: int = 4
+    cpus: int = 4
+    memory: str = "8Gi"
+    gpus: int = 0
+    scratch: str = "20Gi"
+    secret: str = "hpo-stores"  # noqa: S105 - its name
+
+    def check(self) -> Pods:
+        """Returns itself. Raises HpoError for what Kubernetes would refuse."""
+        for option, size in (("--memory", self.memory), ("--scratch", self.scratch)):
+            if not _SIZE.fullmatch(size):
+                raise HpoError(
+                    f"{option} {size}: is not an amount of bytes.", "Write it as Kubernetes does: 8Gi, 500Mi"
+                )
+        if not _NAME.fullmatch(self.secret):
+            raise HpoError(
+                f"--secret {self.secret}: is not a name in Kubernetes.", "Use small letters, digits, - and ."
+            )
+        if not self.image or re.search(r"\s", self.image):
+            raise HpoError(f"--image {self.image!r}: is not the name of an image.", "Write REGISTRY/NAME:TAG")
+        return self
 
 
-class _ArrayRun:
-    def __init__(self, home: Home, opened: StudyOpened, follower: StudyWatcher, jobs: Jobs, emit: Watch) -> None:
-        self._home, self._opened, self._follower, self._jobs, self._emit = home, opened, follower, jobs, emit
-        self._unreadable = False
+def manifest(study: str, pods: Pods, *, options: Sequence[str] = ()) -> str:
+    """YAML of a Job of `hpo worker`, options included, with comments on how to use it. Raises HpoError."""
+    import yaml
 
-    def run(self) -> StudyResult:
-        with interruptible() as interrupted:
-            reason = self._watch(interrupted)
-        study = list_trials(self._home, self._opened.study.exact)
-        self._emit(StudyEnded(study, reason, _model(self._home, study)))
-        return study
-
-    def _watch(self, interrupted: threading.Event) -> EndReason:
-        """Follow the study until it or all jobs have ended; returns the reason of StudyEnded."""
-        follower, deadline = self._follower, float("inf")
-        while True:
-            ended = not self._jobs.left()  # asked first, so that the end of the last job is read below
-            self._read()
-            if interrupted.is_set():
-                self._stop()
-                return EndReason.INTERRUPTED
-            done = follower.over and (follower.renewed or follower.finished >= self._opened.budget)
-            if ended:
-                if done or follower.stopped:
-                    return self._reason() if done else EndReason.STOPPED
-                raise self._unfinished()
-            if done and follower.renewed and deadline == float("inf"):
-                deadline = time.monotonic() + _SUM_UP
-                self._jobs.cancel(waiting=True)  # they would have nothing to do
-            if time.monotonic() > deadline:
-                return self._reason()
-            interrupted.wait(_TICK)
-
-    def _reason(self) -> EndReason:
-        spent = self._follower.finished >= self._opened.budget
-        return EndReason.BUDGET if spent else EndReason.EXHAUSTED
-
-    def _read(self) -> None:
-        try:
-            events = self._follower.new_events()
-        except StoreError as error:  # the jobs wait for the storage too
-            if not self._unreadable:
-                self._emit(Notice(f"the study cannot be read: {error} The jobs continue."))
-            self._unreadable = True
-            return
-        if self._unreadable:
-            self._emit(Notice("the study can be read again."))
-        self._unreadable = False
-        for event in events:
-            self._emit(event)
-
-    def _stop(self) -> None:
-        self._emit(Notice("stopping the study and its jobs ..."))
-        self._jobs.cancel(waiting=True)
-        try:
-            stop_study(self._opened.study.exact, home=self._home.root.parent)
-        except StoreError as error:
-            self._emit(Notice(str(error)))
-        self._jobs.cancel()
-        self._read()
-
-    def _unfinished(self) -> HpoError:
-        study, done = self._opened.study, f"{self._follower.finished} of {self._opened.budget} trials done"
-        message = f"{study.title}: all jobs have ended, with {done}."
-        words = self._jobs.end_of_log()
-        if not words:
-            return HpoError(message, f"They left no log in {self._jobs.folder}: ask SLURM about {self._jobs}.")
-        return HpoError(
-            f"{message} The end of {words}",
-            f"Fix what it says, or give the jobs more time, and run this again to resume. Logs: {self._jobs.folder}",
-        )
+    comments = [
+        f"Workers of the study {study}. Once, before: hpo begin {study}, from wherever the storage is reached.",
+        f"The Secret {pods.secret} holds HPO_STORAGE and MLFLOW_TRACKING_URI; stores.env has one NAME=VALUE a line:",
+        f"kubectl create secret generic {pods.secret} --from-env-file=stores.env",
+    ]
+    body = yaml.safe_dump(_job(study, pods.check(), options), sort_keys=False, width=120)
+    return "".join(f"# {line}\n" for line in comments) + body
 
 
-def _model(home: Home, study: StudyResult) -> ModelVersion | None:
-    """The newest version that the study has registered; None where there is none, or the registry cannot be read."""
-    try:
-        known = versions(home, study.name)
-    except StoreError:
-        return None
-    return next((version for version in known if version.study == study.title), None)
+def _job(study: str, pods: Pods, options: Sequence[str]) -> dict[str, Any]:
+    """The Job, as the API batch/v1 takes it (Kubernetes 1.29 and later)."""
+    amounts = {"cpu": str(pods.cpus), "memory": pods.memory}
+    if pods.gpus:
+        amounts["nvidia.com/gpu"] = str(pods.gpus)
+    stores = [
+        {"name": name, "valueFrom": {"secretKeyRef": {"name": pods.secret, "key": name}}}
+        for name in ("HPO_STORAGE", "MLFLOW_TRACKING_URI")
+    ]
+    folders = [{"name": "HPO_HOME", "value": "/scratch/home"}, {"name": "HPO_DATA", "value": "/scratch/data"}]
+    container = {
+        "name": "worker",
+        "image": pods.image,
+        "command": ["hpo", "worker", study, *options],
+        "env": [*stores, *folders],
+        # It requests its limits: pods that use more than they requested are evicted first.
+        "resources": {"requests": dict(amounts), "limits": dict(amounts)},
+        "volumeMounts": [{"name": "scratch", "mountPath": "/scratch"}],
+    }
+    # A spot machine that is taken away counts as no failure. After `hpo stop` (exit code 130) pods are not restarted.
+    # Other failures may come from a store that is unavailable: they are tried again, later each time.
+    rules = [
+        {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+        {"action": "FailIndex", "onExitCodes": {"containerName": "worker", "operator": "In", "values": [130]}},
+    ]
+    labels = {"app.kubernetes.io/name": "hpo", "app.kubernetes.io/component": "worker"}
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": job_name(study), "labels": dict(labels)},
+        "spec": {
+            "completionMode": "Indexed",
+            "completions": pods.workers,
+            "parallelism": pods.workers,
+            "backoffLimitPerIndex": _RETRIES,
+            "podFailurePolicy": {"rules": rules},
+            "template": {
+                "metadata": {"labels": dict(labels)},
+                "spec": {
+                    "restartPolicy": "Never",
+                    "terminationGracePeriodSeconds": _GRACE,
+                    "automountServiceAccountToken": False,
+                    "containers": [container],
+                    "volumes": [{"name": "scratch", "emptyDir": {"sizeLimit": pods.scratch}}],
+                },
+            },
+        },
+    }
+
+
+def job_name(study: str) -> str:
+    """The Job's name: hpo- and the study's name, in the letters that Kubernetes allows."""
+    return f"hpo-{re.sub('[^a-z0-9]+', '-', study.lower())}"[:_LONGEST].strip("-")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -14,13 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hpo.errors import DataError
-
-
-def cache_folder() -> Path:
-    """HPO_DATA, else `hpo` in the user's cache folder (XDG_CACHE_HOME, else ~/.cache)."""
-    own = os.environ.get("HPO_DATA")
-    folder = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "hpo"
-    return folder.expanduser().absolute()
+from hpo.home import cache_folder
 
 
 def models_folder() -> Path:

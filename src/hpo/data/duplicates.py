@@ -229,7 +229,7 @@ def look_at(images: Images) -> Look:
     digests, codes, low, high = [], [], [], []
     histogram = np.zeros(256, np.int64)
     for chunk in images.chunks():
-        digests += [blake2b(image.tobytes(), digest_size=16).digest() for image in chunk]
+        digests += pixel_digests(chunk)
         codes.append(hashes(chunk))
         flat = chunk.reshape(len(chunk), -1)
         low.append(flat.min(axis=1))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from hpo.data.cache import Progress, cache_folder, intact, write_folder, write_text
+from hpo.data.cache import Progress, intact, write_folder, write_text
 from hpo.data.duplicates import judge, look_at, shared_images
 from hpo.data.folders import Asked
 from hpo.data.layouts import list_files
@@ -37,6 +37,7 @@ from hpo.data.pixels import Ranges
 from hpo.data.sources import Gathered, Source, find, gather, scores_of
 from hpo.data.split import rows_of
 from hpo.errors import DataError
+from hpo.home import cache_folder
 from hpo.records import DataCard
 from hpo.spec.study import DataSpec, SplitSpec
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
 
-import yaml
-
 from hpo.data.cache import models_folder
 from hpo.errors import ModelError
 from hpo.home import Home
+from hpo.spec.load import read_yaml, small_text
 from hpo.spec.models import TransferSpec
 from hpo.spec.own_code import check_stored
 from hpo.spec.study import StudySpec
@@ -24,7 +24,7 @@ def check_setup(file: Path, *, trust: bool = False) -> None:
     A model without a setup names no function; a damaged setup is reported when it is read.
     """
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        setup = json.loads(file.read_text(encoding="utf-8"))
+        setup = json.loads(small_text(file))
         if isinstance(setup, dict):
             check_stored(setup, trust=trust, origin=str(file))
 
@@ -43,8 +43,10 @@ def with_model(spec: StudySpec, home: Home, *, trust: bool = False) -> StudySpec
     models_folder().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=models_folder(), prefix=".making-") as scratch:
         fetched = fetch(home, version, Path(scratch))
-        facts = yaml.safe_load((fetched / "MLmodel").read_text(encoding="utf-8"))
-        folder = models_folder() / facts["model_id"]
+        model_id = str(read_yaml(fetched / "MLmodel")[0].get("model_id"))
+        if not re.fullmatch(r"m-[0-9a-f]+", model_id):  # it becomes the name of a folder
+            raise ModelError(f"{fetched / 'MLmodel'}: model_id {model_id!r} is not one of MLflow's.", "Log it again.")
+        folder = models_folder() / model_id
         if not (fetched / "artifacts" / "setup.json").is_file():
             raise ModelError(
                 f"model.from_model: {spec.model.from_model} was logged by an earlier version of hpo.",

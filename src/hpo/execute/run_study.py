@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
+import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import ValidationError
 
 from hpo.data.duplicates import refuse_shared
-from hpo.errors import SpecError
+from hpo.errors import HpoError, SpecError, StoreError
 from hpo.events import Notice, SearchEnded, StudyEnded, StudyOpened, WinnerChosen
 from hpo.execute.base_model import with_model
 from hpo.execute.engines import engine_factory
 from hpo.execute.engines.base import EngineFactory, StudyWork, WorkerPlan
 from hpo.execute.finals import check_final, finalists, race
-from hpo.execute.process import process_context
+from hpo.execute.process import RunEnd, interruptible, process_context, start_fork_server
 from hpo.execute.stack_size import StackSize, largest_stack
 from hpo.execute.subscribers import Emit, Events, Subscriber, Watch, Watcher
 from hpo.execute.subscribers.model_retention import ModelRetention
 from hpo.execute.subscribers.profile import Profiling
 from hpo.execute.subscribers.tracking import QUICK_TIMEOUT, Tracking
 from hpo.execute.supervisor import Supervisor
-from hpo.execute.tracking_queue import TrackingQueue
+from hpo.execute.tracking_queue import TrackingQueue, tracker_of
 from hpo.execute.workdir import WorkdirCleanup, pictures_folder, sweep
 from hpo.execute.workers.job_process import Job, JobProcess, Prepared, measure_stack, prepare
 from hpo.home import Home
@@ -38,8 +37,11 @@ from hpo.search.stages import budget_of, stage_warnings
 from hpo.spec.study import KeepSpec, StudySpec
 from hpo.spec.training import TrainingSpec
 from hpo.storage.reader import read_snapshots
-from hpo.tracking.store import check_reachable, load_mlflow
+from hpo.tracking.ledger import openings_of_lost
+from hpo.tracking.store import check_reachable
 from hpo.tracking.tracker import Tracker
+
+_STOP, _SHARED_STOP = 2.0, 10.0  # seconds between checks for hpo stop
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,7 @@ class _Run:
     options: RunOptions
     home: Home
     join: str
-    deadline: float
-    interrupted: threading.Event
+    end: RunEnd
     events: Events
     factory: EngineFactory
     jobs: JobProcess
@@ -111,35 +112,39 @@ def _start(
     spec: StudySpec, options: RunOptions, *, join: str, watch: Watch | None, cleanup: contextlib.ExitStack
 ) -> _Run:
     """Check the options and the tracking store, and start the processes and threads that every step needs."""
+    deadline = time.monotonic() + (math.inf if options.timeout is None else options.timeout)
     factory = engine_factory(options)
+    start_fork_server()
     home = Home.find(options.home).create()
     moved = relocate(home)
     check_reachable(home)  # an outage later on is waited for; at the start it is more likely a wrong address
     spec = with_model(with_options(spec, options), home)
-    deadline = time.monotonic() + options.timeout if options.timeout is not None else float("inf")
-    interrupted = cleanup.enter_context(interruptible())
-    tracker, queue = Tracker(home), TrackingQueue()
+    end = cleanup.enter_context(interruptible(deadline))
+    tracker, queue = tracker_of(home, cleanup.callback), TrackingQueue(end=end)
     cleanup.callback(queue.close, timeout=QUICK_TIMEOUT)
     jobs = JobProcess(process_context())
     cleanup.callback(jobs.close)
     events = Events([Watcher(watch)] if watch else [])
     if moved:
         events.emit(Notice(moved))
-    return _Run(spec, options, home, join, deadline, interrupted, events, factory, jobs, queue, tracker)
+    return _Run(spec, options, home, join, end, events, factory, jobs, queue, tracker)
 
 
 def _open_study(run: _Run, cleanup: contextlib.ExitStack) -> _OpenStudy:
     """Prepare the data, open the study, finish what dead runs have left, and clean the folder of work."""
     spec, options = run.spec, run.options
+    from hpo.search.lifecycle import open_study
+    from hpo.storage.optuna_storage import open_storage
+
+    open_storage(run.home).close()  # a new one is made while the fork server, which the next line waits for, starts
     job = run.jobs.submit(prepare, spec, run.factory.device)
-    run.queue.submit(load_mlflow)  # its import takes seconds, and happens while data are prepared
-    from hpo.search.lifecycle import open_study  # and so does optuna's
 
     cleanup.callback(run.factory.close)
     run.factory.connect()
-    prepared: Prepared = await_job(job, run.jobs, run.events.emit, run.interrupted)
+    prepared: Prepared = await_job(job, run.jobs, run.events.emit, run.end)
     refuse_new(run.home, spec, prepared.data, fresh=options.fresh)
     check_final(spec, prepared.data)
+    run.factory.plan(prepared.devices, most=1)  # what it refuses begins no study
     study = open_study(
         run.home,
         spec,
@@ -150,6 +155,7 @@ def _open_study(run: _Run, cleanup: contextlib.ExitStack) -> _OpenStudy:
         join=run.join,
     )
     cleanup.callback(study.close)
+    run.end.watch_stop(partial(_stop_asked, study), every=_SHARED_STOP if study.shared else _STOP)
     study.reap()
     if options.retry_failed:
         study.retry_failed()
@@ -165,29 +171,37 @@ def _choose_workers(run: _Run, opened: _OpenStudy) -> tuple[WorkerPlan, StackSiz
     left = max(1, opened.study.budget - opened.finished, len(finalists(spec, opened.before)))
     plan = run.factory.plan(prepared.devices, most=left)
     # A profile could not divide the time of a shared computation among its trainings.
+    if plan.ranks > 1:
+        return plan, StackSize(1, "each trial trains in several processes")
     if not run.factory.stacks or options.profile or options.stack is not None:
         return plan, StackSize((options.stack or 1) if run.factory.stacks and not options.profile else 1)
     most = largest_stack(spec, left=left, workers=len(plan.devices), by_default=options.workers is None)
     job = run.jobs.submit(measure_stack, spec, prepared.data, plan.devices[0], plan.threads, most)
-    return plan, await_job(job, run.jobs, run.events.emit, run.interrupted)
+    if run.end.await_done(job, reserve=math.inf):
+        return plan, await_job(job, run.jobs, run.events.emit, run.end)
+    run.jobs.restart()
+    return plan, StackSize(1, "the run was to end before that was measured")
 
 
 def _subscribe(run: _Run, opened: _OpenStudy, cleanup: contextlib.ExitStack) -> Tracking:
     """Subscribe all that follows the events of this run; callers' watch functions come last."""
     emit, data = run.events.emit, opened.prepared.data
-    retention = ModelRetention(run.tracker, run.queue, run.jobs, opened.spec, work=opened.work, data=data, emit=emit)
+    retention = ModelRetention(
+        run.tracker, run.queue, run.jobs, opened.spec, work=opened.work, data=data, emit=emit, end=run.end
+    )
     tracking = Tracking(
         run.tracker,
         run.queue,
         opened.spec,
         emit=emit,
+        end=run.end,
         jobs=run.jobs,
         figures=pictures_folder(opened.work, opened.study),
         joined=bool(run.join),
         keeps=retention.keeps,
     )
     profile: list[Subscriber] = (
-        [Profiling(run.jobs, emit=emit, in_process=run.options.workers == 0)] if run.options.profile else []
+        [Profiling(run.jobs, run.end, emit=emit, in_process=run.options.workers == 0)] if run.options.profile else []
     )
     run.events.subscribe_first(*profile, tracking, retention, WorkdirCleanup(opened.work, opened.study))
     # Before the study gives up its lease: until then others leave this run's trials alone.
@@ -211,6 +225,18 @@ def _emit_opening(run: _Run, opened: _OpenStudy, plan: WorkerPlan, stack: StackS
     run.events.emit(event)
     for note in opened.study.notes:
         run.notify(note)
+    if note := lost_note(run.home, opened.before):
+        run.notify(note)
+
+
+def lost_note(home: Home, study: StudyResult) -> str:
+    """A line for the user where the ledger knows an earlier study of this title, which the storage has lost; or ""."""
+    if not any(opening.study == study.title for opening in openings_of_lost(home, [study])):
+        return ""
+    return (
+        f"an earlier study {study.title} has opened its test part, and the study storage does not have it any more: "
+        "was the database emptied? Its openings still count. See hpo doctor"
+    )
 
 
 def _supervise(
@@ -228,9 +254,9 @@ def _supervise(
         work=opened.work,
         events=run.events,
         budget=opened.study.budget,
-        deadline=run.deadline,
-        interrupted=run.interrupted,
+        end=run.end,
         profile=run.options.profile,
+        ranks=plan.ranks,
     ).run()
 
 
@@ -280,39 +306,29 @@ def with_options(spec: StudySpec, options: RunOptions) -> StudySpec:
     return spec
 
 
-def await_job(job: Job, jobs: JobProcess, emit: Emit, interrupted: threading.Event) -> Any:
-    """The result of a job; the notices of its process are emitted meanwhile."""
+def await_job(job: Job, jobs: JobProcess, emit: Emit, end: RunEnd) -> Any:
+    """The result of a job that the run needs; the notices of its process are emitted meanwhile.
+
+    Raises KeyboardInterrupt after Ctrl-C, and HpoError when the deadline has passed.
+    """
     while True:
         for notice in jobs.notices():
             emit(notice)
-        if interrupted.is_set():
-            raise KeyboardInterrupt
         with contextlib.suppress(TimeoutError):
             result = job.result(timeout=0.1)
             for notice in jobs.notices():
                 emit(notice)
             return result
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM set the event; a second Ctrl-C ends the process the usual way."""
-    interrupted = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupted  # signals belong to the main thread
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, frame: Any) -> None:  # noqa: ARG001 - the signature that signal wants
-        # Schedulers send SIGTERM more than once; to end a process at once they have SIGKILL.
-        if interrupted.is_set() and number == signal.SIGINT:
+        if end.interrupted.is_set():
             raise KeyboardInterrupt
-        interrupted.set()
+        if end.reason():
+            raise HpoError(
+                "--timeout: its time was over before the images were prepared, so nothing was trained.",
+                "Give more time, or see what takes so long: hpo check STUDY",
+            )
 
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield interrupted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+
+def _stop_asked(study: Any) -> bool:
+    with contextlib.suppress(StoreError):  # the next ask reports what refuses now
+        return bool(study.stop_asked())
+    return False

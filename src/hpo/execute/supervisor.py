@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from hpo.errors import NO_SPACE, HpoError, StoreError
-from hpo.events import EpochEnded, TrialEnded, TrialsReaped, TrialStarted
+from hpo.events import EpochEnded, Notice, TrialEnded, TrialsReaped, TrialStarted
 from hpo.execute.engines.base import Engine, Message, WorkerLost
 from hpo.execute.finals import final_setup, finalists
+from hpo.execute.process import RunEnd
 from hpo.execute.subscribers import Events
 from hpo.execute.workdir import checkpoint_file
 from hpo.execute.workers.task import Task
 from hpo.records import FINAL, Candidate, DataCard, EndReason, FailureKind, StudyResult, TrialResult, TrialState
+from hpo.search.constraints import most_parameters, needs_latency
 from hpo.search.pruners import report_step
-from hpo.search.results import most_parameters, needs_latency
 from hpo.search.study import Study
 from hpo.spec.study import Setup, StudySpec
 
@@ -66,7 +66,6 @@ class Progress:
 
 _TICK = 0.2  # seconds; how soon Ctrl-C, --timeout and finished exports are noticed
 _REAP, _LONGEST_REAP = 15.0, 120.0  # seconds between searches for trials of dead supervisors; the longer, the more run
-_STOP, _SHARED_STOP = 2.0, 10.0  # seconds between checks for hpo stop
 _LONGEST_WAIT = 5.0  # seconds between questions for a candidate to a server that has none now
 
 
@@ -89,9 +88,8 @@ class _RunningTrial:
 class Supervisor:
     """One run of a study: it hands candidates to the engine's slots, tells Optuna the results, and emits events.
 
-    budget is the study's total number of trials; deadline is a time.monotonic() value or inf; interrupted ends the run
-    when it is set. work is the study's folder of work in progress. Every result is in Optuna's storage before its event
-    is emitted.
+    budget is the study's total number of trials. work is the study's folder of work in progress. ranks is that of Task.
+    Every result is in Optuna's storage before its event is emitted.
     """
 
     def __init__(
@@ -104,9 +102,9 @@ class Supervisor:
         work: Path,
         events: Events,
         budget: int,
-        deadline: float,
-        interrupted: threading.Event,
+        end: RunEnd,
         profile: bool = False,
+        ranks: int = 1,
     ) -> None:
         self._spec = spec
         self._study = study
@@ -115,13 +113,12 @@ class Supervisor:
         self._work = work
         self._events = events
         self._budget = budget
-        self._deadline = deadline
-        self._interrupted = interrupted
+        self._end = end
         self._profile = profile
+        self._ranks = ranks
         self._prunes = spec.search.pruner.name != "none"
         self._running: dict[int, _RunningTrial] = {}  # by slot
         self._progress = Progress(spec, study.result())
-        self._stop_checked = time.monotonic()
 
     def run(self) -> EndReason:
         """Search, then train the finals; returns why the run ended.
@@ -133,6 +130,9 @@ class Supervisor:
             return self._search()
         except HpoError as error:
             self._leave_all(f"the run ended: {error.message}")
+            raise
+        except KeyboardInterrupt:
+            self._leave_all(EndReason.INTERRUPTED)
             raise
 
     def _search(self) -> EndReason:
@@ -165,7 +165,7 @@ class Supervisor:
                 wait = min(2 * wait, _LONGEST_WAIT) if self._study.shared and not handed else _TICK
                 ask_at = time.monotonic() + (wait if self._study.shared and self._study.blocked else 0.0)
             if not self._running:
-                self._interrupted.wait(_TICK)
+                self._end.interrupted.wait(_TICK)
             busy = len(self._running)
             for slot, message in self._engine.poll(_TICK):
                 self._handle(slot, message)
@@ -180,18 +180,7 @@ class Supervisor:
             self._events.emit(TrialsReaped(study, frozenset(self._study.trials_of_others())))
 
     def _reason_to_stop(self) -> EndReason | None:
-        if self._interrupted.is_set():
-            return EndReason.INTERRUPTED
-        if time.monotonic() >= self._deadline:
-            return EndReason.TIMEOUT
-        if self._progress.hopeless:
-            return EndReason.FAILING
-        if time.monotonic() - self._stop_checked > (_SHARED_STOP if self._study.shared else _STOP):
-            self._stop_checked = time.monotonic()
-            with contextlib.suppress(StoreError):  # the next ask reports what refuses now
-                if self._study.stop_asked():
-                    return EndReason.STOPPED
-        return None
+        return self._end.reason() or (EndReason.FAILING if self._progress.hopeless else None)
 
     def _hand_out(self, ask: Ask) -> bool:
         """Fill the slots as far as there are candidates; True if there were any."""
@@ -225,6 +214,7 @@ class Supervisor:
             profile=self._profile,
             # It may have killed the process that it shared with others.
             exclusive=candidate.deaths > 0,
+            ranks=self._ranks,
         )
         self._engine.submit(slot, task)
         self._running[slot] = _RunningTrial(candidate, setup, time.monotonic(), self._found_by_search(candidate))
@@ -262,9 +252,9 @@ class Supervisor:
             self._events.emit(message)
         elif isinstance(message, WorkerLost):
             lost = self._stopped(trial, f"its worker died ({message.cause})", FailureKind.WORKER_DIED)
-            self._end(slot, replace(lost, traceback=message.traceback), died=True)
+            self._finish(slot, replace(lost, traceback=message.traceback), died=True)
         else:
-            self._end(slot, message.result)
+            self._finish(slot, message.result)
             if message.result.state is TrialState.STOPPED:  # by its worker, whose disk is full
                 raise StoreError(message.result.reason, NO_SPACE)
 
@@ -283,10 +273,12 @@ class Supervisor:
             failure=failure,
         )
 
-    def _end(self, slot: int, result: TrialResult, *, died: bool = False) -> None:
+    def _finish(self, slot: int, result: TrialResult, *, died: bool = False) -> None:
         """Tell Optuna first: what subscribers then fail to write, the next run finds in its storage."""
-        trial = self._running.pop(slot)
-        result = self._study.tell(self._stamped(result, trial), died=died)
+        trial = self._running[slot]
+        with self._end.shielded():
+            result = self._study.tell(self._stamped(result, trial), died=died)
+            del self._running[slot]
         best = self._progress.add(result, final=trial.candidate.stage == FINAL)
         self._events.emit(TrialEnded(result, best=best))
 
@@ -298,16 +290,28 @@ class Supervisor:
 
     def _leave_all(self, reason: str) -> None:
         """Write results that have arrived meanwhile to disk for the next run, and the other trials as stopped."""
-        deadline = time.monotonic() + 1.0
-        while self._running and time.monotonic() < deadline and (messages := self._engine.poll(0.0)):
-            for slot, message in messages:
-                if isinstance(message, TrialEnded):
-                    self._study.leave(self._stamped(message.result, self._running.pop(slot)))
+        for slot, result in self._arrived():
+            self._study.leave(self._stamped(result, self._running.pop(slot)))
         self._engine.close()
         for trial in self._running.values():
             self._study.leave(self._stopped(trial, reason, FailureKind.INTERRUPTED))
 
-    def _stop_running(self, reason: str) -> None:
+    def _arrived(self) -> Iterator[tuple[int, TrialResult]]:
+        """The slots and results of trials that have ended and are not recorded yet."""
+        deadline = time.monotonic() + 1.0
+        while self._running and time.monotonic() < deadline and (messages := self._engine.poll(0.0)):
+            yield from ((slot, message.result) for slot, message in messages if isinstance(message, TrialEnded))
+
+    def _stop_running(self, reason: EndReason) -> None:
+        """Record the running trials as stopped, but those that have ended meanwhile as what they are."""
+        if reason.by_user and self._running:
+            self._events.emit(Notice(f"stopping: saving {_trials(len(self._running))}; Ctrl-C again ends now"))
+        for slot, result in self._arrived():
+            self._finish(slot, result)
         self._engine.close()
         for slot, trial in list(self._running.items()):
-            self._end(slot, self._stopped(trial, reason, FailureKind.INTERRUPTED))
+            self._finish(slot, self._stopped(trial, reason, FailureKind.INTERRUPTED))
+
+
+def _trials(count: int) -> str:
+    return f"{count} trial" + "s" * (count != 1)

@@ -1,15 +1,25 @@
-"""A queue of calls to the tracker, run in order by a thread: training never waits for the tracking store."""
+"""A queue of calls to the tracker, run in order beside the training, which never waits for the tracking store."""
 
 from __future__ import annotations
 
+import math
+import multiprocessing
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
-from typing import ParamSpec, TypeVar
+from dataclasses import replace
+from functools import lru_cache, partial
+from typing import Any, ParamSpec, TypeVar, cast
 
+from hpo.database import is_damaged
 from hpo.errors import StoreAwayError
+from hpo.execute.process import SLOW, RunEnd
+from hpo.execute.workers.job_process import JobProcess
+from hpo.home import Home
+from hpo.tracking.store import load_mlflow
+from hpo.tracking.tracker import Tracker
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -23,12 +33,13 @@ class TrackingQueue:
 
     While the store is unavailable (StoreAwayError) the calls wait: the first is tried again after first_pause seconds,
     then after twice as long each time, at most longest_pause. Any other failure becomes a notice, and the next call
-    follows.
+    follows. Whatever the store does, waiting hears the end of the run.
     """
 
-    def __init__(self, *, first_pause: float = 1.0, longest_pause: float = 30.0) -> None:
+    def __init__(self, *, first_pause: float = 1.0, longest_pause: float = 30.0, end: RunEnd | None = None) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hpo-tracker")
         self._pauses = first_pause, longest_pause
+        self._end = end or RunEnd()
         self._lock = threading.Lock()
         self._pending = 0  # submitted and not done
         self._outage: StoreAwayError | None = None  # why the store refuses now
@@ -51,15 +62,21 @@ class TrackingQueue:
         return taken
 
     def wait(self, *, timeout: float = TIMEOUT, notify: Callable[[str], None] | None = None) -> bool:
-        """Wait until all calls are done, or the store has been unavailable for timeout seconds; True: all are done.
+        """Wait until all calls are done; True: they are. It ends too when the time is up.
+
+        That is so where the store has been unavailable for timeout seconds, or where no time is left for the run.
 
         The seconds of several calls of this method add up. notify takes the notices meanwhile.
         """
+        told_after = time.monotonic() + SLOW
         while True:
             self._pass_on(notify)
             with self._lock:
                 pending, outage = self._pending, self._outage is not None
-            if not pending or (outage and self._waited >= timeout):
+            if notify is not None and pending and not outage and time.monotonic() > told_after:
+                told_after = math.inf
+                notify(f"MLflow takes {_records(pending)}")
+            if not pending or (outage and self._waited >= timeout) or not self._end.left():
                 return not pending
             time.sleep(_TICK)
             self._waited += _TICK if outage else 0.0
@@ -70,8 +87,9 @@ class TrackingQueue:
         if not done and not self._gave_up.is_set():
             self._gave_up.set()
             with self._lock:
+                cause = self._outage or "The run had to end."
                 self._notices.append(
-                    f"tracking: {_records(self._pending)} still to be delivered. {self._outage} The next hpo run of "
+                    f"tracking: {_records(self._pending)} still to be delivered. {cause} The next hpo run of "
                     "this study delivers what is missing, and so does hpo doctor --fix."
                 )
         self._thread.shutdown(wait=done)
@@ -103,6 +121,7 @@ class TrackingQueue:
             self._note_failure(error)
             raise
         finally:
+            self._end.note_progress()
             with self._lock:
                 self._pending -= 1
 
@@ -124,7 +143,8 @@ class TrackingQueue:
                 self._delivered_late = None
 
     def _note_failure(self, error: Exception) -> None:
-        text = f"tracking: {error} The next hpo run of this study mends it."
+        # A damaged database stays so; its error says what to do.
+        text = f"tracking: {error}" + " The next hpo run of this study mends it." * (not is_damaged(str(error)))
         with self._lock:
             if text not in self._noticed:  # once, not once a trial
                 self._noticed.add(text)
@@ -133,3 +153,59 @@ class TrackingQueue:
 
 def _records(count: int) -> str:
     return "1 record" if count == 1 else f"{count} records"
+
+
+class TrackerProcess:
+    """A Tracker in a process of its own, where the import of mlflow takes no time of the supervisor.
+
+    It has the methods of Tracker. If its process dies, the call is made again in another one.
+    """
+
+    def __init__(self, home: Home) -> None:
+        self.home = home
+        # Not from the fork server: it begins while that one still imports torch, which it has no use for.
+        self._jobs = JobProcess(multiprocessing.get_context("spawn"))
+        self._opening: tuple[Any, ...] = ()
+
+    def load(self) -> None:
+        """Begin to import mlflow."""
+        self._jobs.submit(load_mlflow)
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        return partial(self._call, method)
+
+    def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
+        if method == "open_study":
+            study, *others = arguments
+            self._opening = replace(study, trials=()), *others
+        return self._jobs.submit(_call_tracker, self.home, self._opening, method, arguments, options).result()
+
+    def close(self) -> None:
+        """End the process, whatever it does."""
+        self._jobs.close()
+
+
+def tracker_of(home: Home, cleanup: Callable[[Callable[[], None]], Any]) -> Tracker:
+    """The tracker of a run; cleanup takes what is to be called at its end."""
+    if "mlflow" in sys.modules:  # as in a notebook that has looked at the runs: nothing is left to import
+        return Tracker(home)
+    process = TrackerProcess(home)
+    process.load()
+    cleanup(process.close)
+    return cast("Tracker", process)
+
+
+@lru_cache(1)
+def _tracker_here(home: Home) -> Tracker:
+    return Tracker(home)
+
+
+def _call_tracker(
+    home: Home, opening: Sequence[Any], method: str, arguments: Sequence[Any], options: Mapping[str, Any]
+) -> Any:
+    """Call a method of this process's tracker; a new one opens the study first."""
+    known = _tracker_here.cache_info().currsize
+    tracker = _tracker_here(home)
+    if not known and opening and method != "open_study":
+        tracker.open_study(*opening)
+    return getattr(tracker, method)(*arguments, **options)

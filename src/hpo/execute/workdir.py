@@ -30,8 +30,13 @@ def drop_finished(work: Path, study: StudyResult) -> None:
     last = {checkpoint_file(work, trial.candidate): trial for trial in study.trials}
     for file, trial in last.items():
         if trial.state.finished:
-            for path in (file, *file.parent.glob(f"{file.name}.*.part")):
-                remove(work, path)
+            _drop(work, file)
+
+
+def _drop(work: Path, checkpoint: Path) -> None:
+    """Delete a checkpoint, and the parts of it that killed processes were writing, of this attempt or earlier ones."""
+    for path in (checkpoint, *checkpoint.parent.glob(f"{checkpoint.name}.*.part")):
+        remove(work, path)
 
 
 def wanted(study: StudyResult) -> set[int]:
@@ -80,7 +85,7 @@ class WorkdirCleanup(Subscriber):
             case TrialEnded(result):
                 candidate = self._running.pop(result.number)
                 if result.state.finished:
-                    remove(self._work, checkpoint_file(self._work, candidate))
+                    _drop(self._work, checkpoint_file(self._work, candidate))
             case StudyEnded():
                 remove(self._work, pictures_folder(self._work, self._study), ignore_errors=True)
                 sweep(self._work, self._study)

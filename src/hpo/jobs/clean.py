@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from hpo.errors import SpecError
 from hpo.home import Home, remove
-from hpo.jobs.shared.home_snapshot import HomeSnapshot, leftover_work, size_of, take_snapshot
+from hpo.jobs.shared.home_snapshot import HomeSnapshot, is_old, leftover_work, size_of, take_snapshot
 from hpo.records import FINAL
 from hpo.relocation import local_path, relocate
 from hpo.spec.study import KeepSpec
@@ -62,10 +62,10 @@ def clean(
 ) -> Cleaning:
     """List what can be deleted; with really, delete it.
 
-    Always: work of ended trials, and what was deleted in MLflow. keep_models and keep_figures (all, none or best:K):
-    models and figures of the other trials, of one study or of all; never those of final trainings and of registered
-    versions. data: prepared images, features and networks in HPO_DATA that no study of this home uses. aside: what hpo
-    doctor has set aside. Running studies are left alone. Raises HpoError.
+    Always: work of ended trials, what killed exports have left, and what was deleted in MLflow. keep_models and
+    keep_figures (all, none or best:K): models and figures of the other trials, of one study or of all; never those of
+    final trainings and of registered versions. data: prepared images, features and networks in HPO_DATA that no study
+    of this home uses. aside: what hpo doctor has set aside. Running studies are left alone. Raises HpoError.
     """
     models, figures = _policy("models", keep_models), _policy("figures", keep_figures)
     place = Home.find(home)
@@ -73,7 +73,7 @@ def clean(
     snapshot = take_snapshot(place)
     for error in snapshot.faults.values():
         raise error  # any folder may belong to what cannot be read
-    plan = [*_work(snapshot, study), *_deleted(snapshot, study)]
+    plan = [*_work(snapshot, study), *_archives(snapshot, study), *_deleted(snapshot, study)]
     for one in snapshot.studies.values():
         if study in (None, one.study.name, one.study.title) and not one.holders:
             plan += _not_kept(snapshot, one, models=models, figures=figures)
@@ -108,6 +108,15 @@ def _work(snapshot: HomeSnapshot, study: str | None) -> Plan:
     for title, path in leftover_work(snapshot):
         if study in (None, title, title.partition("~")[0]):
             yield _path("work", title, snapshot.home.work, path)
+
+
+def _archives(snapshot: HomeSnapshot, study: str | None) -> Plan:
+    """What killed exports have left in the project's folder, under the name that hpo export gives."""
+    project = snapshot.home.root.parent
+    for title, one in snapshot.studies.items():
+        path = project / f"{title}.zip.part"
+        if study in (None, title, one.study.name) and path.is_file() and is_old(path):
+            yield _path("killed export", title, project, path)
 
 
 def _deleted(snapshot: HomeSnapshot, study: str | None) -> Plan:

@@ -8,15 +8,22 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from hpo.database import engine_name, reading, sqlite_file
-from hpo.errors import HpoError, StoreError
+from hpo.database import reading, sqlite_file
+from hpo.errors import HpoError, StoreError, shown_address
 from hpo.home import Home, remove
 from hpo.jobs.shared.doctor_runs import numbers, run_cases
 from hpo.jobs.shared.home_snapshot import Case, Finding, HomeSnapshot, leftover_work, size_of, take_snapshot
 from hpo.jobs.stores import read_schema
 from hpo.locks import seen_held
 from hpo.relocation import earlier_roots, relocate
-from hpo.tracking.ledger import LEDGER, damaged_lines, set_damaged_aside
+from hpo.tracking.ledger import (
+    LEDGER,
+    damaged_lines,
+    damaged_tags,
+    mend_tags,
+    openings_of_lost,
+    set_damaged_aside,
+)
 from hpo.tracking.store import is_server
 
 _ROUNDS = 4  # a repair can reveal another problem: a trial that is recorded as stopped leaves a run to end
@@ -102,11 +109,13 @@ def _cases(snapshot: HomeSnapshot) -> Iterator[Case]:
     yield from _abandoned(snapshot)
     yield from _locks(snapshot)
     yield from _ledgers(home)
+    yield from _lost(snapshot)
+    yield from _ledger_tags(snapshot)
     yield from run_cases(snapshot)
 
 
 def _address(url: str) -> str:
-    return str(sqlite_file(url) or engine_name(url))
+    return str(sqlite_file(url) or shown_address(url))
 
 
 def _integrity(url: str) -> Iterator[Case]:
@@ -259,7 +268,7 @@ def _locks(snapshot: HomeSnapshot) -> Iterator[Case]:
 
 def _ledgers(home: Home) -> Iterator[Case]:
     """Damaged lines of the ledger of test openings, in the home and in the data cache."""
-    from hpo.data.cache import cache_folder
+    from hpo.home import cache_folder
 
     cache = cache_folder() / "openings"
     for file, held in (
@@ -276,6 +285,33 @@ def _ledgers(home: Home) -> Iterator[Case]:
                     repair="moves them to openings.damaged.jsonl next to it, which every later opening mentions",
                 ),
                 partial(set_damaged_aside, file, lock_file=held),
+            )
+
+
+def _lost(snapshot: HomeSnapshot) -> Iterator[Case]:
+    """Studies that opened a test part, and that the study storage does not have any more."""
+    if not snapshot.storage_read:
+        return
+    lost = openings_of_lost(snapshot.home, [one.study for one in snapshot.studies.values()])
+    if lost:
+        yield Case.of(
+            what=f"the ledger has {_count(len(lost), 'test opening')} of studies that the study storage does not have",
+            where=f"{', '.join(sorted({each.study for each in lost}))}: {_address(snapshot.home.storage_url)}",
+            why="Their trials are gone: was the database emptied, or replaced by another?",
+            hint="Restore it from a copy. The openings still count.",
+        )
+
+
+def _ledger_tags(snapshot: HomeSnapshot) -> Iterator[Case]:
+    """Damaged copies of openings in MLflow."""
+    for run in snapshot.tracking.runs if snapshot.tracking else ():
+        if damaged := damaged_tags(run.tags):
+            yield Case.of(
+                partial(mend_tags, snapshot.home, run.id, run.tags),
+                what=f"{_count(len(damaged), 'damaged tag')} of test openings in MLflow",
+                where=f"run {run.id}: {', '.join(sorted(damaged))}",
+                why="An opening may go uncounted: promote, evaluate and compare open no test part.",
+                repair="writes them again from the ledger, and moves what it lacks to openings.damaged.jsonl",
             )
 
 

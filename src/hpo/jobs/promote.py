@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from hpo.errors import HpoError, ModelError
+from hpo.errors import HpoError, ModelError, shown_address
 from hpo.home import Home
 from hpo.jobs.shared.gates import Verdict, same_signature, verdicts
 from hpo.jobs.shared.image_history import base_verdict, image_history
@@ -17,7 +17,6 @@ from hpo.records import ModelVersion
 from hpo.spec.load import parse_study
 from hpo.tracking.ledger import Opening, openings
 from hpo.tracking.registry import record_champion, resolve, set_alias, versions
-from hpo.tracking.store import without_password
 from hpo.tracking.transfer.import_runs import copy_version
 
 
@@ -139,12 +138,12 @@ def copy_champion(model: str, *, to: str | Path, home: str | Path | None = None,
     if there is not None:
         verdict = same_signature(target, load_model(version.model_uri, home=place), there)
         refusal = None if verdict.passed else verdict
-    store = without_password(str(to))
+    store = shown_address(str(to))
     if refusal is not None and not force:
         return Copied(version, None, store, refusal)
     copy = copy_version(place, version, target, openings=_openings(place, version))
     if there is None or there.version != copy.version:
-        why = f"copied: version {version.version} of {without_password(place.tracking_uri)}"
+        why = f"copied: version {version.version} of {shown_address(place.tracking_uri)}"
         record_champion(target, copy.name, copy.version, why=why, forced=refusal is not None)
         copy = set_alias(target, copy.name, "champion", copy.version)
     return Copied(version, copy, store, refusal, forced=refusal is not None)
@@ -157,7 +156,7 @@ def find_store(to: str | Path, home: Home) -> Home:
         text = str(Path(text.removeprefix("sqlite:///")).parents[1])
     target = replace(home, tracking_uri=text) if "://" in text else Home.at(text).create()
     if target.tracking_uri == home.tracking_uri:
-        raise HpoError(f"--to {without_password(text)}: that is the store that the model is in.", "Name another one.")
+        raise HpoError(f"--to {shown_address(text)}: that is the store that the model is in.", "Name another one.")
     return target
 
 

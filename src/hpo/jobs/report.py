@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,20 +34,28 @@ _PIXELS = 50_000_000  # at most, for mean and deviation: half a second
 
 
 def write_report(
-    study: str, *, home: str | Path | None = None, out: str | Path | None = None, saliency: bool = False
+    study: str,
+    *,
+    home: str | Path | None = None,
+    out: str | Path | None = None,
+    saliency: bool = False,
+    fanova: bool = False,
 ) -> Path:
     """Write the page of a study, by default to mlruns/reports/STUDY.html; returns its absolute path.
 
-    study is a name, or a title such as name~2. saliency adds maps of the most confident mistakes, which
-    takes seconds. The test part is never opened. Raises StoreError if there is no such study and HpoError if the file
-    cannot be written; other missing parts are listed on the page.
+    In a home that cannot be written, the default is STUDY.html in the working directory.
+
+    study is a name, or a title such as name~2. saliency adds maps of the most confident mistakes, fanova a
+    second measure of importance; each takes seconds. The test part is never opened. Raises StoreError if there is no
+    such study and HpoError if the file cannot be written; other missing parts are listed on the page.
     """
     from hpo.storage.optuna_storage import read_study
 
     place = Home.find(home)
     record = read_study(place, study)
-    path = Path(out or place.root / "reports" / f"{record.title}.html").expanduser().absolute()
-    findings = gather(place, record)
+    folder = place.root / "reports" if os.access(place.root, os.W_OK) else Path.cwd()
+    path = Path(out or folder / f"{record.title}.html").expanduser().absolute()
+    findings = gather(place, record, fanova=fanova)
     html = study_page(_with_saliency(findings, place) if saliency else findings)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,9 +111,9 @@ def explain_mistakes(
     return [replace(row, file=Path(row.file).stem) for row in rows]
 
 
-def gather(home: Home, study: StudyResult) -> Findings:
+def gather(home: Home, study: StudyResult, *, fanova: bool = False) -> Findings:
     """The findings of a study from storage, tracking, ledger and prepared data."""
-    from hpo.search.results import importances
+    from hpo.search.importance import importances
 
     spec = parse_study(study.spec, trust=True)  # nothing of it is imported
     missing: list[str] = list(_unfinished(study, spec))
@@ -121,7 +130,7 @@ def gather(home: Home, study: StudyResult) -> Findings:
         model=tracked.model,
         openings=tracked.openings,
         versions=tracked.versions,
-        importances=importances(study),
+        importances=importances(study, fanova=fanova),
     )
     if data is None:
         missing.append(f"The images ({study.data_digest[:19]}) are not on this machine: none are shown.")

@@ -117,7 +117,8 @@ def rerun(
     checks: list[EpochCheck] = []
     count = int(before.settings.get("threads", "1"))
     with tempfile.TemporaryDirectory() as folder, threads(count):
-        task = Task(number=trial.number, setup=setup, seed=trial.candidate.seed, data=card, folder=folder)
+        ranks = int(before.settings.get("ranks", "1"))
+        task = Task(trial.number, setup, trial.candidate.seed, card, folder, ranks=ranks)
         training = train_task(task, name, _stacks(before))
         result = _follow(training, before, study.objective, tolerance, checks, watch or _ignore)
     images, changed = _answers(before, result)

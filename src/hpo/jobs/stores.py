@@ -11,12 +11,12 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpo.database import engine_name, reading, sqlite_file
-from hpo.errors import HpoError, StoreError
+from hpo.database import reading, sqlite_file
+from hpo.errors import HpoError, StoreError, shown_address
 from hpo.home import Home
 from hpo.storage.liveness import holders
 from hpo.storage.reader import count_trials
-from hpo.tracking.store import is_server, server_version, without_password
+from hpo.tracking.store import is_server, server_version
 
 _REVISION = re.compile(r"^(revision|down_revision)\s*(?::[^=]*)?=\s*[\"']([^\"']+)[\"']", re.MULTILINE)
 # Package -> where its migrations lie.
@@ -70,7 +70,7 @@ def store_status(home: str | Path | None = None) -> list[StoreState]:
 
 def _state(name: str, package: str, home: Home) -> StoreState:
     url = home.storage_url if package == "optuna" else home.tracking_uri
-    address = str(sqlite_file(url) or (without_password(url) if is_server(url) else engine_name(url)))
+    address = str(sqlite_file(url) or shown_address(url))
     began = time.perf_counter()
     try:
         if is_server(url):
@@ -113,17 +113,17 @@ def upgrade_stores(home: str | Path | None = None, *, backed_up: bool = False) -
             continue
         if not schema.older:
             raise StoreError(
-                f"{file or engine_name(url)}: schema {schema.version} is newer than {schema.newest}.",
+                f"{file or shown_address(url)}: schema {schema.version} is newer than {schema.newest}.",
                 f"Install a newer {package}.",
             )
         if file is None and not backed_up:
             raise StoreError(
-                f"{engine_name(url)}: schema {schema.version} would become {schema.newest}, which cannot be undone.",
+                f"{shown_address(url)}: schema {schema.version} would become {schema.newest}, which cannot be undone.",
                 "Copy it (pg_dump), then: hpo store upgrade --yes",
             )
         kept = f"; the file as it was: {_copy(file, schema.version)}" if file is not None else ""
         _upgrade(package, place)
-        done.append(f"{file or engine_name(url)}: schema {schema.version} is now {schema.newest}{kept}")
+        done.append(f"{file or shown_address(url)}: schema {schema.version} is now {schema.newest}{kept}")
     return done
 
 

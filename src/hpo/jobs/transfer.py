@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, StrictFloat, StrictInt, StrictStr, ValidationError, model_validator
 
-from hpo.errors import StoreError
+from hpo.errors import StoreError, shown_address
 from hpo.home import Home
 from hpo.jobs.shared.archive import Archive, damaged, reading, writing
 from hpo.locks import locked
 from hpo.records import StudyResult, TrialState
 from hpo.tracking.ledger import parse_opening
-from hpo.tracking.store import check_reachable, without_password
+from hpo.tracking.store import check_reachable
 
 if TYPE_CHECKING:
     from hpo.tracking.transfer.export_runs import TrackedStudy
 
-_MOST_VERSIONS = 10_000  # of a registered model: an import uses up all numbers below the highest
-_WRONG = (KeyError, TypeError, ValueError, AttributeError)  # raised by reading JSON of another shape
+_MOST_VERSIONS = 10_000  # of a registered model
+_WRONG = (KeyError, TypeError, ValueError, AttributeError, OverflowError)  # raised by reading JSON of another shape
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Imported:
 
 Id = Annotated[str, Field(pattern=r"^(m-)?[0-9a-f]{32}$")]
 Texts = dict[StrictStr, StrictStr]
+Time = Annotated[StrictInt, Field(ge=0, lt=253_370_764_800_000)]  # ms since 1970, before the year 9999
 # Name, value, time in ms since 1970, step.
 Point = tuple[StrictStr, StrictInt | StrictFloat, StrictInt, StrictInt]
 
@@ -73,8 +74,8 @@ class _Run(BaseModel):
     id: Id
     name: StrictStr
     status: Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
-    started: StrictInt | None
-    ended: StrictInt | None
+    started: Time | None
+    ended: Time | None
     tags: Texts
     params: Texts
     metrics: list[Point]
@@ -97,7 +98,7 @@ class _Version(BaseModel):
     model: StrictStr
     run: StrictStr
     description: StrictStr
-    created: StrictInt
+    created: Time
     tags: Texts
 
 
@@ -161,13 +162,14 @@ def export_study(study: str, *, home: str | Path | None = None, file: str | Path
     )
 
 
-def import_study(file: str | Path, *, home: str | Path | None = None) -> Imported:
+def import_study(file: str | Path, *, home: str | Path | None = None, move_aliases: bool = False) -> Imported:
     """Import a file of export_study into the stores of home. It is safe to repeat, also after a kill.
 
-    The whole file is checked before anything is written. A study of the same origin is completed; where it has more
-    trials than the file, nothing is written. Raises StoreError for a file that is damaged or of a later format, where
-    the stores hold another study of this title or one that has diverged, while it is running, and where a store or the
-    disk fails.
+    The whole file, and its relation to what is there, are checked before anything is written. A study of the same
+    origin is completed; where it has more trials than the file, nothing is written. No gate looks at the file's models,
+    so aliases that are there stay, and none is given to a model beside versions of other origin, unless move_aliases.
+    Raises StoreError for a file that is damaged or of a later format, where the stores hold another study of this name
+    or one that has diverged, while it is running, and where a store or the disk fails.
     """
     from hpo.storage import transfer as storage
     from hpo.tracking.transfer import import_runs
@@ -176,6 +178,8 @@ def import_study(file: str | Path, *, home: str | Path | None = None) -> Importe
     disk = next(folder for folder in place.root.parents if folder.is_dir())
     with reading(Path(file), scratch=disk) as archive:
         study, record, side = _read(archive)
+        storage.refuse_running(place, record.title)
+        storage.relation(place, study)  # before there is anything to write to; another import may change it
         check_reachable(place.create())
         with locked(place.locks / "import.lock"):
             storage.refuse_running(place, record.title)
@@ -183,11 +187,11 @@ def import_study(file: str | Path, *, home: str | Path | None = None) -> Importe
             added, trials = import_runs.Imports(), 0
             if relation is not storage.Relation.AHEAD:
                 # The trials last: a study that can be run is complete.
-                added = import_runs.import_runs(place, record, side, archive.extract)
+                added = import_runs.import_runs(place, record, side, archive.extract, move_aliases=move_aliases)
                 trials = storage.import_study(place, study)
     return Imported(
         title=record.title,
-        store=without_password(place.tracking_uri),
+        store=shown_address(place.tracking_uri),
         relation=relation.value,
         trials=trials,
         runs=added.runs,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from hpo.data.cache import models_folder
 from hpo.data.prepare import TrialData
 from hpo.errors import HpoError, ModelError, TrainingError
 from hpo.models.basic import OneLogit, build_cnn, build_convnet, build_mlp, build_resnet
-from hpo.models.safe_loader import load_program, read_config
+from hpo.models.safe_loader import check_program, load_program, read_config
 from hpo.models.transfer import build_transfer
+from hpo.spec.load import small_text
 from hpo.spec.models import ModelSpec, OwnModelSpec, Tuned
 from hpo.spec.own_code import load_function
 from hpo.spec.study import Setup
@@ -102,7 +103,7 @@ def load_registered(uri: str, *, weights: bool) -> tuple[nn.Module, dict[str, An
 
 def _setup(file: Path) -> Setup:
     try:
-        return Setup.model_validate_json(file.read_bytes())
+        return Setup.model_validate_json(small_text(file))
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(f"{file}: damaged or missing: {reason}.", "Restore it from a copy.") from None
@@ -231,15 +232,25 @@ class _Whole(nn.Module):
 
 
 def export_program(folder: Path) -> Path:
-    """Write net.pt2 next to the weights in folder: float32, on the CPU, for any number of images."""
-    net, config = load_trained(folder)
+    """Write net.pt2 next to the weights in folder: float32, on the CPU, for any number of images.
+
+    Raises ModelError where the network does what no program may that load_program loads.
+    """
+    program = traced(*load_trained(folder))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.export.save(program, folder / PROGRAM)
+    check_program(folder / PROGRAM)
+    return folder / PROGRAM
+
+
+def traced(net: nn.Module, config: Mapping[str, Any]) -> torch.export.ExportedProgram:
+    """The program of a network in evaluation mode and of what its config says, for any number of uint8 images."""
     shape, several = config["image_shape"], bool(config.get("several_labels"))
     whole = _Whole(net, mean=config["mean"], std=config["std"], image_shape=shape, several=several).eval()
     # A batch of one would be taken for a constant.
-    example = torch.zeros((2, *config["image_shape"]), dtype=torch.uint8)
+    example = torch.zeros((2, *shape), dtype=torch.uint8)
     batch = torch.export.Dim("batch", min=1, max=1_000_000)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch warns of its own deprecations while it traces
-        program = torch.export.export(whole, (example,), dynamic_shapes=({0: batch},))
-        torch.export.save(program, folder / PROGRAM)
-    return folder / PROGRAM
+        return torch.export.export(whole, (example,), dynamic_shapes=({0: batch},))

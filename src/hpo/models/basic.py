@@ -31,16 +31,11 @@ def build_mlp(spec: MlpSpec, image_shape: tuple[int, int, int], classes: int) ->
     """Flatten, then for each hidden width: dense, batch norm, activation, dropout; then dense to the classes."""
     height, width, channels = image_shape
     features = height * width * channels
-    layers: list[nn.Module] = [nn.Flatten()]
-    for hidden in [spec.hidden] if isinstance(spec.hidden, int) else spec.hidden:
-        layers.append(nn.Linear(features, hidden))
-        if spec.batch_norm:
-            layers.append(nn.BatchNorm1d(hidden))
-        layers.append(ACTIVATIONS[spec.activation]())
-        if spec.dropout:
-            layers.append(nn.Dropout(spec.dropout))
-        features = hidden
-    return nn.Sequential(*layers, nn.Linear(features, classes))
+    hidden = [spec.hidden] if isinstance(spec.hidden, int) else spec.hidden
+    layers = dense_layers(
+        features, hidden, activation=spec.activation, dropout=spec.dropout, batch_norm=spec.batch_norm
+    )
+    return nn.Sequential(nn.Flatten(), *layers, nn.Linear(hidden[-1] if hidden else features, classes))
 
 
 def build_cnn(spec: CnnSpec, image_shape: tuple[int, int, int], classes: int) -> nn.Module:

@@ -119,8 +119,6 @@ def compare_predictions(
     openings: Mapping[str, int] | None = None,
 ) -> Comparison:
     """labels (n,) in [0, classes) and the predictions of at least two models -> their comparison."""
-    from sklearn.metrics import confusion_matrix
-
     classes = len(class_names)
     predicted = np.array([each.predicted for each in predictions])
     scores, differences = score_intervals(
@@ -132,13 +130,13 @@ def compare_predictions(
     contestants = []
     for index, each in enumerate(predictions):
         curve = macro_roc(each.probabilities, labels) if each.probabilities is not None else None
-        counts = confusion_matrix(labels, each.predicted, labels=range(classes))
+        cells = np.bincount(labels * classes + each.predicted, minlength=classes**2)
         contestants.append(
             Contestant(
                 name=each.name,
                 model=each.model,
                 scores=scores[index],
-                confusion=tuple(tuple(row) for row in counts.tolist()),
+                confusion=tuple(map(tuple, cells.reshape(classes, classes).tolist())),
                 auc=curve.area if curve else None,
                 differences=differences[index] if index else {},
                 mcnemar=tests[index - 1] if index else None,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape as _escape
 
+from hpo.errors import clean
 from hpo.records import DataCard
 from hpo.report.text import counted, listed
 
@@ -73,7 +74,7 @@ def page(title: str, sections: Sequence[tuple[str, str]]) -> str:
         for number, (heading, content) in enumerate(sections)
     )
     # The empty icon prevents a request for one.
-    return (
+    return clean(
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<link rel="icon" href="data:,">\n'
         f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n"

@@ -183,13 +183,19 @@ class Roc:
 
 
 def roc(positive: NDArray[np.bool_], score: NDArray[np.floating]) -> Roc | None:
-    """positive (n,) bool, score (n,) higher where a positive is likelier -> the curve; None without both kinds."""
-    from sklearn.metrics import auc, roc_curve
+    """positive (n,) bool, score (n,) higher where a positive is likelier -> the curve; None without both kinds.
 
+    The points are those of scikit-learn, whose import takes longer than a study of minutes should wait.
+    """
     if positive.all() or not positive.any():
         return None
-    false, true, _ = roc_curve(positive, score)
-    return Roc(false, true, float(auc(false, true)))
+    order = np.argsort(-score, kind="stable")
+    last = np.append(np.flatnonzero(np.diff(score[order])), len(score) - 1)  # of each run of equal scores
+    true = np.cumsum(positive[order])[last]
+    false = 1 + last - true
+    corner = np.pad((np.diff(false, 2) != 0) | (np.diff(true, 2) != 0), 1, constant_values=True)[: len(last)]
+    false_rate, true_rate = (np.append(0.0, counts[corner] / counts[-1]) for counts in (false, true))
+    return Roc(false_rate, true_rate, float(np.trapezoid(true_rate, false_rate)))
 
 
 def roc_per_class(labels: NDArray[np.integer], probabilities: NDArray[np.floating]) -> list[Roc | None]:
@@ -221,29 +227,42 @@ def classification_report(confusion: Sequence[Sequence[int]], class_names: Seque
 
     A share of nothing is 0. macro_average is the plain mean over classes, weighted_average weighs by support.
     """
-    from sklearn import metrics
-
-    true, predicted = _answers_of(confusion)
-    options: dict[str, Any] = {"labels": range(len(class_names)), "zero_division": 0}
-    table = metrics.classification_report(
-        true, predicted, target_names=list(class_names), digits=4, **options, output_dict=False
-    )
-    names = ("precision", "recall", "f1", "support")
-
-    def averaged(kind: str) -> dict[str, float]:
-        found = metrics.precision_recall_fscore_support(true, predicted, average=kind, **options)
-        return dict(zip(names[:3], map(float, found[:3]), strict=True))
-
-    columns = metrics.precision_recall_fscore_support(true, predicted, **options)
-    rows = zip(*(column.tolist() for column in columns), strict=True)
-    report = {
-        "classes": {name: dict(zip(names, row, strict=True)) for name, row in zip(class_names, rows, strict=True)},
-        "macro_average": averaged("macro"),
-        "weighted_average": averaged("weighted"),
-        "accuracy": float(metrics.accuracy_score(true, predicted)),
-        "support": len(true),
+    counts = np.asarray(confusion, dtype=np.float64)
+    hits, support, predicted = np.diag(counts), counts.sum(axis=1), counts.sum(axis=0)
+    scores = {"precision": _share(hits, predicted), "recall": _share(hits, support)}
+    scores["f1"] = _share(2 * hits, support + predicted)
+    total = int(support.sum())
+    weights = _share(support, np.full_like(support, total))
+    report: dict[str, Any] = {
+        "classes": {
+            name: {score: float(values[index]) for score, values in scores.items()} | {"support": int(support[index])}
+            for index, name in enumerate(class_names)
+        },
+        "macro_average": {score: float(values.mean()) for score, values in scores.items()},
+        "weighted_average": {score: float(values @ weights) for score, values in scores.items()},
+        "accuracy": float(hits.sum() / total) if total else 0.0,
+        "support": total,
     }
-    return report, table
+    return report, _report_table(report)
+
+
+def _share(part: NDArray[np.float64], whole: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
+
+
+def _report_table(report: Mapping[str, Any]) -> str:
+    """The report as text, in the layout of scikit-learn's."""
+    wide, total = max(len("weighted avg"), *map(len, report["classes"])), report["support"]
+    rows = [(name, row, row["support"]) for name, row in report["classes"].items()]
+    averages = [(f"{kind} avg", report[f"{kind}_average"], total) for kind in ("macro", "weighted")]
+
+    def line(name: str, row: Mapping[str, float], support: int) -> str:
+        cells = "".join(f" {row[score]:>9.4f}" for score in ("precision", "recall", "f1"))
+        return f"{name:>{wide}} {cells} {support:>9}\n"
+
+    head = f"{'':>{wide}} {'precision':>10}{'recall':>10}{'f1-score':>10}{'support':>10}\n\n"
+    accuracy = f"\n{'accuracy':>{wide}} {'':>20} {report['accuracy']:>9.4f} {total:>9}\n"
+    return head + "".join(line(*row) for row in rows) + accuracy + "".join(line(*row) for row in averages)
 
 
 def _answers_of(confusion: Sequence[Sequence[int]]) -> tuple[Ints, Ints]:

@@ -15,9 +15,9 @@ from optuna.trial import FrozenTrial
 from hpo.errors import SpecError, StoreError
 from hpo.home import Home
 from hpo.locks import lock
-from hpo.search.results import aims, parse_constraint
+from hpo.search.constraints import aims, parse_constraint
 from hpo.search.samplers import SAMPLERS
-from hpo.search.stages import check_stages, distribution, fits
+from hpo.search.stages import check_stages, distribution
 from hpo.search.study import Study
 from hpo.spec.load import parse_study
 from hpo.spec.own_code import content_changes, content_of, library_changes, with_digests
@@ -211,7 +211,7 @@ def _warm_starts(spec: StudySpec, storage: Storage) -> tuple[list[dict[str, Any]
     space = spec.search.whole_space
     for index, values in enumerate(spec.search.start):
         for path, value in values.items():
-            if not fits(space[path], value):
+            if not space[path].takes(value):
                 raise SpecError(
                     f"{spec.name}: search.start[{index}].{path}: {value!r} is not in the space.",
                     "Correct the value, or widen the space.",
@@ -239,7 +239,7 @@ def _best_of_other_study(spec: StudySpec, storage: Storage) -> tuple[list[dict[s
     best, notes = [], []
     for parameters in list(different.values())[: wanted.best]:
         shared = {path: value for path, value in parameters.items() if path in space}
-        best.append({path: value for path, value in shared.items() if fits(space[path], value)})
+        best.append({path: value for path, value in shared.items() if space[path].takes(value)})
         notes += [
             f"start_from {title}: {path}={value!r} is not in this space and is left to the sampler."
             for path, value in shared.items()

@@ -1,104 +1,22 @@
-"""Results of trials: objectives, constraints, recording and retrying, and the importance of parameters."""
+"""Results of trials: how one is recorded, tried again or closed."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import optuna
-from optuna.importance import FanovaImportanceEvaluator, PedAnovaImportanceEvaluator
 from optuna.trial import FrozenTrial
 
-from hpo.errors import SpecError
-from hpo.records import FINAL, FailureKind, StudyResult, Trial, TrialResult, TrialState
-from hpo.search.stages import CARRIED, distribution, encode, stage_names
-from hpo.spec.space import Space
+from hpo.records import FINAL, FailureKind, TrialResult, TrialState
+from hpo.search.constraints import aims, judge, violations
+from hpo.search.stages import stage_names
 from hpo.spec.study import StudySpec
 from hpo.storage.optuna_private import CONSTRAINT, FIXED, RUNG, trial_id_of
 from hpo.storage.optuna_storage import Storage
 from hpo.storage.trial_attrs import RESULT, START, TrialAttrs, attrs_of, key_of, stage_of, state_of
-
-_FORM = re.compile(r"\s*(\w[^<>]*?)\s*(<=|>=)\s*(\S+)\s*")
-
-
-class Constraint(NamedTuple):
-    """A limit on a score: op is <= or >=."""
-
-    name: str
-    op: str
-    limit: float
-
-
-def parse_constraint(text: str) -> Constraint:
-    """`parameters <= 200000` -> its parts. Raises SpecError."""
-    match = _FORM.fullmatch(text)
-    try:
-        if match:
-            return Constraint(match[1], match[2], float(match[3]))
-    except ValueError:
-        pass
-    raise SpecError(
-        f"search.constraints: {text!r} is no limit.", "Write a score, <= or >=, and a number: parameters <= 200000."
-    )
-
-
-def violation(constraint: Constraint, scores: Mapping[str, float]) -> float:
-    """The amount beyond the limit, as a share of it; 0 or less: within the limit. inf without the score."""
-    score = scores.get(constraint.name, math.nan)
-    if math.isnan(score):
-        return math.inf
-    over = score - constraint.limit if constraint.op == "<=" else constraint.limit - score
-    # As a share: samplers add up the violations of limits in different units.
-    return over / abs(constraint.limit) if constraint.limit else over
-
-
-def violations(spec: StudySpec, scores: Mapping[str, float]) -> dict[str, float]:
-    """The text of each constraint -> its violation.
-
-    Limits on validation scores are left out where there are none: a network trained on all images, or not at all.
-    """
-    constraints = {text: parse_constraint(text) for text in spec.search.constraints}
-    return {
-        text: violation(constraint, scores)
-        for text, constraint in constraints.items()
-        if constraint.name in scores or not constraint.name.startswith("valid_")
-    }
-
-
-def aims(spec: StudySpec) -> tuple[tuple[str, str], ...]:
-    """(score, maximize or minimize) of every objective; the first is the trial's value."""
-    several = tuple((aim.score, aim.better) for aim in spec.search.objectives)
-    return several or ((spec.search.objective, spec.search.better),)
-
-
-def judge(spec: StudySpec, result: TrialResult) -> TrialResult:
-    """The result with `values` and `feasible` set from its scores; an infeasible result stays so.
-
-    With several objectives the first is the value. An objective without a score is NaN, unless a value was given.
-    """
-    feasible = result.feasible and all(amount <= 0 for amount in violations(spec, result.scores).values())
-    if not spec.search.objectives:
-        return replace(result, feasible=feasible)
-    (first, _), *rest = aims(spec)
-    value = result.scores.get(first, result.value)
-    values = (math.nan if value is None else value, *(result.scores.get(score, math.nan) for score, _ in rest))
-    return replace(result, value=value, values=values, feasible=feasible)
-
-
-def most_parameters(spec: StudySpec) -> float:
-    """The tightest upper limit on parameters; inf without one."""
-    limits = map(parse_constraint, spec.search.constraints)
-    return min((limit for name, op, limit in limits if (name, op) == ("parameters", "<=")), default=math.inf)
-
-
-def needs_latency(spec: StudySpec) -> bool:
-    """Whether an objective or a limit asks for latency_ms."""
-    asked = {score for score, _ in aims(spec)} | {parse_constraint(text).name for text in spec.search.constraints}
-    return "latency_ms" in asked
-
 
 _MOST_DEATHS = 3
 _UNBOUNDED = 1e6  # Optuna wants finite violations
@@ -227,59 +145,3 @@ def template(
 
 def _is_finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
-
-
-_FEWEST = 8  # trials; fewer say nothing about importance
-_TREES = 32  # Optuna's 64 take twice the time and change the second decimal
-
-
-def importances(study: StudyResult, *, seed: int = 0) -> dict[str, dict[str, dict[str, float]]]:
-    """Stage ("" without stages) -> method -> path -> share in [0, 1]; the shares of a method add up to 1.
-
-    PED-ANOVA (Watanabe et al. 2023) compares the best tenth of the trials with the others, fANOVA (Hutter et al. 2014)
-    explains the variance over all complete trials. Parameters that some trials lack are left out, and so are stages
-    with fewer than eight complete trials or two such parameters.
-    """
-    search = study.spec.get("search") or {}
-    stages = [(stage["name"], stage.get("space") or {}) for stage in search.get("stages") or ()]
-    everything = {path: part for _, space in stages for path, part in space.items()}
-    stage_shares = {}
-    for name, space in [*stages] or [(None, search.get("space") or {})]:
-        parts = Space.model_validate(space or everything)
-        if shares := _shares(study.ranked(name), parts, direction=study.direction, seed=seed):
-            stage_shares[name or ""] = shares
-    return stage_shares
-
-
-def _shares(trials: list[Trial], space: Space, *, direction: str, seed: int) -> dict[str, dict[str, float]]:
-    finite = [trial for trial in trials if trial.value is not None and math.isfinite(trial.value)]
-    held = [trial.candidate.parameters for trial in finite]
-    paths = [
-        path
-        for path, _ in space.items()
-        if path != CARRIED
-        and all(path in values for values in held)
-        and any(values[path] != held[0][path] for values in held)
-    ]
-    if len(finite) < _FEWEST or len(paths) < 2:
-        return {}
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    view = optuna.create_study(direction=direction)
-    ranges = {path: distribution(space[path]) for path in paths}
-    for trial in sorted(finite, key=lambda trial: trial.number):
-        values: Mapping[str, Any] = trial.candidate.parameters
-        try:
-            params = {path: encode(space[path], values[path]) for path in paths}
-            view.add_trial(optuna.trial.create_trial(params=params, distributions=ranges, value=trial.value))
-        except ValueError:
-            continue  # from before the space was changed: its value is no longer in it
-    if len(view.trials) < _FEWEST:
-        return {}
-    methods = {
-        "PED-ANOVA (what sets the best tenth apart)": PedAnovaImportanceEvaluator(),
-        "fANOVA (what explains all the variance)": FanovaImportanceEvaluator(
-            n_trees=_TREES, max_depth=_TREES, seed=seed
-        ),
-    }
-    shares = {name: optuna.importance.get_param_importances(view, evaluator=by) for name, by in methods.items()}
-    return {name: {path: float(values.get(path, 0.0)) for path in paths} for name, values in shares.items()}

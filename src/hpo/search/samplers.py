@@ -17,12 +17,10 @@ from optuna.trial import FrozenTrial
 
 from hpo.search.stages import (
     Stage,
-    count_values,
     decode,
     distribution,
     encode,
     find_origins,
-    fits,
     make_stage,
     stage_names,
 )
@@ -107,7 +105,7 @@ class StageSampler(optuna.samplers.BaseSampler):  # type: ignore[misc]
         self._stage = stage
         self._index = index
         self._parameters = stage.space.ordered()
-        cells = math.prod(count_values(parameter) for _, parameter in self._parameters)
+        cells = math.prod(parameter.count() for _, parameter in self._parameters)
         self._finite = cells < math.inf
         self._build = SAMPLERS[stage.spec.search.sampler.name].build
         self._rejects = stage.spec.search.duplicates == "reject"
@@ -192,7 +190,7 @@ class StageSampler(optuna.samplers.BaseSampler):  # type: ignore[misc]
             name = self._stage.label(path)
             if path in fixed:
                 values[path] = fixed[path]
-            elif name in together and fits(parameter, value := decode(parameter, together[name])):
+            elif name in together and parameter.takes(value := decode(parameter, together[name])):
                 values[path] = value
             else:
                 drawn = sampler.sample_independent(study, trial, name, distribution(parameter))

@@ -65,31 +65,6 @@ def _options(parameter: Choice) -> list[Any]:
     return [json.dumps(option, sort_keys=True) for option in parameter.choice]
 
 
-def count_values(parameter: Float | Int | Choice) -> float:
-    """The number of different values; inf for a continuous range."""
-    if isinstance(parameter, Choice):
-        return len(parameter.choice)
-    low, high = parameter.ends()
-    step = parameter.step or (1 if isinstance(parameter, Int) else 0)
-    if low == high:
-        return 1
-    return math.floor((high - low) / step + 1e-9) + 1 if step else math.inf
-
-
-def fits(parameter: Float | Int | Choice, value: Any) -> bool:
-    """Whether the value is one of the options, or within the range and on its steps."""
-    if isinstance(parameter, Choice):
-        return value in parameter.choice
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    low, high = parameter.ends()
-    step = parameter.step or (1 if isinstance(parameter, Int) and not parameter.log else None)
-    if isinstance(parameter, Int) and not isinstance(value, int):
-        return False
-    steps = (value - low) / step if step else 0.0
-    return bool(low <= value <= high and math.isclose(steps, round(steps), abs_tol=1e-9))
-
-
 def narrowed(space: Space, centre: Mapping[str, Any], share: float) -> Space:
     """The space around one candidate: ranges shrunk to a share in (0, 1] of their width, on their own scale.
 
@@ -334,6 +309,6 @@ def _most_cells(spec: StudySpec, index: int) -> int | None:
 def _first(space: Space, warm: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The values of each candidate that fit the space, without duplicates."""
     parts = [
-        {path: value for path, value in values.items() if path in space and fits(space[path], value)} for values in warm
+        {path: value for path, value in values.items() if path in space and space[path].takes(value)} for values in warm
     ]
     return list({key_of(part): part for part in parts if part}.values())

@@ -108,7 +108,7 @@ def load_study(
     names the file, the line, the place, the value and the next step.
     """
     path = find_study(study)
-    tree, node = _read(path)
+    tree, node = read_yaml(path)
     _anchor_paths(tree, path.parent)
     pairs = overrides.items() if isinstance(overrides, Mapping) else map(_parse_override, overrides)
     set_places: list[str] = []
@@ -167,12 +167,17 @@ def study_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **tree, "title": "hpo study"}
 
 
-def _read(path: Path) -> tuple[dict[str, Any], yaml.Node | None]:
+def small_text(path: Path) -> str:
+    """The text of a file, which may be anybody's. Raises ValueError where it has more than 1 MB, OSError."""
+    if path.stat().st_size > _MOST_BYTES:
+        raise ValueError(f"it has more than {_MOST_BYTES:,} bytes")
+    return path.read_text(encoding="utf-8")
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], yaml.Node | None]:
+    """A mapping and its nodes from a file, which may be anybody's: plain values, of bounded size. Raises SpecError."""
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise ValueError(f"it has more than {_MOST_BYTES:,} bytes")
-        text = path.read_text(encoding="utf-8")
-        loader = StudyLoader(text)
+        loader = StudyLoader(small_text(path))
         node = loader.get_single_node()
         _check_size(node)
         tree = loader.construct_document(node) if node is not None else None

@@ -291,10 +291,7 @@ def _own_modules(first: str, root: Path) -> dict[str, bytes]:
 
 
 def _belongs(file: Path, root: Path) -> bool:
-    inside = file.relative_to(root).parts if file.is_relative_to(root) else None
-    if inside is None:
-        return False
-    return not {"site-packages", "dist-packages"} & set(inside)
+    return file.is_relative_to(root) and not {"site-packages", "dist-packages"} & set(file.relative_to(root).parts)
 
 
 def _imports(source: bytes, package: str) -> Iterator[str]:

@@ -120,8 +120,8 @@ class KeepSpec(Part):
 
     models: Annotated[str, Field(pattern=r"^(all|none|best:[1-9][0-9]*)$")] = "best:10"
     """all, none, or best:K: a trial's model is kept while it is among the K best."""
-    figures: Annotated[str, Field(pattern=r"^(all|none|best:[1-9][0-9]*)$")] = "best:10"
-    """The same for its pictures. They are drawn of trials that keep their model."""
+    figures: Annotated[str, Field(pattern=r"^(all|none|best:[1-9][0-9]*)$")] = "best:1"
+    """The same for its pictures. They are drawn at the end of the search, of trials that keep their model."""
 
     @property
     def count(self) -> float:
@@ -362,12 +362,16 @@ def _index(place: list[Any], key: str, path: str) -> int:
     return int(key)
 
 
-def _validated(spec: StudySpec, values: Mapping[str, Any], where: str) -> Setup:
+def _filled(spec: StudySpec, values: Mapping[str, Any]) -> Setup:
     plain = spec.setup.model_dump()
     for path, value in values.items():
         set_place(plain, path, value)
+    return Setup.model_validate(plain)
+
+
+def _validated(spec: StudySpec, values: Mapping[str, Any], where: str) -> Setup:
     try:
-        return Setup.model_validate(plain)
+        return _filled(spec, values)
     except ValueError as error:
         first = error.errors()[0] if hasattr(error, "errors") else {"msg": str(error)}
         shown = ", ".join(f"{path}={value!r}" for path, value in values.items())
@@ -379,11 +383,8 @@ def _validated(spec: StudySpec, values: Mapping[str, Any], where: str) -> Setup:
 
 
 def _fits(spec: StudySpec, values: Mapping[str, Any]) -> bool:
-    plain = spec.setup.model_dump()
-    for path, value in values.items():
-        set_place(plain, path, value)
     try:
-        Setup.model_validate(plain)
+        _filled(spec, values)
     except ValueError:
         return False
     return True

@@ -21,11 +21,12 @@ from optuna.trial import FrozenTrial
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
-from hpo.database import SERVER_ARGUMENTS, reading
+from hpo.database import SERVER_ARGUMENTS, reading, sqlite_address
 from hpo.errors import StoreError
 from hpo.home import Home
 from hpo.locks import hold, lock
 from hpo.records import StudyResult, Trial
+from hpo.relocation import readable_copy
 from hpo.storage import liveness
 from hpo.storage.optuna_private import create_trial, read_trials, set_param, trial_id_of
 from hpo.storage.reader import no_study, to_result
@@ -232,6 +233,11 @@ class _Connection(sqlite3.Connection):
         self.execute("PRAGMA synchronous=NORMAL")
 
 
+def _open_copy(home: Home, file: Path) -> Storage:
+    with store_errors(home):
+        return Storage(home, Retrying(RDBStorage(sqlite_address(file))))
+
+
 def open_storage(home: Home) -> Storage:
     """Open the study storage; it is created if there is none, by one process at a time. Raises StoreError."""
     if home.storage_url == home.tracking_uri:
@@ -321,7 +327,8 @@ def _reading(home: Home) -> Iterator[Storage | None]:
     if not home.shared and not Path(shown_url(home)).exists():
         yield None
         return
-    storage = open_storage(home)
+    copy = None if home.shared else readable_copy(home, "optuna.db")
+    storage = open_storage(home) if copy is None else _open_copy(home, copy)
     try:
         with store_errors(home):
             yield storage

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from hpo.database import Reader, engine_name, reading, sqlite_file
-from hpo.errors import StoreError
+from hpo.database import Reader, reading, sqlite_file
+from hpo.errors import StoreError, shown_address
 from hpo.events import Event, TrialEnded, TrialStarted
 from hpo.home import Home
 from hpo.locks import seen_held
@@ -83,7 +83,7 @@ def list_trials(home: Home, name: str) -> StudyResult:
         titles = [title for title, (_, record) in studies.items() if record["name"] == name]
         title = max(titles, key=lambda title: studies[title][1]["generation"], default=name.removesuffix("~1"))
         if reader is None or title not in studies:
-            raise no_study(name, sqlite_file(home.storage_url) or engine_name(home.storage_url), studies)
+            raise no_study(name, sqlite_file(home.storage_url) or shown_address(home.storage_url), studies)
         study_id, record = studies[title]
         results = _attributes(reader, study_id, RESULT, without=("epochs", "predicted"))
         starts = _attributes(reader, study_id, START)

@@ -17,7 +17,7 @@ from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from hpo.database import hint_of
-from hpo.errors import StoreError, disk_full
+from hpo.errors import StoreError, disk_full, shown_address
 from hpo.home import Home
 
 RETRY_SECONDS = 60.0  # from the first fault to the last try
@@ -144,8 +144,6 @@ def store_errors(home: Home) -> Iterator[None]:
 
 def shown_url(home: Home) -> str:
     """The storage as a message may name it: a path, or an address without its password."""
-    try:
-        url = make_url(home.storage_url)
-    except SQLAlchemyError:
-        return "HPO_STORAGE"
-    return url.render_as_string(hide_password=True) if home.shared else url.database or "memory"
+    if home.shared:
+        return shown_address(home.storage_url)
+    return make_url(home.storage_url).database or "memory"

@@ -16,6 +16,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import text
 
+from hpo.database import sqlite_file
 from hpo.errors import StoreError
 from hpo.home import Home
 from hpo.records import StudyResult
@@ -25,6 +26,8 @@ from hpo.storage.retry import shown_url, store_errors
 from hpo.storage.trial_attrs import RESULT, STUDY, to_trial
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # as of spec.study.StudySpec
+_LATEST = 253_370_764_800.0  # seconds since 1970 at the end of the year 9998
+_LAST_STEP = (1 << 31) - 1  # that a server stores
 _TEMPORARY = "hpo import of "  # + title and a number: the name of a study while it is written; titles have no blanks
 
 
@@ -52,6 +55,7 @@ def export_study(home: Home, name: str) -> dict[str, Any]:
             number = studies[title][0]
             return {
                 "title": title,
+                "generations": _begun(storage, studies[title][1]["name"]),
                 "directions": [way.name for way in storage.directions(number)],
                 "user_attrs": storage.database.get_study_user_attrs(number),
                 "system_attrs": storage.database.get_study_system_attrs(number),
@@ -70,14 +74,20 @@ def check(study: Mapping[str, Any]) -> StudyResult:
     result = to_result(record, ())
     if not _NAME.fullmatch(result.name) or result.title != study["title"] or type(result.generation) is not int:
         raise ValueError(f"a study cannot be named {study['title']!r}")
-    if not isinstance(result.created, float) or not all(isinstance(record[key], dict) for key in ("spec", "identity")):
+    known = study.get("generations", {})
+    if (
+        not isinstance(result.created, float)
+        or not 0 <= result.created < _LATEST
+        or not all(isinstance(each, dict) for each in (record["spec"], record["identity"], known))
+    ):
         raise TypeError("the record of the study is of other types")
     directions = _directions(study)
     for number, trial in enumerate(study["trials"]):
         frozen = _frozen(trial)
         to_trial(frozen)  # reads our records on it
         ended = frozen.state.is_finished()
-        if trial["number"] != number or (frozen.values is not None and len(frozen.values) != len(directions)):
+        many = frozen.values is not None and len(frozen.values) != len(directions)
+        if trial["number"] != number or many or any(abs(step) > _LAST_STEP for step in frozen.intermediate_values):
             raise ValueError(f"trial {number} is not whole")
         if frozen.state is TrialState.RUNNING or ended != (frozen.datetime_complete is not None):
             raise ValueError(f"trial {number} has not ended")
@@ -91,7 +101,10 @@ def refuse_running(home: Home, title: str) -> None:
 
 
 def relation(home: Home, study: Mapping[str, Any]) -> Relation:
-    """The relation of the storage to a study. Raises StoreError where it has another study of this title."""
+    """The relation of the storage to a study; no file is made. Raises StoreError where it has another of this name."""
+    file = sqlite_file(home.storage_url)
+    if file is not None and not file.exists():
+        return Relation.ABSENT
     storage = open_storage(home)
     try:
         with store_errors(home):
@@ -188,11 +201,18 @@ def _directions(study: Mapping[str, Any]) -> list[StudyDirection]:
 def _relation(home: Home, storage: Storage, study: Mapping[str, Any]) -> Relation:
     title, record = study["title"], study["user_attrs"][STUDY]
     number, existing = storage.studies().get(title, (None, None))
+    elsewhere = "Import it into a folder, or stores, of its own: --home DIR."
+    if existing is not None and (existing["created"], existing["identity"]) != (record["created"], record["identity"]):
+        raise StoreError(f"{shown_url(home)}: it has another study that is named {title}.", elsewhere)
+    # Generations of another study would be taken for its own: by hpo run, which resumes the newest, and by promote.
+    begun, known = _begun(storage, record["name"]), {**study.get("generations", {}), title: record["created"]}
+    if (begun and not {*begun} & {*known}) or any(known.get(each, when) != when for each, when in begun.items()):
+        raise StoreError(
+            f"{shown_url(home)}: {', '.join(begun)} there and {title} in the file are not generations of one study.",
+            elsewhere,
+        )
     if number is None or existing is None:
         return Relation.ABSENT
-    elsewhere = "Import it into a folder, or stores, of its own: --home DIR."
-    if (existing["created"], existing["identity"]) != (record["created"], record["identity"]):
-        raise StoreError(f"{shown_url(home)}: it has another study that is named {title}.", elsewhere)
     here, there = _trials(storage, number), study["trials"]
     differing = [
         old["number"]
@@ -209,6 +229,12 @@ def _relation(home: Home, storage: Storage, study: Mapping[str, Any]) -> Relatio
     if _same(here, there):
         return Relation.SAME
     return Relation.AHEAD if ours > theirs or (ours == theirs and len(here) > len(there)) else Relation.BEHIND
+
+
+def _begun(storage: Storage, name: str) -> dict[str, float]:
+    """Title -> time of its beginning, of each generation of a study."""
+    studies = storage.studies()
+    return {title: studies[title][1]["created"] for title in generations(storage, name).values()}
 
 
 def _same(here: object, there: object) -> bool:

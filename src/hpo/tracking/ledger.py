@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,9 +37,9 @@ class Opening:
     """One look at the test part: when (ISO 8601, UTC), who, for which version (0: not registered) and trial, what for.
 
     purpose is the command: promote, compare, evaluate. scores are what it showed; empty where whoever looked was
-    stopped before the result could be written, which counts all the same. data is the digest of the data set and images
-    that of the set of test images; both are "" in a ledger of an earlier version, images also where the process was
-    stopped before it had read them.
+    stopped before the result could be written, which counts all the same. data is the digest of the data set, images
+    that of the set of test images, and trained that of the images that the model was trained and chosen on; all are ""
+    in a ledger of an earlier version, the latter two also where the process was stopped before it had read them.
     """
 
     when: str
@@ -53,6 +53,7 @@ class Opening:
     purpose: str = ""
     data: str = ""
     images: str = ""
+    trained: str = ""
 
     @property
     def key(self) -> tuple[str, float, str, str, int]:
@@ -86,23 +87,34 @@ def announce_opening(
 
 @translate_errors
 def name_images(
-    home: Home, study: StudyResult, opening: Opening, digests: Sequence[bytes], *, cache: Path | None = None
+    home: Home,
+    study: StudyResult,
+    opening: Opening,
+    digests: Collection[bytes],
+    *,
+    trained: Collection[bytes] = (),
+    cache: Path | None = None,
 ) -> Opening:
-    """Add the test images to an announced opening: pixel digests of 16 bytes, whose order is forgotten."""
-    content = b"".join(sorted(digests))
-    named = replace(opening, images=set_digest(digests))
+    """Add the test images to an announced opening, and those that the model was trained and chosen on.
+
+    They are pixel digests of 16 bytes, whose order is forgotten.
+    """
+    sets = {set_digest(digests): digests, **({set_digest(trained): trained} if trained else {})}
     for folder in filter(None, (home.root, _writable(cache))):
-        file = _digest_file(folder, named.images)
-        if not file.is_file():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            part = file.with_name(f"{file.name}.{os.getpid()}.part")
-            part.write_bytes(content)
-            part.replace(file)
+        for name, found in sets.items():
+            file = _digest_file(folder, name)
+            if not file.is_file():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                part = file.with_name(f"{file.name}.{os.getpid()}.part")
+                part.write_bytes(b"".join(sorted(found)))
+                part.replace(file)
+    named = replace(opening, images=set_digest(digests), trained=set_digest(trained) if trained else "")
     _write(home, study, named, cache)
     client = connect(home)
     parent = find_parent(client, study)
     if parent is not None:
-        client.log_artifact(parent.info.run_id, str(_digest_file(home.root, named.images)), _FOLDER)
+        for name in sets:
+            client.log_artifact(parent.info.run_id, str(_digest_file(home.root, name)), _FOLDER)
     return named
 
 
@@ -142,6 +154,13 @@ def every_opening(home: Home, *, cache: Path | None = None) -> tuple[list[Openin
     return own, [opening for opening in _merged(others) if opening.key not in keys]
 
 
+def openings_of_lost(home: Home, known: Collection[StudyResult]) -> list[Opening]:
+    """The openings in the home's ledger by studies that are none of these: the study storage has lost them."""
+    there = {(study.title, study.created) for study in known}
+    found = _merged(what for _, what in _lines(home.root / LEDGER) if not isinstance(what, str))
+    return [opening for opening in found if (opening.study, opening.created) not in there]
+
+
 def add_openings(home: Home, known: Sequence[Opening]) -> None:
     """Write down openings of another store that this folder's ledger has not."""
     path = home.root / LEDGER
@@ -160,7 +179,7 @@ def parse_opening(stored: Any) -> Opening:
     given: dict[str, Any] = {}
     for each in fields(Opening):
         if each.name not in stored:
-            if each.name not in ("scores", "purpose", "data", "images"):
+            if each.name not in ("scores", "purpose", "data", "images", "trained"):
                 raise ValueError(f"lacks {each.name}")
             continue
         value = stored[each.name]
@@ -183,14 +202,14 @@ def set_digest(digests: Iterable[bytes]) -> str:
 
 @translate_errors
 def image_digests(home: Home, images: str, *, cache: Path | None = None) -> frozenset[bytes] | None:
-    """The pixel digests of a set of test images that was opened, from home, cache or store; None where none has it."""
+    """The pixel digests of a set of images that an opening names, from home, cache or store; None where none has it."""
     for folder in filter(None, (home.root, cache)):
         with contextlib.suppress(OSError):
             if (found := _pieces(_digest_file(folder, images).read_bytes(), images)) is not None:
                 return found
     client = connect(home) if exists(home) else None
     for run in _parents(client) if client is not None else ():
-        if any(opening.images == images for opening in _tagged(run)):
+        if any(images in (opening.images, opening.trained) for opening in _tagged(run)):
             with tempfile.TemporaryDirectory() as scratch:
                 name = f"{_FOLDER}/{_digest_file(home.root, images).name}"
                 file = artifact(client, run.info.run_id, name, scratch)
@@ -241,17 +260,49 @@ def _parents(client: Any) -> Iterator[Any]:
 
 def _tagged(run: Any) -> list[Opening]:
     found = []
-    for name, value in run.data.tags.items():
+    for name, what in _tag_openings(run.data.tags):
+        if isinstance(what, str):
+            raise StoreError(
+                f"run {run.info.run_id} in MLflow: its tag {name} {what}, so an opening of the test part would go "
+                "uncounted.",
+                "Correct the tag in MLflow's UI, or have it replaced from the ledger: hpo doctor --fix",
+            )
+        found.append(what)
+    return found
+
+
+def _tag_openings(tags: Mapping[str, str]) -> Iterator[tuple[str, Opening | str]]:
+    """The name of each tag with an opening, and the opening, or the reason why it is none."""
+    for name, value in tags.items():
         if name.startswith(_TAG):
             try:
-                found.append(parse_opening(json.loads(value)))
-            except ValueError as error:
-                raise StoreError(
-                    f"run {run.info.run_id} in MLflow: its tag {name} {_reason(error)}, so an opening of the test part "
-                    "would go uncounted.",
-                    "Correct the tag in MLflow's UI: hpo ui",
-                ) from None
-    return found
+                yield name, parse_opening(json.loads(value))
+            except (ValueError, RecursionError) as error:
+                yield name, _reason(error)
+
+
+def damaged_tags(tags: Mapping[str, str]) -> dict[str, str]:
+    """The tags of a run that should be openings and are none, by name, with the reason."""
+    return {name: what for name, what in _tag_openings(tags) if isinstance(what, str)}
+
+
+@translate_errors
+def mend_tags(home: Home, run_id: str, tags: Mapping[str, str]) -> None:
+    """Move damaged tags of a run to openings.damaged.jsonl, and write those again that the home's ledger has."""
+    client = connect(home)
+    known = {_tag_name(opening): opening for opening in _merged(each for _, each in _read(home.root / LEDGER))}
+    for name, reason in damaged_tags(tags).items():
+        note = {"moved": datetime.now(UTC).isoformat(timespec="seconds"), "run": run_id, "tag": name, "reason": reason}
+        if name in known:
+            client.set_tag(run_id, name, json.dumps(asdict(known[name])))
+            continue
+        with lock(home, "openings"):
+            _append(home.root / SET_ASIDE, json.dumps({**note, "text": tags[name]}))
+        client.delete_tag(run_id, name)
+
+
+def _tag_name(opening: Opening) -> str:
+    return _TAG + "".join(filter(str.isdigit, opening.when[:26]))
 
 
 def _merged(found: Iterable[Opening]) -> list[Opening]:
@@ -308,7 +359,7 @@ def _write(home: Home, study: StudyResult, opening: Opening, cache: Path | None)
     parent = find_parent(client, study)
     if parent is not None:
         # One tag an opening, so that two supervisors cannot overwrite each other's.
-        client.set_tag(parent.info.run_id, _TAG + "".join(filter(str.isdigit, opening.when[:26])), line)
+        client.set_tag(parent.info.run_id, _tag_name(opening), line)
 
 
 def _writable(cache: Path | None) -> Path | None:

@@ -1,34 +1,37 @@
 """The code inside every logged model: images in the values of its training data in, class probabilities out.
 
-It needs nothing of the platform. MLflow copies this file next to net.pt2 and config.json, runs it when the model is
-logged and when it is loaded; so torch is imported only where it is used.
+It needs nothing of the platform. MLflow copies this file next to net.pt2, config.json and safe_loader.py, runs it when
+the model is logged and when it is loaded; so safe_loader.py, which imports torch, is run only where it is used.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import mlflow
 import numpy as np
 import pandas as pd
 
-# Bounds the memory of a request; larger chunks are not faster on a CPU.
-CHUNK_IMAGES = 64
-
 
 class ImageClassifier(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     """An exported program with the names of its classes; it runs on the CPU."""
 
     def load_context(self, context: Any) -> None:
-        """Read net.pt2, a program from (n, height, width, channels) uint8 to (n, classes) float32, and config.json."""
-        import torch
+        """Read config.json and net.pt2, a program from (n, height, width, channels) uint8 to (n, classes) float32.
 
-        config = json.loads(Path(context.artifacts["config"]).read_text(encoding="utf-8"))
-        self._class_names = list(config["class_names"])
+        A program that could do more than compute is refused.
+        """
+        file = Path(context.artifacts["loader"])
+        self._loader = ModuleType("safe_loader")
+        # Not imported: several models may be loaded, each with its own, and no cache of bytes is written beside it.
+        exec(compile(file.read_text(encoding="utf-8"), file, "exec"), self._loader.__dict__)  # noqa: S102
+        config = self._loader.read_config(Path(context.artifacts["config"]))
+        self._class_names = config["class_names"]
+        self._several = bool(config.get("several_labels"))
         self._ranges = config.get("ranges") or {}
-        self._net = torch.export.load(context.artifacts["net"]).module()
+        self._program = self._loader.Program(Path(context.artifacts["net"]))
 
     def predict(self, context: Any, model_input: np.ndarray, params: Any = None) -> pd.DataFrame:  # noqa: ARG002
         """Images (n, height, width, channels), of the dtype that the signature names or uint8 -> probabilities.
@@ -45,15 +48,12 @@ class ImageClassifier(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
     def predict_levels(self, levels: np.ndarray) -> np.ndarray:
         """Images that are scaled to 0 to 255 already, uint8 -> (n, classes) float32."""
-        import torch
-
-        rows = [np.empty((0, len(self._class_names)), np.float32)]
-        with torch.inference_mode():
-            for start in range(0, len(levels), CHUNK_IMAGES):
-                # A copy, because torch wants memory that may be written.
-                images = torch.from_numpy(np.array(levels[start : start + CHUNK_IMAGES], order="C"))
-                rows.append(self._net(images).numpy())
-        found: np.ndarray = np.concatenate(rows)
+        found: np.ndarray = self._loader.check_answers(
+            self._program.predict(levels),
+            images=len(levels),
+            classes=len(self._class_names),
+            several=self._several,
+        )
         return found
 
 

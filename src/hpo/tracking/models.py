@@ -14,6 +14,8 @@ from hpo.relocation import local_path
 from hpo.tracking.store import check_inside, is_missing, load_mlflow, pages, quiet
 
 NET, CONFIG, SETUP, WEIGHTS = "net.pt2", "config.json", "setup.json", "weights.safetensors"
+# Logged with each model, whose script loads the program by it where there is no hpo.
+_LOADER = Path(__file__).parents[1] / "models" / "safe_loader.py"
 
 
 def log_model(client: Any, run: Any, folder: Path) -> str:
@@ -31,7 +33,7 @@ def log_model(client: Any, run: Any, folder: Path) -> str:
 
     run_id = run.info.run_id
     for earlier in client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'"):
-        if earlier.status == "READY":
+        if is_whole(earlier):
             return f"models:/{earlier.model_id}"
         delete_model(client, earlier.model_id)  # of a try that was cut short
     tags = {name: value for name, value in run.data.tags.items() if name.startswith("hpo.")}
@@ -64,30 +66,48 @@ def log_model(client: Any, run: Any, folder: Path) -> str:
     return f"models:/{model.model_id}"
 
 
-def delete_unfinished(client: Any, experiment_id: str, uris: Mapping[str, str]) -> None:
-    """Delete what was logged for these runs and is not their model; uris maps run ids to models:/m-<id>, or "".
+def delete_unfinished(client: Any, experiment_id: str, uris: Mapping[str, str]) -> set[str]:
+    """Delete what was logged for these runs and is not their whole model; returns the ids of the models that are left.
 
-    It is what was left where a process was killed over a model.
+    uris maps run ids to models:/m-<id>, or "". It is what was left where a process was killed over a model.
     """
+    left = set()
     for model in pages(client.search_logged_models, experiment_ids=[experiment_id], max_results=100):
         ours = "hpo.trial" in model.tags and model.source_run_id in uris
-        if ours and uris[model.source_run_id] != f"models:/{model.model_id}":
-            delete_model(client, model.model_id)
+        unfinished = ours and (uris[model.source_run_id] != f"models:/{model.model_id}" or not is_whole(model))
+        left |= {model.model_id} if not unfinished or not delete_model(client, model.model_id) else set()
+    return left
 
 
-def delete_model(client: Any, model_id: str) -> None:
-    """Delete a logged model and, at once, its files; one that is gone already is no error."""
+def is_whole(model: Any) -> bool:
+    """Whether all of a LoggedModel was logged, and its deletion has not begun."""
+    place = local_path(model.artifact_location)
+    return str(model.status) == "READY" and (place is None or (place / "MLmodel").is_file())
+
+
+def delete_model(client: Any, model_id: str) -> bool:
+    """Delete a logged model and, at once, its files; one that is gone already is no error.
+
+    False where a registered version loads it: then it stays. Callers who share models with others hold the lock
+    mlflow-register, as whoever registers one does.
+    """
     from mlflow.exceptions import MlflowException
 
     try:
         model = client.get_logged_model(model_id)
     except MlflowException as error:
         if is_missing(error):
-            return
+            return True
         raise
-    # The record last: cut short, the next try finds it, and deletes what is left of the files.
-    delete_artifacts(client, model.artifact_location)
+    place = model.artifact_location
+    quote = '"' if "'" in place else "'"
+    if client.search_model_versions(f"source_path = {quote}{place}{quote}", max_results=1):
+        return False
+    # Marked first: half of its files are never taken for a model. The record last: cut short, the next try finds it.
+    client.finalize_logged_model(model_id, "FAILED")
+    delete_artifacts(client, place)
     client.delete_logged_model(model_id)
+    return True
 
 
 def delete_artifacts(client: Any, uri: str, path: str | None = None) -> None:
@@ -119,12 +139,13 @@ def save_model(target: Path, folder: Path, *, model_id: str, run_id: str, tags: 
     kinds = list(config.get("ranges") or ())
     images = TensorSpec(dtype(kinds[0] if len(kinds) == 1 else "uint8"), (-1, *config["image_shape"]))
     classes = [ColSpec(DataType.float, name) for name in config["class_names"]]
+    artifacts = {"net": folder / NET, "config": folder / CONFIG, "setup": folder / SETUP, "loader": _LOADER}
     # It would warn that there is no input example (the signature says it all) and no pip (uv needs none).
     with quiet("mlflow.utils.environment"):
         save_pyfunc(
             str(target),
             python_model=str(Path(__file__).with_name("logged_model_script.py")),
-            artifacts={"net": _uri(folder / NET), "config": _uri(folder / CONFIG), "setup": _uri(folder / SETUP)},
+            artifacts={name: _uri(file) for name, file in artifacts.items()},
             # Given, because inferring them loads the model in another process: seconds for each trial.
             pip_requirements=[f"{name}=={_public_version(name)}" for name in ("mlflow", "numpy", "pandas", "torch")],
             signature=ModelSignature(inputs=Schema([images]), outputs=Schema(classes)),

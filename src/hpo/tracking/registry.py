@@ -16,13 +16,15 @@ from hpo.home import Home
 from hpo.locks import lock
 from hpo.records import ModelVersion
 from hpo.relocation import local_path
+from hpo.tracking.models import is_whole
 from hpo.tracking.runs import score_name, stored_name, user
 from hpo.tracking.store import connect, exists, is_missing, pages, translate_errors
 
 ORIGIN = "hpo.copied_from"  # tag of a version that came from another store
+COPY_OF = "hpo.moved_from"  # tag of a copied run or logged model: the id of the original
 REGISTERED = "hpo.registered"  # tag of a version that was moved here: when it was first registered, in ms since 1970
 _SCORE = "score."  # tags of a version that hold its scores: score.valid_accuracy, score.test_accuracy, ...
-_CHAMPION_TAG = "hpo.champion."  # tags of a registered model, one for each change of its champion
+CHAMPION = "hpo.champion."  # tags of a registered model, one for each change of its champion
 _MODEL = re.compile(r"(?P<name>[^/@:]+)(?:@(?P<alias>[^/@:]+)|/(?P<version>[0-9]+))?")
 
 
@@ -55,7 +57,10 @@ def register(
     scores: Mapping[str, float],
     alias: str,
 ) -> ModelVersion:
-    """Register models:/m-<id> under name and point alias at it; a model registered before keeps its version."""
+    """Register models:/m-<id> under name and point alias at it; a model registered before keeps its version.
+
+    Raises ModelError where the model is not whole.
+    """
     from mlflow.exceptions import MlflowException
 
     client = connect(home)
@@ -63,6 +68,8 @@ def register(
     # The location itself: MLflow would look models:/m-<id> up in the tracking URI of the process, not of this client.
     source = client.get_logged_model(model_id).artifact_location
     with lock(home, "mlflow-register"):
+        if not is_whole(client.get_logged_model(model_id)):
+            raise ModelError(f"{model_uri}: its files are gone, so it is not registered.", f"Run it: hpo run {name}")
         known = [v for v in pages(client.search_model_versions, filter_string=f"name = '{name}'") if v.source == source]
         if known:
             version = known[0]
@@ -191,7 +198,7 @@ def record_champion(home: Home, name: str, version: int, *, why: str, forced: bo
     """Record that a version becomes champion now. Call it before the alias moves, so that no change goes unrecorded."""
     since = datetime.now(UTC).isoformat(timespec="microseconds")
     term = ChampionTerm(version, since, why[:2000], user(), forced)
-    tag = _CHAMPION_TAG + "".join(filter(str.isdigit, since[:26]))
+    tag = CHAMPION + "".join(filter(str.isdigit, since[:26]))
     connect(home).set_registered_model_tag(name, tag, json.dumps(asdict(term)))
     return term
 
@@ -209,7 +216,7 @@ def champions(home: Home, name: str) -> list[ChampionTerm]:
         if not is_missing(error):
             raise
         return []
-    changes = [ChampionTerm(**json.loads(tags[tag])) for tag in sorted(tags) if tag.startswith(_CHAMPION_TAG)]
+    changes = [ChampionTerm(**json.loads(tags[tag])) for tag in sorted(tags) if tag.startswith(CHAMPION)]
     return _merge_repeats(changes)
 
 
@@ -222,7 +229,7 @@ def renumber_champions(tags: Mapping[str, str], numbers: Mapping[int, int]) -> d
         number = term["version"]
         return json.dumps({**term, "version": numbers.get(number, number if kept else 0)})
 
-    return {name: renumbered(text) if name.startswith(_CHAMPION_TAG) else text for name, text in tags.items()}
+    return {name: renumbered(text) if name.startswith(CHAMPION) else text for name, text in tags.items()}
 
 
 def _merge_repeats(changes: Sequence[ChampionTerm]) -> list[ChampionTerm]:
@@ -256,6 +263,7 @@ def _logged(home: Home, model_id: str) -> ModelVersion:
         study=model.tags.get("hpo.study", ""),
         trial=int(model.tags.get("hpo.trial", -1)),
         created=model.creation_timestamp / 1000,
+        foreign=not {COPY_OF, ORIGIN}.isdisjoint(model.tags),
     )
 
 
@@ -279,6 +287,7 @@ def _record(version: Any, aliases: tuple[str, ...]) -> ModelVersion:
         },
         created=int(version.tags.get(REGISTERED, version.creation_timestamp)) / 1000,
         origin=version.tags.get(ORIGIN, ""),
+        foreign=not {REGISTERED, ORIGIN}.isdisjoint(version.tags),
     )
 
 

@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 import re
+import shutil
 import socket
 import sqlite3
 import warnings
@@ -16,11 +17,11 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
-from hpo.database import sqlite_address
-from hpo.errors import HpoError, StoreAwayError, StoreError, disk_full
-from hpo.home import Home
+from hpo.database import is_damaged, sqlite_address
+from hpo.errors import HpoError, StoreAwayError, StoreError, disk_full, shown_address
+from hpo.home import Home, cache_folder
 from hpo.locks import lock, locked
-from hpo.relocation import local_path, relocate
+from hpo.relocation import local_path, readable_copy, relocate
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -37,6 +38,10 @@ SETTINGS = {
     "MLFLOW_UV_AUTO_DETECT": "false",  # else the working directory's lock file becomes the model's requirements
 }
 _HINT = "Check that the folder can be written and has space left, or that the server of MLFLOW_TRACKING_URI is up."
+_DAMAGED = (
+    "A damaged file: restore it from a copy, or move it elsewhere and run the study again, which writes its runs again "
+    "from the study storage; of models, those that still wait in mlruns/work."
+)
 # MLflow's codes for a busy or missing database, and the system's for a disk or a server that is unavailable.
 _BUSY = ("TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
 _UNAVAILABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTUNREACH)
@@ -80,6 +85,8 @@ def connect(home: Home) -> Any:
         if is_server(home.tracking_uri):
             _check_server(home.tracking_uri)
             return load_mlflow().MlflowClient(home.tracking_uri, home.tracking_uri)
+        if home.embedded and (copy := readable_copy(home, "mlflow.db")) is not None:
+            return _connect_to_copy(home, copy)
         if moved := relocate(home):
             logging.getLogger("hpo").warning(moved)
         # MLflow's first migrations race where several processes open a new database.
@@ -95,6 +102,21 @@ def connect(home: Home) -> Any:
             _remove_stray_folder(home)
             _guard(home, client)
         return client
+
+
+def _connect_to_copy(home: Home, copy: Path) -> Any:
+    """The client of a copy of a database that cannot be written; what would change the copy is refused."""
+    from sqlalchemy import event
+
+    uri = sqlite_address(copy)
+    with quiet("alembic"):
+        client = load_mlflow().MlflowClient(uri, uri)
+        client.search_registered_models(max_results=1)
+    for store in (client._tracking_client.store, client._get_registry_client().store):
+        event.listen(store.engine, "connect", lambda connection, _: connection.execute("PRAGMA query_only=ON"))
+        store.engine.dispose()
+    _guard(home, client)
+    return client
 
 
 def _guard(home: Home, client: Any) -> None:
@@ -178,17 +200,44 @@ def _creation_lock(home: Home) -> AbstractContextManager[None]:
 
 
 def _create_file(path: Path) -> None:
-    """Create a database with all its tables, or none: nobody can open what a kill in the migrations leaves."""
-    load_mlflow()
-    from mlflow.store.db.utils import _initialize_tables, create_sqlalchemy_engine
+    """Create a database with all its tables, or none: nobody can open what a kill in the migrations leaves.
 
+    MLflow's migrations take seconds: their result is kept in the cache, once for each version, and copied.
+    """
+    version = load_mlflow().__version__
+    template = cache_folder() / f"mlflow-{version}.db"
     part = path.with_name(f"{path.name}.part")
     for leftover in path.parent.glob(f"{part.name}*"):
         leftover.unlink()
-    engine = create_sqlalchemy_engine(sqlite_address(part))
+    if not _is_whole(template):
+        _migrate_new(part)
+        with suppress(OSError):  # a cache that cannot be written costs seconds the next time
+            template.parent.mkdir(parents=True, exist_ok=True)
+            own = template.with_name(f"{template.name}.{os.getpid()}.part")
+            shutil.copyfile(part, own)
+            own.replace(template)
+    else:
+        shutil.copyfile(template, part)
+    part.replace(path)
+
+
+def _is_whole(template: Path) -> bool:
+    if not template.is_file():
+        return False
+    try:
+        with closing(sqlite3.connect(template)) as database:
+            (found,) = database.execute("PRAGMA quick_check").fetchone()
+            return found == "ok" and database.execute("SELECT 1 FROM alembic_version").fetchone() is not None
+    except sqlite3.Error:
+        return False
+
+
+def _migrate_new(path: Path) -> None:
+    from mlflow.store.db.utils import _initialize_tables, create_sqlalchemy_engine
+
+    engine = create_sqlalchemy_engine(sqlite_address(path))
     _initialize_tables(engine)
     engine.dispose()
-    part.replace(path)
 
 
 def _write_ahead(path: Path, engine: Any) -> None:
@@ -229,8 +278,8 @@ def _errors_translated(home: Home) -> Iterator[None]:
         if not isinstance(error, MlflowException | SQLAlchemyError | OSError):
             raise
         kind = StoreAwayError if _is_temporary(error) else StoreError
-        hint = "Free some space on its disk." if disk_full(error) else _HINT
-        raise kind(f"MLflow at {without_password(home.tracking_uri)}: {_message(error)}.", hint) from error
+        hint = "Free some space on its disk." if disk_full(error) else _DAMAGED if is_damaged(str(error)) else _HINT
+        raise kind(f"MLflow at {shown_address(home.tracking_uri)}: {_message(error)}.", hint) from error
 
 
 def _is_temporary(error: Exception) -> bool:
@@ -264,12 +313,6 @@ def _message(error: Exception) -> str:
     return cause[0] if cause else first_line.removeprefix("(sqlite3.OperationalError) ").rstrip(".")
 
 
-def without_password(uri: str) -> str:
-    """The address of a store as a message may print it."""
-    parts = urlsplit(uri)
-    return uri.replace(f":{parts.password}@", ":***@") if parts.password else uri
-
-
 def _check_server(uri: str) -> None:
     # MLflow itself would retry for minutes before it reports an error.
     parts = urlsplit(uri)
@@ -278,7 +321,7 @@ def _check_server(uri: str) -> None:
         socket.create_connection((parts.hostname or "", port), timeout=10).close()
     except OSError as error:
         raise StoreAwayError(
-            f"MLFLOW_TRACKING_URI={without_password(uri)}: nothing answers there: {error.strerror or error}.",
+            f"MLFLOW_TRACKING_URI={shown_address(uri)}: nothing answers there: {error.strerror or error}.",
             "Start the server, correct the address, or unset MLFLOW_TRACKING_URI to use mlruns/mlflow.db.",
         ) from None
 
@@ -297,8 +340,7 @@ def _check_file(path: Path) -> None:
             return  # another process writes it, so it can be written
         raise StoreError(
             f"{path}: not a database that can be opened: {error}.",
-            "Check the file's permissions and the space left. A damaged file: move it elsewhere and run the study "
-            "again, which writes its runs again from the study storage.",
+            _DAMAGED if is_damaged(str(error)) else "Check the file's permissions and the space left.",
         ) from None
 
 

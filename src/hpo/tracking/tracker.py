@@ -16,7 +16,7 @@ from hpo.records import Candidate, DataCard, Epoch, ModelVersion, SplitCard, Stu
 from hpo.spec.study import Setup, StudySpec
 from hpo.tracking import models, registry, runs
 from hpo.tracking.reader import trial_runs
-from hpo.tracking.store import connect, translate_errors
+from hpo.tracking.store import connect, pages, translate_errors
 
 
 class Tracker:
@@ -91,8 +91,8 @@ class Tracker:
         as it is. Raises ModelError where a file is missing.
         """
         client, run = self._client, self._client.get_run(self._run_id(number))
-        if runs.MODEL in run.data.tags:
-            return str(run.data.tags[runs.MODEL])
+        if (uri := str(run.data.tags.get(runs.MODEL, ""))) in self._whole(run.info.experiment_id):
+            return uri
         for path in sorted(folder.iterdir()):
             # The model has the first two, and the weights within the first.
             if path.is_file() and path.name not in (models.NET, models.CONFIG, models.SETUP, models.WEIGHTS):
@@ -104,13 +104,20 @@ class Tracker:
         return uri
 
     @translate_errors
+    def log_figures(self, number: int, folder: Path) -> None:
+        """Log the pictures in folder, as those of a trial."""
+        self._client.log_artifacts(self._run_id(number), str(folder), runs.FIGURES)
+
+    @translate_errors
     def drop_model(self, number: int, study: StudyResult | None = None) -> None:
         """Delete the model of a trial, its pictures and tables, from the disk too; a registered model stays."""
         client, run = self._client, self._client.get_run(self._run_id(number, study))
         uri = run.data.tags.get(runs.MODEL)
         if uri is None or client.search_model_versions(f"run_id = '{run.info.run_id}'", max_results=1):
             return
-        models.delete_model(client, uri.removeprefix("models:/"))
+        with lock(self.home, "mlflow-register"):  # another supervisor may be about to register it
+            if not models.delete_model(client, uri.removeprefix("models:/")):
+                return
         for part in (runs.REPORT, runs.FIGURES):
             self._drop(run, part)
         client.delete_tag(run.info.run_id, runs.MODEL)
@@ -203,7 +210,11 @@ class Tracker:
             if number <= newest and run.status == "RUNNING":
                 self._client.set_tag(run.id, runs.STATE, TrialState.STOPPED.value)
                 self._client.set_terminated(run.id, "KILLED")
-        models.delete_unfinished(self._client, self._parent.info.experiment_id, ended)
+        with lock(self.home, "mlflow-register"):
+            left = models.delete_unfinished(self._client, self._parent.info.experiment_id, ended)
+        for run_id, uri in ended.items():
+            if uri and uri.removeprefix("models:/") not in left:  # killed between model and tag
+                self._client.delete_tag(run_id, runs.MODEL)
 
     @translate_errors
     def require_run(self, study: StudyResult, number: int) -> None:
@@ -228,8 +239,15 @@ class Tracker:
         parent = runs.find_parent(self._client, study)
         if parent is None:
             return {}
-        kept = runs.children(self._client, parent, f"tags.`{runs.MODEL}` LIKE 'models:%'")
-        return {int(run.data.tags[runs.TRIAL]): run.data.tags[runs.MODEL] for run in kept}
+        tagged = runs.children(self._client, parent, f"tags.`{runs.MODEL}` LIKE 'models:%'")
+        kept = {int(run.data.tags[runs.TRIAL]): run.data.tags[runs.MODEL] for run in tagged}
+        whole = self._whole(parent.info.experiment_id) if kept else set()
+        return {number: uri for number, uri in kept.items() if uri in whole}
+
+    def _whole(self, experiment: str) -> set[str]:
+        """models:/m-<id> of each whole model of an experiment."""
+        every = pages(self._client.search_logged_models, experiment_ids=[experiment], max_results=100)
+        return {f"models:/{model.model_id}" for model in every if models.is_whole(model)}
 
     def _drop(self, run: Any, part: str) -> None:
         if self._client.list_artifacts(run.info.run_id, part):

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import ipaddress
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
+from typing import Any
 
-from hpo.errors import HpoError
+from hpo.errors import HpoError, shown_address
 from hpo.home import Home
 from hpo.relocation import relocate
-from hpo.tracking.store import SETTINGS, exists, is_server, without_password
+from hpo.tracking.store import SETTINGS, exists, is_server
+
+_TO_END = 5.0  # seconds that the server may take to end by itself
 
 
 def ui_command(home: Home, *, host: str = "127.0.0.1", port: int = 5000) -> tuple[list[str], dict[str, str]]:
@@ -23,7 +28,7 @@ def ui_command(home: Home, *, host: str = "127.0.0.1", port: int = 5000) -> tupl
     """
     if is_server(home.tracking_uri):
         raise HpoError(
-            f"MLFLOW_TRACKING_URI={without_password(home.tracking_uri)}: a server holds this store.",
+            f"MLFLOW_TRACKING_URI={shown_address(home.tracking_uri)}: a server holds this store.",
             "Open that address in a browser.",
         )
     if not exists(home):
@@ -54,15 +59,30 @@ def is_local(host: str) -> bool:
 
 
 def open_ui(home: Home, *, host: str = "127.0.0.1", port: int = 5000) -> int:
-    """Show the MLflow UI at http://host:port until Ctrl-C; returns its exit code. Raises HpoError as ui_command."""
+    """Show the MLflow UI at http://host:port until Ctrl-C or SIGTERM; returns its exit code. Raises HpoError."""
     command, environment = ui_command(home, host=host, port=port)
-    with subprocess.Popen(command, env=environment) as process:  # noqa: S603
+
+    def end(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    # A group of its own: Ctrl-C reaches this process only, which ends all of the server, without its tracebacks.
+    with subprocess.Popen(command, env=environment, process_group=0) as server:  # noqa: S603
         try:
-            return process.wait()
+            return server.wait()
         except KeyboardInterrupt:
-            process.terminate()
-            process.wait()
             return 0
+        finally:
+            _end_group(server)
+            signal.signal(signal.SIGTERM, before)
+
+
+def _end_group(server: subprocess.Popen[bytes]) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+            server.wait(_TO_END)
 
 
 def _free(host: str, port: int) -> bool:

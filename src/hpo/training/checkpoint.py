@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hpo.records import DataCard, Epoch
 from hpo.spec.study import Setup
+from hpo.training.data_parallel import ALONE, Ranks
 
 _FORMAT = 1
 _SEAL_BYTES = hashlib.sha256().digest_size
@@ -48,12 +49,21 @@ class Checkpoint:
     """The file of one training; with path None nothing is stored.
 
     It begins with a checksum of its content and of all that determines the training: setup, data, seed, kind of device
-    and version of torch. A damaged file, or that of another training, is read as an empty Saved.
+    and version of torch, number of ranks. A damaged file, or that of another training, is read as an empty Saved.
     """
 
-    def __init__(self, path: Path | None, setup: Setup, card: DataCard, *, seed: int, device_name: str) -> None:
-        self._path = path
-        self._marks = _marks(setup, card, seed=seed, device_name=device_name)
+    def __init__(
+        self,
+        path: Path | None,
+        setup: Setup,
+        card: DataCard,
+        *,
+        seed: int,
+        device_name: str,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self._path, self._ranks = path, ranks
+        self._marks = _marks(setup, card, seed=seed, device_name=device_name, ranks=self._ranks.count)
 
     def load(self) -> Saved:
         """Read the file; without a valid one, an empty Saved."""
@@ -70,8 +80,8 @@ class Checkpoint:
     def save(
         self, epochs: Sequence[Epoch], precisions: Mapping[str, str], state: Mapping[str, Any] | None = None
     ) -> None:
-        """Replace the file. If the disk refuses, the training continues without a checkpoint."""
-        if self._path is None:
+        """Replace the file, as the first rank. If the disk refuses, the training continues without a checkpoint."""
+        if self._path is None or not self._ranks.leads:
             return
         content = io.BytesIO()
         plain = {"epochs": [_plain(epoch) for epoch in epochs], "precisions": dict(precisions), "state": state}
@@ -95,11 +105,12 @@ class Checkpoint:
         return digest.digest()
 
 
-def _marks(setup: Setup, card: DataCard, *, seed: int, device_name: str) -> bytes:
+def _marks(setup: Setup, card: DataCard, *, seed: int, device_name: str, ranks: int) -> bytes:
     """A digest of everything that determines a training, in 32 bytes; the interval of checkpoints does not."""
     training = setup.training.model_copy(update={"checkpoint": None})
     settings = setup.model_copy(update={"training": training}).model_dump_json()
     marks = [str(_FORMAT), torch.__version__, settings, card.digest, str(seed), torch.device(device_name).type]
+    marks += [f"{ranks} ranks"] if ranks > 1 else []
     return hashlib.sha256("\n".join(marks).encode()).digest()
 
 

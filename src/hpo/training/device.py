@@ -58,6 +58,11 @@ def use_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
+def threads_in_use() -> int:
+    """The number of CPU threads with which torch computes in this process."""
+    return torch.get_num_threads()
+
+
 def device_clock(device: torch.device) -> Callable[[], float]:
     """A clock for computing on device, in seconds: CPU seconds of this thread on a CPU, else wall seconds.
 
@@ -86,10 +91,15 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
-def halved(setup: Setup) -> Setup | None:
+def at_once(setup: Setup, *, ranks: int = 1) -> int:
+    """The images that go through a network at once, where a batch is divided among so many processes."""
+    own = -(-setup.training.batch_size // ranks)
+    return min(setup.training.micro_batch or own, own)
+
+
+def halved(setup: Setup, *, ranks: int = 1) -> Setup | None:
     """The setup with half as many images at once in the network and the same effective batch; None at one image."""
-    training = setup.training
-    now = min(training.micro_batch or training.batch_size, training.batch_size)
+    training, now = setup.training, at_once(setup, ranks=ranks)
     if now == 1:
         return None
     return setup.model_copy(update={"training": training.model_copy(update={"micro_batch": -(-now // 2)})})

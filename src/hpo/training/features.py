@@ -105,9 +105,7 @@ def _read(file: Path, count: int, views: int) -> np.ndarray | None:
     return chunk if whole else None
 
 
-@lru_cache(maxsize=8)
-def _quick(body: Backbone) -> Backbone:
-    return quick(body)
+_quick = lru_cache(maxsize=8)(quick)
 
 
 def _compute(body: Backbone, images: Tensor, augment: AugmentSpec, views: int, *, seed: int, file: Path) -> None:

@@ -22,6 +22,7 @@ from hpo.spec.training import TrainingSpec
 from hpo.training.augment import mix_batch
 from hpo.training.batches import Batches, GrowingSubset
 from hpo.training.checkpoint import random_state, set_random_state
+from hpo.training.data_parallel import ALONE, Forward, Ranks
 from hpo.training.device import lay_out
 from hpo.training.optimizers import Loss, balanced_order, build_optimizer, learning_rate_factor
 from hpo.training.profiler import phase
@@ -79,6 +80,7 @@ def train(
     resume: Mapping[str, Any] | None = None,
     save: Save | None = None,
     graph: Graph | None = None,
+    ranks: Ranks = ALONE,
 ) -> Generator[Epoch, None, None]:
     """Train net in place and yield an Epoch after each evaluation; at the end net has its best epoch's weights.
 
@@ -89,10 +91,13 @@ def train(
 
     save is called before every spec.checkpoint-th epoch but the last is yielded. resume is a state that save received:
     the training continues after that epoch, to the result of an uninterrupted one. graph computes the batches of its
-    shape; it was captured from this network on this data.
+    shape; it was captured from this network on this data. ranks are the processes that train this network, which all
+    call this with the same arguments.
     """
+    forward = Forward(net, ranks, seed=seed)
     try:
-        yield from _Training(net, data, spec, seed=seed, precision=precision, graph=graph).epochs(resume, save)
+        training = _Training(net, data, spec, forward, seed=seed, precision=precision, graph=graph)
+        yield from training.epochs(resume, save)
     finally:
         torch.set_flush_denormal(False)
 
@@ -101,10 +106,18 @@ class _Training:
     """The state of one training: network, optimizer, random generator, and the best epoch so far."""
 
     def __init__(
-        self, net: nn.Module, data: TrialData, spec: TrainingSpec, *, seed: int, precision: str, graph: Graph | None
+        self,
+        net: nn.Module,
+        data: TrialData,
+        spec: TrainingSpec,
+        forward: Forward,
+        *,
+        seed: int,
+        precision: str,
+        graph: Graph | None,
     ) -> None:
         self._net, self._data, self._spec, self._precision, self._graph = net, data, spec, precision, graph
-        self._device = data.images.device
+        self._device, self._forward, self._ranks = data.images.device, forward, forward.ranks
         if graph is None or graph.forward is None:  # a graph reads the weights where they were when it was captured
             lay_out(net, self._device, precision)
         # Dropout draws from torch's global generator; data order and augmentation from one of their own.
@@ -136,8 +149,9 @@ class _Training:
             # and the receiver of the epoch may need them.
             torch.set_flush_denormal(True)
             measured, rate = self._train_epoch(number)
-            if len(self._data.valid):
+            if len(self._data.valid) and self._ranks.leads:
                 measured |= self._evaluate()
+            measured = self._ranks.same(measured)
             last = self._stopping.note(number, measured, self._evaluated)
             seconds = time.perf_counter() - started
             torch.set_flush_denormal(False)
@@ -170,10 +184,11 @@ class _Training:
         if self._transfer is not None:
             self._transfer.begin_epoch(number)
         self._net.train()
+        self._forward.begin_epoch(number)
         several = data.labels.ndim == 2
         losses: list[Tensor] = []
         hits: list[Tensor] = []
-        counts: list[int] = []  # images in each batch
+        counts: list[tuple[int, float]] = []  # images in each batch, and how much those of this rank count
         rate = 0.0
         subset = self._subset.of(number)
         if spec.sampling == "balanced":
@@ -200,15 +215,16 @@ class _Training:
                 if self._averaged is not None:
                     self._averaged.update_parameters(self._net)
             losses.append(loss)
-            hits.append(
-                ((logits > 0) == labels).float().mean(1).sum() if several else (logits.argmax(1) == labels).sum()
-            )
-            counts.append(len(rows))
+            part, weight = self._ranks.part(len(rows))
+            own = labels[part]
+            hits.append(((logits > 0) == own).float().mean(1).sum() if several else (logits.argmax(1) == own).sum())
+            counts.append((len(rows), weight))
         self._step += single
         # Added up once an epoch, in one transfer from the device.
         each = torch.stack([torch.stack(losses), torch.stack(hits).float()]).cpu().double()
-        loss_sum, total = float(each[0] @ torch.tensor(counts, dtype=torch.float64)), sum(counts)
-        return {"train_loss": loss_sum / total, "train_accuracy": float(each[1].sum()) / total}, rate
+        images, weights = torch.tensor(counts, dtype=torch.float64).T
+        loss, accuracy = (self._ranks.total(torch.stack([each[0] @ images, each[1] @ weights])) / images.sum()).tolist()
+        return {"train_loss": loss, "train_accuracy": accuracy}, rate
 
     def _set_rate(self) -> float:
         """Set the learning rate of the next step; without the scales of layer_decay it is returned."""
@@ -230,29 +246,30 @@ class _Training:
         return {f"valid_{name}": value for name, value in measured.items()}
 
     def _backward(self, inputs: Tensor, labels: Tensor, others: Tensor, share: float) -> tuple[Tensor, Tensor]:
-        """Add the gradient of a batch's mean loss to the weights; returns that loss and the logits.
+        """Add the gradient of a batch's mean loss to the weights; returns that loss and the logits, of this rank.
 
         The arguments are those that mix_batch returns. With micro_batch the batch is computed in pieces of nearly equal
         size.
         """
         graph, loss_of, micro_batch, device = self._graph, self._loss_of, self._spec.micro_batch, inputs.device
-        pieces = -(-len(labels) // micro_batch) if micro_batch else 1
+        own, weight = self._ranks.part(len(labels))
+        pieces = -(-len(labels[own]) // micro_batch) if micro_batch else 1
         loss, all_logits = torch.zeros((), device=device), []
-        for part, first, second in zip(
-            inputs.tensor_split(pieces), labels.tensor_split(pieces), others.tensor_split(pieces), strict=True
-        ):
-            with phase("forward"):
+        split = zip(*(whole[own].tensor_split(pieces) for whole in (inputs, labels, others)), strict=True)
+        for left, (part, first, second) in zip(range(pieces - 1, -1, -1), split, strict=True):
+            with self._forward.step(last=not left), phase("forward"):
                 if graph is not None and graph.forward is not None and part.shape == graph.shape:
                     logits = graph.forward(part)
                 else:
                     with torch.autocast(device.type, torch.bfloat16, enabled=self._precision == "bfloat16"):
-                        logits = self._net(part)
+                        logits = self._forward(part)
                     logits = logits.float()
-                piece = loss_of(logits, first) * loss_of.share(first, labels)
+                piece = loss_of(logits, first) * (weight * loss_of.share(first, labels))
                 if share < 1:
-                    piece = share * piece + (1 - share) * loss_of(logits, second) * loss_of.share(second, others)
+                    other = (1 - share) * loss_of(logits, second) * (weight * loss_of.share(second, others))
+                    piece = share * piece + other
             with phase("backward"):
-                torch.autograd.backward(piece)
+                torch.autograd.backward(self._forward.scaled(piece))
             loss += piece.detach()
             all_logits.append(logits.detach())
         return loss, torch.cat(all_logits)

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hpo.data.cache import cache_folder
 from hpo.data.prepare import TrialData, check_task, open_trial
+from hpo.home import cache_folder
 from hpo.metrics import confusion_matrix
 from hpo.models import build_model, input_of, parameter_count, save_trained
 from hpo.models.basic import OneLogit
@@ -25,6 +25,7 @@ from hpo.records import DataCard, Epoch, TrialResult, TrialState, best_of, pack_
 from hpo.spec.models import OwnModelSpec
 from hpo.spec.study import Setup, SplitSpec
 from hpo.training.checkpoint import Checkpoint, Saved
+from hpo.training.data_parallel import ALONE, Ranks
 from hpo.training.device import Graph, choose_graph, faster_precision, layout
 from hpo.training.features import cached_views, features_of
 from hpo.training.loop import predict_logits, train
@@ -44,7 +45,8 @@ class TrialPlan:
     (TrialResult.settings["precision_key"]), so that similar trials use the same one. A network with more than
     most_parameters weights is pruned before its first epoch. latency asks for the score latency_ms. checkpoint is the
     file of training.checkpoint, which the caller deletes. not_stacked says why the trial must not share its
-    computation, "" if it may. profile asks for TrialResult.profile.
+    computation, "" if it may. profile asks for TrialResult.profile. ranks are the processes that train it together,
+    whose plans differ in rank and device only.
     """
 
     setup: Setup
@@ -59,6 +61,7 @@ class TrialPlan:
     checkpoint: Path | None = None
     not_stacked: str = ""
     profile: bool = False
+    ranks: Ranks = ALONE
 
     @property
     def folds(self) -> int:
@@ -110,9 +113,11 @@ class _Trial:
 
     def __init__(self, plan: TrialPlan, stacks: Stacks | None, decided: dict[str, str]) -> None:
         self._plan, self._stacks, self._decided = plan, stacks, decided
-        self._spec = plan.setup.training
+        self._spec, self._ranks = plan.setup.training, plan.ranks
         path = plan.checkpoint if self._spec.checkpoint else None
-        self._checkpoint = Checkpoint(path, plan.setup, plan.card, seed=plan.seed, device_name=plan.device_name)
+        self._checkpoint = Checkpoint(
+            path, plan.setup, plan.card, seed=plan.seed, device_name=plan.device_name, ranks=plan.ranks
+        )
         self._saved = self._checkpoint.load()
         self._precisions = {**plan.precisions, **self._saved.precisions}
         self._profiler = TrainingProfiler() if plan.profile else None
@@ -123,6 +128,8 @@ class _Trial:
         """Train fold after fold, as train_trial says."""
         plan = self._plan
         self._decided |= {"device": plan.device_name, "threads": str(torch.get_num_threads())}
+        self._decided |= {"ranks": str(plan.ranks.count)} if plan.ranks.count > 1 else {}
+        self._ranks.join(plan.device_name)
         complete = True
         for fold in range(plan.folds):
             built = self._build(fold)
@@ -141,6 +148,7 @@ class _Trial:
             fold=fold,
             stacks=stacks,
         )
+        built = replace(built, precision=self._ranks.same(built.precision))
         if built.parameters <= plan.most_parameters:
             self._decided["precision"] = built.precision
             if self._spec.precision == "auto":  # a requested precision was not compared with others
@@ -199,7 +207,7 @@ class _Trial:
             self._checkpoint.save([*self._epochs, replace(epoch, fold=fold)], self._precisions, state)
 
         decided["layout"] = layout(torch.device(plan.device_name), built.precision)
-        graph = None if ended else _graph(built, plan.setup)
+        graph = None if ended or self._ranks.count > 1 else _graph(built, plan.setup)
         decided |= {"graph": graph.how} if graph else {}
         fit = train(
             built.net,
@@ -210,6 +218,7 @@ class _Trial:
             resume=resume,
             save=save,
             graph=graph,
+            ranks=self._ranks,
         )
         if self._profiler is not None:
             fit = self._profiler.watch(fit)
@@ -221,7 +230,7 @@ class _Trial:
     def _result(self, built: Built, *, complete: bool) -> TrialResult:
         plan, best = self._plan, self._best
         scores = {**_means(best), "parameters": float(built.parameters)}
-        if plan.latency:
+        if plan.latency and self._ranks.leads:
             scores["latency_ms"] = latency_ms(built.full_net, built.pixels)
         result = TrialResult(
             number=plan.number,
@@ -233,7 +242,8 @@ class _Trial:
             settings=self._decided,
             profile=self._profiler.result() if self._profiler else None,
         )
-        return _leave(result, built, plan) if complete and plan.folds == 1 else result
+        leaves = complete and plan.folds == 1 and self._ranks.leads
+        return _leave(result, built, plan) if leaves else result
 
 
 def _graph(built: Built, setup: Setup) -> Graph | None:

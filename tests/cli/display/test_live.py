@@ -13,14 +13,12 @@ from rich.console import Console
 from hpo.cli.live import JsonLines, LiveDisplay, PlainLines, Quiet, Watcher
 from hpo.cli.run_summary import NextCommands, Tally
 from hpo.events import EpochEnded, Event, Notice, StudyOpened, StudyProfiled, TrialEnded
+from hpo.options import RunOptions
 from hpo.records import TrialState
 from told_study import STORY, ended, opened, study, trial_events, trial_result, whole_story
 
-COMMANDS = NextCommands(
-    again="hpo run digits-mlp --home /data --trials 4",
-    more=lambda trials: f"hpo run digits-mlp --home /data --trials {trials}",
-    home=" --home /data",
-)
+OPTIONS = RunOptions(home="/data", trials=4)
+COMMANDS = NextCommands("run", "digits-mlp", again=OPTIONS, further=OPTIONS)
 
 
 def told(watcher: Watcher, *events: Event) -> str:

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pytest
+from rich.text import Text
+
+from hpo.cli import output
+from hpo.cli.live import JsonLines, LiveDisplay, PlainLines, Quiet
 from hpo.cli.output import parse_duration, plain, show_bytes, show_parameters
+from hpo.cli.run_summary import NextCommands
+from hpo.events import Notice
 from hpo.report.text import duration, short_paths
+from told_study import SPEC, opened, trial_events
 
 
 @pytest.mark.parametrize(
@@ -61,3 +73,57 @@ def test_parameters_are_shown_to_three_digits() -> None:
 
 def test_numbers_that_json_lacks_become_null() -> None:
     assert plain({"a": float("nan"), "b": [float("inf"), 1.5]}) == {"a": None, "b": [None, 1.5]}
+
+
+# Red, a title for the window, back over the line, the other direction, a command of eight bits, a link.
+STEERING = "\x1b[31m\x1b]0;you\x07\r\b\u202e\x9b2J\x1b]8;;http://x\x1b\\"
+NAME = f"cat{STEERING}dog"
+ROWS = [{"file": NAME, "class": NAME, "probability": 1.0, "probabilities": {NAME: 1.0}}]
+WRITERS: dict[str, Callable[[], Any]] = {
+    "table": lambda: output.print_table([[NAME, Text(NAME)]], [NAME, "~x"]),
+    "long table": lambda: output.print_table([[NAME]] * 501, [NAME]),
+    "facts": lambda: output.print_facts([(NAME, NAME)]),
+    "warning": lambda: output.print_warning(NAME),
+    "text": lambda: output.print_text(NAME),
+    "json": lambda: output.print_json({NAME: NAME}),
+    "csv": lambda: output.write_text(output.predictions_csv(ROWS), None),
+    "error": lambda: output.fail(ValueError(NAME), debug=True),
+    **{kind.__name__: lambda kind=kind: _watched(kind) for kind in (PlainLines, LiveDisplay, JsonLines, Quiet)},
+}
+
+
+def _watched(kind: Any) -> None:
+    study = opened(spec={**SPEC, "question": NAME})
+    with kind(NextCommands(again=NAME, more=str, home="")) as watcher:
+        for event in (study, Notice(NAME), *trial_events(0, best=True)):
+            watcher(event)
+
+
+@pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)
+def test_text_of_others_steers_no_terminal(writer: Callable[[], Any], capsys: pytest.CaptureFixture[str]) -> None:
+    writer()
+    told = "".join(capsys.readouterr())
+    assert not {*told} & {*STEERING} - {*"\\[31m]0;you2J8http:/x"}
+    assert "cat" in told or writer is WRITERS["Quiet"]
+
+
+def test_a_file_of_predictions_holds_nothing_that_steers(tmp_path: Path) -> None:
+    odd = [{**ROWS[0], "file": "\udcff.png"}]  # as a name is read that is no text
+    output.write_text(output.predictions_csv(odd), tmp_path / "found.csv")
+    assert (tmp_path / "found.csv").read_text().splitlines()[1].split(",")[1].startswith("cat[31m")
+    assert json.loads(json.dumps(output.plain(ROWS)))[0]["class"] == NAME  # Python users get the name as it is
+
+
+def test_a_table_in_the_terminal_keeps_its_own_colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = output.make_console()
+    console._color_system, console._force_terminal = 1, True
+    with console.capture() as captured:
+        console.print(Text(NAME, "red"))
+    assert captured.get().startswith("\x1b[31mcat[31m")
+
+
+def test_memory_that_does_not_suffice_is_an_error_to_mend(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(MemoryError) as raised:
+        np.empty((10**6, 10**6, 3000), np.uint8)
+    assert output.fail(raised.value) == 2
+    assert capsys.readouterr().err.startswith("error: the memory of this machine does not suffice: Unable to allocate")

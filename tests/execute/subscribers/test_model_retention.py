@@ -21,10 +21,9 @@ class _Exports:
         self.exported = []
         self.drawn = []
 
-    def submit(self, job, result, data, *, figures):
+    def submit(self, job, result, data, *folder):
         future = Future()
-        self.exported.append(result.number)
-        self.drawn += [result.number] * figures
+        (self.drawn if folder else self.exported).append(result.number)
         if result.number in self.fails:
             future.set_exception(RuntimeError("cannot export"))
         else:
@@ -62,6 +61,7 @@ def test_the_policy_decides_which_models_are_left(models, left, tmp_path):
         retention.add(_complete(number, value, tmp_path / str(number)))
         retention.collect()
     retention.collect(wait=True)
+    retention.draw()
     queue.close()
     kept = [number for call, number in tracker.calls if call == "keep"]
     dropped = [number for call, number in tracker.calls if call == "drop"]
@@ -71,17 +71,30 @@ def test_the_policy_decides_which_models_are_left(models, left, tmp_path):
 
 
 @pytest.mark.parametrize(("figures", "left"), [("best:1", {3}), ("all", {0, 1, 2, 3}), ("none", set())])
-def test_the_policy_decides_which_pictures_are_left(figures, left, tmp_path):
+def test_pictures_are_drawn_once_of_the_best_and_after_the_search(figures, left, tmp_path):
     exports = _Exports()
     retention, tracker, queue = _retention("all", tmp_path, figures=figures, exports=exports)
     for number, value in enumerate([0.5, 0.6, 0.1, 0.9]):
         retention.add(_complete(number, value, tmp_path / str(number)))
         retention.collect(wait=True)
+    assert not exports.drawn
+    retention.draw()
     queue.close()
-    dropped = [number for call, number in tracker.calls if call == "drop figures"]
-    assert len(dropped) == len(set(dropped))
-    assert set(exports.drawn) - set(dropped) == left
-    assert "drop" not in [call for call, _ in tracker.calls]
+    assert (
+        sorted(exports.drawn) == sorted(number for call, number in tracker.calls if call == "figures") == sorted(left)
+    )
+    assert not list(tmp_path.iterdir()), "no trial leaves files behind"
+
+
+def test_the_files_of_a_model_that_could_not_be_logged_stay_for_the_next_run(tmp_path):
+    retention, tracker, queue = _retention("all", tmp_path)
+    tracker.lost = frozenset({0})
+    for number in (0, 1):
+        retention.add(_complete(number, 0.5, tmp_path / str(number)))
+    retention.collect(wait=True)
+    retention.draw()
+    queue.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["0"]
 
 
 def test_a_pruned_trial_leaves_nothing(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -80,14 +81,52 @@ def test_member_that_unpacks_to_more_than_it_says_is_refused(tmp_path: Path) -> 
         pass
 
 
-def test_file_larger_than_the_disk_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "large.zip"
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("one.json", b"0")
-        members = {"one.json": {"size": 1 << 60, "sha256": ""}}
-        archive.writestr("manifest.json", json.dumps({"format": 1, "members": members}))
+def test_file_larger_than_the_disk_is_refused(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
     with pytest.raises(StoreError, match="MB are free"), reading(file, scratch=tmp_path):
         pass
+
+
+ODD: dict[str, Any] = {
+    "a size of its own": {"one.json": {"size": 1 << 60, "sha256": ""}},
+    "a size that no number type holds": {"one.json": {"size": 10**30, "sha256": ""}},
+    "no size": {"one.json": {"sha256": ""}},
+    "a list for an entry": {"one.json": []},
+    "a list of members": [],
+    "nothing": None,
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_manifest_of_another_shape_is_a_damaged_file_and_no_full_disk(what: str, tmp_path: Path) -> None:
+    file = tmp_path / "odd.zip"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("one.json", b"0")
+        archive.writestr("manifest.json", json.dumps({"format": 1, "members": ODD[what]}))
+    with pytest.raises(StoreError, match="not a whole export"), reading(file, scratch=tmp_path):
+        pass
+
+
+def test_size_that_no_file_of_this_length_unpacks_to_is_no_full_disk(tmp_path: Path) -> None:
+    file, size = tmp_path / "odd.zip", (1 << 32) - 2
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("one.json", b"0")
+        members = {"one.json": {"size": size, "sha256": ""}}
+        archive.writestr("manifest.json", json.dumps({"format": 1, "members": members}))
+    content = bytearray(file.read_bytes())
+    place = content.index(b"PK\x01\x02") + 24  # what the directory of the zip file says of the first member
+    content[place : place + 4] = size.to_bytes(4, "little")
+    file.write_bytes(content)
+    with pytest.raises(StoreError, match="which no file of its size does"), reading(file, scratch=tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("digits", ["1" + "0" * 30, str(1 << 63), "9" * 5000])
+def test_number_that_no_database_stores_is_refused(digits: str, tmp_path: Path) -> None:
+    with writing(tmp_path / "x.zip", {}) as archive:
+        archive.add_json("one.json", 7777777)
+    with reading(tmp_path / "x.zip", scratch=tmp_path) as archive, pytest.raises(StoreError, match="has the number"):
+        archive._decoded("one.json", digits.encode())
 
 
 @pytest.mark.parametrize("name", ["../x", "a/../x", "/x", "a//b", "./a", "a/", "C:/x", "a\\b", "a\0b", "", ".", "a\nb"])

@@ -14,11 +14,14 @@ import pytest
 import tiny_study as tiny
 from hpo.data.prepare import prepare
 from hpo.data.test_set import digests_of_test, ledger_folder
+from hpo.execute.run_study import run_study
 from hpo.home import Home
+from hpo.jobs.evaluate import evaluate
+from hpo.jobs.promote import promote
 from hpo.jobs.shared import image_history
-from hpo.jobs.shared.image_history import base_verdict, study_history
+from hpo.jobs.shared.image_history import base_verdict, development_digests, study_history
 from hpo.records import DataCard, ModelVersion, StudyResult
-from hpo.spec.load import load_study
+from hpo.spec.load import load_study, parse_study
 from hpo.spec.models import TransferSpec
 from hpo.tracking.ledger import announce_opening, name_images
 
@@ -52,7 +55,7 @@ def study(title: str, card: DataCard, created: float = 1.0) -> StudyResult:
 def opened(home: Home, by: StudyResult, card: DataCard) -> None:
     cache, model = ledger_folder(card), ModelVersion(by.title, 1, (), "run", "models:/x/1", by.title, 0)
     opening = announce_opening(home, by, model=model, trial=0, purpose="promote", cache=cache)
-    name_images(home, by, opening, digests_of_test(card), cache=cache)
+    name_images(home, by, opening, digests_of_test(card), trained=development_digests(card), cache=cache)
 
 
 def test_studies_generations_and_homes_are_counted_on_the_same_images(home: Home, tmp_path: Path) -> None:
@@ -82,6 +85,35 @@ def test_another_split_of_the_same_images_is_told_with_counts(home: Home) -> Non
     assert history.sentences[0] == (
         f"{shared:,} of {len(ours):,} of these images have answered before, in other test parts: once, by base."
     )
+
+
+def test_training_images_of_a_measured_model_are_known_without_its_data_or_missed_aloud(home: Home) -> None:
+    first, second = digits(0), digits(1)
+    opened(home, study("base", first), first)
+    told = study_history(home, study("other", second), second)
+    shutil.rmtree(Path(first.folder).parent)
+    assert study_history(home, study("other", second), second) == told
+    assert [each.name for each in told.trained] == ["base"]
+    for folder in (home.root, ledger_folder(second)):
+        for file in (folder / "test_images").iterdir():
+            file.unlink()
+    *_, sentence = study_history(home, study("other", second), second).sentences
+    assert sentence == "It was not compared with the training images of base: they are not at hand."
+
+
+@pytest.mark.slow
+def test_a_transfer_from_a_base_of_another_split_is_told_and_refused(home: Home) -> None:
+    place, quick = home.root.parent, {"training.epochs": 1, "keep.figures": "none"}
+    run_study(load_study("digits-cnn", overrides=quick), trials=1, workers=0, home=place)
+    tree = load_study("digits-cnn", overrides={**quick, "split.seed": 1}).model_dump(mode="json")
+    tree |= {"name": "other", "model": {"kind": "transfer", "from_model": "models:/digits-cnn@challenger"}}
+    tree["search"] |= {"space": {"training.optimizer.lr": {"choice": [0.001, 0.01]}}}
+    run_study(parse_study(tree), trials=1, workers=0, home=place)
+    done = promote("other", home=place)
+    assert not done.promoted
+    assert "base has not seen the test part" in done.reason
+    (look,) = evaluate(["other"], home=place)
+    assert any("are development images of its base, trial 0 of digits-cnn" in each for each in look.history)
 
 
 def test_lines_without_images_count_by_their_study(home: Home) -> None:

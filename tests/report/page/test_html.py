@@ -68,3 +68,9 @@ def test_pictures_say_what_they_are() -> None:
     assert 'src="data:image/svg+xml;base64,' in made
     assert 'alt="say &quot;x&quot;" width="90"' in made
     assert "<figcaption>&lt;c&gt;</figcaption>" in made
+
+
+def test_text_of_others_neither_steers_nor_turns_a_page() -> None:
+    text = page("\x1b[31mA\u202e", [("\x9bB", table(["\x00C"], [["\u2066D\x07"]]))])
+    assert "<title>[31mA</title>" in text
+    assert not set(text) & set("\x1b\u202e\x9b\x00\u2066\x07")

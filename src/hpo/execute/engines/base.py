@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from hpo.errors import HpoError
 from hpo.events import EpochEnded, TrialEnded
 from hpo.execute.workers.task import Task, Training
 from hpo.options import RunOptions
@@ -82,12 +83,35 @@ class Engine(Protocol):
 class WorkerPlan:
     """The workers: one device (cpu, cuda:0, ...) for each, and the number of threads of each.
 
-    description is for users: the devices, or the cluster.
+    description is for users: the devices, or the cluster. ranks is the number of processes that train a trial together,
+    each with so many threads; a worker's device is that of the first.
     """
 
     devices: tuple[str, ...]
     threads: int
     description: str
+    ranks: int = 1
+
+
+def group_devices(devices: Sequence[str], options: RunOptions) -> list[str]:
+    """The first device of each group that trains a trial; CPU processes, which are for trying it, need no own device.
+
+    Raises HpoError where there are too few GPUs for one group, or for the workers that the options ask for.
+    """
+    ranks, workers = options.ranks, options.workers or 1
+    if ranks == 1 or options.device == "cpu":
+        return list(devices)
+    gpus = [device for device in devices if device.startswith("cuda")]
+    if len(gpus) < ranks * workers:
+        wanted = f"--workers {workers} " * (workers > 1) + f"--gpus-per-trial {ranks}"
+        hint = "Ask for fewer." if gpus else f"To try it without GPUs: --device cpu --gpus-per-trial {ranks}"
+        raise HpoError(f"{wanted}: needs {ranks * workers} GPUs, and there are {len(gpus)} here.", hint)
+    return gpus[: len(gpus) // ranks * ranks : ranks]
+
+
+def described(devices: Sequence[str], ranks: int) -> str:
+    """The devices of workers for users, such as: cuda:0, cuda:2, each trial in 2 processes."""
+    return ", ".join([*dict.fromkeys(devices), *([f"each trial in {ranks} processes"] if ranks > 1 else [])])
 
 
 @dataclass(frozen=True)

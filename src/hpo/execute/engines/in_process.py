@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Sequence
 
 from hpo.events import TrialEnded
-from hpo.execute.engines.base import Message, StudyWork, Trainer, WorkerPlan
+from hpo.execute.engines.base import Message, StudyWork, Trainer, WorkerPlan, described, group_devices
 from hpo.execute.process import cores
 from hpo.execute.workers.task import Task, Training, train_task
 from hpo.options import RunOptions
@@ -30,11 +32,12 @@ class InProcess:
         """Start the task."""
         self._training, self._go_on = self._trainer(task, self._device), None
 
-    def poll(self, timeout: float) -> list[tuple[int, Message]]:  # noqa: ARG002 - there is nothing to wait for
-        """Train one more epoch."""
-        if self._training is None:
+    def poll(self, timeout: float) -> list[tuple[int, Message]]:
+        """Train one more epoch, unless the timeout is 0. What the network prints goes to standard error."""
+        if self._training is None or not timeout:
             return []
-        message = next(self._training) if self._go_on is None else self._training.send(self._go_on)
+        with contextlib.redirect_stdout(sys.stderr):  # standard output belongs to the command
+            message = next(self._training) if self._go_on is None else self._training.send(self._go_on)
         self._go_on = True
         if message is None:
             return []
@@ -61,13 +64,15 @@ class InProcessFactory:
 
     def __init__(self, options: RunOptions) -> None:
         self.device = options.device
+        self._options = options
 
     def connect(self) -> None:
         """There is nothing to reach."""
 
     def plan(self, devices: Sequence[str], *, most: int) -> WorkerPlan:  # noqa: ARG002 - it is one worker
         """One worker, on the first device."""
-        return WorkerPlan((devices[0],), cores(), devices[0])
+        first, ranks = group_devices(devices, self._options)[0], self._options.ranks
+        return WorkerPlan((first,), max(1, cores() // ranks), described([first], ranks), ranks)
 
     def start(self, plan: WorkerPlan, work: StudyWork, *, stack: int) -> InProcess:  # noqa: ARG002 - it needs neither
         """The engine."""

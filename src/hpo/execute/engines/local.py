@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -13,8 +15,8 @@ from operator import itemgetter
 from typing import Any
 
 from hpo.events import TrialEnded
-from hpo.execute.engines.base import Message, StudyWork, WorkerLost, WorkerPlan
-from hpo.execute.process import cores, hidden_main, process_context
+from hpo.execute.engines.base import Message, StudyWork, WorkerLost, WorkerPlan, described, group_devices
+from hpo.execute.process import begin, cores, end_family, end_leftovers, process_context
 from hpo.execute.workers.main import serve
 from hpo.execute.workers.task import Task
 from hpo.options import RunOptions
@@ -51,11 +53,17 @@ class LocalProcesses:
         ours, workers_end = self._context.Pipe()
         crashes, crash_log = self._context.Pipe(duplex=False)
         arguments = (workers_end, crash_log, device, self._threads, self._stack, dict(os.environ))
-        process = self._context.Process(target=serve, args=arguments, daemon=True)
-        with hidden_main():
+
+        def start() -> BaseProcess:
+            process: BaseProcess = self._context.Process(target=serve, args=arguments, daemon=True)
             process.start()
+            return process
+
+        process = begin(start)
         workers_end.close()
         crash_log.close()
+        if os.name == "posix":
+            threading.Thread(target=_bury, args=(process, os.dup(ours.fileno())), daemon=True).start()
         return _Worker(device, process, ours, crashes)
 
     def accepts(self, slot: int) -> bool:
@@ -126,9 +134,16 @@ class LocalProcesses:
             _end(worker)
 
 
+def _bury(process: BaseProcess, pipe: int) -> None:
+    """Once a worker is dead, end what it had started, and its pipe, which that may hold open or half written."""
+    with contextlib.suppress(OSError), socket.socket(fileno=pipe) as ours:
+        wait([process.sentinel])
+        end_leftovers(process)
+        ours.shutdown(socket.SHUT_RD)  # what has arrived is still read, and the end after it
+
+
 def _end(worker: _Worker) -> None:
-    if worker.process.is_alive():
-        worker.process.kill()
+    end_family(worker.process)
     worker.process.join(5)
     worker.connection.close()
 
@@ -151,18 +166,19 @@ class ProcessesFactory:
 
     def __init__(self, options: RunOptions) -> None:
         self.device = options.device
-        self._workers = options.workers
+        self._options = options
 
     def connect(self) -> None:
         """There is nothing to reach."""
 
     def plan(self, devices: Sequence[str], *, most: int) -> WorkerPlan:
-        """One worker for each GPU, or for each core, unless a number was asked for; devices in turn."""
-        workers = self._workers
+        """One worker for each GPU, group of GPUs, or core, unless a number was asked for; devices in turn."""
+        workers, ranks = self._options.workers, self._options.ranks
+        devices = group_devices(devices, self._options)
         if workers is None:
-            workers = cores() if devices[0] == "cpu" else len(devices)
+            workers = cores() // ranks if devices[0] == "cpu" else len(devices)
         chosen = tuple(devices[index % len(devices)] for index in range(max(1, min(workers, most))))
-        return WorkerPlan(chosen, max(1, cores() // len(chosen)), ", ".join(dict.fromkeys(chosen)))
+        return WorkerPlan(chosen, max(1, cores() // len(chosen) // ranks), described(chosen, ranks), ranks)
 
     def start(self, plan: WorkerPlan, work: StudyWork, *, stack: int) -> LocalProcesses:  # noqa: ARG002 - tasks name it
         """Start the processes."""

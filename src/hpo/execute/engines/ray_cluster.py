@@ -149,7 +149,8 @@ class RayFactory:
         """As many workers as were asked for, or as fit on all nodes."""
         assert self._cluster is not None  # noqa: S101 - connect comes first
         chosen = (self._cluster.device,) * self._cluster.fit(self._workers, most=most)
-        return WorkerPlan(chosen, max(1, cores() // len(chosen)), str(self._cluster))
+        ranks = max(1, int(self._cluster.gpus))
+        return WorkerPlan(chosen, max(1, cores() // len(chosen)), str(self._cluster), ranks)
 
     def start(self, plan: WorkerPlan, work: StudyWork, *, stack: int) -> RayActors:  # noqa: ARG002 - it is always 1
         """Start the actors; the models that networks start from go with them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Collection
@@ -10,17 +11,20 @@ from dataclasses import replace
 from pathlib import Path
 
 from hpo.errors import NO_SPACE, StoreError, disk_full
-from hpo.events import Notice, RunEvent, SearchEnded, StudyOpened, TrialEnded, TrialStarted
+from hpo.events import Notice, RunEvent, SearchEnded, StudyOpened, TrialEnded, TrialStarted, WinnerChosen
+from hpo.execute.process import SLOW, RunEnd
 from hpo.execute.subscribers import Emit, Subscriber
 from hpo.execute.subscribers.tracking import store_timeout
 from hpo.execute.tracking_queue import TrackingQueue
-from hpo.execute.workers.job_process import Job, JobProcess, finish_trial
+from hpo.execute.workers.job_process import Job, JobProcess, draw_trial, finish_trial
 from hpo.home import remove
 from hpo.records import FINAL, DataCard, StudyResult, Trial, TrialResult, TrialState
 from hpo.spec.study import StudySpec
+from hpo.tracking.runs import FIGURES
 from hpo.tracking.tracker import Tracker
 
 _EXPORT_SHARE = 0.1  # of the time, while trials train
+_TICK = 0.1  # seconds
 
 
 class ModelRetention(Subscriber):
@@ -39,6 +43,7 @@ class ModelRetention(Subscriber):
         work: Path,
         data: DataCard,
         emit: Emit,
+        end: RunEnd | None = None,
     ) -> None:
         self._tracker = tracker
         self._queue = queue
@@ -47,6 +52,7 @@ class ModelRetention(Subscriber):
         self._work = work
         self._data = data
         self._emit = emit
+        self._end = end or RunEnd()
         self._values: dict[int, float] = {}
         self._finals: set[int] = set()  # complete final trainings
         self._running_finals: set[int] = set()
@@ -54,12 +60,15 @@ class ModelRetention(Subscriber):
         self._drawn: set[int] = set()  # with figures, as far as is known
         self._kept_before: Future[dict[int, str]] | None = None
         self._waiting: dict[int, TrialResult] = {}
+        self._undrawn: dict[int, TrialResult] = {}  # exported in this run
+        self._logging: dict[int, Future[str]] = {}
         self._pending: dict[int, Job] = {}
         self._started = self._export_started = time.monotonic()
         self._export_seconds = 0.0
+        self._told_of_end = self._told_of_saving = False
 
     def __call__(self, event: RunEvent) -> None:
-        """Follow the trials; at the end of the search, export every model that is to be kept."""
+        """Follow the trials; at the end of the search, export every model that is to be kept, then draw the best."""
         match event:
             case StudyOpened(study):
                 self.resume(study, self._queue.submit(self._tracker.kept_models, study), leave=event.trials_of_others)
@@ -71,6 +80,8 @@ class ModelRetention(Subscriber):
                 self.resume(study, self._queue.submit(self._tracker.kept_models, study), leave=trials_of_others)
                 self._queue.wait(timeout=store_timeout(reason), notify=lambda text: self._emit(Notice(text)))
                 self.collect(wait=True)
+            case WinnerChosen():
+                self.draw()
             case _:
                 pass
 
@@ -109,7 +120,8 @@ class ModelRetention(Subscriber):
     def collect(self, *, wait: bool = False) -> None:
         """Log the models that are exported, and drop those no longer among the best; wait: export all that remain.
 
-        Raises StoreError where the disk is full; the trials' files stay for the next run.
+        Where the run has to end before that, the next one does it. Raises StoreError where the disk is full; the
+        trials' files stay for the next run then.
         """
         if self._kept_before is not None and self._kept_before.done():
             if self._kept_before.exception() is None:
@@ -121,8 +133,11 @@ class ModelRetention(Subscriber):
             del self._waiting[number]
             self._remove(number)
         self._export(wait=wait)
-        for number in [number for number, job in self._pending.items() if wait or job.done()]:
-            job = self._pending.pop(number)
+        for number, job in list(self._pending.items()):
+            if not (self._await(job) if wait else job.done()):
+                continue
+            del self._pending[number]
+            self._end.note_progress()
             self._export_seconds += time.monotonic() - self._export_started
             if (error := job.exception()) is not None:
                 if disk_full(error):
@@ -130,31 +145,64 @@ class ModelRetention(Subscriber):
                 self._emit(Notice(f"trial {number}: its model could not be exported: {error}"))
             elif number in best:
                 self._kept.add(number)
-                self._queue.submit(self._log, number, job.result())
+                self._logging[number] = self._queue.submit(self._tracker.keep_model, number, job.result())
             else:
                 self._remove(number)
+        if wait and (count := len(self._pending)):
+            self._emit(Notice(f"{_models(count)} not saved yet: the next hpo run of this study does it"))
         for number in self._kept - best:
             self._kept.discard(number)
             self._drawn.discard(number)
             self._queue.submit(self._tracker.drop_model, number)
+            if self._undrawn.pop(number, None):
+                self._queue.submit(self._let_go, number)
         for number in (self._drawn & self._kept) - self._best(self._spec.keep.figure_count):
             self._drawn.discard(number)
             self._queue.submit(self._tracker.drop_figures, number)
 
+    def _await(self, job: Job) -> bool:
+        """Wait for an export; False where the run has to end before."""
+        told_after = time.monotonic() + SLOW
+        while not self._end.reason():
+            with contextlib.suppress(TimeoutError):
+                job.exception(timeout=_TICK)
+                return True
+            if not self._told_of_saving and self._pending and time.monotonic() > told_after:
+                self._told_of_saving = True
+                self._emit(Notice(f"saving {_models(len(self._pending))}"))
+        if not self._told_of_end and not job.done():
+            self._told_of_end = True
+            self._emit(Notice(f"stopping: saving {_models(len(self._pending))}; Ctrl-C again ends now"))
+        return self._end.await_done(job)
+
     def _export(self, *, wait: bool) -> None:
-        """Start the exports that are due: while trials train, exports take a tenth of the time at most."""
+        """Start the exports that are due, the best first. While trials train, they take a tenth of the time at most."""
         share = self._export_seconds / max(time.monotonic() - self._started, 1e-9)
         if self._jobs and self._waiting and (wait or (not self._pending and share < _EXPORT_SHARE)):
             self._export_started = time.monotonic()
-            with_figures = self._best(self._spec.keep.figure_count)
-            for number in sorted(self._waiting) if wait else [min(self._waiting)]:
-                result, figures = self._waiting.pop(number), number in with_figures
-                self._drawn |= {number} if figures else set()
-                self._pending[number] = self._jobs.submit(finish_trial, result, self._data, figures=figures)
+            best_first = [number for number in self._ranked() if number in self._waiting]
+            for number in best_first if wait else [min(self._waiting)]:
+                self._undrawn[number] = self._waiting.pop(number)
+                self._pending[number] = self._jobs.submit(finish_trial, self._undrawn[number], self._data)
 
-    def _log(self, number: int, folder: Path) -> None:
-        self._tracker.keep_model(number, folder)
-        self._remove(number)
+    def draw(self) -> None:
+        """Draw the figures of the best trials of this run; the files of the others are not needed any more."""
+        best = self._best(self._spec.keep.figure_count)
+        for number, result in self._undrawn.items():
+            if number in best & self._kept and self._jobs:
+                folder = self._folder(number) / FIGURES
+                job = self._jobs.submit(draw_trial, result, self._data, folder)
+                if not self._await(job):
+                    return
+                if job.exception() is None:
+                    self._queue.submit(self._tracker.log_figures, number, folder)
+            self._queue.submit(self._let_go, number)
+        self._undrawn.clear()
+
+    def _let_go(self, number: int) -> None:
+        """Remove the files of a trial whose model is logged; of any other the next run needs them."""
+        if number in self._logging and self._logging[number].exception() is None:
+            self._remove(number)
 
     def _folder(self, number: int) -> Path:
         # Never the path that a result names: since it was stored, the project may have been moved or copied.
@@ -166,12 +214,21 @@ class ModelRetention(Subscriber):
     def _best(self, count: float | None = None) -> set[int]:
         """The final trials, and the best `count` of the search; None: as many as keep their model."""
         count = self._spec.keep.count if count is None else count
-        sign = -1.0 if self._spec.search.better == "maximize" else 1.0
-        ranked = sorted(self._values, key=lambda number: (sign * self._values[number], number))
+        ranked = [number for number in self._ranked() if number not in self._finals]
         if not count:
             return set()
         return self._finals | set(ranked if math.isinf(count) else ranked[: int(count)])
 
+    def _ranked(self) -> list[int]:
+        """The final trials, then those of the search, the best first."""
+        sign = -1.0 if self._spec.search.better == "maximize" else 1.0
+        search = sorted(self._values, key=lambda number: (sign * self._values[number], number))
+        return sorted(self._finals) + [number for number in search if number not in self._finals]
+
     def keeps(self, trial: Trial) -> bool:
         """True if the trial's model is logged, or queued to be."""
         return trial.number in self._kept
+
+
+def _models(count: int) -> str:
+    return f"the model{'s' * (count != 1)} of {count} trial{'s' * (count != 1)}"

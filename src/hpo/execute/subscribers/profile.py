@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from hpo.events import RunEvent, SearchEnded, StudyOpened, StudyProfiled, TrialEnded, WinnerChosen
+from hpo.execute.process import RunEnd
 from hpo.execute.subscribers import Emit, Subscriber
 from hpo.execute.workers.job_process import JobProcess
 
@@ -50,7 +51,8 @@ class StudyProfiler:
 class Profiling(Subscriber):
     """Emits a StudyProfiled once the winner is chosen. in_process: this process trains; its CPU time is left out."""
 
-    def __init__(self, jobs: JobProcess, *, emit: Emit, in_process: bool) -> None:
+    def __init__(self, jobs: JobProcess, end: RunEnd, *, emit: Emit, in_process: bool) -> None:
+        self._end = end
         self._jobs, self._emit, self._in_process = jobs, emit, in_process
         self._profiler, self._workers = StudyProfiler(), 1
 
@@ -62,7 +64,9 @@ class Profiling(Subscriber):
         if isinstance(event, SearchEnded):
             self._profiler.stop()
         elif isinstance(event, WinnerChosen):
-            outside = {"export and figures": self._jobs.submit(time.process_time).result()}
+            job, outside = self._jobs.submit(time.process_time), {}
+            if self._end.await_done(job):
+                outside["export and figures"] = job.result()
             if not self._in_process:
                 outside["search and tracking"] = time.process_time()
             self._emit(self._profiler.profile(workers=self._workers, outside=outside))

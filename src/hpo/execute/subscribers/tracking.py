@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 from hpo.events import (
@@ -17,9 +18,10 @@ from hpo.events import (
     TrialStarted,
     WinnerChosen,
 )
+from hpo.execute.process import RunEnd
 from hpo.execute.subscribers import Emit, Subscriber
 from hpo.execute.tracking_queue import TIMEOUT, TrackingQueue
-from hpo.execute.workers.job_process import Job, JobProcess, draw_study
+from hpo.execute.workers.job_process import JobProcess, draw_study
 from hpo.records import EndReason, ModelVersion, StudyResult, Trial
 from hpo.report.summary import study_summary
 from hpo.spec.study import StudySpec
@@ -47,6 +49,7 @@ class Tracking(Subscriber):
         spec: StudySpec,
         *,
         emit: Emit,
+        end: RunEnd | None = None,
         jobs: JobProcess | None = None,
         figures: Path = Path("figures"),
         joined: bool = False,
@@ -56,12 +59,12 @@ class Tracking(Subscriber):
         self._queue = queue
         self._spec = spec
         self._emit = emit
+        self._end = end or RunEnd()
         self._jobs = jobs
         self._figures = figures
         self._joined = joined
         self._keeps = keeps
         self._study: StudyResult | None = None
-        self._drawing: Job | None = None
         self._registered: Future[ModelVersion] | None = None
 
     def __call__(self, event: RunEvent) -> None:
@@ -81,7 +84,6 @@ class Tracking(Subscriber):
             case TrialsReaped(study, trials_of_others):
                 submit(tracker.reconcile, study, self._spec, leave=trials_of_others)
             case SearchEnded(study, _, trials_of_others, True):
-                self._drawing = self._jobs.submit(draw_study, study, self._figures) if self._jobs else None
                 # Other runs of the study may have ended without writing everything since this one began.
                 submit(tracker.reconcile, study, self._spec, leave=trials_of_others)
             case StudyProfiled() if self._study is not None:
@@ -117,21 +119,32 @@ class Tracking(Subscriber):
             name = study.name if self._registered else ""
             text = study_summary(study, winner=winner, model=name, remarks=list(event.remarks))
             status = "FINISHED" if reason.orderly else "KILLED"
-            self._queue.submit(self._tracker.close_study, study, status=status, summary=text, figures=self._drawn())
+            self._queue.submit(self._tracker.close_study, study, status=status, summary=text, figures=self._draw(study))
 
     def _elsewhere(self) -> bool:
         """True where another machine may have a model that is to be kept."""
         return self._tracker.home.shared and self._spec.keep.models != "none"
 
-    def _drawn(self) -> list[Path]:
+    def _draw(self, study: StudyResult) -> list[Path]:
         """The study's figures; where they could not be drawn that is a notice, and the study ends without them."""
-        if self._drawing is None:
+        if self._jobs is None or study.best is None:
             return []
-        if (error := self._drawing.exception()) is not None:
+        drawing = self._jobs.submit(draw_study, study, self._figures)
+        self._say_registered()
+        waits = partial(self._notify, "drawing the figures of the study")
+        error: object = "the run had to end." if not self._end.await_done(drawing, slow=waits) else drawing.exception()
+        if error is not None:
             self._notify(f"the study's pictures could not be drawn: {error}")
             return []
-        files: list[Path] = self._drawing.result()
+        files: list[Path] = drawing.result()
         return files
+
+    def _say_registered(self) -> None:
+        waits = partial(self._notify, "registering the best model")
+        registered = self._registered
+        if registered is not None and self._end.await_done(registered, slow=waits) and registered.exception() is None:
+            model = registered.result()
+            self._notify(f"registered {model.name} version {model.version}, the best model")
 
     def finish(self, reason: EndReason) -> ModelVersion | None:
         """Wait for the store and close the queue; returns the registered model, if this run has registered one."""

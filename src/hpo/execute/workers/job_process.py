@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpo.errors import HpoError
 from hpo.events import Notice
-from hpo.execute.process import follow_supervisor, hidden_main
+from hpo.execute.process import begin, end_family, follow_supervisor
 from hpo.execute.stack_size import StackSize, measure_stack_size
 from hpo.records import DataCard, SplitCard, StudyResult, TrialResult
 from hpo.spec.study import StudySpec
@@ -98,13 +98,16 @@ class JobProcess:
         return Job(lambda: self._begin(partial(job, *arguments, **options)), job.__name__)
 
     def _begin(self, job: Callable[[], Any]) -> Future[Any]:
-        with hidden_main():
+        def submit() -> Future[Any]:
             try:
                 return self._pool.submit(job)
-            except BrokenProcessPool:
-                self.close()
-                self._open()
+            except (BrokenProcessPool, EOFError, ConnectionError) as error:
+                self.restart()  # a pool whose process did not start has the job in its queue
+                if not isinstance(error, BrokenProcessPool):
+                    raise
                 return self._pool.submit(job)
+
+        return begin(submit)
 
     def notices(self) -> list[Notice]:
         """The notices since the last call; only the newest of each text."""
@@ -114,9 +117,17 @@ class JobProcess:
             newest[notice.text] = notice
         return list(newest.values())
 
+    def restart(self) -> None:
+        """Drop all jobs, and have another process do the next one."""
+        self.close()
+        self._open()
+
     def close(self) -> None:
-        """Drop the jobs that have not begun and end the process, which would take seconds to end by itself."""
+        """Drop all jobs and end the process, whatever it does, with all that it started."""
+        processes = list((self._pool._processes or {}).values())  # Python 3.14 has kill_workers
         self._pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            end_family(process)
         self._notices.close()
 
 
@@ -165,14 +176,13 @@ def draw_study(study: StudyResult, folder: Path) -> list[Path]:
     """
     from hpo.report.figures import space as space_figures
     from hpo.report.figures import study as study_figures
-    from hpo.search.results import importances
+    from hpo.search.importance import importances
 
     shutil.rmtree(folder, ignore_errors=True)
     if study.best is None:
         return []
     shares = importances(study)
     last = list(shares.values())[-1] if shares else {}
-    # fANOVA, the last method: the other one can overlook a parameter with few options.
     ranking = list(last.values())[-1] if last else {}
     figures: dict[str, Drawing] = {
         "optimisation_history": lambda: study_figures.optimisation_history(study),
@@ -191,11 +201,8 @@ def draw_study(study: StudyResult, folder: Path) -> list[Path]:
     return _draw(figures, folder, study.title)
 
 
-def finish_trial(result: TrialResult, data: DataCard, *, figures: bool) -> Path:
-    """Turn what a complete trial left in its folder into what is kept, and return the folder.
-
-    That is the exported program, tables next to it and, where asked for, pictures in `figures`.
-    """
+def finish_trial(result: TrialResult, data: DataCard) -> Path:
+    """Turn what a complete trial left in its folder into a program, with tables next to it, and return the folder."""
     from hpo.models import export_program
     from hpo.report.statistics import classification_report
     from hpo.training.device import use_threads
@@ -207,8 +214,6 @@ def finish_trial(result: TrialResult, data: DataCard, *, figures: bool) -> Path:
         report, table = classification_report(result.confusion, data.class_names)
         (folder / "classification_report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
         (folder / "classification_report.txt").write_text(table, encoding="utf-8")
-    if figures:
-        draw_trial(result, data, folder / "figures")
     return folder
 
 

@@ -86,7 +86,7 @@ class RayWorker:
 
     def train(self, task: Task) -> Answer:
         """Begin a task; returns its first message."""
-        from hpo.data.cache import cache_folder
+        from hpo.home import cache_folder
 
         # The training makes it when it has something to write; task.folder is a path of the supervisor's machine.
         folder = cache_folder() / "results" / uuid.uuid4().hex

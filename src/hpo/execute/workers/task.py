@@ -17,6 +17,7 @@ from hpo.spec.models import OwnModelSpec
 from hpo.spec.study import Setup
 
 if TYPE_CHECKING:
+    from hpo.training.data_parallel import Ranks
     from hpo.training.stack import Stacks
 
 # Each epoch is answered with a verdict: continue (True) or end as pruned (False). Trainings that share a computation
@@ -33,7 +34,8 @@ class Task:
     data never leads to the test part, whatever card is given. The worker writes weights and validation probabilities to
     folder, and saves the training in the file checkpoint, from which it resumes ("": none). precisions,
     most_parameters, latency and profile are those of hpo.training.trial.TrialPlan. wait: every epoch waits for a
-    verdict. exclusive: it shares neither process nor computation with another task.
+    verdict. exclusive: it shares neither process nor computation with another task. ranks is the number of processes
+    that train it together, on devices that follow that of the worker.
     """
 
     number: int
@@ -48,6 +50,7 @@ class Task:
     checkpoint: str = ""
     profile: bool = False
     exclusive: bool = False
+    ranks: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", self.data.sealed)  # here, so that no maker of tasks can forget it
@@ -63,7 +66,7 @@ def train_task(task: Task, device_name: str, stacks: Stacks | None = None) -> Tr
     batch; its epochs are yielded again then. After that the candidate is infeasible: pruned, so that samplers learn.
     """
     # Imported here: the supervisor knows tasks and engines without waiting for torch.
-    from hpo.training.device import free_memory, halved
+    from hpo.training.device import at_once, free_memory, halved
     from hpo.training.stack_layers import BrokenStackError
 
     started, requested, not_stacked = time.perf_counter(), task.setup, ""
@@ -75,7 +78,7 @@ def train_task(task: Task, device_name: str, stacks: Stacks | None = None) -> Tr
         free_memory()
         result = yield from _attempt(task, device_name, stacks, not_stacked=not_stacked)
     for _ in range(_HALVINGS):
-        smaller = halved(task.setup)
+        smaller = halved(task.setup, ranks=task.ranks)
         if result.failure is not FailureKind.OUT_OF_MEMORY or smaller is None:
             break
         free_memory()
@@ -85,8 +88,7 @@ def train_task(task: Task, device_name: str, stacks: Stacks | None = None) -> Tr
     if task.setup is not requested:
         changes["settings"] = {**result.settings, "micro_batch": str(task.setup.training.micro_batch)}
     if result.failure is FailureKind.OUT_OF_MEMORY:
-        at_once = task.setup.training.micro_batch or task.setup.training.batch_size
-        reason = f"out of memory, with {at_once} images at once: {result.reason}"
+        reason = f"out of memory, with {at_once(task.setup, ranks=task.ranks)} images at once: {result.reason}"
         changes |= {"state": TrialState.PRUNED, "feasible": False, "reason": reason}
     yield TrialEnded(replace(result, **changes))
 
@@ -95,6 +97,18 @@ def _attempt(
     task: Task, device_name: str, stacks: Stacks | None, *, not_stacked: str = ""
 ) -> Generator[EpochEnded | None, bool, TrialResult]:
     """Train once; the result has its epochs. Raises BrokenStackError."""
+    if task.ranks > 1:
+        from hpo.execute.workers.ranks import train_in_ranks
+
+        return (yield from train_in_ranks(task, device_name))
+    return (yield from train_once(task, device_name, stacks, not_stacked=not_stacked))
+
+
+def train_once(
+    task: Task, device_name: str, stacks: Stacks | None = None, *, not_stacked: str = "", ranks: Ranks | None = None
+) -> Generator[EpochEnded | None, bool, TrialResult]:
+    """Train in this process, which is one of these ranks. Raises BrokenStackError."""
+    from hpo.training.data_parallel import ALONE
     from hpo.training.stack_layers import BrokenStackError
     from hpo.training.trial import TrialPlan, train_trial
 
@@ -114,6 +128,7 @@ def _attempt(
             checkpoint=Path(task.checkpoint) if task.checkpoint else None,
             profile=task.profile,
             not_stacked=not_stacked,
+            ranks=ranks or ALONE,
         )
         training = train_trial(plan, stacks=None if task.exclusive else stacks, decided=settings)
         go_on: bool | None = None

@@ -20,6 +20,9 @@ FORMAT = 1  # of what the members say; raised when an older hpo could not read t
 MANIFEST = "manifest.json"
 _BLOCK = 1 << 20
 _LONGEST_MANIFEST = 1 << 28  # bytes
+_MOST_DEFLATED = 1032  # bytes that one byte of deflate can stand for
+_INTEGERS = range(-(1 << 63), 1 << 63)  # what the databases store
+_OTHER_SHAPE = (KeyError, TypeError, AttributeError, OverflowError)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\\]")
 _AGAIN = "Export the study again, and copy the file whole."
 
@@ -121,9 +124,18 @@ class Archive:
 
     def _decoded(self, name: str, text: bytes) -> Any:
         try:
-            return json.loads(text)
+            return json.loads(text, parse_int=_integer)
+        except OverflowError as error:
+            raise damaged(self.file, f"{name} has the number {error}, which no study has") from None
         except (ValueError, RecursionError):
             raise damaged(self.file, f"{name} is not JSON") from None
+
+
+def _integer(digits: str) -> int:
+    """The number of these digits. Raises OverflowError where no database stores it."""
+    if len(digits) > 20 or int(digits) not in _INTEGERS:
+        raise OverflowError(f"{digits[:12]}{'...' * (len(digits) > 12)}")
+    return int(digits)
 
 
 @contextmanager
@@ -142,8 +154,9 @@ def reading(file: Path, *, scratch: Path) -> Iterator[Archive]:
         try:
             manifest = _manifest(file, archive)
             _check(file, archive, manifest["members"], scratch)
-        # What zipfile and zlib raise for what is broken, encrypted, or compressed in ways unknown.
-        except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        # What zipfile and zlib raise for what is broken, encrypted, or compressed in ways unknown, and what Python
+        # raises for JSON of another shape.
+        except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError, *_OTHER_SHAPE) as error:
             raise damaged(file, f"{type(error).__name__}: {error}") from None
         except Exception as error:
             if type(error).__module__ != "zlib":
@@ -170,7 +183,7 @@ def _manifest(file: Path, archive: zipfile.ZipFile) -> dict[str, Any]:
         raise damaged(file, f"it has no {MANIFEST}")
     if archive.getinfo(MANIFEST).file_size > _LONGEST_MANIFEST:
         raise damaged(file, f"its {MANIFEST} has no end")
-    manifest: dict[str, Any] = json.loads(archive.read(MANIFEST))
+    manifest: dict[str, Any] = json.loads(archive.read(MANIFEST), parse_int=_integer)
     number = manifest["format"]
     if not isinstance(number, int) or number > FORMAT:
         raise StoreError(
@@ -189,7 +202,15 @@ def _check(file: Path, archive: zipfile.ZipFile, members: Mapping[str, Any], scr
         raise damaged(file, f"{min(nested)} is a file and a folder")
     if differing := {*members, MANIFEST} ^ {*there}:
         raise damaged(file, f"{min(differing)} is not in both the file and its {MANIFEST}")
-    total, free = sum(int(entry["size"]) for entry in members.values()), shutil.disk_usage(scratch).free
+    for name, entry in members.items():
+        info = archive.getinfo(name)
+        if entry["size"] != info.file_size:
+            raise damaged(file, f"{name} is not what was written")
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise damaged(file, f"{name} is compressed in another way than hpo export does")
+    total, free = sum(entry["size"] for entry in members.values()), shutil.disk_usage(scratch).free
+    if total > file.stat().st_size * _MOST_DEFLATED:
+        raise damaged(file, f"it says that it holds {total / 1e6:,.0f} MB, which no file of its size does")
     if total > free:
         raise StoreError(
             f"{file}: {total / 1e6:,.0f} MB unpacked, and {free / 1e6:,.0f} MB are free at {scratch}.",

@@ -227,7 +227,7 @@ def _shown(names: tuple[str, ...]) -> str:
 
 def limits(home: Home, new: ModelReference, model: Classifier) -> Iterator[Verdict]:
     """The gates that the study declares: the constraints of its search, and `promote`."""
-    from hpo.search.results import parse_constraint, violations
+    from hpo.search.constraints import parse_constraint, violations
     from hpo.tracking.registry import fetch
 
     scores = new.trial.result.scores if new.trial.result is not None else {}

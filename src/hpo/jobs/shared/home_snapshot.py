@@ -118,12 +118,12 @@ def _artifact_folders(home: Home) -> list[Path]:
 
 
 def _stale_leases(home: Home) -> list[Path]:
-    now = time.time()
-    return [
-        path
-        for path in sorted(home.locks.glob("lease-*.lock"))
-        if now - path.stat().st_mtime > _YOUNG_SECONDS and not seen_held(path)
-    ]
+    return [path for path in sorted(home.locks.glob("lease-*.lock")) if is_old(path) and not seen_held(path)]
+
+
+def is_old(path: Path) -> bool:
+    """Whether a file was last written so long ago that no process is just making it."""
+    return time.time() - path.stat().st_mtime > _YOUNG_SECONDS
 
 
 def leftover_work(snapshot: HomeSnapshot) -> list[tuple[str, Path]]:

@@ -105,6 +105,9 @@ def study_history(home: Home, study: StudyResult, card: DataCard) -> ImageHistor
         [f"{times(lost)} a test part was opened whose image digests are lost: it was not compared."] if lost else []
     )
     aside = count_set_aside(home.root) + count_set_aside(cache)
+    trained, missing = _trained(home, known, card, digests)
+    if missing:
+        unknown.append(f"It was not compared with the training images of {', '.join(missing)}: they are not at hand.")
     unknown += (
         [f"Damaged lines of the ledger that were set aside, and may be openings of it: {aside}."] if aside else []
     )
@@ -116,8 +119,8 @@ def study_history(home: Home, study: StudyResult, card: DataCard) -> ImageHistor
         answered=_found(digests, seen),
         answered_openings=len(overlapping),
         answered_models=_names(overlapping),
-        trained=tuple(_trained(known, card, digests)),
-        own=_found(digests, _development(card)),
+        trained=trained,
+        own=_found(digests, development_digests(card)),
         unknown=tuple(unknown),
     )
 
@@ -142,7 +145,7 @@ def base_overlaps(home: Home, model: ModelReference) -> tuple[list[Overlap], str
             name, card, following = _base_training(home, uri)
         except HpoError as error:
             return found, f"the training of its base {uri} is not at hand: {error.message}"
-        count = _found(digests, _development(card)) if card.image_shape == model.card.image_shape else 0
+        count = _found(digests, development_digests(card)) if card.image_shape == model.card.image_shape else 0
         found += [Overlap(name, count)] if count else []
         uri = following
     return found, ""
@@ -204,23 +207,30 @@ def _names(looks: Collection[tuple[Opening, str]]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for _, name in looks))
 
 
-def _trained(known: Sequence[tuple[Opening, str]], card: DataCard, digests: Sequence[bytes]) -> Iterator[Overlap]:
-    """Test images among the development images of models that were measured before, on other data."""
+def _trained(
+    home: Home, known: Sequence[tuple[Opening, str]], card: DataCard, digests: Sequence[bytes]
+) -> tuple[tuple[Overlap, ...], tuple[str, ...]]:
+    """Test images among the training images of models that were measured before, on other data, and unknown models."""
     from hpo.data.prepare import prepared
+    from hpo.data.test_set import ledger_folder
 
-    by_data: dict[str, dict[str, None]] = {}
+    by_data: dict[tuple[str, str], dict[str, None]] = {}
     for opening, name in known:
         if opening.data and opening.data != card.digest:
-            by_data.setdefault(opening.data, {})[name] = None
-    for data, names in by_data.items():
-        other = prepared(data)
-        if other is not None and other.image_shape == card.image_shape:
-            count = _found(digests, _development(other))
-            if count:
-                yield Overlap(", ".join(names), count)
+            by_data.setdefault((opening.data, opening.trained), {})[name] = None
+    overlaps: list[Overlap] = []
+    missing: dict[str, None] = {}
+    for (data, trained), names in by_data.items():
+        theirs = image_digests(home, trained, cache=ledger_folder(card)) if trained else None
+        if theirs is None and (other := prepared(data)) is not None:
+            theirs = development_digests(other) if other.image_shape == card.image_shape else frozenset()
+        count = _found(digests, theirs or ())
+        overlaps += [Overlap(", ".join(names), count)] if count else []
+        missing |= names if theirs is None else {}
+    return tuple(overlaps), tuple(missing)
 
 
-def _development(card: DataCard) -> frozenset[bytes]:
+def development_digests(card: DataCard) -> frozenset[bytes]:
     """The pixel digests of the images that a study on these data trains and chooses on."""
     from hpo.data.duplicates import pixel_digests
     from hpo.errors import DataError

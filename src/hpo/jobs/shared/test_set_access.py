@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hpo.home import Home
+from hpo.jobs.shared.image_history import development_digests
 from hpo.tracking.ledger import Opening, announce_opening, complete_opening, name_images, openings
 from hpo.tracking.registry import add_scores
 
@@ -38,7 +39,8 @@ def open_sealed(home: Home, entrant: ModelReference, model: Classifier, *, purpo
     version, number = entrant.kept("the test part asks for it"), entrant.trial.number
     cache = ledger_folder(entrant.card)
     opening = announce_opening(home, entrant.study, model=version, trial=number, purpose=purpose, cache=cache)
-    opening = name_images(home, entrant.study, opening, digests_of_test(entrant.card), cache=cache)
+    tested, trained = digests_of_test(entrant.card), development_digests(entrant.card)
+    opening = name_images(home, entrant.study, opening, tested, trained=trained, cache=cache)
     further = [*entrant.setup.training.scores, entrant.setup.training.monitor]
     measured = open_test(entrant.card, model.predict_levels, further=further)
     return measured, complete_opening(home, entrant.study, opening, measured.scores, cache=cache)

@@ -17,10 +17,9 @@ from hpo.records import StudyResult
 from hpo.relocation import local_path
 from hpo.tracking import runs
 from hpo.tracking.ledger import Opening, openings
-from hpo.tracking.registry import REGISTERED
+from hpo.tracking.registry import COPY_OF, REGISTERED
 from hpo.tracking.store import connect, exists, is_missing, pages, translate_errors
 
-COPY_OF = "hpo.moved_from"  # tag of a copied run or logged model: the id of the original
 COPIED = "hpo.moved"  # tag of a completely copied run: the digest of its content
 URI = "models:/"
 _LOCAL_TAGS = (COPY_OF, COPIED, "mlflow.modelVersions")  # tags of one store only; a server writes the last

@@ -12,18 +12,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hpo.errors import shown_address
 from hpo.home import Home
 from hpo.locks import lock
 from hpo.records import ModelVersion, StudyResult
-from hpo.tracking import runs
+from hpo.tracking import registry, runs
 from hpo.tracking.ledger import Opening, add_openings
-from hpo.tracking.models import delete_model
-from hpo.tracking.registry import ORIGIN, REGISTERED, fetch, renumber_champions, resolve
-from hpo.tracking.store import connect, load_mlflow, pages, translate_errors, without_password
-from hpo.tracking.transfer.export_runs import COPIED, COPY_OF, URI, TrackedStudy, logged_models, registered_at
+from hpo.tracking.models import delete_model, is_whole
+from hpo.tracking.store import connect, load_mlflow, pages, translate_errors
+from hpo.tracking.transfer.export_runs import COPIED, URI, TrackedStudy, logged_models
 
 _INCOMPLETE = "hpo.moving"  # tag of a version whose other tags are not yet written
 MODEL_DIGEST = "hpo.model_digest"  # tag of a copied version: the digest of its files
+_MOST_UNUSED = 100  # version numbers that an import uses up, so that its versions keep theirs
 _CHUNK = 100  # runs created while a lock is held once; a server frees it after a minute
 
 Extract = Callable[[str, Path], list[str]]
@@ -41,11 +42,13 @@ class Imports:
 
 
 @translate_errors
-def import_runs(home: Home, study: StudyResult, tracked: TrackedStudy, extract: Extract) -> Imports:
+def import_runs(
+    home: Home, study: StudyResult, tracked: TrackedStudy, extract: Extract, *, move_aliases: bool = False
+) -> Imports:
     """Write into the store what it does not hold yet of an exported study.
 
     extract("runs/ID", folder) writes the files of a run into folder and returns their paths. After a kill, a repeated
-    call completes the import. Raises StoreError.
+    call completes the import. move_aliases: also away from versions that are here. Raises StoreError.
     """
     added = Imports()
     add_openings(home, tracked.openings)
@@ -60,7 +63,8 @@ def import_runs(home: Home, study: StudyResult, tracked: TrackedStudy, extract: 
         _fill_run(client, ids, models, run, extract, added)
     if tracked.registered is not None:
         with lock(home, "mlflow-register"):
-            _register(client, tracked.registered, ids, models, added)
+            here = _register(client, tracked.registered, ids, models, added)
+            _set_aliases(home, client, tracked.registered, here, added, move=move_aliases)
     return added
 
 
@@ -74,13 +78,13 @@ def _create_runs(
         with lock(home, "mlflow-open"):
             ids: dict[str, str] = {}
             for run in pages(client.search_runs, experiment_ids=[experiment], max_results=1000):
-                ids.setdefault(run.data.tags.get(COPY_OF, run.info.run_id), run.info.run_id)
+                ids.setdefault(run.data.tags.get(registry.COPY_OF, run.info.run_id), run.info.run_id)
             missing = [run for run in ordered if run["id"] not in ids]
             for run in missing[:_CHUNK]:
                 made = client.create_run(
                     experiment,
                     start_time=run["started"],
-                    tags={**_run_tags(run, ids, {}), COPY_OF: run["id"]},
+                    tags={**_run_tags(run, ids, {}), registry.COPY_OF: run["id"]},
                     run_name=run["name"],
                 )
                 ids[run["id"]] = made.info.run_id
@@ -111,15 +115,15 @@ def _create_models(
         models: dict[str, str] = {}
         whole = set()
         for model in logged_models(client, experiment):
-            models.setdefault(model.tags.get(COPY_OF, model.model_id), model.model_id)
-            whole |= {model.tags.get(COPY_OF, model.model_id)} if str(model.status) == "READY" else set()
+            models.setdefault(model.tags.get(registry.COPY_OF, model.model_id), model.model_id)
+            whole |= {model.tags.get(registry.COPY_OF, model.model_id)} if is_whole(model) else set()
         for model in wanted:
             if model["id"] not in models:
                 made = client.create_logged_model(
                     experiment,
                     name=model["name"],
                     source_run_id=ids.get(model["run"]),
-                    tags={**model["tags"], COPY_OF: model["id"]},
+                    tags={**model["tags"], registry.COPY_OF: model["id"]},
                     params=model["params"],
                     model_type=model["kind"],
                 )
@@ -187,10 +191,10 @@ def _fill_run(
 
 def _register(
     client: Any, model: Mapping[str, Any], ids: Mapping[str, str], models: Mapping[str, str], added: Imports
-) -> None:
-    """Register the missing versions, under their own numbers where these are free, with their tags and aliases.
+) -> dict[int, Any]:
+    """Register the missing versions with their tags, under their own numbers where these are free.
 
-    An alias that exists here moves only to a version that was registered later.
+    Returns number in the file -> MLflow's version here. Numbers stay if few are to be used up for that.
     """
     from mlflow.exceptions import MlflowException
 
@@ -202,6 +206,8 @@ def _register(
             raise
     known = {each.source: each for each in pages(client.search_model_versions, filter_string=f"name = '{name}'")}
     here: dict[int, Any] = {}
+    highest = max((version["number"] for version in model["versions"]), default=0)
+    numbered = highest <= len(model["versions"]) + _MOST_UNUSED
     for version in sorted(model["versions"], key=lambda one: one["number"]):
         if version["model"] not in models:
             added.notes.append(f"version {version['number']} of {name} has no logged model, and is left out")
@@ -209,27 +215,48 @@ def _register(
         place = client.get_logged_model(models[version["model"]]).artifact_location
         there = known.get(place)
         if there is None or _INCOMPLETE in there.tags:
-            there = _add_version(client, name, place, version, ids, models, there)
+            least = version["number"] if numbered else 0
+            there = _add_version(client, name, place, version, ids, models, there, least=least)
             added.versions += 1
         here[version["number"]] = there
-        for key, value in {**version["tags"], REGISTERED: str(version["created"])}.items():
+        for key, value in {**version["tags"], registry.REGISTERED: str(version["created"])}.items():
             if there.tags.get(key) != value:
                 client.set_model_version_tag(name, there.version, key, value)
         if _INCOMPLETE in there.tags:
             client.delete_model_version_tag(name, there.version, _INCOMPLETE)
+    return here
+
+
+def _set_aliases(
+    home: Home, client: Any, model: Mapping[str, Any], here: Mapping[int, Any], added: Imports, *, move: bool
+) -> None:
+    """Set the aliases of the file; without move none that has a version here, and none beside versions of other origin.
+
+    No gate has looked at the file's models. The history of champions comes with the alias champion only.
+    """
+    name, registered = model["name"], client.get_registered_model(model["name"])
     numbers = {number: int(version.version) for number, version in here.items()}
-    registered = client.get_registered_model(name)
-    for key, value in renumber_champions(model["tags"], numbers).items():
+    every = pages(client.search_model_versions, filter_string=f"name = '{name}'")
+    alone = {int(each.version) for each in every} <= {*numbers.values()}
+    wanted = {alias: numbers[number] for alias, number in model["aliases"].items() if number in numbers}
+    now = {alias: int(number) for alias, number in registered.aliases.items()}
+    moved = {alias for alias, number in wanted.items() if move or now.get(alias, number if alone else 0) == number}
+    tags = registry.renumber_champions(model["tags"], numbers)
+    if "champion" not in moved and not (alone and "champion" not in now):
+        tags = {key: value for key, value in tags.items() if not key.startswith(registry.CHAMPION)}
+    for key, value in tags.items():
         if key not in registered.tags:
             client.set_registered_model_tag(name, key, value)
-    created = {version["number"]: version["created"] for version in model["versions"]}
-    for alias, number in model["aliases"].items():
-        if number not in here:
-            continue
-        now = registered.aliases.get(alias)
-        before = client.get_model_version(name, str(now)) if now is not None else None
-        if before is None or created[number] > registered_at(before):
-            client.set_registered_model_alias(name, alias, here[number].version)
+    if "champion" in moved and (terms := registry.champions(home, name)) and terms[-1].version != wanted["champion"]:
+        registry.record_champion(home, name, wanted["champion"], why="imported, and its alias moved by --move-aliases")
+    for alias in sorted(wanted.keys() - moved):
+        kept = f"stays at version {now[alias]}" if alias in now else "is not set"
+        added.notes.append(
+            f"alias {alias} {kept}; in the file it is version {wanted[alias]}. To move it: hpo import --move-aliases"
+        )
+    for alias in moved:
+        if now.get(alias) != wanted[alias]:
+            client.set_registered_model_alias(name, alias, str(wanted[alias]))
 
 
 def _add_version(
@@ -240,23 +267,26 @@ def _add_version(
     ids: Mapping[str, str],
     models: Mapping[str, str],
     begun: Any | None,
+    *,
+    least: int,
 ) -> Any:
-    """Register a version, or complete one whose registration was cut short.
+    """Register a version, or complete one whose registration was cut short, under the number `least` or a higher one.
 
     Lower numbers that are free here were deleted in the other store. They are used up, so that NAME/3 means the same
     version in both.
     """
-    made = begun
-    while made is None or int(made.version) < version["number"]:
+    made, run_id = begun, ids.get(version["run"])
+    while made is None or int(made.version) < least:
         if made is not None:
             client.delete_model_version(name, made.version)
         made = client.create_model_version(
             name,
             place,
-            run_id=ids.get(version["run"]),
+            run_id=run_id,
             tags={_INCOMPLETE: "true"},
             description=version["description"] or None,
-            model_id=models[version["model"]],
+            # Without a run MLflow looks the model up in the tracking URI of the process, not of this client.
+            model_id=models[version["model"]] if run_id else None,
             await_creation_for=0,
         )
     return made
@@ -274,23 +304,21 @@ def copy_version(home: Home, version: ModelVersion, target: Home, *, openings: S
     source = client.get_model_version(version.name, str(version.version))
     run = client.get_run(version.run_id) if version.run_id else None
     with tempfile.TemporaryDirectory() as scratch, lock(target.create(), "mlflow-copy"):
-        folder = fetch(home, version, Path(scratch))
+        folder = registry.fetch(home, version, Path(scratch))
         digest = model_digest(folder)
         number = _find_copy(target, version.name, digest)
         if number is None:
             tags = {
                 **source.tags,
                 MODEL_DIGEST: digest,
-                ORIGIN: source.tags.get(ORIGIN) or without_password(home.tracking_uri),
-                **{
-                    f"hpo.test_opening.{number}": json.dumps(asdict(opening)) for number, opening in enumerate(openings)
-                },
+                registry.ORIGIN: source.tags.get(registry.ORIGIN) or shown_address(home.tracking_uri),
+                **{f"hpo.test_opening.{index}": json.dumps(asdict(look)) for index, look in enumerate(openings)},
             }
             added = _add_copy(target, version.name, folder, tags, run)
             number = _find_copy(target, version.name, digest) or added
             if number != added:
                 _delete_copy(target, version.name, added)
-    return resolve(target, f"{version.name}/{number}")
+    return registry.resolve(target, f"{version.name}/{number}")
 
 
 @translate_errors
@@ -325,18 +353,12 @@ def _add_copy(target: Home, name: str, folder: Path, tags: Mapping[str, str], or
             _log_files(client, logged.model_id, run_id, whole)
         client.finalize_logged_model(logged.model_id, "READY")
         client.set_terminated(run_id)
-        made = client.create_model_version(
-            name,
-            logged.artifact_location,
-            run_id=run_id,
-            tags=tags,
-            model_id=logged.model_id,
-            await_creation_for=0,  # as in registry
+        made = client.create_model_version(  # await_creation_for: as in registry
+            name, logged.artifact_location, run_id=run_id, tags=tags, model_id=logged.model_id, await_creation_for=0
         )
     except BaseException:
-        if logged is not None:
-            delete_model(client, logged.model_id)
-        client.delete_run(run_id)
+        if logged is None or delete_model(client, logged.model_id):  # else its version was written
+            client.delete_run(run_id)
         raise
     return int(made.version)
 
