@@ -91,16 +91,21 @@ def _commands(page: Path) -> list[str]:
     return [line for line in found if line.startswith("hpo ")]
 
 
+@pytest.fixture(scope="module")
+def program():
+    """The commands of hpo as click has them; making them takes a second."""
+    return typer.main.get_command(app)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_every_command_on_a_page_parses(page):
+def test_every_command_on_a_page_parses(page, program):
     text = page.read_text(encoding="utf-8")
     known = {*study_files(), *re.findall(r"studies/([\w-]+)\.yaml", text), "STUDY"}
     for line in _commands(page):
         words = shlex.split(re.split(r"\s#|\s[|>]|&&", line)[0])[1:]
         # A number may stand as N.
         words = ["1" if word == "N" else word for word in words]
-        command = typer.main.get_command(app)
-        name = words[0]
+        command, name = program, words[0]
         while words and hasattr(command, "commands") and not words[0].startswith("-"):
             assert words[0] in command.commands, f"{page.name}: {line}"
             command = command.commands[words.pop(0)]

@@ -42,15 +42,10 @@ from hpo.spec.study import DataSpec, Setup, SplitSpec
 from hpo.spec.training import AugmentSpec, OptimizerSpec
 from hpo.training.augment import AUGMENTATIONS, Augmentation, build_augment
 from hpo.training.optimizers import OPTIMIZERS, eager
-from search_fixtures import home, make_spec  # noqa: F401 - fixtures
+from search_fixtures import bare_home, home, make_spec  # noqa: F401 - fixtures
 from study_fixtures import run_formula  # noqa: F401 - a fixture
 
 SETUP = load_study("digits-mlp", overrides=["training.epochs=1", "training.precision=float32"]).setup
-
-
-@pytest.fixture(scope="module")
-def card(tmp_path_factory):
-    return prepare(SETUP.data, SETUP.split, cache=tmp_path_factory.mktemp("cache"))
 
 
 def train(setup: Setup, card, folder) -> TrialResult:

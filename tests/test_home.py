@@ -9,7 +9,6 @@ from sqlalchemy import create_engine, text
 
 from hpo.database import sqlite_address, sqlite_file
 from hpo.home import Home
-from hpo.tracking.store import connect
 
 NAMES = ["plain", "p q", "p%20q", "what?", "a?b=c", "h#sh", "100%", "%3F", "b{x}", "semi;colon", "ü", "at@colon:x"]
 
@@ -36,11 +35,3 @@ def test_no_two_homes_share_an_address(tmp_path):
 
 def test_the_address_of_a_plain_path_is_what_stores_have_written():
     assert sqlite_address(Path("/a/p q/optuna.db")) == "sqlite:////a/p q/optuna.db"
-
-
-@pytest.mark.parametrize("name", ["p%20q", "what?"])
-def test_mlflow_makes_its_database_there_and_nothing_elsewhere(tmp_path, name):
-    home = Home.at(tmp_path / name).create()
-    connect(home)
-    assert (home.root / "mlflow.db").is_file()
-    assert [path.name for path in tmp_path.iterdir()] == [name]

@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from hpo.cli.app import app
 from hpo.home import Home
 from hpo.records import TrialState
 from hpo.storage.optuna_storage import read_study
@@ -47,11 +49,6 @@ def project(tmp_path, monkeypatch, digits_cache):
     return folder
 
 
-@pytest.fixture(scope="module")
-def digits_cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 def hpo(*arguments: str, code: int = 0, env: dict[str, str] | None = None) -> str:
     done = subprocess.run(
         [*HPO, *arguments], capture_output=True, text=True, check=False, env={**os.environ, **(env or {})}
@@ -59,6 +56,14 @@ def hpo(*arguments: str, code: int = 0, env: dict[str, str] | None = None) -> st
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout + done.stderr
+
+
+def here(*arguments: str, code: int = 0) -> str:
+    """The same in this process, which has its imports behind it."""
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert done.exit_code == code, done.output
+    assert "Traceback" not in done.stderr
+    return done.output
 
 
 def runs(folder: Path) -> list:
@@ -73,7 +78,7 @@ def test_run_promote_predict_and_a_plain_mlflow_load_agree(project, tmp_path):
     said = hpo("run", "digits-mlp", "--trials", "3", "--workers", "2", *QUICK)
     assert "3 of 3 trials" in said
     assert "digits-mlp version 1, alias challenger" in said
-    assert "champion" in hpo("promote", "digits-mlp")
+    assert "champion" in here("promote", "digits-mlp")
 
     images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), dtype=np.uint8)
     np.save(tmp_path / "images.npy", images)
@@ -98,7 +103,7 @@ def test_run_promote_predict_and_a_plain_mlflow_load_agree(project, tmp_path):
     assert plain["columns"] == [str(digit) for digit in range(10)]
 
     files = [f"{index}.png" for index in range(5)]
-    rows = json.loads(hpo("predict", "digits-mlp@champion", *files, "--format", "json"))
+    rows = json.loads(here("predict", "digits-mlp@champion", *files, "--format", "json"))
     ours = [list(row["probabilities"].values()) for row in rows]
     np.testing.assert_allclose(ours, plain["data"], atol=1e-5)
     np.testing.assert_allclose(np.sum(ours, axis=1), 1, atol=1e-5)
@@ -126,6 +131,7 @@ def test_a_finished_study_says_so_and_how_to_ask_for_more(project):
     assert "--fresh" in other
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_nothing_running_and_the_next_run_goes_on(project):
     slow = ["--set", "training.epochs=400", "--set", "training.patience=null", "--set", "search.pruner=none"]
     process = subprocess.Popen(
@@ -206,7 +212,7 @@ def test_a_read_only_folder_is_one_message(tmp_path):
     else:
         blocked = tmp_path / "blocked"
         blocked.mkdir(mode=0o500)
-    said = hpo("run", "digits-mlp", "--home", str(blocked), code=2)
+    said = here("run", "digits-mlp", "--home", str(blocked), code=2)
     assert "--home" in said
 
 

@@ -61,6 +61,7 @@ def test_old_stores_open(project: Path) -> None:
     assert _predicted(project, "digits-old") == [{"class": "0"}]
 
 
+@pytest.mark.slow
 def test_killed_study_of_old_code_ends_as_the_old_code_ends_it(project: Path) -> None:
     hpo("run", "digits-killed.yaml", "--workers", "0")
     trials = _trials("digits-killed")
@@ -78,6 +79,7 @@ def test_killed_study_of_old_code_ends_as_the_old_code_ends_it(project: Path) ->
     assert hpo("doctor")["well"]
 
 
+@pytest.mark.slow
 def test_export_of_old_stores_is_whole(project: Path, tmp_path: Path) -> None:
     exported = hpo("export", "digits-old")
     imported = hpo("import", exported["file"], "--home", str(tmp_path / "other"))

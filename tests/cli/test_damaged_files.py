@@ -20,35 +20,21 @@ from hpo.cli.app import app
 runner = CliRunner()
 pytestmark = pytest.mark.timeout(120)
 
-QUICK = ["training.epochs=2", "training.precision=float32", "search.pruner=none", "search.sampler=random"]
-QUICK += ["model.hidden=8", "keep.figures=none", "search.space={model.dropout: {float: [0.0, 0.5]}}"]
-
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def place(finished: Path) -> Path:
     """A folder with two trials of digits-mlp, their models, the prepared digits, and images of all kinds."""
-    from hpo.execute.run_study import run_study
-    from hpo.spec.load import load_study
-
-    folder = tmp_path_factory.mktemp("project")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HPO_DATA", str(folder / "data"))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        for name in ("HPO_HOME", "HPO_STORAGE", "MLFLOW_TRACKING_URI"):
-            patch.delenv(name, raising=False)
-        patch.chdir(folder)
-        run_study(load_study("digits-mlp", overrides=QUICK), trials=2, workers=0, home=folder)
-        noise = np.random.default_rng(0)
-        arrays = {"train_images": noise.integers(0, 256, (60, 8, 8, 3), np.uint8), "train_labels": np.arange(60) % 3}
-        np.savez(folder / "own.npz", **arrays)
-        np.savez_compressed(folder / "packed.npz", **arrays, class_names=np.array(["a", "b", "c"]))
-        for ending in ("png", "jpg", "gif", "bmp", "tiff", "webp"):
-            for label in "ab":
-                target = folder / ending / label
-                target.mkdir(parents=True)
-                for number in range(8):
-                    Image.fromarray(noise.integers(0, 256, (8, 8, 3), np.uint8)).save(target / f"{number}.{ending}")
-        yield folder
+    noise = np.random.default_rng(0)
+    arrays = {"train_images": noise.integers(0, 256, (60, 8, 8, 3), np.uint8), "train_labels": np.arange(60) % 3}
+    np.savez(finished / "own.npz", **arrays)
+    np.savez_compressed(finished / "packed.npz", **arrays, class_names=np.array(["a", "b", "c"]))
+    for ending in ("png", "jpg", "gif", "bmp", "tiff", "webp"):
+        for label in "ab":
+            target = finished / ending / label
+            target.mkdir(parents=True)
+            for number in range(8):
+                Image.fromarray(noise.integers(0, 256, (8, 8, 3), np.uint8)).save(target / f"{number}.{ending}")
+    return finished
 
 
 def cut(raw: bytearray, chance: random.Random) -> bytearray:

@@ -62,20 +62,25 @@ def test_neither_a_store_nor_a_page_nor_a_message_holds_a_secret(secretive: Path
     assert holding == []
 
 
-@pytest.mark.parametrize(
-    "command", ["trials digits-mlp", "models", "run digits-mlp --trials 1", "ui", "report digits-mlp"]
-)
-@pytest.mark.parametrize(
-    ("name", "url"),
-    [
-        ("HPO_STORAGE", f"postgresql+psycopg2://me:{SECRET}@127.0.0.1:1/x"),
-        ("HPO_STORAGE", f"postgresql+psycopg2://127.0.0.1:1/x?user=me&password={SECRET}"),
-        ("HPO_STORAGE", f"postgresql+nodriver://me:{CODED}@127.0.0.1:1/x"),
-        ("HPO_STORAGE", f"no address {SECRET}"),
-        ("MLFLOW_TRACKING_URI", f"http://me:{SECRET}@127.0.0.1:1"),
-        ("MLFLOW_TRACKING_URI", f"postgresql+psycopg2://me:{SECRET}@127.0.0.1:1/x"),
-    ],
-)
+COMMANDS = ["trials digits-mlp", "models", "run digits-mlp --trials 1", "ui", "report digits-mlp"]
+ADDRESSES = [
+    ("HPO_STORAGE", f"postgresql+psycopg2://me:{SECRET}@127.0.0.1:1/x"),
+    ("HPO_STORAGE", f"postgresql+psycopg2://127.0.0.1:1/x?user=me&password={SECRET}"),
+    ("HPO_STORAGE", f"postgresql+nodriver://me:{CODED}@127.0.0.1:1/x"),
+    ("HPO_STORAGE", f"no address {SECRET}"),
+    ("MLFLOW_TRACKING_URI", f"http://me:{SECRET}@127.0.0.1:1"),
+    ("MLFLOW_TRACKING_URI", f"postgresql+psycopg2://me:{SECRET}@127.0.0.1:1/x"),
+]
+# Each address with the command that looks at its store, and each command with one address; all others are slow.
+FIRST = {("HPO_STORAGE", "trials digits-mlp"), ("MLFLOW_TRACKING_URI", "models")}
+CASES = [
+    pytest.param(*address, command, marks=[] if number == 0 or (address[0], command) in FIRST else [pytest.mark.slow])
+    for number, address in enumerate(ADDRESSES)
+    for command in COMMANDS
+]
+
+
+@pytest.mark.parametrize(("name", "url", "command"), CASES)
 def test_an_address_is_told_without_its_password(
     secretive: Path, monkeypatch: pytest.MonkeyPatch, name: str, url: str, command: str
 ) -> None:

@@ -23,14 +23,9 @@ HPO = [sys.executable, "-m", "hpo"]
 LONG = ["--set", "training.epochs=100000", "--set", "training.patience=null", "--set", "search.pruner=none"]
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
-def place(project, cache, monkeypatch):
-    monkeypatch.setenv("HPO_DATA", str(cache))
+def place(project, digits_cache, monkeypatch):
+    monkeypatch.setenv("HPO_DATA", str(digits_cache))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return project
 
@@ -67,6 +62,7 @@ def seen(place: Path, ready) -> StudySnapshot:
     raise AssertionError(read_snapshots(Home.find(place), results=False))
 
 
+@pytest.mark.slow
 def test_stop_ends_every_run_of_a_study_cleanly(place):
     runs = [begin(), begin()]
     try:

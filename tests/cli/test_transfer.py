@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,10 @@ from hpo.storage.optuna_storage import read_study
 
 
 @pytest.fixture
-def searched(project: Path) -> Path:
-    """A folder whose study has two trials, and no runs."""
+def searched(project: Path, empty_stores: Path) -> Path:
+    """A folder whose study has two trials, and no runs; `there` is one with empty stores."""
+    for place in (project, project / "there"):
+        shutil.copytree(empty_stores / "mlruns", place / "mlruns")
     spec = parse_study(
         {
             "name": "tiny",
@@ -55,7 +58,7 @@ def test_export_names_the_command_that_imports_and_that_works(searched: Path) ->
 def test_both_speak_json(searched: Path) -> None:
     made = json.loads(_hpo("export", "tiny", "--output", "x.zip", "--json"))
     assert (made["file"], made["trials"], made["notes"]) == ("x.zip", 2, [])
-    came = json.loads(_hpo("import", "x.zip", "--home", "there", "--json"))
+    came = json.loads(_hpo("import", "x.zip", "--home", "elsewhere", "--json"))
     assert (came["relation"], came["trials"]) == ("absent", 2)
 
 

@@ -1,3 +1,3 @@
 """Real SQLite storage in an empty folder, and studies to run on it."""
 
-from search_fixtures import home, make_spec  # noqa: F401
+from search_fixtures import bare_home, home, make_spec  # noqa: F401

@@ -82,13 +82,6 @@ MAKERS = {"in_process": _in_process, "processes": _processes, "ray": _ray}
 NAMES = [pytest.param(name, marks=[pytest.mark.slow] if name == "ray" else []) for name in MAKERS]
 
 
-@pytest.fixture(scope="module")
-def card(tmp_path_factory):
-    from hpo.data.prepare import prepare
-
-    return prepare(SPEC.data, SPEC.split, cache=tmp_path_factory.mktemp("cache"))
-
-
 @pytest.fixture(scope="module", params=NAMES)
 def tested(request):
     made = MAKERS[request.param](request)

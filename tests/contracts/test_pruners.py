@@ -58,20 +58,20 @@ def test_a_hopeless_trial_is_pruned_and_a_good_one_never(home, make_spec, pruner
     assert any(pruned) == (pruner != "none")
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("pruner", PRUNERS)
-def test_report_of_no_number_is_recorded_and_the_study_goes_on(home, make_spec, pruner, value):
+def test_reports_of_no_number_are_recorded_and_the_study_goes_on(home, make_spec, pruner):
     study = open_study(home, make_spec("tpe", pruner, startup=1), data_digest="d")
-    train(study, study.ask(budget=3, worker="w"))
-    odd = study.ask(budget=3, worker="w")
-    for epoch in range(1, 6):
-        study.report(odd.number, epoch, value)
-    study.tell(TrialResult(odd.number, TrialState.COMPLETE, value, 5))
-    train(study, study.ask(budget=3, worker="w"))
+    train(study, study.ask(budget=7, worker="w"))
+    for value in (math.nan, math.inf, -math.inf):
+        odd = study.ask(budget=7, worker="w")
+        for epoch in range(1, 6):
+            study.report(odd.number, epoch, value)
+        study.tell(TrialResult(odd.number, TrialState.COMPLETE, value, 5))
+        train(study, study.ask(budget=7, worker="w"))
     result = study.result()
     study.close()
-    assert [trial.state is TrialState.FAILED for trial in result.trials] == [False, True, False]
-    assert "not a finite number" in result.trials[odd.number].result.reason
+    assert [trial.state is TrialState.FAILED for trial in result.trials] == [False, True] * 3 + [False]
+    assert all("not a finite number" in result.trials[number].result.reason for number in (1, 3, 5))
 
 
 def folds(make_spec, pruner):

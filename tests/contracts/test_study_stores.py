@@ -78,6 +78,7 @@ def _search(home, spec, budget) -> None:
 
 
 def test_supervisors_started_at_once_on_nothing_spend_the_budget_exactly_and_no_grid_cell_twice(store, make_spec):
+    (store.root / "optuna.db").unlink()
     spec, budget = make_spec("grid", space=FINITE), FINITE_CELLS - 3
     folders = [replace(store, root=store.root / str(number)) if store.shared else store for number in range(6)]
     crowd = [FORK.Process(target=_search, args=(home, spec, budget)) for home in folders]

@@ -42,7 +42,10 @@ class Store:
         return {path for path in self.artifacts.rglob("*") if path.is_file()}
 
 
-@pytest.fixture(scope="module", params=["embedded", "postgresql", pytest.param("server", marks=pytest.mark.slow)])
+SERVERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("postgresql", "server")]
+
+
+@pytest.fixture(scope="module", params=["embedded", *SERVERS])
 def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, template: Path) -> Iterator[Store]:  # noqa: F811
     place = tmp_path_factory.mktemp(request.param)
     with ExitStack() as stack:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,9 +43,10 @@ print(len(epochs), "hpo.data.test_set" in sys.modules, sealed)
 
 
 @pytest.fixture
-def card(tmp_path: Path) -> DataCard:
+def card(digits_cache: Path, tmp_path: Path) -> DataCard:
+    """The digits in a folder that the test may change."""
     spec = load_study("digits-mlp")
-    return prepare(spec.data, spec.split, cache=tmp_path / "cache")
+    return prepare(spec.data, spec.split, cache=Path(shutil.copytree(digits_cache, tmp_path / "cache")))
 
 
 @pytest.fixture
@@ -61,7 +63,7 @@ def test_what_a_worker_gets_holds_no_way_to_the_test_part(card: DataCard, task: 
         open_test(task.data, lambda images: images)
 
 
-@pytest.mark.parametrize("left", ["garbage", "nothing"])
+@pytest.mark.parametrize("left", [pytest.param("garbage", marks=pytest.mark.slow), "nothing"])
 def test_a_training_opens_no_file_of_the_test_part(card: DataCard, task: Task, tmp_path: Path, left: str) -> None:
     folder = Path(card.test_folder)
     for file in folder.iterdir():

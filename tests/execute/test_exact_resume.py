@@ -17,11 +17,6 @@ from no_pictures import draw_nothing
 EPOCHS = 3
 
 
-@pytest.fixture(scope="module")
-def digits_cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
 def study(tmp_path, monkeypatch, digits_cache):
     """run(folder, trials, watch) of a real study: one worker process with one thread, TPE, median pruner, digits."""
@@ -89,6 +84,7 @@ def test_a_study_in_ten_pieces_is_the_study_in_one_go(study, tmp_path):
     assert not list((tmp_path / "pieces" / "mlruns" / "work").rglob("*.pt"))
 
 
+@pytest.mark.slow
 def test_an_interrupted_trial_goes_on_from_its_checkpoint(study, tmp_path):
     long = {"training.epochs": 6, "training.checkpoint": 2, "search.pruner": "none"}
     study("home", 1, watch=_Interrupt(5), **long)

@@ -10,7 +10,6 @@ import torch
 
 from deadly_jobs import await_end
 from formula_study import formula, formula_spec
-from hpo.data.prepare import prepare
 from hpo.errors import disk_full
 from hpo.events import EpochEnded, TrialEnded
 from hpo.execute.engines.base import WorkerLost
@@ -28,10 +27,9 @@ from hpo.spec.training import OptimizerSpec, TrainingSpec
 from hpo.tracking.store import connect
 
 
-@pytest.fixture(scope="module")
-def card(tmp_path_factory):
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
     torch.set_num_threads(1)
-    return prepare(DataSpec(name="digits"), SplitSpec(kind="holdout"), cache=tmp_path_factory.mktemp("cache"))
 
 
 def _task(card, tmp_path, model, *, split=None, **training):
@@ -237,6 +235,7 @@ def test_infeasible_candidates_among_good_ones_stop_nothing_and_are_never_best(r
     assert run.study.result().best.result.feasible
 
 
+@pytest.mark.slow
 def test_kind_reason_and_traceback_are_on_the_trial_and_on_its_run(tmp_path, card, monkeypatch):
     from mlflow.artifacts import load_text
 

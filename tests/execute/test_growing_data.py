@@ -23,11 +23,11 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory):
+def project(tmp_path_factory, digits_cache):
     """A folder with a study of eight trials, and what the study found."""
     folder = tmp_path_factory.mktemp("project")
     patch = pytest.MonkeyPatch()
-    patch.setenv("HPO_DATA", str(folder / "cache"))
+    patch.setenv("HPO_DATA", str(digits_cache))
     patch.setattr("hpo.execute.engines.local.cores", lambda: 1)
     patch.setattr("hpo.execute.subscribers.tracking.draw_study", draw_nothing)
     result = run_study(load_study("digits-mlp", overrides=SETTINGS), trials=8, workers=1, home=folder)

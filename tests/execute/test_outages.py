@@ -130,16 +130,11 @@ def proxy(server: Server, monkeypatch: pytest.MonkeyPatch) -> Proxy:
     return proxy
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Path:
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digits_cache: Path) -> Path:
     folder = tmp_path / "project"
     folder.mkdir()
-    monkeypatch.setenv("HPO_DATA", str(cache))
+    monkeypatch.setenv("HPO_DATA", str(digits_cache))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for name in ("HPO_HOME", "HPO_STORAGE", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)

@@ -29,14 +29,6 @@ def test_samplers_that_learn_have_few_trials_under_way(sampler, left, workers, b
     assert largest_stack(spec, left=left, workers=workers, by_default=by_default) == most
 
 
-@pytest.fixture(scope="module")
-def card(tmp_path_factory):
-    from hpo.data.prepare import prepare
-
-    spec = _spec()
-    return prepare(spec.data, spec.split, cache=tmp_path_factory.mktemp("cache"))
-
-
 def test_the_measurement_chooses_a_number_within_the_limit(card):
     places = measure_stack_size(_spec(), card, "cpu", threads=1, most=6)
     assert places.count in (1, 4)

@@ -5,18 +5,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hpo.data.prepare import TrialData, open_trial, prepare
+from hpo.data.prepare import TrialData, open_trial
 from hpo.spec.study import DataSpec, SplitSpec
 
 DIGITS, SPLIT = DataSpec(name="digits"), SplitSpec(kind="holdout")
 
 
-@pytest.fixture(scope="session")
-def digits_card(tmp_path_factory):
-    return prepare(DIGITS, SPLIT, cache=tmp_path_factory.mktemp("cache"))
+@pytest.fixture(scope="module")
+def digits_card(card):
+    return card
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def digits(digits_card) -> TrialData:
     torch.set_num_threads(1)
     return open_trial(digits_card, SPLIT, device=torch.device("cpu"))

@@ -25,6 +25,7 @@ from hpo.relocation import relocate
 from hpo.search.lifecycle import open_study
 from hpo.search.study import Study
 from kept_study import make_kept_study
+from shared import shared
 
 
 @pytest.fixture
@@ -99,13 +100,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.fixture(scope="session")
 def kept_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a study that has run: four trials, their runs, two models, one of them registered."""
-    folder = tmp_path_factory.mktemp("kept")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("HPO_STORAGE", "MLFLOW_TRACKING_URI"):
-            patch.delenv(name, raising=False)
-        patch.setenv("HPO_DATA", str(folder / "data"))
-        make_kept_study(Home.find(folder).create())
-    return folder
+    made = shared(tmp_path_factory, "kept", lambda folder: make_kept_study(Home.find(folder).create()))
+    return Path(shutil.copytree(made, tmp_path_factory.mktemp("kept") / "project"))
 
 
 @pytest.fixture

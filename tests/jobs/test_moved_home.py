@@ -115,6 +115,7 @@ def plain_mlflow(folder: Path, uri: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_no_command_in_a_copy_touches_the_original(killed: Path, tmp_path: Path) -> None:
     original, finished, archive = content(killed), tmp_path / "finished", tmp_path / "study.zip"
     shutil.copytree(killed, finished)
@@ -145,6 +146,7 @@ def test_no_command_in_a_copy_touches_the_original(killed: Path, tmp_path: Path)
     assert len(list((copy / "mlruns" / "artifacts").glob("digits-mlp/models/*"))) >= 2
 
 
+@pytest.mark.slow
 def test_a_folder_renamed_after_a_kill_registers_its_model_with_the_next_run(killed: Path, tmp_path: Path) -> None:
     before, renamed = tmp_path / "before", tmp_path / "re named"
     shutil.copytree(killed, before)

@@ -38,9 +38,10 @@ QUICK = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(digits_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two generations of digits-mlp: version 1 hardly trained, version 2 the better of two final trainings."""
     folder = tmp_path_factory.mktemp("project")
+    shutil.copytree(digits_cache, folder / "data")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HPO_DATA", str(folder / "data"))
         patch.setenv("OMP_NUM_THREADS", "1")

@@ -12,37 +12,21 @@ from typer.testing import CliRunner
 
 from hpo.cli.app import app
 from hpo.errors import HpoError, StoreError
-from hpo.execute.run_study import run_study
 from hpo.home import Home
 from hpo.jobs.promote import promote
 from hpo.jobs.report import explain_mistakes, gather, write_report
-from hpo.spec.load import load_study
 from hpo.storage.optuna_storage import read_study
 from hpo.tracking.ledger import openings
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two trials of digits-mlp, their models, and the prepared digits."""
-    folder = tmp_path_factory.mktemp("project")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HPO_DATA", str(folder / "data"))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        patch.delenv("HPO_STORAGE", raising=False)
-        quick = ["training.epochs=2", "training.precision=float32", "search.pruner=none", "search.sampler=random"]
-        run_study(load_study("digits-mlp", overrides=quick), trials=2, workers=0, home=folder)
-    return folder
-
-
 @pytest.fixture
-def project(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def project(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the folder that a test may change."""
     for name in ("HPO_HOME", "HPO_STORAGE", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HPO_DATA", str(place / "data"))
+    monkeypatch.setenv("HPO_DATA", str(finished / "data"))
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(place / "mlruns", tmp_path / "mlruns", ignore=shutil.ignore_patterns("work"))
+    shutil.copytree(finished / "mlruns", tmp_path / "mlruns", ignore=shutil.ignore_patterns("work"))
     return tmp_path
 
 
@@ -67,26 +51,32 @@ def test_report_tells_of_everything_that_a_finished_study_left(project: Path) ->
 
 
 def test_report_never_opens_the_test_part_and_tells_how_often_others_did(project: Path) -> None:
+    """Through the command, which prints where the page is."""
     home = Home.find(project)
-    page = write_report("digits-mlp", home=project).read_text(encoding="utf-8")
-    assert "never opened" in page
+    said = CliRunner().invoke(app, ["report", "digits-mlp"])
+    assert said.exit_code == 0, said.output
+    assert said.stdout.strip() == str(project / "mlruns" / "reports" / "digits-mlp.html")
+    assert "never opened" in Path(said.stdout.strip()).read_text(encoding="utf-8")
     assert not (home.root / "openings.jsonl").exists()
     test = promote("digits-mlp", home=project).scores["test_accuracy"]
-    page = write_report("digits-mlp", home=project).read_text(encoding="utf-8")
+    said = CliRunner().invoke(app, ["report", "digits-mlp", "--out", "a/b.html", "--json"])
+    assert json.loads(said.stdout) == {"path": str(project / "a" / "b.html")}
+    assert (project / "a" / "b.html").stat().st_mtime <= datetime.now(UTC).timestamp() + 1
+    page = (project / "a" / "b.html").read_text(encoding="utf-8")
     assert "was opened once" in page
     assert f"{test:.4f}" in page
     assert "UTC to promote version 1" in page
     assert len(openings(home, read_study(home, "digits-mlp"))) == 1
 
 
-def test_study_whose_data_is_gone_keeps_a_page(project: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_study_whose_data_is_gone_keeps_a_page(project: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HPO_DATA", str(project / "elsewhere"))
-    (place / "data").rename(place / "away")
+    (finished / "data").rename(finished / "away")
     try:
         home = Home.find(project)
         findings = gather(home, read_study(home, "digits-mlp"))
     finally:
-        (place / "away").rename(place / "data")
+        (finished / "away").rename(finished / "data")
     assert findings.samples is None
     assert findings.split is not None
     assert any("are not on this machine" in sentence for sentence in findings.missing)
@@ -110,6 +100,7 @@ def test_damaged_tracking_store_is_told_on_the_page(project: Path) -> None:
     assert "The tracking store could not be read" in page
 
 
+@pytest.mark.slow
 def test_saliency_of_the_mistakes_is_on_the_page_where_it_is_asked_for(project: Path) -> None:
     plain = write_report("digits-mlp", home=project).read_text(encoding="utf-8")
     assert "Saliency of the mistakes" not in plain
@@ -120,18 +111,10 @@ def test_saliency_of_the_mistakes_is_on_the_page_where_it_is_asked_for(project: 
     assert "mistakes could not be explained" in page
 
 
-def test_command_prints_where_the_page_is(project: Path) -> None:
-    said = CliRunner().invoke(app, ["report", "digits-mlp"])
-    assert said.exit_code == 0, said.output
-    assert said.stdout.strip() == str(project / "mlruns" / "reports" / "digits-mlp.html")
-    said = CliRunner().invoke(app, ["report", "digits-mlp", "--out", "a/b.html", "--json"])
-    assert json.loads(said.stdout) == {"path": str(project / "a" / "b.html")}
-    assert (project / "a" / "b.html").stat().st_mtime <= datetime.now(UTC).timestamp() + 1
-
-
 def test_unknown_study_and_unwritable_file_are_told(project: Path) -> None:
     with pytest.raises(StoreError, match="no study 'nobody' has run here"):
         write_report("nobody", home=project)
+    (project / "mlruns" / "mlflow.db").unlink()  # a page without a model is drawn sooner
     (project / "file").touch()
     with pytest.raises(HpoError, match="cannot be written"):
         write_report("digits-mlp", home=project, out=project / "file" / "page.html")

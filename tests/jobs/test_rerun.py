@@ -18,10 +18,11 @@ from hpo.jobs.rerun import Agreement, compare_epochs, rerun
 from hpo.records import Epoch, TrialState
 from hpo.spec.load import load_study
 from hpo.storage.optuna_storage import read_study
+from no_pictures import draw_nothing
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(tmp_path_factory, digits_cache):
     """A store with a study of three trials: one complete, one pruned after its first epochs, one failed."""
     folder = tmp_path_factory.mktemp("project")
     settings = {
@@ -37,9 +38,10 @@ def home(tmp_path_factory):
         "search.start": [{"training.optimizer.lr": lr} for lr in (0.05, 1.0e-5, 100.0)],
     }
     patch = pytest.MonkeyPatch()
-    patch.setenv("HPO_DATA", str(folder / "cache"))
+    patch.setenv("HPO_DATA", str(digits_cache))
     patch.setattr("hpo.execute.engines.local.cores", lambda: 1)
-    run_study(load_study("digits-mlp", overrides=settings), trials=3, workers=1, home=folder)
+    patch.setattr("hpo.execute.subscribers.tracking.draw_study", draw_nothing)
+    run_study(load_study("digits-mlp", overrides=settings), trials=3, workers=0, home=folder)
     yield folder
     patch.undo()
 
@@ -83,6 +85,7 @@ def test_the_command_shows_each_epoch_and_ends_with_0_where_they_agree(home):
     assert "all 3 epochs agree bit for bit. 0 of 288 validation images have another answer." in told.output
 
 
+@pytest.mark.slow
 def test_a_trial_that_shared_its_computation_repeats_closely(tmp_path, monkeypatch):
     monkeypatch.setenv("HPO_DATA", str(tmp_path / "cache"))
     settings = {"training.epochs": 3, "model.dropout": 0.2, "keep.models": "none", "search.sampler": "random"}

@@ -24,7 +24,7 @@ from hpo.jobs.stop import stop_study
 from hpo.jobs.transfer import export_study, import_study
 from hpo.records import TrialResult, TrialState
 from hpo.search.lifecycle import open_study
-from hpo.storage.optuna_storage import open_storage, read_study
+from hpo.storage.optuna_storage import read_study
 from hpo.tracking.ledger import announce_opening, complete_opening, image_digests, name_images
 from hpo.tracking.registry import champions, record_champion, resolve, set_alias
 from hpo.tracking.store import connect
@@ -61,11 +61,11 @@ def rich(kept: Home) -> Home:
 
 
 @pytest.fixture
-def stores(tmp_path: Path, empty: Path, database: str) -> Home:
+def stores(tmp_path: Path, empty_stores: Path, database: str) -> Home:
     """Stores on servers, as far as SQLite can stand for MLflow's."""
     folder = tmp_path / "shared"
     folder.mkdir()
-    shutil.copyfile(empty / "mlruns" / "mlflow.db", tmp_path / "elsewhere.db")
+    shutil.copyfile(empty_stores / "mlruns" / "mlflow.db", tmp_path / "elsewhere.db")
     tracking = f"sqlite:///{tmp_path / 'elsewhere.db'}"
     (folder / "hpo.toml").write_text(f'storage = "{database}"\ntracking = "{tracking}"\n', encoding="utf-8")
     home = Home.find(folder).create()
@@ -73,19 +73,10 @@ def stores(tmp_path: Path, empty: Path, database: str) -> Home:
     return home
 
 
-@pytest.fixture(scope="session")
-def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with empty stores: copying them takes a tenth of the time of making them."""
-    home = Home.at(tmp_path_factory.mktemp("empty")).create()
-    connect(home)
-    open_storage(home).close()
-    return home.root.parent
-
-
 @pytest.fixture
-def other(empty: Path, tmp_path: Path) -> Path:
+def other(empty_stores: Path, tmp_path: Path) -> Path:
     """A folder to move to."""
-    return Path(shutil.copytree(empty, tmp_path / "other"))
+    return Path(shutil.copytree(empty_stores, tmp_path / "other"))
 
 
 def _folder(home: Home) -> Path:
@@ -229,14 +220,14 @@ def _die(file: Path, home: Path, last: int) -> int:
     return counted.value
 
 
-def _killed_imports(rich: Home, empty: Path, folder: Path, stops: Callable[[int], list[list[int]]]) -> None:
+def _killed_imports(rich: Home, empty_stores: Path, folder: Path, stops: Callable[[int], list[list[int]]]) -> None:
     """Import with kills at the commits that stops(commits in all) names, a list for each target; then to the end."""
     file = folder / "study.zip"
     export_study("formula", home=_folder(rich), file=file)
     wanted = whole(rich, stored(rich))
-    total = _die(file, Path(shutil.copytree(empty, folder / "counted")), 0)
+    total = _die(file, Path(shutil.copytree(empty_stores, folder / "counted")), 0)
     for place, kills in enumerate(stops(total)):
-        target = Path(shutil.copytree(empty, folder / str(place)))
+        target = Path(shutil.copytree(empty_stores, folder / str(place)))
         for kill in kills:
             _die(file, target, kill)
         import_study(file, home=target)
@@ -244,15 +235,15 @@ def _killed_imports(rich: Home, empty: Path, folder: Path, stops: Callable[[int]
 
 
 @pytest.mark.slow
-def test_killed_imports_are_completed_by_the_next(rich: Home, empty: Path, tmp_path: Path) -> None:
+def test_killed_imports_are_completed_by_the_next(rich: Home, empty_stores: Path, tmp_path: Path) -> None:
     choice = random.Random(0)  # noqa: S311 - a choice of tests
-    _killed_imports(rich, empty, tmp_path, lambda total: [sorted(choice.sample(range(1, total), 6))])
+    _killed_imports(rich, empty_stores, tmp_path, lambda total: [sorted(choice.sample(range(1, total), 6))])
 
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-def test_import_killed_at_any_commit_is_completed_by_the_next(rich: Home, empty: Path, tmp_path: Path) -> None:
-    _killed_imports(rich, empty, tmp_path, lambda total: [[kill] for kill in range(1, total)])
+def test_import_killed_at_any_commit_is_completed_by_the_next(rich: Home, empty_stores: Path, tmp_path: Path) -> None:
+    _killed_imports(rich, empty_stores, tmp_path, lambda total: [[kill] for kill in range(1, total)])
 
 
 def _rewritten(file: Path, change: Callable[[dict[str, bytes]], None], *, honest: bool = True) -> None:

@@ -89,7 +89,10 @@ def test_reuse_goes_on_after_a_kill_while_it_answers(home, make_spec, monkeypatc
     assert len(trained) == 3
 
 
-@pytest.mark.parametrize("sampler", ["random", "tpe", "qmc", "grid"])
+LONGER = [pytest.param(name, marks=pytest.mark.slow) for name in ("tpe", "qmc")]
+
+
+@pytest.mark.parametrize("sampler", ["random", "grid", *LONGER])
 def test_rejecting_search_never_repeats_a_candidate_and_ends_when_all_are_tried(home, make_spec, sampler):
     spec = make_spec(sampler, space=FINITE, duplicates="reject")
     study = open_study(home, spec, data_digest="d")
@@ -102,6 +105,7 @@ def test_rejecting_search_never_repeats_a_candidate_and_ends_when_all_are_tried(
     assert len(result.trials) == len(set(keys(result))) == FINITE_CELLS
 
 
+@pytest.mark.slow
 def test_rejecting_search_in_pieces_tries_the_same_candidates_as_in_one_go(home, make_spec):
     spec = make_spec("tpe", space=FINITE, duplicates="reject")
     whole = open_study(home, spec, data_digest="d")

@@ -38,7 +38,10 @@ def test_finals_have_the_given_parameters_and_seeds_and_no_budget(home, make_spe
     assert [trial.candidate.parameters for trial in result.ranked(FINAL)[::2]] == best
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "cmaes", "qmc", "grid"])
+LONGER = [pytest.param(name, marks=pytest.mark.slow) for name in ("cmaes", "qmc")]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "grid", *LONGER])
 def test_search_goes_on_after_finals_as_if_there_were_none(home, make_spec, sampler):
     spec = make_spec(sampler, "median", FINITE if sampler == "grid" else NUMERIC, startup=6)
     plain = open_study(home, spec, data_digest="d")

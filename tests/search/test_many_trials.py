@@ -17,6 +17,7 @@ from hpo.storage.optuna_storage import read_study
 from hpo.storage.reader import list_trials
 from hpo.storage.trial_index import BEST, LATEST, MOST, OTHERS, EndedTrials
 from many_trials import CONDITIONAL, GRID, SPACE, make_study
+from search_fixtures import specify
 
 SHORT, LONG = 510, 1500
 SEARCHES = {
@@ -67,10 +68,23 @@ def test_asking_and_telling_stays_as_quick_when_the_study_grows(home, make_spec,
     assert long < 1.3 * short
 
 
-def test_reading_a_study_again_reads_only_what_is_new(home, make_spec):
-    spec = make_spec(space=SPACE)
-    make_study(home, spec, SHORT, images=10)
-    study = open_study(home, spec, data_digest="sha256:0")
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """A folder with a study of so many random trials, and what specifies it."""
+    folder = tmp_path_factory.mktemp("short")
+    spec = specify(pruner="median", space=SPACE)
+    make_study(Home.at(folder), spec, SHORT, images=10)
+    return folder, spec
+
+
+@pytest.fixture
+def long_home(short, tmp_path):
+    """A copy of it."""
+    return Home.at(shutil.copytree(short[0], tmp_path / "copy"))
+
+
+def test_reading_a_study_again_reads_only_what_is_new(long_home, short):
+    study = open_study(long_home, short[1], data_digest="sha256:0")
     first = calls_of(study.result)
     train(study, study.ask(budget=10_000, worker="w"), epochs=1)
     assert calls_of(study.result) < first / 4
@@ -82,9 +96,8 @@ def test_reading_a_study_again_reads_only_what_is_new(home, make_spec):
 def test_long_study_resumed_asks_what_it_would_have_asked_unbroken(tmp_path, home, make_spec):
     spec = make_spec("tpe", space=SPACE)
     make_study(home, spec, SHORT, images=10)
-    shutil.copytree(home.root, tmp_path / "other")
-    root = tmp_path / "other"
-    other = Home(root, f"sqlite:///{root / 'optuna.db'}", f"sqlite:///{root / 'mlflow.db'}")
+    shutil.copytree(home.root, tmp_path / "other" / "mlruns")
+    other = Home.at(tmp_path / "other")
 
     def ask(place, pieces):
         asked = []
@@ -142,10 +155,8 @@ def test_with_several_objectives_samplers_see_the_front():
     assert {*range(7, 3000, 100)} <= {trial.number for trial in ended_trials.sample()}
 
 
-def test_pruners_see_every_trial(home, make_spec):
-    spec = make_spec(pruner="median", space=SPACE)
-    make_study(home, spec, SHORT, images=10)
-    study = open_study(home, spec, data_digest="sha256:0")
+def test_pruners_see_every_trial(long_home, short):
+    study = open_study(long_home, short[1], data_digest="sha256:0")
     candidate = study.ask(budget=10_000, worker="w")
     sampled = study._view(None, sampled=True).get_all_trials(study._id, deepcopy=False)
     assert len(sampled) < SHORT

@@ -132,6 +132,7 @@ def test_a_trial_that_breaks_a_constraint_is_not_the_one_to_beat(home, make_spec
     assert any(state is TrialState.PRUNED for _, state in states.values())
 
 
+@pytest.mark.slow
 def test_a_search_with_the_curve_pruner_keeps_its_best(home, make_spec):
     results = {}
     for pruner in ("none", "curve"):

@@ -60,6 +60,7 @@ def test_candidate_of_a_grid_is_not_lost_where_its_retry_is_killed_while_it_is_t
     assert (again.parameters, again.ordinal, again.attempt) == (first.parameters, first.ordinal, 3)
 
 
+@pytest.mark.slow
 def test_candidate_whose_process_dies_three_times_is_failed_but_ctrl_c_is_no_death(home, make_spec):
     for _ in range(4):
         study = open_study(home, make_spec(), data_digest="d")

@@ -20,7 +20,7 @@ from hpo.spec.study import StudySpec
 FILES = sorted(study_files().values())
 TREES = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in FILES]
 QUICK = settings(
-    max_examples=150, deadline=timedelta(seconds=10), suppress_health_check=list(HealthCheck), derandomize=True
+    max_examples=60, deadline=timedelta(seconds=10), suppress_health_check=list(HealthCheck), derandomize=True
 )
 LONG = settings(QUICK, max_examples=10_000, deadline=timedelta(seconds=30), derandomize=False)
 

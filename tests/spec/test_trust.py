@@ -163,9 +163,7 @@ def test_a_name_that_is_nearly_a_function_imports_nothing(evil: Path, name: str,
     assert "own.yaml:" in result.stderr  # told when the file is loaded
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(name=st.lists(st.sampled_from(PIECES)).map("".join))
-def test_nothing_is_imported_without_trust_whatever_its_name_looks_like(evil: Path, name: str) -> None:
+def check_name(evil: Path, name: str) -> None:
     """What is not seen by the question of trust is not loaded either, from a file, a stored study or a setup."""
     from hpo.spec.own_code import load_function
 
@@ -184,3 +182,20 @@ def test_nothing_is_imported_without_trust_whatever_its_name_looks_like(evil: Pa
         spec = load_study(file)
         prepare(spec.data, spec.split)
     assert "evilmod" not in sys.modules
+
+
+NAMES = st.lists(st.sampled_from(PIECES)).map("".join)
+FEW = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@FEW
+@given(name=NAMES)
+def test_nothing_is_imported_without_trust_whatever_its_name_looks_like(evil: Path, name: str) -> None:
+    check_name(evil, name)
+
+
+@pytest.mark.slow
+@settings(FEW, max_examples=1000)
+@given(name=NAMES)
+def test_nothing_is_imported_without_trust_of_a_thousand_names(evil: Path, name: str) -> None:
+    check_name(evil, name)

@@ -44,12 +44,12 @@ def test_trial_added_through_optuna_itself_is_run_and_read(home, make_spec):
     study.close()
 
 
-def test_reading_where_nothing_ran_makes_no_files_and_says_what_to_run(home):
+def test_reading_where_nothing_ran_makes_no_files_and_says_what_to_run(bare_home):
     with pytest.raises(StoreError, match="no study 'digits-mlp'") as caught:
-        read_study(home, "digits-mlp")
+        read_study(bare_home, "digits-mlp")
     assert "hpo run digits-mlp" in caught.value.hint
-    assert list_studies(home) == []
-    assert not home.root.exists()
+    assert list_studies(bare_home) == []
+    assert not bare_home.root.exists()
 
 
 def test_absent_study_error_names_those_there_are(home, make_spec):

@@ -69,9 +69,9 @@ def test_a_stop_reaches_who_has_the_study_open_and_nobody_later(home, make_spec)
         study.close()
 
 
-def test_looking_where_nothing_is_makes_nothing(home):
-    assert read_snapshots(home) == []
-    assert not home.root.exists()
+def test_looking_where_nothing_is_makes_nothing(bare_home):
+    assert read_snapshots(bare_home) == []
+    assert not bare_home.root.exists()
 
 
 def test_looking_waits_for_no_writer_and_no_lock(home, make_spec):

@@ -1,3 +1,3 @@
 """A home with an empty MLflow database."""
 
-from tracking_fixtures import exported, folder, home, server, template, tracker  # noqa: F401
+from tracking_fixtures import exported, folder, home, registered, server, template, tracker  # noqa: F401

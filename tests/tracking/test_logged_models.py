@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import urllib.request
@@ -16,7 +17,6 @@ from hpo.models.safe_loader import Program
 from hpo.predict import load_model
 from hpo.tracking.registry import REGISTERED, fetch, resolve
 from hpo.tracking.store import connect, load_mlflow
-from hpo.tracking.tracker import Tracker
 from ports import free_port, wait_for
 
 _ELSEWHERE = """
@@ -31,20 +31,27 @@ print(table.to_json(orient="split", double_precision=15))
 """
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def images() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (300, *tiny.SHAPE), dtype=np.uint8)
 
 
 @pytest.fixture
-def kept(home: Home, tracker: Tracker, folder: Path) -> Path:
-    """The folder of a registered model."""
-    candidate = tiny.candidate(0)
-    tracker.start_trial(candidate, tiny.spec().with_values(candidate.parameters), worker="w0")
-    tracker.end_trial(tiny.result(0))
-    tracker.keep_model(0, folder)
-    tracker.register(tiny.study(), 0)
+def home(registered: Path, tmp_path: Path) -> Home:
+    """A home with a registered model."""
+    shutil.copytree(registered / "mlruns", tmp_path / "mlruns")
+    return Home.at(tmp_path)
+
+
+@pytest.fixture
+def kept(home: Home) -> Path:
+    """The folder of its model."""
     return fetch(home, resolve(home, "tiny"), home.work)
+
+
+@pytest.fixture(scope="module")
+def folder(exported: Path) -> Path:
+    return exported
 
 
 def expected(folder: Path, images: np.ndarray) -> np.ndarray:

@@ -105,6 +105,7 @@ def _state(home: Home) -> Any:
     return [shown(parent), *found], len(models), nets, registered
 
 
+@pytest.mark.slow
 def test_a_store_whose_every_answer_is_lost_once_ends_as_one_that_answers(
     home: Home, folder: Path, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,7 +76,10 @@ def test_a_database_that_was_being_made_when_its_process_died_is_made_anew(
     assert not list(home.root.glob("*.part*"))
 
 
-@pytest.mark.parametrize("name", ["what?", "a#b", "100%", "x&y=z?w"])
+SIGNS = ["p%20q", "what?", *(pytest.param(name, marks=pytest.mark.slow) for name in ("a#b", "100%", "x&y=z?w"))]
+
+
+@pytest.mark.parametrize("name", SIGNS)
 def test_a_home_may_have_any_sign_in_its_name_and_nothing_is_written_beside_it(tmp_path: Path, name: str) -> None:
     from hpo.storage.optuna_storage import open_storage
 

@@ -1,6 +1,8 @@
 """A training that was interrupted goes on from its file, to the very numbers of one in one go."""
 
 import dataclasses
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,12 +62,19 @@ def _untimed(epochs):
     return [dataclasses.replace(epoch, seconds=0.0) for epoch in epochs]
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "rmsprop", "adam", "adamw"])
-@pytest.mark.parametrize("until", [1, 2, 3, 6])
-def test_a_resumed_training_ends_bit_for_bit_as_one_in_one_go(digits_card, tmp_path, optimizer, until):
+@pytest.fixture(scope="module", params=["sgd", "rmsprop", "adam", "adamw"])
+def in_one_go(request, digits_card, tmp_path_factory):
+    """A setup, and what its training gave: its epochs, its result, its folder."""
     torch.set_num_threads(1)
-    setup, file = _setup(optimizer, **RICH), tmp_path / "saved" / "one.pt"
-    whole, result = _train(setup, digits_card, tmp_path / "a", None)
+    setup, folder = _setup(request.param, **RICH), tmp_path_factory.mktemp("whole") / "a"
+    return setup, *_train(setup, digits_card, folder, None), folder
+
+
+@pytest.mark.parametrize("until", [1, 2, 3, 6])
+def test_a_resumed_training_ends_bit_for_bit_as_one_in_one_go(digits_card, tmp_path, in_one_go, until):
+    torch.set_num_threads(1)
+    setup, whole, result, folder = in_one_go
+    file = tmp_path / "saved" / "one.pt"
     _train(setup, digits_card, tmp_path / "b", file, until=until)
     torch.manual_seed(99)  # whatever else has drawn in this process
     saved = Checkpoint(file, setup, digits_card, seed=5, device_name="cpu").load()
@@ -73,9 +82,9 @@ def test_a_resumed_training_ends_bit_for_bit_as_one_in_one_go(digits_card, tmp_p
     again, resumed = _train(setup, digits_card, tmp_path / "b", file)
     assert _untimed(again) == _untimed(whole)
     assert dataclasses.replace(resumed, folder=result.folder) == result
-    first, second = (load_file(tmp_path / name / "weights.safetensors") for name in "ab")
+    first, second = (load_file(each / "weights.safetensors") for each in (folder, tmp_path / "b"))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    first, second = (np.load(tmp_path / name / VALIDATION)["probabilities"] for name in "ab")
+    first, second = (np.load(each / VALIDATION)["probabilities"] for each in (folder, tmp_path / "b"))
     assert np.array_equal(first, second)
 
 
@@ -87,15 +96,20 @@ def test_the_epochs_before_are_told_again_and_not_trained_again(digits_card, tmp
     assert [epoch.seconds for epoch in again[:4]] == [epoch.seconds for epoch in first[:4]]
 
 
+@pytest.fixture(scope="module")
+def folds(digits_card, tmp_path_factory):
+    setup = _setup(split=FOLDS, epochs=3)
+    return setup, *_train(setup, digits_card, tmp_path_factory.mktemp("folds"), None)
+
+
 # Three epochs a fold, saved after the second of each, and between folds when the next one begins.
 @pytest.mark.parametrize(("until", "kept"), [(2, 2), (3, 2), (4, 3), (5, 5), (8, 8)])
-def test_finished_folds_are_not_trained_again(digits_card, tmp_path, until, kept):
-    setup, file = _setup(split=FOLDS, epochs=3), tmp_path / "one.pt"
-    whole, result = _train(setup, digits_card, tmp_path, None)
+def test_finished_folds_are_not_trained_again(digits_card, tmp_path, folds, until, kept):
+    (setup, whole, result), file = folds, tmp_path / "one.pt"
     first, _ = _train(setup, digits_card, tmp_path, file, until=until)
     again, resumed = _train(setup, digits_card, tmp_path, file)
     assert _untimed(again) == _untimed(whole)
-    assert resumed == result
+    assert dataclasses.replace(resumed, folder=result.folder) == result
     assert [epoch.seconds for epoch in again[:kept]] == [epoch.seconds for epoch in first[:kept]]
 
 
@@ -118,20 +132,26 @@ def _folder(file):
     file.mkdir()
 
 
+@pytest.fixture(scope="module")
+def saved(digits_card, tmp_path_factory):
+    """The epochs of a training in one go, and the file of one that was killed in its sixth."""
+    folder = tmp_path_factory.mktemp("saved")
+    _train(_setup(), digits_card, folder, folder / "one.pt", until=5)
+    return _train(_setup(), digits_card, folder, None)[0], folder / "one.pt"
+
+
 @pytest.mark.parametrize("damage", [_cut, _flip, _empty, _folder])
-def test_a_damaged_file_is_as_none(digits_card, tmp_path, damage):
-    setup, file = _setup(), tmp_path / "one.pt"
-    whole, _ = _train(setup, digits_card, tmp_path, None)
-    _train(setup, digits_card, tmp_path, file, until=5)
+def test_a_damaged_file_is_as_none(digits_card, tmp_path, saved, damage):
+    setup, (whole, whole_file) = _setup(), saved
+    file = Path(shutil.copy(whole_file, tmp_path))
     damage(file)
     epochs, result = _train(setup, digits_card, tmp_path, file)
     assert _untimed(epochs) == _untimed(whole)
     assert result.state is TrialState.COMPLETE
 
 
-def test_a_file_of_another_training_is_as_none(digits_card, tmp_path):
-    setup, file = _setup(), tmp_path / "one.pt"
-    _train(setup, digits_card, tmp_path, file, until=5)
+def test_a_file_of_another_training_is_as_none(digits_card, saved):
+    setup, (_, file) = _setup(), saved
 
     def found(setup=setup, card=digits_card, seed=5):
         return Checkpoint(file, setup, card, seed=seed, device_name="cpu").load().epochs
@@ -143,11 +163,9 @@ def test_a_file_of_another_training_is_as_none(digits_card, tmp_path):
     assert found(card=dataclasses.replace(digits_card, digest="sha256:1")) == ()
 
 
-def test_a_network_that_was_changed_in_between_begins_again(digits_card, tmp_path):
-    setup, file = _setup(), tmp_path / "one.pt"
-    _train(setup, digits_card, tmp_path, file, until=5)
-    saved = Checkpoint(file, setup, digits_card, seed=5, device_name="cpu").load()
-    assert not saved.fits(torch.nn.Linear(2, 2))
+def test_a_network_that_was_changed_in_between_begins_again(digits_card, saved):
+    found = Checkpoint(saved[1], _setup(), digits_card, seed=5, device_name="cpu").load()
+    assert not found.fits(torch.nn.Linear(2, 2))
 
 
 def test_without_a_wish_nothing_is_written(digits_card, tmp_path):

@@ -31,16 +31,23 @@ def _train(card, folder, *, profile, **training):
         return end.value, epochs
 
 
-def test_a_profile_changes_no_result_and_is_made_only_on_request(digits_card, tmp_path):
-    (profiled, _), (plain, _) = (_train(digits_card, tmp_path, profile=profile) for profile in (True, False))
+@pytest.fixture(scope="module")
+def trained(digits_card, tmp_path_factory):
+    """Result and epochs of a profiled trial."""
+    return _train(digits_card, tmp_path_factory.mktemp("profiled"), profile=True)
+
+
+def test_a_profile_changes_no_result_and_is_made_only_on_request(digits_card, tmp_path, trained):
+    (profiled, _), (plain, _) = trained, _train(digits_card, tmp_path, profile=False)
     assert plain.profile is None
     assert profiled.scores == plain.scores
     assert profiled.predicted == plain.predicted
 
 
-@pytest.mark.parametrize("micro_batch", [None, 8])
-def test_the_phases_of_a_profile_add_up_to_the_time_of_the_epochs(digits_card, tmp_path, micro_batch):
-    result, epochs = _train(digits_card, tmp_path, profile=True, micro_batch=micro_batch)
+@pytest.mark.parametrize("micro_batch", [None, pytest.param(8, marks=pytest.mark.slow)])
+def test_the_phases_of_a_profile_add_up_to_the_time_of_the_epochs(digits_card, tmp_path, trained, micro_batch):
+    small = micro_batch and _train(digits_card, tmp_path, profile=True, micro_batch=micro_batch)
+    result, epochs = small or trained
     seconds = result.profile.seconds
     assert set(seconds) == {*PHASES, "evaluate"}
     assert all(value > 0 for value in seconds.values())
@@ -59,8 +66,8 @@ def test_labels_cost_nothing_without_a_profiler():
     assert phase("forward") is phase("backward")
 
 
-def test_profiles_are_stored_and_those_of_older_versions_load(digits_card, tmp_path):
-    result, _ = _train(digits_card, tmp_path, profile=True)
+def test_profiles_are_stored_and_those_of_older_versions_load(trained):
+    result, _ = trained
     stored = result.to_json()
     assert TrialResult.from_json(stored) == replace(result, folder=Path(result.folder).name)
     old = {

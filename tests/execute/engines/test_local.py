@@ -24,13 +24,6 @@ SPEC = load_study("digits-mlp", overrides=["training.epochs=3", "training.precis
 
 
 @pytest.fixture(scope="module")
-def card(tmp_path_factory):
-    from hpo.data.prepare import prepare
-
-    return prepare(SPEC.data, SPEC.split, cache=tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(scope="module")
 def processes():
     engine = LocalProcesses(["cpu", "cpu"], threads=1)
     yield engine
@@ -138,6 +131,7 @@ def test_trainings_that_share_with_none_come_one_after_another(stacked, card, tm
     assert heard == sorted(heard) == [0] * 4 + [1] * 4 + [2] * 4
 
 
+@pytest.mark.slow
 def test_trainings_whose_shared_computation_fails_go_on_alone(card, tmp_path, monkeypatch):
     from hpo.training.stack import Stacks
     from hpo.training.stack_nets import StackedNets

@@ -62,6 +62,7 @@ def test_precision_is_that_of_the_option():
         with_options(spec, RunOptions(precision="float16"))
 
 
+@pytest.mark.slow
 def test_a_profiled_run_tells_its_profile_last_but_one_and_keeps_it(tmp_path, monkeypatch):
     for name in ("HPO_STORAGE", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)

@@ -26,9 +26,17 @@ from hpo.spec.models import TransferSpec
 from hpo.tracking.ledger import announce_opening, name_images
 
 
+@pytest.fixture(scope="module")
+def prepared(digits_cache: Path) -> Path:
+    """The digits with two test parts."""
+    spec = load_study("digits-mlp", overrides={"split.seed": 1})
+    prepare(spec.data, spec.split, cache=digits_cache)
+    return digits_cache
+
+
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
-    monkeypatch.setenv("HPO_DATA", str(tmp_path / "cache"))
+def home(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
+    monkeypatch.setenv("HPO_DATA", shutil.copytree(prepared, tmp_path / "cache").as_posix())
     for name in ("MLFLOW_TRACKING_URI", "HPO_STORAGE"):
         monkeypatch.delenv(name, raising=False)
     return Home.at(tmp_path / "home")

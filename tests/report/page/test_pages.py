@@ -72,7 +72,10 @@ def see(browser: Any) -> Iterator[Any]:
         context.close()
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1100, "light"), (1100, "dark"), (390, "light")])
+LOOKS = [(1100, "light"), *(pytest.param(*look, marks=pytest.mark.slow) for look in ((1100, "dark"), (390, "light")))]
+
+
+@pytest.mark.parametrize(("width", "scheme"), LOOKS)
 def test_page_is_drawn_whole_without_errors_requests_or_overflow(
     see: Any, crowded: Path, width: int, scheme: str
 ) -> None:
@@ -103,6 +106,7 @@ def test_pointing_at_a_trial_describes_it_and_marks_it_in_every_figure(see: Any,
     assert {"Optimisation history", "Parallel coordinates", "Learning curves"} <= set(page.evaluate(marked))
 
 
+@pytest.mark.slow
 def test_charts_follow_the_colour_scheme_and_paper(see: Any, crowded: Path) -> None:
     page = see(crowded).page
     filters = "getComputedStyle(document.querySelector('.lines svg')).filter"
@@ -113,6 +117,7 @@ def test_charts_follow_the_colour_scheme_and_paper(see: Any, crowded: Path) -> N
     assert page.evaluate(filters) == "none"
 
 
+@pytest.mark.slow
 def test_printed_page_fits_its_paper(see: Any, crowded: Path) -> None:
     page = see(crowded, width=718).page  # A4 without its margins
     page.emulate_media(media="print")
@@ -121,6 +126,7 @@ def test_printed_page_fits_its_paper(see: Any, crowded: Path) -> None:
     assert page.evaluate(wide) == 0
 
 
+@pytest.mark.slow
 def test_page_without_any_trial_is_drawn_too(see: Any, tmp_path: Path) -> None:
     path = tmp_path / "empty.html"
     path.write_text(study_page(told.findings()), encoding="utf-8")

@@ -25,16 +25,20 @@ def text(findings: Findings) -> str:
     return " ".join(unescape(re.sub(r"<[^>]+>", " ", body)).split())
 
 
-def test_page_is_one_file_that_asks_nothing_of_a_network() -> None:
-    page = study_page(told.crowded())
+@pytest.fixture(scope="module")
+def crowded() -> str:
+    return study_page(told.crowded())
+
+
+def test_page_is_one_file_that_asks_nothing_of_a_network(crowded: str) -> None:
+    page = crowded
     assert len(page) < 4_000_000
     assert not re.findall(r"(?:src|href)=[\"'](?!data:|#)", page)
     assert not re.findall(r"url\((?!#)", page)
 
 
-def test_the_same_study_gives_the_same_page() -> None:
-    findings = told.crowded()
-    assert study_page(findings) == study_page(findings)
+def test_the_same_study_gives_the_same_page(crowded: str) -> None:
+    assert study_page(told.crowded()) == crowded
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,7 @@ def test_a_copy_is_whole_and_running_twice_makes_one_version(
     assert champion.run_id not in facts
 
 
+@pytest.mark.slow
 def test_a_champion_of_another_signature_is_replaced_by_force_only(
     home: Home, champion: ModelVersion, other: Home, tracker: Tracker, tmp_path: Path
 ) -> None:

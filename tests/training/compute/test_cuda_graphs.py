@@ -106,7 +106,7 @@ def _raises(step, sample):
     ],
     ids=lambda part: getattr(part, "__name__", ""),
 )
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_a_graph_is_taken_only_where_it_is_right_and_faster(few, grapher, how, precision):
     net = _net().eval()
     before = {name: value.clone() for name, value in net.state_dict().items()}
