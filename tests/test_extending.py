@@ -54,7 +54,7 @@ def train(setup: Setup, card, folder) -> TrialResult:
     engine = InProcess()
     engine.submit(0, Task(0, setup, 7, card, str(folder)))
     while True:
-        for _, message in engine.poll(0.0):
+        for _, message in engine.poll(1.0):
             if isinstance(message, TrialEnded):
                 return message.result
 
