@@ -16,6 +16,7 @@ from hpo.cli.live import JsonLines, LiveDisplay, PlainLines, Quiet
 from hpo.cli.output import parse_duration, plain, show_bytes, show_parameters
 from hpo.cli.run_summary import NextCommands
 from hpo.events import Notice
+from hpo.options import RunOptions
 from hpo.report.text import duration, short_paths
 from told_study import SPEC, opened, trial_events
 
@@ -94,7 +95,7 @@ WRITERS: dict[str, Callable[[], Any]] = {
 
 def _watched(kind: Any) -> None:
     study = opened(spec={**SPEC, "question": NAME})
-    with kind(NextCommands(again=NAME, more=str, home="")) as watcher:
+    with kind(NextCommands("run", NAME, again=RunOptions(), further=RunOptions())) as watcher:
         for event in (study, Notice(NAME), *trial_events(0, best=True)):
             watcher(event)
 
