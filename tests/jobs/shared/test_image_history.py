@@ -27,11 +27,13 @@ from hpo.tracking.ledger import announce_opening, name_images
 
 
 @pytest.fixture(scope="module")
-def prepared(digits_cache: Path) -> Path:
+def prepared(digits_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The digits with two test parts."""
     spec = load_study("digits-mlp", overrides={"split.seed": 1})
-    prepare(spec.data, spec.split, cache=digits_cache)
-    return digits_cache
+    folder = tmp_path_factory.mktemp("two")
+    prepare(spec.data, spec.split, cache=shutil.copytree(digits_cache, folder / "elsewhere"))
+    # A cache remembers its path: no copy is to lead back to it.
+    return (folder / "elsewhere").rename(folder / "cache")
 
 
 @pytest.fixture
