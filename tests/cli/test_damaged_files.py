@@ -182,7 +182,11 @@ def whole(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return place
 
 
-@pytest.mark.parametrize(("read", "file"), CASES, ids=FILES)
+# Of the image files one format here; each of them below.
+FEW = [case for case in zip(CASES, FILES, strict=True) if case[0][0] is not read_images or case[0][1] == "png"]
+
+
+@pytest.mark.parametrize(("read", "file"), [case for case, _ in FEW], ids=[name for _, name in FEW])
 def test_a_damaged_file_is_told_in_a_line(whole: Path, read: Callable[..., None], file: str) -> None:
     for damage in {cut, kinds(file)[-1]}:
         read(whole, file, damage, 1)

@@ -109,6 +109,10 @@ def test_files_are_read_for_prediction_bit_for_bit_as_for_training(
     assert as_set(read_images(files, card.image_shape, card.ranges)) == as_set(prepared_images(card))
 
 
+def slow(*names):
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 ARRAYS = {
     "float32": lambda generator: generator.random((60, 8, 8), dtype=np.float32),
     "float64": lambda generator: generator.normal(0, 500, (60, 8, 8, 3)),
@@ -133,7 +137,7 @@ def train(card, tmp_path, **overrides):
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("kind", ARRAYS)
+@pytest.mark.parametrize("kind", ["float32", *slow("float64", "int16", "uint16", "uint8")])
 def test_a_logged_model_takes_arrays_in_the_values_of_its_training_data(tmp_path, kind):
     import mlflow
 
@@ -165,7 +169,7 @@ def _levels(card, model):
     return images, model.predict_levels(images)
 
 
-@pytest.mark.parametrize("name", ["f4", "i2", "12 bits x 1", "12 bits x 3"])
+@pytest.mark.parametrize("name", ["f4", *slow("i2", "12 bits x 1", "12 bits x 3")])
 def test_predict_and_explain_see_files_as_training_did(tmp_path, name):
     from hpo.jobs.explain import explain
 
