@@ -251,7 +251,7 @@ def test_a_trial_that_has_finished_when_ctrl_c_is_pressed_is_complete_and_the_us
 def test_own_models_that_hang_in_training_or_export_end_with_the_timeout_and_resume(tmp_path, monkeypatch):
     monkeypatch.setattr(process, "_GRACE", 8.0)
     mark = tmp_path / "hang"
-    mark.touch()
+    mark.with_suffix(".now").touch()
     spec = parse_study(
         {
             "name": "hanging",
@@ -269,7 +269,7 @@ def test_own_models_that_hang_in_training_or_export_end_with_the_timeout_and_res
     assert "the model of 1 trial not saved yet: the next hpo run of this study does it" in [
         event.text for event in events if isinstance(event, Notice)
     ]
-    mark.unlink()
+    mark.with_suffix(".now").unlink()
     run_study(spec, workers=2, home=tmp_path, watch=events.append)
     (ended,) = [event for event in events if isinstance(event, StudyEnded)][1:]
     assert ended.reason is EndReason.BUDGET

@@ -143,9 +143,12 @@ def talking(*, image_shape, classes):
 
 
 def hanging(*, image_shape, classes, mark, train):
-    """While the file `mark` is there: never built by the process that exports, and never trained where train is set."""
-    exports = job_process._progress is not None
-    if exports and Path(mark).exists():
+    """While the file `mark`.now is there: never built by the process that exports, nor trained where train is set.
+
+    A file that options name would be part of the study's identity; nothing is at `mark` itself.
+    """
+    there = Path(f"{mark}.now").exists()
+    if there and job_process._progress is not None:
         time.sleep(600)
-    hangs = train and Path(mark).exists()
+    hangs = train and there
     return Crashing(_dense(image_shape, classes), "hang" if hangs else "never")
