@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import ctypes
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -477,7 +478,7 @@ def main() -> None:
     options = parser.parse_args()
     tally = run(options.kills, seed=options.seed, seconds=options.seconds)
     print(tally.table())
-    sys.exit(bool(tally.findings.wrong))
+    sys.exit(bool(tally.findings.sentences) or (tally.total < options.kills and math.isinf(options.seconds)))
 
 
 if __name__ == "__main__":
