@@ -54,7 +54,7 @@ def measure(hpo: str, home: str) -> dict[str, float]:
         "hpo predict, one image": ["predict", "digits-mlp", str(image), "--home", home],
         "hpo report": ["report", "digits-mlp", "--home", home],
         "hpo promote": ["promote", "digits-mlp", "--home", home],
-        "hpo check": ["check", "digits-mlp", "--home", home],
+        "hpo check": ["check", "digits-mlp"],
     }
     return found | {name: timed([hpo, *words]) for name, words in commands.items()}
 
