@@ -43,7 +43,7 @@ class StudyOpened:
 class TrialStarted:
     """A worker has the candidate. setup (hpo.spec.study.Setup) is all it trains with; started is in epoch seconds.
 
-    Where the event was read from a storage, setup is None and started 0.0.
+    setup is None for values that do not fit together. Where the event was read from a storage, started is 0.0 too.
     """
 
     candidate: Candidate

@@ -16,13 +16,14 @@ from hpo.execute.engines.base import WorkerLost
 from hpo.execute.engines.in_process import InProcess
 from hpo.execute.engines.local import LocalProcesses
 from hpo.execute.run_study import run_study
+from hpo.execute.stack_size import _ends
 from hpo.execute.workers.task import Task, train_task
 from hpo.home import Home
 from hpo.records import Candidate, FailureKind, StudyResult, Trial, TrialResult, TrialState
 from hpo.report.summary import failure_lines
 from hpo.spec.load import load_study
 from hpo.spec.models import CnnSpec, MlpSpec, OwnModelSpec
-from hpo.spec.study import DataSpec, Setup, SplitSpec
+from hpo.spec.study import DataSpec, Setup, SplitSpec, StudySpec
 from hpo.spec.training import OptimizerSpec, TrainingSpec
 from hpo.tracking.store import connect
 
@@ -288,3 +289,31 @@ def test_commonest_reason_counts_reasons_that_differ_in_numbers_as_one():
         "epoch 12: train_loss nan. (trial 2, and 1 more so)",
     ]
     assert failure_lines(StudyResult("s", 1, "maximize", "valid_accuracy")) == []
+
+
+MISFIT = {"model.filters": {"choice": [[4, 4], [4, 4, 4]]}, "model.padding": {"choice": ["same", ["same", "same"]]}}
+
+
+def _with_misfit() -> StudySpec:
+    plain = formula_spec(space={"model.hidden": {"choice": [1]}}, sampler="grid", trials=4).model_dump()
+    plain["model"], plain["search"]["space"] = {"kind": "convnet", "depth": 2}, MISFIT
+    return StudySpec.model_validate(plain)
+
+
+def test_values_that_fit_the_spec_but_not_each_other_are_infeasible_and_the_study_goes_on(run_formula):
+    run = run_formula(_with_misfit())
+    for trial in run.trials:
+        values = trial.candidate.parameters
+        fits = len(values["model.filters"]) == 2 or values["model.padding"] == "same"
+        assert (trial.state, trial.result.feasible) == (
+            (TrialState.COMPLETE, True) if fits else (TrialState.PRUNED, False)
+        )
+    (misfit,) = [trial for trial in run.trials if not trial.result.feasible]
+    assert "padding lists 2 blocks of 3" in misfit.result.reason
+    assert run.reason == "budget"
+    assert ("start", misfit.number) in run.tracker.calls
+    assert ("end", (misfit.number, TrialState.PRUNED)) in run.tracker.calls
+
+
+def test_values_that_do_not_fit_each_other_are_no_reason_to_measure_no_stack():
+    assert _ends(_with_misfit()) == [_with_misfit().with_values({"model.filters": [4, 4], "model.padding": "same"})]

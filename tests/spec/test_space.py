@@ -63,7 +63,7 @@ def test_a_candidate_is_the_spec_with_its_places_filled_in():
 
 
 def test_a_candidate_outside_the_spec_is_refused():
-    with pytest.raises(ValueError, match=r"model\.dropout=2"):
+    with pytest.raises(SpecError, match=r"model\.dropout=2"):
         load_study("digits-mlp").with_values({"model.dropout": 2})
 
 

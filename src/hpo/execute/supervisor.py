@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from hpo.errors import NO_SPACE, HpoError, StoreError
+from hpo.errors import NO_SPACE, HpoError, SpecError, StoreError
 from hpo.events import EpochEnded, Notice, TrialEnded, TrialsReaped, TrialStarted
 from hpo.execute.engines.base import Engine, Message, WorkerLost
 from hpo.execute.finals import final_setup, finalists
@@ -18,6 +18,7 @@ from hpo.execute.subscribers import Events
 from hpo.execute.workdir import checkpoint_file
 from hpo.execute.workers.task import Task
 from hpo.records import FINAL, Candidate, DataCard, EndReason, FailureKind, StudyResult, TrialResult, TrialState
+from hpo.report.text import counted
 from hpo.search.constraints import most_parameters, needs_latency
 from hpo.search.pruners import report_step
 from hpo.search.study import Study
@@ -53,7 +54,9 @@ class Progress:
         """Take in the result of a trial; True if it is the best of the search so far."""
         # A trial that is pruned because memory was short is no success.
         self._failed += result.state is TrialState.FAILED or (result.state.finished and result.failure is not None)
-        self._succeeded |= result.state in (TrialState.COMPLETE, TrialState.PRUNED) and result.failure is None
+        # Nor is one that was not trained: too large, or of values that do not fit together.
+        pruned = result.state is TrialState.PRUNED and result.failure is None and result.feasible
+        self._succeeded |= result.state is TrialState.COMPLETE or pruned
         if key := result.settings.get("precision_key"):
             self.precisions.setdefault(key, result.settings["precision"])
         if final or result.state is not TrialState.COMPLETE or result.value is None or not result.feasible:
@@ -199,7 +202,16 @@ class Supervisor:
 
     def _start(self, slot: int, candidate: Candidate, worker: str) -> None:
         final = candidate.stage == FINAL
-        setup = self._setup(candidate)
+        try:
+            setup = self._setup(candidate)
+        except SpecError as error:
+            self._events.emit(TrialStarted(candidate, worker, None, time.time()))
+            # As with too many parameters: no failure, and samplers learn to leave it alone.
+            misfit = TrialResult(
+                candidate.number, TrialState.PRUNED, reason=str(error), feasible=False, ended=time.time()
+            )
+            self._emit_ended(self._study.tell(misfit), final=final)
+            return
         task = Task(
             number=candidate.number,
             setup=setup,
@@ -279,8 +291,10 @@ class Supervisor:
         with self._end.shielded():
             result = self._study.tell(self._stamped(result, trial), died=died)
             del self._running[slot]
-        best = self._progress.add(result, final=trial.candidate.stage == FINAL)
-        self._events.emit(TrialEnded(result, best=best))
+        self._emit_ended(result, final=trial.candidate.stage == FINAL)
+
+    def _emit_ended(self, result: TrialResult, *, final: bool) -> None:
+        self._events.emit(TrialEnded(result, best=self._progress.add(result, final=final)))
 
     def _stamped(self, result: TrialResult, trial: _RunningTrial) -> TrialResult:
         """The result with the time of its end, and with the search's value where a final training has none."""
@@ -305,13 +319,9 @@ class Supervisor:
     def _stop_running(self, reason: EndReason) -> None:
         """Record the running trials as stopped, but those that have ended meanwhile as what they are."""
         if reason.by_user and self._running:
-            self._events.emit(Notice(f"stopping: saving {_trials(len(self._running))}; Ctrl-C again ends now"))
+            self._events.emit(Notice(f"stopping: saving {counted(len(self._running), 'trial')}; Ctrl-C again ends now"))
         for slot, result in self._arrived():
             self._finish(slot, result)
         self._engine.close()
         for slot, trial in list(self._running.items()):
             self._finish(slot, self._stopped(trial, reason, FailureKind.INTERRUPTED))
-
-
-def _trials(count: int) -> str:
-    return f"{count} trial" + "s" * (count != 1)

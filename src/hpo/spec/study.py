@@ -258,10 +258,14 @@ class StudySpec(Part):
     def with_values(self, values: Mapping[str, Any], *, fixed: Mapping[str, Any] | None = None) -> Setup:
         """The setup of one candidate: this spec's, with the places of the space filled in and validated again.
 
-        hpo.spec.search says which places those can be. fixed are further values, which are used as they are.
+        hpo.spec.search says which places those can be. fixed are further values, which are used as they are. Raises
+        SpecError for values that do not fit together, though each of them fits the spec.
         """
         fixed = fixed or {}
-        return _validated(self, {**self.resolved({**values, **fixed}), **fixed}, "candidate")
+        try:
+            return _validated(self, {**self.resolved({**values, **fixed}), **fixed}, "candidate")
+        except ValueError as error:
+            raise SpecError(f"{error}, or give one of them a `when`.") from None
 
     def resumed_as(self, record: Mapping[str, Any]) -> StudySpec:
         """This spec for a study that began with the spec of record: a monitor that was not given stays that one's."""
@@ -379,7 +383,7 @@ def _validated(spec: StudySpec, values: Mapping[str, Any], where: str) -> Setup:
         if any(map(means_null, values.values())) and _fits(spec, dict.fromkeys(values)):
             advice = "For no value write null"
         said = " ".join(str(first["msg"]).split())
-        raise ValueError(f"{where}: {shown} does not fit: {said}. {advice}") from None
+        raise ValueError(f"{where}: {shown} does not fit: {said.removeprefix('Value error, ')}. {advice}") from None
 
 
 def _fits(spec: StudySpec, values: Mapping[str, Any]) -> bool:

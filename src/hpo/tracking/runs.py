@@ -101,9 +101,13 @@ def trial_tags(candidate: Candidate, parent: Any, worker: str) -> dict[str, str]
     return tags | ({"hpo.stage": candidate.stage} if candidate.stage else {})
 
 
-def trial_params(candidate: Candidate, setup: Setup) -> dict[str, Any]:
-    """Every effective parameter: all values of the spec by their dotted path, and the seed of the trial."""
-    params = {path: value for path, value in setup.flat().items() if value is not None}
+def trial_params(candidate: Candidate, setup: Setup | None) -> dict[str, Any]:
+    """Every effective parameter: all values of the spec by their dotted path, and the seed of the trial.
+
+    Without a setup, of values that do not fit together, those that were drawn.
+    """
+    values = setup.flat() if setup else candidate.parameters
+    params = {path: value for path, value in values.items() if value is not None}
     return {**params, "seed": candidate.seed}
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hpo.errors import ModelError, StoreError
+from hpo.errors import ModelError, SpecError, StoreError
 from hpo.events import StudyProfiled
 from hpo.home import Home
 from hpo.locks import lock
@@ -67,7 +67,9 @@ class Tracker:
         client.log_dict(run_id, {"data": asdict(data), "split": asdict(split)}, "data.json")
 
     @translate_errors
-    def start_trial(self, candidate: Candidate, setup: Setup, *, worker: str, started: float | None = None) -> None:
+    def start_trial(
+        self, candidate: Candidate, setup: Setup | None, *, worker: str, started: float | None = None
+    ) -> None:
         """Make the trial's run, with every effective parameter; started is in seconds since 1970, now by default."""
         self._start(candidate, setup, worker=worker, started=started or time.time())
 
@@ -281,7 +283,7 @@ class Tracker:
             return True
         return False
 
-    def _start(self, candidate: Candidate, setup: Setup, *, worker: str, started: float) -> None:
+    def _start(self, candidate: Candidate, setup: Setup | None, *, worker: str, started: float) -> None:
         client, parent, number = self._client, self._parent, candidate.number
         # An earlier try may have made it before its answer was lost, or another supervisor that mended the study.
         if not self._find(number):
@@ -294,7 +296,7 @@ class Tracker:
             self._runs[number] = run.info.run_id
         self._describe(candidate, setup)
 
-    def _describe(self, candidate: Candidate, setup: Setup) -> None:
+    def _describe(self, candidate: Candidate, setup: Setup | None) -> None:
         run_id = self._runs[candidate.number]
         runs.log(self._client, run_id, params=runs.trial_params(candidate, setup))
         if self._dataset is not None:
@@ -315,12 +317,18 @@ class Tracker:
         metrics = runs.epoch_metrics(result.epochs, ended) + runs.result_metrics(result, ended)
         logged: set[tuple[str, int]] = set()
         if run is None:
-            setup = spec.with_values(trial.candidate.parameters)
-            self._start(trial.candidate, setup, worker=trial.worker, started=started)
+            self._start(trial.candidate, _setup_of(trial, spec), worker=trial.worker, started=started)
         else:
             if not run.data.params or not run.inputs.dataset_inputs:  # killed between making it and describing it
-                self._describe(trial.candidate, spec.with_values(trial.candidate.parameters))
+                self._describe(trial.candidate, _setup_of(trial, spec))
             for name in {metric.key for metric in metrics}:
                 history = self._client.get_metric_history(run.info.run_id, name)
                 logged |= {(name, metric.step) for metric in history}
         self._end(result, [metric for metric in metrics if (metric.key, metric.step) not in logged], ended=ended)
+
+
+def _setup_of(trial: Trial, spec: StudySpec) -> Setup | None:
+    try:
+        return spec.with_values(trial.candidate.parameters)
+    except SpecError:
+        return None
