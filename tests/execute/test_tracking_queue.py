@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+from functools import partial
+
+import pytest
 
 from hpo.errors import StoreAwayError, StoreError
+from hpo.execute import tracking_queue
 from hpo.execute.tracking_queue import TrackingQueue
 
 
@@ -92,3 +96,29 @@ def test_of_a_damaged_database_nobody_says_that_the_next_run_mends_it():
     queue.submit(refuse)
     queue.close()
     assert queue.notices() == ["tracking: MLflow: database disk image is malformed. Restore it from a copy."]
+
+
+class _Away:
+    """A tracker in a new process, whose store is away at its first call."""
+
+    def __init__(self, home):
+        self.opened, self.away = [], True
+
+    def open_study(self, study):
+        if self.away:
+            self.away = False
+            raise StoreAwayError("away.")
+        self.opened.append(study)
+
+    def end_trial(self, number):
+        return self.opened, number
+
+
+def test_a_tracker_that_a_new_process_could_not_open_is_opened_by_the_next_try(monkeypatch):
+    away = _Away(None)
+    monkeypatch.setattr(tracking_queue, "Tracker", lambda _: away)
+    monkeypatch.setattr(tracking_queue, "_here", [])
+    call = partial(tracking_queue._call_tracker, None, ("study",), "end_trial", (3,), {})
+    with pytest.raises(StoreAwayError):
+        call()
+    assert call() == call() == (["study"], 3)

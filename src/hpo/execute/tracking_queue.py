@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, ParamSpec, TypeVar, cast
 
 from hpo.database import is_damaged
@@ -18,6 +18,7 @@ from hpo.errors import StoreAwayError
 from hpo.execute.process import SLOW, RunEnd
 from hpo.execute.workers.job_process import JobProcess
 from hpo.home import Home
+from hpo.report.text import counted
 from hpo.tracking.store import load_mlflow
 from hpo.tracking.tracker import Tracker
 
@@ -75,7 +76,7 @@ class TrackingQueue:
                 pending, outage = self._pending, self._outage is not None
             if notify is not None and pending and not outage and time.monotonic() > told_after:
                 told_after = math.inf
-                notify(f"MLflow takes {_records(pending)}")
+                notify(f"MLflow takes {counted(pending, 'record')}")
             if not pending or (outage and self._waited >= timeout) or not self._end.left():
                 return not pending
             time.sleep(_TICK)
@@ -89,7 +90,7 @@ class TrackingQueue:
             with self._lock:
                 cause = self._outage or "The run had to end."
                 self._notices.append(
-                    f"tracking: {_records(self._pending)} still to be delivered. {cause} The next hpo run of "
+                    f"tracking: {counted(self._pending, 'record')} still to be delivered. {cause} The next hpo run of "
                     "this study delivers what is missing, and so does hpo doctor --fix."
                 )
         self._thread.shutdown(wait=done)
@@ -139,7 +140,7 @@ class TrackingQueue:
                 return
             self._delivered_late += 1
             if self._pending == 1:  # this one
-                self._notices.append(f"tracking is back: {_records(self._delivered_late)} delivered.")
+                self._notices.append(f"tracking is back: {counted(self._delivered_late, 'record')} delivered.")
                 self._delivered_late = None
 
     def _note_failure(self, error: Exception) -> None:
@@ -149,10 +150,6 @@ class TrackingQueue:
             if text not in self._noticed:  # once, not once a trial
                 self._noticed.add(text)
                 self._notices.append(text)
-
-
-def _records(count: int) -> str:
-    return "1 record" if count == 1 else f"{count} records"
 
 
 class TrackerProcess:
@@ -195,17 +192,15 @@ def tracker_of(home: Home, cleanup: Callable[[Callable[[], None]], Any]) -> Trac
     return cast("Tracker", process)
 
 
-@lru_cache(1)
-def _tracker_here(home: Home) -> Tracker:
-    return Tracker(home)
+_here: list[Tracker] = []  # the tracker of a TrackerProcess, once the study is open in it
 
 
 def _call_tracker(
     home: Home, opening: Sequence[Any], method: str, arguments: Sequence[Any], options: Mapping[str, Any]
 ) -> Any:
     """Call a method of this process's tracker; a new one opens the study first."""
-    known = _tracker_here.cache_info().currsize
-    tracker = _tracker_here(home)
-    if not known and opening and method != "open_study":
+    tracker = _here[0] if _here else Tracker(home)
+    if not _here and opening and method != "open_study":
         tracker.open_study(*opening)
+    _here[:] = [tracker]  # not before: where the store is away, the next try opens it
     return getattr(tracker, method)(*arguments, **options)

@@ -1,5 +1,6 @@
 """Which trials keep their model."""
 
+import time
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from formula_study import CARD, RecordedTracker, formula_spec
 from hpo.events import Notice
+from hpo.execute.process import RunEnd
 from hpo.execute.subscribers.model_retention import ModelRetention
 from hpo.execute.tracking_queue import TrackingQueue
 from hpo.records import Candidate, StudyResult, Trial, TrialResult, TrialState
@@ -31,7 +33,7 @@ class _Exports:
         return future
 
 
-def _retention(models, work, *, figures="best:10", exports=None, events=None):
+def _retention(models, work, *, figures="best:10", exports=None, events=None, end=None):
     spec = formula_spec().model_copy(update={"keep": KeepSpec(models=models, figures=figures)})
     tracker, queue = RecordedTracker(), TrackingQueue()
     retention = ModelRetention(
@@ -42,6 +44,7 @@ def _retention(models, work, *, figures="best:10", exports=None, events=None):
         work=work,
         data=CARD,
         emit=[].append if events is None else events.append,
+        end=end,
     )
     return retention, tracker, queue
 
@@ -137,3 +140,21 @@ def test_a_resumed_study_exports_what_still_waits_and_drops_what_falls_out(tmp_p
     retention.collect(wait=True)
     queue.close()
     assert tracker.calls == [("keep", 1), ("drop", 0)]
+
+
+class _Drawing(_Exports):
+    """Figures that are never done."""
+
+    def submit(self, job, result, data, *folder):
+        return Future() if folder else super().submit(job, result, data)
+
+
+def test_a_run_that_ends_while_figures_are_drawn_tells_of_no_models(tmp_path):
+    events, end = [], RunEnd(time.monotonic() - 100)
+    retention, _, queue = _retention("all", tmp_path, exports=_Drawing(), events=events, end=end)
+    retention.add(_complete(0, 0.5, tmp_path / "0"))
+    retention.collect(wait=True)
+    retention.draw()
+    queue.close()
+    assert not events
+    assert (tmp_path / "0").is_dir(), "the next run draws them"

@@ -8,6 +8,7 @@ import time
 from collections.abc import Collection
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from hpo.errors import NO_SPACE, StoreError, disk_full
@@ -19,6 +20,7 @@ from hpo.execute.tracking_queue import TrackingQueue
 from hpo.execute.workers.job_process import Job, JobProcess, draw_trial, finish_trial
 from hpo.home import remove
 from hpo.records import FINAL, DataCard, StudyResult, Trial, TrialResult, TrialState
+from hpo.report.text import counted
 from hpo.spec.study import StudySpec
 from hpo.tracking.runs import FIGURES
 from hpo.tracking.tracker import Tracker
@@ -192,7 +194,8 @@ class ModelRetention(Subscriber):
             if number in best & self._kept and self._jobs:
                 folder = self._folder(number) / FIGURES
                 job = self._jobs.submit(draw_trial, result, self._data, folder)
-                if not self._await(job):
+                waits = partial(self._emit, Notice(f"drawing the figures of trial {number}"))
+                if not self._end.await_done(job, slow=waits):
                     return
                 if job.exception() is None:
                     self._queue.submit(self._tracker.log_figures, number, folder)
@@ -231,4 +234,4 @@ class ModelRetention(Subscriber):
 
 
 def _models(count: int) -> str:
-    return f"the model{'s' * (count != 1)} of {count} trial{'s' * (count != 1)}"
+    return f"the model{'s' * (count != 1)} of {counted(count, 'trial')}"
