@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import multiprocessing
 import os
 import shutil
@@ -34,8 +36,10 @@ from hpo.execute.workdir import pictures_folder, sweep
 from hpo.execute.workers.job_process import JobProcess
 from hpo.execute.workers.task import Task
 from hpo.home import Home
+from hpo.jobs.doctor import doctor
 from hpo.records import TrialResult, TrialState
 from hpo.search.lifecycle import open_study
+from hpo.tracking.store import connect
 
 FORK = multiprocessing.get_context("fork")
 
@@ -211,3 +215,43 @@ def test_sweeping_leaves_what_living_runs_and_models_to_come_need(other, tmp_pat
     assert {path.name for path in work.iterdir()} == {"0", "checkpoints", pictures_folder(work, study).name}
     study.close()
     assert not list(Path(tmp_path / "mlruns" / "locks").glob("lease-*"))
+
+
+def _tracking_process(main: int) -> int:
+    """Waits for it: after a death another one begins."""
+    while True:
+        with contextlib.suppress(OSError):  # one of them has just ended
+            for tasks in Path(f"/proc/{main}/task").iterdir():  # the thread that began it is its parent
+                for pid in (tasks / "children").read_text().split():
+                    if b"multiprocessing.spawn" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                        return int(pid)
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for the process in /proc")
+def test_the_process_that_writes_to_mlflow_dies_and_nothing_is_lost_or_outlives_the_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("HPO_DATA", str(tmp_path / "data"))
+    for name in ("HPO_HOME", "HPO_STORAGE", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    words = [sys.executable, "-m", "hpo", "run", "digits-mlp", "--trials", "4", "--json", "--home", str(tmp_path)]
+    killed = []
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as run:
+        for event in map(json.loads, run.stdout):
+            ended = event["event"] == "trial_ended" and event["result"]["number"] == 1
+            if ended or event["event"] == "study_opened":
+                killed.append(_tracking_process(run.pid))
+                os.kill(killed[-1], signal.SIGKILL)
+        left = event
+    assert run.returncode == 0
+    assert len(set(killed)) == 2
+    assert left["model"]["version"] == 1
+    assert doctor(home=tmp_path).well
+    home = Home.find(tmp_path)
+    runs = connect(home).search_runs([connect(home).get_experiment_by_name("digits-mlp").experiment_id])
+    assert [one.info.status for one in runs] == ["FINISHED"] * 5
+    with subprocess.Popen([*words, "--fresh"], stdout=subprocess.PIPE, text=True) as run:
+        next(line for line in run.stdout if "study_opened" in line)
+        writer = _tracking_process(run.pid)
+        run.kill()
+    await_end(writer)

@@ -118,7 +118,7 @@ def test_a_tracker_that_a_new_process_could_not_open_is_opened_by_the_next_try(m
     away = _Away(None)
     monkeypatch.setattr(tracking_queue, "Tracker", lambda _: away)
     monkeypatch.setattr(tracking_queue, "_here", [])
-    call = partial(tracking_queue._call_tracker, None, ("study",), "end_trial", (3,), {})
+    call = partial(tracking_queue.write_runs, None, ("study",), "end_trial", (3,), {})
     with pytest.raises(StoreAwayError):
         call()
     assert call() == call() == (["study"], 3)

@@ -175,7 +175,7 @@ class TrackerProcess:
         if method == "open_study":
             study, *others = arguments
             self._opening = replace(study, trials=()), *others
-        return self._jobs.submit(_call_tracker, self.home, self._opening, method, arguments, options).result()
+        return self._jobs.submit(write_runs, self.home, self._opening, method, arguments, options).result()
 
     def close(self) -> None:
         """End the process, whatever it does."""
@@ -195,7 +195,7 @@ def tracker_of(home: Home, cleanup: Callable[[Callable[[], None]], Any]) -> Trac
 _here: list[Tracker] = []  # the tracker of a TrackerProcess, once the study is open in it
 
 
-def _call_tracker(
+def write_runs(
     home: Home, opening: Sequence[Any], method: str, arguments: Sequence[Any], options: Mapping[str, Any]
 ) -> Any:
     """Call a method of this process's tracker; a new one opens the study first."""
