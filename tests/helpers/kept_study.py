@@ -45,6 +45,7 @@ def make_kept_study(home: Home) -> None:
         tracker.end_trial(result)
     for number in (0, 1):
         tracker.keep_model(number, left(home.work / "left"))
+        tracker.log_figures(number, home.work / "left" / "figures")
     after = study.result()
     tracker.register(after, 0)
     tracker.close_study(after, status="FINISHED", summary="Four trials.")

@@ -87,7 +87,7 @@ class Tracker:
 
     @translate_errors
     def keep_model(self, number: int, folder: Path) -> str:
-        """Log the model of an ended trial, the tables next to it and the pictures in `figures`; returns models:/m-<id>.
+        """Log the model of an ended trial and the tables next to it; returns models:/m-<id>.
 
         folder holds net.pt2 and config.json (class_names, image_shape). A model that the trial has already is returned
         as it is. Raises ModelError where a file is missing.
@@ -99,8 +99,6 @@ class Tracker:
             # The model has the first two, and the weights within the first.
             if path.is_file() and path.name not in (models.NET, models.CONFIG, models.SETUP, models.WEIGHTS):
                 client.log_artifact(run.info.run_id, str(path), runs.REPORT)
-        if (folder / runs.FIGURES).is_dir():
-            client.log_artifacts(run.info.run_id, str(folder / runs.FIGURES), runs.FIGURES)
         uri = models.log_model(client, run, folder)
         client.set_tag(run.info.run_id, runs.MODEL, uri)
         return uri
