@@ -186,16 +186,19 @@ def predict(
         raise typer.Exit(1)
 
 
+Models = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="MODEL...",
+        help="Studies (their winner), trials (STUDY#22), versions (NAME/1) or aliases (NAME@champion).",
+        autocompletion=complete_study,
+        show_default=False,
+    ),
+]
+
+
 def compare(
-    models: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="A B ...",
-            help="Studies (their winner), trials (STUDY#22), versions (NAME/1) or aliases (NAME@champion).",
-            autocompletion=complete_study,
-            show_default=False,
-        ),
-    ],
+    models: Models,
     binarise: Annotated[bool, typer.Option("--binarise", help="Sum classes to the groups of another model.")] = False,
     test: Annotated[
         bool, typer.Option("--test", help="Open the sealed test part; the opening is recorded for each model.")
@@ -258,15 +261,7 @@ def _print_comparison(comparison: Comparison) -> None:
 
 
 def evaluate(
-    models: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="MODEL...",
-            help="Studies (their winner), trials (STUDY#22), versions (NAME/1) or aliases (NAME@champion).",
-            autocompletion=complete_study,
-            show_default=False,
-        ),
-    ],
+    models: Models,
     trust: Trust = False,
     home: HomeFolder = None,
     as_json: AsJson = False,
