@@ -25,10 +25,10 @@ from typing import Any
 import yaml
 
 from agreement import Findings, check
-from faults import members
 from hpo.home import Home
 from hpo.records import TrialState
 from hpo.storage.optuna_storage import list_studies
+from lives import members
 
 WRITERS = ("first", "first", "second", "third", "fourth")
 READERS = (("trials", "first"), ("models",), ("trials", "second", "--json"))
