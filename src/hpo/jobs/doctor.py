@@ -16,6 +16,7 @@ from hpo.jobs.shared.home_snapshot import Case, Finding, HomeSnapshot, leftover_
 from hpo.jobs.stores import read_schema
 from hpo.locks import seen_held
 from hpo.relocation import earlier_roots, relocate
+from hpo.report.text import counted
 from hpo.tracking.ledger import (
     LEDGER,
     damaged_lines,
@@ -242,7 +243,7 @@ def _abandoned(snapshot: HomeSnapshot) -> Iterator[Case]:
         if one.abandoned:
             yield Case.of(
                 partial(_reap, snapshot.home, title),
-                what=f"{_count(len(one.abandoned), 'trial')} running, but nobody runs it: its supervisor is dead",
+                what=f"{counted(len(one.abandoned), 'trial')} running, but nobody runs it: its supervisor is dead",
                 where=f"{title}: trial {numbers(one.abandoned)}",
                 why="They count against the budget, and other supervisors may wait for them.",
                 repair="records them as stopped and enqueues them again, as the next hpo run does",
@@ -259,7 +260,7 @@ def _locks(snapshot: HomeSnapshot) -> Iterator[Case]:
     if stale:
         yield Case.of(
             partial(_drop_locks, snapshot.home, titles),
-            what=f"{_count(stale, 'lock file')} of dead supervisors or of studies that no longer exist",
+            what=f"{counted(stale, 'lock file')} of dead supervisors or of studies that no longer exist",
             where=str(snapshot.home.locks),
             why="They block nothing, but they hide which supervisors live.",
             repair="deletes them",
@@ -279,7 +280,7 @@ def _ledgers(home: Home) -> Iterator[Case]:
         if damaged:
             yield Case(
                 Finding(
-                    what=f"{_count(len(damaged), 'damaged line')} in the ledger of test openings",
+                    what=f"{counted(len(damaged), 'damaged line')} in the ledger of test openings",
                     where=f"{file}: line {', '.join(map(str, damaged))}",
                     why="An opening may go uncounted: promote, evaluate and compare open no test part.",
                     repair="moves them to openings.damaged.jsonl next to it, which every later opening mentions",
@@ -295,7 +296,7 @@ def _lost(snapshot: HomeSnapshot) -> Iterator[Case]:
     lost = openings_of_lost(snapshot.home, [one.study for one in snapshot.studies.values()])
     if lost:
         yield Case.of(
-            what=f"the ledger has {_count(len(lost), 'test opening')} of studies that the study storage does not have",
+            what=f"the ledger has {counted(len(lost), 'test opening')} of studies that the study storage does not have",
             where=f"{', '.join(sorted({each.study for each in lost}))}: {_address(snapshot.home.storage_url)}",
             why="Their trials are gone: was the database emptied, or replaced by another?",
             hint="Restore it from a copy. The openings still count.",
@@ -308,7 +309,7 @@ def _ledger_tags(snapshot: HomeSnapshot) -> Iterator[Case]:
         if damaged := damaged_tags(run.tags):
             yield Case.of(
                 partial(mend_tags, snapshot.home, run.id, run.tags),
-                what=f"{_count(len(damaged), 'damaged tag')} of test openings in MLflow",
+                what=f"{counted(len(damaged), 'damaged tag')} of test openings in MLflow",
                 where=f"run {run.id}: {', '.join(sorted(damaged))}",
                 why="An opening may go uncounted: promote, evaluate and compare open no test part.",
                 repair="writes them again from the ledger, and moves what it lacks to openings.damaged.jsonl",
@@ -325,10 +326,6 @@ def _drop_locks(home: Home, titles: set[str]) -> None:
     from hpo.search.lifecycle import drop_locks
 
     drop_locks(home, titles)
-
-
-def _count(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("s" if count != 1 else "")
 
 
 def _first(paths: Sequence[Path]) -> str:

@@ -19,7 +19,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from hpo.events import EpochEnded
-from hpo.execute.process import follow_supervisor, hidden_main, process_context
+from hpo.execute.process import begin, follow_supervisor, process_context
 from hpo.execute.workers.task import Task, train_once
 from hpo.records import Epoch, FailureKind, TrialResult, TrialState
 
@@ -62,8 +62,7 @@ def _start(task: Task, device_name: str, rank: int, folder: str) -> _Rank:
     ours, theirs = context.Pipe()
     arguments = (theirs, task, device_name, rank, folder, threads_in_use(), dict(os.environ))
     process = context.Process(target=_serve, args=arguments, daemon=True)
-    with hidden_main():
-        process.start()
+    begin(process.start)
     theirs.close()
     return _Rank(process, ours)
 
