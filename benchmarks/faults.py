@@ -38,6 +38,7 @@ from lives import Child
 TRIALS = 4
 TARGETS = ("main", "all", "worker", "helper")
 PHASES = ("start", "training", "end", "promote", "export", "import", "move")
+MANY = 10  # findings after which it ends
 _SUBREAPER = 36  # of prctl: orphans of a life become our children, and are not left to whoever is process 1
 
 
@@ -175,7 +176,7 @@ class Torment:
         self.longest[phase] = max(self.longest.get(phase, 0.0), took)
         said = (folder / "log").read_text()
         if code or "Traceback" in said or "locked" in said or life.left:
-            self._wrong(f"{folder} ({phase}): exit code {code}, processes left {life.left}: {said[-2000:]}")
+            self._wrong(f"{folder} ({phase}): exit code {code}, processes left {life.left}: {said[-4000:]}")
         return life
 
     def _wrong(self, sentence: str) -> None:
@@ -205,8 +206,8 @@ class Torment:
                 self.tally.kills[hit, phase] += 1
             code = life.join()
             seen |= life.results
-            if code not in (0, -signal.SIGKILL) or life.left:
-                self._wrong(f"{folder} ({phase}): {code}, left {life.left}: {(folder / 'log').read_text()[-2000:]}")
+            if code not in (0, -signal.SIGKILL) or life.left or life.hung:
+                self._wrong(f"{folder} ({phase}): {code}, left {life.left}: {(folder / 'log').read_text()[-4000:]}")
         life = self._last(folder, self._job(phase, folder, workers=1), phase)
         seen |= life.results
         self._judged(folder, phase, seen)
@@ -296,7 +297,7 @@ def run(kills: int, *, seed: int, seconds: float = float("inf"), report: bool = 
     with tormentor() as torment:
         tally = torment.tally
         for number in range(10 * kills):
-            if tally.total >= kills or time.monotonic() - began > seconds:
+            if tally.total >= kills or time.monotonic() - began > seconds or len(tally.findings.sentences) > MANY:
                 break
             phase, target = PHASES[number % len(PHASES)], TARGETS[number // len(PHASES) % len(TARGETS)]
             told = len(tally.findings.sentences)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import random
@@ -19,6 +20,8 @@ from typing import Any
 from agreement import Seen
 from hpo.errors import HpoError
 from hpo.records import TrialState
+
+LONGEST = 180.0  # seconds of a life; they take 2 to 20
 
 
 def _children(pid: int) -> list[int]:
@@ -47,15 +50,16 @@ class Child:
         self.log, self.began, self.ended_trials = log, time.monotonic(), 0
         self.results: Seen = {}
         self.code: int | None = None
+        self.hung = False
         self._rest = b""
         self.pid = os.fork()
         if not self.pid:
             _live(job, log, folder, write)
         os.close(write)
 
-    def wait_for(self, wanted: Callable[[str], bool], timeout: float = 120.0) -> bool:
-        """Until it says something that is wanted; False if it ended before."""
-        deadline = time.monotonic() + timeout
+    def wait_for(self, wanted: Callable[[str], bool], timeout: float = LONGEST) -> bool:
+        """Until it says something that is wanted; False if it ended before, or has lived for too long."""
+        deadline = min(time.monotonic() + timeout, self.began + LONGEST)
         while time.monotonic() < deadline:
             while b"\n" in self._rest:
                 line, _, self._rest = self._rest.partition(b"\n")
@@ -78,7 +82,7 @@ class Child:
 
     def kill(self, target: str, chance: random.Random) -> str:
         """SIGKILL of one of that kind, or of main where there is none; says of whom, "" where it has ended."""
-        if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+        if self.ended:
             return ""
         victims = members(self.pid, target) if target in ("worker", "helper") else []
         if target == "all":
@@ -87,15 +91,29 @@ class Child:
             os.kill(chance.choice(victims) if victims else self.pid, signal.SIGKILL)
         return target if victims or target == "all" else "main"
 
-    def join(self, timeout: float = 300.0) -> int:
-        """Its exit code, and the end of all that it has started: who is left after that is killed, and told."""
-        self.wait_for(lambda _: False, timeout)
+    @property
+    def ended(self) -> bool:
+        """Whether its process has."""
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def join(self) -> int:
+        """Its exit code, and the end of all that it has started: who is left after that is killed, and told.
+
+        One that lives for too long writes the stack of every thread of its processes to its log before it is killed.
+        """
+        self.wait_for(lambda _: False)
         deadline = time.monotonic() + 20
-        while os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-            if time.monotonic() > deadline:
-                os.killpg(self.pid, signal.SIGKILL)
+        while not self.ended and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if not self.ended:
+            self.hung = True
+            os.killpg(self.pid, signal.SIGUSR1)
+            time.sleep(1)
+            os.killpg(self.pid, signal.SIGKILL)
+        while not self.ended:
             time.sleep(0.01)
         os.close(self._lines)
+        deadline = time.monotonic() + 20
         left = self._session()
         while left and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -133,6 +151,7 @@ def _live(job: Callable[[Callable[[dict[str, Any]], None]], None], log: Path, fo
         output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         for number in (1, 2):
             os.dup2(output, number)
+        faulthandler.register(signal.SIGUSR1, file=2)
         sys.stdout = sys.stderr = os.fdopen(output, "w", buffering=1)
         os.chdir(folder)
         util.spawnv_passfds = _fork_instead
