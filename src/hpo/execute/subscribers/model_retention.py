@@ -12,12 +12,12 @@ from functools import partial
 from pathlib import Path
 
 from hpo.errors import NO_SPACE, StoreError, disk_full
-from hpo.events import Notice, RunEvent, SearchEnded, StudyOpened, TrialEnded, TrialStarted, WinnerChosen
+from hpo.events import EpochEnded, Notice, RunEvent, SearchEnded, StudyOpened, TrialEnded, TrialStarted, WinnerChosen
 from hpo.execute.process import SLOW, RunEnd
 from hpo.execute.subscribers import Emit, Subscriber
 from hpo.execute.subscribers.tracking import store_timeout
 from hpo.execute.tracking_queue import TrackingQueue
-from hpo.execute.workers.job_process import Job, JobProcess, draw_trial, finish_trial
+from hpo.execute.workers.job_process import Job, JobProcess, draw_trial, finish_trial, warm_up
 from hpo.home import remove
 from hpo.records import FINAL, DataCard, StudyResult, Trial, TrialResult, TrialState
 from hpo.report.text import counted
@@ -67,7 +67,7 @@ class ModelRetention(Subscriber):
         self._pending: dict[int, Job] = {}
         self._started = self._export_started = time.monotonic()
         self._export_seconds = 0.0
-        self._told_of_end = self._told_of_saving = False
+        self._told_of_end = self._told_of_saving = self._warm = False
 
     def __call__(self, event: RunEvent) -> None:
         """Follow the trials; at the end of the search, export every model that is to be kept, then draw the best."""
@@ -76,6 +76,9 @@ class ModelRetention(Subscriber):
                 self.resume(study, self._queue.submit(self._tracker.kept_models, study), leave=event.trials_of_others)
             case TrialStarted(candidate) if candidate.stage == FINAL:
                 self._running_finals.add(candidate.number)
+            case EpochEnded() if not self._warm and self._jobs and self._spec.keep.count:
+                self._warm = True
+                self._jobs.submit(warm_up, pictures=bool(self._spec.keep.figure_count))
             case TrialEnded(result):
                 self.add(result, final=result.number in self._running_finals)
             case SearchEnded(study, reason, trials_of_others):

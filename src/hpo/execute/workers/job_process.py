@@ -201,6 +201,25 @@ def draw_study(study: StudyResult, folder: Path) -> list[Path]:
     return _draw(figures, folder, study.title)
 
 
+def warm_up(*, pictures: bool) -> None:
+    """Import what exports and pictures need, seconds of work, while others still train."""
+    import torch
+
+    from hpo import models  # noqa: F401
+    from hpo.training.device import use_threads
+
+    use_threads(1)
+    # Much of the compiler is imported by its first use.
+    sizes = ({0: torch.export.Dim("batch", min=1)},)
+    torch.export.export(torch.nn.Linear(1, 1).eval(), (torch.zeros(2, 1),), dynamic_shapes=sizes)
+    if pictures:
+        import matplotlib.figure
+
+        from hpo.report.figures import space, study  # noqa: F401
+
+        matplotlib.figure.Figure().add_subplot()
+
+
 def finish_trial(result: TrialResult, data: DataCard) -> Path:
     """Turn what a complete trial left in its folder into a program, with tables next to it, and return the folder."""
     from hpo.models import export_program
