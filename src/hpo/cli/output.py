@@ -25,6 +25,7 @@ from hpo.errors import HpoError, clean, redact
 from hpo.report.text import short_paths
 
 _LONG = 500  # rows
+_LONGEST = 99_999 * 3600  # of a duration, in seconds
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
 
@@ -207,8 +208,8 @@ def parse_duration(text: str) -> float:
     except ValueError:
         hours = minutes = seconds = 0.0
     total = 3600 * hours + 60 * minutes + seconds
-    if total <= 0:
-        raise ValueError(f"{text!r} is not a time. Write 90 (seconds), 45s, 30m, 1h or 1h30m.")
+    if not 0 < total <= _LONGEST:
+        raise ValueError(f"{text[:20]!r} is not a time. Write 90 (seconds), 45s, 30m, 1h or 1h30m, at most 99999h.")
     return total
 
 
