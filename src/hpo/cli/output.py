@@ -21,7 +21,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from hpo.errors import HpoError, clean, redact
+from hpo.errors import HpoError, clean, disk_full, redact
 from hpo.report.text import short_paths
 
 _LONG = 500  # rows
@@ -185,6 +185,11 @@ def fail(error: BaseException, *, as_json: bool = False, debug: bool = False) ->
     elif isinstance(error, MemoryError):
         message = f"the memory of this machine does not suffice: {redact(str(error))}".rstrip(": ")
         hint, code = "End other programs, or give it fewer or smaller images.", HpoError.exit_code
+    elif isinstance(error, FileNotFoundError) and _is_adrift():
+        message, hint, code = "the working directory is gone.", "Go to a folder that exists: cd", HpoError.exit_code
+    elif disk_full(error):
+        message, hint = f"no space is left: {redact(str(error))}.", "Free some, and run it again."
+        code = HpoError.exit_code
     else:
         message = f"unexpected error {type(error).__name__}: {' '.join(redact(str(error)).split())}".rstrip(": ")
         hint, code = ("" if debug else "Run again with --debug for the traceback."), 1
@@ -198,6 +203,14 @@ def fail(error: BaseException, *, as_json: bool = False, debug: bool = False) ->
     if hint:
         console.print(Text(hint, "dim"), soft_wrap=True)
     return code
+
+
+def _is_adrift() -> bool:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def parse_duration(text: str) -> float:

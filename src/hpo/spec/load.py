@@ -14,6 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from hpo.errors import SpecError
+from hpo.home import plain_file
 from hpo.spec.agreement import conflicts
 from hpo.spec.models import FAMILIES
 from hpo.spec.own_code import check_file, check_stored
@@ -188,7 +189,7 @@ def study_schema() -> dict[str, Any]:
 
 def small_text(path: Path) -> str:
     """The text of a file, which may be anybody's. Raises ValueError where it has more than 1 MB, OSError."""
-    if path.stat().st_size > _MOST_BYTES:
+    if plain_file(path).stat().st_size > _MOST_BYTES:
         raise ValueError(f"it has more than {_MOST_BYTES:,} bytes")
     return path.read_text(encoding="utf-8")
 
