@@ -161,7 +161,7 @@ def unfolding_mlmodel(stage: Stage) -> Verdict:
 def huge_image_shape(stage: Stage) -> Verdict:
     folder = Path(shutil.copytree(stage.model, stage.here / "model"))
     config = json.loads((folder / "artifacts/config.json").read_text())
-    config["image_shape"] = [10**6, 10**6, 3]
+    config["image_shape"] = [10**6, 10**6, 1]
     (folder / "artifacts/config.json").write_text(json.dumps(config))
     Image.new("L", (8, 8)).save(stage.home / "i.png")
     return stage.hpo("predict", folder, "i.png").refused("config.json")

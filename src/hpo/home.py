@@ -91,7 +91,12 @@ class Home:
         return check_inside(self.root, path)
 
     def create(self) -> Home:
-        """Make the folders. Raises StoreError where that is not allowed."""
+        """Make the folders. Raises StoreError where that is not allowed, and for a name that MLflow cannot store."""
+        if not str(self.root).isprintable():
+            raise StoreError(
+                f"{str(self.root)!a}: is no text that can be printed, and the stores keep it as one.",
+                "Rename the folder, or choose another: --home DIR.",
+            )
         for folder in (self.artifacts, self.work, self.locks):
             try:
                 folder.mkdir(parents=True, exist_ok=True)

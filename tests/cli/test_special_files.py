@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hpo.cli.app import app
+from hpo.cli.options import outside_stores
 from hpo.errors import DataError
 from hpo.predict import read_images
 from hpo.spec.load import load_study
@@ -69,6 +70,30 @@ def test_an_hpo_toml_of_megabytes_is_refused(place: Path) -> None:
     result = runner.invoke(app, ["status"])
     assert result.exit_code == 2
     assert "more than 100,000 bytes" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "export x --output {}",
+        "report x --out {}",
+        "predict x x.png -o {}",
+        "preview digits-mlp -o {}",
+        "data show digits -o {}",
+    ],
+)
+@pytest.mark.parametrize("name", ["optuna.db", "openings.jsonl", "artifacts/x/y"])
+def test_no_output_replaces_what_a_home_keeps(place: Path, command: str, name: str) -> None:
+    kept = place / "mlruns" / name
+    kept.parent.mkdir(parents=True)
+    (place / "mlruns" / "optuna.db").write_text("studies")
+    before = sorted(place.rglob("*"))
+    result = runner.invoke(app, command.format(f"mlruns/reports/../{name}").split())
+    assert result.exit_code == 2
+    assert "is among the files that" in " ".join(result.stderr.replace("│", "").split())
+    assert (place / "mlruns" / "optuna.db").read_text() == "studies"
+    assert sorted(place.rglob("*")) == before
+    assert outside_stores(place / "mlruns/reports/x.html")
 
 
 HPO = [sys.executable, "-m", "hpo"]

@@ -17,7 +17,19 @@ import typer
 
 from hpo.cli import cluster, output
 from hpo.cli.cluster import worker
-from hpo.cli.options import AsJson, Command, Debug, DeviceName, HomeFolder, Settings, Study, Trials, Trust, study_name
+from hpo.cli.options import (
+    AsJson,
+    Command,
+    Debug,
+    DeviceName,
+    HomeFolder,
+    Settings,
+    Study,
+    Trials,
+    Trust,
+    outside_stores,
+    study_name,
+)
 from hpo.cli.report import app as data_app
 from hpo.cli.report import explain, report
 from hpo.cli.run import rerun, run, status, stop
@@ -65,7 +77,9 @@ app.command(cls=Command, rich_help_panel="Search")(run)
 @app.command(cls=Command, rich_help_panel="Look")
 def preview(
     study: Study,
-    target: Annotated[Path, typer.Option("--output", "-o", help="The PNG to write.")] = Path("augmented.png"),
+    target: Annotated[Path, typer.Option("--output", "-o", help="The PNG to write.", callback=outside_stores)] = Path(
+        "augmented.png"
+    ),
     images: Annotated[int, typer.Option(min=1, max=100, help="Rows: training images of alternating classes.")] = 8,
     copies: Annotated[int, typer.Option(min=1, max=50, help="Augmented copies of each image.")] = 7,
     settings: Settings = None,

@@ -11,7 +11,7 @@ import typer
 from rich.text import Text
 
 from hpo.cli import output
-from hpo.cli.options import AsJson, Command, Debug, HomeFolder, Study, study_name
+from hpo.cli.options import AsJson, Command, Debug, HomeFolder, Study, outside_stores, study_name
 from hpo.report.text import counted
 
 if TYPE_CHECKING:
@@ -60,7 +60,10 @@ def upgrade(
 def export(
     study: Study,
     target: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write there.", show_default="STUDY.zip")
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Write there.", show_default="STUDY.zip", callback=outside_stores
+        ),
     ] = None,
     home: HomeFolder = None,
     as_json: AsJson = False,
