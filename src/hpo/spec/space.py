@@ -86,7 +86,7 @@ _EXACT = 2**53  # up to here, a sampler's floats tell whole numbers apart
 class Part(BaseModel):
     """A frozen piece of a study file; unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class _Parameter(Part):
