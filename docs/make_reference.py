@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hpo.spec.schema import study_schema
+from hpo.spec.space import MOST
 
 PAGE = Path(__file__).with_name("reference.md")
 _INTRO = """\
@@ -16,7 +17,7 @@ _INTRO = """\
 
 Every key, made from the schema that `hpo schema` prints: `python docs/make_reference.py` writes this page. What the
 parts are for is told in [the study file](study-file.md). Headings are the places that `--set` and the search space
-name. Keys that are not listed are refused.
+name. Keys that are not listed are refused, and so are counts beyond 10^9.
 """
 Node = dict[str, Any]
 
@@ -111,7 +112,7 @@ def _listed(words: list[str]) -> str:
 def _range(value: Node) -> str:
     """Bounds as an interval, or as one comparison: in [0, 1); ≥ 1."""
     low, high = value.get("minimum", value.get("exclusiveMinimum")), value.get("maximum", value.get("exclusiveMaximum"))
-    if low is not None and high is not None:
+    if low is not None and high not in (None, MOST):
         return f" in {'[' if 'minimum' in value else '('}{low}, {high}{']' if 'maximum' in value else ')'}"
     return f" {'≥' if 'minimum' in value else '>'} {low}" if low is not None else ""
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from sqlalchemy import create_engine, text
 
 from hpo.database import sqlite_address, sqlite_file
+from hpo.errors import StoreError
 from hpo.home import Home
 
 NAMES = ["plain", "p q", "p%20q", "what?", "a?b=c", "h#sh", "100%", "%3F", "b{x}", "semi;colon", "ü", "at@colon:x"]
@@ -26,6 +28,14 @@ def test_an_address_leads_to_the_file_that_it_was_made_of(tmp_path, name):
     assert (home.root / "optuna.db").is_file()
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert not (home.root / "mlflow.db").exists()
+
+
+@pytest.mark.parametrize("name", [b"h\xff", b"a\nb", b"\x1b]0;x\x07"])
+def test_a_folder_whose_name_is_no_text_is_refused_before_anything_is_written(tmp_path, name):
+    folder = tmp_path / os.fsdecode(name)
+    with pytest.raises(StoreError, match="is no text that can be printed"):
+        Home.at(folder).create()
+    assert not folder.exists()
 
 
 def test_no_two_homes_share_an_address(tmp_path):

@@ -28,6 +28,8 @@ OF_TYPE: dict[Any, st.SearchStrategy[Any]] = {
     float | None: st.floats(0.001, 1e6),
 }
 OF_NAME = {
+    "workers": st.integers(0, 10_000),
+    "stack": st.integers(1, 10_000),
     "device": st.sampled_from(["cpu", "cuda", "cuda:1"]),
     "engine": st.sampled_from(["ray", "slurm", "in_process"]),
     "gpus_per_trial": st.just(1.0),
@@ -97,9 +99,11 @@ def test_a_job_of_a_scheduler_has_the_options_of_its_worker_and_no_other():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"trials": 0}, "--trials 0: is not positive"),
-        ({"workers": -1}, "--workers -1: is negative"),
-        ({"stack": 0}, "--stack 0: is not positive"),
+        ({"trials": 0}, "--trials 0: is not between 1 and"),
+        ({"workers": -1}, "--workers -1: is not between 0 and 10,000"),
+        ({"stack": 0}, "--stack 0: is not between 1 and"),
+        ({"trials": 10**400}, r"--trials 1000000000\.\.\.: is not between 1 and 1,000,000,000"),
+        ({"workers": 10**6}, "--workers 1000000: is not between 0 and 10,000"),
         ({"address": "auto"}, "--address: is only for --engine ray"),
         ({"engine": "ray", "detach": True}, "--detach: is only for --engine slurm"),
         ({"engine": "slurm", "timeout": 5.0}, "--timeout: is not for --engine slurm"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import stat
 import tempfile
 import tomllib
 from collections.abc import Mapping
@@ -14,6 +16,7 @@ from hpo.database import server_address, sqlite_address
 from hpo.errors import StoreError, hide_secrets_of, shown_address
 
 STORES = "hpo.toml"
+_MOST_BYTES = 100_000  # of that file, which has two lines
 _EXAMPLE = 'Write lines such as: storage = "postgresql://hpo@db/hpo" and tracking = "http://mlflow:5000"'
 
 
@@ -88,7 +91,12 @@ class Home:
         return check_inside(self.root, path)
 
     def create(self) -> Home:
-        """Make the folders. Raises StoreError where that is not allowed."""
+        """Make the folders. Raises StoreError where that is not allowed, and for a name that MLflow cannot store."""
+        if not str(self.root).isprintable():
+            raise StoreError(
+                f"{str(self.root)!a}: is no text that can be printed, and the stores keep it as one.",
+                "Rename the folder, or choose another: --home DIR.",
+            )
         for folder in (self.artifacts, self.work, self.locks):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -113,6 +121,16 @@ def check_inside(folder: Path, path: Path) -> Path:
         f"{path}: is outside {folder}, so it is neither written nor deleted.",
         "If the project was moved or copied, correct its addresses: hpo doctor --fix",
     )
+
+
+def plain_file(path: Path) -> Path:
+    """The path of a file that may be anybody's, about to be read. Raises OSError where it is a pipe or a device.
+
+    These may never end, and a pipe that nobody writes to never begins.
+    """
+    if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):
+        raise OSError(errno.EINVAL, "it is a pipe or a device, not a file")
+    return path
 
 
 def remove(folder: Path, path: Path, *, ignore_errors: bool = False) -> None:
@@ -143,6 +161,8 @@ def _checked(url: str) -> str:
 def _stores(file: Path) -> Mapping[str, str]:
     """What the file says of the stores: addresses by name; {} where there is none."""
     try:
+        if plain_file(file).stat().st_size > _MOST_BYTES:
+            raise OSError(errno.EFBIG, f"it has more than {_MOST_BYTES:,} bytes")
         stores = tomllib.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return {}

@@ -10,6 +10,12 @@ from typing import Any
 
 from hpo.errors import HpoError, SpecError
 
+_MOST = {"trials": 10**9, "workers": 10_000, "stack": 10_000}  # what databases store, what no machine has
+
+
+def _shown(number: float) -> str:
+    return f"{number}" if abs(number) < 10**20 else f"{str(number)[:10]}..."
+
 
 def _option(default: Any, **metadata: Any) -> Any:
     """A field with its default.
@@ -61,12 +67,14 @@ class RunOptions:
     def __post_init__(self) -> None:
         for name in ("settings", "slurm"):  # lists of the command line
             object.__setattr__(self, name, tuple(getattr(self, name) or ()))
-        if self.trials is not None and self.trials < 1:
-            raise SpecError(f"--trials {self.trials}: is not positive.", "Give the study's total, such as --trials 50.")
-        if self.workers is not None and self.workers < 0:
-            raise HpoError(f"--workers {self.workers}: is negative.", "Give 1 or more, or 0 to train in this process.")
-        if self.stack is not None and self.stack < 1:
-            raise HpoError(f"--stack {self.stack}: is not positive.", "Give 1 or more, or auto.")
+        for name, least, error, hint in (
+            ("trials", 1, SpecError, "Give the study's total, such as --trials 50."),
+            ("workers", 0, HpoError, "Give 1 or more, or 0 to train in this process."),
+            ("stack", 1, HpoError, "Give 1 or more, or auto."),
+        ):
+            number, most = getattr(self, name), _MOST[name]
+            if number is not None and not least <= number <= most:
+                raise error(f"--{name} {_shown(number)}: is not between {least} and {most:,}.", hint)
         gpus = self.gpus_per_trial
         if self.engine != "ray" and gpus is not None and (not gpus >= 1 or gpus % 1):
             raise HpoError(

@@ -18,7 +18,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from hpo.database import open_read_only
 from hpo.errors import StoreError
-from hpo.home import Home
+from hpo.home import Home, plain_file
 from hpo.locks import locked, seen_held
 
 # {"id": random, "path": where this mlruns folder was last used}. A copy has the id of its original, at another path.
@@ -94,10 +94,11 @@ def _relocate(home: Home) -> str:
 def _identity(root: Path) -> dict[str, str]:
     """The content of the identity file; {} where there is none that can be read."""
     try:
-        found = json.loads((root / IDENTITY).read_text(encoding="utf-8"))
-        return {"id": str(found["id"]), "path": str(found["path"])}
-    except (OSError, ValueError, KeyError, TypeError):
+        found = json.loads(plain_file(root / IDENTITY).read_text(encoding="utf-8"))
+        identity = {"id": str(found["id"]), "path": str(found["path"])}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
+    return identity if Path(identity["path"]).is_absolute() else {}
 
 
 def _is_original(root: Path, identity: dict[str, str]) -> bool:

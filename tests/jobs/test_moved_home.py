@@ -30,6 +30,7 @@ from hpo.jobs.promote import promote
 from hpo.jobs.rerun import rerun
 from hpo.jobs.transfer import export_study, import_study
 from hpo.predict import load_model
+from hpo.relocation import relocate
 from hpo.spec.load import load_study
 from hpo.storage.optuna_storage import read_study
 from hpo.tracking.models import delete_artifacts
@@ -235,6 +236,14 @@ def read_only(folder: Path) -> Iterator[None]:
                 path.chmod(mode)
         else:
             subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.mark.parametrize("text", ["x", "[]", '{"id": "a", "path": 7}', '{"id": 5}', "[" * 100_000])
+def test_a_damaged_identity_is_as_none_and_written_again(kept: Home, text: str) -> None:
+    identity = kept.root / "home.json"
+    identity.write_text(text)
+    relocate(kept)
+    assert json.loads(identity.read_text())["path"] == str(kept.root)
 
 
 def test_models_and_trials_are_read_in_a_moved_home_that_cannot_be_written(kept: Home, tmp_path: Path) -> None:

@@ -28,13 +28,13 @@ WORDS = st.sampled_from(
     [
         *("mlp", "cnn", "convnet", "resnet", "timm", "fusion", "transfer", "official", "kfold", "none", "all", "float"),
         *("int", "choice", "log", "when", "stages", "groups", "valid_accuracy", "maximize", "models:/m-0", "best:3"),
-        *("os:system", "a.b.c", "~", "\x00", "\u202e", "\ud7ff", "\U0001f600", "\u00e9"),
+        *("os:system", "a.b.c", "~", "\x00", "\u202e", "\ud7ff", "\udcff", "\U0001f600", "\u00e9"),
     ]
 )
 NUMBERS = st.one_of(
     st.integers(),
     st.floats(),
-    st.sampled_from([0, -1, 1, 2**31, 2**63, 10**400, -(10**400), 1e308, float("inf"), float("nan"), True]),
+    st.sampled_from([0, -1, 1, 2**31, 2**63, 10**400, -(10**400), 1e308, 5e-324, float("inf"), float("nan"), True]),
 )
 LEAVES = st.one_of(st.none(), st.booleans(), NUMBERS, WORDS, st.text(max_size=20), st.dates(), st.binary(max_size=9))
 VALUES = st.recursive(
@@ -164,6 +164,8 @@ def test_any_override_is_taken_or_refused_at_a_place(place: str, value: str) -> 
 LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]\n" for level in range(1, 12)
 )
+SEARCH = "data: {name: digits}\nsplit: {kind: holdout}\nmodel: {kind: 'a:b', options: {w: 1}}\nsearch:"
+THOUSANDS = ", ".join(f"model.options.{number}: {{int: [1, 2]}}" for number in range(2000))
 ODD = {
     "deep list": "data: " + "[" * 5000,
     "deep mapping": "data: " + "{a: " * 5000,
@@ -185,6 +187,13 @@ ODD = {
     "nothing": "",
     "zeros": "\x00" * 1000,
     "utf-16": "name: x".encode("utf-16"),
+    "a range without end": f"{SEARCH} {{space: {{model.options.w: {{int: [1, 1{'0' * 400}]}}}}}}",
+    "a range beyond all floats": f"{SEARCH} {{space: {{model.options.w: {{float: [-1.7e308, 1.7e308]}}}}}}",
+    "a step of nearly nothing": f"{SEARCH} {{space: {{training.optimizer.lr: {{float: [0, 1], step: 5.0e-324}}}}}}",
+    "trials without end": f"{SEARCH} {{trials: 1{'0' * 400}, space: {{model.options.w: {{int: [1, 5]}}}}}}",
+    "more trials than are counted": f"{SEARCH} {{trials: 1000000001, space: {{model.options.w: {{int: [1, 5]}}}}}}",
+    "half a character": f'question: "\\uD800"\n{SEARCH} {{space: {{model.options.w: {{int: [1, 5]}}}}}}',
+    "thousands of parameters": f"{SEARCH} {{space: {{{THOUSANDS}}}}}",
     "two documents": "name: a\n---\nname: b\n",
 }
 

@@ -7,6 +7,7 @@ import io
 import os
 import sys
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -141,6 +142,9 @@ def _root(
 
 def main() -> None:
     """The entry point of the command `hpo`."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # its caller has closed it
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - until the process ends
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a character gets a question mark, not a traceback.
         if isinstance(stream, io.TextIOWrapper):
@@ -150,8 +154,14 @@ def main() -> None:
     try:
         app(prog_name="hpo")
     except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        try:
+            sys.stdout.flush()
+        except OSError as error:
+            code = output.fail(error)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more as it exits
         if "mlflow" not in sys.modules:
-            raise
+            sys.exit(code)
         # Unloading the modules of mlflow and optuna one by one would take two seconds.
         from hpo.execute.process import end_fork_server
 
@@ -159,4 +169,4 @@ def main() -> None:
         end_fork_server()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(end.code if isinstance(end.code, int) else 0 if end.code is None else 1)
+        os._exit(code)

@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hpo.cli import output
-from hpo.cli.options import AsJson, Debug, DeviceName, HomeFolder, Settings, Study, Trials, Trust, study_name
+from hpo.cli.options import (
+    AsJson,
+    Debug,
+    DeviceName,
+    HomeFolder,
+    Settings,
+    Study,
+    Trials,
+    Trust,
+    outside_stores,
+    study_name,
+)
 from hpo.report.text import duration, parameter_names, ranges_of
 
 if TYPE_CHECKING:
@@ -21,7 +32,9 @@ if TYPE_CHECKING:
 
 def preview(
     study: Study,
-    target: Annotated[Path, typer.Option("--output", "-o", help="The PNG to write.")] = Path("augmented.png"),
+    target: Annotated[Path, typer.Option("--output", "-o", help="The PNG to write.", callback=outside_stores)] = Path(
+        "augmented.png"
+    ),
     images: Annotated[
         int, typer.Option(metavar="N", min=1, max=100, help="Rows: training images of alternating classes.")
     ] = 8,

@@ -15,10 +15,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hpo.errors import HpoError, clean, redact
+from hpo.errors import HpoError, clean, disk_full, redact
 from hpo.report.text import short_paths
 
 _LONG = 500  # rows
+_LONGEST = 99_999 * 3600  # of a duration, in seconds
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
 
@@ -150,6 +151,11 @@ def fail(error: BaseException, *, as_json: bool = False, debug: bool = False) ->
     elif isinstance(error, MemoryError):
         message = f"the memory of this machine does not suffice: {redact(str(error))}".rstrip(": ")
         hint, code = "End other programs, or give it fewer or smaller images.", HpoError.exit_code
+    elif isinstance(error, FileNotFoundError) and _is_adrift():
+        message, hint, code = "the working directory is gone.", "Go to a folder that exists: cd", HpoError.exit_code
+    elif disk_full(error):
+        message, hint = f"no space is left: {redact(str(error))}.", "Free some, and run it again."
+        code = HpoError.exit_code
     else:
         message = f"unexpected error {type(error).__name__}: {' '.join(redact(str(error)).split())}".rstrip(": ")
         hint, code = ("" if debug else "Run again with --debug for the traceback."), 1
@@ -169,6 +175,14 @@ def fail(error: BaseException, *, as_json: bool = False, debug: bool = False) ->
     return code
 
 
+def _is_adrift() -> bool:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return True
+    return False
+
+
 def parse_duration(text: str) -> float:
     """Seconds in "90", "45s", "30m", "1h" or "1h30m"; raises ValueError."""
     match = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m(?:in)?)?(?:([\d.]+)s?)?", text.replace(" ", ""))
@@ -177,8 +191,8 @@ def parse_duration(text: str) -> float:
     except ValueError:
         hours = minutes = seconds = 0.0
     total = 3600 * hours + 60 * minutes + seconds
-    if total <= 0:
-        raise ValueError(f"{text!r} is not a time. Write 90 (seconds), 45s, 30m, 1h or 1h30m.")
+    if not 0 < total <= _LONGEST:
+        raise ValueError(f"{text[:20]!r} is not a time. Write 90 (seconds), 45s, 30m, 1h or 1h30m, at most 99999h.")
     return total
 
 

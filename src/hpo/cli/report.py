@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hpo.cli import output
-from hpo.cli.options import AsJson, Command, Debug, HomeFolder, Study, Trust, study_name
+from hpo.cli.options import AsJson, Command, Debug, HomeFolder, Study, Trust, outside_stores, study_name
 
 if TYPE_CHECKING:
     from hpo.report.page import DataFacts
@@ -19,7 +19,14 @@ def report(
     study: Study,
     target: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="FILE", help="The HTML file.", show_default="mlruns/reports/STUDY.html"),
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FILE",
+            help="The HTML file.",
+            show_default="mlruns/reports/STUDY.html",
+            callback=outside_stores,
+        ),
     ] = None,
     saliency: Annotated[
         bool, typer.Option("--saliency", help="Add saliency maps of the most confident mistakes; takes seconds.")
@@ -115,7 +122,10 @@ def show(
         int | None, typer.Option(metavar="N", min=1, max=1024, help="Side of the images in pixels.")
     ] = None,
     page: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="FILE", help="The page.", show_default="data-NAME.html")
+        Path | None,
+        typer.Option(
+            "--out", "-o", metavar="FILE", help="The page.", show_default="data-NAME.html", callback=outside_stores
+        ),
     ] = None,
     images: Annotated[
         int, typer.Option(metavar="N", min=0, max=100, help="Training images of each class to show.")

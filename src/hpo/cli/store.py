@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hpo.cli import output
-from hpo.cli.options import AsJson, Command, Debug, HomeFolder, Study, study_name
+from hpo.cli.options import AsJson, Command, Debug, HomeFolder, Study, outside_stores, study_name
 from hpo.report.text import counted
 
 if TYPE_CHECKING:
@@ -59,7 +59,10 @@ def upgrade(
 def export(
     study: Study,
     target: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write there.", show_default="STUDY.zip")
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Write there.", show_default="STUDY.zip", callback=outside_stores
+        ),
     ] = None,
     home: HomeFolder = None,
     as_json: AsJson = False,

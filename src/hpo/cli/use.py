@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hpo.cli import output
-from hpo.cli.options import AllowPickle, AsJson, Debug, HomeFolder, Study, Trust, complete_study, study_name
+from hpo.cli.options import (
+    AllowPickle,
+    AsJson,
+    Debug,
+    HomeFolder,
+    Study,
+    Trust,
+    complete_study,
+    outside_stores,
+    study_name,
+)
 from hpo.errors import DataError
 
 if TYPE_CHECKING:
@@ -158,7 +168,10 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help="Image files of any size and mode.", show_default=False)],
     form: Annotated[Format, typer.Option("--format", help="How to print.")] = Format.TABLE,
     target: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write there.", show_default="the terminal")
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Write there.", show_default="the terminal", callback=outside_stores
+        ),
     ] = None,
     home: HomeFolder = None,
     allow_pickle: AllowPickle = False,

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from hpo.data.pixels import Range, Ranges, extent_of, kind_of, range_for, to_levels
 from hpo.errors import DataError
+from hpo.home import plain_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -75,7 +76,7 @@ def _opened(file: AnyFile) -> Iterator[Image | NDArray[Any]]:
     """
     from PIL import Image, UnidentifiedImageError
 
-    with file.open("rb") as stream:
+    with (plain_file(file) if isinstance(file, Path) else file).open("rb") as stream:
         start = stream.read(4)
         stream.seek(0)
         try:

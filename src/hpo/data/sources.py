@@ -212,6 +212,8 @@ def find(name: str, *, size: int | None, path: str | None) -> Source:
         raise DataError(f"data.path: {name} comes with hpo, got {path}.", "Remove data.path.")
     if path is not None and not Path(path).exists():
         raise DataError(f"data.path: {path}: no such file or folder.", "Correct the path.")
+    if path is not None and not (Path(path).is_file() or Path(path).is_dir()):
+        raise DataError(f"data.path: {path}: it is a pipe or a device, not a file.", "Correct the path.")
     return source
 
 

@@ -14,6 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from hpo.errors import SpecError
+from hpo.home import plain_file
 from hpo.spec.agreement import conflicts
 from hpo.spec.models import FAMILIES
 from hpo.spec.own_code import check_file, check_stored
@@ -52,7 +53,26 @@ def _mapping(loader: StudyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     return loader.construct_mapping(node, deep=True)
 
 
+def _number(loader: StudyLoader, node: yaml.ScalarNode) -> int:
+    number: int = loader.construct_yaml_int(node)
+    if abs(number) >= 2**63:
+        raise yaml.constructor.ConstructorError(
+            None, None, "a whole number beyond 2^63 cannot be stored", node.start_mark
+        )
+    return number
+
+
+def _text(loader: StudyLoader, node: yaml.ScalarNode) -> str:
+    text = str(loader.construct_scalar(node))
+    if any(sign == "\0" or "\ud800" <= sign <= "\udfff" for sign in text):
+        problem = f"{_short(text)} has a character that cannot be stored"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+    return text
+
+
 StudyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+StudyLoader.add_constructor("tag:yaml.org,2002:int", _number)
+StudyLoader.add_constructor("tag:yaml.org,2002:str", _text)
 # A spec is stored as JSON, which has none of these; a date is read as the text that it is.
 for _tag in ("binary", "timestamp", "set", "omap", "pairs"):
     del StudyLoader.yaml_constructors[f"tag:yaml.org,2002:{_tag}"]
@@ -168,7 +188,7 @@ def dump_study(spec: StudySpec) -> str:
 
 def small_text(path: Path) -> str:
     """The text of a file, which may be anybody's. Raises ValueError where it has more than 1 MB, OSError."""
-    if path.stat().st_size > _MOST_BYTES:
+    if plain_file(path).stat().st_size > _MOST_BYTES:
         raise ValueError(f"it has more than {_MOST_BYTES:,} bytes")
     return path.read_text(encoding="utf-8")
 

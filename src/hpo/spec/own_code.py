@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from hpo.errors import SpecError, TrainingError
+from hpo.home import plain_file
 from hpo.metrics import Metric, find_metric, name_of
 from hpo.spec.study import StudySpec
 
@@ -331,7 +332,7 @@ def _names_file(text: str) -> bool:
 def _file_digest(file: Path) -> str:
     """SHA-256 of a file's content; "" for what is no file, or cannot be read."""
     try:
-        with file.expanduser().open("rb") as stream:
+        with plain_file(file.expanduser()).open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except (OSError, ValueError):
         return ""

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, cast, get_args
 from pydantic import BeforeValidator, Field, model_validator
 
 from hpo.metrics import direction_of, metric_of
-from hpo.spec.space import Cost, Part, Positive, PrunerName, SamplerName, Score, Share, Space
+from hpo.spec.space import MOST, Cost, Count, Part, Positive, PrunerName, SamplerName, Score, Share, Space
 
 _CONSTRAINT = r"^ *(parameters|latency_ms|valid_[^<>]*[^<> ]) *(<=|>=) *[0-9.eE+-]+ *$"
 
@@ -27,7 +27,7 @@ class SamplerSpec(Part):
     """Who proposes candidates. `sampler: tpe` is short for `sampler: {name: tpe}`."""
 
     name: SamplerName = "tpe"
-    startup_trials: Annotated[int, Field(ge=0)] = 10
+    startup_trials: Count = 10
     """tpe, cmaes, gp: random trials before the model of the results is used."""
 
 
@@ -35,13 +35,13 @@ class PrunerSpec(Part):
     """Who ends poor trials early. `pruner: median` is short for `pruner: {name: median}`."""
 
     name: PrunerName = "none"
-    startup_trials: Annotated[int, Field(ge=0)] = 5
+    startup_trials: Count = 5
     """median, curve: finished trials before any is pruned; wilcoxon: epochs before one is."""
-    warmup_epochs: Annotated[int, Field(ge=0)] = 0
+    warmup_epochs: Count = 0
     """median, curve: no pruning in these first epochs."""
     min_epochs: Positive = 1
     """successive_halving, hyperband: epochs of the first rung."""
-    reduction_factor: Annotated[int, Field(ge=2)] = 3
+    reduction_factor: Annotated[int, Field(ge=2, le=MOST)] = 3
     """successive_halving, hyperband: one in this many is promoted to the next rung."""
     patience: Positive = 5
     """patient: epochs without a better value before a trial is pruned."""

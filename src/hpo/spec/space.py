@@ -17,7 +17,9 @@ Width = Annotated[int, Field(ge=1, le=65536)]
 
 
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
-Positive = Annotated[int, Field(ge=1)]
+MOST = 10**9  # of anything that is counted: what every database stores
+Positive = Annotated[int, Field(ge=1, le=MOST)]
+Count = Annotated[int, Field(ge=0, le=MOST)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -78,6 +80,7 @@ OptimizerName = _one_of(lambda: OPTIMIZER_NAMES)
 # The fields below are called float and int, as in the file; inside those classes the builtins need other names.
 _Real = float
 _Whole = int
+_EXACT = 2**53  # up to here, a sampler's floats tell whole numbers apart
 
 
 class Part(BaseModel):
@@ -111,6 +114,8 @@ def _check_range(low: float, high: float, log: bool, step: float | None) -> None
         raise ValueError("log and step exclude each other. Leave one of them out")
     if step is not None and step <= 0:
         raise ValueError(f"step {step} is not positive. Give a positive step")
+    if not (high - low) / (step or 1) <= (_EXACT if step else math.inf) or math.isinf(high - low):
+        raise ValueError(f"range [{low}, {high}]{f' in steps of {step}' * bool(step)} is too wide. Narrow it")
 
 
 def _is_number(value: Any) -> bool:
@@ -180,6 +185,10 @@ class Int(_Parameter):
 
     @model_validator(mode="after")
     def _ordered(self) -> Int:
+        if any(abs(number) > _EXACT for number in (*self.int, self.step or 1)):
+            raise ValueError(
+                "a number is beyond 2^53, up to which samplers tell whole numbers apart. Give smaller ones"
+            )
         _check_range(*self.int, self.log, self.step)
         return self
 
@@ -270,7 +279,7 @@ class Space(RootModel[dict[str, Parameter]]):
     """Dotted paths into the spec, and how each may vary."""
 
     model_config = ConfigDict(frozen=True)
-    root: dict[str, Parameter] = Field(default_factory=dict)
+    root: dict[str, Parameter] = Field(default_factory=dict, max_length=500)
 
     @model_validator(mode="after")
     def _acyclic(self) -> Space:

@@ -118,9 +118,9 @@ class Reference(Part):
 class KeepSpec(Part):
     """What stays on disk."""
 
-    models: Annotated[str, Field(pattern=r"^(all|none|best:[1-9][0-9]*)$")] = "best:10"
+    models: Annotated[str, Field(pattern=r"^(all|none|best:[1-9][0-9]{0,8})$")] = "best:10"
     """all, none, or best:K: a trial's model is kept while it is among the K best."""
-    figures: Annotated[str, Field(pattern=r"^(all|none|best:[1-9][0-9]*)$")] = "best:1"
+    figures: Annotated[str, Field(pattern=r"^(all|none|best:[1-9][0-9]{0,8})$")] = "best:1"
     """The same for its pictures. They are drawn at the end of the search, of trials that keep their model."""
 
     @property
@@ -137,9 +137,9 @@ class KeepSpec(Part):
 class PromoteSpec(Part):
     """What a logged model must keep to become champion, measured when it is promoted, on the machine that does it."""
 
-    latency_ms: Annotated[float, Field(gt=0.0)] | None = None
+    latency_ms: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
     """Milliseconds from one image to its probabilities by the logged program, on the CPU, at most; the median of 30."""
-    size_mb: Annotated[float, Field(gt=0.0)] | None = None
+    size_mb: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
     """All files of the model, in millions of bytes, at most."""
 
 

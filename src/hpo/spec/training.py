@@ -118,7 +118,7 @@ class TrainingSpec(Part):
     """Further scores of every epoch, such as [valid_mcc]; those that monitor and search name need not be listed."""
     patience: Positive | None = None
     """Stop after this number of epochs without a better monitor; null: never."""
-    clip_norm: Annotated[float, Field(gt=0.0)] | None = None
+    clip_norm: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
     """A gradient longer than this, over all weights, is shortened to it. null: never."""
     micro_batch: Positive | None = None
     """Images that go through the network at once; gradients of a batch's pieces are summed before each step, so that a

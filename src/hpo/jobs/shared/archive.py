@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hpo.errors import StoreError, disk_full
+from hpo.home import plain_file
 
 FORMAT = 1  # of what the members say; raised when an older hpo could not read them
 MANIFEST = "manifest.json"
@@ -145,7 +146,7 @@ def reading(file: Path, *, scratch: Path) -> Iterator[Archive]:
     scratch is a folder on the disk that its files will go to. Raises StoreError.
     """
     try:
-        archive = zipfile.ZipFile(file)
+        archive = zipfile.ZipFile(plain_file(file))
     except FileNotFoundError:
         raise StoreError(f"{file}: there is no such file.", "Write one: hpo export STUDY") from None
     except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
