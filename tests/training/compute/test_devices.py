@@ -7,9 +7,13 @@ import pytest
 import torch
 
 from device_cases import CLASSES, CNN, FAMILIES, MLP, SIDE, TRAININGS, images, learn, setup
+from hpo.events import EpochEnded
+from hpo.execute.workers.task import Task, train_task
 from hpo.models import build_model
+from hpo.records import TrialState
 from hpo.training.stack import Stack
 from pretend_gpu import WrongDeviceError, pretend_gpu
+from small_nets import TINY, weights_file
 
 STACKED = [{}, {"augment": {"mixup": 0.4, "flip_horizontal": True, "rotate": 20.0}}, {"class_weights": "balanced"}]
 
@@ -106,3 +110,35 @@ def test_the_pretended_gpu_counts_what_waits():
         "aten::index by indices of the CPU": 1,
         "aten::nonzero": 1,
     }
+
+
+def _trial(card, folder, model, device, **training):
+    """A whole trial of the digits, and the messages of its worker."""
+    made = setup(model, **training)
+    folder.mkdir()
+    training, epochs = train_task(Task(0, made, 7, card, str(folder / "left"), latency=True), device), []
+    message = next(training)
+    while isinstance(message, EpochEnded):
+        epochs.append(message.epoch)
+        message = training.send(True)
+    assert message.result.state is TrialState.COMPLETE, message.result.traceback
+    return epochs, message.result
+
+
+@pytest.mark.parametrize("precision", ["float32", "auto"])
+@pytest.mark.parametrize("kind", ["mlp", "cnn", "head"])
+def test_a_trial_on_a_gpu_ends_as_on_the_cpu(card, tmp_path, monkeypatch, kind, precision):
+    monkeypatch.setenv("HPO_DATA", str(tmp_path / "cache"))
+    weights = str(weights_file(TINY, tmp_path))  # of a backbone whose features are computed there, too
+    head = {**TINY, "weights": weights, "freeze": "all", "input_size": 32}
+    model = {"mlp": MLP, "cnn": CNN, "head": head}[kind]
+    training = {"precision": precision, "epochs": 2}
+    here, expected = _trial(card, tmp_path / "here", model, "cpu", **training)
+    with pretend_gpu():
+        there, found = _trial(card, tmp_path / "there", model, "cuda:0", **training)
+    _same(there, here)
+    assert found.confusion == expected.confusion
+    assert found.settings["device"] == "cuda:0"
+    assert found.settings["layout"] == "channels_last"
+    assert found.settings["graph"].startswith("eager: it has fewer")
+    assert "latency_ms" in found.scores
