@@ -1,7 +1,10 @@
 """The device of the GPU suite; HPO_TEST_DEVICE=cpu tries the logic of its tests where there is no GPU."""
 
 import os
+import tempfile
+from pathlib import Path
 
+import filelock
 import pytest
 import torch
 
@@ -14,6 +17,13 @@ def device() -> str:
     if asked.startswith("cuda") and not torch.cuda.is_available():
         pytest.skip("torch finds no GPU")
     return asked
+
+
+@pytest.fixture(autouse=True)
+def alone(device):
+    """One test at a time on the GPU, whatever pytest-xdist does: some look at its free memory."""
+    with filelock.FileLock(Path(tempfile.gettempdir()) / "hpo-gpu-tests.lock"):
+        yield
 
 
 @pytest.fixture
