@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 INDIRECT = {
     "cmaes",  # Optuna's CMA-ES sampler imports it
     "medmnist",  # its table of data sets is read as a file, because importing it imports torch and makes a folder
+    "nvidia-ml-py",  # torch.cuda imports it
     "psycopg",  # SQLAlchemy imports it for PostgreSQL
     "scikit-learn",  # its digits are read as a file
 }

@@ -147,7 +147,8 @@ class TrialResult:
     trial did not come to its end, None where it did. predicted holds the predicted classes of the validation images, in
     the order of their rows (see pack_classes): comparisons need no model then. ended is when, in seconds since 1970
     (0.0: not known): what is written twice about it carries the same time, and is there once. profile is None where the
-    run was not profiled.
+    run was not profiled. system holds system metrics over time, as columns: MLflow's names without its prefix system/,
+    and `time`, when each value was taken, in seconds since 1970.
     """
 
     number: int
@@ -170,6 +171,7 @@ class TrialResult:
     failure: FailureKind | None = None
     ended: float = 0.0
     profile: Profile | None = None
+    system: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types; from_json takes it back."""
@@ -186,6 +188,7 @@ class TrialResult:
         known["values"] = tuple(known.get("values", ()))
         known["folds"] = tuple(known.get("folds", ()))
         known["confusion"] = tuple(tuple(row) for row in known.get("confusion", ()))
+        known["system"] = {name: tuple(column) for name, column in known.get("system", {}).items()}
         profile = known.get("profile") or {}  # of older versions with more fields
         known["profile"] = Profile(profile["seconds"], profile.get("operators", {})) if profile else None
         return cls(**known)

@@ -343,15 +343,6 @@ def test_trial_on_data_that_is_gone_is_an_error(digits):
         open_trial(digits, HOLDOUT, device=CPU)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_trial_on_the_gpu_equals_the_one_on_the_cpu(digits):
-    host, gpu = (open_trial(digits, HOLDOUT, device=torch.device(name)) for name in ("cpu", "cuda"))
-    assert gpu.images.is_cuda
-    assert gpu.train.is_cuda
-    assert torch.equal(host.images, gpu.images.cpu())
-    assert (host.mean, host.std) == (gpu.mean, gpu.std)
-
-
 def test_test_part_opens_apart(digits):
     seen = open_test(digits, lambda images: np.full((len(images), 10), 0.1))
     images, labels = seen.images, seen.labels

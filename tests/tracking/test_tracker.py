@@ -122,6 +122,24 @@ def test_tracking_a_trial_of_fifty_epochs_takes_under_150_ms(tracker: Tracker) -
     assert min(seconds) < 0.15
 
 
+def test_system_metrics_are_where_mlflow_shows_them_at_the_times_they_were_taken(home: Home, tracker: Tracker) -> None:
+    system = {"time": (1.7e9, 1.7e9 + 5), "cpu_utilization_percentage": (50.0, 75.5)}
+    track(tracker, 0, system=system)
+    name, client = "system/cpu_utilization_percentage", connect(home)
+    points = client.get_metric_history(run_of(home, 0).info.run_id, name)
+    assert [(point.step, point.timestamp, point.value) for point in points] == [
+        (0, 1_700_000_000_000, 50.0),
+        (1, 1_700_000_005_000, 75.5),
+    ]
+    # The study storage has them: a run that was lost gets them again.
+    again = Tracker(home)
+    again.open_study(tiny.study(created=1.8e9), tiny.spec(), tiny.data(), tiny.split())
+    mended = tiny.study(tiny.trial(1, system=system), created=1.8e9)
+    again.reconcile(mended, tiny.spec())
+    (run,) = runs.children(client, runs.find_parent(client, mended))
+    assert len(client.get_metric_history(run.info.run_id, name)) == 2
+
+
 def test_reconciling_leaves_the_trials_of_living_runs_alone(home: Home, tracker: Tracker) -> None:
     candidate = tiny.candidate(0)
     tracker.start_trial(candidate, tiny.spec().with_values(candidate.parameters), worker="w0")

@@ -130,16 +130,6 @@ def test_frozen_weights_stay_out_of_the_optimizer(digits):
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 3
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_trains_as_the_cpu_does(digits_card):
-    from hpo.data.prepare import open_trial
-    from hpo.spec.study import SplitSpec
-
-    data = open_trial(digits_card, SplitSpec(kind="holdout"), device=torch.device("cuda"))
-    _, epochs = _run(data, TrainingSpec(epochs=3), precision="bfloat16")
-    assert epochs[-1].scores["valid_accuracy"] > 0.85
-
-
 def _gradients(data, model, **options):
     """Weights after one step of plain gradient descent on one batch of 100."""
     spec = TrainingSpec(epochs=1, batch_size=100, optimizer=OptimizerSpec(name="sgd", lr=0.1), **options)

@@ -153,7 +153,7 @@ def epoch_metrics(epochs: Sequence[Epoch], ended: float) -> list[Any]:
 
 
 def result_metrics(result: TrialResult, ended: float) -> list[Any]:
-    """mlflow Metrics of an ended trial: best_<score>, objective, duration and size."""
+    """mlflow Metrics of an ended trial: best_<score>, objective, duration and size, and its system metrics."""
     values: dict[str, float] = {f"best_{name}": value for name, value in result.scores.items()}
     values |= {"duration_seconds": result.seconds}
     if result.best_epoch:
@@ -164,7 +164,18 @@ def result_metrics(result: TrialResult, ended: float) -> list[Any]:
         values["objective"] = result.value
     if result.profile is not None:
         values |= {f"profile.{phase}_seconds": seconds for phase, seconds in result.profile.seconds.items()}
-    return metrics(values, ended)
+    return metrics(values, ended) + system_metrics(result)
+
+
+def system_metrics(result: TrialResult) -> list[Any]:
+    """mlflow Metrics that its UI shows as system metrics; one step for each time at which they were taken."""
+    times = result.system.get("time", ())
+    columns = {f"system/{name}": column for name, column in result.system.items() if name != "time"}
+    return [
+        metric
+        for step, when in enumerate(times)
+        for metric in metrics({name: column[step] for name, column in columns.items()}, when, step=step)
+    ]
 
 
 def scores_of(metrics: Mapping[str, float]) -> dict[str, float]:

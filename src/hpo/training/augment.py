@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch.nn import functional
 
 from hpo.errors import TrainingError
 from hpo.spec.training import AugmentSpec
+from hpo.training.device import put
 
 Amounts = dict[str, Tensor]
 Draw = Callable[[AugmentSpec, Tensor, torch.Generator], Amounts]
@@ -62,8 +64,7 @@ def warp(planes: Tensor, amounts: Mapping[str, Tensor], *, fill: str = "reflect"
     cosine, sine = angle.deg2rad().cos(), angle.deg2rad().sin()
     turn = torch.stack([cosine, -sine, sine, cosine], dim=1).view(-1, 2, 2)
     shear = torch.stack([1 + nothing, shear_x, shear_y, 1 + nothing], dim=1).view(-1, 2, 2)
-    aspect = torch.tensor([[1.0, height / width], [width / height, 1.0]], device=device)
-    linear = (turn @ shear) * aspect / zoom.exp().view(-1, 1, 1)
+    linear = (turn @ shear) * _aspect(height, width, device) / zoom.exp().view(-1, 1, 1)
     offset = -2 * linear @ torch.stack([right, down], dim=1).unsqueeze(2)
     # affine_grid does the same for each image by itself, which takes ten times as long as one product for all.
     x = (2 * torch.arange(width, device=device) + 1) / width - 1
@@ -71,6 +72,20 @@ def warp(planes: Tensor, amounts: Mapping[str, Tensor], *, fill: str = "reflect"
     places = torch.stack([x.repeat(height), y.repeat_interleave(width), torch.ones(height * width, device=device)])
     grid = (torch.cat([linear, offset], dim=2).view(-1, 3) @ places).view(count, 2, height, width)
     return functional.grid_sample(planes, grid.permute(0, 2, 3, 1), padding_mode=_FILLS[fill], align_corners=False)
+
+
+# Constants stay on the device: to copy them in every step would make it wait.
+@lru_cache(maxsize=16)
+def _aspect(height: int, width: int, device: torch.device) -> Tensor:
+    return put(torch.tensor([[1.0, height / width], [width / height, 1.0]]), device)
+
+
+@lru_cache(maxsize=16)
+def _colours(channels: int, device: torch.device) -> tuple[Tensor, ...]:
+    """The shares of the channels in brightness, and for RGB the matrices of grey, of colour, and of a quarter turn."""
+    luma = torch.tensor(_LUMA if channels == 3 else [1 / channels] * channels)
+    matrices = torch.tensor(np.array([_GREY, np.eye(3) - _GREY, _QUARTER]), dtype=torch.float32)
+    return put(luma, device), *put(matrices, device)
 
 
 def recolour(planes: Tensor, amounts: Mapping[str, Tensor]) -> Tensor:
@@ -83,16 +98,13 @@ def recolour(planes: Tensor, amounts: Mapping[str, Tensor]) -> Tensor:
     nothing = torch.zeros(count, device=planes.device)
     brightness, contrast, saturation = ((1 + amounts.get(name, nothing)).clamp(min=0) for name in _COLOURS[:3])
     pixels = planes.flatten(2)
-    luma = torch.tensor(_LUMA if channels == 3 else [1 / channels] * channels, device=planes.device)
+    luma, grey, colour, quarter = _colours(channels, planes.device)
     # Neither saturation nor hue changes the grey of a pixel, so contrast can be taken about the mean of the original.
     offset = (brightness * (1 - contrast) * (pixels.mean(2) @ luma)).view(-1, 1, 1)
     factor = (brightness * contrast).view(-1, 1, 1)
     if channels != 3 or ("saturation" not in amounts and "hue" not in amounts):
         return torch.addcmul(offset, pixels, factor).view_as(planes)
     angle = (2 * math.pi * amounts.get("hue", nothing)).view(-1, 1, 1)
-    grey, colour, quarter = torch.tensor(
-        np.array([_GREY, np.eye(3) - _GREY, _QUARTER]), dtype=torch.float32, device=planes.device
-    )
     matrix = factor * (grey + saturation.view(-1, 1, 1) * (angle.cos() * colour + angle.sin() * quarter))
     return torch.baddbmm(offset, matrix, pixels).view_as(planes)
 
@@ -104,7 +116,7 @@ def erase(images: Tensor, generator: torch.Generator, *, probability: float, lar
     [0.3, 3.3], and it lies inside the image: where it is too long for it, it is cut off.
     """
     count, height, width, _ = images.shape
-    chosen, size, aspect, top, left = torch.rand(5, count, generator=generator).to(images.device)
+    chosen, size, aspect, top, left = put(torch.rand(5, count, generator=generator), images.device)
     smallest = min(0.02, largest)
     area = (smallest + (largest - smallest) * size) * height * width
     ratio = ((2 * aspect - 1) * math.log(3.3)).exp()
@@ -215,7 +227,7 @@ def _add_up(draws: Sequence[Draw], spec: AugmentSpec, images: Tensor, generator:
             amounts[name] = amounts[name] + amount if name in amounts else amount
     if not amounts:
         return {}
-    moved = torch.stack(list(amounts.values())).to(images.device)  # one transfer for all
+    moved = put(torch.stack(list(amounts.values())), images.device)  # one transfer for all
     return dict(zip(amounts, moved, strict=True))
 
 
@@ -244,7 +256,7 @@ def mix_batch(
         return images, labels, labels, 1.0
     # torch's Beta takes no generator.
     random = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
-    other = torch.randperm(len(images), generator=generator).to(images.device)
+    other = put(torch.randperm(len(images), generator=generator), images.device)
     if not spec.cutmix or (spec.mixup and random.random() < 0.5):
         share = float(random.beta(spec.mixup, spec.mixup))
         return torch.lerp(images[other], images, share), labels, labels[other], share

@@ -13,6 +13,7 @@ from hpo.data.prepare import TrialData
 from hpo.errors import TrainingError
 from hpo.spec.training import AugmentSpec, TrainingSpec
 from hpo.training.augment import MIXES, Augment, build_augment
+from hpo.training.device import put
 
 _MOST_BYTES = 2**28  # of all flips of a data set, in each worker
 Change = Callable[[Tensor], Tensor]
@@ -92,8 +93,8 @@ class Flips:
             order = torch.arange(len(images))
             order[rows] = torch.arange(len(images), len(images) + len(rows))
             # Whole images are gathered twenty times faster than they are written to chosen places.
-            both = torch.cat([images, change(images.index_select(0, rows.to(images.device)))])
-            images = both.index_select(0, order.to(images.device))
+            both = torch.cat([images, change(images.index_select(0, put(rows, images.device)))])
+            images = both.index_select(0, put(order, images.device))
         return images
 
     def of_all(self, images: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ class Flips:
     def rows_of(self, rows: Tensor, total: int, generator: torch.Generator, *, batch: int | None = None) -> Tensor:
         """The rows of of_all, of `total` images, with a random change of each of these rows; batch is that of draw."""
         steps = total << torch.arange(len(self.changes))
-        return rows + (steps @ self.draw(len(rows), generator, batch=batch)).to(rows.device)
+        return rows + put(steps @ self.draw(len(rows), generator, batch=batch), rows.device)
 
     def _check(self, images: Tensor) -> None:
         height, width = images.shape[1:3]
@@ -134,7 +135,7 @@ def pick_view(features: Tensor, generator: torch.Generator) -> Tensor:
     """
     if features.ndim == 2:
         return features
-    picked = torch.randint(1, features.shape[1], (len(features),), generator=generator).to(features.device)
+    picked = put(torch.randint(1, features.shape[1], (len(features),), generator=generator), features.device)
     return features[torch.arange(len(features), device=features.device), picked]
 
 

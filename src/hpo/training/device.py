@@ -63,6 +63,14 @@ def threads_in_use() -> int:
     return torch.get_num_threads()
 
 
+def put(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on device. On a GPU the CPU does not wait until the work before it is done.
+
+    CUDA copies ordinary memory before the call returns, so that the caller may change the tensor at once.
+    """
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 def device_clock(device: torch.device) -> Callable[[], float]:
     """A clock for computing on device, in seconds: CPU seconds of this thread on a CPU, else wall seconds.
 

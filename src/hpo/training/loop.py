@@ -23,7 +23,7 @@ from hpo.training.augment import mix_batch
 from hpo.training.batches import Batches, GrowingSubset
 from hpo.training.checkpoint import random_state, set_random_state
 from hpo.training.data_parallel import ALONE, Forward, Ranks
-from hpo.training.device import lay_out
+from hpo.training.device import lay_out, put
 from hpo.training.optimizers import Loss, balanced_order, build_optimizer, learning_rate_factor
 from hpo.training.profiler import phase
 
@@ -195,7 +195,7 @@ class _Training:
             order = balanced_order(data.labels[subset].cpu(), len(subset), self._generator)
         else:
             order = torch.randperm(len(subset), generator=self._generator)
-        order = subset[order.to(device)]
+        order = subset[put(order, device)]
         single = len(order) % spec.batch_size == 1 < min(spec.batch_size, len(order))
         order = order[:-1] if single else order  # batch norm cannot learn from a single image
         sources = self._batches.rows(order, spec.batch_size, self._generator)

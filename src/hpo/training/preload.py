@@ -3,6 +3,7 @@
 import signal
 
 import hpo.training.device
+import hpo.training.system_metrics
 import hpo.training.trial  # noqa: F401
 
 # Schedulers send SIGTERM to every process of a job. As with Ctrl-C, what it means is for the supervisor to decide, who

@@ -22,7 +22,7 @@ from hpo.spec.training import TrainingSpec
 from hpo.training.augment import mix_batch
 from hpo.training.batches import Batches
 from hpo.training.checkpoint import random_state, set_random_state
-from hpo.training.device import device_clock, has_bfloat16
+from hpo.training.device import device_clock, has_bfloat16, put
 from hpo.training.loop import EarlyStopping, evaluation_batch, moving_average, requested_of, train
 from hpo.training.optimizers import OPTIMIZERS, class_weights, learning_rate_factor
 from hpo.training.stack_layers import BrokenStackError, key_of, sort_key
@@ -209,7 +209,7 @@ class Stack:
         device = data.images.device
         balanced = spec.class_weights == "balanced"
         weights = class_weights(data.labels[data.train], len(data.class_names)) if balanced else None
-        smoothing = torch.tensor([member.spec.label_smoothing for member in members], device=device)
+        smoothing = put(torch.tensor([member.spec.label_smoothing for member in members]), device)
         smoothed = smoothing if any(member.spec.label_smoothing for member in members) else None
         noises = [member.noise for member in members]
         inputs_of = _Inputs(members)
@@ -219,7 +219,7 @@ class Stack:
         orders, sources = [], []
         for member in members:
             member.epoch += 1
-            order = data.train[torch.randperm(count, generator=member.generator).to(device)]
+            order = data.train[put(torch.randperm(count, generator=member.generator), device)]
             orders.append(order[:-1] if single else order)  # batch norm cannot learn from a single image
             sources.append(member.batches.rows(orders[-1], spec.batch_size, member.generator))
         batches = [torch.split(torch.stack(each), spec.batch_size, dim=1) for each in (orders, sources)]
@@ -297,7 +297,7 @@ class _Inputs:
         inputs = torch.stack([part for part, _, _ in parts])
         if not self._mixes:
             return inputs, labels, labels, None
-        shares = torch.tensor([share for _, _, share in parts], device=labels.device)
+        shares = put(torch.tensor([share for _, _, share in parts]), labels.device)
         return inputs, labels, torch.stack([other for _, other, _ in parts]), shares
 
     def _mixed(self, member: Member, gathered: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, float]:

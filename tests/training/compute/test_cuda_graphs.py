@@ -2,7 +2,6 @@
 
 import copy
 import time
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +9,9 @@ from torch import nn
 from torch.func import functional_call
 
 from hpo.models import build_model
-from hpo.spec.models import CnnSpec, MlpSpec
+from hpo.spec.models import CnnSpec
 from hpo.spec.training import AugmentSpec, OptimizerSpec, TrainingSpec
-from hpo.training.device import agree, capture_cuda, choose_graph
+from hpo.training.device import agree, choose_graph
 from hpo.training.loop import train
 
 SPEC = TrainingSpec(epochs=30, batch_size=32, optimizer=OptimizerSpec(lr=3e-3))
@@ -179,29 +178,3 @@ def test_gradients_of_pure_rounding_may_differ_and_others_may_not():
     assert not agree([large, tiny], [large, tiny + 0.1], tolerance=0.01)
     assert not agree([large, tiny], [large, None], tolerance=0.01)
     assert not agree([large], [large * float("nan")], tolerance=0.01)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    "model",
-    [MlpSpec(kind="mlp", hidden=64, dropout=0.2), CnnSpec(kind="cnn", filters=8, batch_norm=True)],
-    ids=lambda model: model.kind,
-)
-def test_a_gpu_learns_with_a_graph_what_it_learns_without(few, model, precision):
-    device = torch.device("cuda")
-    moved = {name: getattr(few, name).to(device) for name in ("images", "labels", "train", "valid")}
-    there = replace(few, **moved)
-
-    def made():
-        return build_model(model, image_shape=(8, 8, 1), classes=10, seed=0).to(device)
-
-    brief = SPEC.model_copy(update={"epochs": 2})
-    expected = list(train(made(), there, brief, seed=1, precision=precision))
-    net = made()
-    graph = choose_graph(net, there, SPEC, precision=precision, grapher=capture_cuda)
-    assert "gradients" not in graph.how
-    assert "Error" not in graph.how
-    found = list(train(net, there, brief, seed=1, precision=precision, graph=graph))
-    for one, other in zip(expected, found, strict=True):
-        assert other.scores["train_loss"] == pytest.approx(one.scores["train_loss"], rel=0.02)

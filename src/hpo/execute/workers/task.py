@@ -66,6 +66,15 @@ def train_task(task: Task, device_name: str, stacks: Stacks | None = None) -> Tr
     batch; its epochs are yielded again then. After that the candidate is infeasible: pruned, so that samplers learn.
     """
     # Imported here: the supervisor knows tasks and engines without waiting for torch.
+    from hpo.training.system_metrics import SystemMetrics, gpus_of
+
+    with SystemMetrics(gpus_of(device_name, task.ranks), worker=task.ranks == 1) as system:
+        result = yield from _train(task, device_name, stacks)
+    yield TrialEnded(replace(result, system=system.columns()))
+
+
+def _train(task: Task, device_name: str, stacks: Stacks | None) -> Generator[EpochEnded | None, bool, TrialResult]:
+    """Train until an attempt succeeds or nothing more can be changed; the result of the last one."""
     from hpo.training.device import at_once, free_memory, halved
     from hpo.training.stack_layers import BrokenStackError
 
@@ -90,7 +99,7 @@ def train_task(task: Task, device_name: str, stacks: Stacks | None = None) -> Tr
     if result.failure is FailureKind.OUT_OF_MEMORY:
         reason = f"out of memory, with {at_once(task.setup, ranks=task.ranks)} images at once: {result.reason}"
         changes |= {"state": TrialState.PRUNED, "feasible": False, "reason": reason}
-    yield TrialEnded(replace(result, **changes))
+    return replace(result, **changes)
 
 
 def _attempt(
