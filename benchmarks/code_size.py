@@ -23,7 +23,7 @@ def main() -> None:
     functions = [node for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     lengths = [(node.end_lineno or node.lineno) - node.lineno + 1 for node in functions]
     counts = [len(arguments_of(node)) for node in functions]
-    circles = circles_of({module_of(path, source): set(imports_of(tree)) for path, tree in trees.items()})
+    circles = circles_in(source)
     print(f"files                          {len(trees)}")
     print(f"lines                          {sum(lines)}")
     print(f"lines of a file, median / most {statistics.median(lines):.0f} / {max(lines)}")
@@ -31,6 +31,12 @@ def main() -> None:
     print(f"functions of over {LONG} lines     {sum(length > LONG for length in lengths)} (longest {max(lengths)})")
     print(f"functions of over {MANY} arguments  {sum(count > MANY for count in counts)} (most {max(counts)})")
     print(f"import circles                 {len(circles)} {sorted(map(sorted, circles))}")
+
+
+def circles_in(source: Path) -> list[set[str]]:
+    """The import circles of a package."""
+    files = sorted(source.rglob("*.py"))
+    return circles_of({module_of(path, source): set(imports_of(ast.parse(path.read_text("utf-8")))) for path in files})
 
 
 def arguments_of(node: ast.FunctionDef) -> list[str]:

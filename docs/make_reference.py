@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hpo.spec.load import study_schema
+from hpo.spec.schema import study_schema
 
 PAGE = Path(__file__).with_name("reference.md")
 _INTRO = """\

@@ -15,7 +15,7 @@ import pytest
 import typer
 import yaml
 
-from hpo.cli.app import app
+from hpo.cli.app import SECTIONS, app, load_command
 from hpo.spec.load import StudyLoader, load_study, study_files
 
 ROOT = Path(__file__).parents[1]
@@ -94,20 +94,32 @@ def _commands(page: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def program():
     """The commands of hpo as click has them; making them takes a second."""
-    return typer.main.get_command(app)
+    group = typer.main.get_command(app)
+    for name in group.commands:
+        group.commands[name] = load_command(name)
+    return group
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_command_on_a_page_parses(page, program):
     text = page.read_text(encoding="utf-8")
     known = {*study_files(), *re.findall(r"studies/([\w-]+)\.yaml", text), "STUDY"}
-    for line in _commands(page):
+    _parse(_commands(page), program, known, page.name)
+
+
+def test_every_example_of_help_parses(program):
+    lines = [f"hpo {name} {example}" for rows in SECTIONS.values() for name, (_, _, example) in rows.items()]
+    _parse(lines, program, set(study_files()), "--help")
+
+
+def _parse(lines, program, known, place):
+    for line in lines:
         words = shlex.split(re.split(r"\s#|\s[|>]|&&", line)[0])[1:]
         # A number may stand as N.
         words = ["1" if word == "N" else word for word in words]
         command, name = program, words[0]
         while words and hasattr(command, "commands") and not words[0].startswith("-"):
-            assert words[0] in command.commands, f"{page.name}: {line}"
+            assert words[0] in command.commands, f"{place}: {line}"
             command = command.commands[words.pop(0)]
         try:
             study = command.make_context(name, words).params.get("study") if words else None
@@ -116,10 +128,10 @@ def test_every_command_on_a_page_parses(page, program):
         except Exception as error:  # noqa: BLE001 - told with the line
             # In a sentence, a command may be named without what it needs.
             if type(error).__name__ != "MissingParameter":
-                pytest.fail(f"{page.name}: {line}: {error}")
+                pytest.fail(f"{place}: {line}: {error}")
             continue
         if name in ("run", "check", "show", "preview") and study and not study.endswith((".yaml", ".yml")):
-            assert study in known, f"{page.name}: {line}: there is no such study"
+            assert study in known, f"{place}: {line}: there is no such study"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -34,8 +34,9 @@ from hpo.report.statistics import score_intervals
 from hpo.search.pruners import PRUNERS, Pruner
 from hpo.search.samplers import SAMPLERS, Sampler
 from hpo.spec import space
-from hpo.spec.load import load_study, study_schema
+from hpo.spec.load import load_study
 from hpo.spec.models import FAMILIES, model_type
+from hpo.spec.schema import study_schema
 from hpo.spec.search import SearchSpec
 from hpo.spec.space import Part
 from hpo.spec.study import DataSpec, Setup, SplitSpec

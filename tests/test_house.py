@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from code_size import circles_in
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -30,3 +32,7 @@ def test_pinned_versions_are_the_ones_uv_installs():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     assert project["tool"]["uv"]["constraint-dependencies"] == [line for line in pinned if not line.startswith("#")]
+
+
+def test_no_modules_import_one_another_not_even_inside_functions():
+    assert circles_in(ROOT / "src" / "hpo") == []

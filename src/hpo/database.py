@@ -85,13 +85,16 @@ def sqlite_file(url: str) -> Path | None:
     """The file of a SQLite address, absolute; None for a database on a server."""
     if not url.startswith("sqlite:"):
         return None
+    path = url.removeprefix("sqlite:///")
+    if path != url and not set(path) & set("%?"):  # SQLAlchemy, which knows what these mean, takes long to import
+        return Path(path).absolute()
     from sqlalchemy.engine import make_url
 
     return Path(make_url(url).database or "").absolute()
 
 
 class Reader:
-    """Questions to an open database, in SQL that SQLite, PostgreSQL and MySQL share."""
+    """Questions to an open database on a server, in SQL that SQLite, PostgreSQL and MySQL share."""
 
     def __init__(self, connection: Any) -> None:
         self._connection = connection
@@ -103,13 +106,9 @@ class Reader:
         found: Sequence[Any] = self._connection.execute(text(query), values).all()
         return found
 
-    def json_without(self, column: str, keys: Sequence[str]) -> str:
+    def json_without(self, column: str, keys: Sequence[str]) -> str:  # noqa: ARG002 - of SQLite
         """SQL for a column's JSON object, without these keys where the database can leave them out; else whole."""
-        if not keys or self._connection.dialect.name != "sqlite":
-            return column
-        # Python writes NaN and infinities, which SQLite does not accept as JSON.
-        paths = ", ".join(f"'$.{key}'" for key in keys)
-        return f"CASE WHEN json_valid({column}) THEN json_remove({column}, {paths}) ELSE {column} END"
+        return column
 
     def tables(self) -> set[str]:
         """The names of its tables."""
@@ -123,31 +122,49 @@ class Reader:
         return str(found[0][0]) if found else ""
 
 
+class _FileReader(Reader):
+    """Questions to a SQLite file, without SQLAlchemy."""
+
+    def rows(self, query: str, **values: Any) -> Sequence[Any]:
+        return list(self._connection.execute(query, values))
+
+    def json_without(self, column: str, keys: Sequence[str]) -> str:
+        if not keys:
+            return column
+        # Python writes NaN and infinities, which SQLite does not accept as JSON.
+        paths = ", ".join(f"'$.{key}'" for key in keys)
+        return f"CASE WHEN json_valid({column}) THEN json_remove({column}, {paths}) ELSE {column} END"
+
+    def tables(self) -> set[str]:
+        return {name for (name,) in self.rows("SELECT name FROM sqlite_master WHERE type = 'table'")}
+
+
 @contextmanager
 def reading(url: str) -> Iterator[Reader | None]:
     """A reader of the database at this address; None where its SQLite file is not there. Raises StoreError."""
-    from sqlalchemy.exc import SQLAlchemyError
-
     file = sqlite_file(url)
     if file is not None and not file.is_file():
         yield None
         return
     try:
-        engine: Engine = server_engine(url) if file is None else _read_only(file)
-        with engine.connect() as connection:
+        if file is not None:
+            with closing(open_read_only(file)) as opened:
+                yield _FileReader(opened)
+            return
+        from sqlalchemy.exc import SQLAlchemyError
+    except sqlite3.Error as error:
+        raise _unreadable(str(file), error) from None
+    try:
+        with server_engine(url).connect() as connection:
             yield Reader(connection)
-    except (SQLAlchemyError, sqlite3.Error, ImportError) as error:
-        text = str(getattr(error, "orig", None) or error).splitlines()[0].rstrip(".")
-        place = file or shown_address(url)
-        hint = hint_of(text) or "Check the database, or restore it from a copy."
-        raise StoreError(f"{place}: the database cannot be read: {text}.", hint) from None
+    except (SQLAlchemyError, ImportError) as error:
+        raise _unreadable(shown_address(url), error) from None
 
 
-def _read_only(file: Path) -> Engine:
-    from sqlalchemy import create_engine
-    from sqlalchemy.pool import NullPool
-
-    return create_engine("sqlite://", creator=lambda: open_read_only(file), poolclass=NullPool)
+def _unreadable(place: str, error: Exception) -> StoreError:
+    text = str(getattr(error, "orig", None) or error).splitlines()[0].rstrip(".")
+    hint = hint_of(text) or "Check the database, or restore it from a copy."
+    return StoreError(f"{place}: the database cannot be read: {text}.", hint)
 
 
 def open_read_only(file: Path) -> sqlite3.Connection:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.nn import functional as f
 
 from hpo.models import build_model, traced
 from hpo.models.basic import ACTIVATIONS
+from hpo.models.interpreter import Graph
 from hpo.models.safe_loader import LAYERS, is_plain
 from hpo.spec import models as specs
 
@@ -48,14 +50,26 @@ def unknown(operators: set[str]) -> set[str]:
     return {name for name in operators if name not in LAYERS and not is_plain(*name.split("."))}
 
 
+def check_answers(program: torch.export.ExportedProgram, images: Tensor, file: Path) -> None:
+    """Our loop over the operators of a program computes what torch makes of it, to the last bit."""
+    torch.export.save(program, file)
+    with torch.inference_mode():
+        found, wanted = Graph(file)(images.clone()), torch.export.load(file).module()(images.clone())
+    assert torch.equal(found, wanted), program
+
+
 @pytest.fixture(scope="module")
-def of_networks() -> dict[str, set[str]]:
+def of_networks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
+    file = tmp_path_factory.mktemp("networks") / "net.pt2"
+    images = torch.randint(0, 256, (5, *SHAPE), dtype=torch.uint8)
     for spec in networks():
         for binary in (False, True):
             net = build_model(spec, image_shape=SHAPE, classes=2, seed=0, binary=binary).eval()
             config = {**CONFIG, **({"several_labels": True} if binary else {})}
-            found.setdefault(spec.kind, set()).update(emitted(traced(net, config)))
+            program = traced(net, config)
+            found.setdefault(spec.kind, set()).update(emitted(program))
+            check_answers(program, images, file)
     return found
 
 
@@ -181,19 +195,23 @@ class _Layer(nn.Module):
         self.function = function
 
     def forward(self, values: Tensor) -> Any:
-        return self.function(values)
+        found = self.function(values)
+        return found if isinstance(found, Tensor) else found[0]
 
 
 @pytest.fixture(scope="module")
-def of_layers() -> set[str]:
+def of_layers(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     found: set[str] = set()
+    file = tmp_path_factory.mktemp("layers") / "net.pt2"
     for shape, functions in LAYERS_OF_OWN.items():
         for function in functions:
+            values = torch.rand(shape)
             with torch.no_grad():
                 program = torch.export.export(
-                    _Layer(function).eval(), (torch.rand(shape),), dynamic_shapes=({0: torch.export.Dim.AUTO},)
+                    _Layer(function).eval(), (values.clone(),), dynamic_shapes=({0: torch.export.Dim.AUTO},)
                 )
             found |= emitted(program)
+            check_answers(program, values, file)
     return found
 
 

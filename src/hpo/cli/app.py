@@ -1,44 +1,123 @@
-"""The command `hpo` and its subcommands, each of which parses, calls and prints."""
+"""The command `hpo`: a table of its commands, each of which is imported when it is used."""
 
 from __future__ import annotations
 
 import atexit
 import io
 import os
-import shlex
 import sys
-from dataclasses import replace
-from enum import StrEnum
-from itertools import pairwise
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
-from hpo.cli import cluster, output
-from hpo.cli.cluster import worker
-from hpo.cli.options import AsJson, Command, Debug, DeviceName, HomeFolder, Settings, Study, Trials, Trust, study_name
-from hpo.cli.report import app as data_app
-from hpo.cli.report import explain, report
-from hpo.cli.run import rerun, run, status, stop
-from hpo.cli.store import app as store_app
-from hpo.cli.store import clean, doctor, export, import_
-from hpo.cli.use import compare, evaluate, models, predict, promote
-from hpo.errors import shown_address
-from hpo.report.text import duration, parameter_names, ranges_of
+from hpo.cli import output
+from hpo.cli.options import Command, Debug, write_options
 
-if TYPE_CHECKING:
-    from hpo.home import Home
-    from hpo.records import StudyResult, Trial
+# Section -> command -> where it is, what it does in a few words, arguments as an example; in the order of --help.
+SECTIONS: dict[str, dict[str, tuple[str, str, str]]] = {
+    "Search": {
+        "run": (
+            "run:run",
+            "Run a study, or resume it; register its best model.",
+            "digits-mlp --trials 50 --set training.epochs=20",
+        ),
+        "check": ("look:check", "Validate a study, try one batch, estimate time and disk.", "digits-mlp"),
+        "stop": ("run:stop", "Stop a running study, as Ctrl-C does.", "digits-mlp"),
+        "worker": ("cluster:worker", "Train trials of a study on a shared storage.", "digits-mlp"),
+        "begin": ("cluster:begin", "Begin a study that only workers will train.", "digits-mlp --trials 200"),
+        "manifest": (
+            "cluster:manifest",
+            "Print a Kubernetes Job of workers.",
+            "digits-mlp --image registry.example/hpo:1",
+        ),
+    },
+    "Look": {
+        "ui": ("look:ui", "Open MLflow's pages on a study's trials, best first.", "digits-mlp"),
+        "status": ("run:status", "Show the progress of every study.", ""),
+        "trials": ("look:trials", "List the trials of a study.", "digits-mlp --top 5"),
+        "report": (
+            "report:report",
+            "Write a page on a study: result, figures, mistakes, cost.",
+            "digits-mlp -o report.html",
+        ),
+        "compare": ("use:compare", "Compare models on the same images.", "digits-mlp digits-cnn"),
+        "rerun": ("run:rerun", "Train a trial again, and compare epoch by epoch.", "digits-mlp/3"),
+        "studies": ("look:studies", "List the studies that can be run.", ""),
+        "show": ("look:show", "Print a study with its defaults.", "digits-mlp"),
+        "schema": ("look:schema", "Print the JSON Schema of a study file.", "> study.schema.json"),
+        "preview": (
+            "look:preview",
+            "Draw images as a study's augmentation changes them.",
+            "cifar10-v3 -o augmented.png",
+        ),
+        "data": ("report:app", "Explore a data set.", "show digits"),
+    },
+    "Use": {
+        "promote": ("use:promote", "Judge a study's best model, and make it the champion.", "digits-mlp"),
+        "evaluate": ("use:evaluate", "Measure models on the sealed test part.", "digits-mlp"),
+        "models": ("use:models", "List the registered models.", "digits-mlp"),
+        "predict": ("use:predict", "Classify image files.", "digits-mlp photo.png --format csv"),
+        "explain": ("report:explain", "Highlight the pixels that speak for a class.", "digits-mlp photo.png"),
+    },
+    "Keep in order": {
+        "doctor": ("store:doctor", "Find what is wrong in the stores, and repair it.", "--fix"),
+        "clean": ("store:clean", "Free disk space.", "--yes"),
+        "export": ("store:export", "Write a study, its runs and models, to one file.", "digits-mlp -o digits.zip"),
+        "import": ("store:import_", "Read an exported study.", "digits.zip"),
+        "store": ("store:app", "Show or upgrade the stores.", "status"),
+    },
+}
+
+
+class Commands(TyperGroup):
+    """The group `hpo`: it lists its commands from the table, and imports the one that is called."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        for commands in SECTIONS.values():
+            for name, (_, words, _) in commands.items():
+                self.add_command(TyperCommand(name, help=words))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """The command that is called, imported, and what follows its name."""
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, load_command(str(name)) if command else None, rest
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """The options, then the commands in their sections."""
+        write_options(self, ctx, formatter)
+        width = max(map(len, self.commands))
+        for section, commands in SECTIONS.items():
+            with formatter.section(section):
+                formatter.write_dl([(name.ljust(width), words) for name, (_, words, _) in commands.items()])
+
+
+def load_command(name: str) -> Any:
+    """The command of that name in the table, imported."""
+    place, _, example = next(commands[name] for commands in SECTIONS.values() if name in commands)
+    module, _, attribute = place.partition(":")
+    found = getattr(import_module(f"hpo.cli.{module}"), attribute)
+    one = typer.Typer(add_completion=False, rich_markup_mode=None)
+    if isinstance(found, typer.Typer):
+        one.add_typer(found, name=name)
+    else:
+        one.command(name, cls=Command)(found)
+    command = typer.main.get_group(one).commands[name]
+    command.epilog = f"Example: hpo {name} {example}".rstrip()
+    return command
+
 
 app = typer.Typer(
     name="hpo",
+    cls=Commands,
     help="Hyperparameter studies of image classifiers: Optuna decides, PyTorch trains, MLflow remembers.",
     epilog="Begin with: hpo run digits-mlp",
     no_args_is_help=True,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
 
@@ -60,268 +139,14 @@ def _root(
     pass
 
 
-# First, because --help lists commands and their groups in this order.
-app.command(cls=Command, rich_help_panel="Search")(run)
-
-
-@app.command(cls=Command, rich_help_panel="Look")
-def preview(
-    study: Study,
-    target: Annotated[Path, typer.Option("--output", "-o", help="The PNG to write.")] = Path("augmented.png"),
-    images: Annotated[int, typer.Option(min=1, max=100, help="Rows: training images of alternating classes.")] = 8,
-    copies: Annotated[int, typer.Option(min=1, max=50, help="Augmented copies of each image.")] = 7,
-    settings: Settings = None,
-    trust: Trust = False,
-    _debug: Debug = False,
-) -> None:
-    """Draw training images as the study's augmentation changes them."""
-    from hpo.jobs.check import preview_study
-    from hpo.spec.load import load_study
-
-    spec = load_study(study, overrides=settings or [], trust=trust)
-    output.print_text(str(preview_study(spec, target, images=images, copies=copies)))
-
-
-@app.command(cls=Command, rich_help_panel="Search")
-def check(
-    study: Study,
-    trials: Trials = None,
-    device: DeviceName = "auto",
-    settings: Settings = None,
-    trust: Trust = False,
-    as_json: AsJson = False,
-    _debug: Debug = False,
-) -> None:
-    """Validate a study, try one batch, and estimate time and disk."""
-    from hpo.spec.load import load_study
-
-    spec = load_study(study, overrides=settings or [], trust=trust)
-    from hpo.jobs.check import check_study
-
-    report = check_study(spec, trials=trials, device=device)
-    if as_json:
-        output.print_json(report)
-        return
-    data, split = report.data, report.split
-    origin = "the publisher's file" if data.official else "not the publisher's file"
-    size = " x ".join(map(str, data.image_shape))
-    features = duration(report.features_seconds)
-    time, disk = duration(report.estimated_seconds), output.show_bytes(report.estimated_bytes)
-    output.print_facts(
-        [
-            ("data", f"{data.name}, {origin}, {data.digest}"),
-            *([("files", data.accounting)] if data.accounting else []),
-            ("images", f"{size}, {data.pixel_ranges or 'uint8 0 to 255'}"),
-            ("classes", f"{len(data.class_names)}: {', '.join(data.class_names)}"),
-            *([("groups", f"{data.groups:,}, each in one part")] if data.groups else []),
-            *((part, f"{count:,} images{_range(split.shares.get(part))}") for part, count in split.counts.items()),
-            ("near-duplicates", report.near_duplicates),
-            ("network", f"{report.parameter_count:,} parameters, {output.show_bytes(report.model_bytes)} as a model"),
-            ("device", f"{report.device}, {report.precision}, {report.workers} workers"),
-            *([("features", f"{features}, once")] if report.features_seconds else []),
-            ("batch", duration(report.batch_seconds)),
-            ("epoch", duration(report.epoch_seconds)),
-            ("export", duration(report.export_seconds)),
-            (f"{report.trials} trials", f"about {time} and {disk}"),
-        ]
-    )
-    for warning in report.warnings:
-        output.print_warning(warning)
-    output.print_text(f"{spec.name} is ready: hpo run {shlex.quote(study)}")
-
-
-def _range(shares: tuple[float, ...] | None) -> str:
-    return f", {min(shares):.1%} to {max(shares):.1%} of them in a class" if shares else ""
-
-
-class Order(StrEnum):
-    """The order in which trials are listed."""
-
-    VALUE = "value"
-    NUMBER = "number"
-
-
-@app.command(cls=Command, rich_help_panel="Look")
-def trials(
-    study: Study,
-    sort: Annotated[Order, typer.Option(help="Best first, or in the order of their numbers.")] = Order.NUMBER,
-    top: Annotated[int | None, typer.Option(min=1, help="Only the best N.", show_default="all")] = None,
-    home: HomeFolder = None,
-    as_json: AsJson = False,
-    _debug: Debug = False,
-) -> None:
-    """List the trials of a study."""
-    from hpo.home import Home
-    from hpo.storage.reader import list_trials
-
-    result = list_trials(Home.find(home), study_name(study))
-    shown = list(result.trials)
-    if top is not None:
-        shown = list(result.ranked()[:top])
-    elif sort is Order.VALUE:
-        ranked = result.ranked()
-        rank = {trial.number: index for index, trial in enumerate(ranked)}
-        shown.sort(key=lambda trial: (rank.get(trial.number, len(ranked)), trial.number))
-    if as_json:
-        output.print_json(replace(result, trials=tuple(shown)))
-        return
-    names = parameter_names({path for trial in shown for path in trial.candidate.parameters}, ranges_of(result))
-    columns = [">trial", "state", f">{result.objective}", ">epoch", ">time", "~parameters"]
-    output.print_table([_trial_row(trial, names) for trial in shown], columns)
-
-
-def _trial_row(trial: Trial, names: dict[str, str]) -> list[str]:
-    epoch = str(trial.result.best_epoch or "") if trial.result else ""
-    words = output.show_parameters(trial.candidate.parameters, names)
-    if trial.result and trial.result.reason:
-        words = f"{trial.result.reason} ({words})"
-    time = duration(trial.run_seconds) if trial.state.finished else ""
-    return [str(trial.number), trial.state.value, output.show_score(trial.value), epoch, time, words]
-
-
-@app.command(cls=Command, rich_help_panel="Look")
-def studies(as_json: AsJson = False, _debug: Debug = False) -> None:
-    """List the available studies, by data set."""
-    from hpo.errors import SpecError
-    from hpo.spec.load import load_study, study_files
-
-    rows, broken = [], []
-    for name, path in study_files().items():
-        try:
-            spec = load_study(path)
-        except SpecError as error:
-            broken.append(str(error))
-            continue
-        rows.append(
-            {
-                "name": name,
-                "data": spec.data.name,
-                "model": spec.model.kind,
-                "trials": spec.search.trials,
-                "question": spec.question,
-                "file": str(path),
-            }
-        )
-    rows.sort(key=lambda row: (str(row["data"]), str(row["name"])))
-    if as_json:
-        output.print_json(rows)
-    else:
-        cells = [[row[key] for key in ("data", "name", "model", "trials", "question")] for row in rows]
-        for above, row in reversed(list(pairwise(cells))):
-            # A data set is named once, above its studies.
-            row[0] = "" if row[0] == above[0] else row[0]
-        output.print_table(cells, ["data", "study", "model", ">trials", "~question"])
-    for warning in broken:
-        output.print_warning(warning)
-
-
-@app.command(cls=Command, rich_help_panel="Look")
-def show(study: Study, settings: Settings = None, as_json: AsJson = False, _debug: Debug = False) -> None:
-    """Print a study with all its defaults, and the size of its search space."""
-    from hpo.spec.load import dump_study, load_study
-
-    spec = load_study(study, overrides=settings or [], trust=True)
-    size = spec.search.space.size(spec.fixed())
-    if as_json:
-        output.print_json({"spec": spec.model_dump(mode="json"), "parameters": len(spec.search.space), "size": size})
-        return
-    points = f"{size:,} combinations" if size is not None else "continuous (unlimited combinations)"
-    output.print_text(f"# search space: {len(spec.search.space)} parameters, {points}")
-    output.print_text(dump_study(spec).rstrip())
-
-
-@app.command(cls=Command, rich_help_panel="Look")
-def schema(_debug: Debug = False) -> None:
-    """Print the JSON Schema of a study file, for editors."""
-    from hpo.spec.load import study_schema
-
-    output.print_json(study_schema())
-
-
-@app.command(cls=Command, rich_help_panel="Look")
-def ui(
-    study: Annotated[str, typer.Argument(help="Study to open; the newest by default.")] = "",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port.")] = 5000,
-    host: Annotated[str, typer.Option(help="Address; 127.0.0.1 is this machine only.")] = "127.0.0.1",
-    browser: Annotated[bool, typer.Option(help="Open the page in a browser, where there is a desktop.")] = True,
-    home: HomeFolder = None,
-    _debug: Debug = False,
-) -> None:
-    """Open the MLflow UI on a study's trials, best first.
-
-    Example: hpo ui digits-mlp
-    """
-    from hpo.home import Home
-    from hpo.tracking.ui import is_local, open_ui, page_address, runs_address
-
-    place = Home.find(home)
-    if not is_local(host):
-        output.print_warning(
-            f"everyone who reaches {host}:{port} can read and change everything: MLflow asks for no password."
-        )
-    known = _newest_study(place, study_name(study) if study else "")
-    address = page_address(host, port, runs_address(place, known) if known else "")
-
-    def ready() -> None:
-        typer.echo(f"MLflow is ready: {address}", err=True)
-        if browser:
-            _open_browser(address)
-
-    typer.echo(f"MLflow starts in half a minute; Ctrl-C ends it. {known.title if known else ''}".rstrip(), err=True)
-    typer.echo(address)
-    raise typer.Exit(open_ui(place, host=host, port=port, ready=ready))
-
-
-def _newest_study(home: Home, name: str) -> StudyResult | None:
-    """The newest study, of this name if one is given; None where none has run here. Raises StoreError."""
-    from hpo.errors import StoreError
-    from hpo.storage.reader import no_study, read_snapshots
-
-    try:
-        studies = [each.study for each in read_snapshots(home, results=False)]
-    except StoreError:
-        if name:
-            raise
-        return None  # the pages are of use without the study storage
-    wanted = [study for study in studies if not name or name in (study.name, study.title, study.exact)]
-    if name and not wanted:
-        raise no_study(name, shown_address(home.storage_url), [study.title for study in studies])
-    return wanted[-1] if wanted else None
-
-
-def _open_browser(address: str) -> None:
-    """Open a page where a browser has a window of its own; in a terminal it would take that over."""
-    import webbrowser
-
-    if sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
-        webbrowser.open(address)
-
-
-for used in (promote, evaluate, models, predict):
-    app.command(cls=Command, rich_help_panel="Use")(used)
-app.command(cls=Command, rich_help_panel="Look")(compare)
-app.add_typer(data_app, name="data", rich_help_panel="Look")
-app.command(cls=Command, rich_help_panel="Use")(explain)
-app.command(cls=Command, rich_help_panel="Look")(report)
-app.command(cls=Command, rich_help_panel="Look")(rerun)
-app.command(cls=Command, rich_help_panel="Search")(worker)
-app.command(cls=Command, rich_help_panel="Search")(stop)
-app.command(cls=Command, rich_help_panel="Look")(status)
-app.add_typer(store_app, name="store", rich_help_panel="Keep in order")
-app.command(cls=Command, rich_help_panel="Search")(cluster.begin)
-app.command(cls=Command, rich_help_panel="Search")(cluster.manifest)
-for kept in (doctor, clean):
-    app.command(cls=Command, rich_help_panel="Keep in order")(kept)
-app.command(cls=Command, rich_help_panel="Keep in order")(export)
-app.command("import", cls=Command, rich_help_panel="Keep in order")(import_)
-
-
 def main() -> None:
     """The entry point of the command `hpo`."""
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a character gets a question mark, not a traceback.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    # pydantic would look through all installed packages for plugins.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
         app(prog_name="hpo")
     except SystemExit as end:

@@ -103,10 +103,10 @@ def _print_notice(event: Event) -> None:
 def manifest(
     study: Study,
     image: Annotated[str, typer.Option("--image", metavar="IMAGE", help="Container image with hpo[postgres] in it.")],
-    workers: Annotated[int, typer.Option(min=1, help="Pods.")] = 4,
-    cpus: Annotated[int, typer.Option(min=1, help="Cores of each, and workers without a GPU.")] = 4,
+    workers: Annotated[int, typer.Option(metavar="N", min=1, help="Pods.")] = 4,
+    cpus: Annotated[int, typer.Option(metavar="N", min=1, help="Cores of each, and workers without a GPU.")] = 4,
     memory: Annotated[str, typer.Option(metavar="SIZE", help="Memory of each.")] = "8Gi",
-    gpus: Annotated[int, typer.Option(min=0, help="GPUs of each.")] = 0,
+    gpus: Annotated[int, typer.Option(metavar="N", min=0, help="GPUs of each.")] = 0,
     scratch: Annotated[str, typer.Option(metavar="SIZE", help="Disk of each, for images and work.")] = "20Gi",
     secret: Annotated[
         str, typer.Option(metavar="NAME", help="Secret with HPO_STORAGE and MLFLOW_TRACKING_URI.")

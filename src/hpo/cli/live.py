@@ -15,10 +15,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from hpo.cli.console import make_console
 from hpo.cli.output import (
     INTERRUPTED,
     is_live_terminal,
-    make_console,
     print_json,
     show_bytes,
     show_parameters,

@@ -12,8 +12,25 @@ from typer.core import TyperCommand
 from hpo.cli import output
 
 
+def write_options(command: Any, ctx: Any, formatter: Any) -> None:
+    """The arguments and options of a command's --help, in the sections that they name, without rich."""
+    sections: dict[str, list[tuple[str, str]]] = {}
+    for parameter in command.get_params(ctx):
+        if record := parameter.get_help_record(ctx):
+            argument = parameter.param_type_name == "argument"
+            section = "Arguments" if argument else getattr(parameter, "rich_help_panel", None) or "Options"
+            sections.setdefault(section, []).append(record)
+    for section, records in sections.items():
+        with formatter.section(section):
+            formatter.write_dl(records)
+
+
 class Command(TyperCommand):
-    """A command whose errors are printed in one place."""
+    """A command whose errors are printed in one place, and whose options are listed in sections."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """The arguments and options, in sections."""
+        write_options(self, ctx, formatter)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; an exception becomes one message and an exit code."""
@@ -57,10 +74,15 @@ def read_stack(text: str) -> int | None:
     return None if text == "auto" else int(text)
 
 
+COMPUTE, CLUSTER, OUTPUT = "Compute", "Cluster", "Output"  # sections of --help
+
 Study = Annotated[
     str,
     typer.Argument(
-        help="A study's name, or the path of its YAML file.", autocompletion=complete_study, show_default=False
+        metavar="STUDY",
+        help="A study's name, or the path of its YAML file.",
+        autocompletion=complete_study,
+        show_default=False,
     ),
 ]
 Settings = Annotated[
@@ -68,9 +90,15 @@ Settings = Annotated[
     typer.Option("--set", metavar="PLACE=VALUE", help="Override an entry of the study file: training.epochs=5"),
 ]
 Trials = Annotated[
-    int | None, typer.Option(min=1, help="The study's total, all runs together.", show_default="the study's")
+    int | None,
+    typer.Option(metavar="N", min=1, help="The study's total, all runs together.", show_default="the study's"),
 ]
-Workers = Annotated[int | None, typer.Option(min=0, help="Processes that train.", show_default="one a core or GPU")]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", min=0, help="Processes that train.", show_default="one a core or GPU", rich_help_panel=COMPUTE
+    ),
+]
 StackSize = Annotated[
     int | None,
     typer.Option(
@@ -78,6 +106,7 @@ StackSize = Annotated[
         metavar="auto|N",
         help="Small networks that a worker trains at once, in one computation.",
         show_default="auto",
+        rich_help_panel=COMPUTE,
     ),
 ]
 Timeout = Annotated[
@@ -90,22 +119,39 @@ EngineName = Annotated[
         parser=read_engine,
         metavar="processes|ray|slurm",
         help="Processes of this machine, actors of a Ray cluster, or jobs of a SLURM array.",
+        rich_help_panel=CLUSTER,
     ),
 ]
 Address = Annotated[
     str | None,
     typer.Option(
-        metavar="auto|HOST:PORT", help="The Ray cluster.", show_default="$RAY_ADDRESS, or a Ray of this run's own"
+        metavar="auto|HOST:PORT",
+        help="The Ray cluster.",
+        show_default="$RAY_ADDRESS, or a Ray of this run's own",
+        rich_help_panel=CLUSTER,
     ),
 ]
 GpusPerTrial = Annotated[
     float | None,
-    typer.Option(metavar="N", help="GPUs that train each trial together; with Ray also 0.25, say.", show_default="1"),
+    typer.Option(
+        metavar="N",
+        help="GPUs that train each trial together; with Ray also 0.25, say.",
+        show_default="1",
+        rich_help_panel=COMPUTE,
+    ),
 ]
-CpusPerTrial = Annotated[float | None, typer.Option(metavar="N", help="CPU cores of a Ray worker.", show_default="1")]
+CpusPerTrial = Annotated[
+    float | None,
+    typer.Option(metavar="N", help="CPU cores of a Ray worker.", show_default="1", rich_help_panel=CLUSTER),
+]
 SlurmSettings = Annotated[
     list[str] | None,
-    typer.Option("--slurm", metavar="KEY=VALUE", help="A parameter of submitit: partition=gpu, timeout_min=60, ..."),
+    typer.Option(
+        "--slurm",
+        metavar="KEY=VALUE",
+        help="A parameter of submitit: partition=gpu, timeout_min=60, ...",
+        rich_help_panel=CLUSTER,
+    ),
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start a new study; the old one is kept.")]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Try failed trials again.")]
@@ -115,13 +161,22 @@ KeepModels = Annotated[
         metavar="all|best:K|none", help="The trials whose models are kept.", show_default="the study's, best:10"
     ),
 ]
-AsEvents = Annotated[bool, typer.Option("--json", help="One JSON object per event and line; the last is the result.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the final result.")]
-DeviceName = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.")]
+AsEvents = Annotated[
+    bool,
+    typer.Option("--json", help="One JSON object per event and line; the last is the result.", rich_help_panel=OUTPUT),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the final result.", rich_help_panel=OUTPUT)]
+DeviceName = Annotated[
+    str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=COMPUTE)
+]
 PrecisionName = Annotated[
     str | None,
     typer.Option(
-        "--precision", metavar="auto|float32|bfloat16", help="Precision of the computation.", show_default="the study's"
+        "--precision",
+        metavar="auto|float32|bfloat16",
+        help="Precision of the computation.",
+        show_default="the study's",
+        rich_help_panel=COMPUTE,
     ),
 ]
 HomeFolder = Annotated[
@@ -135,8 +190,8 @@ AllowPickle = Annotated[
     bool,
     typer.Option("--allow-pickle", help="Load a model that can run its author's code: only from authors you trust."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=OUTPUT)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", rich_help_panel=OUTPUT)]
 
 
 def home_flag(home: str | Path | None) -> str:

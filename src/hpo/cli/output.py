@@ -11,15 +11,9 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from rich.cells import cell_len
-from rich.console import Console
-from rich.segment import Segment
-from rich.table import Table
-from rich.text import Text
 
 from hpo.errors import HpoError, clean, redact
 from hpo.report.text import short_paths
@@ -28,53 +22,24 @@ _LONG = 500  # rows
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
 
-class _Console(Console):
-    """It shows what files of others hold, and obeys nothing of it."""
-
-    def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
-        for segment in super().render(renderable, options):
-            yield segment if segment.control else Segment(clean(segment.text), segment.style)
-
-
-def make_console(*, stderr: bool = False) -> Console:
-    """A rich console for stdout or stderr: no ANSI with NO_COLOR or without a terminal, no cut lines in a pipe."""
-    stream = sys.stderr if stderr else sys.stdout
-    # Programs that read a pipe need whole rows; COLUMNS overrides this.
-    width = None if stream.isatty() or "COLUMNS" in os.environ else 1000
-    colors = None if os.environ.get("NO_COLOR") or not stream.isatty() else "auto"
-    return _Console(
-        stderr=stderr,
-        highlight=False,
-        markup=False,
-        emoji=False,
-        width=width,
-        color_system=colors,  # type: ignore[arg-type]
-    )
-
-
 def print_table(rows: Iterable[Sequence[object]], columns: Sequence[str]) -> None:
     """Rows below their column names; a name that begins with > is of a column of numbers, one with ~ may wrap.
 
-    Long tables never wrap.
+    Long tables never wrap, nor do those that go into a pipe.
     """
     rows = list(rows)
-    if len(rows) > _LONG:
-        _print_long_table(rows, columns)
+    if len(rows) <= _LONG and (sys.stdout.isatty() or "COLUMNS" in os.environ):
+        from hpo.cli import console
+
+        console.print_table(rows, columns)
         return
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
-    for column in columns:
-        table.add_column(
-            column.lstrip(">~"),
-            justify="right" if column.startswith(">") else "left",
-            no_wrap=not column.startswith("~"),
-        )
-    for row in rows:
-        table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
-    make_console().print(table)
+    _print_plain_table(rows, columns)
 
 
-def _print_long_table(rows: Sequence[Sequence[object]], columns: Sequence[str]) -> None:
-    """The same without rich, which takes a millisecond for each row."""
+def _print_plain_table(rows: Sequence[Sequence[object]], columns: Sequence[str]) -> None:
+    """The same without rich, which takes a twentieth of a second, and a millisecond for each row."""
+    from rich.cells import cell_len
+
     lines = [[column.lstrip(">~") for column in columns], *([str(cell) for cell in row] for row in rows)]
     widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
     numeric = [column.startswith(">") for column in columns]
@@ -88,16 +53,17 @@ def _print_long_table(rows: Sequence[Sequence[object]], columns: Sequence[str]) 
 
 def print_facts(facts: Iterable[tuple[str, str]]) -> None:
     """Labels and values in two columns."""
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(no_wrap=True)
-    grid.add_column(overflow="fold")
-    for label, words in facts:
-        grid.add_row(Text(label, "dim"), Text(words))
-    make_console().print(grid)
+    from hpo.cli import console
+
+    console.print_facts(facts)
 
 
 def print_warning(text: str) -> None:
     """One warning on stderr."""
+    from rich.text import Text
+
+    from hpo.cli.console import make_console
+
     make_console(stderr=True).print(Text.assemble(("warning: ", "yellow"), text), soft_wrap=True)
 
 
@@ -190,6 +156,10 @@ def fail(error: BaseException, *, as_json: bool = False, debug: bool = False) ->
     if as_json:
         sys.stderr.write(json.dumps({"error": message, "hint": hint}) + "\n")
         return code
+
+    from rich.text import Text
+
+    from hpo.cli.console import make_console
 
     console = make_console(stderr=True)
     label = Text() if code != 2 else Text("error: ", "bold red")

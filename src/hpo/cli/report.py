@@ -97,7 +97,7 @@ def explain(
     )
 
 
-app = typer.Typer(no_args_is_help=True, help="Explore a data set.")
+app = typer.Typer(help="Explore a data set.", no_args_is_help=True)
 
 
 @app.command(cls=Command)
@@ -111,12 +111,16 @@ def show(
         ),
     ],
     path: Annotated[Path | None, typer.Option(help="Your own file or folder instead of a download.")] = None,
-    size: Annotated[int | None, typer.Option(min=1, max=1024, help="Side of the images in pixels.")] = None,
+    size: Annotated[
+        int | None, typer.Option(metavar="N", min=1, max=1024, help="Side of the images in pixels.")
+    ] = None,
     page: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="FILE", help="The page.", show_default="data-NAME.html")
     ] = None,
-    images: Annotated[int, typer.Option(min=0, max=100, help="Training images of each class to show.")] = 8,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of their random choice.")] = 0,
+    images: Annotated[
+        int, typer.Option(metavar="N", min=0, max=100, help="Training images of each class to show.")
+    ] = 8,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of their random choice.")] = 0,
     trust: Trust = False,
     as_json: AsJson = False,
     _debug: Debug = False,

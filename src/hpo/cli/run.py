@@ -10,6 +10,8 @@ import typer
 
 from hpo.cli import output
 from hpo.cli.options import (
+    CLUSTER,
+    OUTPUT,
     Address,
     AsEvents,
     AsJson,
@@ -64,11 +66,15 @@ def run(
     timeout: Timeout = None,
     keep_models: KeepModels = None,
     precision: PrecisionName = None,
-    profile: Annotated[bool, typer.Option("--profile", help="Report where the time went.")] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Report where the time went.", rich_help_panel=OUTPUT)
+    ] = False,
     slurm: SlurmSettings = None,
-    detach: Annotated[bool, typer.Option("--detach", help="Submit the jobs and return.")] = False,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Submit the jobs and return.", rich_help_panel=CLUSTER)
+    ] = False,
     print_script: Annotated[
-        bool, typer.Option("--print", help="Print a script for sbatch, and submit nothing.")
+        bool, typer.Option("--print", help="Print a script for sbatch, and submit nothing.", rich_help_panel=CLUSTER)
     ] = False,
     as_json: AsEvents = False,
     quiet: Quiet = False,
@@ -115,7 +121,9 @@ _MARKS = {"equal": "=", "close": "~", "differs": "x"}
 
 def rerun(
     trial: Annotated[str, typer.Argument(metavar="STUDY/TRIAL", help="digits-mlp/3.", show_default=False)],
-    tolerance: Annotated[float, typer.Option(min=0.0, help="Differences of a score up to this count as close.")] = 1e-3,
+    tolerance: Annotated[
+        float, typer.Option(metavar="N", min=0.0, help="Differences of a score up to this count as close.")
+    ] = 1e-3,
     device: Annotated[
         str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:N or mps.", show_default="the trial's")
     ] = None,

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.text import Text
 
 from hpo.cli import output
 from hpo.cli.options import AsJson, Command, Debug, HomeFolder, Study, study_name
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from hpo.jobs.clean import Waste
     from hpo.jobs.shared.home_snapshot import Finding
 
-app = typer.Typer(name="store", help="Where studies and runs are kept.", no_args_is_help=True)
+app = typer.Typer(help="Where studies and runs are kept.", no_args_is_help=True)
 
 
 @app.command(cls=Command)
@@ -141,7 +140,11 @@ def doctor(
 
 
 def _print(finding: Finding, word: str, style: str, step: str) -> None:
-    console = output.make_console()
+    from rich.text import Text
+
+    from hpo.cli.console import make_console
+
+    console = make_console()
     console.print(Text.assemble((f"{word}: ", style), finding.what), soft_wrap=True)
     for line in filter(None, (finding.where, finding.why, step)):
         console.print(Text(f"    {line}", "dim"), soft_wrap=True)

@@ -27,6 +27,14 @@ _GRACE = 8.0  # seconds that a run may still save results after its deadline
 _PATIENCE = 30.0  # and after Ctrl-C or hpo stop, since it has last saved one
 _FOR_TRACKING = 3.0  # of these, kept from the export of models for their registration
 _TICK = 0.1
+_SIGNALS = {
+    "SIGKILL": "often the system's answer when memory is short",
+    "SIGSEGV": "native code crashed",
+    "SIGABRT": "native code gave up",
+    "SIGBUS": "native code crashed, or a disk that data is mapped from is full",
+    "SIGILL": "native code for another processor",
+    "SIGFPE": "native code crashed",
+}
 SLOW = 1.0  # seconds after which the user is told what a run waits for
 _beginning = threading.Lock()
 _SERVER_ENDS = 5.0  # seconds that a fork server may take to end
@@ -317,3 +325,12 @@ def cores(quota: Path = _QUOTA) -> int:
     except (OSError, ValueError):
         return count
     return count if most == "max" else min(count, max(1, math.ceil(int(most) / int(period))))
+
+
+def cause_of_death(exitcode: int | None) -> str:
+    """Why a process ended, by its exit code: signal 11, SIGSEGV: native code crashed."""
+    code = exitcode or 0
+    if code >= 0:
+        return f"exit code {code}"
+    name = {number.value: number.name for number in signal.Signals}.get(-code, "")
+    return ", ".join(filter(None, [f"signal {-code}", f"{name}: {_SIGNALS[name]}" if name in _SIGNALS else name]))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import math
 import os
 import re
@@ -21,6 +20,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,12 @@ from numpy.typing import NDArray
 
 try:
     from hpo.errors import ModelError
+    from hpo.models.interpreter import Graph
 except ImportError:  # beside a logged model, where there is no hpo
+    _place = Path(__file__).with_name("interpreter.py")
+    _interpreter = ModuleType("interpreter")
+    exec(compile(_place.read_text(encoding="utf-8"), _place, "exec"), _interpreter.__dict__)  # noqa: S102
+    Graph = _interpreter.Graph  # type: ignore[misc]
 
     class ModelError(ValueError):  # type: ignore[no-redef]
         """What is wrong, and what to do about it."""
@@ -87,7 +92,7 @@ _WORD = re.compile(r"[\w.:+-]{0,300}")
 # Sizes such as 2*s34 or Max(1, s34): sympy runs them as Python, so no attribute, no power and no other call is let in.
 _SIZE = re.compile(
     r"(?:Symbol\('\w+'(?:, \w+=(?:True|False))*\)"
-    r"|\b(?:[su]\d+|Max|Min|Mod|PythonMod|FloorDiv|CeilDiv|CleanDiv|TruncToInt)\b"
+    r"|\b(?:[su]\d+|Add|Mul|Integer|Max|Min|Mod|PythonMod|FloorDiv|CeilDiv|CleanDiv|TruncToInt)\b"
     r"|\b\d{1,18}\b|[-+/(), ]|(?<!\*)\*(?!\*))*"
 )
 # Names become variables of generated Python; texts are quoted there.
@@ -157,21 +162,16 @@ def check_program(file: Path) -> None:
         )
 
 
-def load_program(file: Path) -> Any:
-    """The torch.export.ExportedProgram in a .pt2 file, on the CPU.
+def load_program(file: Path) -> Graph:
+    """The program in a .pt2 file, on the CPU.
 
-    Raises ModelError where the file is missing or damaged, and where loading it would run code.
+    Raises ModelError where the file is missing or damaged, and where loading or running it would do more than compute.
     """
     check_program(file)
-    log = logging.getLogger("torch.export")
-    level = log.level
-    log.setLevel(logging.CRITICAL)  # else torch prints a traceback of the error that is raised here
     try:
-        return torch.export.load(file)
-    except Exception as error:  # noqa: BLE001
+        return Graph(file)
+    except Exception as error:  # noqa: BLE001 - a damaged graph fails in many ways
         raise _damaged(file, error) from None
-    finally:
-        log.setLevel(level)
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -276,7 +276,7 @@ class Program:
     def __init__(self, file: Path) -> None:
         """Load it as load_program does, and raise as that does."""
         self._file = file
-        self._net = load_program(file).module()
+        self._net = load_program(file)
 
     def predict(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Images (n, height, width, channels) uint8 -> probabilities (n, classes) float32; n >= 0.

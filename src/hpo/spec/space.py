@@ -83,7 +83,7 @@ _Whole = int
 class Part(BaseModel):
     """A frozen piece of a study file; unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class _Parameter(Part):

@@ -1,7 +1,8 @@
 """The code inside every logged model: images in the values of its training data in, class probabilities out.
 
-It needs nothing of the platform. MLflow copies this file next to net.pt2, config.json and safe_loader.py, runs it when
-the model is logged and when it is loaded; so safe_loader.py, which imports torch, is run only where it is used.
+It needs nothing of the platform. MLflow copies this file next to net.pt2, config.json, safe_loader.py and
+interpreter.py, runs it when the model is logged and when it is loaded; so safe_loader.py, which imports torch, is run
+only where it is used.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ class ImageClassifier(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
         A program that could do more than compute is refused.
         """
-        file = Path(context.artifacts["loader"])
+        file = Path(context.artifacts["safe_loader"])
         self._loader = ModuleType("safe_loader")
+        self._loader.__file__ = str(file)
         # Not imported: several models may be loaded, each with its own, and no cache of bytes is written beside it.
         exec(compile(file.read_text(encoding="utf-8"), file, "exec"), self._loader.__dict__)  # noqa: S102
         config = self._loader.read_config(Path(context.artifacts["config"]))

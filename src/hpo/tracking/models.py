@@ -16,7 +16,7 @@ from hpo.tracking.store import check_inside, is_missing, load_mlflow, pages, qui
 
 NET, CONFIG, SETUP, WEIGHTS = "net.pt2", "config.json", "setup.json", "weights.safetensors"
 # Logged with each model, whose script loads the program by it where there is no hpo.
-_LOADER = Path(__file__).parents[1] / "models" / "safe_loader.py"
+_LOADER = {name: Path(__file__).parents[1] / "models" / f"{name}.py" for name in ("safe_loader", "interpreter")}
 
 
 def log_model(client: Any, run: Any, folder: Path) -> str:
@@ -140,7 +140,7 @@ def save_model(target: Path, folder: Path, *, model_id: str, run_id: str, tags: 
     kinds = list(config.get("ranges") or ())
     images = TensorSpec(dtype(kinds[0] if len(kinds) == 1 else "uint8"), (-1, *config["image_shape"]))
     classes = [ColSpec(DataType.float, name) for name in config["class_names"]]
-    artifacts = {"net": folder / NET, "config": folder / CONFIG, "setup": folder / SETUP, "loader": _LOADER}
+    artifacts = {"net": folder / NET, "config": folder / CONFIG, "setup": folder / SETUP, **_LOADER}
     # It would warn that there is no pip (uv needs none).
     with quiet("mlflow.utils.environment"):
         save_pyfunc(

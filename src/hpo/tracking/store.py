@@ -87,8 +87,7 @@ def connect(home: Home) -> Any:
             return load_mlflow().MlflowClient(home.tracking_uri, home.tracking_uri)
         if home.embedded and (copy := readable_copy(home, "mlflow.db")) is not None:
             return _connect_to_copy(home, copy)
-        if moved := relocate(home):
-            logging.getLogger("hpo").warning(moved)
+        database_address(home)
         # MLflow's first migrations race where several processes open a new database.
         with _creation_lock(home), quiet("alembic"):
             if home.embedded:
@@ -102,6 +101,18 @@ def connect(home: Home) -> Any:
             _remove_stray_folder(home)
             _guard(home, client)
         return client
+
+
+def database_address(home: Home) -> str:
+    """The address of a tracking database in which places are named where they are now, after a move of the home.
+
+    Where the home cannot be written it is that of a copy. Raises StoreError.
+    """
+    if home.embedded and (copy := readable_copy(home, "mlflow.db")) is not None:
+        return sqlite_address(copy)
+    if moved := relocate(home):
+        logging.getLogger("hpo").warning(moved)
+    return home.tracking_uri
 
 
 def _connect_to_copy(home: Home, copy: Path) -> Any:

@@ -12,6 +12,7 @@ import pytest
 from rich.text import Text
 
 from hpo.cli import output
+from hpo.cli.console import make_console
 from hpo.cli.live import JsonLines, LiveDisplay, PlainLines, Quiet
 from hpo.cli.output import parse_duration, plain, show_bytes, show_parameters
 from hpo.cli.run_summary import NextCommands
@@ -116,7 +117,7 @@ def test_a_file_of_predictions_holds_nothing_that_steers(tmp_path: Path) -> None
 
 
 def test_a_table_in_the_terminal_keeps_its_own_colours(monkeypatch: pytest.MonkeyPatch) -> None:
-    console = output.make_console()
+    console = make_console()
     console._color_system, console._force_terminal = 1, True
     with console.capture() as captured:
         console.print(Text(NAME, "red"))

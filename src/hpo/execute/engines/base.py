@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from hpo.errors import HpoError
 from hpo.events import EpochEnded, TrialEnded
+from hpo.execute.process import cause_of_death
 from hpo.execute.workers.task import Task, Training
 from hpo.options import RunOptions
 from hpo.records import DataCard
 from hpo.spec.study import StudySpec
 
 Trainer = Callable[[Task, str], Training]
-
-_SIGNALS = {
-    "SIGKILL": "often the system's answer when memory is short",
-    "SIGSEGV": "native code crashed",
-    "SIGABRT": "native code gave up",
-    "SIGBUS": "native code crashed, or a disk that data is mapped from is full",
-    "SIGILL": "native code for another processor",
-    "SIGFPE": "native code crashed",
-}
 
 
 @dataclass(frozen=True)
@@ -41,14 +32,7 @@ class WorkerLost:
     @property
     def cause(self) -> str:
         """The cause in words, such as: signal 11, SIGSEGV: native code crashed."""
-        if self.words:
-            return self.words
-        code = self.exitcode or 0
-        if code >= 0:
-            return f"exit code {code}"
-        names = {number.value: number.name for number in signal.Signals}
-        name = names.get(-code, "")
-        return ", ".join(filter(None, [f"signal {-code}", f"{name}: {_SIGNALS[name]}" if name in _SIGNALS else name]))
+        return self.words or cause_of_death(self.exitcode)
 
 
 Message = EpochEnded | TrialEnded | WorkerLost

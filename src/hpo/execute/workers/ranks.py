@@ -12,16 +12,18 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpo.events import EpochEnded
-from hpo.execute.process import begin, follow_supervisor, process_context
-from hpo.execute.workers.task import Task, train_once
+from hpo.execute.process import begin, cause_of_death, follow_supervisor, process_context
 from hpo.records import Epoch, FailureKind, TrialResult, TrialState
+
+if TYPE_CHECKING:
+    from hpo.execute.workers.task import Task
 
 _SETTLE = 2.0  # seconds after the first failure in which others may still tell the cause of it
 # In the reasons of ranks that fail because another one did.
@@ -34,8 +36,10 @@ class _Rank:
     connection: Connection
 
 
-def train_in_ranks(task: Task, device_name: str) -> Generator[EpochEnded | None, bool, TrialResult]:
-    """Train in task.ranks processes, the first on the device and the others on the next ones; none outlives this.
+def train_in_ranks(
+    train: Callable[..., Generator[EpochEnded | None, bool, TrialResult]], task: Task, device_name: str
+) -> Generator[EpochEnded | None, bool, TrialResult]:
+    """train(task, ...) in task.ranks processes, the first on the device and the others on the next; none outlives this.
 
     The result is that of the first rank. Where one fails or dies, it is the failure that was the cause.
     """
@@ -44,7 +48,7 @@ def train_in_ranks(task: Task, device_name: str) -> Generator[EpochEnded | None,
     ranks: list[_Rank] = []
     try:
         # One by one: if the second cannot be started, the first is ended.
-        ranks.extend(_start(task, device_name, rank, folder) for rank in range(task.ranks))
+        ranks.extend(_start(train, task, device_name, rank, folder) for rank in range(task.ranks))
         return (yield from _follow(task, ranks))
     finally:
         for started in ranks:
@@ -55,12 +59,12 @@ def train_in_ranks(task: Task, device_name: str) -> Generator[EpochEnded | None,
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start(task: Task, device_name: str, rank: int, folder: str) -> _Rank:
+def _start(train: Callable[..., Any], task: Task, device_name: str, rank: int, folder: str) -> _Rank:
     from hpo.training.device import threads_in_use
 
     context: Any = process_context()
     ours, theirs = context.Pipe()
-    arguments = (theirs, task, device_name, rank, folder, threads_in_use(), dict(os.environ))
+    arguments = (theirs, train, task, device_name, rank, folder, threads_in_use(), dict(os.environ))
     process = context.Process(target=_serve, args=arguments, daemon=True)
     begin(process.start)
     theirs.close()
@@ -99,8 +103,6 @@ def _follow(task: Task, ranks: list[_Rank]) -> Generator[EpochEnded | None, bool
 
 def _receive(task: Task, number: int, rank: _Rank) -> EpochEnded | TrialResult:
     """The next message of a rank, or a result that says how it died."""
-    from hpo.execute.engines.base import WorkerLost
-
     with contextlib.suppress(EOFError, OSError):
         if rank.connection.poll():
             message: EpochEnded | TrialResult = rank.connection.recv()
@@ -109,7 +111,7 @@ def _receive(task: Task, number: int, rank: _Rank) -> EpochEnded | TrialResult:
     return TrialResult(
         task.number,
         TrialState.FAILED,
-        reason=f"process {number + 1} of {task.ranks} of the trial died ({WorkerLost(rank.process.exitcode).cause})",
+        reason=f"process {number + 1} of {task.ranks} of the trial died ({cause_of_death(rank.process.exitcode)})",
         failure=FailureKind.WORKER_DIED,
         settings={"ranks": str(task.ranks)},
     )
@@ -117,6 +119,7 @@ def _receive(task: Task, number: int, rank: _Rank) -> EpochEnded | TrialResult:
 
 def _serve(
     connection: Connection,
+    train: Callable[..., Generator[EpochEnded | None, bool, TrialResult]],
     task: Task,
     device_name: str,
     rank: int,
@@ -133,7 +136,7 @@ def _serve(
     from hpo.training.device import use_threads
 
     use_threads(threads)
-    training = train_once(task, device_of(device_name, rank), ranks=Ranks(rank, task.ranks, folder))
+    training = train(task, device_of(device_name, rank), ranks=Ranks(rank, task.ranks, folder))
     go_on: bool | None = None
     try:
         while True:

@@ -100,7 +100,7 @@ def _attempt(
     if task.ranks > 1:
         from hpo.execute.workers.ranks import train_in_ranks
 
-        return (yield from train_in_ranks(task, device_name))
+        return (yield from train_in_ranks(train_once, task, device_name))
     return (yield from train_once(task, device_name, stacks, not_stacked=not_stacked))
 
 

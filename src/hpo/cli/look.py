@@ -1,0 +1,248 @@
+"""What is there: studies, their trials, their settings, and MLflow's pages; and whether a study would run."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from dataclasses import replace
+from enum import StrEnum
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hpo.cli import output
+from hpo.cli.options import AsJson, Debug, DeviceName, HomeFolder, Settings, Study, Trials, Trust, study_name
+from hpo.errors import shown_address
+from hpo.report.text import duration, parameter_names, ranges_of
+
+if TYPE_CHECKING:
+    from hpo.home import Home
+    from hpo.records import StudyResult, Trial
+
+
+def preview(
+    study: Study,
+    target: Annotated[Path, typer.Option("--output", "-o", help="The PNG to write.")] = Path("augmented.png"),
+    images: Annotated[
+        int, typer.Option(metavar="N", min=1, max=100, help="Rows: training images of alternating classes.")
+    ] = 8,
+    copies: Annotated[int, typer.Option(metavar="N", min=1, max=50, help="Augmented copies of each image.")] = 7,
+    settings: Settings = None,
+    trust: Trust = False,
+    _debug: Debug = False,
+) -> None:
+    """Draw training images as the study's augmentation changes them."""
+    from hpo.jobs.check import preview_study
+    from hpo.spec.load import load_study
+
+    spec = load_study(study, overrides=settings or [], trust=trust)
+    output.print_text(str(preview_study(spec, target, images=images, copies=copies)))
+
+
+def check(
+    study: Study,
+    trials: Trials = None,
+    device: DeviceName = "auto",
+    settings: Settings = None,
+    trust: Trust = False,
+    as_json: AsJson = False,
+    _debug: Debug = False,
+) -> None:
+    """Validate a study, try one batch, and estimate time and disk."""
+    from hpo.spec.load import load_study
+
+    spec = load_study(study, overrides=settings or [], trust=trust)
+    from hpo.jobs.check import check_study
+
+    report = check_study(spec, trials=trials, device=device)
+    if as_json:
+        output.print_json(report)
+        return
+    data, split = report.data, report.split
+    origin = "the publisher's file" if data.official else "not the publisher's file"
+    size = " x ".join(map(str, data.image_shape))
+    features = duration(report.features_seconds)
+    time, disk = duration(report.estimated_seconds), output.show_bytes(report.estimated_bytes)
+    output.print_facts(
+        [
+            ("data", f"{data.name}, {origin}, {data.digest}"),
+            *([("files", data.accounting)] if data.accounting else []),
+            ("images", f"{size}, {data.pixel_ranges or 'uint8 0 to 255'}"),
+            ("classes", f"{len(data.class_names)}: {', '.join(data.class_names)}"),
+            *([("groups", f"{data.groups:,}, each in one part")] if data.groups else []),
+            *((part, f"{count:,} images{_range(split.shares.get(part))}") for part, count in split.counts.items()),
+            ("near-duplicates", report.near_duplicates),
+            ("network", f"{report.parameter_count:,} parameters, {output.show_bytes(report.model_bytes)} as a model"),
+            ("device", f"{report.device}, {report.precision}, {report.workers} workers"),
+            *([("features", f"{features}, once")] if report.features_seconds else []),
+            ("batch", duration(report.batch_seconds)),
+            ("epoch", duration(report.epoch_seconds)),
+            ("export", duration(report.export_seconds)),
+            (f"{report.trials} trials", f"about {time} and {disk}"),
+        ]
+    )
+    for warning in report.warnings:
+        output.print_warning(warning)
+    output.print_text(f"{spec.name} is ready: hpo run {shlex.quote(study)}")
+
+
+def _range(shares: tuple[float, ...] | None) -> str:
+    return f", {min(shares):.1%} to {max(shares):.1%} of them in a class" if shares else ""
+
+
+class Order(StrEnum):
+    """The order in which trials are listed."""
+
+    VALUE = "value"
+    NUMBER = "number"
+
+
+def trials(
+    study: Study,
+    sort: Annotated[Order, typer.Option(help="Best first, or in the order of their numbers.")] = Order.NUMBER,
+    top: Annotated[int | None, typer.Option(metavar="N", min=1, help="Only the best N.", show_default="all")] = None,
+    home: HomeFolder = None,
+    as_json: AsJson = False,
+    _debug: Debug = False,
+) -> None:
+    """List the trials of a study."""
+    from hpo.home import Home
+    from hpo.storage.reader import list_trials
+
+    result = list_trials(Home.find(home), study_name(study))
+    shown = list(result.trials)
+    if top is not None:
+        shown = list(result.ranked()[:top])
+    elif sort is Order.VALUE:
+        ranked = result.ranked()
+        rank = {trial.number: index for index, trial in enumerate(ranked)}
+        shown.sort(key=lambda trial: (rank.get(trial.number, len(ranked)), trial.number))
+    if as_json:
+        output.print_json(replace(result, trials=tuple(shown)))
+        return
+    names = parameter_names({path for trial in shown for path in trial.candidate.parameters}, ranges_of(result))
+    columns = [">trial", "state", f">{result.objective}", ">epoch", ">time", "~parameters"]
+    output.print_table([_trial_row(trial, names) for trial in shown], columns)
+
+
+def _trial_row(trial: Trial, names: dict[str, str]) -> list[str]:
+    epoch = str(trial.result.best_epoch or "") if trial.result else ""
+    words = output.show_parameters(trial.candidate.parameters, names)
+    if trial.result and trial.result.reason:
+        words = f"{trial.result.reason} ({words})"
+    time = duration(trial.run_seconds) if trial.state.finished else ""
+    return [str(trial.number), trial.state.value, output.show_score(trial.value), epoch, time, words]
+
+
+def studies(as_json: AsJson = False, _debug: Debug = False) -> None:
+    """List the available studies, by data set."""
+    from hpo.errors import SpecError
+    from hpo.spec.load import load_study, study_files
+
+    rows, broken = [], []
+    for name, path in study_files().items():
+        try:
+            spec = load_study(path)
+        except SpecError as error:
+            broken.append(str(error))
+            continue
+        rows.append(
+            {
+                "name": name,
+                "data": spec.data.name,
+                "model": spec.model.kind,
+                "trials": spec.search.trials,
+                "question": spec.question,
+                "file": str(path),
+            }
+        )
+    rows.sort(key=lambda row: (str(row["data"]), str(row["name"])))
+    if as_json:
+        output.print_json(rows)
+    else:
+        cells = [[row[key] for key in ("data", "name", "model", "trials", "question")] for row in rows]
+        for above, row in reversed(list(pairwise(cells))):
+            # A data set is named once, above its studies.
+            row[0] = "" if row[0] == above[0] else row[0]
+        output.print_table(cells, ["data", "study", "model", ">trials", "~question"])
+    for warning in broken:
+        output.print_warning(warning)
+
+
+def show(study: Study, settings: Settings = None, as_json: AsJson = False, _debug: Debug = False) -> None:
+    """Print a study with all its defaults, and the size of its search space."""
+    from hpo.spec.load import dump_study, load_study
+
+    spec = load_study(study, overrides=settings or [], trust=True)
+    size = spec.search.space.size(spec.fixed())
+    if as_json:
+        output.print_json({"spec": spec.model_dump(mode="json"), "parameters": len(spec.search.space), "size": size})
+        return
+    points = f"{size:,} combinations" if size is not None else "continuous (unlimited combinations)"
+    output.print_text(f"# search space: {len(spec.search.space)} parameters, {points}")
+    output.print_text(dump_study(spec).rstrip())
+
+
+def schema(_debug: Debug = False) -> None:
+    """Print the JSON Schema of a study file, for editors."""
+    from hpo.spec.schema import study_schema
+
+    output.print_json(study_schema())
+
+
+def ui(
+    study: Annotated[str, typer.Argument(help="Study to open; the newest by default.")] = "",
+    port: Annotated[int, typer.Option(metavar="N", min=1, max=65535, help="Port.")] = 5000,
+    host: Annotated[str, typer.Option(help="Address; 127.0.0.1 is this machine only.")] = "127.0.0.1",
+    browser: Annotated[bool, typer.Option(help="Open the page in a browser, where there is a desktop.")] = True,
+    home: HomeFolder = None,
+    _debug: Debug = False,
+) -> None:
+    """Open the MLflow UI on a study's trials, best first."""
+    from hpo.home import Home
+    from hpo.tracking.ui import is_local, open_ui, page_address, runs_address
+
+    place = Home.find(home)
+    if not is_local(host):
+        output.print_warning(
+            f"everyone who reaches {host}:{port} can read and change everything: MLflow asks for no password."
+        )
+    known = _newest_study(place, study_name(study) if study else "")
+    address = page_address(host, port, runs_address(place, known) if known else "")
+
+    def ready() -> None:
+        typer.echo(f"MLflow is ready: {address}", err=True)
+        if browser:
+            _open_browser(address)
+
+    typer.echo(f"MLflow starts in half a minute; Ctrl-C ends it. {known.title if known else ''}".rstrip(), err=True)
+    typer.echo(address)
+    raise typer.Exit(open_ui(place, host=host, port=port, ready=ready))
+
+
+def _newest_study(home: Home, name: str) -> StudyResult | None:
+    """The newest study, of this name if one is given; None where none has run here. Raises StoreError."""
+    from hpo.errors import StoreError
+    from hpo.storage.reader import no_study, read_snapshots
+
+    try:
+        studies = [each.study for each in read_snapshots(home, results=False)]
+    except StoreError:
+        if name:
+            raise
+        return None  # the pages are of use without the study storage
+    wanted = [study for study in studies if not name or name in (study.name, study.title, study.exact)]
+    if name and not wanted:
+        raise no_study(name, shown_address(home.storage_url), [study.title for study in studies])
+    return wanted[-1] if wanted else None
+
+
+def _open_browser(address: str) -> None:
+    """Open a page where a browser has a window of its own; in a terminal it would take that over."""
+    import webbrowser
+
+    if sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
+        webbrowser.open(address)
