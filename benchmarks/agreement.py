@@ -13,6 +13,7 @@ from typing import Any
 from hpo.home import Home
 from hpo.records import FINAL, StudyResult, TrialState
 from hpo.tracking import runs
+from hpo.tracking.run_metrics import metric_name
 from hpo.tracking.store import connect
 
 Seen = dict[int, tuple[str, Any]]  # trial number -> (state, value)
@@ -178,18 +179,18 @@ def _check_tracking(folder: str, home: Home, study: StudyResult, findings: Findi
         expected = (runs.STATUS[trial.state], trial.state.value, trial.value)
         if facts != expected:
             findings.add(disagree, f"{where}: {facts} is not {expected}")
-        if "training.epochs" not in run.data.params or not run.inputs.dataset_inputs:
+        if "seed" not in run.data.params or not run.inputs.dataset_inputs:
             findings.add(disagree, f"{where}: its parameters or its data set are missing")
         wanted: dict[str, dict[int, float]] = {}
         for epoch in result.epochs if result else ():
             for name, value in epoch.scores.items():
-                wanted.setdefault(name, {})[epoch.number] = value
-        for name in wanted or ["train_loss"]:
+                wanted.setdefault(metric_name(name), {})[epoch.number] = value
+        for name in wanted or ["train/loss"]:
             history = [(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, name)]
             if sorted(history) != sorted(wanted.get(name, {}).items()):
                 steps = sorted(step for step, _ in history)
                 findings.add("epochs missing or doubled", f"{where}: {name}: {steps} of {sorted(wanted.get(name, {}))}")
-        for name in ("objective", "duration_seconds"):
+        for name in ("objective", "system/training_seconds"):
             if len(client.get_metric_history(run.info.run_id, name)) > 1:
                 findings.add("epochs missing or doubled", f"{where}: {name} is written twice")
     firsts = {number: found[0] for number, found in mine.items()}
@@ -219,7 +220,9 @@ def _check_models(
     versions = client.search_model_versions(f"name = '{study.name}'")
     best = ended and most and bool(study.ranked(FINAL) if study.spec["final"] else study.ranked())
     aliases = client.get_registered_model(study.name).aliases if versions else {}
-    if len(versions) != bool(best) or (best and aliases.get("challenger") != versions[0].version):
+    if len(versions) != bool(best) or (
+        best and aliases.get("challenger", aliases.get("champion")) != versions[0].version
+    ):
         findings.add(kind, f"{folder}: versions {[version.version for version in versions]}, aliases {aliases}")
 
 

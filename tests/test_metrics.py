@@ -15,7 +15,7 @@ from hpo.search.constraints import parse_constraint
 from hpo.spec.own_code import named_functions, requested
 from hpo.spec.search import SearchSpec
 from hpo.spec.training import TrainingSpec
-from hpo.tracking.runs import score_name, stored_name
+from hpo.tracking.run_metrics import score_name, stored_name
 
 
 @pytest.mark.parametrize("seed", range(5))

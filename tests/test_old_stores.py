@@ -14,6 +14,12 @@ from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
 from hpo.cli.app import app
+from hpo.home import Home
+from hpo.records import StudyResult
+from hpo.storage.optuna_storage import read_study
+from hpo.tracking import runs
+from hpo.tracking.store import connect
+from hpo.tracking.ui import runs_address
 
 STORE = Path(__file__).parent / "stores" / "28a5243.tar.xz"
 BINARY = (".npz", ".pt", ".pt2")
@@ -59,6 +65,10 @@ def test_old_stores_open(project: Path) -> None:
     assert champion["scores"]["test_accuracy"] > 0.8
     assert hpo("evaluate", "digits-old/1")[0]["openings"] == 1
     assert _predicted(project, "digits-old") == [{"class": "0"}]
+    # Its objective has the name of today, so that the page of its trials is sorted.
+    home, study = Home.find(), read_study(Home.find(), "digits-old")
+    assert "orderByKey=metrics.%60objective%60" in runs_address(home, study)
+    assert all("objective" in run.data.metrics for run in _runs(home, study))
 
 
 @pytest.mark.slow
@@ -72,6 +82,13 @@ def test_killed_study_of_old_code_ends_as_the_old_code_ends_it(project: Path) ->
     assert trials[3]["candidate"]["parameters"] == trials[2]["candidate"]["parameters"]
     assert trials[4]["candidate"]["parameters"]["training.optimizer.lr"] == pytest.approx(0.00868996773773319)
     assert trials[4]["candidate"]["parameters"]["model.hidden"] == 8
+    # The runs of old trials stay, those of new ones have the names of today; the scores of both are read.
+    home, study = Home.find(), read_study(Home.find(), "digits-killed")
+    metrics = {run.data.tags["hpo.trial"]: run.data.metrics.keys() for run in _runs(home, study)}
+    assert "best_valid_accuracy" in metrics["0"]
+    assert "valid/best/accuracy" in metrics["4"]
+    assert hpo("models", "digits-killed")[0]["scores"]["valid_accuracy"] > 0.8
+    assert "viewStateShareKey" in runs_address(home, study)
     assert hpo("promote", "digits-killed")["promoted"]
     assert _predicted(project, "digits-killed") == [{"class": "0"}]
     for name in ("digits-old", "digits-killed"):
@@ -84,6 +101,11 @@ def test_export_of_old_stores_is_whole(project: Path, tmp_path: Path) -> None:
     exported = hpo("export", "digits-old")
     imported = hpo("import", exported["file"], "--home", str(tmp_path / "other"))
     assert (imported["trials"], imported["runs"], imported["models"], imported["versions"]) == (4, 5, 1, 1)
+
+
+def _runs(home: Home, study: StudyResult) -> list[Any]:
+    client = connect(home)
+    return list(runs.children(client, runs.find_parent(client, study)))
 
 
 def _trials(study: str) -> list[dict[str, Any]]:

@@ -298,8 +298,26 @@ def test_predict_into_a_file_prints_nothing(project: Path) -> None:
 def test_ui_opens_on_this_machine_only_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr("hpo.tracking.ui.open_ui", lambda home, **options: asked.append(options) or 0)
-    assert runner.invoke(app, ["ui", "--port", "5055"]).exit_code == 0
-    assert asked == [{"host": "127.0.0.1", "port": 5055}]
+    result = runner.invoke(app, ["ui", "--port", "5055"])
+    assert (result.exit_code, result.stdout) == (0, "http://127.0.0.1:5055/\n")
+    assert (asked[0]["host"], asked[0]["port"]) == ("127.0.0.1", 5055)
+
+
+@pytest.mark.parametrize(
+    ("display", "words", "count"), [(":0", [], 1), ("", [], 0), (":0", ["--no-browser"], 0)], ids=str
+)
+def test_ui_opens_a_browser_once_it_answers_where_there_is_a_desktop(
+    monkeypatch: pytest.MonkeyPatch, display: str, words: list[str], count: int
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    monkeypatch.setattr("hpo.tracking.ui.open_ui", lambda home, **options: options["ready"]() or 0)
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    monkeypatch.setenv("DISPLAY", display)
+    result = runner.invoke(app, ["ui", *words])
+    assert "MLflow is ready: http://127.0.0.1:5000/" in result.stderr
+    assert opened == ["http://127.0.0.1:5000/"] * count
 
 
 def test_completion_offers_the_names_of_studies() -> None:

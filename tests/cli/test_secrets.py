@@ -109,7 +109,7 @@ def test_the_ui_hands_its_store_on_where_other_users_cannot_read_it(
 def test_a_server_for_others_is_warned_of_in_a_line(
     secretive: Path, monkeypatch: pytest.MonkeyPatch, host: str, warned: bool
 ) -> None:
-    monkeypatch.setattr("hpo.tracking.ui.open_ui", lambda home, *, host, port: 0)
+    monkeypatch.setattr("hpo.tracking.ui.open_ui", lambda home, **options: 0)
     result = runner.invoke(app, ["ui", "--host", host])
     assert (result.stderr.count("warning: everyone who reaches") == 1) is warned
 

@@ -117,13 +117,13 @@ def tracked(store: Store) -> Tracked:
     return tracked
 
 
-def test_a_trial_run_holds_every_effective_parameter_and_where_it_came_from(tracked: Tracked) -> None:
+def test_a_trial_run_holds_its_searched_values_and_where_it_came_from(tracked: Tracked) -> None:
     tracked.track(0)
     run = tracked.run(0)
-    expected = {"model.hidden": "[16, 8]", "training.batch_size": "64", "seed": "100", "device": "cpu"}
-    assert expected.items() <= run.data.params.items()
-    assert run.data.params["training.optimizer.lr"] == "0.01"
-    assert "data.path" not in run.data.params  # nothing was set there
+    assert run.data.params == {"training.optimizer.lr": "0.01", "seed": "100"}
+    assert (run.data.tags["machine.device"], run.data.tags["machine.precision"]) == ("cpu", "float32")
+    assert run.data.tags["mlflow.source.name"] == f"hpo run {tracked.name}"
+    assert "| training.optimizer.lr | 0.01 |" in run.data.tags["mlflow.note.content"]
     assert run.data.tags["mlflow.parentRunId"] == tracked.parent().info.run_id
     assert {"version.torch", "version.python", "mlflow.user"} <= run.data.tags.keys()
     assert run.data.tags["hpo.data_digest"] == tiny.data().digest
@@ -134,20 +134,21 @@ def test_a_trial_run_holds_every_effective_parameter_and_where_it_came_from(trac
 
 def test_a_trial_run_holds_each_epoch_once_and_its_best_scores(tracked: Tracked) -> None:
     tracked.track(3)
-    run, history = tracked.run(3), tracked.history(3, "valid_accuracy")
+    run, history = tracked.run(3), tracked.history(3, "valid/accuracy")
     assert [(metric.step, metric.value) for metric in history] == [(1, 0.5), (2, 0.75), (3, pytest.approx(5 / 6))]
     assert history[1].timestamp - history[0].timestamp == pytest.approx(250, abs=1)
-    assert run.data.metrics["objective"] == run.data.metrics["best_valid_accuracy"] == 0.903
+    assert run.data.metrics["objective"] == run.data.metrics["valid/best/accuracy"] == 0.903
     assert run.data.metrics["parameter_count"] == 579
     assert "confusion.json" in {file.path for file in connect(tracked.home).list_artifacts(run.info.run_id)}
 
 
 def test_a_run_ends_as_its_trial_did(tracked: Tracked) -> None:
     statuses = {"complete": "FINISHED", "pruned": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
+    names = ["0 · 0.9000", "1 · pruned", "2 · failed", "3 · stopped"]
     for number, (state, status) in enumerate(statuses.items()):
         tracked.track(number, TrialState(state), reason="loss is NaN", traceback="line 1")
         run = tracked.run(number)
-        assert (run.info.status, run.data.tags["hpo.state"]) == (status, state)
+        assert (run.info.status, run.data.tags["hpo.state"], run.info.run_name) == (status, state, names[number])
         assert run.data.tags["hpo.reason"] == "loss is NaN"
         assert "traceback.txt" in {file.path for file in connect(tracked.home).list_artifacts(run.info.run_id)}
 
@@ -170,10 +171,34 @@ def test_closing_writes_the_best_trial_a_summary_and_the_figures(tracked: Tracke
     tracked.tracker.close_study(study, status="FINISHED", summary="# s", figures=[picture])
     run = tracked.parent()
     assert run.info.status == "FINISHED"
-    assert run.data.metrics["objective"] == 0.901
+    assert run.data.metrics.items() >= {"study/best_value": 0.901, "study/best_trial": 1, "study/pruned": 1}.items()
+    assert not run.data.metrics.keys() & tracked.run(0).data.metrics.keys()
     assert (run.data.tags["hpo.best_trial"], run.data.tags["best.training.optimizer.lr"]) == ("1", "0.005")
-    assert run.data.metrics["trials_pruned"] == 1
     assert {"summary.md", "p.png"} <= {path.name for path in tracked.store.files() - before}
+
+
+def test_a_study_that_ran_again_lasted_as_long_as_before(tracked: Tracked) -> None:
+    study = tracked.study(tiny.trial(0), tiny.trial(1))
+    for _ in range(2):
+        tracked.open()
+        tracked.tracker.close_study(study, status="FINISHED", summary="# s")
+        info = tracked.parent().info
+        assert (info.start_time, info.end_time, info.status) == (1_700_000_000_000, 1_700_000_015_000, "FINISHED")
+        assert tracked.parent().data.tags["mlflow.note.content"] == "# s"
+
+
+def test_an_experiment_is_described_by_the_question_until_a_user_writes_there(tracked: Tracked) -> None:
+    client, experiment = connect(tracked.home), tracked.parent().info.experiment_id
+
+    def shown() -> tuple[str, str]:
+        tags = client.get_experiment(experiment).tags
+        return tags["mlflow.note.content"], tags["mlflow.experimentKind"]
+
+    assert shown() == ("Which rate is best?", "custom_model_development")
+    client.set_experiment_tag(experiment, "mlflow.note.content", "mine")
+    client.set_experiment_tag(experiment, "mlflow.experimentKind", "regression")
+    tracked.open()
+    assert shown() == ("mine", "regression")
 
 
 def test_closing_again_replaces_the_figures_and_leaves_no_old_one(tracked: Tracked, tmp_path: Path) -> None:
@@ -197,7 +222,7 @@ def test_reconciling_makes_the_runs_that_are_missing(tracked: Tracked) -> None:
     assert (run.info.status, run.data.metrics["objective"]) == ("FINISHED", 0.9)
     assert run.info.start_time == 1_700_000_000_000
     assert run.info.end_time == 1_700_000_005_000
-    assert len(tracked.history(0, "valid_loss")) == 3
+    assert len(tracked.history(0, "valid/loss")) == 3
     assert tracked.run(1).data.tags["hpo.state"] == "pruned"
 
 
@@ -206,7 +231,7 @@ def test_reconciling_ends_runs_whose_trials_have_ended_and_repeats_no_epoch(trac
         tracked.start(number, 2)
     study = tracked.study(tiny.trial(0), tiny.trial(1, TrialState.STOPPED), tiny.trial(2, TrialState.RUNNING))
     Tracker(tracked.home).reconcile(study, tiny.spec(tracked.name))
-    assert [metric.step for metric in tracked.history(0, "valid_loss")] == [1, 2, 3]
+    assert [metric.step for metric in tracked.history(0, "valid/loss")] == [1, 2, 3]
     # The last is newer than the record: another supervisor's.
     statuses = {number: run.info.status for number, run in tracked.runs().items()}
     assert statuses == {"0": "FINISHED", "1": "KILLED", "2": "RUNNING", "3": "RUNNING"}
@@ -231,8 +256,8 @@ def test_a_kept_model_is_linked_to_its_run_with_scores(tracked: Tracked, folder:
     model = client.get_logged_model(uri.removeprefix("models:/"))
     assert model.source_run_id == tracked.run(0).info.run_id
     assert (model.status.value, model.tags["hpo.trial"], model.params["seed"]) == ("READY", "0", "100")
-    assert {metric.key: metric.value for metric in model.metrics}["best_valid_accuracy"] == 0.9
-    assert len(tracked.history(0, "best_valid_accuracy")) == 1
+    assert {metric.key: metric.value for metric in model.metrics}["valid/best/accuracy"] == 0.9
+    assert len(tracked.history(0, "valid/best/accuracy")) == 1
     names = {path.name for path in tracked.store.files() - before}
     assert {"curves.png", "report.txt", "MLmodel", "net.pt2"} <= names
     assert tracked.tracker.kept_models(tracked.study()) == {0: uri}
@@ -332,6 +357,28 @@ def test_names_aliases_versions_and_uris_resolve_to_the_same_version(tracked: Tr
     assert fetch(home, logged, home.work).is_dir()
 
 
+def test_a_challenger_that_became_champion_is_no_challenger_any_more(tracked: Tracked, register: Register) -> None:
+    register(0)
+    home, name = tracked.home, tracked.name
+    assert set_alias(home, name, "champion", 1).aliases == ("champion",)
+    assert tracked.tracker.register(tracked.study(), 0).aliases == ("champion",)
+    register(1)
+    assert [(v.version, v.aliases) for v in versions(home, name)] == [(2, ("challenger",)), (1, ("champion",))]
+    # The best of the next run is the champion again.
+    assert tracked.tracker.register(tracked.study(), 0).aliases == ("champion",)
+    assert [(v.version, v.aliases) for v in versions(home, name)] == [(2, ()), (1, ("champion",))]
+
+
+def test_a_version_is_described_and_linked_to_its_run(tracked: Tracked, register: Register) -> None:
+    register(0)
+    client = connect(tracked.home)
+    version = client.get_model_version(tracked.name, "1")
+    assert version.run_id == tracked.run(0).info.run_id
+    assert version.description.startswith(f"Trial 0 of {tracked.name}: validation accuracy 0.9000")
+    assert "| training.optimizer.lr | 0.01 |" in version.description
+    assert client.get_registered_model(tracked.name).description == "Which rate is best?"
+
+
 def test_champions_are_recorded_with_their_time_their_reason_and_who_chose_them(
     tracked: Tracked, register: Register
 ) -> None:
@@ -346,6 +393,35 @@ def test_champions_are_recorded_with_their_time_their_reason_and_who_chose_them(
     assert first.until == second.since > first.since
     assert (second.version, second.why, second.forced, second.until) == (4, "slower, but needed", True, None)
     assert first.who
+    texts = [text for tag, text in connect(home).get_registered_model(name).tags.items() if "champion" in tag]
+    assert sum(text.startswith("version 4 since ") and ", forced: slower, but" in text for text in texts) == 1
+
+
+def test_champions_of_earlier_versions_are_read(tracked: Tracked, register: Register) -> None:
+    register(0)
+    home, name = tracked.home, tracked.name
+    old = {"version": 1, "since": "2026-01-02T03:04:05.000000+00:00", "why": "a: b", "who": "ann", "forced": True}
+    connect(home).set_registered_model_tag(
+        name, "hpo.champion.20260102030405000000", json.dumps({**old, "until": None})
+    )
+    record_champion(home, name, 2, why="over: two\nlines")
+    first, second = champions(home, name)
+    assert (first.version, first.since, first.why, first.who, first.forced) == tuple(old.values())
+    assert (second.version, second.why, second.forced) == (2, "over: two\nlines", False)
+
+
+def test_no_tag_that_mlflow_shows_is_json(tracked: Tracked, register: Register) -> None:
+    version = register(0)
+    complete_opening(tracked.home, tracked.study(), announce(tracked), {"test_accuracy": 0.9})
+    record_champion(tracked.home, tracked.name, 1, why="first")
+    tracked.tracker.close_study(tracked.study(tiny.trial(0)), status="FINISHED", summary="")
+    client = connect(tracked.home)
+    tagged = [tracked.parent().data.tags, tracked.run(0).data.tags, client.get_registered_model(tracked.name).tags]
+    tagged += [client.get_model_version(tracked.name, str(version.version)).tags]
+    tagged += [client.get_experiment(tracked.parent().info.experiment_id).tags]
+    shown = {name: text for tags in tagged for name, text in tags.items() if not name.startswith("mlflow.")}
+    assert shown
+    assert not [name for name, text in shown.items() if text.startswith(("{", "["))]
 
 
 def announce(tracked: Tracked) -> Opening:

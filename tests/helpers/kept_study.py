@@ -91,12 +91,16 @@ def stored(home: Home) -> StudyResult:
 
 
 def tracked(home: Home) -> dict[str, tuple[str, str, dict[str, float]]]:
-    """Run name -> state as tagged, status and metrics, as MLflow itself tells them."""
+    """`trial N`, or the name of another run -> state as tagged, status and metrics, as MLflow itself tells them."""
     client = connect(home)
     experiment = client.get_experiment_by_name("formula")
     found = client.search_runs([experiment.experiment_id], max_results=1000)
     return {
-        run.info.run_name: (run.data.tags.get("hpo.state", ""), run.info.status, dict(run.data.metrics))
+        f"trial {run.data.tags['hpo.trial']}" if "hpo.trial" in run.data.tags else run.info.run_name: (
+            run.data.tags.get("hpo.state", ""),
+            run.info.status,
+            dict(run.data.metrics),
+        )
         for run in found
     }
 

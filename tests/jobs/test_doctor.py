@@ -315,7 +315,7 @@ def test_damaged_tags_of_the_ledger_are_written_again_from_it_or_moved_aside(kep
     study, client = stored(kept), connect(kept)
     look = announce_opening(kept, study, model=resolve(kept, "formula"), trial=0, purpose="promote")
     parent = find_parent(client, study).info.run_id
-    (tag,) = [name for name in client.get_run(parent).data.tags if name.startswith("hpo.test_opening.")]
+    (tag,) = [name for name in client.get_run(parent).data.tags if name.startswith("mlflow.hpo.test_opening.")]
     for name in (tag, "hpo.test_opening.1"):
         client.set_tag(parent, name, '{"when": "2026')
     with pytest.raises(StoreError, match="would go uncounted"):

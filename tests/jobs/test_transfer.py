@@ -277,6 +277,7 @@ def _foreign(home: Home) -> None:
 def test_no_alias_moves_to_an_imported_version_without_the_flag(kept: Home, other: Path, tmp_path: Path) -> None:
     record_champion(kept, "formula", 1, why="it is worse")
     set_alias(kept, "formula", "champion", 1)
+    set_alias(kept, "formula", "challenger", 1)  # as earlier versions left it
     export_study("formula", home=_folder(kept), file=tmp_path / "study.zip")
     mine = Home.find(other).create()
     _foreign(mine)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
+
+import optuna
 import pytest
 
 from formula import run_all
@@ -65,3 +69,24 @@ def test_who_joins_takes_part_in_the_generation_that_is_named(home, make_spec):
         study.close()
     with pytest.raises(StoreError, match="no study 'study~3'"):
         open_study(home, make_spec(), data_digest="d", join="study~3")
+
+
+def test_optuna_shows_the_name_of_the_objective_and_plain_facts_of_trials(home, make_spec):
+    study = open_study(home, make_spec(), data_digest="d")
+    run_all(study, budget=2)
+    study.close()
+    shown = optuna.load_study(study_name="study", storage=home.storage_url)
+    assert shown.metric_names == ["valid_accuracy"]
+    for trial in shown.trials:
+        plain = {name: value for name, value in trial.user_attrs.items() if not name.startswith("hpo.")}
+        assert plain
+        assert all(isinstance(value, int | float | str) for value in plain.values())
+
+
+def test_a_study_of_an_earlier_version_gets_the_names_when_it_is_resumed(home, make_spec):
+    open_study(home, make_spec(trials=1), data_digest="d").close()
+    with closing(sqlite3.connect(home.storage_url.removeprefix("sqlite:///"))) as database:
+        database.execute("DELETE FROM study_system_attributes WHERE key = 'study:metric_names'")
+        database.commit()
+    open_study(home, make_spec(trials=1), data_digest="d").close()
+    assert optuna.load_study(study_name="study", storage=home.storage_url).metric_names == ["valid_accuracy"]

@@ -202,7 +202,7 @@ def test_a_study_that_is_closed_twice_in_one_state_says_so_once(home: Home) -> N
         one.close_study(study, status="FINISHED", summary="")
     client = store.connect(home)
     run_id = runs.find_parent(client, study).info.run_id
-    assert len(client.get_metric_history(run_id, "objective")) == 1
+    assert len(client.get_metric_history(run_id, "study/best_value")) == 1
 
 
 def test_a_server_that_nobody_answers_is_away(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from hpo.errors import ModelError, StoreError
 from hpo.home import Home
 from hpo.records import TrialState
 from hpo.tracking import runs
+from hpo.tracking.run_metrics import result_metrics
 from hpo.tracking.store import connect
 from hpo.tracking.tracker import Tracker
 
@@ -43,8 +44,8 @@ def test_folds_after_the_first_have_metrics_of_their_own(home: Home, tracker: Tr
     track(tracker, 0)
     tracker.log_epochs(0, tiny.epochs(2, fold=1))
     run_id = run_of(home, 0).info.run_id
-    assert len(connect(home).get_metric_history(run_id, "valid_accuracy")) == 3
-    assert len(connect(home).get_metric_history(run_id, "fold1.valid_accuracy")) == 2
+    assert len(connect(home).get_metric_history(run_id, "valid/accuracy")) == 3
+    assert len(connect(home).get_metric_history(run_id, "fold1/valid_accuracy")) == 2
 
 
 @pytest.mark.parametrize("changes", [{"generation": 2}, {"created": 1.8e9}])
@@ -74,7 +75,7 @@ def test_the_logged_study_file_can_be_run_again(home: Home, tracker: Tracker) ->
 
 def test_a_study_without_a_complete_trial_closes_too(home: Home, tracker: Tracker) -> None:
     tracker.close_study(tiny.study(tiny.trial(0, TrialState.FAILED)), status="KILLED", summary="")
-    assert "objective" not in parent(home).data.metrics
+    assert "study/best_value" not in parent(home).data.metrics
 
 
 def test_a_model_pins_what_it_needs_and_nothing_of_this_package(home: Home, tracker: Tracker, folder: Path) -> None:
@@ -163,14 +164,19 @@ def test_a_run_mended_after_any_call_has_everything_once(home: Home, tracker: Tr
         if number > 1:
             tracker.log_epochs(number, result.epochs)
         if number > 2:
-            runs.log(connect(home), run.info.run_id, metrics=runs.result_metrics(result, 1.7e9))
+            runs.log(connect(home), run.info.run_id, metrics=result_metrics(result, 1.7e9))
     tracker.reconcile(study, tiny.spec())
     for number in range(4):
         run = run_of(home, number)
         assert (run.info.status, run.data.tags[runs.STATE]) == ("FINISHED", "complete")
         assert run.data.params["seed"] == str(100 + number)
         assert run.inputs.dataset_inputs
-        for name, count in (("valid_accuracy", 3), ("epoch_seconds", 3), ("objective", 1), ("duration_seconds", 1)):
+        for name, count in (
+            ("valid/accuracy", 3),
+            ("system/epoch_seconds", 3),
+            ("objective", 1),
+            ("system/training_seconds", 1),
+        ):
             assert len(connect(home).get_metric_history(run.info.run_id, name)) == count
 
 

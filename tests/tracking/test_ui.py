@@ -1,18 +1,23 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import parse_qsl
 
 import pytest
 
+import tiny_study
 from deadly_jobs import await_end, is_alive
 from hpo.errors import HpoError
 from hpo.home import Home
-from hpo.tracking.ui import ui_command
+from hpo.tracking.store import connect
+from hpo.tracking.tracker import Tracker
+from hpo.tracking.ui import runs_address, ui_command
 from ports import free_port, wait_for
 
 
@@ -51,6 +56,26 @@ def test_a_server_is_opened_in_the_browser(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking.example:5000")
     with pytest.raises(HpoError, match="Open that address in a browser"):
         ui_command(Home.find(tmp_path))
+
+
+def test_the_address_shows_the_trials_of_a_study_best_first(home: Home, tracker: Tracker) -> None:
+    address = runs_address(home, tiny_study.study())
+    assert address == "#/experiments/1/runs?workflowType=machine_learning&viewStateShareKey=trials-1"
+    client = connect(home)
+    view = json.loads(client.get_experiment("1").tags["mlflow.sharedViewState.trials-1"])
+    assert view["selectedColumns"] == ["metrics.`objective`", "params.`training.optimizer.lr`"]
+    assert (view["orderByKey"], view["orderByAsc"]) == ("metrics.`objective`", False)
+    assert client.search_runs(["1"], view["searchFilter"]) == []
+    tracker.start_trial(tiny_study.candidate(0), None, worker="w0")
+    assert len(client.search_runs(["1"], view["searchFilter"], order_by=["metrics.`objective` DESC"])) == 1
+
+
+def test_the_address_of_an_experiment_of_an_earlier_version_sorts_it_too(home: Home, tracker: Tracker) -> None:
+    connect(home).delete_experiment_tag("1", "mlflow.sharedViewState.trials-1")
+    words = dict(parse_qsl(runs_address(home, tiny_study.study()).partition("?")[2]))
+    assert (words["orderByKey"], words["orderByAsc"]) == ("metrics.`objective`", "false")
+    assert words["searchFilter"] == "tags.`hpo.kind` = 'trial' and tags.`hpo.study` = 'tiny'"
+    assert runs_address(home, tiny_study.study(name="other")) == ""
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="asks /proc who is alive")

@@ -35,7 +35,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str, str]]] = {
         ),
     },
     "Look": {
-        "ui": ("look:ui", "Open MLflow's pages on the runs and models.", ""),
+        "ui": ("look:ui", "Open MLflow's pages on a study's trials, best first.", "digits-mlp"),
         "status": ("run:status", "Show the progress of every study.", ""),
         "trials": ("look:trials", "List the trials of a study.", "digits-mlp --top 5"),
         "report": (

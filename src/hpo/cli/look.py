@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import sys
 from dataclasses import replace
 from enum import StrEnum
 from itertools import pairwise
@@ -24,10 +26,12 @@ from hpo.cli.options import (
     outside_stores,
     study_name,
 )
+from hpo.errors import shown_address
 from hpo.report.text import duration, parameter_names, ranges_of
 
 if TYPE_CHECKING:
-    from hpo.records import Trial
+    from hpo.home import Home
+    from hpo.records import StudyResult, Trial
 
 
 def preview(
@@ -203,18 +207,55 @@ def schema(_debug: Debug = False) -> None:
 
 
 def ui(
+    study: Annotated[str, typer.Argument(help="Study to open; the newest by default.")] = "",
     port: Annotated[int, typer.Option(metavar="N", min=1, max=65535, help="Port.")] = 5000,
     host: Annotated[str, typer.Option(help="Address; 127.0.0.1 is this machine only.")] = "127.0.0.1",
+    browser: Annotated[bool, typer.Option(help="Open the page in a browser, where there is a desktop.")] = True,
     home: HomeFolder = None,
     _debug: Debug = False,
 ) -> None:
-    """Open the MLflow UI on this project's runs and models."""
+    """Open the MLflow UI on a study's trials, best first."""
     from hpo.home import Home
-    from hpo.tracking.ui import is_local, open_ui
+    from hpo.tracking.ui import is_local, open_ui, page_address, runs_address
 
+    place = Home.find(home)
     if not is_local(host):
         output.print_warning(
             f"everyone who reaches {host}:{port} can read and change everything: MLflow asks for no password."
         )
-    typer.echo(f"MLflow starts at http://{host}:{port} in half a minute; Ctrl-C ends it.", err=True)
-    raise typer.Exit(open_ui(Home.find(home), host=host, port=port))
+    known = _newest_study(place, study_name(study) if study else "")
+    address = page_address(host, port, runs_address(place, known) if known else "")
+
+    def ready() -> None:
+        typer.echo(f"MLflow is ready: {address}", err=True)
+        if browser:
+            _open_browser(address)
+
+    typer.echo(f"MLflow starts in half a minute; Ctrl-C ends it. {known.title if known else ''}".rstrip(), err=True)
+    typer.echo(address)
+    raise typer.Exit(open_ui(place, host=host, port=port, ready=ready))
+
+
+def _newest_study(home: Home, name: str) -> StudyResult | None:
+    """The newest study, of this name if one is given; None where none has run here. Raises StoreError."""
+    from hpo.errors import StoreError
+    from hpo.storage.reader import no_study, read_snapshots
+
+    try:
+        studies = [each.study for each in read_snapshots(home, results=False)]
+    except StoreError:
+        if name:
+            raise
+        return None  # the pages are of use without the study storage
+    wanted = [study for study in studies if not name or name in (study.name, study.title, study.exact)]
+    if name and not wanted:
+        raise no_study(name, shown_address(home.storage_url), [study.title for study in studies])
+    return wanted[-1] if wanted else None
+
+
+def _open_browser(address: str) -> None:
+    """Open a page where a browser has a window of its own; in a terminal it would take that over."""
+    import webbrowser
+
+    if sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
+        webbrowser.open(address)

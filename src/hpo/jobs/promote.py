@@ -64,13 +64,16 @@ def promote(study: str, *, home: str | Path | None = None, force: bool = False, 
     record = read_study(place, study)
     name = parse_study(record.spec, trust=trust).name
     by_alias = {alias: version for version in versions(place, name) for alias in version.aliases}
-    challenger, champion = by_alias.get("challenger"), by_alias.get("champion")
+    champion = by_alias.get("champion")
+    challenger = by_alias.get("challenger", champion)
     if challenger is None:
         raise ModelError(f"{name}: there is no challenger.", f"Run the study to its end: hpo run {name}")
     count = len(openings(place, record))  # a damaged ledger ends here, before any gate
     if champion is not None and champion.version == challenger.version:
         known = test_scores(champion.scores)
-        return Promotion(False, "the challenger is the champion already", challenger, champion, known, known, count)
+        return Promotion(
+            False, "there is no other challenger: it is the champion already", challenger, champion, known, known, count
+        )
     new = find_model(place, f"{name}/{challenger.version}", trust=trust)
     old, why = _trained(place, champion, trust=trust)
     model = load_model(challenger.model_uri, home=place)

@@ -244,6 +244,12 @@ def export_program(folder: Path) -> Path:
     return folder / PROGRAM
 
 
+def warm_up_exports() -> None:
+    """Import torch's compiler, most of which its first use imports."""
+    sizes = ({0: torch.export.Dim("batch", min=1)},)
+    torch.export.export(nn.Linear(1, 1).eval(), (torch.zeros(2, 1),), dynamic_shapes=sizes)
+
+
 def traced(net: nn.Module, config: Mapping[str, Any]) -> torch.export.ExportedProgram:
     """The program of a network in evaluation mode and of what its config says, for any number of uint8 images."""
     shape, several = config["image_shape"], bool(config.get("several_labels"))

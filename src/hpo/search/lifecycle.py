@@ -25,6 +25,7 @@ from hpo.spec.space import Choice, Float, Int
 from hpo.spec.study import StudySpec
 from hpo.storage import outbox
 from hpo.storage.liveness import Lease, clean_leases
+from hpo.storage.optuna_private import METRIC_NAMES
 from hpo.storage.optuna_storage import Storage, generations, open_storage
 from hpo.storage.reader import to_result
 from hpo.storage.retry import store_errors
@@ -117,6 +118,8 @@ def _enter_study(
         if study_id == -1:
             directions = [StudyDirection[direction.upper()] for _, direction in aims(spec)]
             study_id = storage.database.create_new_study(directions, title)
+    # As study.set_metric_names of Optuna does; a study of an earlier version gets its names when it is resumed.
+    storage.database.set_study_system_attr(study_id, METRIC_NAMES, [score for score, _ in aims(spec)])
     storage.database.set_study_user_attr(study_id, STUDY, record)
     return title, notes, spec
 

@@ -16,7 +16,7 @@ from hpo.search.stages import stage_names
 from hpo.spec.study import StudySpec
 from hpo.storage.optuna_private import CONSTRAINT, FIXED, RUNG, trial_id_of
 from hpo.storage.optuna_storage import Storage
-from hpo.storage.trial_attrs import RESULT, START, TrialAttrs, attrs_of, key_of, stage_of, state_of
+from hpo.storage.trial_attrs import RESULT, START, TrialAttrs, attrs_of, key_of, plain_attrs, stage_of, state_of
 
 _MOST_DEATHS = 3
 _UNBOUNDED = 1e6  # Optuna wants finite violations
@@ -46,6 +46,8 @@ class Finisher:
         deaths = attrs_of(trial).deaths + died
         result = final_result(self._spec, result, final=stage_of(trial) == FINAL, deaths=deaths)
         database, trial_id = self._storage.database, trial_id_of(trial)
+        for name, value in plain_attrs(result).items():
+            database.set_trial_user_attr(trial_id, name, value)
         database.set_trial_user_attr(trial_id, RESULT, result.to_json())
         if result.state is TrialState.STOPPED and trial.number not in self._storage.index(self._id).retried:
             self.retry(trial, deaths=deaths)

@@ -35,6 +35,8 @@ PRIVATE_PARTS: tuple[tuple[Any, str, tuple[str, ...] | None], ...] = (
     (optuna.trial.Trial, "_trial_id", None),
 )
 
+# Key of a study's system attributes: the name of each objective, which Optuna's plots and its dashboard show.
+METRIC_NAMES = "study:metric_names"
 # Keys of a trial's system attributes: values that were set before sampling; what successive halving noted at a rung,
 # without its number; the violation of a constraint, without its text.
 FIXED, RUNG, CONSTRAINT = "fixed_params", "completed_rung_", "constraints:"

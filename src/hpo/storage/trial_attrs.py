@@ -68,6 +68,17 @@ class TrialAttrs:
         return Candidate(number, self.ordinal, self.parameters or {}, self.seed, self.attempt, self.stage, self.deaths)
 
 
+def plain_attrs(result: TrialResult) -> dict[str, str | float]:
+    """What Optuna's own tools show of a result next to its value: small attributes that nothing here reads."""
+    facts = {
+        "best_epoch": result.best_epoch,
+        "parameter_count": result.parameter_count,
+        "training_seconds": round(result.seconds, 3),
+        "failure": result.failure.value if result.failure else "",
+    }
+    return {name: fact for name, fact in facts.items() if fact}
+
+
 def attrs_of(trial: FrozenTrial) -> TrialAttrs:
     """The attributes of a trial; default ones for a trial that was added through Optuna itself."""
     stored = trial.user_attrs.get(START)

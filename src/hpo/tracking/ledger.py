@@ -27,7 +27,8 @@ from hpo.tracking.store import connect, exists, pages, translate_errors
 
 LEDGER = "openings.jsonl"
 SET_ASIDE = "openings.damaged.jsonl"
-_TAG = "hpo.test_opening."
+# A tag for each opening. MLflow's pages show no tags that begin with mlflow.; earlier versions wrote the second form.
+TAG, _OLD_TAG = "mlflow.hpo.test_opening.", "hpo.test_opening."
 _FOLDER = "test_images"
 _DIGEST_BYTES = 16  # of one image
 
@@ -263,9 +264,8 @@ def _tagged(run: Any) -> list[Opening]:
     for name, what in _tag_openings(run.data.tags):
         if isinstance(what, str):
             raise StoreError(
-                f"run {run.info.run_id} in MLflow: its tag {name} {what}, so an opening of the test part would go "
-                "uncounted.",
-                "Correct the tag in MLflow's UI, or have it replaced from the ledger: hpo doctor --fix",
+                f"run {run.info.run_id} in MLflow: its tag {name} {what}, so an opening would go uncounted.",
+                "Have it replaced from the ledger: hpo doctor --fix",
             )
         found.append(what)
     return found
@@ -274,7 +274,7 @@ def _tagged(run: Any) -> list[Opening]:
 def _tag_openings(tags: Mapping[str, str]) -> Iterator[tuple[str, Opening | str]]:
     """The name of each tag with an opening, and the opening, or the reason why it is none."""
     for name, value in tags.items():
-        if name.startswith(_TAG):
+        if name.startswith((TAG, _OLD_TAG)):
             try:
                 yield name, parse_opening(json.loads(value))
             except (ValueError, RecursionError) as error:
@@ -290,7 +290,8 @@ def damaged_tags(tags: Mapping[str, str]) -> dict[str, str]:
 def mend_tags(home: Home, run_id: str, tags: Mapping[str, str]) -> None:
     """Move damaged tags of a run to openings.damaged.jsonl, and write those again that the home's ledger has."""
     client = connect(home)
-    known = {_tag_name(opening): opening for opening in _merged(each for _, each in _read(home.root / LEDGER))}
+    ledger = _merged(each for _, each in _read(home.root / LEDGER))
+    known = {f"{start}{_digits(opening)}": opening for opening in ledger for start in (TAG, _OLD_TAG)}
     for name, reason in damaged_tags(tags).items():
         note = {"moved": datetime.now(UTC).isoformat(timespec="seconds"), "run": run_id, "tag": name, "reason": reason}
         if name in known:
@@ -301,8 +302,8 @@ def mend_tags(home: Home, run_id: str, tags: Mapping[str, str]) -> None:
         client.delete_tag(run_id, name)
 
 
-def _tag_name(opening: Opening) -> str:
-    return _TAG + "".join(filter(str.isdigit, opening.when[:26]))
+def _digits(opening: Opening) -> str:
+    return "".join(filter(str.isdigit, opening.when[:26]))
 
 
 def _merged(found: Iterable[Opening]) -> list[Opening]:
@@ -359,7 +360,7 @@ def _write(home: Home, study: StudyResult, opening: Opening, cache: Path | None)
     parent = find_parent(client, study)
     if parent is not None:
         # One tag an opening, so that two supervisors cannot overwrite each other's.
-        client.set_tag(parent.info.run_id, _tag_name(opening), line)
+        client.set_tag(parent.info.run_id, f"{TAG}{_digits(opening)}", line)
 
 
 def _writable(cache: Path | None) -> Path | None:

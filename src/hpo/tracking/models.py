@@ -11,6 +11,7 @@ from typing import Any
 
 from hpo.errors import ModelError
 from hpo.relocation import local_path
+from hpo.tracking.run_metrics import is_result
 from hpo.tracking.store import check_inside, is_missing, load_mlflow, pages, quiet
 
 NET, CONFIG, SETUP, WEIGHTS = "net.pt2", "config.json", "setup.json", "weights.safetensors"
@@ -39,7 +40,7 @@ def log_model(client: Any, run: Any, folder: Path) -> str:
     tags = {name: value for name, value in run.data.tags.items() if name.startswith("hpo.")}
     model = client.create_logged_model(
         run.info.experiment_id,
-        name=run.info.run_name.replace(" ", "-"),
+        name=f"trial-{run.data.tags['hpo.trial']}",
         source_run_id=run_id,
         tags=tags,
         params=run.data.params,
@@ -55,7 +56,7 @@ def log_model(client: Any, run: Any, folder: Path) -> str:
         scores = [
             Metric(name, value, when, 0, model_id=model.model_id, run_id=run_id)
             for name, value in run.data.metrics.items()
-            if name.startswith("best_") or name == "objective"
+            if is_result(name)
         ]
         if scores:
             client.log_batch(run_id, metrics=scores)
@@ -132,7 +133,7 @@ def save_model(target: Path, folder: Path, *, model_id: str, run_id: str, tags: 
     from mlflow.models import Model, ModelSignature
     from mlflow.pyfunc import save_model as save_pyfunc
     from mlflow.types import ColSpec, DataType, Schema, TensorSpec
-    from numpy import dtype
+    from numpy import dtype, zeros
 
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     # Images in the values of the training data, where those are of one kind; the script scales them.
@@ -140,7 +141,7 @@ def save_model(target: Path, folder: Path, *, model_id: str, run_id: str, tags: 
     images = TensorSpec(dtype(kinds[0] if len(kinds) == 1 else "uint8"), (-1, *config["image_shape"]))
     classes = [ColSpec(DataType.float, name) for name in config["class_names"]]
     artifacts = {"net": folder / NET, "config": folder / CONFIG, "setup": folder / SETUP, **_LOADER}
-    # It would warn that there is no input example (the signature says it all) and no pip (uv needs none).
+    # It would warn that there is no pip (uv needs none).
     with quiet("mlflow.utils.environment"):
         save_pyfunc(
             str(target),
@@ -149,6 +150,8 @@ def save_model(target: Path, folder: Path, *, model_id: str, run_id: str, tags: 
             # Given, because inferring them loads the model in another process: seconds for each trial.
             pip_requirements=[f"{name}=={_public_version(name)}" for name in ("mlflow", "numpy", "pandas", "torch")],
             signature=ModelSignature(inputs=Schema([images]), outputs=Schema(classes)),
+            # A black image: none of the data set leaves with the model.
+            input_example=zeros((1, *config["image_shape"]), images.type),
             metadata={"study": tags.get("hpo.study", ""), "trial": tags.get("hpo.trial", ""), **config},
             mlflow_model=Model(model_id=model_id, model_uuid=model_id, run_id=run_id),
         )

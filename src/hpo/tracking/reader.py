@@ -106,7 +106,7 @@ def _runs(reader: Reader, experiment: str | None = None) -> Iterator[Run]:
     tags: dict[str, dict[str, str]] = {}
     query = (
         "SELECT t.run_uuid, t.key, t.value FROM tags t JOIN runs r ON r.run_uuid = t.run_uuid "  # noqa: S608
-        f"WHERE {chosen} AND (t.key LIKE 'hpo.%' OR t.key = :parent)"
+        f"WHERE {chosen} AND (t.key LIKE 'hpo.%' OR t.key LIKE 'mlflow.hpo.%' OR t.key = :parent)"
     )
     for run, key, value in reader.rows(query, **values, parent=PARENT):
         tags.setdefault(run, {})[key] = value
@@ -173,6 +173,8 @@ def _version(
 
 
 def _run(run: Any) -> Run:
-    tags = {name: text for name, text in run.data.tags.items() if name.startswith("hpo.") or name == PARENT}
+    tags = {
+        name: text for name, text in run.data.tags.items() if name.startswith(("hpo.", "mlflow.hpo.")) or name == PARENT
+    }
     info = run.info
     return Run(info.run_id, info.experiment_id, info.status, info.artifact_uri, info.lifecycle_stage == "deleted", tags)

@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from hpo.locks import lock
 from hpo.records import ModelVersion
 from hpo.relocation import local_path
 from hpo.tracking.models import is_whole
-from hpo.tracking.runs import score_name, stored_name, user
+from hpo.tracking.run_metrics import score_name, stored_name
+from hpo.tracking.runs import user
 from hpo.tracking.store import connect, database_address, exists, is_missing, is_server, pages, translate_errors
 
 ORIGIN = "hpo.copied_from"  # tag of a version that came from another store
@@ -25,6 +26,9 @@ COPY_OF = "hpo.moved_from"  # tag of a copied run or logged model: the id of the
 REGISTERED = "hpo.registered"  # tag of a version that was moved here: when it was first registered, in ms since 1970
 _SCORE = "score."  # tags of a version that hold its scores: score.valid_accuracy, score.test_accuracy, ...
 CHAMPION = "hpo.champion."  # tags of a registered model, one for each change of its champion
+_TERM = re.compile(
+    r"version (?P<version>[0-9]+) since (?P<since>\S+) by (?P<who>.*?)(?P<forced>, forced)?: (?P<why>.*)", re.DOTALL
+)
 _MODEL = re.compile(r"(?P<name>[^/@:]+)(?:@(?P<alias>[^/@:]+)|/(?P<version>[0-9]+))?")
 
 
@@ -86,11 +90,13 @@ def register(
     run_id: str,
     tags: Mapping[str, str],
     scores: Mapping[str, float],
-    alias: str,
+    description: str = "",
+    question: str = "",
 ) -> ModelVersion:
-    """Register models:/m-<id> under name and point alias at it; a model registered before keeps its version.
+    """Register models:/m-<id> under name, as challenger; a model registered before keeps its version.
 
-    Raises ModelError where the model is not whole.
+    The champion does not become a challenger: then there is none. description is of the version, question of all of
+    its versions. Raises ModelError where the model is not whole.
     """
     from mlflow.exceptions import MlflowException
 
@@ -106,7 +112,7 @@ def register(
             version = known[0]
         else:
             try:
-                client.create_registered_model(name)
+                client.create_registered_model(name, description=question or None)
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
@@ -115,10 +121,15 @@ def register(
                 source,
                 run_id=run_id,
                 tags={**tags, **_score_tags(scores)},
+                description=description or None,
                 model_id=model_id,
                 await_creation_for=0,  # it is ready at once, and MLflow would print that it waits
             )
-        client.set_registered_model_alias(name, alias, version.version)
+        aliases = client.get_registered_model(name).aliases
+        if str(aliases.get("champion")) != str(version.version):
+            client.set_registered_model_alias(name, "challenger", version.version)
+        elif "challenger" in aliases:
+            client.delete_registered_model_alias(name, "challenger")
     return _version(home, name, int(version.version))
 
 
@@ -132,14 +143,21 @@ def set_alias(
     tags: Mapping[str, str] | None = None,
     scores: Mapping[str, float] | None = None,
 ) -> ModelVersion:
-    """Move an alias to a version; tags and scores (test_accuracy, ...) are added to that version."""
+    """Move an alias to a version; tags and scores (test_accuracy, ...) are added to that version.
+
+    A challenger that becomes champion is no challenger any more.
+    """
     _version(home, name, version)
     client = connect(home)
     # The alias last, so that a champion always has its scores.
     for key, value in {**(tags or {}), **_score_tags(scores or {})}.items():
         client.set_model_version_tag(name, str(version), key, value)
     client.set_registered_model_alias(name, alias, str(version))
-    return _version(home, name, version)
+    moved = _version(home, name, version)
+    if alias == "champion" and "challenger" in moved.aliases:
+        client.delete_registered_model_alias(name, "challenger")
+        moved = _version(home, name, version)
+    return moved
 
 
 @translate_errors
@@ -240,7 +258,7 @@ def record_champion(home: Home, name: str, version: int, *, why: str, forced: bo
     since = datetime.now(UTC).isoformat(timespec="microseconds")
     term = ChampionTerm(version, since, why[:2000], user(), forced)
     tag = CHAMPION + "".join(filter(str.isdigit, since[:26]))
-    connect(home).set_registered_model_tag(name, tag, json.dumps(asdict(term)))
+    connect(home).set_registered_model_tag(name, tag, _term_text(term))
     return term
 
 
@@ -248,8 +266,23 @@ def record_champion(home: Home, name: str, version: int, *, why: str, forced: bo
 def champions(home: Home, name: str) -> list[ChampionTerm]:
     """The champions of a model, oldest first. A version recorded twice in a row is one term."""
     tags = _model_tags(home, name)
-    changes = [ChampionTerm(**json.loads(tags[tag])) for tag in sorted(tags) if tag.startswith(CHAMPION)]
-    return _merge_repeats(changes)
+    return _merge_repeats([_read_term(tags[tag]) for tag in sorted(tags) if tag.startswith(CHAMPION)])
+
+
+def _term_text(term: ChampionTerm) -> str:
+    """The beginning of a term as the text of a tag, which people read in the registry."""
+    forced = ", forced" if term.forced else ""
+    return f"version {term.version} since {term.since} by {term.who}{forced}: {term.why}"
+
+
+def _read_term(text: str) -> ChampionTerm:
+    """The term of a tag; earlier versions wrote it as JSON. Raises ValueError."""
+    if text.startswith("{"):
+        return ChampionTerm(**json.loads(text))
+    match = _TERM.fullmatch(text)
+    if match is None:
+        raise ValueError(f"not the record of a champion: {text!r}")
+    return ChampionTerm(int(match["version"]), match["since"], match["why"], match["who"], bool(match["forced"]))
 
 
 def _model_tags(home: Home, name: str) -> dict[str, str]:
@@ -268,9 +301,9 @@ def renumber_champions(tags: Mapping[str, str], numbers: Mapping[int, int]) -> d
     kept = all(before == now for before, now in numbers.items())
 
     def renumbered(text: str) -> str:
-        term = json.loads(text)
-        number = term["version"]
-        return json.dumps({**term, "version": numbers.get(number, number if kept else 0)})
+        term = _read_term(text)
+        number = numbers.get(term.version, term.version if kept else 0)
+        return text if number == term.version else _term_text(replace(term, version=number))
 
     return {name: renumbered(text) if name.startswith(CHAMPION) else text for name, text in tags.items()}
 

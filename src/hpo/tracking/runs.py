@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
-import math
 import platform
-import re
 import shutil
 import subprocess
 import tempfile
@@ -16,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo.home import Home
-from hpo.records import Candidate, DataCard, Epoch, StudyResult, TrialResult, TrialState
+from hpo.metrics import label_of
+from hpo.records import Candidate, DataCard, StudyResult, TrialResult, TrialState
 from hpo.spec.study import Setup
+from hpo.tracking.run_metrics import OBJECTIVE
 from hpo.tracking.store import connect, is_missing, pages, translate_errors
 
 if TYPE_CHECKING:
@@ -32,6 +32,13 @@ STATE = "hpo.state"
 FAILURE = "hpo.failure"
 MODEL = "hpo.model"
 DIGEST = "hpo.data_digest"
+QUESTION = "hpo.question"
+NOTE, NAME = "mlflow.note.content", "mlflow.runName"  # the description and the name of a run, as MLflow keeps them
+MACHINE = "machine."  # tags of a trial's run: what the machine decided, as its device and precision
+
+VIEW = "mlflow.sharedViewState."  # tags of an experiment: the state of its page that an address names
+_LONGEST_VIEW = 5000  # characters that MLflow takes
+_EXPERIMENT_KIND = "mlflow.experimentKind"  # without it MLflow guesses, and opens a study on traces of chatbots
 
 # Pruned is a normal end; stopped is not one.
 STATUS: Mapping[TrialState, str] = {
@@ -41,13 +48,13 @@ STATUS: Mapping[TrialState, str] = {
     TrialState.STOPPED: "KILLED",
 }
 _PACKAGES = ("hpo", "mlflow", "numpy", "optuna", "scikit-learn", "timm", "torch", "torchvision")
-_OTHER = re.compile(r"[^\w\- ]")  # what a class name may hold and the name of a metric may not
 _ITEMS_PER_REQUEST = {"metrics": 900, "params": 100, "tags": 100}  # MLflow takes 1000 in all, 100 of the latter two
 
 
-def environment_tags() -> dict[str, str]:
-    """The user, the git commit of the working directory and the versions of packages, as tags."""
+def environment_tags(study: str) -> dict[str, str]:
+    """The command, the user, the git commit of the working directory and the versions of packages, as tags."""
     tags = {"mlflow.user": user(), "version.python": platform.python_version()}
+    tags |= {"mlflow.source.type": "LOCAL", "mlflow.source.name": f"hpo run {study}"}
     for package in _PACKAGES:
         try:
             tags[f"version.{package}"] = version(package)
@@ -102,89 +109,47 @@ def trial_tags(candidate: Candidate, parent: Any, worker: str) -> dict[str, str]
 
 
 def trial_params(candidate: Candidate, setup: Setup | None) -> dict[str, Any]:
-    """Every effective parameter: all values of the spec by their dotted path, and the seed of the trial.
+    """The searched values as they are used, by their dotted path in the order of the space, and the trial's seed.
 
-    Without a setup, of values that do not fit together, those that were drawn.
+    All other values are in study.yaml of the study's run. Without a setup, of values that do not fit together, those
+    that were drawn.
     """
-    values = setup.flat() if setup else candidate.parameters
-    params = {path: value for path, value in values.items() if value is not None}
+    used = setup.flat() if setup else {}
+    params: dict[str, Any] = {}
+    for path, drawn in candidate.parameters.items():
+        inside = {place: value for place, value in used.items() if place.startswith(f"{path}.") and value is not None}
+        params |= inside or {path: used.get(path, drawn)}
     return {**params, "seed": candidate.seed}
 
 
-def metrics(values: Mapping[str, float], when: float, *, step: int = 0) -> list[Any]:
-    """mlflow Metrics of one step; when is in seconds since 1970."""
-    from mlflow.entities import Metric
-
-    return [Metric(stored_name(name), float(value), int(when * 1000), step) for name, value in values.items()]
-
-
-def stored_name(score: str) -> str:
-    """A score's name as MLflow takes it: valid_recall[cat] -> valid_recall/cat; other signs in hexadecimal."""
-    return re.sub(
-        r"\[([^\[\]]+)\](.*)",
-        lambda match: (
-            "/" + _OTHER.sub(lambda letter: f":{ord(letter[0]):x}:", match[1]) + (match[2] and f"/{match[2]}")
-        ),
-        score,
-    )
+def trial_note(candidate: Candidate, study: StudyResult, setup: Setup | None) -> str:
+    """The description of a trial's run, in Markdown: what is tried, and how to look into it."""
+    facts = [f"Trial {candidate.number} of {study.title}"]
+    facts += [f"stage {candidate.stage}"] if candidate.stage else []
+    facts += [f"attempt {candidate.attempt}"] if candidate.attempt > 1 else []
+    again = f"To train it again: `hpo rerun {study.exact}/{candidate.number}`"
+    return "\n".join([f"{', '.join(facts)}.", "", *_table(trial_params(candidate, setup)), "", again])
 
 
-def score_name(stored: str) -> str:
-    """The score's name that stored_name turned into this one."""
-    name, slash, rest = stored.partition("/")
-    if not slash:
-        return stored
-    inside, _, after = rest.partition("/")
-    return f"{name}[{re.sub(':([0-9a-f]+):', lambda match: chr(int(match[1], 16)), inside)}]{after}"
+def version_note(study: StudyResult, run: Any) -> str:
+    """The description of a registered version, in Markdown; run is that of its trial."""
+    number, value = run.data.tags[TRIAL], run.data.metrics.get(OBJECTIVE)
+    score = f": {label_of(study.objective)} {value:.4f} on the validation images" if value is not None else ""
+    use = f"To use it: `hpo predict {study.name} IMAGE`"
+    return "\n".join([f"Trial {number} of {study.title}{score}.", "", *_table(run.data.params), "", use])
 
 
-def epoch_metrics(epochs: Sequence[Epoch], ended: float) -> list[Any]:
-    """mlflow Metrics of epochs, the last of which ended at this time (seconds since 1970); one step per epoch.
-
-    Folds after the first have names of their own: fold1.valid_loss, ...
-    """
-    found: list[Any] = []
-    for epoch in reversed(epochs):
-        prefix = f"fold{epoch.fold}." if epoch.fold else ""
-        values = {**epoch.scores, "learning_rate": epoch.learning_rate, "epoch_seconds": epoch.seconds}
-        found += metrics({prefix + name: value for name, value in values.items()}, ended, step=epoch.number)
-        ended -= epoch.seconds
-    return found[::-1]
+def _table(values: Mapping[str, Any]) -> list[str]:
+    rows = [f"| {name} | {value} |" for name, value in values.items()]
+    return ["| parameter | value |", "|---|---|", *rows]
 
 
-def result_metrics(result: TrialResult, ended: float) -> list[Any]:
-    """mlflow Metrics of an ended trial: best_<score>, objective, duration and size, and its system metrics."""
-    values: dict[str, float] = {f"best_{name}": value for name, value in result.scores.items()}
-    values |= {"duration_seconds": result.seconds}
-    if result.best_epoch:
-        values["best_epoch"] = result.best_epoch
-    if result.parameter_count:
-        values["parameter_count"] = result.parameter_count
-    if result.value is not None:
-        values["objective"] = result.value
-    if result.profile is not None:
-        values |= {f"profile.{phase}_seconds": seconds for phase, seconds in result.profile.seconds.items()}
-    return metrics(values, ended) + system_metrics(result)
-
-
-def system_metrics(result: TrialResult) -> list[Any]:
-    """mlflow Metrics that its UI shows as system metrics; one step for each time at which they were taken."""
-    times = result.system.get("time", ())
-    columns = {f"system/{name}": column for name, column in result.system.items() if name != "time"}
-    return [
-        metric
-        for step, when in enumerate(times)
-        for metric in metrics({name: column[step] for name, column in columns.items()}, when, step=step)
-    ]
-
-
-def scores_of(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The scores among a trial run's metrics: valid_accuracy, ..."""
-    return {
-        score_name(name.removeprefix("best_")): value
-        for name, value in metrics.items()
-        if name.startswith("best_") and name != "best_epoch" and math.isfinite(value)
-    }
+def result_name(result: TrialResult) -> str:
+    """The name of an ended trial's run, with its result: 13 · 0.9896, 18 · pruned."""
+    if result.state is not TrialState.COMPLETE or result.value is None:
+        return f"{result.number} · {result.state.value}"
+    usual = 1e-3 <= abs(result.value) < 1e4
+    return f"{result.number} · {result.value:{'.4f' if usual else '.4g'}}"
 
 
 # The files of the run of every trial: path among its artifacts -> content, a text for .txt and else JSON, or None.
@@ -281,6 +246,52 @@ def experiment(client: Any, home: Home, name: str) -> str:
     if found.lifecycle_stage == "deleted":
         client.restore_experiment(found.experiment_id)
     return str(found.experiment_id)
+
+
+def describe_experiment(client: Any, experiment_id: str, study: StudyResult, question: str) -> None:
+    """Let MLflow open an experiment on its training runs, and describe it by the study's question.
+
+    What a user has chosen or written there stays. The address of `hpo ui` names the view of this generation's trials.
+    """
+    tags = client.get_experiment(experiment_id).tags
+    kind = tags.get(_EXPERIMENT_KIND, "")
+    wanted = {_EXPERIMENT_KIND: "custom_model_development"} if not kind or "inferred" in kind else {}
+    if question and tags.get(NOTE, "") in ("", tags.get(QUESTION)):
+        wanted |= {NOTE: question, QUESTION: question}
+    wanted[f"{VIEW}{view_key(study)}"] = json.dumps(trials_view(study))
+    for name, value in wanted.items():
+        if tags.get(name) != value and len(value) <= _LONGEST_VIEW:
+            client.set_experiment_tag(experiment_id, name, value)
+
+
+def view_key(study: StudyResult) -> str:
+    """What names the view of a generation's trials in the address of an experiment's page."""
+    return f"trials-{study.generation}"
+
+
+def trials_filter(study: StudyResult) -> str:
+    """The trials of a generation in MLflow's filter language."""
+    return f"tags.`{KIND}` = 'trial' and tags.`{STUDY}` = '{study.title}'"
+
+
+def trials_view(study: StudyResult) -> dict[str, Any]:
+    """The state of an experiment's page as MLflow shares it, so far as it is not MLflow's own.
+
+    It lists the trials, best first, with the objective and the searched values in the order of the space.
+    """
+    return {
+        "searchFilter": trials_filter(study),
+        "orderByKey": f"metrics.`{OBJECTIVE}`",
+        "orderByAsc": study.direction == "minimize",
+        "selectedColumns": [f"metrics.`{OBJECTIVE}`", *(f"params.`{path}`" for path in searched_paths(study.spec))],
+    }
+
+
+def searched_paths(spec: Mapping[str, Any]) -> list[str]:
+    """The places that a study varies, in the order of its space and its stages."""
+    search = spec.get("search") or {}
+    spaces = [search.get("space") or {}, *(stage.get("space") or {} for stage in search.get("stages") or ())]
+    return list(dict.fromkeys(path for space in spaces for path in space))
 
 
 def artifact(client: Any, run_id: str, path: str, folder: str) -> Path | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from hpo.records import Candidate, DataCard, Epoch, ModelVersion, SplitCard, Stu
 from hpo.spec.study import Setup, StudySpec
 from hpo.tracking import models, registry, runs
 from hpo.tracking.reader import trial_runs
+from hpo.tracking.run_metrics import epoch_metrics, metrics_at, result_metrics, scores_of, study_metrics
 from hpo.tracking.store import connect, pages, translate_errors
 
 
@@ -30,6 +31,7 @@ class Tracker:
 
     def __init__(self, home: Home) -> None:
         self.home = home
+        self._study: StudyResult | None = None
         self._parent: Any = None
         self._runs: dict[int, str] = {}
         self._shared: dict[str, str] = {}
@@ -43,24 +45,31 @@ class Tracker:
     def open_study(self, study: StudyResult, spec: StudySpec, data: DataCard, split: SplitCard) -> None:
         """Make or continue the study's parent run, with its spec, data set, split, commit and versions."""
         client = self._client
-        self._shared = {**runs.environment_tags(), runs.DIGEST: data.digest}
+        self._study = replace(study, trials=())
+        self._shared = {**runs.environment_tags(study.name), runs.DIGEST: data.digest}
         self._dataset = runs.dataset_input(data)
         self._runs = {}
         # Two supervisors that open one study at once must end with one parent run.
         with lock(self.home, "mlflow-open"):
-            experiment_id = self._experiment(study.name)
+            experiment_id = runs.experiment(client, self.home, study.name)
+            runs.describe_experiment(client, experiment_id, study, spec.question)
             parent = runs.find_parent(client, study)
             if parent is None and (trashed := runs.find_parent(client, study, deleted=True)) is not None:
                 # As with a deleted experiment: the runs of its trials name it, and a second one would have none.
                 client.restore_run(trashed.info.run_id)
                 parent = client.get_run(trashed.info.run_id)
             if parent is None:
-                parent = client.create_run(experiment_id, tags=runs.study_tags(study), run_name=study.title)
+                parent = client.create_run(
+                    experiment_id,
+                    start_time=int(study.created * 1000),
+                    tags=runs.study_tags(study),
+                    run_name=study.title,
+                )
             else:
                 client.update_run(parent.info.run_id, status="RUNNING")
         self._parent = parent
         run_id = parent.info.run_id
-        shown = {"hpo.question": spec.question, "mlflow.note.content": spec.question}
+        shown = {runs.QUESTION: spec.question, runs.NOTE: parent.data.tags.get(runs.NOTE) or spec.question}
         runs.log(client, run_id, tags={**self._shared, **{name: text for name, text in shown.items() if text}})
         client.log_inputs(run_id, [self._dataset])
         runs.log_files(client, run_id, runs.study_files(spec.model_dump(mode="json")))
@@ -77,13 +86,13 @@ class Tracker:
     def log_epochs(self, number: int, epochs: Sequence[Epoch], *, ended: float = 0.0) -> None:
         """Add epochs of a trial, in one batch; its steps are epoch numbers. ended: when the last was over, else now."""
         if epochs:
-            runs.log(self._client, self._run_id(number), metrics=runs.epoch_metrics(epochs, ended or time.time()))
+            runs.log(self._client, self._run_id(number), metrics=epoch_metrics(epochs, ended or time.time()))
 
     @translate_errors
     def end_trial(self, result: TrialResult) -> None:
         """Write how a trial ended and close its run: FINISHED (complete, pruned), FAILED or KILLED (stopped)."""
         ended = result.ended or time.time()
-        self._end(result, runs.result_metrics(result, ended), ended=ended)
+        self._end(result, result_metrics(result, ended), ended=ended)
 
     @translate_errors
     def keep_model(self, number: int, folder: Path) -> str:
@@ -129,9 +138,9 @@ class Tracker:
 
     @translate_errors
     def register(self, study: StudyResult, number: int) -> ModelVersion:
-        """Register a trial's kept model under the study's name, as `challenger`; the same trial twice is one version.
+        """Register a trial's kept model under the study's name, as `challenger` unless it is the champion.
 
-        Raises ModelError where the trial's model was not kept.
+        The same trial twice is one version. Raises ModelError where the trial's model was not kept.
         """
         run = self._client.get_run(self._run_id(number, study))
         uri = run.data.tags.get(runs.MODEL)
@@ -146,8 +155,9 @@ class Tracker:
             uri,
             run_id=run.info.run_id,
             tags=tags,
-            scores=runs.scores_of(run.data.metrics),
-            alias="challenger",
+            scores=scores_of(run.data.metrics),
+            description=runs.version_note(study, run),
+            question=str(study.spec.get("question", "")),
         )
 
     @translate_errors
@@ -158,18 +168,16 @@ class Tracker:
         """
         client, run_id = self._client, self._parent_of(study).info.run_id
         best = study.best
-        values = {f"trials_{state.value}": float(study.count(state)) for state in TrialState if state.finished}
-        tags = {"mlflow.note.content": summary}
-        if best is not None and best.result is not None and best.value is not None:
-            values |= {"objective": best.value, "best_trial": best.number}
-            values |= {f"best_{name}": value for name, value in best.result.scores.items()}
+        tags = {runs.NOTE: summary}
+        if best is not None:
             tags |= {"hpo.best_trial": str(best.number)}
             tags |= {f"best.{path}": str(value) for path, value in best.candidate.parameters.items()}
         # A resumed study closes again: its step is the number of trials that had ended by then.
         step = study.count(*(state for state in TrialState if state.finished))
         # The time of what it sums up: closed twice in one state, it says so once.
         ended = max((trial.started + trial.run_seconds for trial in study.trials), default=study.created)
-        runs.log(client, run_id, metrics=runs.metrics(values, ended, step=step), tags=tags)
+        values = metrics_at(study_metrics(study), ended, step=step)
+        runs.log(client, run_id, metrics=values, tags=tags)
         client.log_text(run_id, summary, "summary.md")
         drawn = {f"{runs.FIGURES}/{path.name}" for path in figures}
         for earlier in client.list_artifacts(run_id, runs.FIGURES):
@@ -177,7 +185,8 @@ class Tracker:
                 models.delete_artifacts(client, self._parent_of(study).info.artifact_uri, earlier.path)
         for path in figures:
             client.log_artifact(run_id, str(path), runs.FIGURES)
-        client.set_terminated(run_id, status)
+        # It lasts until its last trial ended, however often it is closed after that.
+        client.set_terminated(run_id, status, end_time=int(ended * 1000))
 
     @translate_errors
     def log_profile(self, study: StudyResult, profile: StudyProfiled) -> None:
@@ -253,9 +262,6 @@ class Tracker:
         if self._client.list_artifacts(run.info.run_id, part):
             models.delete_artifacts(self._client, run.info.artifact_uri, part)
 
-    def _experiment(self, name: str) -> str:
-        return runs.experiment(self._client, self.home, name)
-
     def _parent_of(self, study: StudyResult) -> Any:
         if self._parent is None or not runs.study_tags(study).items() <= self._parent.data.tags.items():
             self._parent, self._runs = runs.find_parent(self._client, study), {}
@@ -289,14 +295,15 @@ class Tracker:
                 parent.info.experiment_id,
                 start_time=int(started * 1000),
                 tags={**self._shared, **runs.trial_tags(candidate, parent, worker)},
-                run_name=f"trial {number}",
+                run_name=str(number),
             )
             self._runs[number] = run.info.run_id
         self._describe(candidate, setup)
 
     def _describe(self, candidate: Candidate, setup: Setup | None) -> None:
         run_id = self._runs[candidate.number]
-        runs.log(self._client, run_id, params=runs.trial_params(candidate, setup))
+        tags = {runs.NOTE: runs.trial_note(candidate, self._study, setup)} if self._study is not None else {}
+        runs.log(self._client, run_id, params=runs.trial_params(candidate, setup), tags=tags)
         if self._dataset is not None:
             self._client.log_inputs(run_id, [self._dataset])
 
@@ -304,7 +311,9 @@ class Tracker:
         client, run_id = self._client, self._run_id(result.number)
         tags = {runs.STATE: result.state.value} | ({"hpo.reason": result.reason} if result.reason else {})
         tags |= {runs.FAILURE: result.failure.value} if result.failure else {}
-        runs.log(client, run_id, metrics=metrics, params=result.settings, tags=tags)
+        tags |= {f"{runs.MACHINE}{name}": value for name, value in result.settings.items()}
+        tags |= {runs.NAME: runs.result_name(result)}
+        runs.log(client, run_id, metrics=metrics, tags=tags)
         runs.log_files(client, run_id, runs.trial_files(result))
         client.set_terminated(run_id, runs.STATUS[result.state], end_time=int(ended * 1000))
 
@@ -312,7 +321,7 @@ class Tracker:
         result = trial.result or TrialResult(trial.number, trial.state, reason="it ended without a result")
         started = trial.started or time.time()
         ended = result.ended or started + trial.run_seconds
-        metrics = runs.epoch_metrics(result.epochs, ended) + runs.result_metrics(result, ended)
+        metrics = epoch_metrics(result.epochs, ended) + result_metrics(result, ended)
         logged: set[tuple[str, int]] = set()
         if run is None:
             self._start(trial.candidate, _setup_of(trial, spec), worker=trial.worker, started=started)

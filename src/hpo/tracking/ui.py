@@ -11,14 +11,24 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from threading import Thread
 from typing import Any
+from urllib.parse import quote, urlencode
+from urllib.request import ProxyHandler, build_opener
 
+from hpo.database import reading
 from hpo.errors import HpoError, shown_address
 from hpo.home import Home
+from hpo.records import StudyResult
 from hpo.relocation import relocate
+from hpo.tracking.run_metrics import OBJECTIVE
+from hpo.tracking.runs import VIEW, trials_filter, view_key
 from hpo.tracking.store import SETTINGS, exists, is_server
 
 _TO_END = 5.0  # seconds that the server may take to end by itself
+_POLL = 0.5  # seconds between two questions whether it answers
 
 
 def ui_command(home: Home, *, host: str = "127.0.0.1", port: int = 5000) -> tuple[list[str], dict[str, str]]:
@@ -50,6 +60,32 @@ def ui_command(home: Home, *, host: str = "127.0.0.1", port: int = 5000) -> tupl
     return command, {**SETTINGS, **os.environ, **own}
 
 
+def runs_address(home: Home, study: StudyResult) -> str:
+    """The part of an address of MLflow's UI after its root that shows a study's trials, best first; "" without any."""
+    if is_server(home.tracking_uri):
+        return ""
+    view = f"{VIEW}{view_key(study)}"
+    with reading(home.tracking_uri) as reader:
+        if reader is None or not {"experiments", "experiment_tags"} <= reader.tables():
+            return ""
+        known = "SELECT experiment_id FROM experiments WHERE name = :name AND lifecycle_stage = 'active'"
+        found = list(reader.rows(known, name=study.name))
+        if not found:
+            return ""
+        number = found[0][0]
+        tagged = "SELECT 1 FROM experiment_tags WHERE experiment_id = :id AND key = :key"
+        shared = list(reader.rows(tagged, id=number, key=view))
+    # MLflow takes a shared view or facets, not both; earlier versions have not written the view.
+    facets = {
+        "searchFilter": trials_filter(study),
+        "orderByKey": f"metrics.`{OBJECTIVE}`",
+        "orderByAsc": str(study.direction == "minimize").lower(),
+    }
+    shown = {"viewStateShareKey": view_key(study)} if shared else facets
+    words = urlencode({"workflowType": "machine_learning", **shown}, quote_via=quote)
+    return f"#/experiments/{number}/runs?{words}"
+
+
 def is_local(host: str) -> bool:
     """Whether a server at host answers this machine only."""
     try:
@@ -58,8 +94,11 @@ def is_local(host: str) -> bool:
         return False
 
 
-def open_ui(home: Home, *, host: str = "127.0.0.1", port: int = 5000) -> int:
-    """Show the MLflow UI at http://host:port until Ctrl-C or SIGTERM; returns its exit code. Raises HpoError."""
+def open_ui(home: Home, *, host: str = "127.0.0.1", port: int = 5000, ready: Callable[[], None] = lambda: None) -> int:
+    """Show the MLflow UI at http://host:port until Ctrl-C or SIGTERM; returns its exit code. Raises HpoError.
+
+    ready is called, in a thread, once the server answers.
+    """
     command, environment = ui_command(home, host=host, port=port)
 
     def end(*_: Any) -> None:
@@ -68,6 +107,7 @@ def open_ui(home: Home, *, host: str = "127.0.0.1", port: int = 5000) -> int:
     before = signal.signal(signal.SIGTERM, end)
     # A group of its own: Ctrl-C reaches this process only, which ends all of the server, without its tracebacks.
     with subprocess.Popen(command, env=environment, process_group=0) as server:  # noqa: S603
+        Thread(target=_await_answer, args=(server, page_address(host, port, "health"), ready), daemon=True).start()
         try:
             return server.wait()
         except KeyboardInterrupt:
@@ -75,6 +115,26 @@ def open_ui(home: Home, *, host: str = "127.0.0.1", port: int = 5000) -> int:
         finally:
             _end_group(server)
             signal.signal(signal.SIGTERM, before)
+
+
+def _name(host: str) -> str:
+    """The host as addresses have it; a server on all addresses of a machine answers on its own."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+    return f"[{host}]" if ":" in host else host
+
+
+def page_address(host: str, port: int, page: str = "") -> str:
+    """The address of a page of the UI, as runs_address gives it."""
+    return f"http://{_name(host)}:{port}/{page}"
+
+
+def _await_answer(server: subprocess.Popen[bytes], address: str, ready: Callable[[], None]) -> None:
+    opener = build_opener(ProxyHandler({}))  # a proxy does not know this machine's addresses
+    while server.poll() is None:
+        with contextlib.suppress(OSError), opener.open(address, timeout=5):
+            ready()
+            return
+        time.sleep(_POLL)
 
 
 def _end_group(server: subprocess.Popen[bytes]) -> None:

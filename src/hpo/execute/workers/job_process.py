@@ -203,15 +203,11 @@ def draw_study(study: StudyResult, folder: Path) -> list[Path]:
 
 def warm_up(*, pictures: bool) -> None:
     """Import what exports and pictures need, seconds of work, while others still train."""
-    import torch
-
-    from hpo import models  # noqa: F401
+    from hpo.models import warm_up_exports
     from hpo.training.device import use_threads
 
     use_threads(1)
-    # Much of the compiler is imported by its first use.
-    sizes = ({0: torch.export.Dim("batch", min=1)},)
-    torch.export.export(torch.nn.Linear(1, 1).eval(), (torch.zeros(2, 1),), dynamic_shapes=sizes)
+    warm_up_exports()
     if pictures:
         import matplotlib.figure
 

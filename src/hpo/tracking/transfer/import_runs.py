@@ -17,8 +17,10 @@ from hpo.home import Home
 from hpo.locks import lock
 from hpo.records import ModelVersion, StudyResult
 from hpo.tracking import registry, runs
+from hpo.tracking.ledger import TAG as OPENING_TAG
 from hpo.tracking.ledger import Opening, add_openings
 from hpo.tracking.models import delete_model, is_whole
+from hpo.tracking.run_metrics import metrics_at
 from hpo.tracking.store import connect, load_mlflow, pages, translate_errors
 from hpo.tracking.transfer.export_runs import COPIED, URI, TrackedStudy, logged_models
 
@@ -312,7 +314,7 @@ def copy_version(home: Home, version: ModelVersion, target: Home, *, openings: S
                 **source.tags,
                 MODEL_DIGEST: digest,
                 registry.ORIGIN: source.tags.get(registry.ORIGIN) or shown_address(home.tracking_uri),
-                **{f"hpo.test_opening.{index}": json.dumps(asdict(look)) for index, look in enumerate(openings)},
+                **{f"{OPENING_TAG}{index}": json.dumps(asdict(look)) for index, look in enumerate(openings)},
             }
             added = _add_copy(target, version.name, folder, tags, run)
             number = _find_copy(target, version.name, digest) or added
@@ -345,7 +347,7 @@ def _add_copy(target: Home, name: str, folder: Path, tags: Mapping[str, str], or
     logged = None
     try:
         if origin is not None:
-            metrics = runs.metrics(origin.data.metrics, time.time())
+            metrics = metrics_at(origin.data.metrics, time.time())
             runs.log(client, run_id, params=origin.data.params, metrics=metrics)
         logged = client.create_logged_model(place, name=name, source_run_id=run_id, tags=tags)
         with tempfile.TemporaryDirectory() as scratch:
