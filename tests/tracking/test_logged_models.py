@@ -15,6 +15,7 @@ import tiny_study as tiny
 from hpo.home import Home
 from hpo.models.safe_loader import Program
 from hpo.predict import load_model
+from hpo.tracking.models import save_model
 from hpo.tracking.registry import REGISTERED, fetch, resolve
 from hpo.tracking.store import connect, load_mlflow
 from ports import free_port, wait_for
@@ -65,6 +66,17 @@ def test_a_model_answers_one_row_of_probabilities_per_raw_image(kept: Path, fold
     assert tuple(table.columns) == tiny.CLASSES
     assert set(table.dtypes) == {np.dtype("float32")}
     np.testing.assert_allclose(table.to_numpy(), expected(folder, images), atol=1e-6)
+
+
+def test_it_is_saved_in_silence_with_a_black_image_as_example(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    save_model(tmp_path / "model", folder, model_id="m-0", run_id="0", tags={})
+    assert capfd.readouterr() == ("", "")
+    model = load_mlflow().pyfunc.load_model(str(tmp_path / "model"))
+    (image,) = model.input_example
+    assert (image.shape, image.any()) == (tiny.SHAPE, False)
+    assert len(model.predict(model.input_example)) == 1
 
 
 @pytest.mark.parametrize("count", [0, 1, 257])

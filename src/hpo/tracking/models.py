@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hpo.tracking.run_metrics import is_result
 from hpo.tracking.store import check_inside, is_missing, load_mlflow, pages, quiet
 
 NET, CONFIG, SETUP, WEIGHTS = "net.pt2", "config.json", "setup.json", "weights.safetensors"
+_LARGEST_EXAMPLE = 20_000  # values
 # Logged with each model, whose script loads the program by it where there is no hpo.
 _LOADER = {name: Path(__file__).parents[1] / "models" / f"{name}.py" for name in ("safe_loader", "interpreter")}
 
@@ -138,11 +140,12 @@ def save_model(target: Path, folder: Path, *, model_id: str, run_id: str, tags: 
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     # Images in the values of the training data, where those are of one kind; the script scales them.
     kinds = list(config.get("ranges") or ())
-    images = TensorSpec(dtype(kinds[0] if len(kinds) == 1 else "uint8"), (-1, *config["image_shape"]))
+    shape = config["image_shape"]
+    images = TensorSpec(dtype(kinds[0] if len(kinds) == 1 else "uint8"), (-1, *shape))
     classes = [ColSpec(DataType.float, name) for name in config["class_names"]]
     artifacts = {"net": folder / NET, "config": folder / CONFIG, "setup": folder / SETUP, **_LOADER}
-    # It would warn that there is no pip (uv needs none).
-    with quiet("mlflow.utils.environment"):
+    # It would warn that there is no pip (uv needs none), and tell that it looks at the example.
+    with quiet("mlflow.utils.environment", "mlflow.pyfunc"):
         save_pyfunc(
             str(target),
             python_model=str(Path(__file__).with_name("logged_model_script.py")),
@@ -150,8 +153,8 @@ def save_model(target: Path, folder: Path, *, model_id: str, run_id: str, tags: 
             # Given, because inferring them loads the model in another process: seconds for each trial.
             pip_requirements=[f"{name}=={_public_version(name)}" for name in ("mlflow", "numpy", "pandas", "torch")],
             signature=ModelSignature(inputs=Schema([images]), outputs=Schema(classes)),
-            # A black image: none of the data set leaves with the model.
-            input_example=zeros((1, *config["image_shape"]), images.type),
+            # A black image: none of the data set leaves with the model. As text, a large one would be megabytes.
+            input_example=zeros((1, *shape), images.type) if prod(shape) <= _LARGEST_EXAMPLE else None,
             metadata={"study": tags.get("hpo.study", ""), "trial": tags.get("hpo.trial", ""), **config},
             mlflow_model=Model(model_id=model_id, model_uuid=model_id, run_id=run_id),
         )

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 from hpo.home import Home
 from hpo.metrics import label_of
 from hpo.records import Candidate, DataCard, StudyResult, TrialResult, TrialState
-from hpo.spec.study import Setup
 from hpo.tracking.run_metrics import OBJECTIVE
 from hpo.tracking.store import connect, is_missing, pages, translate_errors
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from hpo.spec.study import Setup
 
 PARENT = "mlflow.parentRunId"
 KIND = "hpo.kind"
