@@ -61,7 +61,9 @@ def _from_server(home: Home, name: str | None) -> list[ModelVersion]:
 
 def _from_database(home: Home, name: str | None) -> list[ModelVersion]:
     """The same by SQL: MLflow's client takes seconds to import."""
-    with reading(home.tracking_uri) as reader:
+    if not exists(home):
+        return []
+    with reading(database_address(home)) as reader:
         if reader is None or "model_versions" not in reader.tables():
             return []
         tags: dict[tuple[str, int], dict[str, str]] = {}
