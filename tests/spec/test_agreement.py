@@ -351,7 +351,7 @@ def test_what_decides_which_images_are_judged_is_no_search_parameter(tmp_path):
 
 @pytest.mark.parametrize(
     "parameter",
-    ["training.epochs: {int: [1, 3000000000]}", "training.augment.zoom: {float: [0.0, 1.0], step: 1.0e-11}"],
+    ["training.epochs: {int: [1, 900000000]}", "training.augment.zoom: {float: [0.0, 1.0], step: 1.0e-11}"],
 )
 def test_a_single_huge_range_is_counted_too(tmp_path, parameter):
     study = STUDY.replace("  trials: 3\n", "  trials: 3\n  sampler: grid\n").replace(
