@@ -16,8 +16,7 @@ from hpo.errors import shown_address
 from hpo.home import Home
 from hpo.locks import lock
 from hpo.records import ModelVersion, StudyResult
-from hpo.tracking import registry, runs
-from hpo.tracking.ledger import TAG as OPENING_TAG
+from hpo.tracking import ledger, registry, runs
 from hpo.tracking.ledger import Opening, add_openings
 from hpo.tracking.models import delete_model, is_whole
 from hpo.tracking.run_metrics import metrics_at
@@ -314,7 +313,7 @@ def copy_version(home: Home, version: ModelVersion, target: Home, *, openings: S
                 **source.tags,
                 MODEL_DIGEST: digest,
                 registry.ORIGIN: source.tags.get(registry.ORIGIN) or shown_address(home.tracking_uri),
-                **{f"{OPENING_TAG}{index}": json.dumps(asdict(look)) for index, look in enumerate(openings)},
+                **{f"{ledger.TAG}{index}": json.dumps(asdict(look)) for index, look in enumerate(openings)},
             }
             added = _add_copy(target, version.name, folder, tags, run)
             number = _find_copy(target, version.name, digest) or added
