@@ -105,7 +105,7 @@ def test_an_interrupted_trial_goes_on_from_its_checkpoint(study, tmp_path):
     client = connect(Home.find(tmp_path / "home"))
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     runs = client.search_runs(experiments, "tags.`hpo.trial` = '1'")
-    assert [metric.step for metric in client.get_metric_history(runs[0].info.run_id, "valid_loss")] == [
+    assert [metric.step for metric in client.get_metric_history(runs[0].info.run_id, "valid/loss")] == [
         1,
         2,
         3,

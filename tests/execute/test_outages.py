@@ -215,7 +215,7 @@ def check_all_is_there_once(project: Path, name: str, trials: int) -> None:
         complete = run.data.tags[runs.STATE] == "complete"
         assert run.info.status == ("FINISHED" if complete else "KILLED")
         if complete:
-            steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "valid_accuracy")]
+            steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "valid/accuracy")]
             assert sorted(steps) == list(range(1, EPOCHS + 1))
             assert len(client.get_metric_history(run.info.run_id, "objective")) == 1
             assert run.data.tags[runs.MODEL].startswith("models:/")
