@@ -108,7 +108,7 @@ def test_every_command_on_a_page_parses(page, program):
 
 
 def test_every_example_of_help_parses(program):
-    lines = [f"hpo {name} {example}" for rows in SECTIONS.values() for name, (_, _, example) in rows.items()]
+    lines = [f"hpo {name} {listed.example}" for rows in SECTIONS.values() for name, listed in rows.items()]
     _parse(lines, program, set(study_files()), "--help")
 
 

@@ -146,14 +146,15 @@ def reading(url: str) -> Iterator[Reader | None]:
     if file is not None and not file.is_file():
         yield None
         return
-    try:
-        if file is not None:
+    if file is not None:
+        try:
             with closing(open_read_only(file)) as opened:
                 yield _FileReader(opened)
-            return
-        from sqlalchemy.exc import SQLAlchemyError
-    except sqlite3.Error as error:
-        raise _unreadable(str(file), error) from None
+        except sqlite3.Error as error:
+            raise _unreadable(str(file), error) from None
+        return
+    from sqlalchemy.exc import SQLAlchemyError
+
     try:
         with server_engine(url).connect() as connection:
             yield Reader(connection)

@@ -8,7 +8,7 @@ import os
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -16,58 +16,69 @@ from typer.core import TyperCommand, TyperGroup
 from hpo.cli import output
 from hpo.cli.options import Command, Debug, write_options
 
-# Section -> command -> where it is, what it does in a few words, arguments as an example; in the order of --help.
-SECTIONS: dict[str, dict[str, tuple[str, str, str]]] = {
+
+class Listed(NamedTuple):
+    """A command of the table: module:function, what it does in a few words, and arguments as an example."""
+
+    place: str
+    words: str
+    example: str
+
+
+# Section -> command, in the order of --help.
+SECTIONS: dict[str, dict[str, Listed]] = {
     "Search": {
-        "run": (
+        "run": Listed(
             "run:run",
             "Run a study, or resume it; register its best model.",
             "digits-mlp --trials 50 --set training.epochs=20",
         ),
-        "check": ("look:check", "Validate a study, try one batch, estimate time and disk.", "digits-mlp"),
-        "stop": ("run:stop", "Stop a running study, as Ctrl-C does.", "digits-mlp"),
-        "worker": ("cluster:worker", "Train trials of a study on a shared storage.", "digits-mlp"),
-        "begin": ("cluster:begin", "Begin a study that only workers will train.", "digits-mlp --trials 200"),
-        "manifest": (
+        "check": Listed("look:check", "Validate a study, try one batch, estimate time and disk.", "digits-mlp"),
+        "stop": Listed("run:stop", "Stop a running study, as Ctrl-C does.", "digits-mlp"),
+        "worker": Listed("cluster:worker", "Train trials of a study on a shared storage.", "digits-mlp"),
+        "begin": Listed("cluster:begin", "Begin a study that only workers will train.", "digits-mlp --trials 200"),
+        "manifest": Listed(
             "cluster:manifest",
             "Print a Kubernetes Job of workers.",
             "digits-mlp --image registry.example/hpo:1",
         ),
     },
     "Look": {
-        "ui": ("look:ui", "Open MLflow's pages on a study's trials, best first.", "digits-mlp"),
-        "status": ("run:status", "Show the progress of every study.", ""),
-        "trials": ("look:trials", "List the trials of a study.", "digits-mlp --top 5"),
-        "report": (
+        "ui": Listed("look:ui", "Open MLflow's pages on a study's trials, best first.", "digits-mlp"),
+        "status": Listed("run:status", "Show the progress of every study.", ""),
+        "trials": Listed("look:trials", "List the trials of a study.", "digits-mlp --top 5"),
+        "report": Listed(
             "report:report",
             "Write a page on a study: result, figures, mistakes, cost.",
             "digits-mlp -o report.html",
         ),
-        "compare": ("use:compare", "Compare models on the same images.", "digits-mlp digits-cnn"),
-        "rerun": ("run:rerun", "Train a trial again, and compare epoch by epoch.", "digits-mlp/3"),
-        "studies": ("look:studies", "List the studies that can be run.", ""),
-        "show": ("look:show", "Print a study with its defaults.", "digits-mlp"),
-        "schema": ("look:schema", "Print the JSON Schema of a study file.", "> study.schema.json"),
-        "preview": (
+        "compare": Listed("use:compare", "Compare models on the same images.", "digits-mlp digits-cnn"),
+        "rerun": Listed("run:rerun", "Train a trial again, and compare epoch by epoch.", "digits-mlp/3"),
+        "studies": Listed("look:studies", "List the studies that can be run.", ""),
+        "show": Listed("look:show", "Print a study with its defaults.", "digits-mlp"),
+        "schema": Listed("look:schema", "Print the JSON Schema of a study file.", "> study.schema.json"),
+        "preview": Listed(
             "look:preview",
             "Draw images as a study's augmentation changes them.",
             "cifar10-v3 -o augmented.png",
         ),
-        "data": ("report:app", "Explore a data set.", "show digits"),
+        "data": Listed("report:app", "Explore a data set.", "show digits"),
     },
     "Use": {
-        "promote": ("use:promote", "Judge a study's best model, and make it the champion.", "digits-mlp"),
-        "evaluate": ("use:evaluate", "Measure models on the sealed test part.", "digits-mlp"),
-        "models": ("use:models", "List the registered models.", "digits-mlp"),
-        "predict": ("use:predict", "Classify image files.", "digits-mlp photo.png --format csv"),
-        "explain": ("report:explain", "Highlight the pixels that speak for a class.", "digits-mlp photo.png"),
+        "promote": Listed("use:promote", "Judge a study's best model, and make it the champion.", "digits-mlp"),
+        "evaluate": Listed("use:evaluate", "Measure models on the sealed test part.", "digits-mlp"),
+        "models": Listed("use:models", "List the registered models.", "digits-mlp"),
+        "predict": Listed("use:predict", "Classify image files.", "digits-mlp photo.png --format csv"),
+        "explain": Listed("report:explain", "Highlight the pixels that speak for a class.", "digits-mlp photo.png"),
     },
     "Keep in order": {
-        "doctor": ("store:doctor", "Find what is wrong in the stores, and repair it.", "--fix"),
-        "clean": ("store:clean", "Free disk space.", "--yes"),
-        "export": ("store:export", "Write a study, its runs and models, to one file.", "digits-mlp -o digits.zip"),
-        "import": ("store:import_", "Read an exported study.", "digits.zip"),
-        "store": ("store:app", "Show or upgrade the stores.", "status"),
+        "doctor": Listed("store:doctor", "Find what is wrong in the stores, and repair it.", "--fix"),
+        "clean": Listed("store:clean", "Free disk space.", "digits-mlp --keep-models best:3"),
+        "export": Listed(
+            "store:export", "Write a study, its runs and models, to one file.", "digits-mlp -o digits.zip"
+        ),
+        "import": Listed("store:import_", "Read an exported study.", "digits.zip"),
+        "store": Listed("store:app", "Show or upgrade the stores.", "status"),
     },
 }
 
@@ -78,8 +89,8 @@ class Commands(TyperGroup):
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
         for commands in SECTIONS.values():
-            for name, (_, words, _) in commands.items():
-                self.add_command(TyperCommand(name, help=words))
+            for name, listed in commands.items():
+                self.add_command(TyperCommand(name, help=listed.words))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         """The command that is called, imported, and what follows its name."""
@@ -92,13 +103,13 @@ class Commands(TyperGroup):
         width = max(map(len, self.commands))
         for section, commands in SECTIONS.items():
             with formatter.section(section):
-                formatter.write_dl([(name.ljust(width), words) for name, (_, words, _) in commands.items()])
+                formatter.write_dl([(name.ljust(width), listed.words) for name, listed in commands.items()])
 
 
 def load_command(name: str) -> Any:
     """The command of that name in the table, imported."""
-    place, _, example = next(commands[name] for commands in SECTIONS.values() if name in commands)
-    module, _, attribute = place.partition(":")
+    listed = next(commands[name] for commands in SECTIONS.values() if name in commands)
+    module, _, attribute = listed.place.partition(":")
     found = getattr(import_module(f"hpo.cli.{module}"), attribute)
     one = typer.Typer(add_completion=False, rich_markup_mode=None)
     if isinstance(found, typer.Typer):
@@ -106,7 +117,7 @@ def load_command(name: str) -> Any:
     else:
         one.command(name, cls=Command)(found)
     command = typer.main.get_group(one).commands[name]
-    command.epilog = f"Example: hpo {name} {example}".rstrip()
+    command.epilog = f"Example: hpo {name} {listed.example}".rstrip()
     return command
 
 

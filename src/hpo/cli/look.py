@@ -26,7 +26,6 @@ from hpo.cli.options import (
     outside_stores,
     study_name,
 )
-from hpo.errors import shown_address
 from hpo.report.text import duration, parameter_names, ranges_of
 
 if TYPE_CHECKING:
@@ -216,6 +215,7 @@ def ui(
 ) -> None:
     """Open the MLflow UI on a study's trials, best first."""
     from hpo.home import Home
+    from hpo.storage.reader import list_trials
     from hpo.tracking.ui import is_local, open_ui, page_address, runs_address
 
     place = Home.find(home)
@@ -223,7 +223,7 @@ def ui(
         output.print_warning(
             f"everyone who reaches {host}:{port} can read and change everything: MLflow asks for no password."
         )
-    known = _newest_study(place, study_name(study) if study else "")
+    known = list_trials(place, study_name(study)) if study else _newest_study(place)
     address = page_address(host, port, runs_address(place, known) if known else "")
 
     def ready() -> None:
@@ -231,26 +231,21 @@ def ui(
         if browser:
             _open_browser(address)
 
-    typer.echo(f"MLflow starts in half a minute; Ctrl-C ends it. {known.title if known else ''}".rstrip(), err=True)
+    shown = f", on the trials of {known.title}" if known else ""
+    typer.echo(f"MLflow starts in half a minute{shown}; Ctrl-C ends it.", err=True)
     typer.echo(address)
     raise typer.Exit(open_ui(place, host=host, port=port, ready=ready))
 
 
-def _newest_study(home: Home, name: str) -> StudyResult | None:
-    """The newest study, of this name if one is given; None where none has run here. Raises StoreError."""
+def _newest_study(home: Home) -> StudyResult | None:
+    """The newest study; None where none has run here, or the study storage cannot be read."""
     from hpo.errors import StoreError
-    from hpo.storage.reader import no_study, read_snapshots
+    from hpo.storage.reader import read_snapshots
 
     try:
-        studies = [each.study for each in read_snapshots(home, results=False)]
+        return next((each.study for each in reversed(read_snapshots(home, results=False))), None)
     except StoreError:
-        if name:
-            raise
         return None  # the pages are of use without the study storage
-    wanted = [study for study in studies if not name or name in (study.name, study.title, study.exact)]
-    if name and not wanted:
-        raise no_study(name, shown_address(home.storage_url), [study.title for study in studies])
-    return wanted[-1] if wanted else None
 
 
 def _open_browser(address: str) -> None:

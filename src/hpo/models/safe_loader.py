@@ -1,11 +1,12 @@
 """Load an exported program as data: no pickle, no expression and no code of its maker is run.
 
-torch.export.load alone would: it unpickles weights and constants that say they are pickled, evaluates the symbolic
-sizes of the graph as Python, compiles its guards, and looks operators up by name in all of torch. So the archive is
-read with torch's own reader first, and refused where it holds more than tensors, names, and operators that only compute
-new values from given ones.
+torch.export.load would: it unpickles weights and constants that say they are pickled, evaluates the symbolic sizes of
+the graph as Python, compiles its guards, and looks operators up by name in all of torch. So hpo.models.interpreter
+computes the program instead. Before that the archive is read with torch's own reader, and refused where it holds more
+than tensors, names, and operators that only compute new values from given ones: what is let in does no harm where
+others load it with torch.
 
-This file works alone: a copy of it loads the program of a logged model where hpo is not installed (see
+A copy of this file and of interpreter.py loads the program of a logged model where hpo is not installed (see
 tracking/logged_model_script.py), and run as a script it is the process that runs programs of others (see main).
 """
 
