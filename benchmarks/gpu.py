@@ -235,7 +235,7 @@ def workers(device: torch.device, quick: bool) -> Lines:
         for number in (1,) if quick else (1, 2, 4, 8):
             model = {"kind": "convnet", "width": 4 if quick else 32, "depth": 2}
             settings = {
-                "data": {"name": "workers", "path": str(file)},
+                "data": {"name": "npz", "path": str(file)},
                 "model": model,
                 "training.epochs": 1 if quick else 4,
                 "training.patience": None,

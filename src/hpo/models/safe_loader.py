@@ -85,6 +85,8 @@ type_as.default unbind.int unflatten.int unfold.default upsample_bicubic2d.vec u
 upsample_nearest1d.vec upsample_trilinear3d.vec where.ScalarOther zero_.default zeros.default zeros_like.default
 """
 LAYERS = frozenset(_LISTED.split())
+# torch before 2.15 does not mark these as working on single values.
+UNMARKED = frozenset(f"{name}_.default" for name in ("celu", "elu", "hardsigmoid", "hardtanh", "leaky_relu", "selu"))
 # In evaluation these draw nothing: the argument that would make them is checked.
 _DRAWING = {"train": {"as_bool": False}, "dropout_p": {"as_float": 0.0}}
 _BY_PLACE = 1
@@ -121,7 +123,7 @@ def is_plain(name: str, overload: str) -> bool:
     if not isinstance(operator, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded in operator.tags:
         return False
     if torch.Tag.pointwise in operator.tags:
-        return torch.Tag.out not in operator.tags
+        return not any(argument.is_out for argument in operator._schema.arguments)
     return bool({torch.Tag.core, torch.Tag.reduction} & {*operator.tags}) and not operator._schema.is_mutable
 
 
@@ -131,7 +133,7 @@ def _operator_fault(node: Mapping[str, Any]) -> str | None:
     if _PYTHON.fullmatch(target):
         return None
     found = _ATEN.fullmatch(target)
-    if not found or not (".".join(found.groups()) in LAYERS or is_plain(*found.groups())):
+    if not found or not (".".join(found.groups()) in LAYERS | UNMARKED or is_plain(*found.groups())):
         return f"the operator {target[:80]}, which is not among those of plain networks"
     arguments = getattr(getattr(torch.ops.aten, found[1]), found[2])._schema.arguments
     given = {each["name"]: each["arg"] for each in node["inputs"]}
@@ -219,6 +221,7 @@ def _unsafe(file: Path) -> Iterator[str]:
     """What in the archive is more than data; ends at the first that makes further reading pointless."""
     with zipfile.ZipFile(file) as archive:
         names = [name.partition("/")[2] for name in archive.namelist()]
+        sizes = dict(zip(names, (entry.file_size for entry in archive.infolist()), strict=True))
         packed, unpacked = file.stat().st_size, sum(entry.file_size for entry in archive.infolist())
         if unpacked > 2 * packed + 1_000_000:
             yield f"{unpacked:,} bytes packed into {packed:,}"
@@ -232,7 +235,7 @@ def _unsafe(file: Path) -> Iterator[str]:
             yield f"an entry {name[:80]!r}"
     if sorted(names) != sorted(records) or len(set(names)) != len(names):
         yield "a list of entries that readers disagree on"
-    if any(reader.get_record_size(name) > _LONGEST_GRAPH for name in (_SAMPLE, _GRAPH, *_CONFIGS)):
+    if any(sizes.get(name, 0) > _LONGEST_GRAPH for name in (_SAMPLE, _GRAPH, *_CONFIGS)):
         yield f"a graph of more than {_LONGEST_GRAPH:,} bytes"
     for name in _CONFIGS:
         config = json.loads(reader.get_record(name))["config"]
