@@ -13,11 +13,11 @@ from hpo.spec.space import MOST
 
 PAGE = Path(__file__).with_name("reference.md")
 _INTRO = """\
-# Reference of the study file
+# Study file reference: all settings
 
-Every key, made from the schema that `hpo schema` prints: `python docs/make_reference.py` writes this page. What the
-parts are for is told in [the study file](study-file.md). Headings are the places that `--set` and the search space
-name. Keys that are not listed are refused, and so are counts beyond 10^9.
+Every key, made from the schema that `hpo schema` prints: `python docs/make_reference.py` writes this page. [The study
+file](study-file.md) explains the parts. Headings are the paths that `--set` and the search space use. Keys that are not
+listed are refused, and so are counts beyond 10^9.
 """
 Node = dict[str, Any]
 

@@ -78,6 +78,11 @@ def test_reference_is_what_the_schema_says():
     assert made == (DOCS / "reference.md").read_text(encoding="utf-8"), "run: python docs/make_reference.py"
 
 
+def test_cli_page_has_every_command_and_option():
+    made = runpy.run_path(str(DOCS / "make_cli.py"))["cli_page"]()
+    assert made == (DOCS / "cli.md").read_text(encoding="utf-8"), "run: python docs/make_cli.py"
+
+
 def _commands(page: Path) -> list[str]:
     """Every line of a code block, and every piece of code in a sentence, that begins with hpo and a blank."""
     text = page.read_text(encoding="utf-8")

@@ -33,18 +33,20 @@ SECTIONS: dict[str, dict[str, Listed]] = {
             "Run a study, or resume it; register its best model.",
             "digits-mlp --trials 50 --set training.epochs=20",
         ),
-        "check": Listed("look:check", "Validate a study, try one batch, estimate time and disk.", "digits-mlp"),
+        "check": Listed("look:check", "Validate a study, train one batch, estimate time and disk space.", "digits-mlp"),
         "stop": Listed("run:stop", "Stop a running study, as Ctrl-C does.", "digits-mlp"),
         "worker": Listed("cluster:worker", "Train trials of a study on a shared storage.", "digits-mlp"),
-        "begin": Listed("cluster:begin", "Begin a study that only workers will train.", "digits-mlp --trials 200"),
+        "begin": Listed(
+            "cluster:begin", "Create a study on a shared storage, for workers to train.", "digits-mlp --trials 200"
+        ),
         "manifest": Listed(
             "cluster:manifest",
             "Print a Kubernetes Job of workers.",
             "digits-mlp --image registry.example/hpo:1",
         ),
     },
-    "Look": {
-        "ui": Listed("look:ui", "Open MLflow's pages on a study's trials, best first.", "digits-mlp"),
+    "Inspect": {
+        "ui": Listed("look:ui", "Open the MLflow UI on a study's trials, best first.", "digits-mlp"),
         "status": Listed("run:status", "Show the progress of every study.", ""),
         "trials": Listed("look:trials", "List the trials of a study.", "digits-mlp --top 5"),
         "report": Listed(
@@ -54,31 +56,33 @@ SECTIONS: dict[str, dict[str, Listed]] = {
         ),
         "compare": Listed("use:compare", "Compare models on the same images.", "digits-mlp digits-cnn"),
         "rerun": Listed("run:rerun", "Train a trial again, and compare epoch by epoch.", "digits-mlp/3"),
-        "studies": Listed("look:studies", "List the studies that can be run.", ""),
+        "studies": Listed("look:studies", "List the available studies.", ""),
         "show": Listed("look:show", "Print a study with its defaults.", "digits-mlp"),
         "schema": Listed("look:schema", "Print the JSON Schema of a study file.", "> study.schema.json"),
         "preview": Listed(
             "look:preview",
-            "Draw images as a study's augmentation changes them.",
+            "Draw augmented training images of a study.",
             "cifar10-v3 -o augmented.png",
         ),
         "data": Listed("report:app", "Explore a data set.", "show digits"),
     },
-    "Use": {
-        "promote": Listed("use:promote", "Judge a study's best model, and make it the champion.", "digits-mlp"),
+    "Use models": {
+        "promote": Listed(
+            "use:promote", "Check a study's best model by the gates, and make it the champion.", "digits-mlp"
+        ),
         "evaluate": Listed("use:evaluate", "Measure models on the sealed test part.", "digits-mlp"),
         "models": Listed("use:models", "List the registered models.", "digits-mlp"),
         "predict": Listed("use:predict", "Classify image files.", "digits-mlp photo.png --format csv"),
-        "explain": Listed("report:explain", "Highlight the pixels that speak for a class.", "digits-mlp photo.png"),
+        "explain": Listed("report:explain", "Highlight the pixels that support a class.", "digits-mlp photo.png"),
     },
-    "Keep in order": {
-        "doctor": Listed("store:doctor", "Find what is wrong in the stores, and repair it.", "--fix"),
+    "Maintain": {
+        "doctor": Listed("store:doctor", "Find and repair problems in the stores.", "--fix"),
         "clean": Listed("store:clean", "Free disk space.", "digits-mlp --keep-models best:3"),
         "export": Listed(
             "store:export", "Write a study, its runs and models, to one file.", "digits-mlp -o digits.zip"
         ),
         "import": Listed("store:import_", "Read an exported study.", "digits.zip"),
-        "store": Listed("store:app", "Show or upgrade the stores.", "status"),
+        "store": Listed("store:app", "Show the stores, or upgrade their databases.", "status"),
     },
 }
 
@@ -124,7 +128,7 @@ def load_command(name: str) -> Any:
 app = typer.Typer(
     name="hpo",
     cls=Commands,
-    help="Hyperparameter studies of image classifiers: Optuna decides, PyTorch trains, MLflow remembers.",
+    help="Hyperparameter studies of image classifiers: Optuna searches, PyTorch trains, MLflow records.",
     epilog="Begin with: hpo run digits-mlp",
     no_args_is_help=True,
     rich_markup_mode=None,

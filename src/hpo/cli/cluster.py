@@ -77,7 +77,7 @@ def begin(
     as_json: AsJson = False,
     _debug: Debug = False,
 ) -> None:
-    """Begin a study on a shared storage, for `hpo worker` to join: check its data, write its record, train nothing."""
+    """Create a study on a shared storage, for `hpo worker` to join: check its data, but train nothing."""
     options = RunOptions.pick(locals())
     from hpo.spec.load import load_study
 
@@ -103,11 +103,13 @@ def _print_notice(event: Event) -> None:
 def manifest(
     study: Study,
     image: Annotated[str, typer.Option("--image", metavar="IMAGE", help="Container image with hpo[postgres] in it.")],
-    workers: Annotated[int, typer.Option(metavar="N", min=1, help="Pods.")] = 4,
-    cpus: Annotated[int, typer.Option(metavar="N", min=1, help="Cores of each, and workers without a GPU.")] = 4,
-    memory: Annotated[str, typer.Option(metavar="SIZE", help="Memory of each.")] = "8Gi",
-    gpus: Annotated[int, typer.Option(metavar="N", min=0, help="GPUs of each.")] = 0,
-    scratch: Annotated[str, typer.Option(metavar="SIZE", help="Disk of each, for images and work.")] = "20Gi",
+    workers: Annotated[int, typer.Option(metavar="N", min=1, help="Number of pods.")] = 4,
+    cpus: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Cores of each pod; without a GPU also its workers.")
+    ] = 4,
+    memory: Annotated[str, typer.Option(metavar="SIZE", help="Memory of each pod.")] = "8Gi",
+    gpus: Annotated[int, typer.Option(metavar="N", min=0, help="GPUs of each pod.")] = 0,
+    scratch: Annotated[str, typer.Option(metavar="SIZE", help="Disk of each pod, for images and work files.")] = "20Gi",
     secret: Annotated[
         str, typer.Option(metavar="NAME", help="Secret with HPO_STORAGE and MLFLOW_TRACKING_URI.")
     ] = "hpo-stores",  # noqa: S107 - its name
@@ -115,7 +117,7 @@ def manifest(
     trust: Trust = False,
     _debug: Debug = False,
 ) -> None:
-    """Print a Kubernetes Job of workers for a study that has begun (hpo begin), for kubectl apply."""
+    """Print a Kubernetes Job of workers, for kubectl apply. Create the study first: hpo begin."""
     from hpo.cluster import Pods
     from hpo.cluster import manifest as print_manifest
 
@@ -125,7 +127,7 @@ def manifest(
 
 
 def worker(
-    study: Annotated[str, typer.Argument(help="The name of a study that has begun.", show_default=False)],
+    study: Annotated[str, typer.Argument(help="The name of a study in the storage.", show_default=False)],
     workers: Workers = None,
     stack: StackSize = None,
     device: DeviceName = "auto",
@@ -145,8 +147,8 @@ def worker(
 ) -> None:
     """Train trials of a study that runs on a shared storage, until its budget is spent.
 
-    Start any number of workers, on any machine that reaches the storage (HPO_STORAGE, or hpo.toml). Ctrl-C, SIGTERM and
-    kills lose nothing: another worker tries the interrupted trials again. The images must be those of the study.
+    Start any number of workers, on any machine that reaches the storage (HPO_STORAGE, or hpo.toml). After Ctrl-C,
+    SIGTERM or a kill another worker retries the interrupted trials. The images must be those of the study.
     """
     options = RunOptions.pick(locals())
     from hpo.cli.live import watcher

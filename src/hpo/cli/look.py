@@ -35,18 +35,18 @@ if TYPE_CHECKING:
 
 def preview(
     study: Study,
-    target: Annotated[Path, typer.Option("--output", "-o", help="The PNG to write.", callback=outside_stores)] = Path(
-        "augmented.png"
-    ),
+    target: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="The PNG to write.", callback=outside_stores)
+    ] = Path("augmented.png"),
     images: Annotated[
-        int, typer.Option(metavar="N", min=1, max=100, help="Rows: training images of alternating classes.")
+        int, typer.Option(metavar="N", min=1, max=100, help="Number of training images, of alternating classes.")
     ] = 8,
     copies: Annotated[int, typer.Option(metavar="N", min=1, max=50, help="Augmented copies of each image.")] = 7,
     settings: Settings = None,
     trust: Trust = False,
     _debug: Debug = False,
 ) -> None:
-    """Draw training images as the study's augmentation changes them."""
+    """Draw training images as the study's augmentation changes them: one row for each image."""
     from hpo.jobs.check import preview_study
     from hpo.spec.load import load_study
 
@@ -63,7 +63,7 @@ def check(
     as_json: AsJson = False,
     _debug: Debug = False,
 ) -> None:
-    """Validate a study, try one batch, and estimate time and disk."""
+    """Validate a study, train one batch, and estimate time and disk space."""
     from hpo.spec.load import load_study
 
     spec = load_study(study, overrides=settings or [], trust=trust)
@@ -114,7 +114,7 @@ class Order(StrEnum):
 
 def trials(
     study: Study,
-    sort: Annotated[Order, typer.Option(help="Best first, or in the order of their numbers.")] = Order.NUMBER,
+    sort: Annotated[Order, typer.Option(metavar="value|number", help="Best first, or by number.")] = Order.NUMBER,
     top: Annotated[int | None, typer.Option(metavar="N", min=1, help="Only the best N.", show_default="all")] = None,
     home: HomeFolder = None,
     as_json: AsJson = False,
@@ -208,7 +208,9 @@ def schema(_debug: Debug = False) -> None:
 def ui(
     study: Annotated[str, typer.Argument(help="Study to open; the newest by default.")] = "",
     port: Annotated[int, typer.Option(metavar="N", min=1, max=65535, help="Port.")] = 5000,
-    host: Annotated[str, typer.Option(help="Address; 127.0.0.1 is this machine only.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(metavar="HOST", help="Address to listen on; 127.0.0.1: this machine only.")
+    ] = "127.0.0.1",
     browser: Annotated[bool, typer.Option(help="Open the page in a browser, where there is a desktop.")] = True,
     home: HomeFolder = None,
     _debug: Debug = False,

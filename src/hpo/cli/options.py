@@ -101,12 +101,18 @@ Settings = Annotated[
 ]
 Trials = Annotated[
     int | None,
-    typer.Option(metavar="N", min=1, help="The study's total, all runs together.", show_default="the study's"),
+    typer.Option(
+        metavar="N", min=1, help="Total number of trials of the study, over all runs.", show_default="the study's"
+    ),
 ]
 Workers = Annotated[
     int | None,
     typer.Option(
-        metavar="N", min=0, help="Processes that train.", show_default="one a core or GPU", rich_help_panel=COMPUTE
+        metavar="N",
+        min=0,
+        help="Number of processes that train.",
+        show_default="one a core or GPU",
+        rich_help_panel=COMPUTE,
     ),
 ]
 StackSize = Annotated[
@@ -114,7 +120,7 @@ StackSize = Annotated[
     typer.Option(
         parser=read_stack,
         metavar="auto|N",
-        help="Small networks that a worker trains at once, in one computation.",
+        help="Number of small networks that a worker trains together.",
         show_default="auto",
         rich_help_panel=COMPUTE,
     ),
@@ -128,7 +134,7 @@ EngineName = Annotated[
         "--engine",
         parser=read_engine,
         metavar="processes|ray|slurm",
-        help="Processes of this machine, actors of a Ray cluster, or jobs of a SLURM array.",
+        help="Where workers run: on this machine, on a Ray cluster, or as SLURM jobs.",
         rich_help_panel=CLUSTER,
     ),
 ]
@@ -136,8 +142,8 @@ Address = Annotated[
     str | None,
     typer.Option(
         metavar="auto|HOST:PORT",
-        help="The Ray cluster.",
-        show_default="$RAY_ADDRESS, or a Ray of this run's own",
+        help="Address of the Ray cluster.",
+        show_default="$RAY_ADDRESS, or a local Ray",
         rich_help_panel=CLUSTER,
     ),
 ]
@@ -145,7 +151,7 @@ GpusPerTrial = Annotated[
     float | None,
     typer.Option(
         metavar="N",
-        help="GPUs that train each trial together; with Ray also 0.25, say.",
+        help="GPUs for each trial; with Ray also a share, such as 0.25.",
         show_default="1",
         rich_help_panel=COMPUTE,
     ),
@@ -164,7 +170,7 @@ SlurmSettings = Annotated[
     ),
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start a new study; the old one is kept.")]
-RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Try failed trials again.")]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Retry failed trials.")]
 KeepModels = Annotated[
     str | None,
     typer.Option(
@@ -173,7 +179,9 @@ KeepModels = Annotated[
 ]
 AsEvents = Annotated[
     bool,
-    typer.Option("--json", help="One JSON object per event and line; the last is the result.", rich_help_panel=OUTPUT),
+    typer.Option(
+        "--json", help="Print one JSON object for each event; the last is the result.", rich_help_panel=OUTPUT
+    ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the final result.", rich_help_panel=OUTPUT)]
 DeviceName = Annotated[
@@ -186,21 +194,26 @@ PrecisionName = Annotated[
     typer.Option(
         "--precision",
         metavar="auto|float32|bfloat16",
-        help="Precision of the computation.",
+        help="Precision of the training.",
         show_default="the study's",
         rich_help_panel=COMPUTE,
     ),
 ]
 HomeFolder = Annotated[
     Path | None,
-    typer.Option("--home", metavar="DIR", help="The folder that holds mlruns.", show_default="$HPO_HOME, or here"),
+    typer.Option(
+        "--home",
+        metavar="DIR",
+        help="The folder that holds mlruns.",
+        show_default="$HPO_HOME, or the working directory",
+    ),
 ]
 Trust = Annotated[
-    bool, typer.Option("--trust", help="Import the functions that a study from elsewhere names: read them first.")
+    bool, typer.Option("--trust", help="Allow a study from elsewhere to import functions. Read them first.")
 ]
 AllowPickle = Annotated[
     bool,
-    typer.Option("--allow-pickle", help="Load a model that can run its author's code: only from authors you trust."),
+    typer.Option("--allow-pickle", help="Load a model that can run its author's code. Only if you trust the author."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=OUTPUT)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", rich_help_panel=OUTPUT)]

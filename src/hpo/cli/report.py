@@ -60,7 +60,9 @@ class Method(StrEnum):
 
 
 def explain(
-    model: Annotated[str, typer.Argument(help="digits-mlp, digits-mlp@champion, digits-mlp/3.", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(help="The model: digits-mlp, digits-mlp@champion or digits-mlp/3.", show_default=False)
+    ],
     images: Annotated[
         list[Path] | None, typer.Argument(help="Image files of any size and mode.", show_default=False)
     ] = None,
@@ -69,15 +71,20 @@ def explain(
     ] = False,
     methods: Annotated[
         list[Method] | None,
-        typer.Option("--method", help="A method; may be repeated.", show_default="all that suit the network"),
+        typer.Option(
+            "--method",
+            metavar="gradient|integrated|gradcam",
+            help="A method; may be repeated.",
+            show_default="all that suit the network",
+        ),
     ] = None,
     class_name: Annotated[
         str | None,
         typer.Option("--class", metavar="NAME", help="The class to explain.", show_default="the most probable"),
     ] = None,
-    folder: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="The folder of the pictures.")] = Path(
-        "explained"
-    ),
+    folder: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FOLDER", help="Folder to write the pictures to.")
+    ] = Path("explained"),
     home: HomeFolder = None,
     trust: Trust = False,
     as_json: AsJson = False,
@@ -117,20 +124,22 @@ def show(
             show_default=False,
         ),
     ],
-    path: Annotated[Path | None, typer.Option(help="Your own file or folder instead of a download.")] = None,
+    path: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Your own file or folder instead of a download.")
+    ] = None,
     size: Annotated[
         int | None, typer.Option(metavar="N", min=1, max=1024, help="Side of the images in pixels.")
     ] = None,
     page: Annotated[
         Path | None,
         typer.Option(
-            "--out", "-o", metavar="FILE", help="The page.", show_default="data-NAME.html", callback=outside_stores
+            "--out", "-o", metavar="FILE", help="The HTML file.", show_default="data-NAME.html", callback=outside_stores
         ),
     ] = None,
     images: Annotated[
         int, typer.Option(metavar="N", min=0, max=100, help="Training images of each class to show.")
     ] = 8,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of their random choice.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the choice of images.")] = 0,
     trust: Trust = False,
     as_json: AsJson = False,
     _debug: Debug = False,

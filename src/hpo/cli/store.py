@@ -22,7 +22,7 @@ app = typer.Typer(help="Where studies and runs are kept.", no_args_is_help=True)
 
 @app.command(cls=Command)
 def status(home: HomeFolder = None, as_json: AsJson = False, _debug: Debug = False) -> None:
-    """Show address, state and content of both stores. The exit code is 1 where a run could not use one."""
+    """Show address, state and content of both stores. The exit code is 1 if a store cannot be used."""
     from hpo.jobs.stores import store_status
 
     states = store_status(home)
@@ -61,7 +61,12 @@ def export(
     target: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="FILE", help="Write there.", show_default="STUDY.zip", callback=outside_stores
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="The file to write.",
+            show_default="STUDY.zip",
+            callback=outside_stores,
         ),
     ] = None,
     home: HomeFolder = None,
@@ -89,7 +94,7 @@ def export(
 
 
 def import_(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file of hpo export.", show_default=False)],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file that hpo export wrote.", show_default=False)],
     move_aliases: Annotated[
         bool, typer.Option("--move-aliases", help="Move aliases such as champion to its versions, past the gates.")
     ] = False,
@@ -120,7 +125,7 @@ def doctor(
 ) -> None:
     """Compare Optuna, MLflow and the disk; report problems and repair them.
 
-    The exit code is 1 where a problem was not repaired. Without --fix it is read-only and safe while a study runs.
+    The exit code is 1 if a problem remains. Without --fix it is read-only, and safe while a study runs.
     """
     from hpo.jobs.doctor import doctor as examine
 
@@ -166,14 +171,16 @@ def clean(
     data: Annotated[
         bool, typer.Option("--data", help="Also delete prepared data that no study here uses; other homes may use it.")
     ] = False,
-    aside: Annotated[bool, typer.Option("--aside", help="Also delete what hpo doctor has set aside.")] = False,
+    aside: Annotated[
+        bool, typer.Option("--aside", help="Also delete files that hpo doctor has moved to mlruns/aside.")
+    ] = False,
     home: HomeFolder = None,
     as_json: AsJson = False,
     _debug: Debug = False,
 ) -> None:
     """Free disk space: list what can be deleted, with its size; with --yes delete it.
 
-    Without options: work of dead supervisors, and what was deleted in MLflow. Trials and their metrics are always kept.
+    Without options: files of dead processes, and runs deleted in MLflow. Trials and their metrics are always kept.
     """
     from hpo.jobs.clean import clean as tidy
 

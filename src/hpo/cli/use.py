@@ -44,7 +44,7 @@ def promote(
             show_default=False,
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Promote against a gate; that is recorded.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Promote even if a gate refuses; that is recorded.")] = False,
     trust: Trust = False,
     home: HomeFolder = None,
     as_json: AsJson = False,
@@ -52,7 +52,7 @@ def promote(
 ) -> None:
     """Check the challenger by the gates, measure it on the sealed test part, and make it champion.
 
-    A challenger that a gate refuses is not measured on the test part; the exit code is 1 then.
+    If a gate refuses the challenger, the test part is not opened, and the exit code is 1.
     """
     if to is not None:
         _copy(study_name(study), to, force=force, home=home, as_json=as_json)
@@ -164,13 +164,22 @@ class Format(StrEnum):
 
 
 def predict(
-    model: Annotated[str, typer.Argument(help="digits-mlp, digits-mlp@champion, digits-mlp/3.", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(help="The model: digits-mlp, digits-mlp@champion or digits-mlp/3.", show_default=False)
+    ],
     images: Annotated[list[Path], typer.Argument(help="Image files of any size and mode.", show_default=False)],
-    form: Annotated[Format, typer.Option("--format", help="How to print.")] = Format.TABLE,
+    form: Annotated[
+        Format, typer.Option("--format", metavar="table|csv|json", help="Format of the output.")
+    ] = Format.TABLE,
     target: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="FILE", help="Write there.", show_default="the terminal", callback=outside_stores
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="The file to write.",
+            show_default="the terminal",
+            callback=outside_stores,
         ),
     ] = None,
     home: HomeFolder = None,
@@ -212,12 +221,12 @@ Models = Annotated[
 
 def compare(
     models: Models,
-    binarise: Annotated[bool, typer.Option("--binarise", help="Sum classes to the groups of another model.")] = False,
+    binarise: Annotated[bool, typer.Option("--binarise", help="Map classes to the groups of another model.")] = False,
     test: Annotated[
         bool, typer.Option("--test", help="Open the sealed test part; the opening is recorded for each model.")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="FOLDER", help="Write comparison.md and roc.png there.")
+        Path | None, typer.Option("--out", "-o", metavar="FOLDER", help="Folder to write comparison.md and roc.png to.")
     ] = None,
     home: HomeFolder = None,
     trust: Trust = False,
@@ -282,8 +291,8 @@ def evaluate(
 ) -> None:
     """Measure models on the sealed test part, each once; earlier measurements are reused.
 
-    Every opening of the test part is recorded and counted. Choose models on validation images: a test part that models
-    are chosen by no longer measures them.
+    Every opening of the test part is recorded and counted. Choose models on validation images: test scores that were
+    used to choose a model are too high.
     """
     from hpo.jobs.evaluate import evaluate as measure
 
