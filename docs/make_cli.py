@@ -14,8 +14,8 @@ PAGE = Path(__file__).with_name("cli.md")
 _INTRO = """\
 # Command line (CLI)
 
-Every command and option, as `hpo --help` and `hpo COMMAND --help` print them; `python docs/make_cli.py` writes this
-page. All commands accept `-h` and `--debug`, which shows tracebacks.
+Every command and option, as `--help` prints them; `python docs/make_cli.py` writes this page. All commands accept
+`-h`, and `--debug`, which shows tracebacks.
 
 Exit codes: 0 after success; 1 if a check, a gate or the study itself failed, or after an unexpected error; 2 if the
 command, the study file or the data must be corrected; 130 after Ctrl-C or `hpo stop`.
@@ -23,7 +23,7 @@ command, the study file or the data must be corrected; 130 after Ctrl-C or `hpo 
 Environment variables: `HPO_HOME` (the folder that holds `mlruns`), `HPO_DATA` (the data cache), `HPO_STORAGE` and
 `MLFLOW_TRACKING_URI` (stores on servers, see [several machines](cluster.md)).
 
-`hpo --install-completion` adds completion of commands and study names to your shell.
+The option `--install-completion` of `hpo` adds completion of commands and study names to your shell.
 """
 
 
