@@ -22,7 +22,7 @@ _known: set[str] = set()
 
 
 def clean(text: str) -> str:
-    """text as a terminal, a page or a table may show it, whoever wrote it: without what would steer them."""
+    """text that a terminal, a page or a table can show safely: without control characters."""
     return _STEERING.sub("", text)
 
 
@@ -124,7 +124,7 @@ class ModelError(HpoError):
     """A logged or registered model is missing, or not of the kind that was asked for."""
 
 
-NO_SPACE = "Free some space there, then run the study again: it goes on where it stopped."
+NO_SPACE = "Free some space there, then run the study again: it resumes where it stopped."
 _FULL = (
     "no space left",
     "disk is full",

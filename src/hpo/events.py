@@ -93,7 +93,7 @@ class SearchEnded:
 class WinnerChosen:
     """The study's best trial, if any. remarks are lines for the summary.
 
-    register: its model is to become the challenger; False where the study was cut short or goes on elsewhere.
+    register: its model is to become the challenger; False if the study was cut short or continues elsewhere.
     """
 
     study: StudyResult

@@ -111,7 +111,7 @@ def test_a_server_for_others_is_warned_of_in_a_line(
 ) -> None:
     monkeypatch.setattr("hpo.tracking.ui.open_ui", lambda home, **options: 0)
     result = runner.invoke(app, ["ui", "--host", host])
-    assert (result.stderr.count("warning: everyone who reaches") == 1) is warned
+    assert (result.stderr.count("warning: anyone who can reach") == 1) is warned
 
 
 def test_an_error_hides_secrets_and_what_would_steer_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

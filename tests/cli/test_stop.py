@@ -80,7 +80,7 @@ def test_stop_ends_every_run_of_a_study_cleanly(place):
         stop = subprocess.run([*HPO, "stop", "digits-mlp"], capture_output=True, text=True, check=True)
         said = stop.stdout
         assert time.monotonic() - began < 60
-        assert "2 trials stopped, to be tried again" in said
+        assert "2 trials stopped, will be retried" in said
         assert "Resume with: hpo run digits-mlp" in said
         for run in runs:
             told, _ = run.communicate(timeout=60)
@@ -95,7 +95,7 @@ def test_stop_ends_every_run_of_a_study_cleanly(place):
     assert {trial.result.reason for trial in one.study.trials if trial.result} == {"stopped"}
     assert "All is well." in hpo("doctor")
 
-    assert "nothing runs" in hpo("stop", "digits-mlp")
+    assert "it is not running" in hpo("stop", "digits-mlp")
 
 
 @pytest.mark.slow
@@ -104,8 +104,8 @@ def test_stop_says_that_only_a_dead_supervisor_is_left_and_doctor_mends_it(place
     seen(place, lambda one: len(one.running) == 1)
     end(run)
     said = hpo("stop", "digits-mlp")
-    assert "nothing runs" in said
-    assert "1 trial of a dead supervisor" in said
+    assert "it is not running" in said
+    assert "1 trial of a dead process" in said
     assert "nobody runs it" in hpo("doctor", code=1)
     assert "All is well now." in hpo("doctor", "--fix")
     assert "All is well." in hpo("doctor")

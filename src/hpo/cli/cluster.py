@@ -60,7 +60,7 @@ def run_slurm(spec: StudySpec, options: RunOptions, watcher: Watcher, *, as_json
     if as_json:
         output.print_json({"event": "submitted", **output.plain(done)}, indent=None)
     else:
-        output.print_text(f"Look: hpo status {done.study}{home}; end it: hpo stop {done.study}{home}")
+        output.print_text(f"Progress: hpo status {done.study}{home}; stop it: hpo stop {done.study}{home}")
     return 0
 
 

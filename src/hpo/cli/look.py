@@ -223,7 +223,7 @@ def ui(
     place = Home.find(home)
     if not is_local(host):
         output.print_warning(
-            f"everyone who reaches {host}:{port} can read and change everything: MLflow asks for no password."
+            f"anyone who can reach {host}:{port} can read and change everything: MLflow has no password."
         )
     known = list_trials(place, study_name(study)) if study else _newest_study(place)
     address = page_address(host, port, runs_address(place, known) if known else "")

@@ -92,7 +92,7 @@ def start(study: str, options: RunOptions, *, as_json: bool, quiet: bool, debug:
     from hpo.execute.process import start_fork_server
 
     if options.engine not in ("kubernetes", "slurm"):
-        start_fork_server()  # the imports below go on beside it
+        start_fork_server()  # the imports below run at the same time
     from hpo.cli.live import watcher
     from hpo.cli.run_summary import NextCommands
     from hpo.errors import HpoError
@@ -120,9 +120,9 @@ _MARKS = {"equal": "=", "close": "~", "differs": "x"}
 
 
 def rerun(
-    trial: Annotated[str, typer.Argument(metavar="STUDY/TRIAL", help="digits-mlp/3.", show_default=False)],
+    trial: Annotated[str, typer.Argument(metavar="STUDY/TRIAL", help="The trial: digits-mlp/3.", show_default=False)],
     tolerance: Annotated[
-        float, typer.Option(metavar="N", min=0.0, help="Differences of a score up to this count as close.")
+        float, typer.Option(metavar="N", min=0.0, help="Largest difference of a score that counts as close.")
     ] = 1e-3,
     device: Annotated[
         str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:N or mps.", show_default="the trial's")
@@ -134,7 +134,8 @@ def rerun(
 ) -> None:
     """Train a finished trial again from its record, and compare epoch by epoch.
 
-    = equal bit for bit, ~ within the tolerance, x beyond it; exit code 1 where they differ. Nothing is stored.
+    Marks: = equal bit for bit, ~ within the tolerance, x different; the exit code is 1 if an epoch differs. Nothing is
+    stored.
     """
     from hpo.jobs.rerun import Agreement
     from hpo.jobs.rerun import rerun as train_again
@@ -173,7 +174,7 @@ def stop(
 ) -> None:
     """Stop a running study from another terminal, as Ctrl-C does; the next hpo run resumes it.
 
-    All its supervisors on the shared storage stop. Running trials are recorded as stopped and tried again.
+    All its processes on the shared storage stop. Running trials are recorded as stopped, and the next run retries them.
     """
     from hpo.jobs.stop import stop_study
 
@@ -187,15 +188,15 @@ def stop(
         output.print_json({**output.plain(done), "next": again})
         return
     if not done.supervisors:
-        output.print_text(f"{done.title}: nothing runs.")
+        output.print_text(f"{done.title}: it is not running.")
         if done.asked:
             output.print_text("Idle workers on other machines stop too; workers that are still starting do not.")
         if done.abandoned:
             trials = counted(len(done.abandoned), "trial")
-            output.print_text(f"{trials} of a dead supervisor will be tried again by the next run: {again}")
+            output.print_text(f"{trials} of a dead process will be retried by the next run: {again}")
         return
     stopped = counted(len(done.stopped), "trial")
-    words = f"{stopped} stopped, to be tried again" if done.stopped else "no trial was running"
+    words = f"{stopped} stopped, will be retried" if done.stopped else "no trial was running"
     output.print_text(f"{done.title}: stopped in {duration(done.seconds)}; {words}.")
     output.print_text(f"Resume with: {again}")
 
@@ -206,7 +207,7 @@ def status(
     as_json: AsJson = False,
     _debug: Debug = False,
 ) -> None:
-    """Show the progress of every study and its running supervisors; read-only."""
+    """Show the progress of every study and its running processes; read-only."""
     from hpo.home import Home
     from hpo.storage.reader import read_snapshots
 
@@ -231,7 +232,7 @@ def status(
     for one in found:
         if one.abandoned:
             trials = counted(len(one.abandoned), "trial")
-            text = f"{trials} of a dead supervisor: hpo run resumes, hpo doctor has details"
+            text = f"{trials} of a dead process: hpo run retries them, hpo doctor has details"
             output.print_warning(f"{one.study.title}: {text}")
 
 

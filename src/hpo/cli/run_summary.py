@@ -30,7 +30,7 @@ class NextCommands:
     further: RunOptions
 
     def more(self, trials: int) -> str:
-        """The command that runs the study to so many trials."""
+        """The command that continues the study to this total of trials."""
         return replace(self.further, trials=trials).command_line("run", self.study)
 
 

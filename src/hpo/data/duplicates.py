@@ -54,7 +54,7 @@ _MOST_RMS = 8.0  # levels, after the difference in brightness is taken away
 _PAIRS, _MOST_PAIRS = (
     4096,
     500_000,
-)  # verified at once, and in all: where so many look alike, the number is a lower bound
+)  # verified at once, and in all: with more pairs than this, the number is a lower bound
 
 Pixels = Callable[[NDArray[np.int64]], NDArray[np.uint8]]
 

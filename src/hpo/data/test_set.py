@@ -71,7 +71,7 @@ def duplicates_of_test(card: DataCard, seen: Mapping[str, Digests]) -> dict[str,
 
 
 def digests_of_test(card: DataCard) -> list[bytes]:
-    """The pixel digests of the test images, sorted, so that no row is told. This is no opening: it measures no model.
+    """The pixel digests of the test images, sorted, which hides their rows. This is no opening: it measures no model.
 
     For the ledger only, which knows by them what was opened. Raises DataError.
     """

@@ -35,7 +35,7 @@ _SIGNALS = {
     "SIGILL": "native code for another processor",
     "SIGFPE": "native code crashed",
 }
-SLOW = 1.0  # seconds after which the user is told what a run waits for
+SLOW = 1.0  # seconds after which a notice says what a run waits for
 _beginning = threading.Lock()
 _SERVER_ENDS = 5.0  # seconds that a fork server may take to end
 _LEAST_MEMORY = 8  # GB of addresses; torch alone maps three
@@ -65,7 +65,7 @@ class RunEnd:
         self._shielded = self._held_back = False
 
     def watch_stop(self, asked: Callable[[], bool], *, every: float) -> None:
-        """Ask this, too, every so many seconds, whether the run is to end."""
+        """Also call this every `every` seconds: True ends the run."""
         self._stop_asked, self._stop_every, self._stop_checked = asked, every, time.monotonic()
 
     def reason(self) -> EndReason | None:

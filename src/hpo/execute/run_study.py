@@ -283,7 +283,7 @@ def _finish(run: _Run, opened: _OpenStudy, reason: EndReason, tracking: Tracking
 
 
 def refuse_new(home: Home, spec: StudySpec, data: DataCard, *, fresh: bool) -> None:
-    """Refuse to begin a study on parts that share images; one that has begun goes on. Raises DataError."""
+    """Refuse to start a study on parts that share images; one that has started may resume. Raises DataError."""
     if data.shared and (fresh or spec.name not in {each.study.name for each in read_snapshots(home, results=False)}):
         refuse_shared(data)
 

@@ -1,4 +1,4 @@
-"""A queue of calls to the tracker, run in order beside the training, which never waits for the tracking store."""
+"""A queue of calls to the tracker, run in order by a thread: training never waits for the tracking store."""
 
 from __future__ import annotations
 
@@ -202,5 +202,5 @@ def write_runs(
     tracker = _here[0] if _here else Tracker(home)
     if not _here and opening and method != "open_study":
         tracker.open_study(*opening)
-    _here[:] = [tracker]  # not before: where the store is away, the next try opens it
+    _here[:] = [tracker]  # not before: if the store is unavailable, the next try opens it
     return getattr(tracker, method)(*arguments, **options)

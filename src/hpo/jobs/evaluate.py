@@ -17,7 +17,7 @@ from hpo.tracking.ledger import openings
 class Evaluation:
     """Test scores of one model, as `asked` for. opened: the test part was opened for it just now.
 
-    when (ISO 8601, UTC) and purpose are of the look that measured it, "" where only the registry remembers. openings
+    when (ISO 8601, UTC) and purpose are those of its measurement, "" if only the registry has it. openings
     counts the looks at the test part of `study` (a title) so far, those for other models of it included. history has
     sentences on its images: the models of any study that they have measured, and the trainings that have seen them.
     """

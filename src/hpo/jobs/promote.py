@@ -50,9 +50,9 @@ class Promotion:
 def promote(study: str, *, home: str | Path | None = None, force: bool = False, trust: bool = False) -> Promotion:
     """Let the challenger of a study pass the gates, measure it on the test part, and point `champion` at it.
 
-    The gates (see run.gates) look at development images only: the test part measures what was chosen before, and is not
-    opened for a challenger that is refused. One gate counts the test images that a base of the challenger has seen.
-    force=True promotes it nevertheless, and the registry remembers that. Who was measured before is not measured again,
+    The gates (see hpo.jobs.shared.gates) use development images only: the test part measures a choice that was made
+    before, and stays closed if a gate refuses. One gate counts the test images that a base of the challenger has seen.
+    force=True promotes it nevertheless, which the registry records. A model that was measured is not measured again,
     so nothing is gained by asking twice. trust allows a data function from outside the working directory. Raises
     ModelError where there is no challenger, DataError where the data is not the study's, StoreError for a ledger with a
     damaged line.

@@ -46,7 +46,7 @@ class Schema:
 class StoreState:
     """A store. name is studies or tracking; address has no password; state is ok, new, older, newer or away.
 
-    detail says what is in it, or why it is away; next is a command or what else to do, "" where nothing is to be done.
+    detail says what is in it, or why it is unavailable; next is the next step for the user, "" if there is none.
     """
 
     name: str

@@ -167,7 +167,8 @@ def import_study(file: str | Path, *, home: str | Path | None = None, move_alias
 
     The whole file, and its relation to what is there, are checked before anything is written. A study of the same
     origin is completed; where it has more trials than the file, nothing is written. No gate looks at the file's models,
-    so aliases that are there stay, and none is given to a model beside versions of other origin, unless move_aliases.
+    so existing aliases stay, and no imported version gets one if there are versions of another origin, unless
+    move_aliases.
     Raises StoreError for a file that is damaged or of a later format, where the stores hold another study of this name
     or one that has diverged, while it is running, and where a store or the disk fails.
     """

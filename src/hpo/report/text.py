@@ -94,7 +94,7 @@ def short_paths(paths: Iterable[str]) -> dict[str, str]:
 
 
 def parameter_names(paths: Iterable[str], ranges: Mapping[str, Any]) -> dict[str, str]:
-    """short_paths, with what a value that was drawn `per` another place stands for: lr*64/batch_size.
+    """short_paths; for a value that was drawn `per` another place, the product that it is: lr*64/batch_size.
 
     ranges maps paths to their parameters as plain data.
     """

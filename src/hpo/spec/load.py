@@ -355,7 +355,7 @@ def _source(fault: _Fault, path: Path, node: yaml.Node | None, set_places: list[
 
 
 def _space_keys(path: str, node: yaml.Node | None) -> tuple[str, ...]:
-    """Where a searched path stands in the file: in the search's space, or in that of a stage."""
+    """The place of a searched path in the file: in the search's space, or in that of a stage."""
     search = _child(node, "search")
     stages = _child(search, "stages")
     for index, stage in enumerate(stages.value if isinstance(stages, yaml.SequenceNode) else ()):

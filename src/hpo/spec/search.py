@@ -46,8 +46,8 @@ class PrunerSpec(Part):
     patience: Positive = 5
     """patient: epochs without a better value before a trial is pruned."""
     p_threshold: Share = 0.1
-    """wilcoxon: prune when the trial is worse than the best one at this level. curve: when its chance to beat the best
-    one, judged by how the curves of finished trials went on, is less than this."""
+    """wilcoxon: prune when the trial is worse than the best one at this level. curve: when its
+    probability of beating the best one, forecast from the curves of finished trials, is below this."""
 
 
 class StageSpec(Part):

@@ -282,7 +282,7 @@ class StudySpec(Part):
         return Setup(data=self.data, split=self.split, model=self.model, training=training, task=self.task)
 
     def identity(self) -> dict[str, Any]:
-        """What must not change while a study goes on, or its trials could not be compared."""
+        """The settings that must not change when a study is resumed, so that its trials can be compared."""
         plain = self.model_dump(mode="json")
         # A file may move: the data's digest is compared instead of its path.
         plain["data"].pop("path")

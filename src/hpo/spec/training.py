@@ -127,8 +127,8 @@ class TrainingSpec(Part):
     """Evaluate and keep a moving average of the weights, which keeps this share of itself in every step (less in the
     first steps). 0: the weights themselves."""
     checkpoint: Positive | None = None
-    """Save the training every this many epochs: an interrupted trial resumes from there. null: it begins again. May be
-    changed while a study goes on."""
+    """Save the training every this many epochs: an interrupted trial resumes from there. null: it starts again. May
+    change when a study is resumed."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: the faster of the two for this network, batch and device, by a short measurement."""
     seed: Seed | None = None

@@ -37,10 +37,10 @@ _DIGEST_BYTES = 16  # of one image
 class Opening:
     """One look at the test part: when (ISO 8601, UTC), who, for which version (0: not registered) and trial, what for.
 
-    purpose is the command: promote, compare, evaluate. scores are what it showed; empty where whoever looked was
-    stopped before the result could be written, which counts all the same. data is the digest of the data set, images
-    that of the set of test images, and trained that of the images that the model was trained and chosen on; all are ""
-    in a ledger of an earlier version, the latter two also where the process was stopped before it had read them.
+    purpose is the command: promote, compare, evaluate. scores are what it showed; empty if the
+    process was stopped before it could write the result, which counts all the same. data is the digest of the data set,
+    images that of the set of test images, and trained that of the images that the model was trained and chosen on; all
+    are "" in a ledger of an earlier version, the latter two also where the process was stopped before it had read them.
     """
 
     when: str

@@ -91,8 +91,8 @@ def is_whole(model: Any) -> bool:
 def delete_model(client: Any, model_id: str) -> bool:
     """Delete a logged model and, at once, its files; one that is gone already is no error.
 
-    False where a registered version loads it: then it stays. Callers who share models with others hold the lock
-    mlflow-register, as whoever registers one does.
+    False where a registered version loads it: then it stays. If models are shared, the caller holds the lock
+    mlflow-register, as for a registration.
     """
     from mlflow.exceptions import MlflowException
 

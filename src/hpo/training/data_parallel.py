@@ -80,7 +80,7 @@ class Ranks:
         return sums
 
     def part(self, images: int) -> tuple[slice, float]:
-        """What this rank trains on of a batch of so many images, and how much that counts.
+        """The rows of a batch of `images` that this rank trains on, and their weight.
 
         Batch norm cannot learn from a single image: a batch of less than two for each rank is trained on by all of
         them, and of each a share counts.
@@ -107,7 +107,7 @@ class Forward:
         if self.ranks.count == 1:
             return
         if not self.ranks.leads:
-            # Ranks must not drop out the same neurons. Rank 0 goes on with its generator, which checkpoints hold.
+            # Ranks must not drop out the same neurons. Rank 0 keeps its generator, which checkpoints contain.
             words = np.random.SeedSequence((self._seed, number, self.ranks.rank)).generate_state(1)
             torch.manual_seed(int(words[0]))
         trained = [weights.requires_grad for weights in self._net.parameters()]

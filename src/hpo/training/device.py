@@ -100,7 +100,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def at_once(setup: Setup, *, ranks: int = 1) -> int:
-    """The images that go through a network at once, where a batch is divided among so many processes."""
+    """The number of images that go through a network at once, with a batch divided among the ranks."""
     own = -(-setup.training.batch_size // ranks)
     return min(setup.training.micro_batch or own, own)
 

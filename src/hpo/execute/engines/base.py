@@ -68,7 +68,7 @@ class WorkerPlan:
     """The workers: one device (cpu, cuda:0, ...) for each, and the number of threads of each.
 
     description is for users: the devices, or the cluster. ranks is the number of processes that train a trial together,
-    each with so many threads; a worker's device is that of the first.
+    each with that number of threads; a worker's device is that of the first.
     """
 
     devices: tuple[str, ...]

@@ -1,6 +1,6 @@
 """One trial in several processes, its ranks: started for it, watched, and ended with it.
 
-A rank that waits for another in a computation cannot be told anything, least of all on a GPU. So the worker itself is
+A rank that waits for another in a computation cannot receive messages, least of all on a GPU. So the worker itself is
 no rank: it passes on epochs and verdicts, and ends all ranks where one fails.
 """
 

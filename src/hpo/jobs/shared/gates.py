@@ -52,7 +52,7 @@ def verdicts(
     old: ModelReference | None,
     why: str,
 ) -> Iterator[Verdict]:
-    """The verdicts on a challenger in order, the ones on its champion first; without one they fall away.
+    """The verdicts on a challenger in order, the ones on its champion first; without a champion they are skipped.
 
     model is the challenger as fetched from MLflow just now. old is the champion's training, None where it cannot be
     found, which why explains. Only development images are looked at. Raises HpoError.
@@ -122,7 +122,7 @@ def _unseen(new: ModelReference, old: ModelReference) -> tuple[Part | None, str]
     if (new.card.digest, here) == (old.card.digest, there):
         return part, ""
     if there.kind == "kfold":
-        return None, "the champion was cross-validated, so no single model stands for it"
+        return None, "the champion was cross-validated, so it has no single model"
     rows = rows_unseen(part, old.card, there)
     if not len(rows):
         return None, "the champion was trained on all validation images of the challenger"

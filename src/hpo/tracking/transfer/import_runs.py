@@ -231,7 +231,7 @@ def _register(
 def _set_aliases(
     home: Home, client: Any, model: Mapping[str, Any], here: Mapping[int, Any], added: Imports, *, move: bool
 ) -> None:
-    """Set the aliases of the file; without move none that has a version here, and none beside versions of other origin.
+    """Set the file's aliases. Without move, aliases that exist here stay, and versions of another origin bar all.
 
     No gate has looked at the file's models. The history of champions comes with the alias champion only.
     """
