@@ -143,7 +143,7 @@ class Ended(Exception):  # noqa: N818 - no error
 
 
 class Torment:
-    """A scratch folder with what scenarios begin with: homes without a trial, half done, and done, each twice."""
+    """A scratch folder with what scenarios begin with: homes without a trial, half done, and done; what was found."""
 
     def __init__(
         self, scratch: Path, *, say: Any = lambda _: None, longest: float = LONGEST, seconds: float = math.inf
@@ -286,6 +286,9 @@ def _clean_environment(scratch: Path) -> None:
 
 def _import_all(scratch: Path) -> None:
     """Import, and use once, what takes seconds at its first use in a process."""
+    from hpo.tracking.store import load_mlflow
+
+    load_mlflow()  # before MLflow is imported: without telemetry, whose thread would be there when this process forks
     import matplotlib.font_manager  # noqa: F401
     import mlflow.pyfunc  # noqa: F401
     import sklearn.datasets
@@ -303,9 +306,7 @@ def _import_all(scratch: Path) -> None:
     import hpo.search.lifecycle
     import hpo.search.results
     import hpo.training.trial  # noqa: F401
-    from hpo.tracking.store import load_mlflow
 
-    load_mlflow()
     torch.set_num_threads(1)
     example = (torch.zeros(2, 4),)
     program = torch.export.export(torch.nn.Linear(4, 2).eval(), example, dynamic_shapes=({0: torch.export.Dim("n")},))

@@ -111,6 +111,8 @@ class Child:
                 if not heard:
                     return False
                 self._rest += heard
+            elif self.ended:  # though one that it has started may still hold its pipe
+                return False
         return False
 
     def _hear(self, said: dict[str, Any]) -> str:
