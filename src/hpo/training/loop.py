@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Generator, Mapping
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -205,7 +205,7 @@ class _Training:
             losses, hits, rate = self._run_captured(order, sources, self._graph)
             counts = [(spec.batch_size, 1.0)] * len(losses)
         batches = zip(*(torch.split(part, spec.batch_size) for part in (order, sources)), strict=True)
-        for rows, source in itertools.islice(batches, len(losses), None):
+        for rows, source in islice(batches, len(losses), None):
             rate = self._set_rate()
             loss, hit = self._learn(rows, source)
             losses.append(loss)
@@ -308,21 +308,37 @@ class _Training:
         return loss, torch.cat(all_logits)
 
 
+class _MovingAverage(AveragedModel):
+    """An AveragedModel that counts its steps on the CPU: a GPU would have to be waited for in every step."""
+
+    def __init__(self, net: nn.Module, keep: float) -> None:
+        super().__init__(net, use_buffers=True)
+        self._keep = keep
+        self.n_averaged = self.n_averaged.cpu()
+
+    def update_parameters(self, model: nn.Module) -> None:
+        steps = int(self.n_averaged)
+        share = 1 - min(self._keep, (1 + steps) / (10 + steps)) if steps else 1.0
+        own, theirs = (list(chain(net.parameters(), net.buffers())) for net in (self.module, model))
+        pairs = [(one.detach(), other.detach()) for one, other in zip(own, theirs, strict=True)]
+        for floating in (True, False):  # counts of batches are no numbers to average
+            found = [pair for pair in pairs if pair[0].is_floating_point() == floating]
+            if not found:
+                continue
+            kept, new = map(list, zip(*found, strict=True))
+            if floating:
+                torch._foreach_lerp_(kept, new, share)
+            else:
+                torch._foreach_copy_(kept, new)
+        self.n_averaged += 1
+
+
 def moving_average(net: nn.Module, keep: float) -> AveragedModel:
     """An exponential moving average of net's weights and running means with decay `keep`.
 
     In step n the decay is at most (1 + n) / (10 + n), so that the first weights soon count little.
     """
-
-    def follow(own: Any, others: Any, steps: Any) -> None:
-        if own[0].is_floating_point():
-            torch._foreach_lerp_(own, others, 1 - min(keep, (1 + int(steps)) / (10 + int(steps))))
-        else:  # counts of batches
-            torch._foreach_copy_(own, others)
-
-    averaged = AveragedModel(net, multi_avg_fn=follow, use_buffers=True)
-    averaged.n_averaged = averaged.n_averaged.cpu()  # it is read in every step: a GPU would have to be waited for
-    return averaged
+    return _MovingAverage(net, keep)
 
 
 class EarlyStopping:

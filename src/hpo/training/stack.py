@@ -26,7 +26,7 @@ from hpo.training.loop import EarlyStopping, evaluation_batch, moving_average, r
 from hpo.training.optimizers import OPTIMIZERS, class_weights, learning_rate_factor
 from hpo.training.stack_layers import BrokenStackError, key_of, sort_key
 from hpo.training.stack_nets import StackedNets, cross_entropies
-from hpo.training.step_graph import Step, StepGraph, why_not
+from hpo.training.step_graph import Step, StepGraph, step_side_by_side, why_not
 
 
 @dataclass
@@ -168,8 +168,9 @@ class Stack:
             optimizer = OPTIMIZERS[spec.name](weights, spec, fused=weights[0].device.type in ("cpu", "cuda"))
             _carry_over(member, optimizer, weights)
             member.weights, member.group = weights, optimizer.param_groups[0]
-            # One optimizer for all of a kind, each member with a group of its own, steps in half the time.
-            member.optimizer = optimizers.setdefault(spec.name, optimizer)
+            # On a CPU one optimizer for all of a kind, each member with a group of its own, steps in half the time.
+            key = str(row) if weights[0].device.type == "cuda" else spec.name
+            member.optimizer = optimizers.setdefault(key, optimizer)
             if member.optimizer is not optimizer:
                 member.optimizer.add_param_group(member.group)
                 member.optimizer.state.update(optimizer.state)
@@ -245,8 +246,7 @@ class Stack:
             for member in members:
                 if member.spec.clip_norm is not None:
                     nn.utils.clip_grad_norm_(member.weights, member.spec.clip_norm)
-            for optimizer in self._optimizers:
-                optimizer.step()
+            step_side_by_side(self._optimizers, data.images.device)
             for member in members:
                 if member.averaged is not None:
                     member.averaged.update_parameters(member.net)

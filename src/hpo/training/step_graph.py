@@ -27,6 +27,8 @@ _WARM_UP = 2  # steps before the capture: libraries allocate and choose kernels 
 _TRIED = 2  # steps that must leave the same weights with the graph as without
 _TOLERANCE = 0.02  # of a tensor's norm; what is wrong is off by the whole of it
 
+_STREAMS = 32  # as many as torch hands out
+
 # rows and sources, (..., batch) each, of one batch -> what is counted of its step, tensors of fixed shapes.
 Step = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
@@ -47,6 +49,23 @@ def why_not(net: nn.Module, data: TrialData, spec: TrainingSpec, *, own: bool) -
         (f"it has fewer than {10 * _FEWEST} full batches to learn from", spec.epochs * steps < 10 * _FEWEST),
     )
     return next((reason for reason, applies in reasons if applies), "")
+
+
+def step_side_by_side(optimizers: Sequence[torch.optim.Optimizer], device: torch.device) -> None:
+    """Step each optimizer; in a graph side by side, for the weights of a small network leave most of a GPU idle."""
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        for optimizer in optimizers:
+            optimizer.step()
+        return
+    here = torch.cuda.current_stream()
+    streams = [torch.cuda.Stream() for _ in optimizers[:_STREAMS]]  # type: ignore[no-untyped-call]
+    for stream in streams:
+        stream.wait_stream(here)
+    for optimizer, stream in zip(optimizers, itertools.cycle(streams), strict=False):
+        with torch.cuda.stream(stream):
+            optimizer.step()
+    for stream in streams:
+        here.wait_stream(stream)
 
 
 class StepGraph:
