@@ -102,7 +102,9 @@ def _print_notice(event: Event) -> None:
 
 def manifest(
     study: Study,
-    image: Annotated[str, typer.Option("--image", metavar="IMAGE", help="Container image with hpo[postgres] in it.")],
+    image: Annotated[
+        str, typer.Option("--image", metavar="IMAGE", help="Container image of the workers: Containerfile.")
+    ],
     workers: Annotated[int, typer.Option(metavar="N", min=1, help="Pods.")] = 4,
     cpus: Annotated[int, typer.Option(metavar="N", min=1, help="Cores of each, and workers without a GPU.")] = 4,
     memory: Annotated[str, typer.Option(metavar="SIZE", help="Memory of each.")] = "8Gi",
