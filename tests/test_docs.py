@@ -16,7 +16,8 @@ import typer
 import yaml
 
 from hpo.cli.app import SECTIONS, app, load_command
-from hpo.spec.load import StudyLoader, load_study, study_files
+from hpo.spec.files import places, study_files
+from hpo.spec.load import StudyLoader, load_study
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -74,8 +75,9 @@ def test_site_builds_strictly_links_nowhere_wrong_and_fetches_nothing(tmp_path):
 
 
 def test_reference_is_what_the_schema_says():
-    made = runpy.run_path(str(DOCS / "make_reference.py"))["reference"]()
-    assert made == (DOCS / "reference.md").read_text(encoding="utf-8"), "run: python docs/make_reference.py"
+    made = runpy.run_path(str(DOCS / "make_reference.py"))
+    assert made["reference"]() == (DOCS / "reference.md").read_text(encoding="utf-8"), "run: docs/make_reference.py"
+    assert made["places"]().split() == places(), "run: python docs/make_reference.py"
 
 
 def _commands(page: Path) -> list[str]:

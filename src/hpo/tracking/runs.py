@@ -129,7 +129,7 @@ def trial_note(candidate: Candidate, study: StudyResult, setup: Setup | None) ->
     facts = [f"Trial {candidate.number} of {study.title}"]
     facts += [f"stage {candidate.stage}"] if candidate.stage else []
     facts += [f"attempt {candidate.attempt}"] if candidate.attempt > 1 else []
-    again = f"To train it again: `hpo rerun {study.exact}/{candidate.number}`"
+    again = f"To train it again: `hpo rerun {study.exact}#{candidate.number}`"
     return "\n".join([f"{', '.join(facts)}.", "", *_table(trial_params(candidate, setup)), "", again])
 
 
