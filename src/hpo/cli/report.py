@@ -109,7 +109,10 @@ def explain(
         output.print_json(rows)
         return
     output.print_table(
-        [[row.file, row.predicted, output.show_score(row.probability), row.explained, row.picture] for row in rows],
+        [
+            [row.file, row.predicted, output.show_score(row.probability), row.explained, output.message(row.picture)]
+            for row in rows
+        ],
         ["file", "class", ">probability", "explained", "picture"],
     )
 

@@ -29,7 +29,10 @@ def status(home: HomeFolder = None, as_json: AsJson = False, _debug: Debug = Fal
     if as_json:
         output.print_json(states)
     else:
-        rows = [[s.name, s.state, f"{s.milliseconds:.0f} ms" if s.milliseconds else "", s.address] for s in states]
+        rows = [
+            [s.name, s.state, f"{s.milliseconds:.0f} ms" if s.milliseconds else "", output.message(s.address)]
+            for s in states
+        ]
         output.print_table(rows, ["store", "state", ">answers in", "address"])
         for state in states:
             output.print_message(f"{state.name}: {state.detail}")
