@@ -52,6 +52,14 @@ def test_out_is_the_only_name_of_the_option_for_output() -> None:
         assert ("-o" in flags) == ("--out" in flags), name
 
 
+def test_options_that_are_spelled_like_their_metavar_have_a_name() -> None:
+    """Typer 0.27 calls others by their metavar: --DEVICE."""
+    for path in Path(commands.__file__).parent.glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        for name, metavar in re.findall(r'(\w+)(?:: | = )Annotated\[\s*[^=]*?typer\.Option\(\s*metavar="(\w+)"', text):
+            assert name.lower() != metavar.lower(), f"{path.name}: {name}"
+
+
 def test_help_of_run_has_its_options_in_sections() -> None:
     text = runner.invoke(app, ["run", "--help"]).stdout
     places = [text.index(heading) for heading in ("Options:", "Compute:", "Cluster:", "Output:")]

@@ -212,6 +212,7 @@ AsEvents = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the final result.", rich_help_panel=OUTPUT)]
 DeviceName = Annotated[
     str,
+    # Typer 0.27 would call it --DEVICE without this name, as it does each option that is spelled like its metavar.
     typer.Option(
         "--device",
         metavar="DEVICE",

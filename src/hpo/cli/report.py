@@ -131,7 +131,7 @@ def show(
         ),
     ],
     path: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Your own file or folder instead of a download.")
+        Path | None, typer.Option("--path", metavar="PATH", help="Your own file or folder instead of a download.")
     ] = None,
     size: Annotated[
         int | None, typer.Option(metavar="N", min=1, max=1024, help="Side of the images in pixels.")

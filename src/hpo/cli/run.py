@@ -125,7 +125,8 @@ def rerun(
         float, typer.Option(metavar="N", min=0.0, help="Differences of a score up to this count as close.")
     ] = 1e-3,
     device: Annotated[
-        str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:N or mps.", show_default="the trial's")
+        str | None,
+        typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:N or mps.", show_default="the trial's"),
     ] = None,
     trust: Trust = False,
     home: HomeFolder = None,
