@@ -49,9 +49,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the script")
     parser.add_argument("--only", nargs="*", choices=[part.__name__ for part in PARTS], help="these parts")
     parser.add_argument("--loader", choices=list(roofline.FAMILIES), help=argparse.SUPPRESS)
+    parser.add_argument("--workers", type=int, default=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.loader:
-        print(data_loader(given.loader, torch.device(given.device), given.quick))
+        print(data_loader(given.loader, torch.device(given.device), given.workers, given.quick))
         return
     if given.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("torch finds no GPU; try the script with --device cpu --quick")
@@ -63,16 +64,24 @@ def main() -> None:
     lines = [f"**{card}**, torch {torch.__version__}, `benchmarks/gpu.py --device {given.device}`{quick}", ""]
     print(lines[0], "", sep="\n", flush=True)
     for part in [part for part in PARTS if not given.only or part.__name__ in given.only]:
-        began = time.monotonic()
-        try:
-            found = list(part(device, given.quick)) if began < until else [f"{part.__name__}: no time left"]
-        except Exception as error:  # noqa: BLE001 - the other parts are worth having
-            found = [f"{part.__name__}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"]
-        found += ["", f"({part.__name__}: {time.monotonic() - began:.0f} s)", ""]
-        print(*found, sep="\n", flush=True)
-        lines += found
-        if out := os.environ.get("OUT"):  # after each part: a run that is cut short leaves what it has
-            Path(out, "gpu.md").write_text("\n".join(lines), encoding="utf-8")
+        for line in _lines(part, device, given.quick, until):
+            print(line, flush=True)
+            lines.append(line)
+            if out := os.environ.get("OUT"):  # after each line: a run that is cut short leaves what it has
+                Path(out, "gpu.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _lines(part: Callable[[torch.device, bool], Lines], device: torch.device, quick: bool, until: float) -> Lines:
+    """A part's lines, then the time that it took, or why it ended."""
+    began, name = time.monotonic(), part.__name__
+    try:
+        if began < until:
+            yield from part(device, quick)
+        else:
+            yield f"{name}: no time left"
+    except Exception as error:  # noqa: BLE001 - the other parts are worth having
+        yield f"{name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    yield from ("", f"({name}: {time.monotonic() - began:.0f} s)", "")
 
 
 def _random(device: torch.device, count: int, shape: tuple[int, int, int], classes: int = 10) -> TrialData:
@@ -111,7 +120,7 @@ def families(device: torch.device, quick: bool) -> Lines:
     for name, family in list(roofline.FAMILIES.items())[: 1 if quick else None]:
         steps = family.steps if device.type == "cpu" else max(20, family.steps)
         many = replace(family, steps=2 if quick else steps)
-        plain = _loader(name, device, quick)
+        plain, words = _loader(name, device, quick)
         for precision in precisions:
             net, data = roofline.build(many, str(device), family.batch)
             rows = data.train[: family.batch]
@@ -122,18 +131,27 @@ def families(device: torch.device, quick: bool) -> Lines:
             fit = train(net, data, spec, seed=0, precision=precision, graph=_captured(device))
             rate = len(data.train) / _fastest(fit, device)
             share = flops * rate / family.batch / min(most, flops / traffic * copied)
-            times = f"{plain:,.0f} | {rate / plain:.1f}" if plain else "- | -"
+            times = f"{plain:,.0f}{words} | {rate / plain:.1f}" if plain else f"-{words} | -"
             yield f"| {name}, {family.batch} | {precision} | {rate:,.0f} | {share:.0%} | {times} |"
 
 
-def _loader(name: str, device: torch.device, quick: bool) -> float:
-    """Images a second of the loop that people write, in a process of its own as theirs is; 0 for features."""
-    command = [sys.executable, __file__, "--device", str(device), "--loader", name, *["--quick"] * quick]
-    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
+def _loader(name: str, device: torch.device, quick: bool) -> tuple[float, str]:
+    """Images a second of the loop that people write, in a process of its own as theirs is, and what is to be said.
+
+    0 images a second for features. Where its two workers fail, the loop loads the images itself.
+    """
+    words = ""
+    for workers in (2, 0):
+        command = [sys.executable, __file__, "--device", str(device), "--loader", name, "--workers", str(workers)]
+        done = subprocess.run([*command, *["--quick"] * quick], check=False, capture_output=True, text=True)
+        if not done.returncode:
+            return float(done.stdout.split()[-1]), words
+        words = f" (no workers: {done.stderr.strip().splitlines()[-1][:60]})"
+    return 0.0, words
 
 
-def data_loader(name: str, device: torch.device, quick: bool) -> float:
-    """Images a second with a DataLoader of two workers, float images, float32, AdamW."""
+def data_loader(name: str, device: torch.device, workers: int, quick: bool) -> float:
+    """Images a second with a DataLoader of so many workers, float images, float32, AdamW."""
     family = roofline.FAMILIES[name]
     family = replace(family, steps=2 if quick else max(20, family.steps))
     net, data = roofline.build(family, str(device), family.batch)
@@ -144,8 +162,8 @@ def data_loader(name: str, device: torch.device, quick: bool) -> float:
         TensorDataset(images, data.labels.cpu()),
         batch_size=family.batch,
         shuffle=True,
-        num_workers=2,
-        persistent_workers=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
     )
     optimizer = torch.optim.AdamW(net.train().parameters())
