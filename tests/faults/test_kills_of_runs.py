@@ -7,8 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-import warnings
 import time
+import warnings
 from pathlib import Path
 
 import pytest
