@@ -23,7 +23,7 @@ command, the study file or the data must be corrected; 130 after Ctrl-C or `hpo 
 Environment variables: `HPO_HOME` (the folder that holds `mlruns`), `HPO_DATA` (the data cache), `HPO_STORAGE` and
 `MLFLOW_TRACKING_URI` (stores on servers, see [several machines](cluster.md)).
 
-The option `--install-completion` of `hpo` adds completion of commands and study names to your shell.
+The option `--install-completion` of `hpo` adds completion to bash, zsh and fish.
 """
 
 
@@ -56,7 +56,8 @@ def _row(parameter: Any) -> Iterator[str]:
     if parameter.opts == ["--debug"]:
         return
     if parameter.param_type_name == "argument":
-        name = parameter.metavar or parameter.name.upper() + ("..." if parameter.nargs == -1 else "")
+        name = parameter.metavar or parameter.name.upper()
+        name += "..." if parameter.nargs == -1 and not name.endswith("...") else ""
     else:
         name = ", ".join([*parameter.opts, *parameter.secondary_opts])
         name += "" if parameter.is_flag else f" {parameter.metavar}"

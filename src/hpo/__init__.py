@@ -26,9 +26,7 @@ _ROOMS = {
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version
-
-        return version("hpo")
+        return importlib.import_module("hpo.distribution").VERSION
     if name in _ROOMS:
         return getattr(importlib.import_module(_ROOMS[name]), name)
     raise AttributeError(f"module 'hpo' has no attribute {name!r}")
