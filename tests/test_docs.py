@@ -83,6 +83,12 @@ def test_reference_is_what_the_schema_says():
     assert made["places"]().split() == places(), "run: python docs/make_reference.py"
 
 
+def test_the_index_names_each_page_by_a_task():
+    tasks = (DOCS / "index.md").read_text(encoding="utf-8").partition("```{toctree}")[0]
+    pages = {page.name for page in DOCS.glob("*.md")} - {"index.md"}
+    assert set(re.findall(r"\]\(([\w-]+\.md)", tasks)) == pages
+
+
 def test_cli_page_has_every_command_and_option():
     made = runpy.run_path(str(DOCS / "make_cli.py"))["cli_page"]()
     assert made == (DOCS / "cli.md").read_text(encoding="utf-8"), "run: python docs/make_cli.py"
