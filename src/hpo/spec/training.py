@@ -10,7 +10,7 @@ from hpo.spec.space import OptimizerName, Part, Positive, Rate, Score, Seed
 
 
 class OptimizerSpec(Part):
-    """How weights follow gradients. Fields that an optimizer has not are ignored by it."""
+    """How weights follow gradients. An optimizer ignores fields that it does not have."""
 
     name: OptimizerName = "adam"
     lr: Annotated[float, Field(gt=0.0, le=100.0)] = 1e-3
@@ -72,7 +72,7 @@ class AugmentSpec(Part):
     hue: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0
     """By up to this share of the colour circle, either way; RGB only."""
     randaugment: Annotated[int, Field(ge=0, le=10)] = 0
-    """So many different changes of each image, drawn from rotation, shifts, shears, zoom, brightness, contrast and
+    """Number of different changes of each image, drawn from rotation, shifts, shears, zoom, brightness, contrast and
     saturation, all of one strength and random sign (after Cubuk et al. 2020)."""
     magnitude: Annotated[float, Field(ge=0.0, le=1.0)] = 0.3
     """randaugment: the strength. 1 is 45 degrees, 0.4 of the side, a shear or zoom by 0.5, a factor 1 +- 0.9."""
