@@ -197,6 +197,7 @@ def study_page(findings: Findings) -> str:
 
 def _search(findings: Findings) -> Iterator[str]:
     """Figures of the whole study."""
+    from hpo.report.figures import pairs as pair_figures
     from hpo.report.figures import space as space_figures
     from hpo.report.figures import study as study_figures
 
@@ -211,10 +212,10 @@ def _search(findings: Findings) -> Iterator[str]:
         ("Parallel coordinates", lambda: space_figures.parallel_coordinates(study), "Each line is a complete trial."),
         ("Each parameter", lambda: space_figures.slices(study), "The score over each parameter."),
         ("Learning curves", lambda: study_figures.learning_curves(study), "Each line is a trial."),
-        ("Heat map", lambda: space_figures.heat_map(study), "The score in each cell of the grid."),
+        ("Heat map", lambda: pair_figures.heat_map(study), "The score in each cell of the grid."),
         ("Effects", lambda: space_figures.effects(study), "Mean score over each option; bars: standard deviations."),
         ("Importance", lambda: study_figures.importance_figure(shares), "Share of the importance, by two methods."),
-        ("Contour", lambda: space_figures.contour(study, findings.ranking), "The score over two parameters."),
+        ("Contour", lambda: pair_figures.contour(study, findings.ranking), "The score over two parameters."),
         ("Timeline", lambda: study_figures.timeline(study), "The trials of each worker over time."),
     ]
     for heading, draw, caption in drawn:
