@@ -185,25 +185,26 @@ def fit_y(
     ends = low - room * (1 + 0.5 * (below > 0)), high + room * (1 + 0.5 * (above > 0))
     panel.set_ylim(*ends)
     if high <= most < ends[1]:
-        panel.set_yticks([tick for tick in panel.get_yticks() if ends[0] <= tick <= most])
+        panel.set_yticks([tick for tick in panel.get_yticks() if ends[0] <= tick <= most + 1e-9])
     for count, edge, at, side in ((below, "below", low, 0.08), (above, "above", high, 0.92)):
         if count and note:
-            place = {"x": 0.99, "ha": "right", "va": "bottom" if edge == "below" else "top"}
+            place: dict[str, Any] = {"x": 0.99, "ha": "right", "va": "bottom" if edge == "below" else "top"}
             text = f"{count} {edge} {at:.3g}"
             panel.text(s=text, y=side, fontsize=7, color=GREY, transform=panel.transAxes, **place)
     return ends
 
 
-def mark_outside(panel: Axes, x: ArrayLike, y: ArrayLike, numbers: Sequence[int], **options: Any) -> None:
+def mark_outside(panel: Axes, x: ArrayLike, y: ArrayLike, numbers: Sequence[int] = ()) -> None:
     """Triangles at the edge of the panel for the points above and below it; numbers are the trials of the points."""
     across, up = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     low, high = panel.get_ylim()
     for outside, edge, marker in ((up < low, low, "v"), (up > high, high, "^")):
         if outside.any():
             inside = edge + (0.025 if marker == "v" else -0.025) * (high - low)
-            style = {"s": 26, "facecolor": "none", "edgecolor": RED, "linewidth": 1.1, "zorder": 4, **options}
+            style: dict[str, Any] = {"s": 26, "facecolor": "none", "edgecolor": RED, "linewidth": 1.1, "zorder": 4}
             points = panel.scatter(across[outside], np.full(int(outside.sum()), inside), marker=marker, **style)
-            mark_trials(points, [number for number, out in zip(numbers, outside.tolist(), strict=True) if out])
+            if numbers:
+                mark_trials(points, [number for number, out in zip(numbers, outside.tolist(), strict=True) if out])
 
 
 def panels_of(figure: Figure, count: int, *, columns: int, share_y: bool = False) -> list[Axes]:

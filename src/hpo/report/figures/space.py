@@ -94,8 +94,6 @@ def effects(study: StudyResult, *, score: str = "", columns: int = 3) -> Figure 
 def _draw_effect(panel: Axes, rows: Sequence[_Row], *, numeric: bool, maximize: bool, most: float) -> None:
     means = np.array([row.mean for row in rows])
     many = [place for place, row in enumerate(rows) if len(row.values) >= _FEW]
-    if numeric:
-        panel.plot(range(len(rows)), means, color=BLUE, linewidth=1, alpha=0.6)
     if many:
         bars = [float(rows[place].values.std(ddof=1)) for place in many]
         panel.errorbar(many, means[many], bars, color=BLUE, fmt="o", markersize=5, linewidth=1, capsize=4)
@@ -109,14 +107,14 @@ def _draw_effect(panel: Axes, rows: Sequence[_Row], *, numeric: bool, maximize: 
     panel.plot(best, means[best], "o", color=RED, markersize=7, zorder=4)
     foot = panel.get_xaxis_transform()
     for place, row in enumerate(rows):
-        panel.text(place, 0.01, f"n={row.count}", transform=foot, fontsize=6.5, color=GREY, ha="center")
+        panel.text(place, 0.99, f"n={row.count}", transform=foot, fontsize=6.5, color=GREY, ha="center", va="top")
     _name_ticks(panel, [row.text for row in rows])
     panel.set_xlim(-0.5, len(rows) - 0.5)
-    ends = (
-        [means[place] + sign * bar for place, bar in zip(many, bars, strict=True) for sign in (-1, 1)] if many else []
-    )
-    fit_y(panel, [*y, *ends], most=most, margin=0.15)
-    mark_outside(panel, x, y, [-1] * len(y))
+    low, high = fit_y(panel, np.concatenate([row.values for row in rows]), most=most, margin=0.15)
+    mark_outside(panel, x, y)
+    if numeric:
+        inside = np.where((means >= low) & (means <= high), means, np.nan)
+        panel.plot(range(len(rows)), inside, color=BLUE, linewidth=1, alpha=0.6)
 
 
 def parallel_coordinates(study: StudyResult) -> Figure | None:

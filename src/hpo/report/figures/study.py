@@ -267,9 +267,12 @@ def _curve(trial: Trial, score: str) -> tuple[list[int], list[float]]:
 
 
 def _fit_curves(panel: Any, trials: Sequence[Trial], score: str) -> None:
-    """Let the axis fit the curves; one that is outside from its first to its last epoch has a mark at its end."""
+    """Let the axis fit the curves after their first quarter, in which all rise.
+
+    One that is outside from its first to its last epoch has a mark at its end.
+    """
     curves = [_curve(trial, score) for trial in trials]
-    every = [value for _, values in curves for value in values]
+    every = [value for _, values in curves for value in values[len(values) // 4 :]]
     low, high = fit_y(panel, every, most=highest_of(score), note=False)
     outside = [
         (numbers[-1], values[-1], trial.number)
