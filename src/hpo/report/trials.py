@@ -14,11 +14,11 @@ from hpo.report.text import parameter_names, ranges_of, short_name, value_text
 _MOST = 1000  # rows
 
 
-def trials_table(study: StudyResult) -> str:
-    """A row for each trial, best first: state, objectives, parameters, epochs, seconds. Of 1,000 at most."""
+def trials_table(study: StudyResult, *, most: int = _MOST) -> str:
+    """A row for each trial, best first: state, objectives, parameters, epochs, seconds. Of `most` trials."""
     ranked = {trial.number: place for place, trial in enumerate([*study.ranked(FINAL), *study.ranked()])}
     trials = sorted(study.trials, key=lambda trial: (ranked.get(trial.number, len(ranked)), trial.number))
-    shown = trials[:_MOST]
+    shown = trials[:most]
     aims = [score for score, _ in study.objectives] or [study.objective]
     paths = list(dict.fromkeys(path for trial in shown for path in trial.candidate.parameters))
     names = parameter_names(paths, ranges_of(study))
@@ -26,7 +26,7 @@ def trials_table(study: StudyResult) -> str:
     head = [">trial", *(["stage"] if staged else []), "state", *(f">{label_of(aim)}" for aim in aims)]
     head += [*(names[path] for path in paths), ">epochs", ">seconds"]
     rows = [_row(trial, paths, aims=len(aims), staged=staged) for trial in shown]
-    more = f"<p>The best {_MOST:,} of {len(trials):,} trials are shown.</p>" if len(trials) > _MOST else ""
+    more = f"<p>The best {most:,} of {len(trials):,} trials are shown.</p>" if len(trials) > most else ""
     return f"{table(head, rows, sortable=True)}{more}"
 
 

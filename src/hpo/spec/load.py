@@ -126,16 +126,17 @@ def find_study(study: str | Path) -> Path:
 
 
 def load_study(
-    study: str | Path, *, overrides: Mapping[str, Any] | Iterable[str] = (), trust: bool = False
+    study: str | Path | Mapping[str, Any], *, overrides: Mapping[str, Any] | Iterable[str] = (), trust: bool = False
 ) -> StudySpec:
     """Read, override and validate a study.
 
-    study is a name (`digits-mlp`) or the path of a YAML file. overrides are dotted paths with values, as a mapping or
-    as texts `training.epochs=5` whose values are read as YAML; they apply in order. Raises SpecError, whose message
-    names the file, the line, the place, the value and the next step.
+    study is a name (`digits-mlp`), the path of a YAML file, or the content of one as a mapping. overrides are dotted
+    paths with values, as a mapping or as texts `training.epochs=5` whose values are read as YAML; they apply in order.
+    Raises SpecError, whose message names the file, the line, the place, the value and the next step.
     """
-    path = find_study(study)
-    tree, node = read_yaml(path)
+    own = isinstance(study, Mapping)
+    path = Path(str(study.get("name", "study"))) if isinstance(study, Mapping) else find_study(study)
+    tree, node = (copy.deepcopy(dict(study)), None) if isinstance(study, Mapping) else read_yaml(path)
     _anchor_paths(tree, path.parent)
     pairs = overrides.items() if isinstance(overrides, Mapping) else map(_parse_override, overrides)
     set_places: list[str] = []
@@ -149,9 +150,11 @@ def load_study(
     except ValidationError as error:
         raise _explain(error, tree, path, node, set_places) from None
     if found := conflicts(spec):
-        again = f"Then: hpo check {path.stem}"
+        again = "Correct the values." if own else f"Then: hpo check {path.stem}"
         raise _refusal([_Fault(one.keys, one.message, again) for one in found], path, node, set_places)
-    if path.parent not in _SHIPPED:
+    if own:
+        check_stored(tree, trust=trust, origin=spec.name)
+    elif path.parent not in _SHIPPED:
         check_file(tree, path, trust=trust)
     return spec
 

@@ -76,14 +76,21 @@ def name_inches(names: Sequence[str]) -> float:
     return 0.068 * max(map(len, names))
 
 
-def save_png(figure: Figure, path: Path) -> None:
+def png_bytes(figure: Figure) -> bytes:
+    """A figure as PNG."""
+    buffer = io.BytesIO()
+    save_png(figure, buffer)
+    return buffer.getvalue()
+
+
+def save_png(figure: Figure, path: Path | io.BytesIO) -> None:
     """Write a figure as PNG. Figure.savefig would draw it twice."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).save(path, compress_level=4)
+    Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).save(path, "PNG", compress_level=4)
 
 
 def mark_trials(artist: Artist, numbers: Sequence[int]) -> None:
