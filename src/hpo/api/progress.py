@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import time
 from html import escape
@@ -61,11 +62,10 @@ class ProgressBar:
         return f'<progress {share} style="width:16rem"></progress> {escape(repr(self))}'
 
     def _draw(self, *, at_once: bool) -> None:
-        from IPython.display import display
-
         now = time.monotonic()
         if self._handle is None:
-            self._handle = display(self, display_id=True)
+            # IPython is no dependency: where a notebook runs, it is there.
+            self._handle = importlib.import_module("IPython.display").display(self, display_id=True)
         elif at_once or now - self._drawn > _EVERY:
             self._handle.update(self)
             self._drawn = now

@@ -26,7 +26,7 @@ def run_study(
     data: Any = None,
     model: Callable[..., Any] | None = None,
     callbacks: Iterable[Callable[[Event], object]] = (),
-    progress: bool | None = None,
+    progress: bool = True,
     join: str = "",
     watch: Callable[[Event], object] | None = None,
     **named: Any,
@@ -38,7 +38,7 @@ def run_study(
     study's network: a function or class that builds an nn.Module from image_shape, classes and the options of the
     study (see hpo.api.own_model). named are fields of RunOptions, such as trials=20 and workers=2; they may be given
     instead of options, or replace some of them. callbacks and watch are called with every event of hpo.events, in
-    order, in this process. progress shows a bar: None in notebooks only. For join see hpo.execute.run_study.
+    order, in this process. progress shows a bar in notebooks. For join see hpo.execute.run_study.
 
     Ctrl-C ends the run cleanly: running trials are recorded as stopped, and the next run tries them again. Raises
     HpoError for whatever the user can fix.
@@ -46,7 +46,7 @@ def run_study(
     options = replace(options or RunOptions(), **named)
     home = Home.find(options.home)
     spec = _spec(study, data, model, home, trust=options.trust)
-    bar = [ProgressBar()] if progress or (progress is None and in_notebook()) else []
+    bar = [ProgressBar()] if progress and in_notebook() else []
     listeners: list[Callable[[Event], object]] = [*([watch] if watch is not None else []), *callbacks, *bar]
 
     def tell(event: Event) -> None:

@@ -25,6 +25,7 @@ _SHIPPED = (
     Path(__file__).parents[3] / "studies",  # in a checkout
 )
 
+_TAGS = (*FAMILIES, "own", "float", "int", "choice", "root")  # in pydantic's places, and not in a file
 _MOST_FAULTS = 10  # that one message tells
 _MOST_BYTES, _MOST_VALUES = 1_000_000, 50_000  # of a study file: a hundred times what the longest has
 
@@ -381,9 +382,9 @@ def _locate(keys: list[str], node: yaml.Node | None) -> tuple[list[str], int | N
         if below is not None:
             node, line = below, below.start_mark.line + 1
             kept.append(key)
-        elif index == len(keys) - 1 or node is None:
+        elif index == len(keys) - 1 or (node is None and key not in _TAGS):
             kept.append(key)
-    if len(kept) > 1 and kept[-1] in (*FAMILIES, "own", "float", "int", "choice", "root") and node is not None:
+    if len(kept) > 1 and kept[-1] in _TAGS and node is not None:
         kept.pop()
     return kept, line
 
