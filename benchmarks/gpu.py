@@ -34,7 +34,7 @@ from hpo.models import build_model, input_of
 from hpo.spec.load import load_study
 from hpo.spec.models import CnnSpec, ConvnetSpec, MlpSpec
 from hpo.spec.training import AugmentSpec, OptimizerSpec, ScheduleSpec, TrainingSpec
-from hpo.training.device import choose_graph, device_clock, has_bfloat16
+from hpo.training.device import Graph, choose_graph, device_clock, has_bfloat16
 from hpo.training.loop import train
 from hpo.training.stack import Stack
 from hpo.training.system_metrics import gpus_of, read_counters, read_levels
@@ -48,7 +48,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=270.0, help="after which no further part begins")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the script")
     parser.add_argument("--only", nargs="*", choices=[part.__name__ for part in PARTS], help="these parts")
+    parser.add_argument("--loader", choices=list(roofline.FAMILIES), help=argparse.SUPPRESS)
+    parser.add_argument("--workers", type=int, default=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.loader:
+        print(data_loader(given.loader, torch.device(given.device), given.workers, given.quick))
+        return
     if given.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("torch finds no GPU; try the script with --device cpu --quick")
     device, until = torch.device(given.device), time.monotonic() + given.seconds
@@ -59,16 +64,24 @@ def main() -> None:
     lines = [f"**{card}**, torch {torch.__version__}, `benchmarks/gpu.py --device {given.device}`{quick}", ""]
     print(lines[0], "", sep="\n", flush=True)
     for part in [part for part in PARTS if not given.only or part.__name__ in given.only]:
-        began = time.monotonic()
-        try:
-            found = list(part(device, given.quick)) if began < until else [f"{part.__name__}: no time left"]
-        except Exception as error:  # noqa: BLE001 - the other parts are worth having
-            found = [f"{part.__name__}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"]
-        found += ["", f"({part.__name__}: {time.monotonic() - began:.0f} s)", ""]
-        print(*found, sep="\n", flush=True)
-        lines += found
-        if out := os.environ.get("OUT"):  # after each part: a run that is cut short leaves what it has
-            Path(out, "gpu.md").write_text("\n".join(lines), encoding="utf-8")
+        for line in _lines(part, device, given.quick, until):
+            print(line, flush=True)
+            lines.append(line)
+            if out := os.environ.get("OUT"):  # after each line: a run that is cut short leaves what it has
+                Path(out, "gpu.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _lines(part: Callable[[torch.device, bool], Lines], device: torch.device, quick: bool, until: float) -> Lines:
+    """A part's lines, then the time that it took, or why it ended."""
+    began, name = time.monotonic(), part.__name__
+    try:
+        if began < until:
+            yield from part(device, quick)
+        else:
+            yield f"{name}: no time left"
+    except Exception as error:  # noqa: BLE001 - the other parts are worth having
+        yield f"{name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    yield from ("", f"({name}: {time.monotonic() - began:.0f} s)", "")
 
 
 def _random(device: torch.device, count: int, shape: tuple[int, int, int], classes: int = 10) -> TrialData:
@@ -78,6 +91,11 @@ def _random(device: torch.device, count: int, shape: tuple[int, int, int], class
     channels = shape[2]
     names = tuple(map(str, range(classes)))
     return TrialData(images, labels, rows, rows[:0], names, (0.5,) * channels, (0.25,) * channels)
+
+
+def _captured(device: torch.device) -> Graph | None:
+    """What captures the whole steps of a training, as trials do where they can."""
+    return Graph(None, torch.Size(), "whole steps", whole=True) if device.type == "cuda" else None
 
 
 def _clock(device: torch.device) -> Callable[[], float]:
@@ -102,7 +120,7 @@ def families(device: torch.device, quick: bool) -> Lines:
     for name, family in list(roofline.FAMILIES.items())[: 1 if quick else None]:
         steps = family.steps if device.type == "cpu" else max(20, family.steps)
         many = replace(family, steps=2 if quick else steps)
-        plain = _data_loader(many, device, epochs=1 if quick else 2)
+        plain, words = _loader(name, device, quick)
         for precision in precisions:
             net, data = roofline.build(many, str(device), family.batch)
             rows = data.train[: family.batch]
@@ -110,14 +128,32 @@ def families(device: torch.device, quick: bool) -> Lines:
             flops, traffic = roofline.work_of(net, inputs, labels, precision=precision)
             most, copied = roofline.peaks(str(device), precision, torch.get_num_threads())
             spec = roofline.training(family.batch, 2 if quick else 4)
-            rate = len(data.train) / _fastest(train(net, data, spec, seed=0, precision=precision), device)
+            fit = train(net, data, spec, seed=0, precision=precision, graph=_captured(device))
+            rate = len(data.train) / _fastest(fit, device)
             share = flops * rate / family.batch / min(most, flops / traffic * copied)
-            times = f"{plain:,.0f} | {rate / plain:.1f}" if plain else "- | -"
+            times = f"{plain:,.0f}{words} | {rate / plain:.1f}" if plain else f"-{words} | -"
             yield f"| {name}, {family.batch} | {precision} | {rate:,.0f} | {share:.0%} | {times} |"
 
 
-def _data_loader(family: roofline.Family, device: torch.device, *, epochs: int) -> float:
-    """Images a second of the loop that people write: a DataLoader with two workers, float images, float32."""
+def _loader(name: str, device: torch.device, quick: bool) -> tuple[float, str]:
+    """Images a second of the loop that people write, in a process of its own as theirs is, and what is to be said.
+
+    0 images a second for features. Where its two workers fail, the loop loads the images itself.
+    """
+    words = ""
+    for workers in (2, 0):
+        command = [sys.executable, __file__, "--device", str(device), "--loader", name, "--workers", str(workers)]
+        done = subprocess.run([*command, *["--quick"] * quick], check=False, capture_output=True, text=True)
+        if not done.returncode:
+            return float(done.stdout.split()[-1]), words
+        words = f" (no workers: {done.stderr.strip().splitlines()[-1][:60]})"
+    return 0.0, words
+
+
+def data_loader(name: str, device: torch.device, workers: int, quick: bool) -> float:
+    """Images a second with a DataLoader of so many workers, float images, float32, AdamW."""
+    family = roofline.FAMILIES[name]
+    family = replace(family, steps=2 if quick else max(20, family.steps))
     net, data = roofline.build(family, str(device), family.batch)
     if data.images.ndim != 4:
         return 0.0
@@ -126,14 +162,14 @@ def _data_loader(family: roofline.Family, device: torch.device, *, epochs: int) 
         TensorDataset(images, data.labels.cpu()),
         batch_size=family.batch,
         shuffle=True,
-        num_workers=2,
-        persistent_workers=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
     )
     optimizer = torch.optim.AdamW(net.train().parameters())
 
-    def epoch() -> Iterator[None]:
-        for _ in range(1 + epochs):  # the first starts the workers
+    def epochs() -> Iterator[None]:
+        for _ in range(2 if quick else 4):  # the first starts the workers
             for batch, labels in loader:
                 optimizer.zero_grad()
                 loss = functional.cross_entropy(net(batch.to(device)), labels.to(device))
@@ -142,15 +178,15 @@ def _data_loader(family: roofline.Family, device: torch.device, *, epochs: int) 
                 loss.item()
             yield
 
-    return len(images) / _fastest(epoch(), device)
+    return len(images) / _fastest(epochs(), device)
 
 
 def stacks(device: torch.device, quick: bool) -> Lines:
     """Networks that share a computation against one by one."""
     mlp, cnn = MlpSpec(kind="mlp", hidden=128), CnnSpec(kind="cnn", filters=16)
     sizes = (2,) if quick else (32, 128)
-    yield "| network | together | ms a step of each | one by one, ms a step | times |"
-    yield "|---|---:|---:|---:|---:|"
+    yield "| network | together | ms a step of each | one by one, ms a step | times | one by one, eager | times |"
+    yield "|---|---:|---:|---:|---:|---:|---:|"
     for label, model, shape in (("784-128-10", mlp, (28, 28, 1)), ("16 filters, 28 x 28 x 3", cnn, (28, 28, 3))):
         data = _random(device, 256 if quick else 6400, shape)
         spec = TrainingSpec(epochs=3, batch_size=64)
@@ -159,12 +195,18 @@ def stacks(device: torch.device, quick: bool) -> Lines:
         def net(seed: int, model: MlpSpec | CnnSpec = model, shape: tuple[int, int, int] = shape) -> torch.nn.Module:
             return build_model(model, image_shape=shape, classes=10, seed=seed).to(device)
 
-        alone = _fastest(train(net(0), data, spec, seed=0, precision="float32"), device) / steps
+        eager, alone = (
+            _fastest(train(net(0), data, spec, seed=0, precision="float32", graph=graph), device) / steps
+            for graph in (None, _captured(device))
+        )
         for size in sizes:
             stack = Stack(precision="float32")
             fits = [stack.join(net(seed), data, spec, seed=seed) for seed in range(size)]
             each = _fastest(_rounds(fits, spec.epochs), device) / steps / size
-            yield f"| {label} | {size} | {1e3 * each:.3f} | {1e3 * alone:.3f} | {alone / each:.1f} |"
+            times = f"{1e3 * alone:.3f} | {alone / each:.1f} | {1e3 * eager:.3f} | {eager / each:.1f}"
+            yield f"| {label} | {size} | {1e3 * each:.4f} | {times} |"
+            if stack.not_captured and device.type == "cuda":
+                yield f"| | | not captured: {stack.not_captured} | | | | |"
 
 
 def _rounds(fits: list[Iterator[object]], epochs: int) -> Iterator[None]:
@@ -181,8 +223,8 @@ def graphs(device: torch.device, quick: bool) -> Lines:
     if device.type != "cuda":
         yield "graphs: only on CUDA"
         return
-    yield "| network | precision | ms a step | with a graph | times | chosen |"
-    yield "|---|---|---:|---:|---:|---|"
+    yield "| network | precision | ms a step | the network captured | times | the step captured | times | how |"
+    yield "|---|---|---:|---:|---:|---:|---:|---|"
     for name, family in list(roofline.FAMILIES.items())[: 1 if quick else 6]:
         for precision in ("float32", "bfloat16"):
             many = replace(family, steps=40)
@@ -196,7 +238,11 @@ def graphs(device: torch.device, quick: bool) -> Lines:
             if graph.forward is not None:
                 on = _fastest(train(net, data, spec, seed=0, precision=precision, graph=graph), device) / 40
                 with_graph, times = f"{1e3 * on:.3f}", f"{off / on:.2f}"
-            yield f"| {name}, {family.batch} | {precision} | {1e3 * off:.3f} | {with_graph} | {times} | {graph.how} |"
+            whole = Graph(None, torch.Size(), "whole steps", whole=True)
+            net, data = roofline.build(many, str(device), family.batch)
+            all_of_it = _fastest(train(net, data, spec, seed=0, precision=precision, graph=whole), device) / 40
+            found = f"{with_graph} | {times} | {1e3 * all_of_it:.3f} | {off / all_of_it:.2f} | {graph.how}, {whole.how}"
+            yield f"| {name}, {family.batch} | {precision} | {1e3 * off:.3f} | {found} |"
 
 
 def convnet(device: torch.device, quick: bool) -> Lines:

@@ -14,13 +14,21 @@ from hpo.models.saliency import METHODS, saliency
 from hpo.spec.models import CnnSpec, MlpSpec
 from hpo.spec.study import SplitSpec
 from hpo.spec.training import OptimizerSpec, TrainingSpec
-from hpo.training.device import capture_cuda, choose_graph
+from hpo.training.device import Graph, capture_cuda, choose_graph
 from hpo.training.loop import train
+from hpo.training.optimizers import OPTIMIZERS
+from hpo.training.step_graph import StepGraph, why_not
 from side_by_side import agree, alone, stacked, training
 
 pytestmark = pytest.mark.gpu
-TOLERANCE = {"float32": 0.02, "bfloat16": 0.06}  # convolutions of float32 are computed in TF32
+TOLERANCE = {"float32": 0.02, "bfloat16": 0.06}
 CALM = {"name": "sgd", "lr": 0.01}  # the others make whole steps of what is only rounding
+
+
+@pytest.fixture(autouse=True)
+def whole_float32(monkeypatch):
+    """Convolutions of float32 would be computed in TF32, of 10 bits."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def _without_dropout(model):
@@ -86,7 +94,7 @@ def test_no_step_waits_for_the_gpu(cuda, name):
                 learn(CNN, cuda, **{**TRAININGS[name], **options})
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        return [str(one.message) for one in seen if "synchroniz" in str(one.message)]
+        return [str(one.message) for one in seen if "called a synchronizing" in str(one.message)]
 
     learn(CNN, cuda, **TRAININGS[name])  # constants are copied once
     few, many = waits(), waits(batch_size=10)
@@ -115,6 +123,62 @@ def test_a_graph_learns_what_is_learned_without(few, cuda, model, precision):
     found = list(train(net, there, brief, seed=1, precision=precision, graph=graph))
     for one, other in zip(expected, found, strict=True):
         assert other.scores["train_loss"] == pytest.approx(one.scores["train_loss"], rel=0.02)
+
+
+NETS = {
+    "mlp": MlpSpec(kind="mlp", hidden=[64, 32], dropout=0.2, batch_norm=True),
+    "cnn": CnnSpec(kind="cnn", filters=8, batch_norm=True),
+}
+
+
+def _made(name, device, seed=0):
+    return build_model(NETS[name], image_shape=(8, 8, 1), classes=10, seed=seed).to(torch.device(device))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", NETS)
+def test_captured_steps_learn_what_eager_ones_learn(digits, cuda, name, optimizer, precision):
+    there, rate = _moved(digits, cuda), 0.05 if optimizer == "sgd" else 1e-3
+    spec = training(
+        epochs=5,
+        optimizer=OptimizerSpec(name=optimizer, lr=rate, momentum=0.5),
+        schedule={"name": "one_cycle"},
+        clip_norm=1.0,
+        patience=None,
+    )
+    assert why_not(_made(name, cuda), there, spec, own=False) == ""
+    expected = list(train(_made(name, cuda), there, spec, seed=1, precision=precision))
+    graph = Graph(None, torch.Size(), "whole steps", whole=True)
+    found = list(train(_made(name, cuda), there, spec, seed=1, precision=precision, graph=graph))
+    assert graph.how == "whole steps"
+    assert [epoch.learning_rate for epoch in found] == [epoch.learning_rate for epoch in expected]
+    assert found[0].scores["train_loss"] == pytest.approx(expected[0].scores["train_loss"], rel=TOLERANCE[precision])
+    for one, other in zip(expected, found, strict=True):
+        assert other.scores["train_loss"] == pytest.approx(one.scores["train_loss"], rel=0.1)
+        assert other.scores["train_accuracy"] == pytest.approx(one.scores["train_accuracy"], abs=0.03)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_captured_stack_learns_what_an_eager_one_learns(digits, cuda, name, monkeypatch):
+    there, captured = _moved(digits, cuda), []
+
+    def capture(*given, **named):
+        captured.append(StepGraph(*given, **named))
+        return captured[-1]
+
+    monkeypatch.setattr("hpo.training.stack.StepGraph", capture)
+    ways = [{}, {"schedule": {"name": "cosine"}}, {"clip_norm": 1.0, "optimizer": OptimizerSpec(name="adam", lr=1e-3)}]
+    makers = [
+        (lambda seed: _made(name, cuda, seed), training(epochs=5, **{"optimizer": OptimizerSpec(**CALM), **way}))
+        for way in ways
+    ]
+    with monkeypatch.context() as eager:
+        eager.setattr("hpo.training.stack.why_not", lambda *_, **__: "it is compared with")
+        expected = stacked(makers, there)
+    assert not captured
+    agree(expected, stacked(makers, there), tolerance=1e-2)
+    assert len(captured) == 1
 
 
 def test_images_on_the_gpu_are_those_on_the_cpu(digits_card, device):

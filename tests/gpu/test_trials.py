@@ -83,8 +83,9 @@ def test_workers_share_one_gpu_and_a_trial_trained_again_is_the_same(device, tmp
             assert run.data.metrics["system/gpu_0_memory_usage_megabytes"] > 0
 
 
-def test_a_training_that_was_cut_short_ends_as_one_that_was_not(device, card, tmp_path):
-    training = {"epochs": 4, "checkpoint": 1, "optimizer": {"name": "adamw"}, "ema": 0.9}
+@pytest.mark.parametrize("way", [{}, {"ema": 0.9}], ids=["captured", "eager"])
+def test_a_training_that_was_cut_short_ends_as_one_that_was_not(device, card, tmp_path, way):
+    training = {"epochs": 6, "checkpoint": 1, "optimizer": {"name": "adamw"}, **way}
     model = {"kind": "mlp", "hidden": 16, "dropout": 0.3}
     whole, _ = _train(_task(card, tmp_path / "whole", model, **training), device)
     task = _task(card, tmp_path, model, **training)
@@ -93,6 +94,7 @@ def test_a_training_that_was_cut_short_ends_as_one_that_was_not(device, card, tm
     assert (tmp_path / "kept").is_file()
     resumed, result = _train(task, device)
     assert result.state is TrialState.COMPLETE
+    assert device == "cpu" or (result.settings["graph"] == "whole steps") == (not way)
     for one, other in zip(whole, resumed, strict=True):
         assert dict(other.scores) == pytest.approx(dict(one.scores), rel=1e-5)
 
@@ -156,7 +158,7 @@ def test_a_model_trained_on_the_gpu_is_one_of_the_cpu_and_back(device, card, tmp
     images = np.random.default_rng(0).integers(256, size=(20, 8, 8, 1)).astype(np.uint8)
     np.save(tmp_path / "images.npy", images)
     program = export_program(folder)
-    code = "import sys, numpy, torch; from pathlib import Path; from hpo.models.safe_loader import load_program; assert not torch.cuda.is_available(); numpy.save(sys.argv[3], load_program(Path(sys.argv[1])).module()(torch.from_numpy(numpy.load(sys.argv[2]))).detach().numpy())"  # noqa: E501
+    code = "import sys, numpy, torch; from pathlib import Path; from hpo.models.safe_loader import load_program; assert not torch.cuda.is_available(); numpy.save(sys.argv[3], load_program(Path(sys.argv[1]))(torch.from_numpy(numpy.load(sys.argv[2]))).detach().numpy())"  # noqa: E501
     answer = tmp_path / "answer.npy"
     command = [sys.executable, "-c", code, str(program), str(tmp_path / "images.npy"), str(answer)]
     subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, check=True)
@@ -179,7 +181,7 @@ def test_features_are_computed_on_the_gpu_once_and_are_those_of_the_cpu(device, 
         monkeypatch.setenv("HPO_DATA", str(tmp_path / f"cache-{name.replace(':', '')}"))
         for _ in range(2):
             _, result = _train(_task(card, tmp_path, head), name)
-            assert result.state is TrialState.COMPLETE
+            assert result.state is TrialState.COMPLETE, result.traceback
         (file,) = (tmp_path / f"cache-{name.replace(':', '')}").rglob("features.npy")
         found[name] = np.load(file)
     np.testing.assert_allclose(found[device], found["cpu"], atol=0.02 * abs(found["cpu"]).max())

@@ -172,6 +172,7 @@ def pretend_gpu() -> Iterator[PretendGpu]:
         "get_rng_state": lambda *_: chance.get_state(),
         "set_rng_state": lambda state, *_: chance.set_state(state),
         "is_bf16_supported": lambda **_: False,
+        "is_current_stream_capturing": lambda: False,
     }
     with pytest.MonkeyPatch.context() as patch, PretendGpu() as gpu:
         for name, stand_in in cuda.items():

@@ -177,7 +177,9 @@ AsEvents = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the final result.", rich_help_panel=OUTPUT)]
 DeviceName = Annotated[
-    str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=COMPUTE)
+    str,
+    # Typer 0.27 would call it --DEVICE without this name.
+    typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=COMPUTE),
 ]
 PrecisionName = Annotated[
     str | None,

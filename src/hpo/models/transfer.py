@@ -89,7 +89,8 @@ def build_transfer(
     height, width, channels = image_shape
     with torch.inference_mode():
         black = torch.zeros(2, channels, height, width)
-        features = sum(body.eval()(black).shape[1] for body in bodies)
+        # A shared body is where the last training had it.
+        features = sum(body.eval()(black.to(body.mean.device)).shape[1] for body in bodies)
     layers: list[nn.Module] = [nn.BatchNorm1d(features)] if spec.batch_norm else []
     layers += [nn.Dropout(spec.dropout)] if spec.dropout else []
     layers += dense_layers(

@@ -182,13 +182,17 @@ _GRAPH_REPEATS = 5
 _TOLERANCE = {"float32": 0.01, "bfloat16": 0.05}  # of a tensor's norm; what is wrong is off by the whole of it
 
 
-@dataclass(frozen=True)
+@dataclass
 class Graph:
-    """The computation of training batches of this shape: forward, or eagerly if it is None; how is the reason."""
+    """The computation of training batches of this shape: forward, or eagerly if it is None; how is the reason.
+
+    whole: the training is to capture its steps; where that fails it computes eagerly and says so in how.
+    """
 
     forward: Callable[[Tensor], Tensor] | None
     shape: torch.Size
     how: str
+    whole: bool = False
 
 
 class _Pass(nn.Module):
@@ -207,8 +211,16 @@ class _Pass(nn.Module):
         return wide
 
 
+def expect_other_streams() -> None:
+    """Keep torch from warning that a captured step ran on another stream than the one before it: that is meant."""
+    warn = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
+    if warn is not None:  # torch before 2.10 does not warn
+        warn(False)
+
+
 def capture_cuda(step: nn.Module, sample: Tensor) -> Callable[[Tensor], Tensor]:
     """Two CUDA graphs, of the forward and of the backward pass; they own sample, which inputs are copied to."""
+    expect_other_streams()
     with torch.cuda.device(sample.device):
         made: Any = torch.cuda.make_graphed_callables(step, (sample,), allow_unused_input=True)
     return cast(Callable[[Tensor], Tensor], made)

@@ -105,12 +105,15 @@ def _read(file: Path, count: int, views: int) -> np.ndarray | None:
     return chunk if whole else None
 
 
-_quick = lru_cache(maxsize=8)(quick)
+@lru_cache(maxsize=8)
+def _quick_on(body: Backbone, device: torch.device) -> Backbone:  # noqa: ARG001 - it is part of the key
+    """quick(body), once for each device that the body is moved to."""
+    return quick(body)
 
 
 def _compute(body: Backbone, images: Tensor, augment: AugmentSpec, views: int, *, seed: int, file: Path) -> None:
     """Write the features of a chunk atomically."""
-    body = _quick(body)
+    body = _quick_on(body, images.device)
     generator = torch.Generator().manual_seed(seed)
     change = augmenter(augment)
     seen = [forward(body, images)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Mapping
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,7 @@ from hpo.training.data_parallel import ALONE, Forward, Ranks
 from hpo.training.device import lay_out, put
 from hpo.training.optimizers import Loss, balanced_order, build_optimizer, learning_rate_factor
 from hpo.training.profiler import phase
+from hpo.training.step_graph import StepGraph
 
 if TYPE_CHECKING:
     from hpo.training.device import Graph
@@ -135,6 +137,7 @@ class _Training:
         self._steps, self._steps_per_epoch = self._subset.batches(spec.epochs), -(-len(data.train) // spec.batch_size)
         self._stopping = EarlyStopping(spec, validates=len(data.valid) > 0)
         self._step = 0
+        self._captured: StepGraph | None = None
         # All that learns. The position in the schedule follows from the epoch.
         self._learning: dict[str, Any] = {"net": net, "optimizer": self._optimizer}
         self._learning |= {"averaged": self._averaged} if self._averaged else {}
@@ -185,7 +188,6 @@ class _Training:
             self._transfer.begin_epoch(number)
         self._net.train()
         self._forward.begin_epoch(number)
-        several = data.labels.ndim == 2
         losses: list[Tensor] = []
         hits: list[Tensor] = []
         counts: list[tuple[int, float]] = []  # images in each batch, and how much those of this rank count
@@ -199,32 +201,63 @@ class _Training:
         single = len(order) % spec.batch_size == 1 < min(spec.batch_size, len(order))
         order = order[:-1] if single else order  # batch norm cannot learn from a single image
         sources = self._batches.rows(order, spec.batch_size, self._generator)
-        for rows, source in zip(*(torch.split(part, spec.batch_size) for part in (order, sources)), strict=True):
-            with phase("batch"):
-                rate = self._set_rate()
-                labels = data.labels.index_select(0, rows)
-            with phase("augment"):
-                images = self._normalise(self._batches.gather(source, self._generator))
-                inputs, labels, others, share = mix_batch(images, labels, spec.augment, self._generator)
-            self._optimizer.zero_grad(set_to_none=True)
-            loss, logits = self._backward(inputs, labels, others, share)
-            with phase("optimizer"):
-                if spec.clip_norm is not None:
-                    nn.utils.clip_grad_norm_(self._net.parameters(), spec.clip_norm)
-                self._optimizer.step()
-                if self._averaged is not None:
-                    self._averaged.update_parameters(self._net)
+        if self._graph is not None and self._graph.whole:
+            losses, hits, rate = self._run_captured(order, sources, self._graph)
+            counts = [(spec.batch_size, 1.0)] * len(losses)
+        batches = zip(*(torch.split(part, spec.batch_size) for part in (order, sources)), strict=True)
+        for rows, source in islice(batches, len(losses), None):
+            rate = self._set_rate()
+            loss, hit = self._learn(rows, source)
             losses.append(loss)
-            part, weight = self._ranks.part(len(rows))
-            own = labels[part]
-            hits.append(((logits > 0) == own).float().mean(1).sum() if several else (logits.argmax(1) == own).sum())
-            counts.append((len(rows), weight))
+            hits.append(hit)
+            counts.append((len(rows), self._ranks.part(len(rows))[1]))
         self._step += single
         # Added up once an epoch, in one transfer from the device.
         each = torch.stack([torch.stack(losses), torch.stack(hits).float()]).cpu().double()
         images, weights = torch.tensor(counts, dtype=torch.float64).T
         loss, accuracy = (self._ranks.total(torch.stack([each[0] @ images, each[1] @ weights])) / images.sum()).tolist()
         return {"train_loss": loss, "train_accuracy": accuracy}, rate
+
+    def _learn(self, rows: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
+        """One step, from the images of a batch; its mean loss and the number of images that were right."""
+        spec, data = self._spec, self._data
+        with phase("batch"):
+            labels = data.labels.index_select(0, rows)
+        with phase("augment"):
+            images = self._normalise(self._batches.gather(source, self._generator))
+            inputs, labels, others, share = mix_batch(images, labels, spec.augment, self._generator)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss, logits = self._backward(inputs, labels, others, share)
+        with phase("optimizer"):
+            if spec.clip_norm is not None:
+                nn.utils.clip_grad_norm_(self._net.parameters(), spec.clip_norm)
+            self._optimizer.step()
+            if self._averaged is not None:
+                self._averaged.update_parameters(self._net)
+        own = labels[self._ranks.part(len(rows))[0]]
+        if data.labels.ndim == 2:
+            return loss, ((logits > 0) == own).float().mean(1).sum()
+        return loss, (logits.argmax(1) == own).sum()
+
+    def _run_captured(self, order: Tensor, sources: Tensor, graph: Graph) -> tuple[list[Tensor], list[Tensor], float]:
+        """Losses and hits of the full batches, from captured steps, and the last rate; none where that fails."""
+        size = self._spec.batch_size
+        full = len(order) // size
+        rows, taken = (part[: full * size].view(full, size) for part in (order, sources))
+        if self._captured is None:
+            try:
+                kept = list(self._net.state_dict().values())
+                self._captured = StepGraph(self._learn, [self._optimizer], kept, rows=rows, sources=taken)
+            except Exception as error:  # noqa: BLE001 - the eager step does what cannot be captured
+                reason = (str(error).splitlines() or [""])[0]
+                graph.whole, graph.how = False, f"eager: {type(error).__name__}: {reason}"[:200]
+                return [], [], 0.0
+        rates, rate = [], 0.0
+        for _ in range(full):
+            rate = self._set_rate()
+            rates.append([group["lr"] for group in self._optimizer.param_groups])
+        losses, hits = self._captured.run(rows, taken, rates)
+        return [*losses], [*hits], rate
 
     def _set_rate(self) -> float:
         """Set the learning rate of the next step; without the scales of layer_decay it is returned."""
@@ -275,19 +308,37 @@ class _Training:
         return loss, torch.cat(all_logits)
 
 
+class _MovingAverage(AveragedModel):
+    """An AveragedModel that counts its steps on the CPU: a GPU would have to be waited for in every step."""
+
+    def __init__(self, net: nn.Module, keep: float) -> None:
+        super().__init__(net, use_buffers=True)
+        self._keep = keep
+        self.n_averaged = self.n_averaged.cpu()
+
+    def update_parameters(self, model: nn.Module) -> None:
+        steps = int(self.n_averaged)
+        share = 1 - min(self._keep, (1 + steps) / (10 + steps)) if steps else 1.0
+        own, theirs = (list(chain(net.parameters(), net.buffers())) for net in (self.module, model))
+        pairs = [(one.detach(), other.detach()) for one, other in zip(own, theirs, strict=True)]
+        for floating in (True, False):  # counts of batches are no numbers to average
+            found = [pair for pair in pairs if pair[0].is_floating_point() == floating]
+            if not found:
+                continue
+            kept, new = map(list, zip(*found, strict=True))
+            if floating:
+                torch._foreach_lerp_(kept, new, share)
+            else:
+                torch._foreach_copy_(kept, new)
+        self.n_averaged += 1
+
+
 def moving_average(net: nn.Module, keep: float) -> AveragedModel:
     """An exponential moving average of net's weights and running means with decay `keep`.
 
     In step n the decay is at most (1 + n) / (10 + n), so that the first weights soon count little.
     """
-
-    def follow(own: Any, others: Any, steps: Any) -> None:
-        if own[0].is_floating_point():
-            torch._foreach_lerp_(own, others, 1 - min(keep, (1 + int(steps)) / (10 + int(steps))))
-        else:  # counts of batches
-            torch._foreach_copy_(own, others)
-
-    return AveragedModel(net, multi_avg_fn=follow, use_buffers=True)
+    return _MovingAverage(net, keep)
 
 
 class EarlyStopping:

@@ -31,8 +31,8 @@ from hpo.training.batches import augmenter
 from hpo.training.device import free_memory
 from hpo.training.features import cached_views, forward
 from hpo.training.loop import train
-from hpo.training.stack import FULL, shared_seconds, step_seconds
 from hpo.training.stack_layers import UnstackableError, key_of
+from hpo.training.stack_speed import FULL, shared_seconds, step_seconds
 from hpo.training.trial import build_full, measured_precision
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections import deque
 from collections.abc import Generator
@@ -22,15 +21,12 @@ from hpo.spec.training import TrainingSpec
 from hpo.training.augment import mix_batch
 from hpo.training.batches import Batches
 from hpo.training.checkpoint import random_state, set_random_state
-from hpo.training.device import device_clock, has_bfloat16, put
-from hpo.training.loop import EarlyStopping, evaluation_batch, moving_average, requested_of, train
+from hpo.training.device import put
+from hpo.training.loop import EarlyStopping, evaluation_batch, moving_average, requested_of
 from hpo.training.optimizers import OPTIMIZERS, class_weights, learning_rate_factor
 from hpo.training.stack_layers import BrokenStackError, key_of, sort_key
 from hpo.training.stack_nets import StackedNets, cross_entropies
-
-_STEPS = 4
-_SOME = 4  # networks in a measured stack, which represents larger ones
-FULL = 0.003  # seconds; a CPU step that takes longer is all arithmetic, and a stack does not make it faster
+from hpo.training.step_graph import Step, StepGraph, step_side_by_side, why_not
 
 
 @dataclass
@@ -116,6 +112,8 @@ class Stack:
         self._stacked: StackedNets | None = None
         self._in_stack: list[Member] = []  # in the order of its rows
         self._optimizers: list[torch.optim.Optimizer] = []
+        self._captured: StepGraph | None = None
+        self.not_captured = ""  # the reason why its steps are no CUDA graph, once that is known
 
     def join(
         self, net: nn.Module, data: TrialData, spec: TrainingSpec, *, seed: int
@@ -158,7 +156,7 @@ class Stack:
         if self._stacked is None:
             return
         self._stacked.release()
-        self._stacked, self._in_stack, self._optimizers = None, [], []
+        self._stacked, self._in_stack, self._optimizers, self._captured = None, [], [], None
 
     def _form(self, members: list[Member]) -> StackedNets:
         members.sort(key=lambda member: sort_key(member.net))
@@ -170,8 +168,9 @@ class Stack:
             optimizer = OPTIMIZERS[spec.name](weights, spec, fused=weights[0].device.type in ("cpu", "cuda"))
             _carry_over(member, optimizer, weights)
             member.weights, member.group = weights, optimizer.param_groups[0]
-            # One optimizer for all of a kind, each member with a group of its own, steps in half the time.
-            member.optimizer = optimizers.setdefault(spec.name, optimizer)
+            # On a CPU one optimizer for all of a kind, each member with a group of its own, steps in half the time.
+            key = str(row) if weights[0].device.type == "cuda" else spec.name
+            member.optimizer = optimizers.setdefault(key, optimizer)
             if member.optimizer is not optimizer:
                 member.optimizer.add_param_group(member.group)
                 member.optimizer.state.update(optimizer.state)
@@ -205,34 +204,38 @@ class Stack:
 
     def _steps(self, stacked: StackedNets, members: list[Member]) -> list[tuple[float, float]]:
         """The batches of an epoch; mean loss and accuracy over them, of each member."""
-        data, spec = members[0].data, members[0].spec
-        device = data.images.device
-        balanced = spec.class_weights == "balanced"
-        weights = class_weights(data.labels[data.train], len(data.class_names)) if balanced else None
-        smoothing = put(torch.tensor([member.spec.label_smoothing for member in members]), device)
-        smoothed = smoothing if any(member.spec.label_smoothing for member in members) else None
-        noises = [member.noise for member in members]
-        inputs_of = _Inputs(members)
-        steps_per_epoch, count = -(-len(data.train) // spec.batch_size), len(data.train)
-        single = count % spec.batch_size == 1 < min(spec.batch_size, count)
-        totals = torch.zeros(2, len(members), dtype=torch.float64, device=device)
+        data, size = members[0].data, members[0].spec.batch_size
+        count = len(data.train)
+        single = count % size == 1 < min(size, count)
         orders, sources = [], []
         for member in members:
             member.epoch += 1
-            order = data.train[put(torch.randperm(count, generator=member.generator), device)]
+            order = data.train[put(torch.randperm(count, generator=member.generator), data.images.device)]
             orders.append(order[:-1] if single else order)  # batch norm cannot learn from a single image
-            sources.append(member.batches.rows(orders[-1], spec.batch_size, member.generator))
-        batches = [torch.split(torch.stack(each), spec.batch_size, dim=1) for each in (orders, sources)]
-        for rows, gathered in zip(*batches, strict=True):
-            for member in members:
-                factor = learning_rate_factor(
-                    member.spec.schedule,
-                    step=member.step,
-                    steps=member.spec.epochs * steps_per_epoch,
-                    steps_per_epoch=steps_per_epoch,
-                )
-                member.step += 1
-                member.group["lr"] = member.spec.optimizer.lr * factor
+            sources.append(member.batches.rows(orders[-1], size, member.generator))
+        tables = torch.stack(orders), torch.stack(sources)
+        learn, begun = self._learner(stacked, members), members[0].step
+        totals = self._captured_steps(learn, stacked, members, *tables)
+        done = members[0].step - begun
+        for rows, gathered in zip(*(torch.split(table, size, dim=1)[done:] for table in tables), strict=True):
+            self._set_rates(members)
+            losses, hits = learn(rows, gathered)
+            totals += torch.stack([losses.double() * rows.shape[1], hits.double()])
+        for member in members:
+            member.step += single
+        return [(loss / (count - single), hits / (count - single)) for loss, hits in totals.t().tolist()]
+
+    def _learner(self, stacked: StackedNets, members: list[Member]) -> Step:
+        """A step of all members, from the rows of their images (members, n): their losses and hits (members,)."""
+        data, spec = members[0].data, members[0].spec
+        balanced = spec.class_weights == "balanced"
+        weights = class_weights(data.labels[data.train], len(data.class_names)) if balanced else None
+        smoothing = put(torch.tensor([member.spec.label_smoothing for member in members]), data.images.device)
+        smoothed = smoothing if any(member.spec.label_smoothing for member in members) else None
+        noises = [member.noise for member in members]
+        inputs_of = _Inputs(members)
+
+        def learn(rows: Tensor, gathered: Tensor) -> tuple[Tensor, Tensor]:
             inputs, labels, others, shares = inputs_of(rows, gathered)
             logits = stacked(inputs, noises, half=self._precision == "bfloat16")
             losses = cross_entropies(logits, labels, smoothed, weights)
@@ -243,16 +246,49 @@ class Stack:
             for member in members:
                 if member.spec.clip_norm is not None:
                     nn.utils.clip_grad_norm_(member.weights, member.spec.clip_norm)
-            for optimizer in self._optimizers:
-                optimizer.step()
+            step_side_by_side(self._optimizers, data.images.device)
             for member in members:
                 if member.averaged is not None:
                     member.averaged.update_parameters(member.net)
-            totals[0] += losses.detach().double() * rows.shape[1]
-            totals[1] += (logits.detach().argmax(2) == labels).sum(1)
+            return losses.detach(), (logits.detach().argmax(2) == labels).sum(1)
+
+        return learn
+
+    def _captured_steps(
+        self, learn: Step, stacked: StackedNets, members: list[Member], rows: Tensor, sources: Tensor
+    ) -> Tensor:
+        """Sums of losses and hits (2, members) of the full batches, from a CUDA graph; 0 where there is none."""
+        size, totals = members[0].spec.batch_size, torch.zeros(2, len(members), dtype=torch.float64, device=rows.device)
+        full = rows.shape[1] // size
+        self.not_captured = self.not_captured or next(
+            filter(None, (why_not(member.net, member.data, member.spec, own=False) for member in members)), ""
+        )
+        if self.not_captured:
+            return totals
+        # (members, images) -> (steps, members, batch)
+        rows, sources = (part[:, : full * size].view(-1, full, size).transpose(0, 1) for part in (rows, sources))
+        if self._captured is None:
+            noises = [member.noise for member in members]
+            kept = list(stacked.state_dict().values())
+            try:
+                self._captured = StepGraph(learn, self._optimizers, kept, rows=rows, sources=sources, generators=noises)
+            except Exception as error:  # noqa: BLE001 - the eager step does what cannot be captured
+                self.not_captured = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:200]
+                return totals
+        losses, hits = self._captured.run(rows, sources, [self._set_rates(members) for _ in range(full)])
+        return totals + torch.stack([losses.double().sum(0) * size, hits.double().sum(0)])
+
+    def _set_rates(self, members: list[Member]) -> list[float]:
+        """Set the learning rates of the next step; those of all groups of the optimizers."""
+        steps_per_epoch = -(-len(members[0].data.train) // members[0].spec.batch_size)
         for member in members:
-            member.step += single
-        return [(loss / (count - single), hits / (count - single)) for loss, hits in totals.t().tolist()]
+            steps = member.spec.epochs * steps_per_epoch
+            factor = learning_rate_factor(
+                member.spec.schedule, step=member.step, steps=steps, steps_per_epoch=steps_per_epoch
+            )
+            member.step += 1
+            member.group["lr"] = member.spec.optimizer.lr * factor
+        return [group["lr"] for optimizer in self._optimizers for group in optimizer.param_groups]
 
     def _validate(self, members: list[Member]) -> list[Tensor]:
         """Logits (validation images, classes) of each member, from batches that all of them share."""
@@ -332,53 +368,3 @@ def _carry_over(member: Member, optimizer: torch.optim.Optimizer, weights: list[
                 moved[region] = value[region]
                 value = moved
             optimizer.state[new][name] = value
-
-
-def step_seconds(net: nn.Module, data: TrialData, spec: TrainingSpec, *, together: int, precision: str) -> float:
-    """Seconds of a training step for each of `together` such networks; 1 is alone. The network is unchanged.
-
-    On a CPU they are CPU seconds of this thread, so other processes do not count.
-    """
-    rows = data.train[: _STEPS * spec.batch_size]
-    few = replace(data, train=rows, valid=data.valid[:0])
-    brief = spec.model_copy(update={"epochs": 2, "patience": None, "precision": precision})
-    nets = [copy.deepcopy(net) for _ in range(together)]
-    clock = device_clock(few.images.device)
-    with torch.random.fork_rng(devices=[few.images.device] if few.images.device.type == "cuda" else []):
-        if together == 1:
-            fits: list[Generator[Epoch | None, None, None]] = [train(nets[0], few, brief, seed=0, precision=precision)]
-        else:
-            stack = Stack(precision=precision)
-            fits = [stack.join(each, few, brief, seed=0) for each in nets]
-        for _ in range(brief.epochs):  # the first warms up
-            started = clock()
-            for waits in [fit for fit in fits if next(fit) is None]:
-                next(waits)
-            seconds = clock() - started
-        for fit in fits:
-            fit.close()
-    return seconds / together / -(-len(rows) // spec.batch_size)
-
-
-def shared_precision(net: nn.Module, data: TrialData, spec: TrainingSpec) -> str:
-    """float32 or bfloat16, whichever trains a stack of networks like this one faster."""
-    if not has_bfloat16(data.images.device):
-        return "float32"
-    seconds = shared_seconds(net, data, spec, together=_SOME)
-    return min(seconds, key=seconds.__getitem__)
-
-
-def why_slower_stacked(net: nn.Module, data: TrialData, spec: TrainingSpec) -> str:
-    """The reason why a network like this one trains faster alone on its device; "" if it does not."""
-    alone = min(shared_seconds(net, data, spec, together=1).values())
-    if data.images.device.type == "cpu" and alone > FULL:
-        return f"a step takes {1000 * alone:.1f} ms, all of it computing"
-    gain = alone / min(shared_seconds(net, data, spec, together=_SOME).values())
-    return "" if gain > 1 else f"side by side it is {gain:.2f} times as fast as alone here"
-
-
-def shared_seconds(net: nn.Module, data: TrialData, spec: TrainingSpec, *, together: int) -> dict[str, float]:
-    """Seconds of a step in a stack of `together` (1: alone), by precision that the spec and the device allow."""
-    half = spec.precision == "bfloat16" or (spec.precision == "auto" and has_bfloat16(data.images.device))
-    precisions = ["float32"] * (spec.precision != "bfloat16") + ["bfloat16"] * half
-    return {each: step_seconds(net, data, spec, together=together, precision=each) for each in precisions}

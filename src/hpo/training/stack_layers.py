@@ -186,8 +186,10 @@ class Norm(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(like.weight.new_zeros(count, width))
         self.shift = nn.Parameter(like.weight.new_zeros(count, width))
-        self.mean = like.weight.new_zeros(count, width).detach()
-        self.variance = like.weight.new_ones(count, width).detach()
+        self.mean: Tensor
+        self.variance: Tensor
+        self.register_buffer("mean", like.weight.new_zeros(count, width).detach())
+        self.register_buffer("variance", like.weight.new_ones(count, width).detach())
         self.momentum, self.eps = like.momentum or 0.0, like.eps
 
     def forward(self, inputs: Tensor) -> Tensor:

@@ -30,8 +30,10 @@ from hpo.training.device import Graph, choose_graph, faster_precision, layout
 from hpo.training.features import cached_views, features_of
 from hpo.training.loop import predict_logits, train
 from hpo.training.profiler import TrainingProfiler
-from hpo.training.stack import Stacks, alongside, shared_precision, why_slower_stacked
+from hpo.training.stack import Stacks, alongside
 from hpo.training.stack_layers import convolves, unstackable_reason
+from hpo.training.stack_speed import shared_precision, why_slower_stacked
+from hpo.training.step_graph import why_not
 
 VALIDATION = "validation.npz"  # rows, labels, probabilities of the validation part at the best epoch
 
@@ -121,6 +123,7 @@ class _Trial:
         self._saved = self._checkpoint.load()
         self._precisions = {**plan.precisions, **self._saved.precisions}
         self._profiler = TrainingProfiler() if plan.profile else None
+        self._graph: Graph | None = None
         self._epochs: list[Epoch] = []  # of all folds
         self._best: list[Epoch] = []  # of each fold
 
@@ -207,8 +210,8 @@ class _Trial:
             self._checkpoint.save([*self._epochs, replace(epoch, fold=fold)], self._precisions, state)
 
         decided["layout"] = layout(torch.device(plan.device_name), built.precision)
-        graph = None if ended or self._ranks.count > 1 else _graph(built, plan.setup)
-        decided |= {"graph": graph.how} if graph else {}
+        alone = self._ranks.count == 1 and not ended
+        self._graph = _graph(built, plan.setup, profiled=self._profiler is not None) if alone else None
         fit = train(
             built.net,
             built.data,
@@ -217,7 +220,7 @@ class _Trial:
             precision=built.precision,
             resume=resume,
             save=save,
-            graph=graph,
+            graph=self._graph,
             ranks=self._ranks,
         )
         if self._profiler is not None:
@@ -229,6 +232,7 @@ class _Trial:
 
     def _result(self, built: Built, *, complete: bool) -> TrialResult:
         plan, best = self._plan, self._best
+        self._decided |= {"graph": self._graph.how} if self._graph else {}
         scores = {**_means(best), "parameters": float(built.parameters)}
         if plan.latency and self._ranks.leads:
             scores["latency_ms"] = latency_ms(built.full_net, built.pixels)
@@ -246,11 +250,17 @@ class _Trial:
         return _leave(result, built, plan) if leaves else result
 
 
-def _graph(built: Built, setup: Setup) -> Graph | None:
-    """A CUDA graph of the network, or the reason why there is none; None on other devices."""
+def _graph(built: Built, setup: Setup, *, profiled: bool) -> Graph | None:
+    """A CUDA graph of the steps or of the network, or the reason why there is none; None on other devices.
+
+    profiled: the phases of a step are to be seen, which a graph of the whole hides.
+    """
     if built.data.images.device.type != "cuda":
         return None
-    own = isinstance(setup.model, OwnModelSpec)
+    own, training = isinstance(setup.model, OwnModelSpec), setup.training
+    reason = why_not(built.net, built.data, training, own=own)
+    if not reason and not profiled:
+        return Graph(None, torch.Size(), "whole steps", whole=True)
     return choose_graph(built.net, built.data, setup.training, precision=built.precision, own=own)
 
 

@@ -135,6 +135,7 @@ def test_a_trial_on_a_gpu_ends_as_on_the_cpu(card, tmp_path, monkeypatch, kind, 
     training = {"precision": precision, "epochs": 2}
     here, expected = _trial(card, tmp_path / "here", model, "cpu", **training)
     with pretend_gpu():
+        _trial(card, tmp_path / "first", model, "cuda:0", **training)  # the next one finds what it left
         there, found = _trial(card, tmp_path / "there", model, "cuda:0", **training)
     _same(there, here)
     assert found.confusion == expected.confusion

@@ -12,9 +12,10 @@ from hpo.spec.models import CnnSpec, ConvnetSpec
 from hpo.spec.study import DataSpec, Setup, SplitSpec
 from hpo.spec.training import AugmentSpec, OptimizerSpec
 from hpo.training.optimizers import OPTIMIZERS
-from hpo.training.stack import Stack, Stacks, why_slower_stacked
+from hpo.training.stack import Stack, Stacks
 from hpo.training.stack_layers import key_of
 from hpo.training.stack_nets import StackedNets
+from hpo.training.stack_speed import why_slower_stacked
 from hpo.training.trial import TrialPlan, build
 from side_by_side import agree, alone, stacked, training
 
@@ -201,7 +202,7 @@ def test_convolutions_are_measured_once_for_a_process_and_stay_alone_where_that_
 
 def test_why_convolutions_stay_alone_names_what_was_measured(few, monkeypatch):
     seconds = {1: 1e-3, 4: 2e-3}
-    monkeypatch.setattr("hpo.training.stack.step_seconds", lambda *_, together, **__: seconds[together])
+    monkeypatch.setattr("hpo.training.stack_speed.step_seconds", lambda *_, together, **__: seconds[together])
     assert why_slower_stacked(_net(0), few, training()) == "side by side it is 0.50 times as fast as alone here"
     seconds[4] = 5e-4
     assert why_slower_stacked(_net(0), few, training()) == ""

@@ -12,9 +12,10 @@ from hpo.spec.models import MlpSpec, ResnetSpec
 from hpo.spec.training import AugmentSpec, OptimizerSpec, ScheduleSpec
 from hpo.training.loop import train
 from hpo.training.optimizers import OPTIMIZERS
-from hpo.training.stack import Stack, Stacks, alongside, step_seconds
+from hpo.training.stack import Stack, Stacks, alongside
 from hpo.training.stack_layers import BrokenStackError, UnstackableError, key_of
 from hpo.training.stack_nets import StackedNets
+from hpo.training.stack_speed import step_seconds
 from side_by_side import agree, alone, stacked, training
 
 
