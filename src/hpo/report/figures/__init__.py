@@ -67,6 +67,7 @@ def placed_figure(
     """
     figure = new_figure(width, height)
     figure.set_layout_engine("none")
+    figure.set_size_inches(width, height)  # the caller has seen to phones
     places = [(left / width, low / height, wide / width, high / height) for left, low, wide, high in boxes]
     return figure, [figure.add_axes(place) for place in places]
 

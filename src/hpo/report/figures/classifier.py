@@ -213,7 +213,7 @@ def class_accuracy_figure(confusion: Sequence[Sequence[int]], class_names: Seque
     order = sorted(
         range(len(class_names)), key=lambda label: (-hits[label] / max(supports[label], 1), class_names[label])
     )
-    names = short_names([class_names[label] for label in order], 40)
+    names = short_names([class_names[label] for label in order], 24 if is_narrow() else 40)
     recalls = hits[order] / np.maximum(supports[order], 1)
     accuracy = float(hits.sum() / max(supports.sum(), 1))
     left, high, wide = 0.2 + name_inches(names), 0.27 * len(order), 2.0 if is_narrow() else 4.0

@@ -26,8 +26,8 @@ class Score:
 
 def scores_figure(scores: Sequence[Score], *, score: str) -> Figure:
     """Scores of one kind as points with their intervals, one below the other: own ones in colour."""
-    names = short_names([each.name for each in scores], 30 if is_narrow() else 48)
-    left, high, wide = 0.2 + name_inches(names), 0.32 * len(scores), 2.6 if is_narrow() else 4.6
+    names = short_names([each.name for each in scores], 26 if is_narrow() else 48)
+    left, high, wide = 0.2 + name_inches(names), 0.32 * len(scores), 2.0 if is_narrow() else 4.6
     figure, (panel,) = placed_figure(left + wide + 0.7, 0.65 + high, [(left, 0.5, wide, high)])
     for row, each in enumerate(scores):
         colour = RED if each.own else GREY

@@ -94,8 +94,8 @@ def effects(study: StudyResult, *, score: str = "", columns: int = 3) -> Figure 
 def _draw_effect(panel: Axes, rows: Sequence[_Row], *, numeric: bool, maximize: bool, most: float) -> None:
     means = np.array([row.mean for row in rows])
     many = [place for place, row in enumerate(rows) if len(row.values) >= _FEW]
+    bars = [float(rows[place].values.std(ddof=1)) for place in many]
     if many:
-        bars = [float(rows[place].values.std(ddof=1)) for place in many]
         panel.errorbar(many, means[many], bars, color=BLUE, fmt="o", markersize=5, linewidth=1, capsize=4)
     few = [(place, row) for place, row in enumerate(rows) if place not in many]
     x = np.array([place for place, row in few for _ in row.values], dtype=float)
@@ -110,7 +110,8 @@ def _draw_effect(panel: Axes, rows: Sequence[_Row], *, numeric: bool, maximize: 
         panel.text(place, 0.99, f"n={row.count}", transform=foot, fontsize=6.5, color=GREY, ha="center", va="top")
     _name_ticks(panel, [row.text for row in rows])
     panel.set_xlim(-0.5, len(rows) - 0.5)
-    low, high = fit_y(panel, np.concatenate([row.values for row in rows]), most=most, margin=0.15)
+    ends = [means[place] + sign * bar for place, bar in zip(many, bars, strict=True) for sign in (-1, 1)]
+    low, high = fit_y(panel, np.concatenate([*(row.values for row in rows), ends]), most=most, margin=0.15)
     mark_outside(panel, x, y)
     if numeric:
         inside = np.where((means >= low) & (means <= high), means, np.nan)
