@@ -7,16 +7,15 @@ training, its end, promote, export, import, or a run after a move. SIGKILL hits 
 models, the main process, or the whole group; then the same is done again until it ends, and judged by plain Optuna,
 plain MLflow and sqlite3. A process with all libraries forks each life, whose own fork server is forked too: a life
 costs seconds instead of tens. A seed gives the same scenarios, victims and moments; where in the code a moment falls
-depends on the machine.
+depends on the machine. Lives, judges and that process itself, should they hang, are ended with the stacks of their
+processes printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import math
-import multiprocessing
 import os
 import random
 import shutil
@@ -25,21 +24,19 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from agreement import Findings, Seen, judge
-from lives import Child
+from lives import LONGEST, Child, Job
 
 TRIALS = 4
 TARGETS = ("main", "all", "worker", "helper")
 PHASES = ("start", "training", "end", "promote", "export", "import", "move")
 MANY = 10  # findings after which it ends
-_SUBREAPER = 36  # of prctl: orphans of a life become our children, and are not left to whoever is process 1
 
 
 @dataclass
@@ -95,10 +92,10 @@ def write_study(folder: Path, *, final: bool) -> Path:
     return path
 
 
-def _run(folder: Path, *, trials: int = TRIALS, workers: int = 1) -> Callable[[Any], None]:
+def _run(folder: Path, *, trials: int = TRIALS, workers: int = 1) -> Job:
     """The life of an `hpo run`."""
 
-    def job(say: Callable[[dict[str, Any]], None]) -> None:
+    def job(say: Any) -> None:
         from hpo.events import StudyOpened, TrialEnded
         from hpo.execute.run_study import run_study
         from hpo.spec.load import load_study
@@ -141,28 +138,57 @@ def _tree(*folders: Path) -> dict[str, tuple[int, int, int]]:
     return {str(path): ((facts := path.lstat()).st_mtime_ns, facts.st_size, facts.st_ino) for path in paths}
 
 
+class Ended(Exception):  # noqa: N818 - no error
+    """No time is left, or too much was found."""
+
+
 class Torment:
-    """A scratch folder with what scenarios begin with: homes without a trial, half done, and done, each twice."""
+    """A scratch folder with what scenarios begin with: homes without a trial, half done, and done; what was found."""
 
-    def __init__(self, scratch: Path) -> None:
-        self.scratch, self.tally = scratch, Tally()
-        self.templates = scratch / "templates"
+    def __init__(
+        self, scratch: Path, *, say: Any = lambda _: None, longest: float = LONGEST, seconds: float = math.inf
+    ) -> None:
+        self.scratch, self.tally, self._told = scratch, Tally(), 0
+        self._say, self._longest, self._until = say, longest, time.monotonic() + seconds
+        self.templates, self._before = scratch / "templates", _tree()
         self.longest: dict[str, float] = {}  # phase -> seconds, of lives that were not killed
-        for final in (False, True):
-            for stage, trials in (("start", 0), ("half", TRIALS // 2), ("done", TRIALS)):
-                folder = self.templates / f"{stage}{final:d}"
-                folder.mkdir(parents=True)
-                write_study(folder, final=final)
-                if trials:
-                    self._last(folder, _run(folder, trials=trials), "end" if stage == "done" else "training")
-            _, archive = folder, self.templates / f"study{final:d}.zip"
-            self._last(folder, lambda _, folder=folder: _export(folder), "export")
-            shutil.move(folder / "new.zip", archive)
-        self.templates_before = _tree(self.templates)
 
-    def _last(self, folder: Path, job: Any, phase: str) -> Child:
+    def _template(self, stage: str, *, final: bool) -> Path:
+        """The home that scenarios copy, or take the archive of; made when it is first asked for."""
+        folder, found = self.templates / f"{stage}{final:d}", len(self.tally.findings.sentences)
+        if folder.exists():
+            return folder
+        if stage == "archive":
+            shutil.copytree(self._template("done", final=final), folder, symlinks=True)
+            self._last(folder, lambda _: _export(folder), "export")
+        else:
+            folder.mkdir(parents=True)
+            write_study(folder, final=final)
+        if stage == "half":
+            self._last(folder, _run(folder, trials=TRIALS // 2), "training")
+        if stage == "done":
+            self._last(folder, _run(folder), "end")
+        if len(self.tally.findings.sentences) > found:
+            raise Ended  # nothing can begin with this
+        self._before |= _tree(folder)
+        return folder
+
+    def tell(self) -> None:
+        """Print what was found since the last call."""
+        for sentence in self.tally.findings.sentences[self._told :]:
+            print(f"  {sentence}", flush=True)
+        self._told = len(self.tally.findings.sentences)
+
+    def _begin(self, folder: Path, job: Job, log: str = "log") -> Child:
+        self.tell()
+        if time.monotonic() > self._until or len(self.tally.findings.sentences) > MANY:
+            raise Ended
+        self._say({"event": "life"})
+        return Child(job, folder / log, folder, longest=self._longest)
+
+    def _last(self, folder: Path, job: Job, phase: str) -> Child:
         """A life that nobody kills."""
-        life = Child(job, folder / "log", folder)
+        life = self._begin(folder, job)
         self.tally.lives += 1
         opened = life.began
         if phase in ("start", "training", "end", "move"):
@@ -171,59 +197,71 @@ class Torment:
             self.longest["start"] = max(self.longest.get("start", 0.0), opened - life.began)
             life.wait_for(lambda _: life.ended_trials >= TRIALS)
             opened = time.monotonic()
-        code = life.join()
+        self._join(life, folder, phase)
         took = time.monotonic() - (life.began if phase == "move" else opened)
         self.longest[phase] = max(self.longest.get(phase, 0.0), took)
         said = (folder / "log").read_text()
-        if code or "Traceback" in said or "locked" in said or life.left:
-            self._wrong(f"{folder} ({phase}): exit code {code}, processes left {life.left}: {said[-4000:]}")
+        if "Traceback" in said or "locked" in said:
+            self._wrong(f"{folder} ({phase}): {said[-4000:]}")
         return life
+
+    def _join(self, life: Child, folder: Path, what: str, *codes: int) -> None:
+        """It is to end with 0, or one of these exit codes, and to leave no process."""
+        code = life.join()
+        if life.hung or life.left or code not in (0, *codes):
+            said = life.log.read_text() if life.log else ""
+            said = said[said.find("It hangs, after ") :] if life.hung else said[-4000:]
+            self._wrong(f"{folder} ({what}): exit code {code}, processes left {life.left}: {said}")
 
     def _wrong(self, sentence: str) -> None:
         self.tally.findings.add("runs that ended badly", sentence)
 
     def scenario(self, number: int, phase: str, target: str, chance: random.Random) -> None:
         """Some lives of one phase, killed, then one to its end, then the judges."""
-        template = {"start": "start", "training": "half", "end": "half", "move": "half"}.get(phase, "done")
-        final = chance.random() < 0.5
+        stage = {"start": "start", "training": "half", "end": "half", "move": "half", "import": "archive"}
+        template = self._template(stage.get(phase, "done"), final=chance.random() < 0.5)
         folder = self.scratch / f"scenario{number}"
         if phase == "import":
             folder.mkdir()
-            shutil.copy(self.templates / f"study{final:d}.zip", folder / "study.zip")
+            shutil.copy(template / "new.zip", folder / "study.zip")
         else:
-            shutil.copytree(self.templates / f"{template}{final:d}", folder, symlinks=True)
+            shutil.copytree(template, folder, symlinks=True)
         seen: Seen = {}
-        self.tally.scenarios += 1
         for _ in range(chance.choice([1, 2, 3])):
             if phase == "move":
                 folder = folder.rename(f"{folder}m")
-            job = self._job(phase, folder, workers=chance.choice([1, 1, 2]))
-            life = Child(job, folder / "log", folder)
+            life = self._begin(folder, self._job(phase, folder, workers=chance.choice([1, 1, 2])))
             self.tally.lives += 1
             for _ in range(1 if target in ("main", "all") else chance.randint(1, 3)):
                 if not (hit := self._strike(life, phase, target, chance)):
                     break
                 self.tally.kills[hit, phase] += 1
-            code = life.join()
+            self._join(life, folder, phase, -signal.SIGKILL)
             seen |= life.results
-            if code not in (0, -signal.SIGKILL) or life.left or life.hung:
-                self._wrong(f"{folder} ({phase}): {code}, left {life.left}: {(folder / 'log').read_text()[-4000:]}")
         life = self._last(folder, self._job(phase, folder, workers=1), phase)
         seen |= life.results
-        self._judged(folder, phase, seen)
-
-    def _judged(self, folder: Path, phase: str, seen: Seen) -> None:
-        wrong = len(self.tally.findings.sentences)
-        with multiprocessing.get_context("fork").Pool(1) as pool:  # no database stays open in who forks the lives
-            found = pool.apply_async(judge, (folder, phase, seen, TRIALS)).get(300)
-        self.tally.findings.merge(found)
-        changed = _tree(self.templates).items() ^ self.templates_before.items()
+        found = len(self.tally.findings.sentences)
+        self.judged(folder, phase, seen)
+        changed = _tree(*self.templates.iterdir()).items() ^ self._before.items()
         if changed:
             self.tally.findings.add("files outside touched", f"{folder} ({phase}): {sorted(changed)[:4]}")
-        if len(self.tally.findings.sentences) == wrong:
+        if len(self.tally.findings.sentences) == found:
             shutil.rmtree(folder)
+        self.tally.scenarios += 1
 
-    def _job(self, phase: str, folder: Path, *, workers: int) -> Any:
+    def judged(self, folder: Path, phase: str, seen: Seen) -> None:
+        """Judge in a process of its own: no database stays open in the one that forks the lives."""
+
+        def job(say: Any) -> None:
+            say({"event": "judged", "found": asdict(judge(folder, phase, seen, TRIALS))})
+
+        judging = self._begin(folder, job, "judge.log")
+        self._join(judging, folder, f"judge of {phase}")
+        if judging.said:
+            found = judging.said["found"]
+            self.tally.findings.merge(Findings(**found | {"wrong": Counter(found["wrong"])}))
+
+    def _job(self, phase: str, folder: Path, *, workers: int) -> Job:
         plain = {"promote": _promote, "export": _export, "import": _import}.get(phase)
         return (lambda _: plain(folder)) if plain else _run(folder, workers=workers)
 
@@ -240,30 +278,17 @@ class Torment:
         return life.kill(target, chance)
 
 
-@contextlib.contextmanager
-def tormentor(cache: Path | None = None) -> Iterator[Torment]:
-    """A torment, in this process: it imports all that lives need, once, and adopts their orphans."""
-    ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
-    with tempfile.TemporaryDirectory(prefix="hpo-faults-") as scratch, _environment(Path(scratch), cache):
-        _import_all(Path(scratch))
-        yield Torment(Path(scratch))
-
-
-@contextlib.contextmanager
-def _environment(scratch: Path, cache: Path | None) -> Iterator[None]:
-    before = dict(os.environ)
+def _clean_environment(scratch: Path) -> None:
     for name in ("HPO_HOME", "HPO_STORAGE", "MLFLOW_TRACKING_URI"):
         os.environ.pop(name, None)
-    os.environ |= {"HPO_DATA": str(cache or scratch / "cache"), "OMP_NUM_THREADS": "1", "HOME": str(scratch)}
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    os.environ |= {"HPO_DATA": str(scratch / "cache"), "OMP_NUM_THREADS": "1", "HOME": str(scratch)}
 
 
 def _import_all(scratch: Path) -> None:
     """Import, and use once, what takes seconds at its first use in a process."""
+    from hpo.tracking.store import load_mlflow
+
+    load_mlflow()  # before MLflow is imported: without telemetry, whose thread would be there when this process forks
     import matplotlib.font_manager  # noqa: F401
     import mlflow.pyfunc  # noqa: F401
     import sklearn.datasets
@@ -281,9 +306,7 @@ def _import_all(scratch: Path) -> None:
     import hpo.search.lifecycle
     import hpo.search.results
     import hpo.training.trial  # noqa: F401
-    from hpo.tracking.store import load_mlflow
 
-    load_mlflow()
     torch.set_num_threads(1)
     example = (torch.zeros(2, 4),)
     program = torch.export.export(torch.nn.Linear(4, 2).eval(), example, dynamic_shapes=({0: torch.export.Dim("n")},))
@@ -291,27 +314,28 @@ def _import_all(scratch: Path) -> None:
     (scratch / "first.pt2").unlink()
 
 
-def run(kills: int, *, seed: int, seconds: float = float("inf"), report: bool = True) -> Tally:
-    """Scenarios of all phases and targets in turn, until there were so many kills, or seconds have passed."""
-    began = time.monotonic()
-    with tormentor() as torment:
-        tally = torment.tally
-        for number in range(10 * kills):
-            if tally.total >= kills or time.monotonic() - began > seconds or len(tally.findings.sentences) > MANY:
-                break
-            phase, target = PHASES[number % len(PHASES)], TARGETS[number // len(PHASES) % len(TARGETS)]
-            told = len(tally.findings.sentences)
-            chance = random.Random(f"{seed}/{number}")  # noqa: S311 - nothing secret
-            torment.scenario(number, phase, target, chance)
-            if report:
-                wrong = sum(tally.findings.wrong.values())
-                print(
-                    f"{time.monotonic() - began:6.0f} s: {phase}, {target}: {tally.total} kills, {wrong} wrong",
-                    flush=True,
-                )
-                for sentence in tally.findings.sentences[told:]:
-                    print(f"  {sentence}", flush=True)
-    return tally
+def run(torment: Torment, kills: int, *, seed: int) -> None:
+    """Scenarios of all phases and targets in turn, until there were so many kills, or the torment has Ended."""
+    began, tally = time.monotonic(), torment.tally
+    for number in range(10 * kills):
+        if tally.total >= kills:
+            break
+        phase, target = PHASES[number % len(PHASES)], TARGETS[number // len(PHASES) % len(TARGETS)]
+        chance = random.Random(f"{seed}/{number}")  # noqa: S311 - nothing secret
+        torment.scenario(number, phase, target, chance)
+        wrong = sum(tally.findings.wrong.values())
+        print(f"{time.monotonic() - began:6.0f} s: {phase}, {target}: {tally.total} kills, {wrong} wrong", flush=True)
+
+
+def watched(job: Job, scratch: Path, *, longest: float) -> int:
+    """The exit code of a job that says something at least every so many seconds; of one that does not, all is killed.
+
+    Before, it prints the processes and the stacks of their threads.
+    """
+    life = Child(job, None, scratch, longest=longest)
+    while life.wait_for(lambda _: True):
+        life.until = time.monotonic() + longest
+    return life.join()
 
 
 def main() -> None:
@@ -321,9 +345,21 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="end after that time")
     options = parser.parse_args()
-    tally = run(options.kills, seed=options.seed, seconds=options.seconds)
-    print(tally.table())
-    sys.exit(bool(tally.findings.sentences) or (tally.total < options.kills and math.isinf(options.seconds)))
+    with tempfile.TemporaryDirectory(prefix="hpo-faults-") as scratch:
+
+        def job(say: Any) -> int:
+            _clean_environment(Path(scratch))
+            torment = Torment(Path(scratch), say=say, seconds=options.seconds)
+            tally = torment.tally
+            with contextlib.suppress(Ended):
+                _import_all(Path(scratch))
+                run(torment, options.kills, seed=options.seed)
+            torment.tell()
+            print(tally.table())
+            short = tally.total < options.kills and math.isinf(options.seconds)
+            return bool(tally.findings.sentences) or short or not tally.scenarios
+
+        sys.exit(watched(job, Path(scratch), longest=LONGEST + 100))
 
 
 if __name__ == "__main__":
