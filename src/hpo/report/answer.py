@@ -91,7 +91,7 @@ def best_reference(findings: Findings, score: str) -> Reference | None:
 def compared(findings: Findings, intervals: Mapping[str, Interval]) -> Iterator[Score]:
     """The shown model's scores of the main metric, then the published ones."""
     metric, scores = main_metric(findings), own_scores(findings)
-    for part, words in (("test", "this study, test images"), ("valid", "this study, validation images")):
+    for part, words in (("test", "this study (test)"), ("valid", "this study (validation)")):
         score = f"{part}_{metric}"
         if score in scores:
             interval = intervals.get(score)

@@ -117,6 +117,7 @@ def test_the_table_of_trials_is_sorted_by_the_column_that_is_clicked(see: Any, c
     values = [float(value) for value in column("validation accuracy") if value]
     assert values == sorted(values, reverse=True)
     assert not any(column("validation accuracy")[len(values) :])  # those without a value are last
+    assert "▼" in page.evaluate("getComputedStyle(document.querySelector('[aria-sort] button'), '::after').content")
     head.click()
     assert [float(value) for value in column("validation accuracy") if value] == sorted(values)
     page.locator(".sortable th", has_text="activation").locator("button").click()
