@@ -46,7 +46,8 @@ details { margin: .75rem 0; }
 summary { cursor: pointer; }
 .answer { font-size: 1.12rem; }
 .tall { max-height: 34rem; overflow: auto; } .tall table { font-size: .84rem; }
-.tall th, .tall td { padding-right: .7rem; } .tall th { white-space: normal; vertical-align: bottom; position: sticky; top: 0; background: var(--paper); }
+.tall th, .tall td { padding-right: .7rem; }
+.tall th { white-space: normal; vertical-align: bottom; position: sticky; top: 0; background: var(--paper); }
 .sortable th button { all: unset; cursor: pointer; }
 .sortable th button:focus-visible { outline: 2px solid var(--link); }
 .sortable th[aria-sort=ascending] button::after { content: " ▲"; }
