@@ -171,7 +171,7 @@ def archive(stage: Stage, change: Callable[[dict[str, bytes]], None], *, honest:
     """The exported study after a change of its members; honest: with a manifest that agrees."""
     file = stage.home / "s.zip"
     if not file.exists():
-        stage.hpo("export", "s", "--output", file)
+        stage.hpo("export", "s", "--out", file)
     with zipfile.ZipFile(file) as old:
         members = {name: old.read(name) for name in old.namelist()}
     change(members)

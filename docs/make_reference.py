@@ -1,4 +1,4 @@
-"""Write docs/reference.md, every key of a study file, from the schema: python docs/make_reference.py."""
+"""Write docs/reference.md and src/hpo/spec/places.txt, every key of a study file: python docs/make_reference.py."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hpo.spec.files import PLACES
 from hpo.spec.schema import study_schema
 from hpo.spec.space import MOST
 
@@ -44,6 +45,21 @@ def _headings(node: Node, place: str, parts: Node, seen: dict[str, str]) -> Iter
         yield from _headings(part, place, parts, seen)
     for key, value in node.get("properties", {}).items():
         yield from _headings(value, f"{place}.{key}".removeprefix("."), parts, seen)
+
+
+def places() -> str:
+    """Every place of a study file, one a line: what --set takes, and what a misspelt key is compared with."""
+    schema = study_schema()
+    return "".join(f"{place}\n" for place in sorted(set(_places(schema, "", schema["$defs"], ()))))
+
+
+def _places(node: Node, above: str, parts: Node, around: tuple[str, ...]) -> Iterator[str]:
+    for name in _references(node):
+        if name not in around:  # a fusion is made of models
+            yield from _places(parts[name], above, parts, (*around, name))
+    for key, value in node.get("properties", {}).items():
+        yield (place := f"{above}.{key}".removeprefix("."))
+        yield from _places(value, place, parts, around)
 
 
 def _references(node: Node) -> list[str]:
@@ -124,3 +140,4 @@ def _link(heading: str) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(reference(), encoding="utf-8")
+    PLACES.write_text(places(), encoding="utf-8")

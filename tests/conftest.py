@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -11,6 +12,9 @@ import pytest
 
 from postgres import Server, binaries, server
 from shared import shared
+
+# Of `uv run pytest`: hpo would name its commands as those of a terminal in which `uv run` started it.
+os.environ.pop("UV_RUN_RECURSION_DEPTH", None)
 
 # The files that take longest, in order: begun first, so that no worker is left with one at the end.
 LONGEST = ("test_main_job.py", "test_promote.py", "test_report.py", "test_rerun.py", "test_compare.py")

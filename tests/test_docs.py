@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -15,12 +17,14 @@ import pytest
 import typer
 import yaml
 
+from hpo import distribution
 from hpo.cli.app import SECTIONS, app, load_command
-from hpo.spec.load import StudyLoader, load_study, study_files
+from hpo.spec.files import places, study_files
+from hpo.spec.load import StudyLoader, load_study
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")), *sorted(DOCS.glob("*.md"))]
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # What a snippet of a study file leaves out.
 _REST = {
@@ -57,7 +61,7 @@ def test_site_builds_strictly_links_nowhere_wrong_and_fetches_nothing(tmp_path):
     done = subprocess.run([*command, str(DOCS), str(site)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     pages = {path: _Page(path) for path in site.rglob("*.html")}
-    assert len(pages) >= len(PAGES) - 1
+    assert len(pages) >= len(PAGES) - 3
     for path, page in pages.items():
         for link in [*page.links, *page.fetched]:
             parts = urlsplit(link)
@@ -74,8 +78,9 @@ def test_site_builds_strictly_links_nowhere_wrong_and_fetches_nothing(tmp_path):
 
 
 def test_reference_is_what_the_schema_says():
-    made = runpy.run_path(str(DOCS / "make_reference.py"))["reference"]()
-    assert made == (DOCS / "reference.md").read_text(encoding="utf-8"), "run: python docs/make_reference.py"
+    made = runpy.run_path(str(DOCS / "make_reference.py"))
+    assert made["reference"]() == (DOCS / "reference.md").read_text(encoding="utf-8"), "run: docs/make_reference.py"
+    assert made["places"]().split() == places(), "run: python docs/make_reference.py"
 
 
 def _commands(page: Path) -> list[str]:
@@ -114,6 +119,7 @@ def test_every_example_of_help_parses(program):
 
 def _parse(lines, program, known, place):
     for line in lines:
+        assert "--install-completion" not in line, f"{place}: parsing it would change the shell of this machine"
         words = shlex.split(re.split(r"\s#|\s[|>]|&&", line)[0])[1:]
         # A number may stand as N.
         words = ["1" if word == "N" else word for word in words]
@@ -132,6 +138,36 @@ def _parse(lines, program, known, place):
             continue
         if name in ("run", "check", "show", "preview") and study and not study.endswith((".yaml", ".yml")):
             assert study in known, f"{place}: {line}: there is no such study"
+
+
+def test_the_image_copies_what_there_is_and_its_commands_parse(program):
+    """No builder of images is needed to see that."""
+    text = (ROOT / "Containerfile").read_text(encoding="utf-8")
+    copied = [name for line in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE) for name in line.split()]
+    assert {"pyproject.toml", "src", "studies"} <= set(copied)
+    for name in copied:
+        assert (ROOT / name).exists(), name
+        assert f"!{name}\n" in (ROOT / ".containerignore").read_text(encoding="utf-8"), name
+    assert (ROOT / ".containerignore").read_bytes() == (ROOT / ".dockerignore").read_bytes()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needed = [project["readme"], *project["license-files"], "constraints.txt"]
+    assert set(needed) <= set(copied)
+    (extras,) = re.findall(r'"\.\[([\w,]+)\]"', text)
+    assert set(extras.split(",")) <= set(project["optional-dependencies"])
+    (python,) = re.findall(r"^FROM python:(3\.\d+)-slim$", text, re.MULTILINE)
+    assert f"Programming Language :: Python :: {python}" in project["classifiers"]
+    commands = re.findall(r"registry\.example/hpo:1 (hpo .+)$", text, re.MULTILINE)
+    assert len(commands) == 2
+    (default,) = map(json.loads, re.findall(r"^CMD (.+)$", text, re.MULTILINE))
+    _parse([*commands, " ".join(default)], program, set(), "Containerfile")
+
+
+def test_the_citation_has_the_version_and_the_licence():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert cited["version"] == distribution.VERSION
+    assert cited["title"].startswith(distribution.NAME)
+    assert {"cff-version", "message", "title", "authors", "license"} <= set(cited)
+    assert f"## {distribution.VERSION}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -16,7 +16,8 @@ from torchvision import models
 from hpo.execute.run_study import run_study
 from hpo.jobs.promote import promote
 from hpo.records import FINAL, TrialState
-from hpo.spec.load import load_study, study_files
+from hpo.spec.files import study_files
+from hpo.spec.load import load_study
 from hpo.spec.models import FusionSpec, TimmSpec, TorchvisionSpec
 from hpo.spec.study import StudySpec
 

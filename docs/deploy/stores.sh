@@ -5,7 +5,7 @@
 #   bash stores.sh status FOLDER
 #   bash stores.sh stop FOLDER
 #
-# Needs PostgreSQL (Debian: apt-get install postgresql) and mlflow with psycopg (pip install "hpo[postgres]").
+# Needs PostgreSQL (Debian: apt-get install postgresql) and mlflow with psycopg (pip install "hpo-studies[postgres]").
 # For artifacts in a bucket boto3, too.
 # HPO_HOST is the name or address that other machines reach this one by (default: only this machine does);
 # HPO_PGPORT (5432) and HPO_MLFLOW_PORT (5000) are the ports, HPO_MLFLOW_WORKERS (2) MLflow's processes; HPO_ARTIFACTS is
@@ -25,7 +25,7 @@ data=$folder/postgres password=$folder/password pid=$folder/mlflow.pid
 bin=$(dirname "$(command -v initdb || ls -d /usr/lib/postgresql/*/bin/initdb 2>/dev/null | sort -V | tail -1 || true)")
 [ -x "$bin/initdb" ] || { echo "PostgreSQL is not installed: apt-get install postgresql" >&2; exit 1; }
 command -v mlflow >/dev/null || [ "$action" != start ] || {
-  echo "mlflow is not in PATH: source .venv/bin/activate, or pip install 'hpo[postgres]'" >&2; exit 1
+  echo "mlflow is not in PATH: source .venv/bin/activate, or pip install 'hpo-studies[postgres]'" >&2; exit 1
 }
 pg() { # PostgreSQL refuses to run as root
   if [ "$(id -u)" = 0 ]; then (cd / && runuser -u postgres -- "$bin/$@"); else "$bin/$@"; fi

@@ -31,9 +31,7 @@ _ROOMS = {
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version
-
-        return version("hpo")
+        return importlib.import_module("hpo.distribution").VERSION
     if name in _ROOMS:
         module, attribute = _ROOMS[name]
         return getattr(importlib.import_module(module), attribute)

@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hpo.distribution import install_command
 from hpo.errors import StoreError, shown_address
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ _HINTS = {
     "malformed": "The file is damaged: restore it from a copy, or move it away.",
     "full": "Free some space on the disk, then run the study again to resume it.",
     "no longer compatible": "It was written by another version of Optuna: hpo store upgrade.",
-    "no module named": 'Install the driver: pip install "hpo[postgres]".',
+    "no module named": f"Install the driver: {install_command('postgres')}.",
     "password": "Give it where libpq finds it: PGPASSWORD, or a line in ~/.pgpass (chmod 600), see docs/cluster.md.",
     "does not exist": "Make it, or correct the address in HPO_STORAGE or hpo.toml.",
     "too many clients": "Put a connection pooler before the server, or raise its max_connections: docs/cluster.md.",

@@ -77,6 +77,11 @@ class Home:
         return self.root / "locks"
 
     @property
+    def reports(self) -> Path:
+        """Pages and pictures that no --out names a place for; the working directory if this home is read-only."""
+        return self.root / "reports" if not self.root.exists() or os.access(self.root, os.W_OK) else Path.cwd()
+
+    @property
     def embedded(self) -> bool:
         """Whether MLflow writes to this folder's own SQLite file."""
         return self.tracking_uri == sqlite_address(self.root / "mlflow.db")

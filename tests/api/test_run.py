@@ -183,3 +183,11 @@ def test_a_mapping_is_checked_as_a_file_is(empty: Path) -> None:
         hpo.load_spec({**STUDY, "data": {"name": "digits"}, "model": {"kind": "mlp", "hiden": 3}})
     with pytest.raises(SpecError, match="names code from outside the working directory"):
         hpo.load_spec({**STUDY, "data": {"name": "json.tool:main"}})
+
+
+def test_a_spec_takes_images_too_and_keeps_what_was_not_given(empty: Path) -> None:
+    spec = hpo.load_spec({**STUDY, "data": {"name": "digits"}}, overrides={"search.objective": "valid_macro_f1"})
+    study = hpo.run_study(spec, data=squares(), trials=1, workers=0)
+    assert study.spec["training"]["monitor"] == "valid_macro_f1"
+    assert study.spec["data"]["name"] == "npz"
+    assert study.trials[0].result is not None

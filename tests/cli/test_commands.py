@@ -19,7 +19,8 @@ from hpo.cli.app import app
 from hpo.jobs.shared.gates import Verdict
 from hpo.options import RunOptions
 from hpo.records import ModelVersion
-from hpo.spec.load import StudyLoader, load_study, study_files
+from hpo.spec.files import study_files
+from hpo.spec.load import StudyLoader, load_study
 from told_study import DATA, SPLIT, ended, opened, study, version, whole_story
 
 runner = CliRunner()
@@ -290,7 +291,7 @@ def test_predict_writes_table_csv_and_json() -> None:
 
 @pytest.mark.usefixtures("predictions")
 def test_predict_into_a_file_prints_nothing(project: Path) -> None:
-    result = runner.invoke(app, ["predict", "digits-mlp", "one.png", "--output", "out.csv"])
+    result = runner.invoke(app, ["predict", "digits-mlp", "one.png", "--out", "out.csv"])
     assert result.stdout == ""
     assert (project / "out.csv").read_text().startswith("file,class,probability")
 

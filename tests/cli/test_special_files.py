@@ -75,7 +75,7 @@ def test_an_hpo_toml_of_megabytes_is_refused(place: Path) -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        "export x --output {}",
+        "export x --out {}",
         "report x --out {}",
         "predict x x.png -o {}",
         "preview digits-mlp -o {}",

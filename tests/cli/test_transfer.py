@@ -56,7 +56,7 @@ def test_export_names_the_command_that_imports_and_that_works(searched: Path) ->
 
 
 def test_both_speak_json(searched: Path) -> None:
-    made = json.loads(_hpo("export", "tiny", "--output", "x.zip", "--json"))
+    made = json.loads(_hpo("export", "tiny", "--out", "x.zip", "--json"))
     assert (made["file"], made["trials"], made["notes"]) == ("x.zip", 2, [])
     came = json.loads(_hpo("import", "x.zip", "--home", "elsewhere", "--json"))
     assert (came["relation"], came["trials"]) == ("absent", 2)

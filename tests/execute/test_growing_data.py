@@ -49,7 +49,7 @@ def test_poor_candidates_are_ended_at_the_rungs_by_short_epochs(project):
 def test_a_trial_of_growing_data_repeats_bit_for_bit(project, state):
     folder, result = project
     number = next(trial.number for trial in result.trials if trial.state is state)
-    again = rerun(f"digits-mlp/{number}", home=folder)
+    again = rerun(f"digits-mlp#{number}", home=folder)
     assert (again.agreement, again.ended_again) == (Agreement.EQUAL, str(state))
 
 

@@ -77,7 +77,7 @@ def test_workers_share_one_gpu_and_a_trial_trained_again_is_the_same(device, tmp
     study = run_study(spec, trials=2 * workers, workers=workers, stack=1, device=device, home=tmp_path)
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 2 * workers
     assert len({trial.worker for trial in study.trials}) == workers
-    assert rerun("digits-mlp/0", home=tmp_path).agreement is not Agreement.DIFFERS
+    assert rerun("digits-mlp#0", home=tmp_path).agreement is not Agreement.DIFFERS
     if device.startswith("cuda"):
         for run in connect(Home.find(tmp_path)).search_runs(["1"], "tags.`hpo.kind` = 'trial'"):
             assert run.data.metrics["system/gpu_0_memory_usage_megabytes"] > 0

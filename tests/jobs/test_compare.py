@@ -134,8 +134,8 @@ def test_names_of_trials_versions_and_aliases_lead_to_their_models(home):
     assert {find_model(home, asked).trial.number for asked in ("ten", f"ten#{best}", "ten/1", "ten@challenger")} == {
         best
     }
-    # A number that no version has is a trial's; a version goes first, as for every other command.
-    assert find_model(home, "ten/0").trial.number == 0
+    with pytest.raises(ModelError, match="no version 0"):  # a slash is for versions, # for trials
+        find_model(home, "ten/0")
     assert find_model(home, f"ten#{other}").version is None
     with pytest.raises(HpoError, match="one model"):
         compare(["ten", "ten/1"])

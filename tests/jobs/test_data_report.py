@@ -64,16 +64,16 @@ def test_the_command_prints_numbers_and_writes_a_page(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     result = runner.invoke(app, ["data", "show", "digits"])
     assert result.exit_code == 0, result.output
-    assert result.output.splitlines()[-1] == "data-digits.html"
+    assert result.output.splitlines()[-1] == "mlruns/reports/data-digits.html"
     assert "1,438" in result.output
-    assert "</html>" in (tmp_path / "data-digits.html").read_text()
+    assert "</html>" in (tmp_path / "mlruns" / "reports" / "data-digits.html").read_text()
     result = runner.invoke(app, ["data", "show", "digits-mlp", "--json", "--out", "pages/x.html"])
     told = json.loads(result.output)
     assert sum(told["counts"]["test"]) == 359
     assert set(told["copies"]) == {"train", "valid", "test"}
     assert (tmp_path / "pages" / "x.html").is_file()
     result = runner.invoke(app, ["data", "show", "digits", "--json"])
-    assert (result.exit_code, len(list(tmp_path.glob("*.html")))) == (0, 1)
+    assert (result.exit_code, len(list(tmp_path.rglob("*.html")))) == (0, 2)
 
 
 def test_looking_at_data_needs_no_torch() -> None:

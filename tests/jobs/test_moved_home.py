@@ -133,7 +133,7 @@ def test_no_command_in_a_copy_touches_the_original(killed: Path, tmp_path: Path)
         "run": lambda: run(copy, trials=3),
         "doctor": lambda: doctor(home=copy, fix=True),
         "promote": lambda: promote("digits-mlp", home=copy, force=True),
-        "rerun": lambda: rerun("digits-mlp/0", home=copy),
+        "rerun": lambda: rerun("digits-mlp#0", home=copy),
         "export": lambda: export_study("digits-mlp", home=copy, file=archive),
         "import": lambda: import_study(archive, home=copy),
         "predict": lambda: load_model("digits-mlp", home=copy),

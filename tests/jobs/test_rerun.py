@@ -62,7 +62,7 @@ def _number(home, state):
 def test_every_end_of_a_trial_repeats_bit_for_bit(home, state):
     before = _stores(home)
     seen = []
-    found = rerun(f"digits-mlp/{_number(home, state)}", home=home, watch=seen.append)
+    found = rerun(f"digits-mlp#{_number(home, state)}", home=home, watch=seen.append)
     assert found.agreement is Agreement.EQUAL
     assert found.difference == 0.0
     assert found.ended == found.ended_again
@@ -91,7 +91,7 @@ def test_a_trial_that_shared_its_computation_repeats_closely(tmp_path, monkeypat
     settings = {"training.epochs": 3, "model.dropout": 0.2, "keep.models": "none", "search.sampler": "random"}
     study = run_study(load_study("digits-mlp", overrides=settings), trials=3, workers=1, stack=3, home=tmp_path)
     assert {trial.result.settings["stack"] for trial in study.trials} == {"shared"}
-    again = rerun(f"digits-mlp/{study.best.number}", home=tmp_path)
+    again = rerun(f"digits-mlp#{study.best.number}", home=tmp_path)
     assert again.agreement in (Agreement.EQUAL, Agreement.CLOSE), str(again)
 
 
@@ -109,7 +109,7 @@ def test_the_command_ends_with_1_where_they_differ(home, monkeypatch):
         yield message
 
     monkeypatch.setattr("hpo.jobs.rerun.train_task", otherwise)
-    asked = ["rerun", f"digits-mlp/{_number(home, TrialState.COMPLETE)}", "--home", str(home)]
+    asked = ["rerun", f"digits-mlp#{_number(home, TrialState.COMPLETE)}", "--home", str(home)]
     told = CliRunner().invoke(app, asked)
     assert told.exit_code == 1, told.output
     assert told.output.count("\nx") == 3
@@ -133,7 +133,7 @@ def test_an_epoch_that_one_training_lacks_differs():
     assert compare_epochs((0, 1), epoch, worse, "valid_accuracy", 10.0).score == "train_loss"
 
 
-@pytest.mark.parametrize("asked", ["digits-mlp", "digits-mlp/", "digits-mlp/99", "nothing/0"])
+@pytest.mark.parametrize("asked", ["digits-mlp", "digits-mlp#", "digits-mlp/0", "digits-mlp#99", "nothing#0"])
 def test_what_is_no_finished_trial_is_one_message(home, asked):
     with pytest.raises((HpoError, StoreError)) as caught:
         rerun(asked, home=home)

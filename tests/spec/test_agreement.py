@@ -13,7 +13,8 @@ import yaml
 from hpo.errors import SpecError
 from hpo.search.stages import distribution
 from hpo.spec.agreement import MOST_CELLS, conflicts
-from hpo.spec.load import load_study, parse_study, study_files
+from hpo.spec.files import study_files
+from hpo.spec.load import load_study, parse_study
 
 STUDY = """
 data: {name: digits}

@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hpo.errors import SpecError
-from hpo.spec.load import dump_study, load_study, study_files
+from hpo.spec.files import study_files
+from hpo.spec.load import dump_study, load_study
 from hpo.spec.study import StudySpec
 
 FILES = sorted(study_files().values())

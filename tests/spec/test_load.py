@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from hpo.errors import SpecError
-from hpo.spec.load import find_study, load_study, study_files
+from hpo.spec.files import find_study, study_files
+from hpo.spec.load import load_study
 
 STUDY = """
 data: {name: digits}

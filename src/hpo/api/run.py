@@ -15,7 +15,7 @@ from hpo.events import Event
 from hpo.execute.run_study import run_study as run
 from hpo.home import Home
 from hpo.options import RunOptions
-from hpo.spec.load import find_study, load_study, read_yaml
+from hpo.spec.load import load_study
 from hpo.spec.study import StudySpec
 
 
@@ -59,13 +59,12 @@ def run_study(
 def _spec(study: Any, data: Any, model: Any, home: Home, *, trust: bool) -> StudySpec:
     if data is None and model is None:
         return study if isinstance(study, StudySpec) else load_study(study, trust=trust)
-    if isinstance(study, StudySpec):
-        # Only what was given: a monitor that follows the objective is not given.
-        tree = study.model_dump(mode="json", exclude_unset=True)
+    if isinstance(study, Mapping):
+        tree = dict(study)
     else:
-        tree = dict(study) if isinstance(study, Mapping) else {**read_yaml(find_study(study))[0]}
-        if not isinstance(study, Mapping):
-            tree.setdefault("name", find_study(study).stem)
+        spec = study if isinstance(study, StudySpec) else load_study(study, trust=trust)
+        # Only what was given: a monitor that follows the objective is not given.
+        tree = spec.model_dump(mode="json", exclude_unset=True)
     name = str(tree.get("name", "study"))
     if data is not None:
         place, has_validation = data_place(data, folder=home.root / "inputs", name=name)

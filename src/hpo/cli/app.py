@@ -1,4 +1,4 @@
-"""The command `hpo`: a table of its commands, each of which is imported when it is used."""
+"""The command `hpo`, whose commands are imported when they are used."""
 
 from __future__ import annotations
 
@@ -8,79 +8,14 @@ import os
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from hpo.cli import output
+from hpo.cli.commands import SECTIONS
 from hpo.cli.options import Command, Debug, write_options
-
-
-class Listed(NamedTuple):
-    """A command of the table: module:function, what it does in a few words, and arguments as an example."""
-
-    place: str
-    words: str
-    example: str
-
-
-# Section -> command, in the order of --help.
-SECTIONS: dict[str, dict[str, Listed]] = {
-    "Search": {
-        "run": Listed(
-            "run:run",
-            "Run a study, or resume it; register its best model.",
-            "digits-mlp --trials 50 --set training.epochs=20",
-        ),
-        "check": Listed("look:check", "Validate a study, try one batch, estimate time and disk.", "digits-mlp"),
-        "stop": Listed("run:stop", "Stop a running study, as Ctrl-C does.", "digits-mlp"),
-        "worker": Listed("cluster:worker", "Train trials of a study on a shared storage.", "digits-mlp"),
-        "begin": Listed("cluster:begin", "Begin a study that only workers will train.", "digits-mlp --trials 200"),
-        "manifest": Listed(
-            "cluster:manifest",
-            "Print a Kubernetes Job of workers.",
-            "digits-mlp --image registry.example/hpo:1",
-        ),
-    },
-    "Look": {
-        "ui": Listed("look:ui", "Open MLflow's pages on a study's trials, best first.", "digits-mlp"),
-        "status": Listed("run:status", "Show the progress of every study.", ""),
-        "trials": Listed("look:trials", "List the trials of a study.", "digits-mlp --top 5"),
-        "report": Listed(
-            "report:report",
-            "Write a page on a study: result, figures, mistakes, cost.",
-            "digits-mlp -o report.html",
-        ),
-        "compare": Listed("use:compare", "Compare models on the same images.", "digits-mlp digits-cnn"),
-        "rerun": Listed("run:rerun", "Train a trial again, and compare epoch by epoch.", "digits-mlp/3"),
-        "studies": Listed("look:studies", "List the studies that can be run.", ""),
-        "show": Listed("look:show", "Print a study with its defaults.", "digits-mlp"),
-        "schema": Listed("look:schema", "Print the JSON Schema of a study file.", "> study.schema.json"),
-        "preview": Listed(
-            "look:preview",
-            "Draw images as a study's augmentation changes them.",
-            "cifar10-v3 -o augmented.png",
-        ),
-        "data": Listed("report:app", "Explore a data set.", "show digits"),
-    },
-    "Use": {
-        "promote": Listed("use:promote", "Judge a study's best model, and make it the champion.", "digits-mlp"),
-        "evaluate": Listed("use:evaluate", "Measure models on the sealed test part.", "digits-mlp"),
-        "models": Listed("use:models", "List the registered models.", "digits-mlp"),
-        "predict": Listed("use:predict", "Classify image files.", "digits-mlp photo.png --format csv"),
-        "explain": Listed("report:explain", "Highlight the pixels that speak for a class.", "digits-mlp photo.png"),
-    },
-    "Keep in order": {
-        "doctor": Listed("store:doctor", "Find what is wrong in the stores, and repair it.", "--fix"),
-        "clean": Listed("store:clean", "Free disk space.", "digits-mlp --keep-models best:3"),
-        "export": Listed(
-            "store:export", "Write a study, its runs and models, to one file.", "digits-mlp -o digits.zip"
-        ),
-        "import": Listed("store:import_", "Read an exported study.", "digits.zip"),
-        "store": Listed("store:app", "Show or upgrade the stores.", "status"),
-    },
-}
 
 
 class Commands(TyperGroup):

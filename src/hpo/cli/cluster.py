@@ -29,7 +29,6 @@ from hpo.cli.options import (
     home_flag,
     study_name,
 )
-from hpo.errors import clean
 from hpo.events import Event, Notice
 from hpo.options import RunOptions
 
@@ -60,7 +59,7 @@ def run_slurm(spec: StudySpec, options: RunOptions, watcher: Watcher, *, as_json
     if as_json:
         output.print_json({"event": "submitted", **output.plain(done)}, indent=None)
     else:
-        output.print_text(f"Look: hpo status {done.study}{home}; end it: hpo stop {done.study}{home}")
+        output.print_message(f"Look: hpo status {done.study}{home}; end it: hpo stop {done.study}{home}")
     return 0
 
 
@@ -91,18 +90,20 @@ def begin(
             {"study": title, "budget": opened.budget, "finished": opened.finished, "data": opened.data.digest}
         )
         return
-    output.print_text(f"{title} has begun: {opened.finished} of {opened.budget} trials are done.")
-    output.print_text(f"Join it on any machine that reaches the storage: hpo worker {spec.name}")
+    output.print_message(f"{title} has begun: {opened.finished} of {opened.budget} trials are done.")
+    output.print_message(f"Join it on any machine that reaches the storage: hpo worker {spec.name}")
 
 
 def _print_notice(event: Event) -> None:
     if isinstance(event, Notice) and not event.total:
-        typer.echo(clean(event.text), err=True)
+        output.print_progress(event.text)
 
 
 def manifest(
     study: Study,
-    image: Annotated[str, typer.Option("--image", metavar="IMAGE", help="Container image with hpo[postgres] in it.")],
+    image: Annotated[
+        str, typer.Option("--image", metavar="IMAGE", help="Container image of the workers: Containerfile.")
+    ],
     workers: Annotated[int, typer.Option(metavar="N", min=1, help="Pods.")] = 4,
     cpus: Annotated[int, typer.Option(metavar="N", min=1, help="Cores of each, and workers without a GPU.")] = 4,
     memory: Annotated[str, typer.Option(metavar="SIZE", help="Memory of each.")] = "8Gi",
@@ -125,7 +126,7 @@ def manifest(
 
 
 def worker(
-    study: Annotated[str, typer.Argument(help="The name of a study that has begun.", show_default=False)],
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="A study that has begun.", show_default=False)],
     workers: Workers = None,
     stack: StackSize = None,
     device: DeviceName = "auto",

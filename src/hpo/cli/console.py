@@ -12,6 +12,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from hpo.cli.silence import break_silence
 from hpo.errors import clean
 
 
@@ -25,6 +26,7 @@ class _Console(Console):
 
 def make_console(*, stderr: bool = False) -> Console:
     """A rich console for stdout or stderr: no ANSI with NO_COLOR or without a terminal, no cut lines in a pipe."""
+    break_silence()
     stream = sys.stderr if stderr else sys.stdout
     # Programs that read a pipe need whole rows; COLUMNS overrides this.
     width = None if stream.isatty() or "COLUMNS" in os.environ else 1000

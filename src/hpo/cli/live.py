@@ -19,12 +19,22 @@ from hpo.cli.console import make_console
 from hpo.cli.output import (
     INTERRUPTED,
     is_live_terminal,
+    message,
     print_json,
     show_bytes,
     show_parameters,
     show_score,
 )
-from hpo.cli.run_summary import NextCommands, RunningTrial, Tally, closing, next_steps, opening, profile_report
+from hpo.cli.run_summary import (
+    NextCommands,
+    RunningTrial,
+    Tally,
+    closing,
+    command_width,
+    next_steps,
+    opening,
+    profile_report,
+)
 from hpo.events import Event, Notice, StudyEnded, StudyOpened, StudyProfiled, TrialEnded, TrialStarted
 from hpo.records import FINAL, TrialResult, TrialState
 from hpo.report.text import duration
@@ -71,6 +81,7 @@ class Watcher(ABC):
 
     def line(self, text: str | Text, style: str = "") -> None:
         """One line, neither wrapped nor cut."""
+        text = message(text) if isinstance(text, str) else text
         self.console.print(text, style=style or None, soft_wrap=True)
 
 
@@ -146,7 +157,7 @@ class PlainLines(Watcher):
                 for label, words in closing(self.tally):
                     self.line(f"{label:<{LABEL}}{words}")
                 steps = next_steps(self.tally, self.commands)
-                width = max(len(command) for command, _ in steps)
+                width = command_width(steps)
                 for index, (command, purpose) in enumerate(steps):
                     self.line(f"{'' if index else 'next':<{LABEL}}{command:<{width}}  {purpose}")
             case _:
@@ -179,7 +190,7 @@ def _measure(notice: Notice) -> str:
 
 
 class LiveDisplay(Watcher):
-    """The state of the run, redrawn in place; new best trials, failures and notices stay above it."""
+    """The state of the run, redrawn in place; finished trials and notices stay above it."""
 
     def __init__(self, commands: NextCommands, *, console: Console | None = None, debug: bool = False) -> None:
 
@@ -231,6 +242,11 @@ class LiveDisplay(Watcher):
             self.line(f"trial {result.number} {result.state}: {result.reason}", "red")
             if self.debug and result.traceback:
                 self.line(result.traceback, "dim")
+        elif result.state.finished:
+            words = show_parameters(self.tally.last_parameters, self.tally.names)
+            state = "pruned  " if result.state is TrialState.PRUNED else ""
+            line = f"{show_score(result.value) or '-':<6}  trial {result.number:<4} {state}{words}"
+            self.console.print(Text(line, "dim"), no_wrap=True, overflow="ellipsis")
 
     def _close(self) -> None:
 
@@ -241,11 +257,11 @@ class LiveDisplay(Watcher):
                 style = "green" if label == "best" else "bold" if label == "model" else ""
                 self.line(Text.assemble((f"{'' if index else label:<{LABEL}}", "dim"), (part, style)))
         steps = next_steps(self.tally, self.commands)
-        width = max(len(command) for command, _ in steps)
+        width = command_width(steps)
         self.line("")
         for index, (command, purpose) in enumerate(steps):
             # The command must be complete for copying, so its purpose is left out if both do not fit.
-            shown = f"  {purpose}" if width + 2 + len(purpose) <= room else ""
+            shown = f"  {purpose}" if max(width, len(command)) + 2 + len(purpose) <= room else ""
             label = "" if index else "next"
             self.line(Text.assemble((f"{label:<{LABEL}}", "dim"), (f"{command:<{width}}", "cyan"), (shown, "dim")))
 

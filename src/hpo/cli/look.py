@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hpo.cli import output
+from hpo.cli.completion import complete_study
 from hpo.cli.options import (
     AsJson,
     Debug,
@@ -35,23 +36,34 @@ if TYPE_CHECKING:
 
 def preview(
     study: Study,
-    target: Annotated[Path, typer.Option("--output", "-o", help="The PNG to write.", callback=outside_stores)] = Path(
-        "augmented.png"
-    ),
+    target: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FILE",
+            help="The PNG to write.",
+            show_default="mlruns/reports/STUDY-augmented.png",
+            callback=outside_stores,
+        ),
+    ] = None,
     images: Annotated[
         int, typer.Option(metavar="N", min=1, max=100, help="Rows: training images of alternating classes.")
     ] = 8,
     copies: Annotated[int, typer.Option(metavar="N", min=1, max=50, help="Augmented copies of each image.")] = 7,
     settings: Settings = None,
     trust: Trust = False,
+    home: HomeFolder = None,
     _debug: Debug = False,
 ) -> None:
     """Draw training images as the study's augmentation changes them."""
+    from hpo.home import Home
     from hpo.jobs.check import preview_study
     from hpo.spec.load import load_study
 
     spec = load_study(study, overrides=settings or [], trust=trust)
-    output.print_text(str(preview_study(spec, target, images=images, copies=copies)))
+    target = target or Home.find(home).reports / f"{spec.name}-augmented.png"
+    output.print_message(str(preview_study(spec, target, images=images, copies=copies)))
 
 
 def check(
@@ -98,7 +110,7 @@ def check(
     )
     for warning in report.warnings:
         output.print_warning(warning)
-    output.print_text(f"{spec.name} is ready: hpo run {shlex.quote(study)}")
+    output.print_message(f"{spec.name} is ready: hpo run {shlex.quote(study)}")
 
 
 def _range(shares: tuple[float, ...] | None) -> str:
@@ -114,7 +126,7 @@ class Order(StrEnum):
 
 def trials(
     study: Study,
-    sort: Annotated[Order, typer.Option(help="Best first, or in the order of their numbers.")] = Order.NUMBER,
+    sort: Annotated[Order, typer.Option(metavar="number|value", help="The order of the list.")] = Order.NUMBER,
     top: Annotated[int | None, typer.Option(metavar="N", min=1, help="Only the best N.", show_default="all")] = None,
     home: HomeFolder = None,
     as_json: AsJson = False,
@@ -152,7 +164,8 @@ def _trial_row(trial: Trial, names: dict[str, str]) -> list[str]:
 def studies(as_json: AsJson = False, _debug: Debug = False) -> None:
     """List the available studies, by data set."""
     from hpo.errors import SpecError
-    from hpo.spec.load import load_study, study_files
+    from hpo.spec.files import study_files
+    from hpo.spec.load import load_study
 
     rows, broken = [], []
     for name, path in study_files().items():
@@ -206,9 +219,14 @@ def schema(_debug: Debug = False) -> None:
 
 
 def ui(
-    study: Annotated[str, typer.Argument(help="Study to open; the newest by default.")] = "",
+    study: Annotated[
+        str,
+        typer.Argument(
+            metavar="STUDY", help="Study to open.", autocompletion=complete_study, show_default="the newest"
+        ),
+    ] = "",
     port: Annotated[int, typer.Option(metavar="N", min=1, max=65535, help="Port.")] = 5000,
-    host: Annotated[str, typer.Option(help="Address; 127.0.0.1 is this machine only.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="127.0.0.1 is this machine only.")] = "127.0.0.1",
     browser: Annotated[bool, typer.Option(help="Open the page in a browser, where there is a desktop.")] = True,
     home: HomeFolder = None,
     _debug: Debug = False,
@@ -227,13 +245,13 @@ def ui(
     address = page_address(host, port, runs_address(place, known) if known else "")
 
     def ready() -> None:
-        typer.echo(f"MLflow is ready: {address}", err=True)
+        output.print_progress(f"MLflow is ready: {address}")
         if browser:
             _open_browser(address)
 
     shown = f", on the trials of {known.title}" if known else ""
-    typer.echo(f"MLflow starts in half a minute{shown}; Ctrl-C ends it.", err=True)
-    typer.echo(address)
+    output.print_progress(f"MLflow starts in half a minute{shown}; Ctrl-C ends it.")
+    output.print_text(address)
     raise typer.Exit(open_ui(place, host=host, port=port, ready=ready))
 
 

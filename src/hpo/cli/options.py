@@ -10,6 +10,15 @@ import typer
 from typer.core import TyperCommand
 
 from hpo.cli import output
+from hpo.cli.commands import find
+from hpo.cli.completion import complete_device, complete_model, complete_setting, complete_study
+from hpo.cli.silence import announced
+
+
+def _shown_argument(parameter: Any) -> str:
+    """STUDY, [STUDY] where it may be left out, IMAGE... where there may be several."""
+    name = (parameter.metavar or parameter.name).upper().removesuffix("...")
+    return f"{name if parameter.required else f'[{name}]'}{'' if parameter.nargs == 1 else '...'}"
 
 
 def write_options(command: Any, ctx: Any, formatter: Any) -> None:
@@ -19,14 +28,26 @@ def write_options(command: Any, ctx: Any, formatter: Any) -> None:
         if record := parameter.get_help_record(ctx):
             argument = parameter.param_type_name == "argument"
             section = "Arguments" if argument else getattr(parameter, "rich_help_panel", None) or "Options"
-            sections.setdefault(section, []).append(record)
+            name = _shown_argument(parameter) if argument else record[0]
+            sections.setdefault(section, []).append((name, record[1]))
     for section, records in sections.items():
         with formatter.section(section):
             formatter.write_dl(records)
 
 
+def _doing(ctx: Any) -> str:
+    """What a command, or the group above it, does while it is silent."""
+    listed = find(ctx.info_name) or find(ctx.parent.info_name if ctx.parent else "")
+    return listed.doing if listed else ""
+
+
 class Command(TyperCommand):
     """A command whose errors are printed in one place, and whose options are listed in sections."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """The usage line, whose arguments are plain words: typer puts them in braces, which look like a template."""
+        arguments = [part for part in self.get_params(ctx) if part.param_type_name == "argument"]
+        return [str(self.options_metavar), *map(_shown_argument, arguments)]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """The arguments and options, in sections."""
@@ -35,19 +56,14 @@ class Command(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         """Run the command; an exception becomes one message and an exit code."""
         try:
-            return super().invoke(ctx)
+            quiet = ctx.params.get("as_json") or ctx.params.get("quiet")
+            with announced("" if quiet else _doing(ctx)):
+                return super().invoke(ctx)
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - all errors are printed here
             debug = ctx.params.get("debug") or ctx.params.get("_debug") or ctx.find_root().params.get("debug")
             raise typer.Exit(output.fail(error, as_json=bool(ctx.params.get("as_json")), debug=bool(debug))) from None
-
-
-def complete_study(incomplete: str) -> list[str]:
-    """Names of studies that begin with the text, for the shell."""
-    from hpo.spec.load import study_files
-
-    return [name for name in study_files() if name.startswith(incomplete)]
 
 
 def read_duration(text: str) -> float:
@@ -95,9 +111,27 @@ Study = Annotated[
         show_default=False,
     ),
 ]
+AStudy = Annotated[
+    str | None,
+    typer.Argument(metavar="STUDY", help="Only this study.", autocompletion=complete_study, show_default="all"),
+]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="digits-mlp, digits-mlp@champion, or digits-mlp/3: version 3.",
+        autocompletion=complete_model,
+        show_default=False,
+    ),
+]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="PLACE=VALUE", help="Override an entry of the study file: training.epochs=5"),
+    typer.Option(
+        "--set",
+        metavar="PLACE=VALUE",
+        help="Override an entry of the study file: training.epochs=5",
+        autocompletion=complete_setting,
+    ),
 ]
 Trials = Annotated[
     int | None,
@@ -178,8 +212,14 @@ AsEvents = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the final result.", rich_help_panel=OUTPUT)]
 DeviceName = Annotated[
     str,
-    # Typer 0.27 would call it --DEVICE without this name.
-    typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=COMPUTE),
+    # Typer 0.27 would call it --DEVICE without this name, as it does each option that is spelled like its metavar.
+    typer.Option(
+        "--device",
+        metavar="DEVICE",
+        help="auto, cpu, cuda, cuda:N or mps.",
+        autocompletion=complete_device,
+        rich_help_panel=COMPUTE,
+    ),
 ]
 PrecisionName = Annotated[
     str | None,

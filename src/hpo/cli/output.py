@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hpo.cli.silence import break_silence
 from hpo.errors import HpoError, clean, disk_full, redact
 from hpo.report.text import short_paths
 
@@ -56,7 +57,33 @@ def print_facts(facts: Iterable[tuple[str, str]]) -> None:
     """Labels and values in two columns."""
     from hpo.cli import console
 
-    console.print_facts(facts)
+    console.print_facts((label, message(words)) for label, words in facts)
+
+
+def message(text: str) -> str:
+    """A text for a person: paths below the working directory are relative, and commands work in this terminal."""
+    from hpo.cli.commands import runnable
+
+    text = runnable(text)
+    try:
+        here = str(Path.cwd())
+    except FileNotFoundError:
+        here = "/"
+    if here != "/":
+        text = re.sub(rf"(?<![\w.~-])(?<!file://){re.escape(here)}/(?=[\w.~-])", "", text)
+    return text
+
+
+def print_message(text: str) -> None:
+    """message(text) on stdout."""
+    print_text(message(text))
+
+
+def print_progress(text: str) -> None:
+    """One line about what happens now, on stderr."""
+    break_silence()
+    sys.stderr.write(f"{clean(message(text))}\n")
+    sys.stderr.flush()
 
 
 def print_warning(text: str) -> None:
@@ -65,7 +92,7 @@ def print_warning(text: str) -> None:
 
     from hpo.cli.console import make_console
 
-    make_console(stderr=True).print(Text.assemble(("warning: ", "yellow"), text), soft_wrap=True)
+    make_console(stderr=True).print(Text.assemble(("warning: ", "yellow"), message(text)), soft_wrap=True)
 
 
 def write_text(text: str, file: Path | None) -> None:
@@ -76,7 +103,7 @@ def write_text(text: str, file: Path | None) -> None:
     try:
         file.write_text(f"{clean(text)}\n", encoding="utf-8", errors="replace")
     except OSError as error:
-        raise HpoError(f"{file}: cannot be written: {error.strerror}.", "Choose another file: --output FILE") from None
+        raise HpoError(f"{file}: cannot be written: {error.strerror}.", "Choose another file: --out FILE") from None
 
 
 def is_live_terminal() -> bool:
@@ -110,6 +137,7 @@ def predictions_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def print_text(text: str) -> None:
     """One text and a newline to stdout, flushed, without styles or wrapping."""
+    break_silence()
     sys.stdout.write(f"{clean(text)}\n")
     sys.stdout.flush()
 
@@ -138,6 +166,7 @@ def fail(error: BaseException, *, as_json: bool = False, debug: bool = False) ->
 
     2 for an error that the user can fix, 1 for an unexpected one and for a closed pipe, 130 for Ctrl-C.
     """
+    break_silence()
     if isinstance(error, BrokenPipeError):
         # Python flushes stdout once more as it exits; that must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -145,22 +174,22 @@ def fail(error: BaseException, *, as_json: bool = False, debug: bool = False) ->
     if debug:
         sys.stderr.write(clean(redact("".join(traceback.format_exception(error)))))
     if isinstance(error, KeyboardInterrupt):
-        message, hint, code = "interrupted", "", INTERRUPTED
+        said, hint, code = "interrupted", "", INTERRUPTED
     elif isinstance(error, HpoError):
-        message, hint, code = error.message, error.hint, error.exit_code
+        said, hint, code = error.message, error.hint, error.exit_code
     elif isinstance(error, MemoryError):
-        message = f"the memory of this machine does not suffice: {redact(str(error))}".rstrip(": ")
+        said = f"the memory of this machine does not suffice: {redact(str(error))}".rstrip(": ")
         hint, code = "End other programs, or give it fewer or smaller images.", HpoError.exit_code
     elif isinstance(error, FileNotFoundError) and _is_adrift():
-        message, hint, code = "the working directory is gone.", "Go to a folder that exists: cd", HpoError.exit_code
+        said, hint, code = "the working directory is gone.", "Go to a folder that exists: cd", HpoError.exit_code
     elif disk_full(error):
-        message, hint = f"no space is left: {redact(str(error))}.", "Free some, and run it again."
+        said, hint = f"no space is left: {redact(str(error))}.", "Free some, and run it again."
         code = HpoError.exit_code
     else:
-        message = f"unexpected error {type(error).__name__}: {' '.join(redact(str(error)).split())}".rstrip(": ")
+        said = f"unexpected error {type(error).__name__}: {' '.join(redact(str(error)).split())}".rstrip(": ")
         hint, code = ("" if debug else "Run again with --debug for the traceback."), 1
     if as_json:
-        sys.stderr.write(json.dumps({"error": message, "hint": hint}) + "\n")
+        sys.stderr.write(json.dumps({"error": said, "hint": hint}) + "\n")
         return code
 
     from rich.text import Text
@@ -169,9 +198,9 @@ def fail(error: BaseException, *, as_json: bool = False, debug: bool = False) ->
 
     console = make_console(stderr=True)
     label = Text() if code != 2 else Text("error: ", "bold red")
-    console.print(Text.assemble(label, message), soft_wrap=True)
+    console.print(Text.assemble(label, message(said)), soft_wrap=True)
     if hint:
-        console.print(Text(hint, "dim"), soft_wrap=True)
+        console.print(Text(message(hint), "dim"), soft_wrap=True)
     return code
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hpo.cli import output
-from hpo.cli.options import AsJson, Command, Debug, HomeFolder, Study, Trust, outside_stores, study_name
+from hpo.cli.options import AsJson, Command, Debug, HomeFolder, Model, Study, Trust, outside_stores, study_name
 
 if TYPE_CHECKING:
     from hpo.report.page import DataFacts
@@ -48,7 +48,7 @@ def report(
     if as_json:
         output.print_json({"path": str(path)})
     else:
-        output.print_text(str(path))
+        output.print_message(str(path))
 
 
 class Method(StrEnum):
@@ -60,24 +60,32 @@ class Method(StrEnum):
 
 
 def explain(
-    model: Annotated[str, typer.Argument(help="digits-mlp, digits-mlp@champion, digits-mlp/3.", show_default=False)],
+    model: Model,
     images: Annotated[
-        list[Path] | None, typer.Argument(help="Image files of any size and mode.", show_default=False)
+        list[Path] | None, typer.Argument(metavar="IMAGE", help="Image files of any size and mode.", show_default=False)
     ] = None,
     mistakes: Annotated[
         bool, typer.Option("--mistakes", help="Explain its most confident mistakes on validation images.")
     ] = False,
     methods: Annotated[
         list[Method] | None,
-        typer.Option("--method", help="A method; may be repeated.", show_default="all that suit the network"),
+        typer.Option(
+            "--method",
+            metavar="gradient|integrated|gradcam",
+            help="A method; may be repeated.",
+            show_default="all that suit the network",
+        ),
     ] = None,
     class_name: Annotated[
         str | None,
         typer.Option("--class", metavar="NAME", help="The class to explain.", show_default="the most probable"),
     ] = None,
-    folder: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="The folder of the pictures.")] = Path(
-        "explained"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", metavar="FOLDER", help="The folder of the pictures.", show_default="mlruns/reports/explained"
+        ),
+    ] = None,
     home: HomeFolder = None,
     trust: Trust = False,
     as_json: AsJson = False,
@@ -85,11 +93,13 @@ def explain(
 ) -> None:
     """Highlight the pixels that support a class: one picture for each image file."""
     from hpo.errors import HpoError
+    from hpo.home import Home
     from hpo.jobs.explain import explain as draw
     from hpo.jobs.report import explain_mistakes
 
     if bool(images) == mistakes:
         raise HpoError("hpo explain needs image files, or --mistakes.", f"For example: hpo explain {model} --mistakes")
+    folder = out or Home.find(home).reports / "explained"
     chosen = [str(method) for method in methods or ()]
     if mistakes:
         rows = explain_mistakes(model, folder=folder, methods=chosen, home=home, trust=trust)
@@ -99,7 +109,10 @@ def explain(
         output.print_json(rows)
         return
     output.print_table(
-        [[row.file, row.predicted, output.show_score(row.probability), row.explained, row.picture] for row in rows],
+        [
+            [row.file, row.predicted, output.show_score(row.probability), row.explained, output.message(row.picture)]
+            for row in rows
+        ],
         ["file", "class", ">probability", "explained", "picture"],
     )
 
@@ -107,7 +120,7 @@ def explain(
 app = typer.Typer(help="Explore a data set.", no_args_is_help=True)
 
 
-@app.command(cls=Command)
+@app.command(cls=Command, epilog="Example: hpo data show digits")
 def show(
     name: Annotated[
         str,
@@ -117,14 +130,21 @@ def show(
             show_default=False,
         ),
     ],
-    path: Annotated[Path | None, typer.Option(help="Your own file or folder instead of a download.")] = None,
+    path: Annotated[
+        Path | None, typer.Option("--path", metavar="PATH", help="Your own file or folder instead of a download.")
+    ] = None,
     size: Annotated[
         int | None, typer.Option(metavar="N", min=1, max=1024, help="Side of the images in pixels.")
     ] = None,
     page: Annotated[
         Path | None,
         typer.Option(
-            "--out", "-o", metavar="FILE", help="The page.", show_default="data-NAME.html", callback=outside_stores
+            "--out",
+            "-o",
+            metavar="FILE",
+            help="The page.",
+            show_default="mlruns/reports/data-NAME.html",
+            callback=outside_stores,
         ),
     ] = None,
     images: Annotated[
@@ -132,6 +152,7 @@ def show(
     ] = 8,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of their random choice.")] = 0,
     trust: Trust = False,
+    home: HomeFolder = None,
     as_json: AsJson = False,
     _debug: Debug = False,
 ) -> None:
@@ -139,17 +160,18 @@ def show(
 
     The test part stays sealed: only its image counts are reported. With --json a page is written only with --out.
     """
+    from hpo.home import Home
     from hpo.jobs.data_report import explore, write_page
 
     facts, pictures = explore(name, path=path, size=size, images=images, seed=seed, trust=trust)
     if page is not None or not as_json:
         stem = Path(name).stem if name.endswith((".yaml", ".yml")) else name.replace(":", "-")
-        page = write_page(facts, pictures, page or Path(f"data-{stem}.html"))
+        page = write_page(facts, pictures, page or Home.find(home).reports / f"data-{stem}.html")
     if as_json:
         output.print_json(facts)
         return
     _print(facts)
-    output.print_text(str(page))
+    output.print_message(str(page))
 
 
 def _print(facts: DataFacts) -> None:

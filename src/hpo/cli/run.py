@@ -15,6 +15,7 @@ from hpo.cli.options import (
     Address,
     AsEvents,
     AsJson,
+    AStudy,
     CpusPerTrial,
     Debug,
     DeviceName,
@@ -38,7 +39,6 @@ from hpo.cli.options import (
     read_duration,
     study_name,
 )
-from hpo.errors import clean
 from hpo.options import RunOptions
 from hpo.records import FINAL, TrialState
 from hpo.report.text import counted, duration
@@ -120,12 +120,13 @@ _MARKS = {"equal": "=", "close": "~", "differs": "x"}
 
 
 def rerun(
-    trial: Annotated[str, typer.Argument(metavar="STUDY/TRIAL", help="digits-mlp/3.", show_default=False)],
+    trial: Annotated[str, typer.Argument(metavar="STUDY#TRIAL", help="digits-mlp#3.", show_default=False)],
     tolerance: Annotated[
         float, typer.Option(metavar="N", min=0.0, help="Differences of a score up to this count as close.")
     ] = 1e-3,
     device: Annotated[
-        str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:N or mps.", show_default="the trial's")
+        str | None,
+        typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:N or mps.", show_default="the trial's"),
     ] = None,
     trust: Trust = False,
     home: HomeFolder = None,
@@ -145,7 +146,7 @@ def rerun(
         output.print_json(found)
     else:
         how = f"{found.device}, {found.precision or 'no precision'}, {counted(found.threads, 'thread')}"
-        output.print_text(f"{found}  ({how})")
+        output.print_message(f"{found}  ({how})")
         if not found.same_machine:
             output.print_warning("the trial used another device or precision, or they are unknown")
     if found.agreement is Agreement.DIFFERS:
@@ -179,7 +180,7 @@ def stop(
 
     def say(count: int) -> None:
         if not as_json:
-            typer.echo(f"{clean(study)}: asked {counted(count, 'supervisor')} to stop ...", err=True)
+            output.print_progress(f"{study}: asked {counted(count, 'supervisor')} to stop ...")
 
     done = stop_study(study_name(study), home=home, timeout=timeout or 60.0, watch=say)
     again = f"hpo run {shlex.quote(study)}{home_flag(home)}"
@@ -187,21 +188,21 @@ def stop(
         output.print_json({**output.plain(done), "next": again})
         return
     if not done.supervisors:
-        output.print_text(f"{done.title}: nothing runs.")
+        output.print_message(f"{done.title}: nothing runs.")
         if done.asked:
-            output.print_text("Idle workers on other machines stop too; workers that are still starting do not.")
+            output.print_message("Idle workers on other machines stop too; workers that are still starting do not.")
         if done.abandoned:
             trials = counted(len(done.abandoned), "trial")
-            output.print_text(f"{trials} of a dead supervisor will be tried again by the next run: {again}")
+            output.print_message(f"{trials} of a dead supervisor will be tried again by the next run: {again}")
         return
     stopped = counted(len(done.stopped), "trial")
     words = f"{stopped} stopped, to be tried again" if done.stopped else "no trial was running"
-    output.print_text(f"{done.title}: stopped in {duration(done.seconds)}; {words}.")
-    output.print_text(f"Resume with: {again}")
+    output.print_message(f"{done.title}: stopped in {duration(done.seconds)}; {words}.")
+    output.print_message(f"Resume with: {again}")
 
 
 def status(
-    study: Annotated[str | None, typer.Argument(help="Only this study.", show_default="all")] = None,
+    study: AStudy = None,
     home: HomeFolder = None,
     as_json: AsJson = False,
     _debug: Debug = False,
@@ -217,7 +218,7 @@ def status(
         output.print_json([_facts(one) for one in found])
         return
     if not found:
-        output.print_text(f"No study has run in {place.root}. Begin with: hpo run digits-mlp")
+        output.print_message(f"No study has run in {place.root}. Begin with: hpo run digits-mlp")
         return
     columns = ["study", "at work", ">running", ">complete", ">pruned", ">failed", ">of", "objective", ">best", ">trial"]
     output.print_table([_row(one) for one in found], columns)
@@ -227,7 +228,7 @@ def status(
             since = f", for {duration(time.time() - holder.since)}" if holder.since else ""
             numbers = [str(trial.number) for trial in one.running if one.leases[trial.number] == holder.lease]
             trials = f", trial {', '.join(numbers)}" if numbers else ""
-            output.print_text(f"{one.study.title}: {where}{since}{trials}")
+            output.print_message(f"{one.study.title}: {where}{since}{trials}")
     for one in found:
         if one.abandoned:
             trials = counted(len(one.abandoned), "trial")

@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from hpo.cli.commands import runnable
 from hpo.cli.options import home_flag
 from hpo.cli.output import show_parameters, show_score
 from hpo.events import EpochEnded, Event, StudyEnded, StudyOpened, StudyProfiled, TrialEnded, TrialStarted
@@ -188,6 +189,7 @@ def closing(tally: Tally) -> list[tuple[str, str]]:
     return rows
 
 
+_WIDEST_COMMAND = 48  # columns
 _REASONS = {
     EndReason.BUDGET: "done",
     EndReason.EXHAUSTED: "done",
@@ -221,7 +223,12 @@ def next_steps(tally: Tally, commands: NextCommands) -> list[tuple[str, str]]:
     steps.append((f"hpo ui{home}", "open every run in MLflow"))
     if ended.reason is EndReason.BUDGET and not (ended.study.spec.get("search") or {}).get("stages"):
         steps.append((commands.more(2 * tally.budget), "continue the search"))
-    return steps
+    return [(runnable(command), purpose) for command, purpose in steps]
+
+
+def command_width(steps: list[tuple[str, str]]) -> int:
+    """The width of the column of commands: one with a long --set does not push the words of the others away."""
+    return max((len(command) for command, _ in steps if len(command) <= _WIDEST_COMMAND), default=0)
 
 
 def profile_report(profiled: StudyProfiled) -> RenderableType:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hpo.cli import output
-from hpo.cli.options import AsJson, Command, Debug, HomeFolder, Study, outside_stores, study_name
+from hpo.cli.options import AsJson, AStudy, Command, Debug, HomeFolder, Study, outside_stores, study_name
 from hpo.report.text import counted
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Where studies and runs are kept.", no_args_is_help=True)
 
 
-@app.command(cls=Command)
+@app.command(cls=Command, epilog="Example: hpo store status")
 def status(home: HomeFolder = None, as_json: AsJson = False, _debug: Debug = False) -> None:
     """Show address, state and content of both stores. The exit code is 1 where a run could not use one."""
     from hpo.jobs.stores import store_status
@@ -29,16 +29,19 @@ def status(home: HomeFolder = None, as_json: AsJson = False, _debug: Debug = Fal
     if as_json:
         output.print_json(states)
     else:
-        rows = [[s.name, s.state, f"{s.milliseconds:.0f} ms" if s.milliseconds else "", s.address] for s in states]
+        rows = [
+            [s.name, s.state, f"{s.milliseconds:.0f} ms" if s.milliseconds else "", output.message(s.address)]
+            for s in states
+        ]
         output.print_table(rows, ["store", "state", ">answers in", "address"])
         for state in states:
-            output.print_text(f"{state.name}: {state.detail}")
+            output.print_message(f"{state.name}: {state.detail}")
             if state.next:
-                output.print_text(f"    {state.next}")
+                output.print_message(f"    {state.next}")
     raise typer.Exit(not all(state.well for state in states))
 
 
-@app.command(cls=Command)
+@app.command(cls=Command, epilog="Example: hpo store upgrade")
 def upgrade(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Confirm that databases on servers were copied.")] = False,
     home: HomeFolder = None,
@@ -53,7 +56,7 @@ def upgrade(
         output.print_json({"upgraded": done})
         return
     for text in done or ["Both stores are up to date."]:
-        output.print_text(text)
+        output.print_message(text)
 
 
 def export(
@@ -61,7 +64,7 @@ def export(
     target: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="FILE", help="Write there.", show_default="STUDY.zip", callback=outside_stores
+            "--out", "-o", metavar="FILE", help="Write there.", show_default="STUDY.zip", callback=outside_stores
         ),
     ] = None,
     home: HomeFolder = None,
@@ -78,14 +81,14 @@ def export(
     if as_json:
         output.print_json(made)
         return
-    output.print_text(
+    output.print_message(
         f"{made.title}: {counted(made.trials, 'trial')}, {counted(made.runs, 'run')}, "
         f"{counted(made.models, 'model')}, {counted(made.versions, 'registered version')} in {made.file}, "
         f"{output.show_bytes(made.bytes)}"
     )
     for note in made.notes:
         output.print_warning(note)
-    output.print_text(f"Import it elsewhere: hpo import {shlex.quote(str(made.file))} --home DIR")
+    output.print_message(f"Import it elsewhere: hpo import {shlex.quote(str(made.file))} --home DIR")
 
 
 def import_(
@@ -107,7 +110,7 @@ def import_(
     parts = [(made.trials, "trial"), (made.runs, "run"), (made.models, "model"), (made.versions, "registered version")]
     new = ", ".join(counted(count, what) for count, what in parts if count) or "nothing"
     further = "; the study here has more trials than the file" if made.relation == "ahead" else ""
-    output.print_text(f"{made.title}: {new} new in {made.store}{further}")
+    output.print_message(f"{made.title}: {new} new in {made.store}{further}")
     for note in made.notes:
         output.print_warning(note)
 
@@ -134,11 +137,11 @@ def doctor(
         step = f"--fix {finding.repair}" if finding.repair else finding.hint
         _print(finding, "wrong", "yellow", step)
     for note in found.notes:
-        output.print_text(note)
+        output.print_message(note)
     if found.well:
-        output.print_text("All is well." if not found.fixed else "All is well now.")
+        output.print_message("All is well." if not found.fixed else "All is well now.")
     elif not fix and any(finding.repair for finding in found.wrong):
-        output.print_text("Repair with: hpo doctor --fix")
+        output.print_message("Repair with: hpo doctor --fix")
     raise typer.Exit(not found.well)
 
 
@@ -148,13 +151,13 @@ def _print(finding: Finding, word: str, style: str, step: str) -> None:
     from hpo.cli.console import make_console
 
     console = make_console()
-    console.print(Text.assemble((f"{word}: ", style), finding.what), soft_wrap=True)
+    console.print(Text.assemble((f"{word}: ", style), output.message(finding.what)), soft_wrap=True)
     for line in filter(None, (finding.where, finding.why, step)):
-        console.print(Text(f"    {line}", "dim"), soft_wrap=True)
+        console.print(Text(f"    {output.message(line)}", "dim"), soft_wrap=True)
 
 
 def clean(
-    study: Annotated[str | None, typer.Argument(help="Only this study's.", show_default="all")] = None,
+    study: AStudy = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete; without it, dry run.")] = False,
     keep_models: Annotated[
         str | None,
@@ -190,13 +193,13 @@ def clean(
         output.print_json({**output.plain(found), "bytes": found.bytes})
         return
     for note in found.notes:
-        output.print_text(note)
+        output.print_message(note)
     if not found.waste:
-        output.print_text("Nothing to clean up.")
+        output.print_message("Nothing to clean up.")
         return
     output.print_table(_rows(found.waste), ["what", "study", ">count", ">size", "~which"])
     size = output.show_bytes(found.bytes)
-    output.print_text(f"{size} freed." if yes else f"{size} would be freed. This was a dry run: delete with --yes.")
+    output.print_message(f"{size} freed." if yes else f"{size} would be freed. This was a dry run: delete with --yes.")
 
 
 def _rows(waste: tuple[Waste, ...]) -> list[list[str]]:

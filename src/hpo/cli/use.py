@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hpo.cli import output
+from hpo.cli.completion import complete_model, complete_models
 from hpo.cli.options import (
     AllowPickle,
     AsJson,
     Debug,
     HomeFolder,
+    Model,
     Study,
     Trust,
-    complete_study,
     outside_stores,
     study_name,
 )
@@ -71,7 +72,7 @@ def promote(
         output.print_table(rows, ["gate", "verdict", "~measured", "~wanted"])
         output.print_text("")
     verdict = f"version {new.version} is now champion" if promotion.promoted else "champion unchanged"
-    output.print_text(f"{new.name}: {verdict}: {promotion.reason}")
+    output.print_message(f"{new.name}: {verdict}: {promotion.reason}")
     rows = [[name, output.show_score(value)] for name, value in promotion.scores.items()]
     columns = ["test part", f">version {new.version}"]
     if old and old.version != new.version:
@@ -79,11 +80,11 @@ def promote(
         rows = [[*row, output.show_score(promotion.champion_scores.get(row[0]))] for row in rows]
     if rows:
         output.print_table(rows, columns)
-    output.print_text(output.show_openings(new.study or study_name(study), promotion.openings))
+    output.print_message(output.show_openings(new.study or study_name(study), promotion.openings))
     for sentence in promotion.history:
-        output.print_text(sentence)
+        output.print_message(sentence)
     if promotion.refused:
-        output.print_text(f"Promote it anyway, which is recorded: hpo promote {shlex.quote(study)} --force")
+        output.print_message(f"Promote it anyway, which is recorded: hpo promote {shlex.quote(study)} --force")
         raise typer.Exit(1)
 
 
@@ -94,11 +95,11 @@ def _copy(model: str, to: str, *, force: bool, home: Path | None, as_json: bool)
     if as_json:
         output.print_json(copied)
     elif copied.copy is None:
-        output.print_text(f"{copied.source.name}: not copied to {copied.store}: {copied.refusal}")
-        output.print_text("Replace the champion there anyway, which is recorded: --force")
+        output.print_message(f"{copied.source.name}: not copied to {copied.store}: {copied.refusal}")
+        output.print_message("Replace the champion there anyway, which is recorded: --force")
     else:
         source, copy = copied.source, copied.copy
-        output.print_text(
+        output.print_message(
             f"{source.name}: version {source.version} is version {copy.version} in {copied.store}, champion there"
         )
     raise typer.Exit(0 if copied.copy is not None else 1)
@@ -106,7 +107,13 @@ def _copy(model: str, to: str, *, force: bool, home: Path | None, as_json: bool)
 
 def models(
     name: Annotated[
-        str | None, typer.Argument(help="Only the versions of this model, and its champions.", show_default="all")
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="Only the versions of this model, and its champions.",
+            autocompletion=complete_model,
+            show_default="all",
+        ),
     ] = None,
     home: HomeFolder = None,
     as_json: AsJson = False,
@@ -129,7 +136,7 @@ def models(
         output.print_json(plain)
         return
     if not found:
-        output.print_text("No model is registered here yet. Begin with: hpo run digits-mlp")
+        output.print_message("No model is registered here yet. Begin with: hpo run digits-mlp")
         return
     rows = [
         [
@@ -164,13 +171,15 @@ class Format(StrEnum):
 
 
 def predict(
-    model: Annotated[str, typer.Argument(help="digits-mlp, digits-mlp@champion, digits-mlp/3.", show_default=False)],
-    images: Annotated[list[Path], typer.Argument(help="Image files of any size and mode.", show_default=False)],
-    form: Annotated[Format, typer.Option("--format", help="How to print.")] = Format.TABLE,
+    model: Model,
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE", help="Image files of any size and mode.", show_default=False)
+    ],
+    form: Annotated[Format, typer.Option("--format", metavar="table|csv|json", help="How to print.")] = Format.TABLE,
     target: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="FILE", help="Write there.", show_default="the terminal", callback=outside_stores
+            "--out", "-o", metavar="FILE", help="Write there.", show_default="the terminal", callback=outside_stores
         ),
     ] = None,
     home: HomeFolder = None,
@@ -202,9 +211,9 @@ def predict(
 Models = Annotated[
     list[str],
     typer.Argument(
-        metavar="MODEL...",
+        metavar="MODEL",
         help="Studies (their winner), trials (STUDY#22), versions (NAME/1) or aliases (NAME@champion).",
-        autocompletion=complete_study,
+        autocompletion=complete_models,
         show_default=False,
     ),
 ]
@@ -242,7 +251,7 @@ def compare(
         return
     _print_comparison(comparison)
     for path in written:
-        output.print_text(str(path))
+        output.print_message(str(path))
 
 
 def _print_comparison(comparison: Comparison) -> None:
@@ -268,9 +277,9 @@ def _print_comparison(comparison: Comparison) -> None:
         output.print_table(counts, ["", ">TN", ">FP", ">FN", ">TP"])
     output.print_text("")
     for line in [*comparison.verdicts, *comparison.notes]:
-        output.print_text(line)
+        output.print_message(line)
     for study, times in comparison.openings.items():
-        output.print_text(output.show_openings(study, times))
+        output.print_message(output.show_openings(study, times))
 
 
 def evaluate(
@@ -305,9 +314,9 @@ def evaluate(
     output.print_table(rows, ["name", "model", *shown, "measured"])
     for study, count in {each.study: each.openings for each in found}.items():
         now = sum(each.opened for each in found if each.study == study)
-        output.print_text(output.show_openings(study, count, now=now))
+        output.print_message(output.show_openings(study, count, now=now))
     for sentence in dict.fromkeys(sentence for each in found for sentence in each.history):
-        output.print_text(sentence)
+        output.print_message(sentence)
 
 
 def _source(when: str, opened: bool) -> str:

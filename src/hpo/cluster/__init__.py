@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hpo.distribution import install_command
 from hpo.errors import HpoError, redact
 
 _MINUTES = 240  # of a job, by default
@@ -212,7 +213,8 @@ def _known() -> tuple[set[str], set[str]]:
     try:
         from submitit import AutoExecutor, SlurmExecutor
     except ImportError:
-        raise HpoError("--engine slurm: submitit is not installed.", "Install it: pip install 'hpo[slurm]'") from None
+        hint = f"Install it: {install_command('postgres', 'slurm')}"
+        raise HpoError("--engine slurm: submitit is not installed.", hint) from None
     return set(AutoExecutor._typed_parameters()), set(SlurmExecutor._valid_parameters())
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from hpo.errors import DataError, HpoError
 from hpo.report.page import DataFacts, data_page
 from hpo.report.text import split_text
-from hpo.spec.load import load_study, study_files
+from hpo.spec.files import study_files
+from hpo.spec.load import load_study
 from hpo.spec.study import DataSpec, SplitSpec
 
 AnyPath = str | Path

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -53,8 +52,7 @@ def write_report(
 
     place = Home.find(home)
     record = read_study(place, study)
-    folder = place.root / "reports" if os.access(place.root, os.W_OK) else Path.cwd()
-    path = Path(out or folder / f"{record.title}.html").expanduser().absolute()
+    path = Path(out or place.reports / f"{record.title}.html").expanduser().absolute()
     findings = gather(place, record, fanova=fanova)
     html = study_page(_with_saliency(findings, place) if saliency else findings)
     try:

@@ -99,7 +99,7 @@ def rerun(
     trust: bool = False,
     watch: Callable[[EpochCheck], None] | None = None,
 ) -> Rerun:
-    """Train the trial STUDY/NUMBER again, with its setup, seed, data, precision and number of threads.
+    """Train the trial STUDY#NUMBER again, with its setup, seed, data, precision and number of threads.
 
     tolerance is the largest difference of a score that still counts as close; device is the trial's unless given. watch
     hears of each epoch. trust allows functions from outside the working directory. The training runs in this process;
@@ -143,10 +143,14 @@ def rerun(
 
 
 def _trained(asked: str, place: Home, *, trust: bool) -> tuple[StudyResult, StudySpec, Trial, TrialResult]:
-    """The study of STUDY/NUMBER, its spec with the model that it starts from, the finished trial and its result."""
-    match = re.fullmatch(r"(.+)[/#]([0-9]+)", asked)
+    """The study of STUDY#NUMBER, its spec with the model that it starts from, the finished trial and its result."""
+    match = re.fullmatch(r"(.+)#([0-9]+)", asked)
     if match is None:
-        raise HpoError(f"{asked}: names no trial.", "Write STUDY/NUMBER, such as digits-mlp/3.")
+        version = re.fullmatch(r"(.+)/([0-9]+)", asked)
+        what = f"is version {version[2]} of a model" if version else "names no trial"
+        raise HpoError(
+            f"{asked}: {what}.", f"Write STUDY#NUMBER: {'#'.join(version.groups() if version else ('digits-mlp', '3'))}"
+        )
     from hpo.storage.optuna_storage import read_study
 
     study = read_study(place, match[1])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import itertools
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -16,14 +16,10 @@ from pydantic import ValidationError
 from hpo.errors import SpecError
 from hpo.home import plain_file
 from hpo.spec.agreement import conflicts
+from hpo.spec.files import SHIPPED, find_study, similar_key
 from hpo.spec.models import FAMILIES
 from hpo.spec.own_code import check_file, check_stored
 from hpo.spec.study import StudySpec, means_null, set_place
-
-_SHIPPED = (
-    Path(__file__).parents[1] / "_studies",  # in a wheel
-    Path(__file__).parents[3] / "studies",  # in a checkout
-)
 
 _TAGS = (*FAMILIES, "own", "float", "int", "choice", "root")  # in pydantic's places, and not in a file
 _MOST_FAULTS = 10  # that one message tells
@@ -98,34 +94,6 @@ class _ShippedLoader(getattr(yaml, "CSafeLoader", StudyLoader)):  # type: ignore
     yaml_implicit_resolvers = StudyLoader.yaml_implicit_resolvers
 
 
-def study_files() -> dict[str, Path]:
-    """Name -> file of every study at hand: `studies/` of the working directory first, then those that ship."""
-    found: dict[str, Path] = {}
-    for folder in (Path.cwd() / "studies", *_SHIPPED):
-        if folder.is_dir():
-            for path in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")]):
-                found.setdefault(path.stem, path)
-    return found
-
-
-def find_study(study: str | Path) -> Path:
-    """The file of a study given by name, or by a path that ends in .yaml or .yml. Raises SpecError."""
-    text = str(study)
-    if text.endswith((".yaml", ".yml")):
-        path = Path(text).expanduser()
-        if not path.is_file():
-            raise SpecError(f"{text}: no such file.", "Check the path, or list the studies that ship: hpo studies")
-        return path
-    found = study_files()
-    if text not in found:
-        close = difflib.get_close_matches(text, found, n=1)
-        hint = f"Did you mean {close[0]}?" if close else "List what there is: hpo studies."
-        raise SpecError(
-            f"there is no study named {text!r}.", f"{hint} A file of your own: give its path, ending in .yaml"
-        )
-    return found[text]
-
-
 def load_study(
     study: str | Path | Mapping[str, Any], *, overrides: Mapping[str, Any] | Iterable[str] = (), trust: bool = False
 ) -> StudySpec:
@@ -137,6 +105,7 @@ def load_study(
     """
     own = isinstance(study, Mapping)
     path = Path(str(study.get("name", "study"))) if isinstance(study, Mapping) else find_study(study)
+    again = "then: hpo.load_spec(...)" if own else f"then: hpo check {shlex.quote(str(study))}"
     tree, node = (copy.deepcopy(dict(study)), None) if isinstance(study, Mapping) else read_yaml(path)
     _anchor_paths(tree, path.parent)
     pairs = overrides.items() if isinstance(overrides, Mapping) else map(_parse_override, overrides)
@@ -149,13 +118,12 @@ def load_study(
     try:
         spec = StudySpec.model_validate(tree)
     except ValidationError as error:
-        raise _explain(error, tree, path, node, set_places) from None
+        raise _explain(error, tree, path, node, set_places, again) from None
     if found := conflicts(spec):
-        again = "Correct the values." if own else f"Then: hpo check {path.stem}"
-        raise _refusal([_Fault(one.keys, one.message, again) for one in found], path, node, set_places)
+        raise _refusal([_Fault(one.keys, one.message, f"Correct it, {again}") for one in found], path, node, set_places)
     if own:
         check_stored(tree, trust=trust, origin=spec.name)
-    elif path.parent not in _SHIPPED:
+    elif path.parent not in SHIPPED:
         check_file(tree, path, trust=trust)
     return spec
 
@@ -169,7 +137,7 @@ def parse_study(tree: Mapping[str, Any], *, trust: bool = False) -> StudySpec:
     try:
         spec = StudySpec.model_validate(tree)
     except ValidationError as error:
-        raise _explain(error, tree, Path(str(tree.get("name", "study"))), None, []) from None
+        raise _explain(error, tree, Path(str(tree.get("name", "study"))), None, [], "") from None
     check_stored(tree, trust=trust, origin=spec.name)
     return spec
 
@@ -200,7 +168,7 @@ def small_text(path: Path) -> str:
 def read_yaml(path: Path) -> tuple[dict[str, Any], yaml.Node | None]:
     """A mapping and its nodes from a file, which may be anybody's: plain values, of bounded size. Raises SpecError."""
     try:
-        loader = (_ShippedLoader if path.parent in _SHIPPED else StudyLoader)(small_text(path))
+        loader = (_ShippedLoader if path.parent in SHIPPED else StudyLoader)(small_text(path))
         node = loader.get_single_node()
         _check_size(node)
         tree = loader.construct_document(node) if node is not None else None
@@ -276,7 +244,9 @@ def _override(tree: dict[str, Any], place: str, value: Any) -> None:
         space[rest] = value
 
 
-def _explain(error: ValidationError, tree: Any, path: Path, node: yaml.Node | None, set_places: list[str]) -> SpecError:
+def _explain(
+    error: ValidationError, tree: Any, path: Path, node: yaml.Node | None, set_places: list[str], again: str
+) -> SpecError:
     """Pydantic's complaints as faults, the first for each place: a union complains once for each of its types."""
     faults: dict[tuple[str, ...], _Fault] = {}
     details = error.errors(include_url=False)
@@ -285,35 +255,39 @@ def _explain(error: ValidationError, tree: Any, path: Path, node: yaml.Node | No
         if len(faults) >= _MOST_FAULTS:
             break
         more -= 1
-        for fault in _faults(detail, tree, path, node):
+        for fault in _faults(detail, tree, node, again):
             faults.setdefault(fault.keys, fault)
     return _refusal(list(faults.values()), path, node, set_places, more=more)
 
 
-def _faults(detail: Any, tree: Any, path: Path, node: yaml.Node | None) -> Iterator[_Fault]:
-    message, keys = detail["msg"].removeprefix("Value error, "), [str(part) for part in detail["loc"]]
-    again = f"Then: hpo check {path.stem}" if path.suffix else ""
+def _faults(detail: Any, tree: Any, node: yaml.Node | None, again: str) -> Iterator[_Fault]:
+    message = detail["msg"].removeprefix("Value error, ")
+    # pydantic names the types of a union in the path: constrained-int, list[constrained-int].
+    keys = [key for key in map(str, detail["loc"]) if "[" not in key and not key.startswith("constrained-")]
+    correct = f"Correct it, {again}" if again else ""
     if not keys:
         # A check across the whole study names the places itself, one a line.
         for line in message.splitlines():
             named, _, rest = line.partition(": ")
             inside = named.startswith("search.space.")
             found = _space_keys(named.removeprefix("search.space."), node) if inside else ()
-            yield _Fault(found, rest if inside else line, again)
+            yield _Fault(found, rest if inside else line, correct)
         return
     # Tags of unions ("mlp", "float") are in pydantic's path but not in the file.
     place = tuple(_locate(keys, node)[0])
     if detail["type"] == "extra_forbidden":
-        yield _Fault(place, f"unknown key {keys[-1]!r}", "Remove it, or correct its name; all keys: hpo schema")
+        close = similar_key(place)
+        hint = f"Did you mean {close}?" if close else "Remove it, or correct its name."
+        yield _Fault(place, f"unknown key {keys[-1]!r}", f"{hint} All keys: hpo schema")
     elif detail["type"] == "missing":
         yield _Fault(place, "is missing", "Add it; a whole study: hpo show digits-mlp")
     elif detail["type"] in ("value_error", "parameter_kind"):
-        yield _Fault(place, message, again)
+        yield _Fault(place, message, correct)
     else:
         said = f"{message[0].lower()}{message[1:]}, got {_short(detail['input'])}"
         if means_null(detail["input"]) and _takes_null(tree, place):
             said += ". For no value write null"
-        yield _Fault(place, said, f"Correct the value, then: hpo check {path.stem}")
+        yield _Fault(place, said, correct)
 
 
 def _short(value: Any) -> str:

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hpo.distribution import VERSION
 from hpo.home import Home
 from hpo.metrics import label_of
 from hpo.records import Candidate, DataCard, StudyResult, TrialResult, TrialState
@@ -48,13 +49,13 @@ STATUS: Mapping[TrialState, str] = {
     TrialState.FAILED: "FAILED",
     TrialState.STOPPED: "KILLED",
 }
-_PACKAGES = ("hpo", "mlflow", "numpy", "optuna", "scikit-learn", "timm", "torch", "torchvision")
+_PACKAGES = ("mlflow", "numpy", "optuna", "scikit-learn", "timm", "torch", "torchvision")
 _ITEMS_PER_REQUEST = {"metrics": 900, "params": 100, "tags": 100}  # MLflow takes 1000 in all, 100 of the latter two
 
 
 def environment_tags(study: str) -> dict[str, str]:
     """The command, the user, the git commit of the working directory and the versions of packages, as tags."""
-    tags = {"mlflow.user": user(), "version.python": platform.python_version()}
+    tags = {"mlflow.user": user(), "version.hpo": VERSION, "version.python": platform.python_version()}
     tags |= {"mlflow.source.type": "LOCAL", "mlflow.source.name": f"hpo run {study}"}
     for package in _PACKAGES:
         try:
@@ -128,7 +129,7 @@ def trial_note(candidate: Candidate, study: StudyResult, setup: Setup | None) ->
     facts = [f"Trial {candidate.number} of {study.title}"]
     facts += [f"stage {candidate.stage}"] if candidate.stage else []
     facts += [f"attempt {candidate.attempt}"] if candidate.attempt > 1 else []
-    again = f"To train it again: `hpo rerun {study.exact}/{candidate.number}`"
+    again = f"To train it again: `hpo rerun {study.exact}#{candidate.number}`"
     return "\n".join([f"{', '.join(facts)}.", "", *_table(trial_params(candidate, setup)), "", again])
 
 

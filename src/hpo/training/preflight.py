@@ -177,6 +177,7 @@ def save_preview(setup: Setup, card: DataCard, path: Path, *, images: int, copie
     # Small images are shown large, pixel by pixel.
     scale = max(1, 96 // data.images.shape[1])
     pixels = np.repeat(np.repeat(picture, scale, axis=0), scale, axis=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(path)
     return path
 

@@ -189,10 +189,15 @@ def test_live_frame_never_exceeds_the_terminal(width: int) -> None:
     assert "more" in lines[-1]
 
 
-def test_live_display_keeps_failures_and_new_bests_above_itself(terminal: Console) -> None:
+def test_live_display_keeps_every_finished_trial_above_itself(terminal: Console) -> None:
     lines = told(LiveDisplay(COMMANDS, console=terminal), *whole_story()).splitlines()
     kept = [line.split()[:3] for line in lines if line.startswith(("0.", "trial 3 failed"))]
-    assert kept == [["0.8000", "trial", "0"], ["0.9000", "trial", "2"], ["trial", "3", "failed:"]]
+    assert kept == [
+        ["0.8000", "trial", "0"],
+        ["0.2000", "trial", "1"],
+        ["0.9000", "trial", "2"],
+        ["trial", "3", "failed:"],
+    ]
     assert max(map(len, lines)) <= 80
 
 

@@ -193,7 +193,7 @@ def test_a_missing_ray_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     with pytest.raises(HpoError) as raised:
         Cluster(RayOptions())
-    assert raised.value.hint == 'Install it: pip install "hpo[ray]"'
+    assert raised.value.hint == 'Install it: pip install "hpo-studies[ray]"'
 
 
 def test_files_arrive_as_they_were(tmp_path):

@@ -202,7 +202,7 @@ def test_a_study_goes_on_after_a_process_was_killed_and_trains_a_trial_again(stu
     assert (killed.state, good.state) == (TrialState.FAILED, TrialState.COMPLETE)
     assert "process 2 of 2 of the trial died (signal 9" in killed.result.reason
     assert good.result.settings["ranks"] == "2"
-    again = rerun(f"both/{good.number}", home=tmp_path, trust=True)
+    again = rerun(f"both#{good.number}", home=tmp_path, trust=True)
     assert again.agreement is Agreement.EQUAL
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from hpo.distribution import install_command
 from hpo.errors import HpoError, StoreError, disk_full
 from hpo.events import TrialEnded
 from hpo.execute.engines.base import Message, Trainer, WorkerLost
@@ -184,5 +185,5 @@ def _unusable(words: str) -> HpoError:
     last = [line for line in words.splitlines() if line.strip()][-1:]
     return HpoError(
         f"no worker can start on the Ray cluster: {''.join(last).strip() or 'Ray does not say why'}",
-        'Install the same hpo with the same Python on all nodes: pip install "hpo[ray]"',
+        f"Install the same hpo with the same Python on all nodes: {install_command('ray')}",
     )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpo.data.cache import models_folder
+from hpo.distribution import install_command
 from hpo.errors import HpoError
 from hpo.execute.engines.base import StudyWork, WorkerPlan
 from hpo.execute.engines.ray import RayActors
@@ -59,7 +60,7 @@ class RayOptions:
     def check(self) -> None:
         """Raise HpoError where Ray is not installed or nothing answers at the address: Ray itself tries for minutes."""
         if importlib.util.find_spec("ray") is None:
-            raise HpoError("Ray is not installed.", 'Install it: pip install "hpo[ray]"')
+            raise HpoError("Ray is not installed.", f"Install it: {install_command('ray')}")
         if self.resolved_address not in ("auto", "local"):
             _check_address(self.resolved_address)
 

@@ -82,7 +82,7 @@ def writing(file: Path, head: Mapping[str, Any]) -> Iterator[Writer]:
         if not disk_full(error) and error.filename not in (str(part), part, str(file)):
             raise
         reason = error.strerror or str(error)
-        raise StoreError(f"{file}: cannot be written: {reason}.", "Choose another file: --output FILE") from None
+        raise StoreError(f"{file}: cannot be written: {reason}.", "Choose another file: --out FILE") from None
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)

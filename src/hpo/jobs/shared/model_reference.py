@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
@@ -58,14 +57,11 @@ def find_model(home: Home, asked: str, *, trust: bool = False) -> ModelReference
     Raises HpoError if there is none or its data is unavailable.
     """
     from hpo.storage.optuna_storage import read_study
-    from hpo.tracking.registry import resolve, versions
+    from hpo.tracking.registry import resolve
 
     name, mark, number = asked.partition("#")
-    match = re.fullmatch(r"([^/@:#]+)/([0-9]+)", asked)
     version = None
-    if match and all(version.version != int(match[2]) for version in versions(home, match[1])):
-        name, mark, number = match[1], "#", match[2]
-    elif "@" in asked or "/" in asked:
+    if "@" in asked or "/" in asked:
         version = resolve(home, asked)
         if version.origin:
             hint = "Use it there: --home DIR, or the environment variable MLFLOW_TRACKING_URI."

@@ -1,0 +1,169 @@
+"""The table of the commands of `hpo`, and how they are called in this terminal."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Listed(NamedTuple):
+    """A command of the table: module:function, what it does in a few words, arguments as an example.
+
+    doing is printed in a terminal if the command is silent for a second.
+    """
+
+    place: str
+    words: str
+    example: str
+    doing: str
+
+
+# Section -> command, in the order of --help.
+SECTIONS: dict[str, dict[str, Listed]] = {
+    "Search": {
+        "run": Listed(
+            "run:run",
+            "Run a study, or resume it; register its best model.",
+            "digits-mlp --trials 50 --set training.epochs=20",
+            doing="starting",
+        ),
+        "check": Listed(
+            "look:check",
+            "Validate a study, try one batch, estimate time and disk.",
+            "digits-mlp",
+            doing="preparing the images and trying one batch",
+        ),
+        "stop": Listed(
+            "run:stop", "Stop a running study, as Ctrl-C does.", "digits-mlp", doing="looking for supervisors"
+        ),
+        "worker": Listed(
+            "cluster:worker",
+            "Train trials of a study on a shared storage.",
+            "digits-mlp",
+            doing="looking for the study",
+        ),
+        "begin": Listed(
+            "cluster:begin",
+            "Begin a study that only workers will train.",
+            "digits-mlp --trials 200",
+            doing="preparing the images",
+        ),
+        "manifest": Listed(
+            "cluster:manifest",
+            "Print a Kubernetes Job of workers.",
+            "digits-mlp --image registry.example/hpo:1",
+            doing="reading the study",
+        ),
+    },
+    "Look": {
+        "ui": Listed(
+            "look:ui",
+            "Open MLflow's pages on a study's trials, best first.",
+            "digits-mlp",
+            doing="looking for the study",
+        ),
+        "status": Listed("run:status", "Show the progress of every study.", "", doing="reading the studies"),
+        "trials": Listed("look:trials", "List the trials of a study.", "digits-mlp --top 5", doing="reading the study"),
+        "report": Listed(
+            "report:report",
+            "Write a page on a study: result, figures, mistakes, cost.",
+            "digits-mlp --out report.html",
+            doing="gathering the study's results and drawing figures",
+        ),
+        "compare": Listed(
+            "use:compare", "Compare models on the same images.", "digits-mlp digits-cnn", doing="loading the models"
+        ),
+        "rerun": Listed(
+            "run:rerun",
+            "Train a trial again, and compare epoch by epoch.",
+            "digits-mlp#3",
+            doing="preparing the images",
+        ),
+        "studies": Listed("look:studies", "List the studies that can be run.", "", doing="reading the study files"),
+        "show": Listed("look:show", "Print a study with its defaults.", "digits-mlp", doing="reading the study file"),
+        "schema": Listed(
+            "look:schema",
+            "Print the JSON Schema of a study file.",
+            "> study.schema.json",
+            doing="reading the parts of a study",
+        ),
+        "preview": Listed(
+            "look:preview",
+            "Draw images as a study's augmentation changes them.",
+            "cifar10-v3 --out augmented.png",
+            doing="preparing the images",
+        ),
+        "data": Listed("report:app", "Explore a data set.", "show digits", doing="reading the images"),
+    },
+    "Use": {
+        "promote": Listed(
+            "use:promote",
+            "Judge a study's best model, and make it the champion.",
+            "digits-mlp",
+            doing="checking the gates",
+        ),
+        "evaluate": Listed(
+            "use:evaluate", "Measure models on the sealed test part.", "digits-mlp", doing="loading the models"
+        ),
+        "models": Listed("use:models", "List the registered models.", "digits-mlp", doing="asking MLflow"),
+        "predict": Listed(
+            "use:predict", "Classify image files.", "digits-mlp photo.png --format csv", doing="loading the model"
+        ),
+        "explain": Listed(
+            "report:explain",
+            "Highlight the pixels that support a class.",
+            "digits-mlp photo.png",
+            doing="loading the model",
+        ),
+    },
+    "Keep in order": {
+        "doctor": Listed(
+            "store:doctor", "Find what is wrong in the stores, and repair it.", "--fix", doing="reading both stores"
+        ),
+        "clean": Listed(
+            "store:clean",
+            "Free disk space.",
+            "digits-mlp --keep-models best:3",
+            doing="looking for what can be deleted",
+        ),
+        "export": Listed(
+            "store:export",
+            "Write a study, its runs and models, to one file.",
+            "digits-mlp --out digits.zip",
+            doing="reading the study",
+        ),
+        "import": Listed("store:import_", "Read an exported study.", "digits.zip", doing="reading the file"),
+        "store": Listed("store:app", "Show or upgrade the stores.", "status", doing="asking both stores"),
+    },
+}
+
+
+def find(name: str) -> Listed | None:
+    """The command of that name."""
+    return next((commands[name] for commands in SECTIONS.values() if name in commands), None)
+
+
+def called_as() -> str:
+    """What calls `hpo` again in this terminal: `uv run hpo` where that started it, a path where PATH has none."""
+    script = Path(sys.argv[0])
+    if script.parts[-2:] == ("hpo", "__main__.py"):
+        # Compared as text: the Python of an environment is a link to one that does not have its packages.
+        return f"{'python' if shutil.which('python') == sys.executable else shlex.quote(sys.executable)} -m hpo"
+    if script.name != "hpo":
+        return "hpo"  # a caller from Python
+    if "UV_RUN_RECURSION_DEPTH" in os.environ:
+        return "uv run hpo"
+    return "hpo" if shutil.which("hpo") == str(script) else shlex.quote(str(script))
+
+
+def runnable(text: str) -> str:
+    """A message with its commands `hpo ...` as they are called in this terminal."""
+    if (call := called_as()) == "hpo":
+        return text
+    names = "|".join(name for commands in SECTIONS.values() for name in commands)
+    return re.sub(rf"(?<![\w/.-])(?<!uv run )(?<!-m )hpo(?= (?:{names})\b)", call.replace("\\", r"\\"), text)
