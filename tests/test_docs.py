@@ -94,6 +94,11 @@ def test_cli_page_has_every_command_and_option():
     assert made == (DOCS / "cli.md").read_text(encoding="utf-8"), "run: python docs/make_cli.py"
 
 
+def test_python_page_has_every_function():
+    made = runpy.run_path(str(DOCS / "make_python.py"))["python_page"]()
+    assert made == (DOCS / "python.md").read_text(encoding="utf-8"), "run: python docs/make_python.py"
+
+
 def _commands(page: Path) -> list[str]:
     """Every line of a code block, and every piece of code in a sentence, that begins with hpo and a blank."""
     text = page.read_text(encoding="utf-8")

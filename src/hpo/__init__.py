@@ -6,21 +6,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hpo.api.run import run_study
+    from hpo.api.study import open_study
     from hpo.errors import HpoError
-    from hpo.execute.run_study import run_study
     from hpo.predict import load_model
     from hpo.spec.load import load_study
+    from hpo.spec.load import load_study as load_spec
 
     __version__: str
 
-__all__ = ["HpoError", "__version__", "load_model", "load_study", "run_study"]
+__all__ = ["HpoError", "__version__", "load_model", "load_spec", "load_study", "open_study", "run_study"]
 
-# Each name is imported on first use: `import hpo` is instant, and only run_study and load_model bring torch or mlflow.
+# Name -> its module and its name there. Each is imported on first use: `import hpo` is instant, and only run_study and
+# load_model bring torch or mlflow.
 _ROOMS = {
-    "HpoError": "hpo.errors",
-    "load_model": "hpo.predict",
-    "load_study": "hpo.spec.load",
-    "run_study": "hpo.execute.run_study",
+    "HpoError": ("hpo.errors", "HpoError"),
+    "load_model": ("hpo.predict", "load_model"),
+    "load_spec": ("hpo.spec.load", "load_study"),
+    "load_study": ("hpo.spec.load", "load_study"),  # the earlier name of load_spec
+    "open_study": ("hpo.api.study", "open_study"),
+    "run_study": ("hpo.api.run", "run_study"),
 }
 
 
@@ -28,7 +33,8 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         return importlib.import_module("hpo.distribution").VERSION
     if name in _ROOMS:
-        return getattr(importlib.import_module(_ROOMS[name]), name)
+        module, attribute = _ROOMS[name]
+        return getattr(importlib.import_module(module), attribute)
     raise AttributeError(f"module 'hpo' has no attribute {name!r}")
 
 

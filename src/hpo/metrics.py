@@ -298,6 +298,12 @@ def direction_of(score: str) -> Direction:
     return metric.direction if metric else "minimize"
 
 
+def highest_of(score: str) -> float:
+    """The largest possible value of a score: 1 for those that are maximized, inf for costs and functions of users."""
+    metric = metric_of(score)
+    return 1.0 if metric is not None and metric.direction == "maximize" and ":" not in metric.name else float("inf")
+
+
 def label_of(score: str) -> str:
     """A score's name as a label of a row or an axis: valid_macro_auc -> validation macro AUC."""
     metric = metric_of(score)

@@ -96,7 +96,8 @@ def staged_study() -> StudyResult:
             number, value = len(trials), 0.4 + rng.gauss(0, 0.05)
             parameters = {**carried, **dict(zip(stage["space"], options, strict=True))}
             scores = {"valid_loss": value, "valid_loss_std": 0.03, "valid_accuracy": 1 - value}
-            result = TrialResult(number, TrialState.COMPLETE, value, 3, epochs(1 - value, folds=3), scores)
+            folds = tuple({"valid_loss": value + shift, "valid_accuracy": 1 - value} for shift in (-0.03, 0.0, 0.03))
+            result = TrialResult(number, TrialState.COMPLETE, value, 3, epochs(1 - value, folds=3), scores, folds=folds)
             candidate = Candidate(number, number, parameters, 0, stage=stage["name"])
             trials.append(Trial(candidate, TrialState.COMPLETE, result, 1.7e9 + 30 * number, 28.0, "worker 0"))
         carried = dict(min(trials[first:], key=lambda trial: trial.value).candidate.parameters)

@@ -9,7 +9,7 @@ from html import escape as _escape
 
 from hpo.errors import clean
 from hpo.records import DataCard
-from hpo.report.text import counted, listed
+from hpo.report.text import counted, listed, without_folders
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --dim: #59636e; --line: #d5dae0; --paper: #ffffff; --tint: #f4f6f8;
@@ -44,6 +44,27 @@ figcaption { color: var(--dim); font-size: .9rem; }
 .strip img { width: 4.5rem; image-rendering: pixelated; background: none; }
 details { margin: .75rem 0; }
 summary { cursor: pointer; }
+.answer { font-size: 1.12rem; }
+.tall { max-height: 34rem; overflow: auto; } .tall table { font-size: .84rem; }
+.tall th, .tall td { padding-right: .7rem; }
+.tall th { white-space: normal; vertical-align: bottom; position: sticky; top: 0; background: var(--paper); }
+.sortable th button { all: unset; cursor: pointer; }
+.sortable th button:focus-visible { outline: 2px solid var(--link); }
+.sortable th[aria-sort=ascending] button::after { content: " ▲"; }
+.sortable th[aria-sort=descending] button::after { content: " ▼"; }
+/* On a phone nothing scrolls sideways: words break, and the rows of wide tables are paragraphs with named values. */
+@media screen and (max-width: 40rem) {
+  th, td, th.number, td.number { white-space: normal; overflow-wrap: anywhere; padding-right: .6rem; }
+  .number, .facts th { overflow-wrap: normal !important; }
+  pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+  .tall { max-height: none; }
+  .cards, .cards thead, .cards tbody { display: block; }
+  .cards:not(.sortable) thead { display: none; }
+  .cards tr { display: flex; flex-wrap: wrap; gap: 0 .9rem; padding: .35rem 0; border-bottom: 1px solid var(--line); }
+  .cards th, .cards td, .cards td.number { border: 0; padding: 0; text-align: left; }
+  .cards td:empty { display: none; }
+  .cards td::before { content: attr(data-name) " "; color: var(--dim); }
+}
 @media print { :root { color-scheme: light; --ink: #000; --dim: #444; --line: #bbb; --paper: #fff; --tint: #f4f4f4;
   --link: #000; } body { max-width: none; padding: 0; font-size: 10.5pt; } nav { display: none; }
   h2, h3 { break-after: avoid; } figure, tr, pre { break-inside: avoid; } .scroll { overflow: visible; } }
@@ -82,24 +103,34 @@ def page(title: str, sections: Sequence[tuple[str, str]]) -> str:
     )
 
 
-def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> Html:
+_MOST_COLUMNS = 3  # that a phone shows next to each other
+
+
+def table(head: Sequence[object], rows: Iterable[Sequence[object]], *, sortable: bool = False) -> Html:
     """Rows below their column names, escaped except Html; a name that begins with > is of a column of numbers.
 
-    Wide tables scroll sideways on a phone. Without names (an empty head) the first column is the rows' labels.
+    On a phone, rows of more than three columns become paragraphs of named values. Without names (an empty head) the
+    first column is the rows' labels. A script of the page makes sortable ones sort by a column.
     """
     names = list(map(str, head))
+    wide = sortable or len(names) > _MOST_COLUMNS
     kinds = [' class="number"' if name.startswith(">") else "" for name in names]
+    labels = [f' data-name="{escape(name.removeprefix(">"))}"' if wide else "" for name in names]
     top = "".join(f"<th{kind}>{escape(name.removeprefix('>'))}</th>" for kind, name in zip(kinds, names, strict=True))
 
     def cells(row: Sequence[object]) -> str:
         if not names:
             return f"<th>{escape(row[0])}</th>" + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
-        return "".join(f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds, row, strict=True))
+        cells = zip(kinds, labels, row, strict=True)
+        return "".join(f"<td{kind}{label}>{escape(cell)}</td>" for kind, label, cell in cells)
 
     body = "".join(f"<tr>{cells(row)}</tr>\n" for row in rows)
     thead = f"<thead><tr>{top}</tr></thead>\n" if names else ""
-    kind = "" if names else ' class="facts"'
-    return Html(f'<div class="scroll"><table{kind}>\n{thead}<tbody>\n{body}</tbody>\n</table></div>')
+    kind = ("sortable " if sortable else "") + ("cards" if wide else "") if names else "facts"
+    kind = f' class="{kind}"' if kind else ""
+    return Html(
+        f'<div class="{"tall" if sortable else "scroll"}"><table{kind}>\n{thead}<tbody>\n{body}</tbody>\n</table></div>'
+    )
 
 
 def picture(image: bytes, alt: str, *, caption: str = "", width: int | None = None) -> Html:
@@ -172,8 +203,8 @@ def origin_rows(card: DataCard, near_duplicates: str) -> list[tuple[str, object]
         *([("pixels", card.pixel_ranges)] if card.pixel_ranges else []),
         *([("groups", f"{card.groups:,}, each in one part")] if card.groups else []),
         *([("near-duplicates", near_duplicates)] if near_duplicates else []),
-        *(("warning", warning) for warning in card.warnings),
-        ("source", f"{card.source} ({'the' if card.official else 'not the'} publisher's file)"),
+        *(("warning", without_folders(warning)) for warning in card.warnings),
+        ("source", f"{without_folders(card.source)} ({'the' if card.official else 'not the'} publisher's file)"),
         ("licence", card.licence or "not stated"),
         ("citation", card.citation or "not stated"),
         ("digest", Html(f"<code>{escape(card.digest)}</code>")),

@@ -8,29 +8,30 @@ from typing import TYPE_CHECKING
 from hpo.metrics import METRICS, direction_of, label_of, metric_of, name_of
 from hpo.records import FINAL, DataCard, Trial, TrialState
 from hpo.report import text
+from hpo.report.answer import RESAMPLES, answer, intervals_of, last_opening
 from hpo.report.page import Html, channel_table, escape, origin_rows, picture, table
-from hpo.report.statistics import Interval, confusion_intervals, share_interval
+from hpo.report.statistics import Interval
 from hpo.report.text import value_text
 from hpo.spec.study import Reference
 
 if TYPE_CHECKING:
-    from hpo.report.study_page import Findings, Opening, Samples
+    from hpo.report.study_page import Findings, Samples
 
-_RESAMPLES = 2000
-_MOST_CLASSES = 60  # sample strips shown
+MOST_CLASSES = 60  # sample strips shown
 
 
 def opening(findings: Findings) -> str:
-    """The question, the state of the study, and a list of what is missing."""
+    """The question, the answer in a sentence, the state of the study, and a list of what is missing."""
     study = findings.study
     ends = text.listed(f"{study.count(state):,} {state.value}" for state in TrialState if study.count(state))
     lines = [f"<p><strong>{escape(findings.spec.question)}</strong></p>"] if findings.spec.question else []
+    lines.append(f'<p class="answer">{answer(findings, intervals_of(findings))}</p>')
     lines.append(
         f'<p class="dim">Study {escape(study.title)}: {text.counted(len(study.trials), "trial")}'
         f"{f' ({ends})' if ends else ''}. This page was made on {findings.made:%Y-%m-%d}.</p>"
     )
     if findings.missing:
-        items = "".join(f"<li>{escape(sentence)}</li>" for sentence in findings.missing)
+        items = "".join(f"<li>{escape(text.without_folders(sentence))}</li>" for sentence in findings.missing)
         lines.append(f"<h3>What is missing</h3><ul>{items}</ul>")
     return "\n".join(lines)
 
@@ -40,13 +41,8 @@ def result(findings: Findings) -> str:
     shown = findings.shown
     if shown is None or shown.result is None:
         return "<p>There is no complete trial yet, and so no result.</p>"
-    study, seed = findings.study, findings.spec.seed
+    study, opened, intervals = findings.study, last_opening(findings), intervals_of(findings)
     name = "final training" if shown.candidate.stage == FINAL else "best trial"
-    intervals = (
-        confusion_intervals(shown.result.confusion, seed=seed, resamples=_RESAMPLES) if shown.result.confusion else {}
-    )
-    opened = _opened(findings)
-    measured = _test_intervals(findings, opened.scores) if opened else {}
     always = [name for name, metric in METRICS.items() if not metric.on_request]
     further = [name_of(score) for score in shown.result.scores if score.startswith("valid_") and metric_of(score)]
     # Losses last.
@@ -55,14 +51,12 @@ def result(findings: Findings) -> str:
         (
             label_of(score),
             _score(shown.result.scores.get(f"valid_{score}")),
-            _ends(intervals.get(score)),
-            *((_score(opened.scores.get(f"test_{score}")), _ends(measured.get(score))) if opened else ()),
+            _ends(intervals.get(f"valid_{score}")),
+            *((_score(opened.scores.get(f"test_{score}")), _ends(intervals.get(f"test_{score}"))) if opened else ()),
         )
         for score in scores
     ]
     head = ["score", ">validation", ">95 % interval", *([">test", ">95 % interval"] if opened else [])]
-    named = {f"valid_{score}": each for score, each in intervals.items()}
-    named |= {f"test_{score}": each for score, each in measured.items()}
     sentence = (
         f"<p>The model of this page is trial {shown.number}, the {name}"
         f"{f', version {findings.model.version} in the registry' if findings.model else ''}. "
@@ -70,18 +64,12 @@ def result(findings: Findings) -> str:
     )
     searched = sum(trial.state is TrialState.COMPLETE for trial in study.counted)
     flatter = (
-        f'<p class="dim">Intervals are percentiles of {_RESAMPLES:,} bootstrap resamples of the images; they hold for '
+        f'<p class="dim">Intervals are percentiles of {RESAMPLES:,} bootstrap resamples of the images; they hold for '
         f"this one training. The validation score is the best of {text.counted(searched, 'complete trial')}, chosen "
         "by it, and therefore flatters; a test score does not.</p>"
     )
-    return f"{sentence}{table(head, rows)}{flatter}{_folds(shown)}{_objectives(findings)}{_references(findings, named)}"
-
-
-def _opened(findings: Findings) -> Opening | None:
-    """The last look at the test part that measured the shown model."""
-    shown = findings.shown
-    looks = [look for look in findings.openings if shown is not None and look.trial == shown.number and look.scores]
-    return looks[-1] if looks else None
+    tables = f"{_folds(shown)}{_objectives(findings)}{_references(findings, intervals)}"
+    return f"{sentence}{table(head, rows)}{flatter}{tables}"
 
 
 def _test_sentence(findings: Findings) -> str:
@@ -92,18 +80,8 @@ def _test_sentence(findings: Findings) -> str:
             f"<code>hpo promote {escape(findings.study.name)}</code> opens it.{history}"
         )
     often = text.times(len(findings.openings))
-    other = "" if _opened(findings) else ", but not for this model"
+    other = "" if last_opening(findings) else ", but not for this model"
     return f"The sealed test part was opened {often}{other}.{history}"
-
-
-def _test_intervals(findings: Findings, scores: Mapping[str, float]) -> dict[str, Interval]:
-    # The ledger holds scores only. Of these, only the accuracy gives the number of correct images.
-    accuracy = scores.get("test_accuracy")
-    if accuracy is None or findings.data is None or not findings.data.test_count:
-        return {}
-    return {
-        "accuracy": share_interval(accuracy, findings.data.test_count, seed=findings.spec.seed, resamples=_RESAMPLES)
-    }
 
 
 def _folds(shown: Trial) -> str:
@@ -139,7 +117,7 @@ def _references(findings: Findings, intervals: Mapping[str, Interval]) -> str:
 
 
 def _reference(findings: Findings, reference: Reference, intervals: Mapping[str, Interval]) -> tuple[object, ...]:
-    shown, look = findings.shown, _opened(findings)
+    shown, look = findings.shown, last_opening(findings)
     if reference.score.startswith("test_"):
         own = look.scores.get(reference.score) if look else None
         lacking = "not measured" if findings.openings else "test part not opened"
@@ -158,7 +136,7 @@ def _reference(findings: Findings, reference: Reference, intervals: Mapping[str,
     )
 
 
-def data(findings: Findings) -> str:
+def data(findings: Findings, shares_figure: str) -> str:
     """Origin of the images, class shares of each part, sample images, mean and deviation."""
     card = findings.data
     if card is None:
@@ -171,7 +149,8 @@ def data(findings: Findings) -> str:
         body = [
             (name, *(f"{shares[part][label]:.1%}" for part in shares)) for label, name in enumerate(card.class_names)
         ]
-        parts.append(f"<h3>Share of each class</h3>{table(head, body)}")
+        parts.append(f"<h3>Share of each class</h3>{shares_figure}")
+        parts.append(f"<details><summary>The shares as numbers</summary>{table(head, body)}</details>")
     if findings.samples is not None:
         parts += _sample_images(card, findings.samples)
     return "\n".join(parts)
@@ -184,9 +163,9 @@ def _sample_images(card: DataCard, samples: Samples) -> Iterator[str]:
         if strip
     ]
     yield '<h3>Training images</h3><p class="dim">Drawn at random from the training part.</p>'
-    yield f'<div class="samples">{"".join(strips[:_MOST_CLASSES])}</div>'
-    if len(strips) > _MOST_CLASSES:
-        yield f'<p class="dim">{len(strips) - _MOST_CLASSES} more classes are not shown.</p>'
+    yield f'<div class="samples">{"".join(strips[:MOST_CLASSES])}</div>'
+    if len(strips) > MOST_CLASSES:
+        yield f'<p class="dim">{len(strips) - MOST_CLASSES} more classes are not shown.</p>'
     yield f"<h3>Channels</h3>{channel_table(samples.mean, samples.std)}"
     yield f'<p class="dim">Of pixel / 255, over {samples.counted:,} training images.</p>'
 
@@ -340,10 +319,13 @@ def repeat(findings: Findings) -> str:
     rows += list(_machine(findings))
     if findings.versions:
         rows.append(("versions", text.listed(f"{name} {version}" for name, version in findings.versions.items())))
+    whole = dump_study(spec).rstrip()
+    file = text.without_folders(whole)
+    moved = "" if file == whole else "<p>Files that it names are here without their folders.</p>"
     return (
         f"<p>Save the study file below as <code>{escape(study.name)}.yaml</code>, then:</p>"
         f"{_code(f'hpo run {study.name}.yaml{budget}')}{table((), rows)}"
-        f"<details><summary>The study file, with every default</summary>{_code(dump_study(spec).rstrip())}</details>"
+        f"<details><summary>The study file, with every default</summary>{moved}{_code(file)}</details>"
     )
 
 

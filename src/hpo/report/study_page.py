@@ -7,15 +7,18 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
 from hpo.records import FINAL, DataCard, ModelVersion, SplitCard, StudyResult, Trial
 from hpo.report import sections
+from hpo.report.answer import compared, intervals_of, main_metric
 from hpo.report.figures.images import Mistake
-from hpo.report.page import Html, escape, page, picture
+from hpo.report.page import escape, page, picture
 from hpo.report.text import trial_tooltip
+from hpo.report.trials import trials_table
 from hpo.spec.study import StudySpec
 
 if TYPE_CHECKING:
@@ -114,21 +117,23 @@ def shown_trial(study: StudyResult, model: ModelVersion | None) -> Trial | None:
     return finals[0] if finals else study.best
 
 
-# Figures are drawn in dark lines, so dark pages invert them; photographs and colour maps stay as they are. On a phone,
-# wide figures scroll sideways at three quarters of their size, since smaller ones could not be read.
+# Figures are drawn in dark lines, so dark pages invert them; photographs and colour maps stay as they are. Wide figures
+# have a second, narrow form for phones.
 _STYLE = """<style>
 .samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 0 1.5rem; }
 .samples figure { margin: .4rem 0; } .samples img { image-rendering: pixelated; width: 100%; background: none; }
-.drawn svg, .drawn img { width: var(--wide); max-width: 100%; height: auto; min-width: calc(.75 * var(--wide));
-  border-radius: 4px; }
-.drawn img { background: none; } .drawn figcaption { position: sticky; left: 0; }
-[data-trial] { cursor: pointer; }
-[data-trial].lit { stroke: #d6006c !important; stroke-width: 2.5px !important; stroke-opacity: 1 !important; }
-use[data-trial].lit { fill: #d6006c !important; fill-opacity: 1 !important; }
+.drawn svg, .drawn img { width: var(--wide); max-width: 100%; height: auto; border-radius: 4px; }
+.drawn img { background: none; }
+.small { display: none; }
+@media screen and (max-width: 40rem) { .large { display: none; } .small { display: block; } }
+.drawn [data-trial] { cursor: pointer; }
+.drawn [data-trial].lit { stroke: #d6006c !important; stroke-width: 2.5px !important; stroke-opacity: 1 !important; }
+.drawn use[data-trial].lit { fill: #d6006c !important; fill-opacity: 1 !important; }
+tr:has(.lit) { background: var(--tint); }
 #tip { position: fixed; z-index: 1; max-width: 22rem; padding: .4rem .6rem; border: 1px solid var(--line);
   border-radius: 4px; background: var(--paper); font-size: .85rem; pointer-events: none; overflow-wrap: anywhere; }
 @media screen and (prefers-color-scheme: dark) { .lines svg { filter: invert(.9) hue-rotate(180deg); } }
-@media print { .drawn svg, .drawn img { min-width: 0; } #tip { display: none; } table { font-size: 8pt; }
+@media print { .tall { max-height: none; } #tip { display: none; } table { font-size: 8pt; }
   th, td { white-space: normal !important; } }
 </style>"""
 
@@ -145,25 +150,51 @@ _SCRIPT = """
     const marks = [...group.querySelectorAll("path, use")].filter(mark => !mark.closest("defs"));
     marks.forEach((mark, index) => { mark.dataset.trial = numbers.length === 1 ? numbers[0] : numbers[index]; });
   }
+  // Numbers by value, texts by letters, empty cells last; the first click on numbers puts the largest on top.
+  for (const table of document.querySelectorAll(".sortable")) {
+    table.querySelectorAll("th").forEach((head, column) => {
+      const button = document.createElement("button");
+      button.append(...head.childNodes);
+      head.append(button);
+      button.addEventListener("click", () => {
+        const rows = [...table.tBodies[0].rows], text = row => row.cells[column].textContent;
+        const value = row => Number(text(row).replace(/,/g, ""));
+        const numeric = rows.every(row => Number.isFinite(value(row)));
+        const down = (head.ariaSort || (numeric ? "ascending" : "descending")) === "ascending";
+        table.querySelectorAll("th").forEach(other => other.removeAttribute("aria-sort"));
+        head.setAttribute("aria-sort", down ? "descending" : "ascending");
+        const order = (one, other) => numeric ? value(one) - value(other) : text(one).localeCompare(text(other));
+        rows.sort((one, other) => (!text(one) - !text(other)) || (down ? -1 : 1) * order(one, other));
+        table.tBodies[0].append(...rows);
+      });
+    });
+  }
   let lit;
   const around = [[0, 0], [3, 0], [-3, 0], [0, 3], [0, -3], [5, 5], [-5, 5], [5, -5], [-5, -5]];
+  const light = number => {
+    if (number === lit) return;
+    document.querySelectorAll(".lit").forEach(mark => mark.classList.remove("lit"));
+    if (number) document.querySelectorAll(`[data-trial="${number}"]`).forEach(mark => mark.classList.add("lit"));
+    lit = number;
+  };
   const show = event => {
     let number;
     for (const [x, y] of around) {
       const mark = document.elementFromPoint(event.clientX + x, event.clientY + y)?.closest("[data-trial]");
       if (mark) { number = mark.dataset.trial; break; }
     }
-    if (number !== lit) {
-      document.querySelectorAll(".lit").forEach(mark => mark.classList.remove("lit"));
-      if (number) document.querySelectorAll(`[data-trial="${number}"]`).forEach(mark => mark.classList.add("lit"));
-      lit = number;
-    }
+    light(number);
     tip.hidden = !(number in texts);
     if (tip.hidden) return;
     tip.innerHTML = texts[number];
     tip.style.left = Math.max(4, Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 8)) + "px";
     tip.style.top = Math.max(4, Math.min(event.clientY + 14, innerHeight - tip.offsetHeight - 8)) + "px";
   };
+  for (const row of document.querySelectorAll(".sortable tbody tr")) {
+    const number = row.querySelector("[data-trial]").dataset.trial;
+    row.addEventListener("pointerenter", () => light(number));
+    row.addEventListener("pointerleave", () => light(undefined));
+  }
   for (const chart of charts) {
     chart.addEventListener("pointermove", show);
     chart.addEventListener("pointerdown", show);
@@ -179,12 +210,13 @@ def study_page(findings: Findings) -> str:
     study = findings.study
     texts = json.dumps({trial.number: trial_tooltip(study, trial) for trial in study.trials}).replace("<", "\\u003c")
     parts: list[tuple[str, str]] = [
-        ("", _STYLE + sections.opening(findings)),
+        ("", _STYLE + sections.opening(findings) + _comparison(findings)),
         ("Result", sections.result(findings)),
-        ("Data", sections.data(findings)),
+        ("Data", sections.data(findings, _shares(findings))),
         ("Protocol", sections.protocol(findings)),
         ("Search space", sections.space(findings)),
         ("The search", "\n".join(_search(findings))),
+        ("All trials", _trials(study)),
         ("The model", "\n".join(_model(findings))),
         ("Most confident mistakes", "\n".join(_mistakes(findings))),
         ("Cost", sections.cost(findings)),
@@ -195,8 +227,36 @@ def study_page(findings: Findings) -> str:
     return page(study.title, [part for part in parts if part[1]])
 
 
+def _comparison(findings: Findings) -> str:
+    """The study's score next to the published ones."""
+    from hpo.report.figures.overview import scores_figure
+
+    scores = list(compared(findings, intervals_of(findings)))
+    if all(score.own for score in scores):
+        return ""
+    caption = "This study next to the published numbers; lines are 95 % intervals."
+    return _figure(lambda: scores_figure(scores, score=main_metric(findings)), "published numbers", caption)
+
+
+def _shares(findings: Findings) -> str:
+    from hpo.report.figures.overview import class_shares_figure
+
+    split, card = findings.split, findings.data
+    shares = {part: each for part, each in split.shares.items() if split.counts.get(part)} if split else {}
+    if not shares or card is None or len(card.class_names) > sections.MOST_CLASSES:
+        return ""
+    caption = f"Percent of each part; the number is the share of {next(iter(shares))}."
+    return _figure(lambda: class_shares_figure(shares, card.class_names), "share of each class", caption)
+
+
+def _trials(study: StudyResult) -> str:
+    words = '<p class="dim">Best first. Click a column to sort by it.</p>'
+    return f"{words}{trials_table(study)}" if study.trials else ""
+
+
 def _search(findings: Findings) -> Iterator[str]:
     """Figures of the whole study."""
+    from hpo.report.figures import pairs as pair_figures
     from hpo.report.figures import space as space_figures
     from hpo.report.figures import study as study_figures
 
@@ -211,18 +271,17 @@ def _search(findings: Findings) -> Iterator[str]:
         ("Parallel coordinates", lambda: space_figures.parallel_coordinates(study), "Each line is a complete trial."),
         ("Each parameter", lambda: space_figures.slices(study), "The score over each parameter."),
         ("Learning curves", lambda: study_figures.learning_curves(study), "Each line is a trial."),
-        ("Heat map", lambda: space_figures.heat_map(study), "The score in each cell of the grid."),
+        ("Heat map", lambda: pair_figures.heat_map(study), "The score in each cell of the grid."),
         ("Effects", lambda: space_figures.effects(study), "Mean score over each option; bars: standard deviations."),
         ("Importance", lambda: study_figures.importance_figure(shares), "Share of the importance, by two methods."),
-        ("Contour", lambda: space_figures.contour(study, findings.ranking), "The score over two parameters."),
+        ("Contour", lambda: pair_figures.contour(study, findings.ranking), "The score over two parameters."),
         ("Timeline", lambda: study_figures.timeline(study), "The trials of each worker over time."),
     ]
     for heading, draw, caption in drawn:
-        figure = draw()
-        if figure is not None:
-            # Inverted, a colour map would no longer be read as what it is.
-            colours = heading in ("Heat map", "Contour")
-            yield f"<h3>{heading}</h3>{_figure(figure, heading, caption, colours=colours)}"
+        # Inverted, a colour map would no longer be read as what it is.
+        figure = _figure(draw, heading, caption, colours=heading in ("Heat map", "Contour"))
+        if figure:
+            yield f"<h3>{heading}</h3>{figure}"
 
 
 def _model(findings: Findings) -> Iterator[str]:
@@ -236,19 +295,22 @@ def _model(findings: Findings) -> Iterator[str]:
     result, answers = shown.result, findings.answers
     if result.epochs:
         caption = f"Trial {shown.number}: loss and scores over the epochs, the kept epoch marked."
-        yield _figure(training_curves(result.epochs, best_epoch=result.best_epoch), "training curves", caption)
+        draw = partial(training_curves, result.epochs, best_epoch=result.best_epoch)
+        yield _figure(draw, "training curves", caption)
     if result.confusion:
-        yield _figure(confusion_figure(result.confusion, names), "confusion matrix", "Validation images.")
-        yield _figure(class_accuracy_figure(result.confusion, names), "accuracy of each class", "Validation images.")
+        draw = partial(confusion_figure, result.confusion, names)
+        yield _figure(draw, "confusion matrix", "Validation images.")
+        draw = partial(class_accuracy_figure, result.confusion, names)
+        yield _figure(draw, "accuracy of each class", "Validation images.")
     elif findings.data is not None and findings.data.several_labels:
         yield "<p>Images have several labels: there is no confusion of one class with another to show.</p>"
     if answers is not None:
-        curves = roc_figure(answers.labels, answers.probabilities, names)
-        yield _figure(curves, "ROC curves", "Each class against all others, on the validation images.")
-        ranks = rank_figure(answers.labels, answers.probabilities) if answers.labels.ndim == 1 else None
-        if ranks is not None:
+        labels, probabilities = answers.labels, answers.probabilities
+        draw = partial(roc_figure, labels, probabilities, names)
+        yield _figure(draw, "ROC curves", "Each class against all others, on the validation images.")
+        if labels.ndim == 1:
             caption = "Rank of the true class of each mistake in the order of probabilities: 2 is a near miss."
-            yield _figure(ranks, "rank of the true class among mistakes", caption)
+            yield _figure(partial(rank_figure, labels, probabilities), "rank of the true class among mistakes", caption)
 
 
 def _mistakes(findings: Findings) -> Iterator[str]:
@@ -257,26 +319,42 @@ def _mistakes(findings: Findings) -> Iterator[str]:
     answers = findings.answers
     if answers is None or not answers.mistakes:
         return
-    figure = mistakes_figure(answers.mistakes, answers.images, findings.class_names)
-    if figure is not None:
-        caption = "Each wrongly classified validation image, with the most confident example of both classes."
-        yield _figure(figure, "the most confident mistakes", caption, photo=True)
+    draw = partial(mistakes_figure, answers.mistakes, answers.images, findings.class_names)
+    caption = "Each wrongly classified validation image, with the most confident example of both classes."
+    yield _figure(draw, "the most confident mistakes", caption, photo=True)
     if findings.saliency:
         yield "<h3>Saliency of the mistakes</h3>"
     for number, png in enumerate(findings.saliency, start=1):
-        yield f'<div class="scroll drawn">{picture(png, f"saliency of mistake {number}", caption="")}</div>'
+        yield f'<div class="drawn">{picture(png, f"saliency of mistake {number}", caption="")}</div>'
 
 
-def _figure(figure: Figure, label: str, caption: str, *, photo: bool = False, colours: bool = False) -> str:
-    """A figure inside the page: as SVG, which is sharp at any size, or with photographs as PNG at twice the size."""
+def _figure(
+    draw: Callable[[], Figure | None], label: str, caption: str, *, photo: bool = False, colours: bool = False
+) -> str:
+    """A figure inside the page, and one for phones if it is wide; "" without one."""
+    from hpo.report.figures import PHONE, for_phone
+
+    figure = draw()
+    if figure is None:
+        return ""
+    kind = "drawn" if colours or photo else "drawn lines"
+    inside = _drawing(figure, label, photo=photo, transparent=not colours)
+    if figure.get_figwidth() > PHONE + 0.5:
+        with for_phone():
+            narrow = draw()
+            small = _drawing(narrow, label, photo=photo, transparent=not colours) if narrow is not None else ""
+        inside = f'<div class="large">{inside}</div><div class="small">{small}</div>'
+    return f'<figure class="{kind}">{inside}<figcaption>{escape(caption)}</figcaption></figure>'
+
+
+def _drawing(figure: Figure, label: str, *, photo: bool, transparent: bool) -> str:
+    """A figure as SVG, which is sharp at any size, or with photographs as PNG at twice the size."""
     from hpo.report.figures import svg_text
 
     wide = f"--wide:{round(figure.get_figwidth() * 96)}px"
     if photo:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=160)
-        return f'<div class="scroll drawn" style="{wide}">{picture(buffer.getvalue(), label, caption=caption)}</div>'
-    svg = svg_text(figure, transparent=not colours).replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
-    kind = "drawn" if colours else "drawn lines"
-    body = Html(f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>")
-    return f'<div class="scroll {kind}" style="{wide}">{body}</div>'
+        return f'<div style="{wide}">{picture(buffer.getvalue(), label)}</div>'
+    named = f'<svg role="img" aria-label="{escape(label)}" style="{wide}"'
+    return svg_text(figure, transparent=transparent).replace("<svg", named, 1)

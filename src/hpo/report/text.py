@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +19,14 @@ if TYPE_CHECKING:
 _LABEL = 24  # letters of a name
 _VAGUE = ("size",)  # endings of a path that say nothing alone
 _BY = {"stratified": "with equal class shares, at random", "random": "at random", "order": "the last rows of the file"}
+
+
+_FOLDERS = re.compile(r"""(?<![\w/:.~-])(?:~|[A-Za-z]:)?[\\/](?:[^\\/\s'":]+[\\/])+(?=[^\\/\s])""")
+
+
+def without_folders(text: str) -> str:
+    """The text with the name alone of each file of an absolute path: pages travel, and folders are of one machine."""
+    return _FOLDERS.sub("", text)
 
 
 def duration(seconds: float) -> str:

@@ -21,6 +21,7 @@ from hpo.spec.models import FAMILIES
 from hpo.spec.own_code import check_file, check_stored
 from hpo.spec.study import StudySpec, means_null, set_place
 
+_TAGS = (*FAMILIES, "own", "float", "int", "choice", "root")  # in pydantic's places, and not in a file
 _MOST_FAULTS = 10  # that one message tells
 _MOST_BYTES, _MOST_VALUES = 1_000_000, 50_000  # of a study file: a hundred times what the longest has
 
@@ -94,17 +95,18 @@ class _ShippedLoader(getattr(yaml, "CSafeLoader", StudyLoader)):  # type: ignore
 
 
 def load_study(
-    study: str | Path, *, overrides: Mapping[str, Any] | Iterable[str] = (), trust: bool = False
+    study: str | Path | Mapping[str, Any], *, overrides: Mapping[str, Any] | Iterable[str] = (), trust: bool = False
 ) -> StudySpec:
     """Read, override and validate a study.
 
-    study is a name (`digits-mlp`) or the path of a YAML file. overrides are dotted paths with values, as a mapping or
-    as texts `training.epochs=5` whose values are read as YAML; they apply in order. Raises SpecError, whose message
-    names the file, the line, the place, the value and the next step.
+    study is a name (`digits-mlp`), the path of a YAML file, or the content of one as a mapping. overrides are dotted
+    paths with values, as a mapping or as texts `training.epochs=5` whose values are read as YAML; they apply in order.
+    Raises SpecError, whose message names the file, the line, the place, the value and the next step.
     """
-    path = find_study(study)
-    again = f"then: hpo check {shlex.quote(str(study))}"
-    tree, node = read_yaml(path)
+    own = isinstance(study, Mapping)
+    path = Path(str(study.get("name", "study"))) if isinstance(study, Mapping) else find_study(study)
+    again = "then: hpo.load_spec(...)" if own else f"then: hpo check {shlex.quote(str(study))}"
+    tree, node = (copy.deepcopy(dict(study)), None) if isinstance(study, Mapping) else read_yaml(path)
     _anchor_paths(tree, path.parent)
     pairs = overrides.items() if isinstance(overrides, Mapping) else map(_parse_override, overrides)
     set_places: list[str] = []
@@ -119,7 +121,9 @@ def load_study(
         raise _explain(error, tree, path, node, set_places, again) from None
     if found := conflicts(spec):
         raise _refusal([_Fault(one.keys, one.message, f"Correct it, {again}") for one in found], path, node, set_places)
-    if path.parent not in SHIPPED:
+    if own:
+        check_stored(tree, trust=trust, origin=spec.name)
+    elif path.parent not in SHIPPED:
         check_file(tree, path, trust=trust)
     return spec
 
@@ -352,9 +356,9 @@ def _locate(keys: list[str], node: yaml.Node | None) -> tuple[list[str], int | N
         if below is not None:
             node, line = below, below.start_mark.line + 1
             kept.append(key)
-        elif index == len(keys) - 1 or node is None:
+        elif index == len(keys) - 1 or (node is None and key not in _TAGS):
             kept.append(key)
-    if len(kept) > 1 and kept[-1] in (*FAMILIES, "own", "float", "int", "choice", "root") and node is not None:
+    if len(kept) > 1 and kept[-1] in _TAGS and node is not None:
         kept.pop()
     return kept, line
 

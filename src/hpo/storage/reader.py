@@ -71,10 +71,10 @@ def count_trials(home: Home) -> str:
     return f"{studies} {'study' if studies == 1 else 'studies'}, {trials} {'trial' if trials == 1 else 'trials'}"
 
 
-def list_trials(home: Home, name: str) -> StudyResult:
-    """A study, its newest generation or that of a title (name~1 is the first), with short results.
+def list_trials(home: Home, name: str, *, whole: bool = False) -> StudyResult:
+    """A study, its newest generation or that of a title (name~1 is the first), with short results or whole ones.
 
-    They lack the epochs and the predicted classes. Raises StoreError where there is no such study.
+    Short ones lack the epochs and the predicted classes. Raises StoreError where there is no such study.
     """
     with reading(home.storage_url) as reader:
         studies: dict[str, tuple[int, Any]] = {}
@@ -85,7 +85,7 @@ def list_trials(home: Home, name: str) -> StudyResult:
         if reader is None or title not in studies:
             raise no_study(name, sqlite_file(home.storage_url) or shown_address(home.storage_url), studies)
         study_id, record = studies[title]
-        results = _attributes(reader, study_id, RESULT, without=("epochs", "predicted"))
+        results = _attributes(reader, study_id, RESULT, without=() if whole else ("epochs", "predicted"))
         starts = _attributes(reader, study_id, START)
         rows = trial_rows(reader, study_id)
         return to_result(record, [read_trial(row, starts.get(row[0]), results.get(row[0])) for row in rows])

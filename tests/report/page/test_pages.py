@@ -84,16 +84,51 @@ def test_page_is_drawn_whole_without_errors_requests_or_overflow(
     assert seen.requests == []
     assert seen.page.evaluate("document.documentElement.scrollWidth") == width
     charts = seen.page.locator(".drawn svg")
-    assert charts.count() == int(seen.page.locator("body").get_attribute("data-drawn")) == 12
+    assert charts.count() == int(seen.page.locator("body").get_attribute("data-drawn"))
+    shown = "[...document.querySelectorAll('.drawn svg')].filter(chart => chart.getBoundingClientRect().width).length"
+    assert seen.page.evaluate(shown) == 14
     assert seen.page.locator("[data-trial]").count() > 60
     broken = "[...document.images].filter(image => !image.complete || !image.naturalWidth).map(image => image.alt)"
     assert seen.page.evaluate(broken) == []
     assert seen.page.evaluate("document.images.length") > 20
 
 
+def test_on_a_phone_nothing_scrolls_sideways_and_figures_can_be_read(see: Any, crowded: Path) -> None:
+    page = see(crowded, width=390).page
+    page.evaluate("document.querySelectorAll('details').forEach(part => { part.open = true; })")
+    scrolls = "[...document.querySelectorAll('body *')].filter(e => !e.closest('svg') && e.scrollWidth > 390)"
+    assert page.evaluate(f"{scrolls}.map(e => e.outerHTML.slice(0, 80))") == []
+    inside = """[...document.querySelectorAll('.scroll, .tall, pre')].filter(e => e.scrollWidth > e.clientWidth + 1)
+        .map(e => e.textContent.slice(0, 80))"""
+    assert page.evaluate(inside) == []
+    # The text of the history, which is not bound to the number of classes, is at least as large as 8 pixels.
+    history = page.locator(".small svg[aria-label='Optimisation history']").bounding_box()
+    assert history["width"] > 340
+
+
+def test_the_table_of_trials_is_sorted_by_the_column_that_is_clicked(see: Any, crowded: Path) -> None:
+    page = see(crowded).page
+
+    def column(name: str) -> list[str]:
+        return page.locator(f".sortable td[data-name='{name}']").all_text_contents()
+
+    head = page.locator(".sortable th", has_text="validation accuracy").locator("button")
+    head.click()
+    values = [float(value) for value in column("validation accuracy") if value]
+    assert values == sorted(values, reverse=True)
+    assert not any(column("validation accuracy")[len(values) :])  # those without a value are last
+    assert "▼" in page.evaluate("getComputedStyle(document.querySelector('[aria-sort] button'), '::after').content")
+    head.click()
+    assert [float(value) for value in column("validation accuracy") if value] == sorted(values)
+    page.locator(".sortable th", has_text="activation").locator("button").click()
+    assert column("activation") == sorted(column("activation"))
+    page.locator(".sortable th", has_text="trial").first.locator("button").click()
+    assert column("trial") == [str(number) for number in reversed(range(60))]
+
+
 def test_pointing_at_a_trial_describes_it_and_marks_it_in_every_figure(see: Any, crowded: Path) -> None:
     page = see(crowded).page
-    point = page.locator("svg[aria-label='Optimisation history'] [data-trial='0']")
+    point = page.locator(".large svg[aria-label='Optimisation history'] [data-trial='0']")
     point.scroll_into_view_if_needed()
     box = point.bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
@@ -102,14 +137,14 @@ def test_pointing_at_a_trial_describes_it_and_marks_it_in_every_figure(see: Any,
     assert "trial 0" in shown
     assert "lr = " in shown
     assert "5 epochs" in shown
-    marked = "[...document.querySelectorAll('.lit')].map(mark => mark.closest('svg').getAttribute('aria-label'))"
+    marked = "[...document.querySelectorAll('.drawn .lit')].map(mark => mark.closest('svg').getAttribute('aria-label'))"
     assert {"Optimisation history", "Parallel coordinates", "Learning curves"} <= set(page.evaluate(marked))
 
 
 @pytest.mark.slow
 def test_charts_follow_the_colour_scheme_and_paper(see: Any, crowded: Path) -> None:
     page = see(crowded).page
-    filters = "getComputedStyle(document.querySelector('.lines svg')).filter"
+    filters = "getComputedStyle(document.querySelector('.lines .large svg')).filter"
     assert page.evaluate(filters) == "none"
     page.emulate_media(color_scheme="dark")
     assert "invert" in page.evaluate(filters)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html import unescape
 
 import numpy as np
 import pytest
 
 import page_findings as told
-from hpo.records import FINAL, TrialState
+from hpo.records import FINAL, SplitCard, TrialState
 from hpo.report.figures import svg_text
 from hpo.report.figures.space import slices
 from hpo.report.statistics import confusion_intervals, share_interval
 from hpo.report.study_page import Findings, Samples, study_page
-from hpo.report.text import trial_tooltip
+from hpo.report.text import trial_tooltip, without_folders
+from hpo.report.trials import trials_table
 
 FOUR = {"valid_accuracy": 0.7, "valid_loss": 0.5}
 
@@ -155,6 +157,60 @@ def test_values_that_are_no_numbers_are_gaps_in_the_charts() -> None:
     assert "NaN" not in page
     history = page.split("Optimisation history</h3>")[1].split("</svg>")[0]
     assert re.findall(r'data-trials="([\d-]*)"', history) == ["0-2", ""]
+
+
+def test_the_answer_is_one_sentence_with_its_interval_next_to_the_published_numbers() -> None:
+    references = [{"label": "by hand", "score": "test_accuracy", "value": 0.79, "source": "R1"}]
+    about, card = told.spec(references=references), told.data()
+    sealed = text(told.findings(told.trial(0), about=about, data=card))
+    assert "trial 0, has a validation accuracy of 0.8000 (95 % interval 0." in sealed
+    assert "its test score is not measured yet. The best published test accuracy is 0.7900 (by hand)." in sealed
+    page = study_page(told.findings(told.trial(0), about=about, data=card, openings=(told.look(),)))
+    opened = told.findings(told.trial(0), about=about, data=card, openings=(told.look(),))
+    assert "has a test accuracy of 0.8100 (95 % interval 0." in text(opened)
+    assert "): 2.00 points above the best published number, 0.7900 (by hand)." in text(opened)
+    assert 'aria-label="published numbers"' in page
+    assert 'aria-label="published numbers"' not in study_page(told.findings(told.trial(0)))
+    assert "there is no answer" in text(told.findings())
+
+
+def test_class_shares_are_a_plot_and_numbers() -> None:
+    split = SplitCard({"train": 700, "valid": 300, "test": 0}, {"train": (0.25, 0.75), "valid": (0.3, 0.7)})
+    page = study_page(told.findings(told.trial(0), data=told.data(), split=split))
+    assert 'aria-label="share of each class"' in page
+    assert "25.0%" in text(told.findings(told.trial(0), data=told.data(), split=split))
+
+
+def test_all_trials_are_in_one_table_best_first() -> None:
+    study = told.study(told.trial(0), told.trial(1, TrialState.FAILED), told.trial(2), told.trial(3, TrialState.PRUNED))
+    rows = re.findall(r"<tr><td.*?</tr>", trials_table(study))
+    assert [re.search(r'data-trial="(\d+)"', row)[1] for row in rows] == ["2", "0", "1", "3"]
+    assert "0.8200" in rows[0]
+    assert "failed" in rows[2]
+    assert '<td class="number" data-name="epochs">5</td>' in rows[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("/home/ann/data/mine.npz: damaged", "mine.npz: damaged"),
+        ("C:\\Users\\ann\\mine.npz", "mine.npz"),
+        ("path: '~/data/mine.npz'", "path: 'mine.npz'"),
+        ("https://example.org/a/b.npz", "https://example.org/a/b.npz"),
+        ("T-shirt/top, 3 of 4/5, and/or", "T-shirt/top, 3 of 4/5, and/or"),
+    ],
+)
+def test_a_page_has_the_names_of_files_and_no_folders_of_a_machine(given: str, shown: str) -> None:
+    assert without_folders(given) == shown
+
+
+def test_no_part_of_the_page_names_a_folder_of_the_machine() -> None:
+    card = replace(told.data(), source="/home/ann/images/mine.npz", warnings=("/home/ann/images/mine.npz has groups",))
+    about = told.spec(data={"name": "npz", "path": "/home/ann/images/mine.npz"})
+    missing = ("The images could not be read: /home/ann/cache/x/y.npy",)
+    page = study_page(told.findings(told.trial(0), about=about, data=card, missing=missing))
+    assert "/home/" not in page
+    assert "mine.npz" in page
 
 
 def test_class_without_training_images_has_no_strip() -> None:

@@ -174,6 +174,7 @@ def draw_study(study: StudyResult, folder: Path) -> list[Path]:
 
     Without a complete trial there are none.
     """
+    from hpo.report.figures import pairs as pair_figures
     from hpo.report.figures import space as space_figures
     from hpo.report.figures import study as study_figures
     from hpo.search.importance import importances
@@ -191,8 +192,8 @@ def draw_study(study: StudyResult, folder: Path) -> list[Path]:
         "parameter_importance": lambda: study_figures.importance_figure(shares),
         "parallel_coordinates": lambda: space_figures.parallel_coordinates(study),
         "slices": lambda: space_figures.slices(study),
-        "contour": lambda: space_figures.contour(study, ranking),
-        "heat_map": lambda: space_figures.heat_map(study),
+        "contour": lambda: pair_figures.contour(study, ranking),
+        "heat_map": lambda: pair_figures.heat_map(study),
         "effects": lambda: space_figures.effects(study),
         "timeline": lambda: study_figures.timeline(study),
     }
@@ -211,7 +212,7 @@ def warm_up(*, pictures: bool) -> None:
     if pictures:
         import matplotlib.figure
 
-        from hpo.report.figures import space, study  # noqa: F401
+        from hpo.report.figures import pairs, space, study  # noqa: F401
 
         matplotlib.figure.Figure().add_subplot()
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -22,13 +25,36 @@ BLUE, ORANGE, GREEN, RED, SKY, PINK, BLACK = "#0072B2", "#E69F00", "#009E73", "#
 GREY, PALE = "#6B7280", "#C4CAD2"
 COLOURS = (BLUE, RED, GREEN, ORANGE, SKY, PINK, BLACK)
 _DASHES = ("-", "--", ":")
+PHONE = 4.4  # inches: the text of a figure of this width can still be read on a phone
+_for_phone = ContextVar("for_phone", default=False)
+
+
+@contextmanager
+def for_phone() -> Iterator[None]:
+    """Figures that are made inside are narrow: their panels are below each other."""
+    token = _for_phone.set(True)
+    try:
+        yield
+    finally:
+        _for_phone.reset(token)
+
+
+def is_narrow() -> bool:
+    """True inside for_phone()."""
+    return _for_phone.get()
+
+
+def columns_of(most: int) -> int:
+    """The number of panels side by side: most, or 1 on a phone."""
+    return 1 if is_narrow() else most
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of this size in inches, outside pyplot, with constrained layout."""
+    """An empty figure of this size in inches, outside pyplot, with constrained layout. On a phone it is narrower."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+    width = min(width, PHONE) if is_narrow() else width
     return Figure(figsize=(width, height), dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
 
 
@@ -41,6 +67,7 @@ def placed_figure(
     """
     figure = new_figure(width, height)
     figure.set_layout_engine("none")
+    figure.set_size_inches(width, height)  # the caller has seen to phones
     places = [(left / width, low / height, wide / width, high / height) for left, low, wide, high in boxes]
     return figure, [figure.add_axes(place) for place in places]
 
@@ -50,14 +77,21 @@ def name_inches(names: Sequence[str]) -> float:
     return 0.068 * max(map(len, names))
 
 
-def save_png(figure: Figure, path: Path) -> None:
+def png_bytes(figure: Figure) -> bytes:
+    """A figure as PNG."""
+    buffer = io.BytesIO()
+    save_png(figure, buffer)
+    return buffer.getvalue()
+
+
+def save_png(figure: Figure, path: Path | io.BytesIO) -> None:
     """Write a figure as PNG. Figure.savefig would draw it twice."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).save(path, compress_level=4)
+    Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).save(path, "PNG", compress_level=4)
 
 
 def mark_trials(artist: Artist, numbers: Sequence[int]) -> None:
@@ -80,7 +114,8 @@ def svg_text(figure: Figure, *, transparent: bool) -> str:
     import matplotlib as mpl
 
     buffer = io.BytesIO()
-    with mpl.rc_context({"svg.hashsalt": "hpo"}):
+    # Ids of figures of one page must differ, for what a hidden figure defines is not drawn.
+    with mpl.rc_context({"svg.hashsalt": "hpo narrow" if is_narrow() else "hpo"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=transparent)
     text = buffer.getvalue().decode("utf-8")
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
@@ -123,6 +158,61 @@ def log_axes(panel: Axes, axes: str) -> None:
         axis.set_major_locator(LogLocator(subs=subs, numticks=8))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(NullFormatter())
+
+
+def robust_limits(values: ArrayLike) -> tuple[float, float]:
+    """The ends of an axis that shows the values: without outliers, where those would squash all others.
+
+    Outliers are farther from the quartiles than 1.5 times their distance (Tukey 1977). Those of two values or of none
+    are (0, 1) and the values themselves.
+    """
+    found: NDArray[np.float64] = np.asarray(values, dtype=np.float64)
+    found = found[np.isfinite(found)]
+    if not len(found):
+        return 0.0, 1.0
+    low, high = float(found.min()), float(found.max())
+    first, third = np.quantile(found, [0.25, 0.75])
+    reach = 1.5 * (third - first)
+    inside = found[(found >= first - reach) & (found <= third + reach)]
+    squashed = len(found) > 4 and 2 * (inside.max() - inside.min()) < high - low
+    # Equal values have no scale of their own.
+    return (float(inside.min()), float(inside.max())) if squashed and reach > 0 else (low, high)
+
+
+def fit_y(
+    panel: Axes, values: ArrayLike, *, most: float = math.inf, margin: float = 0.08, note: bool = True
+) -> tuple[float, float]:
+    """Let the vertical axis fit robust_limits of the values, and (note) say how many lie outside; returns its ends.
+
+    most is the largest possible value, above which the axis has no ticks. Draw outliers with mark_outside.
+    """
+    low, high = robust_limits(values)
+    room = margin * (high - low) or 0.02 * max(abs(high), 1e-3)
+    below, above = (int(np.sum(np.asarray(values) < low)), int(np.sum(np.asarray(values) > high)))
+    # Markers of outliers are inside of the axis.
+    ends = low - room * (1 + 0.5 * (below > 0)), high + room * (1 + 0.5 * (above > 0))
+    panel.set_ylim(*ends)
+    if high <= most < ends[1]:
+        panel.set_yticks([tick for tick in panel.get_yticks() if ends[0] <= tick <= most + 1e-9])
+    for count, edge, at, side in ((below, "below", low, 0.08), (above, "above", high, 0.92)):
+        if count and note:
+            place: dict[str, Any] = {"x": 0.99, "ha": "right", "va": "bottom" if edge == "below" else "top"}
+            text = f"{count} {edge} {at:.3g}"
+            panel.text(s=text, y=side, fontsize=7, color=GREY, transform=panel.transAxes, **place)
+    return ends
+
+
+def mark_outside(panel: Axes, x: ArrayLike, y: ArrayLike, numbers: Sequence[int] = ()) -> None:
+    """Triangles at the edge of the panel for the points above and below it; numbers are the trials of the points."""
+    across, up = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    low, high = panel.get_ylim()
+    for outside, edge, marker in ((up < low, low, "v"), (up > high, high, "^")):
+        if outside.any():
+            inside = edge + (0.025 if marker == "v" else -0.025) * (high - low)
+            style: dict[str, Any] = {"s": 26, "facecolor": "none", "edgecolor": RED, "linewidth": 1.1, "zorder": 4}
+            points = panel.scatter(across[outside], np.full(int(outside.sum()), inside), marker=marker, **style)
+            if numbers:
+                mark_trials(points, [number for number, out in zip(numbers, outside.tolist(), strict=True) if out])
 
 
 def panels_of(figure: Figure, count: int, *, columns: int, share_y: bool = False) -> list[Axes]:

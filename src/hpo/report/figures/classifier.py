@@ -16,6 +16,7 @@ from hpo.report.figures import (
     GREY,
     PALE,
     RED,
+    is_narrow,
     legend,
     line_style,
     name_inches,
@@ -47,8 +48,12 @@ def training_curves(epochs: Sequence[Epoch], *, best_epoch: int = 0, title: str 
         if score.startswith("valid_") and score not in plotted and direction_of(score) == "maximize"
     ]
     count = 3 if further else 2
-    boxes = [(0.7 + 3.95 * index, 0.55, 3.1, 2.5) for index in range(count)]
-    figure, panels = placed_figure(3.95 * count, 3.5, boxes)
+    if is_narrow():
+        boxes = [(0.7, 0.55 + 3.2 * index, 3.5, 2.5) for index in reversed(range(count))]
+        figure, panels = placed_figure(4.4, 3.2 * count + 0.3, boxes)
+    else:
+        boxes = [(0.7 + 3.95 * index, 0.55, 3.1, 2.5) for index in range(count)]
+        figure, panels = placed_figure(3.95 * count, 3.5, boxes)
     folds = sorted({epoch.fold for epoch in epochs})
     shown = [("train_loss", "valid_loss"), ("train_accuracy", "valid_accuracy"), further]
     for panel, scores in zip(panels, shown, strict=False):
@@ -85,8 +90,8 @@ def confusion_figure(confusion: Sequence[Sequence[int]], class_names: Sequence[s
     count = len(class_names)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     names = short_names(class_names)
-    wide = count <= _SIDE_BY_SIDE
-    side = max(2.4, (0.48 if wide else 0.4) * count)
+    wide = count <= _SIDE_BY_SIDE and not is_narrow()
+    side = max(2.4, (0.48 if wide else 0.34 if is_narrow() else 0.4) * count)
     left = 0.45 + name_inches(names)
     below, above, gap = 0.45 + 0.72 * name_inches(names), 0.7, 0.35
     width = left + (2 * side + gap if wide else side) + 0.95
@@ -129,8 +134,9 @@ def roc_figure(
     """
     binary = len(class_names) == 2 and labels.ndim == 1
     names = short_names(class_names)
-    legend_width = 0.0 if binary else 1.1 + name_inches(names)
-    figure, (panel,) = placed_figure(4.7 + legend_width, 4.7, [(0.65, 0.55, 3.8, 3.8)])
+    legend_width = 0.0 if binary or is_narrow() else 1.1 + name_inches(names)
+    below = 0.18 * len(names) + 0.6 if is_narrow() and not binary else 0.0  # the height of the legend there
+    figure, (panel,) = placed_figure(4.7 + legend_width, 4.7 + below, [(0.65, 0.55 + below, 3.8, 3.8)])
     if binary:
         curves = [(names[1], roc(labels == 1, probabilities[:, 1]))]
     else:
@@ -143,7 +149,8 @@ def roc_figure(
     if found:
         mean = float(np.mean([curve.area for _, curve in found]))
         heading = "area under the curve" if binary else f"area under the curve\n{mean:.4f}  mean (macro)"
-        place = {"loc": "lower right"} if binary else {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+        beside = {"loc": "upper left", "bbox_to_anchor": (0, -0.12)} if below else {"loc": "center left"}
+        place = {"loc": "lower right"} if binary else {"bbox_to_anchor": (1.0, 0.5), **beside}
         legend(panel, title=heading, title_fontsize=8, alignment="left", **place)
     tidy(panel, x="false positive rate", y="true positive rate", title=title)
     panel.set_xlim(-0.01, 1.01)
@@ -206,15 +213,15 @@ def class_accuracy_figure(confusion: Sequence[Sequence[int]], class_names: Seque
     order = sorted(
         range(len(class_names)), key=lambda label: (-hits[label] / max(supports[label], 1), class_names[label])
     )
-    names = short_names([class_names[label] for label in order], 40)
+    names = short_names([class_names[label] for label in order], 24 if is_narrow() else 40)
     recalls = hits[order] / np.maximum(supports[order], 1)
     accuracy = float(hits.sum() / max(supports.sum(), 1))
-    left, high = 0.2 + name_inches(names), 0.27 * len(order)
-    figure, (panel,) = placed_figure(left + 5.3, 0.95 + high, [(left, 0.55, 4.0, high)])
+    left, high, wide = 0.2 + name_inches(names), 0.27 * len(order), 2.0 if is_narrow() else 4.0
+    figure, (panel,) = placed_figure(left + wide + 1.3, 0.95 + high, [(left, 0.55, wide, high)])
     panel.barh(range(len(order)), recalls, color=BLUE, height=0.7)
     for row, label in enumerate(order):
         panel.text(1.02, row, f"{hits[label]} of {supports[label]}", va="center", fontsize=8)
-    heading = f"overall accuracy {accuracy:.4f} (line)"
+    heading = f"overall {accuracy:.4f} (line)" if is_narrow() else f"overall accuracy {accuracy:.4f} (line)"
     panel.axvline(accuracy, color=RED, linewidth=1.2)
     tidy(panel, x="accuracy within the class", title=f"{title}: {heading}" if title else heading)
     panel.set_yticks(range(len(order)), names, fontsize=8)

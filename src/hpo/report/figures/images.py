@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpo.report.figures import BLACK, BLUE, GREY, PALE, RED, placed_figure, tidy
+from hpo.report.figures import BLACK, BLUE, GREY, PALE, RED, is_narrow, placed_figure, tidy
 from hpo.report.text import short_name, short_names, wrapped
 
 if TYPE_CHECKING:
@@ -103,11 +103,11 @@ def mistakes_figure(
         return None
     names, captions = short_names(class_names), short_names(class_names, 34)
     bars = min(len(names), _MOST_BARS)
-    side, gap = 1.3, 0.25  # inches
+    side, gap, bar = (0.95, 0.15, 1.0) if is_narrow() else (1.3, 0.25, 1.9)  # inches
     row = max(side + 0.55, 0.17 * bars + 0.35)
     head = 0.75 if title else 0.45
     start = 3 * (side + gap) + 0.1 + 0.066 * max(map(len, names))  # left end of the bars
-    width, height = start + gap + 2.6, head + row * len(mistakes)
+    width, height = start + gap + bar + 0.7, head + row * len(mistakes)
     figure, (panel,) = placed_figure(width, height, [(0, 0, width, height)])  # one panel in inches, y downwards
     panel.set_axis_off()
     if title:
@@ -127,9 +127,15 @@ def mistakes_figure(
             left = gap + column * (side + gap)
             _image(panel, None if place is None else images[place], left, top, side)
             panel.text(
-                left + side / 2, top + side + 0.04, wrapped(text, 19), ha="center", va="top", fontsize=7, color=colour
+                left + side / 2,
+                top + side + 0.04,
+                wrapped(text, round(15 * side)),
+                ha="center",
+                va="top",
+                fontsize=7,
+                color=colour,
             )
-        _bars(panel, mistake, names, left=start + gap, top=top, width=1.9, step=min(0.26, (row - 0.35) / bars))
+        _bars(panel, mistake, names, left=start + gap, top=top, width=bar, step=min(0.26, (row - 0.35) / bars))
     panel.set_xlim(0, width)
     panel.set_ylim(height, 0)
     panel.set_aspect("auto")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hpo.metrics import label_of
+from hpo.metrics import highest_of, label_of
 from hpo.records import FINAL, Epoch, StudyResult, Trial, TrialState
 from hpo.report.figures import (
     BLACK,
@@ -19,9 +19,13 @@ from hpo.report.figures import (
     PALE,
     PINK,
     RED,
+    columns_of,
+    fit_y,
+    is_narrow,
     legend,
     line_style,
     log_axes,
+    mark_outside,
     mark_trials,
     new_figure,
     panels_of,
@@ -41,7 +45,7 @@ _STATES = {
     TrialState.STOPPED: (ORANGE, "s"),
     TrialState.RUNNING: (PINK, "D"),
 }
-_ABOVE: Mapping[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 6, "borderaxespad": 0.2}
+_ABOVE: Mapping[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
 _NAMED = 8  # curves with a colour and a name of their own
 
 
@@ -67,10 +71,12 @@ def optimisation_history(study: StudyResult) -> Figure | None:
             # The line continues to the last trial, since none was better.
             panel.step([*numbers, searched[-1].number], [*best, best[-1]], where="post", color=RED, label="best so far")
         tidy(panel, x="trial", y=label_of(score), whole="x")
-        panel.margins(y=0.12)
+        numbers, values = [trial.number for trial in searched], [_aim(trial, index) for trial in searched]
+        fit_y(panel, values, most=highest_of(score), margin=0.12)
+        mark_outside(panel, numbers, values, numbers)
         panel.set_xlim(-0.7, max(searched[-1].number, 3) + 0.7)
         _mark_stages(panel, searched)
-        legend(panel, **_ABOVE)
+        legend(panel, ncols=3 if is_narrow() else 6, **_ABOVE)
     return figure
 
 
@@ -83,8 +89,9 @@ def learning_curves(study: StudyResult) -> Figure | None:
     if not steps:
         return None
     names = {group.name for group in steps}
-    figure = new_figure(8.4 if len(steps) == 1 else 12.0, 4.0 * -(-len(steps) // 2))
-    for panel, group in zip(panels_of(figure, len(steps), columns=2), steps, strict=True):
+    columns = columns_of(2)
+    figure = new_figure(8.4 if len(steps) == 1 else 12.0, 4.0 * -(-len(steps) // columns))
+    for panel, group in zip(panels_of(figure, len(steps), columns=columns), steps, strict=True):
         score = study.objective if study.objective in _epochs(group.trials[0])[0].scores else "valid_accuracy"
         label = _labels(group.trials, [parameter.path for parameter in group.parameters])
         ranked = [trial for trial in study.ranked(group.name or None) if _epochs(trial)]
@@ -99,7 +106,9 @@ def learning_curves(study: StudyResult) -> Figure | None:
             (line,) = panel.plot(*_curve(trial, score), label=text, **style)
             mark_trials(line, [trial.number])
         tidy(panel, x="epoch", y=label_of(score), title=group.name, whole="x")
-        legend(panel, title="trial, best first", title_fontsize=8, alignment="left", fontsize=7)
+        _fit_curves(panel, [*ranked, *others], score)
+        below = {"loc": "upper left", "bbox_to_anchor": (0, -0.14)} if is_narrow() else {}
+        legend(panel, title="trial, best first", title_fontsize=8, alignment="left", fontsize=7, **below)
     return figure
 
 
@@ -135,7 +144,7 @@ def timeline(study: StudyResult) -> Figure | None:
     panel.set_ylim(len(workers) - 0.4, -0.6)
     panel.set_xlim(0, 1.01 * whole / length)
     panel.grid(visible=False, axis="y")
-    legend(panel, **_ABOVE)
+    legend(panel, ncols=3 if is_narrow() else 6, **_ABOVE)
     return figure
 
 
@@ -178,8 +187,9 @@ def pareto_front(study: StudyResult) -> Figure | None:
     if not front:
         return None
     pairs = list(combinations(range(len(study.objectives)), 2))
-    figure = new_figure(6.5 if len(pairs) == 1 else 12, 4.5 * -(-len(pairs) // 2))
-    for panel, pair in zip(panels_of(figure, len(pairs), columns=2), pairs, strict=True):
+    columns = columns_of(2)
+    figure = new_figure(6.5 if len(pairs) == 1 else 12, 4.5 * -(-len(pairs) // columns))
+    for panel, pair in zip(panels_of(figure, len(pairs), columns=columns), pairs, strict=True):
         # A cost is the horizontal axis, the score that it buys the vertical one.
         across, up = sorted(pair, key=lambda index: study.objectives[index][1] != "minimize")
         others = [trial for trial in complete if trial not in front]
@@ -254,6 +264,24 @@ def _curve(trial: Trial, score: str) -> tuple[list[int], list[float]]:
     for epoch in _epochs(trial):
         found.setdefault(epoch.number, []).append(epoch.scores.get(score, float("nan")))
     return list(found), [float(np.mean(values)) for values in found.values()]
+
+
+def _fit_curves(panel: Any, trials: Sequence[Trial], score: str) -> None:
+    """Let the axis fit the curves after their first quarter, in which all rise.
+
+    One that is outside from its first to its last epoch has a mark at its end.
+    """
+    curves = [_curve(trial, score) for trial in trials]
+    every = [value for _, values in curves for value in values[len(values) // 4 :]]
+    low, high = fit_y(panel, every, most=highest_of(score), note=False)
+    outside = [
+        (numbers[-1], values[-1], trial.number)
+        for trial, (numbers, values) in zip(trials, curves, strict=True)
+        if max(values) < low or min(values) > high
+    ]
+    if outside:
+        x, y, numbers = zip(*outside, strict=True)
+        mark_outside(panel, x, y, numbers)
 
 
 def _labels(trials: Sequence[Trial], paths: Sequence[str]) -> dict[int, str]:
