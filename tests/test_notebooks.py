@@ -1,4 +1,4 @@
-"""The notebooks run from a fresh kernel, offline, and are hold all of their outputs or none."""
+"""The notebooks run from a fresh kernel, offline, and are committed with their outputs."""
 
 from __future__ import annotations
 
@@ -17,20 +17,18 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_is_valid_and_its_outputs_are_whole(path):
+def test_notebook_is_valid_and_has_its_outputs_in_order(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert code
-    # All cells have run in order, or none.
-    counts = [cell.execution_count for cell in code]
-    assert counts in ([*range(1, len(code) + 1)], [None] * len(code)), "run: python docs/make_notebooks.py"
+    assert [cell.execution_count for cell in code] == [*range(1, len(code) + 1)], "run: python docs/make_notebooks.py"
     outputs = [output for cell in code for output in cell.outputs]
-    assert any("data" in output for output in outputs) is any(counts)
+    assert any("data" in output for output in outputs)
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
-    # Nothing of the machine or the day on which it ran.
+    # No path of the machine on which it ran.
     assert not any("execution" in cell.metadata for cell in code)
-    assert not re.search(r"(?<![\w.])/(tmp|home|root|usr|work)/|20\d\d-\d\d-\d\d", str(outputs))
+    assert not re.search(r"(?<![\w.])/(tmp|home|root|usr|work)/", str(outputs))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
