@@ -148,7 +148,7 @@ def _completed(words: str) -> tuple[list[str], float]:
     ],
 )
 def test_completion_answers_soon(words: str, offered: str) -> None:
-    """In 0.3 s where the import of typer takes 0.1 s; a busy machine stretches both."""
+    """In 0.3 s where the import of typer takes 0.13 s; torch, MLflow or Optuna would take ten times as long."""
 
     def typer_alone() -> float:
         import resource
@@ -160,7 +160,7 @@ def test_completion_answers_soon(words: str, offered: str) -> None:
 
     answers = [_completed(words) for _ in range(5)]
     assert answers[0][0] == [offered]
-    assert min(seconds for _, seconds in answers) < 3 * min(typer_alone() for _ in range(5))
+    assert min(seconds for _, seconds in answers) < 6 * min(typer_alone() for _ in range(5))
 
 
 @pytest.mark.parametrize(
