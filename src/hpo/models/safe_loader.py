@@ -85,7 +85,7 @@ type_as.default unbind.int unflatten.int unfold.default upsample_bicubic2d.vec u
 upsample_nearest1d.vec upsample_trilinear3d.vec where.ScalarOther zero_.default zeros.default zeros_like.default
 """
 LAYERS = frozenset(_LISTED.split())
-# torch before 2.15 does not mark these as working on single values.
+# torch 2.11 does not mark these as working on single values; 2.15 does.
 UNMARKED = frozenset(f"{name}_.default" for name in ("celu", "elu", "hardsigmoid", "hardtanh", "leaky_relu", "selu"))
 # In evaluation these draw nothing: the argument that would make them is checked.
 _DRAWING = {"train": {"as_bool": False}, "dropout_p": {"as_float": 0.0}}
