@@ -272,7 +272,7 @@ def test_what_only_reads_works_in_a_moved_home_that_cannot_be_written(
         "trials digits-mlp": "complete",
         "models": "challenger",
         f"predict digits-mlp {image}": "one.png",
-        "report digits-mlp": str(tmp_path / "digits-mlp.html"),
+        "report digits-mlp": "digits-mlp.html",
         "compare digits-mlp#0 digits-mlp#1": "accuracy",
         "doctor": "moved or copied",
     }
