@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hpo.data.prepare import TrialData
 from hpo.models.transfer import transfer_of
 from hpo.training.batches import Batches
-from hpo.training.device import agree, expect_other_streams, put
+from hpo.training.device import expect_other_streams, put
 
 if TYPE_CHECKING:
     from hpo.spec.training import TrainingSpec
@@ -25,8 +25,8 @@ _FEWEST = 16  # full batches in an epoch, and ten times as many in all: fewer do
 _ON = "cuda"  # the devices that have graphs
 _WARM_UP = 2  # steps before the capture: libraries allocate and choose kernels in them
 _TRIED = 2  # steps that must leave the same weights with the graph as without
-_TOLERANCE = 0.02  # of a tensor's norm; what is wrong is off by the whole of it
-
+_TOLERANCE = 0.3  # of the norm of a tensor's change; what is wrong is off by the whole of it
+_MOST = 0.9  # of all values: some gradients are nothing but rounding, of which Adam makes whole steps
 _STREAMS = 32  # as many as torch hands out
 
 # rows and sources, (..., batch) each, of one batch -> what is counted of its step, tensors of fixed shapes.
@@ -148,16 +148,22 @@ class StepGraph:
         with torch.cuda.graph(self._graph, stream=aside, capture_error_mode="thread_local"):
             self._once()
         found = self._left(before, kept, self._graph.replay)
-        if not agree(expected, found, tolerance=_TOLERANCE):
+        near = [
+            one.numel()
+            for one, other in zip(expected, found, strict=True)
+            if float((one - other).norm()) <= _TOLERANCE * float(one.norm())
+        ]
+        if sum(near) < _MOST * sum(one.numel() for one in expected):
             raise RuntimeError("a graph of its steps leaves other weights")
 
     def _left(self, before: _Before, kept: Sequence[Tensor], once: Callable[[], None]) -> list[Tensor]:
-        """What some steps from the beginning leave."""
+        """How some steps from the beginning change what is kept: their steps are small beside the weights."""
         before.restore()
+        begun = [value.detach().clone().double() for value in kept]
         self._at.zero_()
         for _ in range(_TRIED):
             once()
-        return [value.double() for value in kept]
+        return [value.double() - first for value, first in zip(kept, begun, strict=True)]
 
 
 class _Before:

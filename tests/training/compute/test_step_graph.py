@@ -137,7 +137,7 @@ def test_a_stack_of_captured_steps_learns_what_its_members_learn_without(digits,
 
 def test_a_graph_that_computes_otherwise_is_not_used_and_leaves_nothing(digits):
     expected = _scores(train(_net(), digits, _spec(), seed=1, precision="float32"))
-    Replayed.wrong = True
+    Replayed.wrong = True  # each step twice
     graph = Graph(None, torch.Size(), "whole steps", whole=True)
     assert _scores(train(_net(), digits, _spec(), seed=1, precision="float32", graph=graph)) == expected
     assert graph.how == "eager: RuntimeError: a graph of its steps leaves other weights"
@@ -145,6 +145,14 @@ def test_a_graph_that_computes_otherwise_is_not_used_and_leaves_nothing(digits):
     member = stack.join(_net(), digits, _spec(), seed=1)
     assert [next(member), next(member)][1].number == 1
     assert stack.not_captured == "RuntimeError: a graph of its steps leaves other weights"
+
+
+def test_a_graph_that_does_nothing_is_noticed_where_steps_are_tiny(digits):
+    Replayed.wrong = -1  # no step at all
+    graph = Graph(None, torch.Size(), "whole steps", whole=True)
+    tiny = _spec(optimizer=OptimizerSpec(name="sgd", lr=1e-6))
+    next(train(_net(), digits, tiny, seed=1, precision="float32", graph=graph))
+    assert graph.how == "eager: RuntimeError: a graph of its steps leaves other weights"
 
 
 @pytest.mark.parametrize(
