@@ -14,7 +14,7 @@ from hpo.home import Home, remove
 from hpo.jobs.shared.home_snapshot import HomeSnapshot, is_old, leftover_work, size_of, take_snapshot
 from hpo.records import FINAL
 from hpo.relocation import local_path, relocate
-from hpo.spec.study import KeepSpec
+from hpo.spec.outcome import KeepSpec
 from hpo.storage.reader import StudySnapshot
 from hpo.tracking import runs
 from hpo.tracking.reader import Experiment, Model, Run, TrackingSnapshot

@@ -144,7 +144,9 @@ def _predicted_classes(home: Home, entrant: ModelReference, part: Part, class_na
     if split.kind not in ("none", "kfold"):
         own = validation_part(entrant.card, split)
         shared, rows = shared_rows([part.images, own.images])
-        recorded = [classes for each in _seeds(entrant) if len(classes := _recorded(each)) == len(own.labels)]
+        # What a trial records are the predictions of its network: those of a program of several views may differ.
+        seeds = _seeds(entrant) if entrant.spec.predict.views == "off" else []
+        recorded = [classes for each in seeds if len(classes := _recorded(each)) == len(own.labels)]
         if len(shared) == len(part.labels) and recorded:
             return np.stack([indices[np.array(classes)[rows]] for classes in recorded])
     from hpo.predict import load_model
