@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
 
 from hpo.metrics import METRICS, direction_of, label_of, metric_of, name_of
 from hpo.records import FINAL, DataCard, Trial, TrialState
 from hpo.report import text
 from hpo.report.answer import RESAMPLES, answer, intervals_of, last_opening
 from hpo.report.page import Html, channel_table, escape, origin_rows, picture, table
-from hpo.report.statistics import Interval
+from hpo.report.statistics import Interval, accuracy_at_coverage
 from hpo.report.text import value_text
 from hpo.spec.outcome import Reference
 

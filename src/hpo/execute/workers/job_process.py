@@ -159,11 +159,24 @@ def prepare(spec: StudySpec, device: str) -> Prepared:
     training = spec.setup.training
     check_task(card, spec.task)
     requested([*training.scores, training.monitor], card.class_names, several=card.several_labels)
+    _check_optimizers(spec)
     if card.several_labels and spec.split.kind in ("holdout", "kfold") and spec.split.by == "stratified":
         _notify("data: images have several labels, so parts are drawn at random by split.seed, not by class", 0, 0)
     for line in (*([f"files: {card.accounting}"] if card.accounting else ()), *(f"data: {w}" for w in card.warnings)):
         _notify(line, 0, 0)
     return Prepared(card, split_card(card, spec.split), tuple(devices))
+
+
+def _check_optimizers(spec: StudySpec) -> None:
+    """Raise SpecError where the study names an optimizer that timm does not have."""
+    asked = spec.training.optimizer
+    names = spec.search.whole_space.root.get("training.optimizer.name")
+    named = [asked, *(asked.model_copy(update={"name": name, "options": {}}) for name in (names.ends() if names else ()))]
+    if any(each.of_timm for each in named):
+        from hpo.training.optimizers import check_optimizer
+
+        for each in named:
+            check_optimizer(each)
 
 
 def measure_stack(spec: StudySpec, data: DataCard, device: str, threads: int, most: int) -> StackSize:
