@@ -18,7 +18,9 @@ def probe(
     name: Annotated[
         str,
         typer.Argument(
-            metavar="NAME|STUDY", help="bloodmnist, npz, folder, ..., or a study, whose data are taken.", show_default=False
+            metavar="NAME|STUDY",
+            help="bloodmnist, npz, folder, ..., or a study, whose data are taken.",
+            show_default=False,
         ),
     ],
     path: Annotated[
@@ -80,7 +82,14 @@ def probe(
     )
     if as_json:
         rows = [
-            {"name": row.name, "head": row.head, "mean": row.mean, "spread": row.spread, "folds": row.folds, "minutes": row.minutes}
+            {
+                "name": row.name,
+                "head": row.head,
+                "mean": row.mean,
+                "spread": row.spread,
+                "folds": row.folds,
+                "minutes": row.minutes,
+            }
             for row in found.rows
         ]
         output.print_json({"images": found.images, "rows": rows, "file": found.file})

@@ -224,7 +224,9 @@ def predict(
         output.write_text(text, target)
     if refuse_below is not None:
         refused, answered = sum(row.get("refused", False) for row in rows), len(rows) - len(errors)
-        output.print_progress(f"{refused} of {answered} images refused: their highest probability is below {refuse_below:g}")
+        output.print_progress(
+            f"{refused} of {answered} images refused: their highest probability is below {refuse_below:g}"
+        )
     if errors:
         output.print_warning(f"{len(errors)} of {len(rows)} files could not be read: {' '.join(errors[:_MOST_ERRORS])}")
         raise typer.Exit(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,10 +16,9 @@ from pydantic import TypeAdapter, ValidationError
 from hpo.errors import HpoError, SpecError
 from hpo.jobs.data_report import find_data
 from hpo.records import DataCard, Epoch
-from hpo.spec.models import FusionSpec, TimmBackbone, TorchvisionBackbone
+from hpo.spec.models import TimmBackbone, TorchvisionBackbone
 from hpo.spec.space import Part
 from hpo.spec.study import DataSpec, Setup, SplitSpec
-from hpo.spec.training import TrainingSpec
 
 AnyBackbone = TorchvisionBackbone | TimmBackbone
 HEADS: Mapping[str, dict[str, Any]] = {"linear": {}, "small": {"dense": [256], "dropout": 0.3}}
@@ -214,9 +212,7 @@ def _best(rows: Sequence[Probed], count: int) -> tuple[AnyBackbone, ...]:
     return tuple(found.values())[:count]
 
 
-def _study(
-    data: DataSpec, split: SplitSpec, best: Sequence[AnyBackbone], first: Probed, card: DataCard
-) -> str:
+def _study(data: DataSpec, split: SplitSpec, best: Sequence[AnyBackbone], first: Probed, card: DataCard) -> str:
     """The text of a study file that searches the head of the best backbones."""
     if split.kind == "official" and card.valid_start is None:
         split = split.model_copy(update={"kind": "holdout"})
@@ -250,5 +246,5 @@ def _given(part: Part) -> dict[str, Any]:
     """The settings of a part that are not its defaults, files by their absolute paths."""
     plain = part.model_dump(mode="json", exclude_defaults=True)
     if plain.get("path"):
-        plain["path"] = os.path.abspath(plain["path"])
+        plain["path"] = str(Path(plain["path"]).absolute())
     return plain

@@ -130,7 +130,11 @@ def candidates(spec: AugmentSpec, image_shape: Sequence[int]) -> list[tuple[View
         tuple(symmetries),
         tuple(View(mirror) for mirror in mirrors),
         tuple(View(right=x, down=y, fill=spec.fill) if x or y else PLAIN for x, y in moves),
-        tuple(View(mirror, right=x, down=y, fill=spec.fill if x or y else "reflect") for mirror in mirrors for x, y in moves),
+        tuple(
+            View(mirror, right=x, down=y, fill=spec.fill if x or y else "reflect")
+            for mirror in mirrors
+            for x, y in moves
+        ),
         (PLAIN, *_crops(spec.zoom, height, width)),
     ]
     return [each for each in dict.fromkeys(sets) if len(each) > 1]

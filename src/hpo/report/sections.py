@@ -283,7 +283,9 @@ def confidence(record: Mapping[str, Any]) -> str:
     parts = []
     if found := record.get("calibration"):
         (error, after), change = found["error"], found["difference"]
-        decided = f"a temperature of {found['temperature']:.3f} is part of the model" if found["used"] else "none is used"
+        decided = (
+            f"a temperature of {found['temperature']:.3f} is part of the model" if found["used"] else "none is used"
+        )
         parts.append(
             f"Temperature: {decided}. Calibration error {error:.4f} without, {after:.4f} with one; cross-entropy "
             f"{change['value']:+.4f} (95 % interval {change['low']:+.4f} to {change['high']:+.4f}; "
@@ -291,7 +293,9 @@ def confidence(record: Mapping[str, Any]) -> str:
         )
     if found := record.get("views"):
         loss, accuracy, times = found["loss"], found["accuracy"], found["latency_ms"]
-        decided = f"the mean of {len(found['views'])} views: {'; '.join(found['views'])}" if found["used"] else "none is used"
+        decided = (
+            f"the mean of {len(found['views'])} views: {'; '.join(found['views'])}" if found["used"] else "none is used"
+        )
         cost = f", {times['views']:.2f} ms an image in place of {times['plain']:.2f}" if found["used"] else ""
         parts.append(
             f"Views: {decided}{cost}. Cross-entropy {loss['value']:+.4f} ({loss['low']:+.4f} to {loss['high']:+.4f}), "

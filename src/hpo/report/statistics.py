@@ -300,9 +300,7 @@ class Reliability:
     error: float
 
 
-def reliability(
-    labels: NDArray[np.integer], probabilities: NDArray[np.floating], *, bins: int = 15
-) -> Reliability:
+def reliability(labels: NDArray[np.integer], probabilities: NDArray[np.floating], *, bins: int = 15) -> Reliability:
     """labels (n,), probabilities (n, classes) -> the reliability of the most probable classes."""
     confidence = probabilities.max(1).astype(np.float64)
     right = (probabilities.argmax(1) == labels).astype(np.float64)
@@ -332,7 +330,7 @@ class Coverage:
 
 
 def accuracy_at_coverage(labels: NDArray[np.integer], probabilities: NDArray[np.floating]) -> Coverage:
-    """labels (n,), probabilities (n, classes), n >= 1 -> accuracy against coverage; equal confidences count together."""
+    """labels (n,), probabilities (n, classes), n >= 1 -> accuracy against coverage; equal confidences are one step."""
     confidence = probabilities.max(1).astype(np.float64)
     order = np.argsort(-confidence, kind="stable")
     right = (probabilities.argmax(1) == labels)[order].astype(np.float64)

@@ -44,8 +44,8 @@ class Answers:
     """The predictions of the page's model on its validation images.
 
     labels (n,) int64, probabilities (n, classes) float32, those of the exported program; raw are those of its network
-    alone, and record says how the two differ (hpo.models.answers). images maps the positions of the mistakes and of their
-    examples to (height, width, channels) uint8. Without images there are no mistakes to show.
+    alone, and record says how the two differ (hpo.models.answers). images maps the positions of the mistakes and of
+    their examples to (height, width, channels) uint8. Without images there are no mistakes to show.
     """
 
     labels: NDArray[Any]

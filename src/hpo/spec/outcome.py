@@ -49,8 +49,10 @@ class PromoteSpec(Part):
 
 
 class PredictSpec(Part):
-    """What a kept model does besides its network, inside its exported program. Validation images decide; a model
-    without any, of fewer than 100, or of images with several labels answers as its network does."""
+    """How a kept model answers: what its exported program does after its network, as validation images decide.
+
+    A model with fewer than 100 of them, or of images with several labels, answers as its network does.
+    """
 
     calibrate: Literal["auto", "off"] = "auto"
     """auto: probabilities p become p^(1 / T), normalised, T fitted on the validation images, if that lowers their

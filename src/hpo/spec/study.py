@@ -306,7 +306,9 @@ class Setup(Part):
 
 def _check_sizes(model: Any, training: TrainingSpec) -> None:
     if training.first_size < 1 and (reason := fixed_size_reason(model)):
-        raise ValueError(f"training.first_size {training.first_size:g}: a {model.kind} takes images of one size: {reason}. Write 1")
+        raise ValueError(
+            f"training.first_size {training.first_size:g}: a {model.kind} takes images of one size: {reason}. Write 1"
+        )
 
 
 def _flatten(tree: Mapping[str, Any], stem: str = "") -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -51,7 +50,7 @@ class ScheduleSpec(Part):
     """How the learning rate moves, batch by batch."""
 
     name: Literal["constant", "cosine", "one_cycle", "step", "exponential"] = "constant"
-    """cosine: to 0 along half a cosine, `restarts` times. one_cycle: up over `warmup`, then down along a cosine (Smith 2018).
+    """cosine: to 0 along half a cosine. one_cycle: up over `warmup`, then down along a cosine (Smith 2018).
     step: times gamma every step_epochs. exponential: times gamma every epoch."""
     warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of all batches in which the rate climbs linearly to its highest; one_cycle takes 0.3 where this is 0."""
