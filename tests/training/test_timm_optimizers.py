@@ -67,7 +67,7 @@ def test_muon_leaves_the_classifier_to_adamw():
         ("muonn", {}, "Did you mean muon"),
         ("adahessian", {}, "second derivatives"),
         ("lion", {"warp": 9}, "'warp'"),
-        ("bnbadam", {}, "not installed"),
+        ("bnbadam", {}, "cannot be made"),
     ],
 )
 def test_what_cannot_be_made_is_refused_with_the_reason(name, options, message):

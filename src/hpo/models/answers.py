@@ -33,8 +33,8 @@ def decide_answers(folder: Path, validation: Path, images: Path, spec: PredictSp
 
     validation is the npz of its trial, with rows, labels and probabilities; there need be none. images is the npy of
     the development images that rows counts. Views and temperature go into config.json, from where export_program takes
-    them, and the probabilities of the program so made into the npz, next to those of the bare network as `raw`. May be
-    called again. Raises ModelError for a damaged folder.
+    them, and into the npz the probabilities of the program so made, those of the network alone as `raw`, and the
+    temperature. May be called again. Raises ModelError for a damaged folder.
     """
     if not validation.is_file():
         return {}
@@ -61,7 +61,8 @@ def decide_answers(folder: Path, validation: Path, images: Path, spec: PredictSp
             probabilities = at_temperature(probabilities, calibration.temperature)
             config["temperature"] = calibration.temperature
     (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
-    np.savez(validation, **{**found, "raw": raw.numpy(), "probabilities": probabilities.numpy()})
+    found |= {"raw": raw.numpy(), "probabilities": probabilities.numpy()}
+    np.savez(validation, **found | {"temperature": np.array(config.get("temperature", 1.0))})
     if record:
         (folder / ANSWERS).write_text(json.dumps(record, indent=1), encoding="utf-8")
     return record

@@ -194,16 +194,11 @@ def of_timm(weights: Any, spec: OptimizerSpec, *, last: nn.Parameter | None = No
         return timm.optim.create_optimizer_v2(
             weights, opt=name, lr=spec.lr, weight_decay=spec.weight_decay, **spec.options
         )
-    except ImportError as error:
+    except (ImportError, TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise SpecError(
-            f"training.optimizer.name: {spec.name} needs a package that is not installed: {error}.",
-            "Install it, or choose another one.",
-        ) from None
-    except (TypeError, ValueError, AssertionError) as error:
-        raise SpecError(
-            f"training.optimizer: {spec.name} does not take lr {spec.lr:g}, weight_decay {spec.weight_decay:g} and "
-            f"options {spec.options}: {error}.",
-            "Correct training.optimizer.options.",
+            f"training.optimizer: {spec.name} cannot be made with lr {spec.lr:g}, weight_decay {spec.weight_decay:g} "
+            f"and options {spec.options}: {str(error).rstrip('.')}.",
+            "Correct training.optimizer.options, or choose another one.",
         ) from None
 
 

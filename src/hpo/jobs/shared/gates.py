@@ -183,12 +183,13 @@ def parity(home: Home, new: ModelReference, model: Classifier) -> Verdict:
     far, differing = float(np.abs(ours - theirs).max()), _differing(ours, theirs, several=new.card.several_labels)
     kind = _kind(new.trial.result)
     most, share = _PARITY[kind]
+    most *= max(1.0, 1 / float(answers.get("temperature", 1.0)))  # below 1 it enlarges what logits differ by
     allowed = int(share * len(ours))
     outcome = f"{differing} of {len(ours):,} predictions differ" if differing else "same predictions"
     return Verdict(
         "reloads",
         far <= most and differing <= allowed,
-        f"{outcome} after reload (largest difference {far:.1g}; limit {most:g})",
+        f"{outcome} after reload (largest difference {far:.1g}; limit {most:.3g})",
         f"{f'at most {allowed} other' if allowed else 'same'} predictions, trained in {kind}",
     )
 
