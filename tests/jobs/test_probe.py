@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 from hpo.cli.app import app
 from hpo.data import test_set
 from hpo.errors import HpoError, SpecError
-from hpo.execute.run_study import run_study
 from hpo.jobs.probe import probe
 from hpo.spec.load import load_study
 from hpo.training import features
+from hpo.training.trial import TrialPlan, train_trial
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +65,9 @@ def test_backbones_are_ranked_and_the_best_become_a_study_on_the_same_features(p
         raise AssertionError("features were computed again")
 
     monkeypatch.setattr(features, "_compute", recompute)
-    again = load_study(str(found.file), overrides={"training.epochs": 1, "search.pruner": "none"})
-    study = run_study(again, trials=1, workers=0, home=place)
-    assert study.best is not None
+    again = load_study(str(found.file), overrides={"training.epochs": 1})
+    plan = TrialPlan(again.setup, found.data.sealed, 0, 0, place / "work", "cpu")
+    assert [epoch.number for epoch in train_trial(plan)] == [1]
     with pytest.raises(HpoError, match="is there already"):
         probe("digits", backbones=weights)
 

@@ -94,8 +94,7 @@ def probe(
     sealed. Raises HpoError.
     """
     from hpo.data.prepare import prepare
-    from hpo.execute.process import cores
-    from hpo.training.device import resolve_devices, use_threads
+    from hpo.training.device import resolve_devices
 
     file = Path(out or f"{Path(name).stem.replace(':', '-')}-probe.yaml").absolute()
     if file.exists():
@@ -104,7 +103,6 @@ def probe(
     data, split = find_data(name, path=path, size=size, trust=trust)
     split = split or SplitSpec()
     card = prepare(data, split)
-    use_threads(cores())
     bench = _Bench(data, split.model_copy(update={"kind": "kfold", "folds": folds}), card, resolve_devices(device)[0])
     rows: list[Probed] = []
     for backbone in named:

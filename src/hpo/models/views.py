@@ -101,7 +101,7 @@ class Views(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """The mean of the probabilities (n, classes)."""
-        total = self.program(self._views[0](images))
+        total: Tensor = self.program(self._views[0](images))
         for view in self._views[1:]:
             total = total + self.program(view(images))
         return total / len(self._views)

@@ -37,7 +37,8 @@ class OptimizerSpec(Part):
     @property
     def of_timm(self) -> bool:
         """Whether it is one of timm's."""
-        return self.name.startswith("timm/")
+        name: str = self.name
+        return name.startswith("timm/")
 
     @model_validator(mode="after")
     def _options_are_of_timm(self) -> OptimizerSpec:

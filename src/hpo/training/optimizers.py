@@ -164,7 +164,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-def of_timm(weights: Any, spec: OptimizerSpec, *, last: nn.Parameter | None = None) -> torch.optim.Optimizer:
+def of_timm(weights: Any, spec: OptimizerSpec, *, last: Tensor | None = None) -> torch.optim.Optimizer:
     """The optimizer that timm.optim calls so, over groups of weights; last is the weight of the last dense layer.
 
     Raises SpecError for a name or an option that timm does not have, and for optimizers that need another loop.
@@ -191,7 +191,7 @@ def of_timm(weights: Any, spec: OptimizerSpec, *, last: nn.Parameter | None = No
         weights = [part for group in weights for part in _without(group, last)]
     _plain_methods()
     try:
-        return timm.optim.create_optimizer_v2(
+        made: torch.optim.Optimizer = timm.optim.create_optimizer_v2(
             weights, opt=name, lr=spec.lr, weight_decay=spec.weight_decay, **spec.options
         )
     except (ImportError, TypeError, ValueError, RuntimeError, AssertionError) as error:
@@ -200,9 +200,10 @@ def of_timm(weights: Any, spec: OptimizerSpec, *, last: nn.Parameter | None = No
             f"and options {spec.options}: {str(error).rstrip('.')}.",
             "Correct training.optimizer.options, or choose another one.",
         ) from None
+    return made
 
 
-def _without(group: dict[str, Any], last: nn.Parameter) -> list[dict[str, Any]]:
+def _without(group: dict[str, Any], last: Tensor) -> list[dict[str, Any]]:
     """A group of weights, and apart from it the weight that learns by AdamW."""
     others = [weight for weight in group["params"] if weight is not last]
     if len(others) == len(group["params"]):
