@@ -11,6 +11,7 @@ from hpo.events import Notice
 from hpo.execute.process import RunEnd
 from hpo.execute.subscribers.model_retention import ModelRetention
 from hpo.execute.tracking_queue import TrackingQueue
+from hpo.execute.workers.job_process import draw_trial
 from hpo.records import Candidate, StudyResult, Trial, TrialResult, TrialState
 from hpo.spec.outcome import KeepSpec
 
@@ -23,9 +24,9 @@ class _Exports:
         self.exported = []
         self.drawn = []
 
-    def submit(self, job, result, data, *folder):
+    def submit(self, job, result, data, _given):
         future = Future()
-        (self.drawn if folder else self.exported).append(result.number)
+        (self.drawn if job is draw_trial else self.exported).append(result.number)
         if result.number in self.fails:
             future.set_exception(RuntimeError("cannot export"))
         else:
@@ -145,8 +146,8 @@ def test_a_resumed_study_exports_what_still_waits_and_drops_what_falls_out(tmp_p
 class _Drawing(_Exports):
     """Figures that are never done."""
 
-    def submit(self, job, result, data, *folder):
-        return Future() if folder else super().submit(job, result, data)
+    def submit(self, job, result, data, given):
+        return Future() if job is draw_trial else super().submit(job, result, data, given)
 
 
 def test_a_run_that_ends_while_figures_are_drawn_tells_of_no_models(tmp_path):
