@@ -36,7 +36,8 @@ class RunOptions:
     one for each core or GPU, 0 trains in this process. stack is the number of trainings that a worker does at once, in
     one computation; None: by a short measurement, 1 where that does not pay, or where workers=1. device is auto, cpu,
     cuda, cuda:N or mps. home is the folder that holds mlruns. fresh starts a new generation of the study; retry_failed
-    tries failed trials again. timeout is in seconds. keep_models is all, none or best:K; precision auto, float32 or
+    tries failed trials again. timeout is in seconds. minutes is the budget that a study of images of the user's own is made
+    for. keep_models is all, none or best:K; precision auto, float32 or
     bfloat16. With profile trainings share nothing, and a StudyProfiled says where the time went. engine is a key of
     hpo.execute.engines.ENGINES, or slurm. address and cpus_per_trial are Ray's; slurm (KEY=VALUE), detach and
     print_script are SLURM's. gpus_per_trial is the number of GPUs that train a trial together; Ray also gives shares of
@@ -58,6 +59,7 @@ class RunOptions:
     cpus_per_trial: float | None = _option(None, engine="ray")
     slurm: tuple[str, ...] = _option((), engine="slurm")
     timeout: float | None = _option(None, once=True, not_for="slurm")
+    minutes: float | None = _option(None, once=True, not_for="slurm")
     profile: bool = _option(False, once=True, not_for="slurm")
     fresh: bool = _option(False, once=True)
     retry_failed: bool = _option(False, once=True)

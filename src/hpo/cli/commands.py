@@ -26,6 +26,12 @@ class Listed(NamedTuple):
 # Section -> command, in the order of --help.
 SECTIONS: dict[str, dict[str, Listed]] = {
     "Search": {
+        "new": Listed(
+            "new:new",
+            "Write a study for your own images, and say why it is as it is.",
+            "photos --minutes 10",
+            doing="looking at the images and measuring networks",
+        ),
         "run": Listed(
             "run:run",
             "Run a study, or resume it; register its best model.",
