@@ -40,7 +40,7 @@ class Set:
     settings: tuple[str, ...] = ()
 
 
-def _digits(data: Path, folder: Path) -> Path:
+def _digits(_data: Path, folder: Path) -> Path:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -53,7 +53,7 @@ def _digits(data: Path, folder: Path) -> Path:
     return folder / "digit-photos"
 
 
-def _fashion(data: Path, folder: Path) -> Path:
+def _fashion(_data: Path, folder: Path) -> Path:
     import gzip
 
     arrays = {}
@@ -197,7 +197,10 @@ def main() -> None:
     given = parser.parse_args()
     given.work, data = given.work.absolute(), given.data.absolute()
     files = {"mobilenet": data / "mobilenet_v2_imagenet.pth", "efficientnet": data / "tf_efficientnet_lite0_timm.pth"}
-    weights = [f"--weights=tf_efficientnet_lite0={files['efficientnet']}", f"--weights=mobilenet_v2={files['mobilenet']}"]
+    weights = [
+        f"--weights=tf_efficientnet_lite0={files['efficientnet']}",
+        f"--weights=mobilenet_v2={files['mobilenet']}",
+    ]
     rows: list[dict[str, Any]] = []
     for name in given.sets:
         chosen, folder = SETS[name], given.work / name
@@ -229,7 +232,11 @@ def main() -> None:
         sides = [row.get("ours"), row.get("shipped")]
         cells.append(f"| {next(side.images for side in sides if side)} ")
         for side in sides:
-            told = f"{side.accuracy:.4f} ± {side.margin:.4f} | {side.seconds:.0f} s | {side.trials}" if side else "- | - | -"
+            told = (
+                f"{side.accuracy:.4f} ± {side.margin:.4f} | {side.seconds:.0f} s | {side.trials}"
+                if side
+                else "- | - | -"
+            )
             cells.append(f"| {told} ")
         print("".join(cells) + "|")
 

@@ -77,13 +77,16 @@ def test_a_table_is_known_by_its_columns(folder: Path) -> None:
     place = folder / "ham"
     as_folder(place / "images", np.zeros((6, 8, 8), np.uint8), np.arange(6) % 2)
     table = place / "labels.csv"
-    rows = [f"{number},lesion{number // 2},{['nv', 'mel'][number % 2]},{'train' if number else 'test'}" for number in range(6)]
+    rows = [
+        f"{number},lesion{number // 2},{['nv', 'mel'][number % 2]},{'train' if number else 'test'}"
+        for number in range(6)
+    ]
     table.write_text("\n".join(["image_id,lesion_id,dx,split", *rows]))
     data, group = describe_source(table)
     assert data == {"name": "table", "image": "image_id", "label": "dx", "group": "lesion_id", "part": "split"}
     assert group is None
     assert default_file(table) == Path("studies/ham.yaml")
-    table.write_text("a,b\n1,2\n")
+    table.write_text("a,b\nu,v\n")
     with pytest.raises(DataError, match="names of images"):
         describe_source(table)
 

@@ -120,6 +120,24 @@ SECTIONS: dict[str, dict[str, Listed]] = {
         "predict": Listed(
             "use:predict", "Classify image files.", "digits-mlp photo.png --format csv", doing="loading the model"
         ),
+        "serve": Listed(
+            "deploy:serve",
+            "Serve a model over HTTP, with a page to drop an image on.",
+            "digits-mlp",
+            doing="loading the model",
+        ),
+        "export-model": Listed(
+            "deploy:export_model",
+            "Write a model as ONNX, pt2, safetensors or an MLflow folder.",
+            "digits-mlp --format pt2",
+            doing="writing the model and comparing its answers",
+        ),
+        "card": Listed(
+            "deploy:card",
+            "Write a model card from the record.",
+            "digits-mlp --out digits-card --licence MIT",
+            doing="gathering the study's results",
+        ),
         "explain": Listed(
             "report:explain",
             "Highlight the pixels that support a class.",

@@ -72,7 +72,9 @@ def new(
         return
     _print(made)
     study = made.name if made.file.parent == Path("studies") else str(made.file)
-    output.print_message(f"{made.file} is written. Run it, about {duration(made.seconds)}: hpo run {shlex.quote(study)}")
+    output.print_message(
+        f"{made.file} is written. Run it, about {duration(made.seconds)}: hpo run {shlex.quote(study)}"
+    )
 
 
 def _print(made: NewStudy) -> None:
@@ -114,7 +116,9 @@ def study_for(
         if tell:
             _print(made)
     elif not same_source(file, source):
-        raise HpoError(f"{file}: is a study of other images.", f"Name one: hpo new {shlex.quote(str(source))} --out FILE")
+        raise HpoError(
+            f"{file}: is a study of other images.", f"Name one: hpo new {shlex.quote(str(source))} --out FILE"
+        )
     elif tell:
         output.print_message(f"{file} is there already; delete it to have it written again.")
     most = 60 * minutes * _LONGER - (time.monotonic() - began)

@@ -89,7 +89,8 @@ def run(
 ) -> None:
     """Run a study, or resume it; register its best model.
 
-    For a folder, npz or table of your own images, a study is written first, as by hpo new. Ctrl-C ends it cleanly; the same command resumes it. If all trials of a study are done, ask for more: --trials N.
+    For a folder, npz or table of your own images, a study is written first, as by hpo new. Ctrl-C ends it cleanly; the
+    same command resumes it. If all trials of a study are done, ask for more: --trials N.
     """
     options = RunOptions.pick(locals())
     study, options = _own_images(study, options, preset=preset, weights=weights, tell=not (as_json or quiet))

@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 
 from hpo.data.image_files import NotAnImageError, read_sides
 from hpo.data.layouts import PART_NAMES, list_files
-from hpo.data.tables import ENDINGS, IMAGE_COLUMNS, LABEL_COLUMNS, Table, read_table
+from hpo.data.tables import ENDINGS, IMAGE_COLUMNS, LABEL_COLUMNS, read_table
 from hpo.errors import DataError
 
 _FILES = 300  # whose headers are read, spread over the data set
-_GROUP = re.compile(r"(patient|subject|lesion|slide|plant|video|group|case|specimen|animal)s?(_?(id|nr|no|number))?", re.I)
+_GROUP = re.compile(
+    r"(patient|subject|lesion|slide|plant|video|group|case|specimen|animal)s?(_?(id|nr|no|number))?", re.I
+)
 _LABEL = re.compile(r"(labels?|class(es)?|dx|diagnosis|category|species|target|y)", re.I)
 _MOST_ROWS = 1500  # of each side of the comparison of symmetries
 _SMALL = 16  # pixels; the side at which images are compared
@@ -126,31 +128,38 @@ TURNS: Mapping[str, Callable[[NDArray[Any]], NDArray[Any]]] = {
 def symmetries(images: NDArray[np.uint8], labels: NDArray[np.int64], *, seed: int) -> tuple[float, dict[str, float]]:
     """How well nearest neighbours recognise images (n, height, width, channels): as they are, and flipped or turned.
 
-    Half of up to 3,000 images are looked up in the other half, by the distance of small grey-scaled copies. A change
+    Each half of up to 3,000 images is looked up in the other half, by the distance of small grey-scaled copies. A change
     that the data set is symmetric under leaves the accuracy as it is: mirrored digits are recognised worse, mirrored
     cells are not. rotate90 is left out where images are not square.
     """
     rows = np.random.default_rng(seed).permutation(len(images))[: 2 * _MOST_ROWS]
-    small = _shrunk(images[np.sort(rows)])
-    codes = labels[np.sort(rows)]
-    known, asked = small[::2], small[1::2]
+    small, codes = _shrunk(images[rows]), labels[rows]
+    halves = [(small[::2], codes[::2]), (small[1::2], codes[1::2])]
     turns = {name: turn for name, turn in TURNS.items() if name != "rotate90" or images.shape[1] == images.shape[2]}
-    plain = _recognised(asked, known, codes[1::2], codes[::2])
-    return plain, {name: _recognised(turn(asked), known, codes[1::2], codes[::2]) for name, turn in turns.items()}
+
+    def recognised(turn: Callable[[NDArray[Any]], NDArray[Any]]) -> float:
+        return float(np.concatenate([_hits(turn, *halves), _hits(turn, *halves[::-1])]).mean())
+
+    return recognised(lambda images: images), {name: recognised(turn) for name, turn in turns.items()}
 
 
 def _shrunk(images: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Copies of at most 16 by 16 pixels, each with mean 0 and length 1: (n, h, w, channels)."""
-    height, width = images.shape[1:3]
-    down, across = (np.linspace(0, side, min(side, _SMALL) + 1).astype(int)[:-1] for side in (height, width))
-    sums = np.add.reduceat(np.add.reduceat(images.astype(np.float32), down, axis=1), across, axis=2)
-    sums -= sums.mean(axis=(1, 2, 3), keepdims=True)
-    lengths = np.sqrt((sums**2).sum(axis=(1, 2, 3), keepdims=True))
-    found: NDArray[np.float32] = sums / np.maximum(lengths, 1e-6)
+    means = images.astype(np.float32)
+    for axis in (1, 2):
+        side = images.shape[axis]
+        edges = np.linspace(0, side, min(side, _SMALL) + 1).astype(int)
+        shape = [-1 if each == axis else 1 for each in range(4)]
+        means = np.add.reduceat(means, edges[:-1], axis=axis) / np.diff(edges).reshape(shape).astype(np.float32)
+    means -= means.mean(axis=(1, 2, 3), keepdims=True)
+    lengths = np.sqrt((means**2).sum(axis=(1, 2, 3), keepdims=True))
+    found: NDArray[np.float32] = means / np.maximum(lengths, 1e-6)
     return found
 
 
-def _recognised(asked: NDArray[Any], known: NDArray[Any], truth: NDArray[Any], labels: NDArray[Any]) -> float:
-    """Accuracy of the class of the nearest known image, by cosine similarity."""
-    likeness = asked.reshape(len(asked), -1) @ known.reshape(len(known), -1).T
-    return float((labels[likeness.argmax(axis=1)] == truth).mean())
+def _hits(turn: Callable[[NDArray[Any]], NDArray[Any]], asked: Any, known: Any) -> NDArray[np.bool_]:
+    """Whether the nearest known image, by cosine similarity, has the class of each changed image."""
+    (images, truth), (others, labels) = asked, known
+    likeness = turn(images).reshape(len(images), -1) @ others.reshape(len(others), -1).T
+    hits: NDArray[np.bool_] = labels[likeness.argmax(axis=1)] == truth
+    return hits

@@ -30,7 +30,7 @@ _SMALL = 1_000  # images; with fewer, one validation part is too small to choose
 _VALIDATION = 2_000  # images that suffice to choose by
 _RATIO = 5.0  # of the largest to the smallest class, from which on classes count equally
 _NEAR = 0.01  # share of a part that looks like images of another part
-_SYMMETRIC = 0.9  # of the accuracy is left where a data set is symmetric under a change
+_SYMMETRIC = 0.75  # of the accuracy above chance is left where a data set is symmetric under a change
 _HEAD_EPOCHS = 25
 
 
@@ -211,9 +211,7 @@ class _Draft:
             reason = f"nearest neighbours recognise {plain:.2f} of the training images, and changed by {told}"
             self.decide("augmentation", ", ".join(self.turns) or "no flips", reason)
 
-    def fill(
-        self, preset: Preset, minutes: float, *, weights: Sequence[str], device: str, workers: int | None
-    ) -> None:
+    def fill(self, preset: Preset, minutes: float, *, weights: Sequence[str], device: str, workers: int | None) -> None:
         """Choose the network, and what is trained of it, by measured speed."""
         from hpo.training.device import resolve_devices
 
@@ -284,7 +282,9 @@ class _Draft:
             self.tree["training"]["augment"] = self.turns
         names = " and ".join(body.name for body in fill.choice)
         took = ", ".join(f"{body.name} {duration(seconds)}" for body, seconds in features)
-        self.decide("network", f"frozen {names}, a new head", f"its weights are at hand; the features take {took}{note}")
+        self.decide(
+            "network", f"frozen {names}, a new head", f"its weights are at hand; the features take {took}{note}"
+        )
         if self.card.development_count < _SMALL and self.card.valid_start is None:
             self.tree["split"] = {**self.tree["split"], "kind": "kfold", "folds": 5}
             self.tree["split"].pop("share", None)

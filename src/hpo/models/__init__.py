@@ -9,7 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -244,6 +246,27 @@ def export_program(folder: Path) -> Path:
     return folder / PROGRAM
 
 
+def save_weights(source: Path, folder: Path) -> None:
+    """Write the weights of a trained or logged network, in the folder source, to folder as safetensors."""
+    state = {name: tensor.detach().contiguous().clone() for name, tensor in _weights(source).items()}
+    save_file(state, folder / WEIGHTS)
+
+
+class TrainedNet:
+    """The network of load_trained as images see it; it predicts as hpo.models.safe_loader.Program does."""
+
+    def __init__(self, folder: Path) -> None:
+        net, config = load_trained(folder)
+        self._whole = _whole(net, config)
+
+    def predict(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Images (n, height, width, channels) uint8 -> probabilities (n, classes) float32; n >= 1."""
+        with torch.inference_mode():
+            pieces = (images[start : start + 64] for start in range(0, len(images), 64))
+            found: NDArray[np.float32] = torch.cat([self._whole(torch.from_numpy(np.array(p))) for p in pieces]).numpy()
+        return found
+
+
 def warm_up_exports() -> None:
     """Import torch's compiler, most of which its first use imports."""
     sizes = ({0: torch.export.Dim("batch", min=1)},)
@@ -252,11 +275,15 @@ def warm_up_exports() -> None:
 
 def traced(net: nn.Module, config: Mapping[str, Any]) -> torch.export.ExportedProgram:
     """The program of a network in evaluation mode and of what its config says, for any number of uint8 images."""
-    shape, several = config["image_shape"], bool(config.get("several_labels"))
-    whole = _Whole(net, mean=config["mean"], std=config["std"], image_shape=shape, several=several).eval()
+    whole = _whole(net, config)
     # A batch of one would be taken for a constant.
-    example = torch.zeros((2, *shape), dtype=torch.uint8)
+    example = torch.zeros((2, *config["image_shape"]), dtype=torch.uint8)
     batch = torch.export.Dim("batch", min=1, max=1_000_000)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch warns of its own deprecations while it traces
         return torch.export.export(whole, (example,), dynamic_shapes=({0: batch},))
+
+
+def _whole(net: nn.Module, config: Mapping[str, Any]) -> nn.Module:
+    shape, several = config["image_shape"], bool(config.get("several_labels"))
+    return _Whole(net, mean=config["mean"], std=config["std"], image_shape=shape, several=several).eval()

@@ -18,7 +18,7 @@ _INPUT_SIDES = (160, 128, 96, 64)  # of a backbone that is too slow at the size 
 def scratch_model(side: int, width: int) -> dict[str, Any]:
     """A network for images of `side` pixels whose first block has `width` filters.
 
-    Two blocks at each resolution, the second of twice the filters, and one at the last, whose maps have at most 8 pixels.
+    Two blocks at each resolution, the second of twice the filters, and one at the last, of at most 8 x 8 pixels.
     """
     if side < _LEAST_SIDE:
         return {"kind": "mlp", "hidden": 16 * width, "dropout": 0.1}
