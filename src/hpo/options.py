@@ -36,7 +36,7 @@ class RunOptions:
     one for each core or GPU, 0 trains in this process. stack is the number of trainings that a worker does at once, in
     one computation; None: by a short measurement, 1 where that does not pay, or where workers=1. device is auto, cpu,
     cuda, cuda:N or mps. home is the folder that holds mlruns. fresh starts a new generation of the study; retry_failed
-    tries failed trials again. timeout is in seconds. minutes is the budget that a study of the user's own images is made for.
+    tries failed trials again. timeout is in seconds. minutes is the budget that a study of own images is made for.
     keep_models is all, none or best:K; precision auto, float32 or bfloat16. With profile trainings share nothing, and a
     StudyProfiled says where the time went. engine is a key of hpo.execute.engines.ENGINES, or slurm. address and
     cpus_per_trial are Ray's; slurm (KEY=VALUE), detach and print_script are SLURM's. gpus_per_trial is the number of

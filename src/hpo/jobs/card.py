@@ -15,7 +15,7 @@ from hpo.report.card import model_card
 
 @dataclass(frozen=True)
 class Card:
-    """A card, which its version in the registry has; its folder, "" without one; its address, "" unless it was pushed."""
+    """A card, which its version in the registry has; its folder and its address, "" without any."""
 
     model: ModelVersion
     text: str

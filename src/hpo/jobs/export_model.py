@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("onnx", "pt2", "safetensors", "mlflow")
 _AFTER = "after export"
+_MOST = 2_000  # images of a model that was trained on all of them
 _DRAWN = 64  # random images, where those of the study are not on this machine
 
 
@@ -119,15 +120,14 @@ def _images(home: Home, version: ModelVersion, parts: Path) -> tuple[NDArray[np.
     try:
         found = find_model(home, f"{version.name}/{version.version}", trust=True)  # none of its code is run
         answers = validation_predictions(home, version.run_id)
+        images = np.load(Path(found.card.folder) / "development_images.npy", mmap_mode="r", allow_pickle=False)
         if answers is not None:
-            file = Path(found.card.folder) / "development_images.npy"
-            images = np.load(file, mmap_mode="r", allow_pickle=False)[answers["rows"]]
-            return images, f"{len(images):,} validation images"
+            return images[answers["rows"]], f"{len(answers['rows']):,} validation images"
+        return images[:_MOST], f"{min(len(images), _MOST):,} training images"  # it was trained on all there are
     except (HpoError, OSError, ValueError):  # of another home, or its data are elsewhere
-        pass
-    shape = read_config(parts / "config.json")["image_shape"]
-    drawn = np.random.default_rng(0).integers(0, 256, (_DRAWN, *shape), dtype=np.uint8)
-    return drawn, f"{_DRAWN} random images, for those of its study are not here"
+        shape = read_config(parts / "config.json")["image_shape"]
+        drawn = np.random.default_rng(0).integers(0, 256, (_DRAWN, *shape), dtype=np.uint8)
+        return drawn, f"{_DRAWN} random images, for those of its study are not here"
 
 
 def _parity(form: str, folder: Path, parts: Path, images: NDArray[np.uint8]) -> Verdict:

@@ -102,7 +102,7 @@ def new_study(
     draft = _Draft(path, file, size)
     draft.look()
     draft.fill(plan, minutes, weights=weights, device=device, workers=workers)
-    draft.write(f"preset {preset}, {minutes:g} minutes")
+    draft.write(f"preset {preset}, {minutes:g} minute{'' if minutes == 1 else 's'}")
     return draft.study(minutes)
 
 
@@ -372,7 +372,7 @@ def _below(item: Any) -> list[str]:
 
 def _flow(value: Any) -> str:
     text: str = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6, allow_unicode=True)
-    return text.removesuffix("...\n").strip()
+    return text.removesuffix("...\n").strip().replace("{'on':", "{on:")  # YAML 1.1 would take it for true
 
 
 def same_source(file: Path, source: Path) -> bool:
