@@ -145,6 +145,14 @@ SECTIONS: dict[str, dict[str, Listed]] = {
             doing="loading the model",
         ),
     },
+    "Connect": {
+        "mcp": Listed(
+            "mcp:mcp",
+            "Let an assistant read the studies, over the Model Context Protocol.",
+            "--allow-run",
+            doing="",
+        ),
+    },
     "Maintain": {
         "doctor": Listed(
             "store:doctor", "Find and repair problems in the stores.", "--fix", doing="reading both stores"
