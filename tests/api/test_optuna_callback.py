@@ -89,7 +89,9 @@ def assert_as_in_optuna(place: Path) -> None:
     for trial in done:
         run = found[trial.number]
         assert run.info.status == ("FAILED" if trial.state.name == "FAIL" else "FINISHED")
-        assert run.data.tags["state"] == {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}[trial.state.name]
+        assert (
+            run.data.tags["state"] == {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}[trial.state.name]
+        )
         assert float(run.data.params["alpha"]) == pytest.approx(trial.params["alpha"])
         if trial.value is not None:
             assert run.data.metrics["objective"] == pytest.approx(trial.value)

@@ -100,7 +100,8 @@ def study_for(
     Raises HpoError where a file of that name is about other images.
     """
     from hpo.errors import HpoError
-    from hpo.jobs.new_study import PRESETS, default_file, new_study, same_source
+    from hpo.jobs.new_study import default_file, new_study, same_source
+    from hpo.jobs.shared.presets import PRESETS
 
     began, file = time.monotonic(), default_file(source)
     minutes = options.minutes or PRESETS[preset].minutes

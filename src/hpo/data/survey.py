@@ -145,7 +145,7 @@ def symmetries(images: NDArray[np.uint8], labels: NDArray[np.int64], *, seed: in
 
 def _shrunk(images: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Copies of at most 16 by 16 pixels, each with mean 0 and length 1: (n, h, w, channels)."""
-    means = images.astype(np.float32)
+    means: NDArray[Any] = images.astype(np.float32)
     for axis in (1, 2):
         side = images.shape[axis]
         edges = np.linspace(0, side, min(side, _SMALL) + 1).astype(int)

@@ -1,4 +1,4 @@
-"""A server of the Model Context Protocol: an assistant reads studies, trials, models and figures, and runs if allowed."""
+"""A server of the Model Context Protocol: an assistant reads studies, trials and models, and runs them if allowed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,9 @@ def make_server(home: str | Path | None = None, *, allow_run: bool = False) -> A
 
 def _told(tool: Callable[..., Any]) -> Callable[..., Any]:
     """The tool, whose user errors reach the assistant as one sentence, without secrets."""
-    import functools
-
     from mcp.server.mcpserver.exceptions import ToolError
 
-    @functools.wraps(tool)
+    @wraps(tool)
     def call(*arguments: Any, **named: Any) -> Any:
         try:
             return tool(*arguments, **named)
@@ -91,21 +90,22 @@ class _Reader:
                 found[name] = f"broken: {error.message}"
         return found
 
-    def list_studies(self) -> list[dict[str, Any]]:
+    def list_studies(self) -> dict[str, Any]:
         """The studies that have run here: trials by state, whether they run now, and the best trial."""
         from hpo.storage.reader import read_snapshots
 
-        return [
+        listed = [
             {
                 "study": each.study.title,
                 "objective": each.study.objective,
                 "direction": each.study.direction,
                 "trials": {state.value: each.study.count(state) for state in TrialState if each.study.count(state)},
                 "running_now": bool(each.holders),
-                "best": _short(each.study.best) if each.study.best else None,
+                "best": _short(each.best) if each.best else None,
             }
             for each in read_snapshots(self._home, results=False)
         ]
+        return {"studies": listed}
 
     def list_trials(self, study: str, best: int = 20) -> dict[str, Any]:
         """The best trials of a study, first the best, and how many there are of each state.
@@ -121,16 +121,16 @@ class _Reader:
             "trials": [_short(trial) for trial in ranked],
         }
 
-    def list_models(self, name: str = "") -> list[dict[str, Any]]:
+    def list_models(self, name: str = "") -> dict[str, Any]:
         """The registered models with versions, aliases and scores; with a name only the versions of that model."""
         from hpo.tracking.registry import versions
 
         wanted = ("name", "version", "aliases", "study", "trial", "scores")
-        return [{key: asdict(each)[key] for key in wanted} for each in versions(self._home, name or None)]
+        return {"models": [{key: asdict(each)[key] for key in wanted} for each in versions(self._home, name or None)]}
 
-    def list_figures(self, study: str) -> list[str]:
+    def list_figures(self, study: str) -> dict[str, Any]:
         """The names of a study's figures, for show_figure."""
-        return sorted(self._figures(self._study(study)))
+        return {"figures": sorted(self._figures(self._study(study)))}
 
     def show_figure(self, study: str, name: str) -> Any:
         """One figure of a study as a PNG image; name is one of list_figures."""
@@ -164,7 +164,7 @@ class _Reader:
                 return file.read_bytes() if file is not None else b""
 
         listed = [file.path for file in client.list_artifacts(parent.info.run_id, FIGURES)]
-        return {Path(path).stem: lambda path=path: read(path) for path in listed if path.endswith(".png")}
+        return {Path(path).stem: partial(read, path) for path in listed if path.endswith(".png")}
 
 
 def _short(trial: Trial) -> dict[str, Any]:
@@ -222,4 +222,4 @@ class _Runner:
         from hpo.jobs.stop import stop_study
 
         done = stop_study(study, home=self._home.root, timeout=60.0)
-        return f"{done.title}: {len(done.supervisors)} runs stopped, {len(done.stopped)} trials will be retried"
+        return f"{done.title}: {done.supervisors} runs stopped, {len(done.stopped)} trials will be retried"

@@ -254,8 +254,7 @@ def _best_of_own(spec: StudySpec, name: str, storage: Storage) -> list[Mapping[s
     title = titles[max(titles)] if titles else name
     if title not in studies:
         raise SpecError(
-            f"{spec.name}: search.start_from: no study {name!r} has run here "
-            f"(known: {', '.join(studies) or 'none'}).",
+            f"{spec.name}: search.start_from: no study {name!r} has run here (known: {', '.join(studies) or 'none'}).",
             "Run it first, correct the name, or leave start_from out.",
         )
     study_id, record = studies[title]
