@@ -76,6 +76,8 @@ class RunOptions:
             number, most = getattr(self, name), _MOST[name]
             if number is not None and not least <= number <= most:
                 raise error(f"--{name} {_shown(number)}: is not between {least} and {most:,}.", hint)
+        if self.minutes is not None and not 0 < self.minutes <= _MOST["trials"]:
+            raise HpoError(f"--minutes {self.minutes:g}: is no number of minutes.", "For example: --minutes 10")
         gpus = self.gpus_per_trial
         if self.engine != "ray" and gpus is not None and (not gpus >= 1 or gpus % 1):
             raise HpoError(

@@ -47,11 +47,11 @@ def test_by_default_every_tool_only_reads(mcp: Any, kept: Any) -> None:
     async def talk(client: Any) -> Any:
         return (await client.list_tools()).tools
 
-    tools = as_client(mcp, make_server(kept.root), talk)
+    tools = as_client(mcp, make_server(kept.root.parent), talk)
     assert {tool.name for tool in tools} == READ
     assert all(tool.annotations.read_only_hint for tool in tools)
     assert all(tool.description for tool in tools)
-    more = as_client(mcp, make_server(kept.root, allow_run=True), talk)
+    more = as_client(mcp, make_server(kept.root.parent, allow_run=True), talk)
     assert {tool.name for tool in more} - READ == {"run_study", "stop_study"}
 
 
@@ -70,7 +70,7 @@ def test_studies_trials_models_and_figures_are_read(mcp: Any, kept: Any) -> None
         assert "digits-mlp" in json.dumps(await ask(client, "available_studies"))
 
     before = {path: path.stat().st_mtime_ns for path in kept.root.rglob("*") if path.is_file()}
-    as_client(mcp, make_server(kept.root), talk)
+    as_client(mcp, make_server(kept.root.parent), talk)
     after = {path: path.stat().st_mtime_ns for path in kept.root.rglob("*") if path.is_file()}
     # SQLite's own files beside a database come and go.
     assert {path for path in before if path.suffix in (".db", ".json", ".pt2")} <= {*after}

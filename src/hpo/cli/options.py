@@ -166,8 +166,6 @@ Minutes = Annotated[
     float | None,
     typer.Option(
         metavar="N",
-        min=0.5,
-        max=100_000,
         help="Your own images: the minutes that the study is made for.",
         show_default="the preset's",
     ),

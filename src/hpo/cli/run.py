@@ -110,11 +110,10 @@ def _own_images(
 
         if (source := source_of(study)) is not None:
             return study_for(source, options, preset=preset, weights=weights, tell=tell)
-    if options.minutes is not None or weights:
+    if weights:
         from hpo.errors import HpoError
 
-        flag = "--minutes" if options.minutes is not None else "--weights"
-        raise HpoError(f"{flag}: is for images of your own, and {study} is a study.", "Limit the time: --timeout 10m")
+        raise HpoError(f"--weights: is for images of your own, and {study} is a study.", "--set model.weights=FILE")
     return study, options
 
 
@@ -129,6 +128,9 @@ def start(study: str, options: RunOptions, *, as_json: bool, quiet: bool, debug:
     from hpo.errors import HpoError
     from hpo.spec.load import load_study
 
+    if options.minutes is not None:
+        hint = "Limit the time: --timeout 10m"
+        raise HpoError(f"--minutes: is for images of your own, and {study} is a study.", hint)
     if options.engine == "kubernetes":
         hint = f"Print it: hpo manifest {shlex.quote(study)} --image IMAGE"
         raise HpoError("--engine kubernetes: is a manifest.", hint)

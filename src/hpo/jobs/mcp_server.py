@@ -197,7 +197,7 @@ class _Runner:
         """
         if study not in study_files():
             raise SpecError(f"there is no study {study!r}.", "See available_studies; files elsewhere are not run.")
-        words = ["run", study, "--timeout", f"{max(1, round(60 * minutes))}", "--home", str(self._home.root)]
+        words = ["run", study, "--timeout", f"{max(1, round(60 * minutes))}", "--home", str(self._home.root.parent)]
         words += ["--trials", str(trials)] if trials is not None else []
         log = self._home.create().reports / f"{study}-run.log"
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -221,5 +221,5 @@ class _Runner:
         """Stop a running study, as Ctrl-C does; run_study resumes it."""
         from hpo.jobs.stop import stop_study
 
-        done = stop_study(study, home=self._home.root, timeout=60.0)
+        done = stop_study(study, home=self._home.root.parent, timeout=60.0)
         return f"{done.title}: {done.supervisors} runs stopped, {len(done.stopped)} trials will be retried"
