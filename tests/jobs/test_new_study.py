@@ -52,6 +52,11 @@ def test_a_folder_becomes_a_study_that_can_be_read(folder: Path, digits: tuple[n
     assert spec.search.trials == made.trials >= 2
     assert made.seconds <= 60
     assert same_source(made.file, photos)
+    photos.rename(folder / "my-photos")
+    assert source_of("my-photos") is None  # a study of that name, about images that are gone
+    (folder / "my-photos").rename(photos)
+    (folder / "my-photos").symlink_to(photos)
+    assert source_of("my-photos") == Path("my-photos")
     text = made.file.read_text()
     for decision in made.decisions:
         assert decision.reason in text or decision.subject == "groups"

@@ -58,9 +58,15 @@ class NewStudy:
 
 
 def source_of(source: str) -> Path | None:
-    """The path of images of the user's own that is given in place of a study; None for the name of a study."""
+    """The path of images of the user's own that is given in place of a study; None for the name of a study.
+
+    A study that was written for these images has their name, too.
+    """
     path = Path(source).expanduser()
-    return path if source not in study_files() and is_source(path) else None
+    if not is_source(path):
+        return None
+    file = study_files().get(source)
+    return path if file is None or same_source(file, path) else None
 
 
 def default_file(source: Path) -> Path:
