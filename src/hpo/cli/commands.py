@@ -101,6 +101,12 @@ SECTIONS: dict[str, dict[str, Listed]] = {
         "data": Listed("report:app", "Explore a data set.", "show digits", doing="reading the images"),
     },
     "Use models": {
+        "ensemble": Listed(
+            "ensemble:ensemble",
+            "Make one model of several trials of a study.",
+            "digits-mlp --from digits-cnn",
+            doing="reading the trials",
+        ),
         "promote": Listed(
             "use:promote",
             "Check a study's best model by the gates, and make it the champion.",

@@ -21,11 +21,14 @@ from hpo.spec.study import StudySpec
 def check_setup(file: Path, *, trust: bool = False) -> None:
     """Refuse a logged model whose network is a function from outside the working directory. Raises SpecError.
 
-    A model without a setup names no function; a damaged setup is reported when it is read.
+    An ensemble has the setups of its members in the config.json next to it. A model without a setup names no function;
+    a damaged setup is reported when it is read.
     """
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        setup = json.loads(small_text(file))
-        if isinstance(setup, dict):
+        setups = [json.loads(small_text(file))]
+        config = json.loads((file.with_name("config.json")).read_text(encoding="utf-8"))
+        setups += [member["setup"] for member in config.get("members", ())]
+        for setup in filter(lambda setup: isinstance(setup, dict), setups):
             check_stored(setup, trust=trust, origin=str(file))
 
 

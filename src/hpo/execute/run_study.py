@@ -18,6 +18,7 @@ from hpo.events import Notice, SearchEnded, StudyEnded, StudyOpened, WinnerChose
 from hpo.execute.base_model import with_model
 from hpo.execute.engines import engine_factory
 from hpo.execute.engines.base import EngineFactory, StudyWork, WorkerPlan
+from hpo.execute.ensemble import EnsembleOfRun, close_with_ensemble
 from hpo.execute.finals import check_final, finalists, race
 from hpo.execute.process import RunEnd, interruptible, process_context, start_fork_server
 from hpo.execute.stack_size import StackSize, largest_stack
@@ -34,7 +35,8 @@ from hpo.options import RunOptions
 from hpo.records import DataCard, EndReason, StudyResult
 from hpo.relocation import relocate
 from hpo.search.stages import budget_of, stage_warnings
-from hpo.spec.study import KeepSpec, StudySpec
+from hpo.spec.keep import KeepSpec
+from hpo.spec.study import StudySpec
 from hpo.spec.training import TrainingSpec
 from hpo.storage.reader import read_snapshots
 from hpo.tracking.ledger import openings_of_lost
@@ -277,9 +279,30 @@ def _finish(run: _Run, opened: _OpenStudy, reason: EndReason, tracking: Tracking
     emit(WinnerChosen(study, reason, winner, tuple(remarks), register=register, summarize=summarize))
     for notice in run.jobs.notices():
         emit(notice)
+    ensemble = _ensemble(run, opened) if register and summarize else EnsembleOfRun()
     model = tracking.finish(reason)
-    emit(StudyEnded(study, reason, model))
+    emit(StudyEnded(study, reason, ensemble.version or model, ensemble.line))
     return study
+
+
+def _ensemble(run: _Run, opened: _OpenStudy) -> EnsembleOfRun:
+    """What an ensemble of the study gains; made, where the study asks for one. An error is a notice."""
+    try:
+        return close_with_ensemble(
+            opened.study,
+            data=opened.prepared.data,
+            tracker=run.tracker,
+            queue=run.queue,
+            jobs=run.jobs,
+            end=run.end,
+            work=opened.work,
+            trust=run.options.trust,
+        )
+    except (HpoError, OSError, TimeoutError) as error:
+        again = f"hpo ensemble {opened.before.name}"
+        why = getattr(error, "message", "") or str(error) or "the run had to end."
+        run.notify(f"no ensemble was made: {why} Later: {again}")
+        return EnsembleOfRun()
 
 
 def refuse_new(home: Home, spec: StudySpec, data: DataCard, *, fresh: bool) -> None:

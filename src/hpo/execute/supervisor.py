@@ -17,7 +17,17 @@ from hpo.execute.process import RunEnd
 from hpo.execute.subscribers import Events
 from hpo.execute.workdir import checkpoint_file
 from hpo.execute.workers.task import Task
-from hpo.records import FINAL, Candidate, DataCard, EndReason, FailureKind, StudyResult, TrialResult, TrialState
+from hpo.records import (
+    AFTER_SEARCH,
+    FINAL,
+    Candidate,
+    DataCard,
+    EndReason,
+    FailureKind,
+    StudyResult,
+    TrialResult,
+    TrialState,
+)
 from hpo.report.text import counted
 from hpo.search.constraints import most_parameters, needs_latency
 from hpo.search.pruners import report_step
@@ -42,7 +52,7 @@ class Progress:
         self.precisions: dict[str, str] = {}
         for trial in before.trials:
             if trial.result is not None:
-                self.add(trial.result, final=trial.candidate.stage == FINAL)
+                self.add(trial.result, final=trial.candidate.stage in AFTER_SEARCH)
         self._failed = 0  # the cause of earlier failures may be gone
 
     @property

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from hpo.metrics import METRICS, direction_of, label_of, metric_of, name_of
-from hpo.records import FINAL, DataCard, Trial, TrialState
+from hpo.records import AFTER_SEARCH, ENSEMBLE, FINAL, DataCard, Trial, TrialState
 from hpo.report import text
 from hpo.report.answer import RESAMPLES, answer, intervals_of, last_opening
 from hpo.report.page import Html, channel_table, escape, origin_rows, picture, table
@@ -42,7 +42,7 @@ def result(findings: Findings) -> str:
     if shown is None or shown.result is None:
         return "<p>There is no complete trial yet, and so no result.</p>"
     study, opened, intervals = findings.study, last_opening(findings), intervals_of(findings)
-    name = "final training" if shown.candidate.stage == FINAL else "best trial"
+    name = {FINAL: "final training", ENSEMBLE: "ensemble"}.get(shown.candidate.stage or "", "best trial")
     always = [name for name, metric in METRICS.items() if not metric.on_request]
     further = [name_of(score) for score in shown.result.scores if score.startswith("valid_") and metric_of(score)]
     # Losses last.
@@ -175,7 +175,7 @@ def protocol(findings: Findings) -> str:
     spec, study = findings.spec, findings.study
     search, training = spec.search, spec.training
     aims = [f"{aim.better} {aim.score}" for aim in search.objectives] or [f"{search.better} {search.objective}"]
-    stages = [trial.candidate.stage for trial in study.trials if trial.candidate.stage not in (None, FINAL)]
+    stages = [trial.candidate.stage for trial in study.trials if trial.candidate.stage not in (None, *AFTER_SEARCH)]
     budget = (
         f"{text.counted(len(search.stages), 'stage')}: {text.listed(dict.fromkeys(stages) or ['not begun'])}"
         if search.stages
@@ -242,7 +242,7 @@ def cost(findings: Findings) -> str:
     """Trials, epochs and time of the search and of the final training, and those of published numbers."""
     study = findings.study
     groups = {
-        "search": [trial for trial in study.trials if trial.candidate.stage != FINAL],
+        "search": [trial for trial in study.trials if trial.candidate.stage not in AFTER_SEARCH],
         "final training": [trial for trial in study.trials if trial.candidate.stage == FINAL],
     }
     rows = []

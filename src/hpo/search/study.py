@@ -175,6 +175,11 @@ class Study:
         return self._sign(trial, TrialAttrs(**trial.user_attrs[START]), worker)
 
     @_guarded
+    def add(self, stage: str, result: TrialResult) -> TrialResult:
+        """Record a complete trial of a stage after the search that no worker trained; the result with its number."""
+        return self._storage.transact(partial(self._finisher.add, stage, result), lock=self._lock)
+
+    @_guarded
     def retry_failed(self) -> int:
         """Enqueue every failed candidate again, of search and final trainings; returns their number.
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from hpo.errors import SpecError
+from hpo.spec.keep import EnsembleSpec, KeepSpec, PromoteSpec
 from hpo.spec.models import ModelSpec
 from hpo.spec.search import SearchSpec
 from hpo.spec.space import Choice, Float, Int, Part, Positive, PublishedScore, Seed, Share
@@ -115,38 +116,6 @@ class Reference(Part):
     """What differs from this study's protocol."""
 
 
-class KeepSpec(Part):
-    """What stays on disk."""
-
-    models: Annotated[str, Field(pattern=r"^(all|none|best:[1-9][0-9]{0,8})$")] = "best:10"
-    """all, none, or best:K: a trial's model is kept while it is among the K best."""
-    figures: Annotated[str, Field(pattern=r"^(all|none|best:[1-9][0-9]{0,8})$")] = "best:1"
-    """The same for its pictures. They are drawn at the end of the search, of trials that keep their model."""
-
-    @property
-    def count(self) -> float:
-        """How many trials keep their model; inf for all."""
-        return _count(self.models)
-
-    @property
-    def figure_count(self) -> float:
-        """How many trials keep their pictures; inf for all."""
-        return _count(self.figures)
-
-
-class PromoteSpec(Part):
-    """What a logged model must keep to become champion, measured when it is promoted, on the machine that does it."""
-
-    latency_ms: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
-    """Milliseconds from one image to its probabilities by the logged program, on the CPU, at most; the median of 30."""
-    size_mb: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
-    """All files of the model, in millions of bytes, at most."""
-
-
-def _count(policy: str) -> float:
-    return {"all": float("inf"), "none": 0}.get(policy) or float(policy.partition(":")[2] or 0)
-
-
 # Places of a training that are younger than some studies, and what was done without them.
 _YOUNGER = {"data_growth": 1.0, "loss": "cross_entropy", "focal_gamma": 2.0, "sampling": "shuffled"}
 
@@ -168,6 +137,7 @@ class StudySpec(Part):
     search: SearchSpec
     final: FinalSpec | None = None
     keep: KeepSpec = KeepSpec()
+    ensemble: EnsembleSpec | None = None
     promote: PromoteSpec = PromoteSpec()
     references: list[Reference] = Field(default_factory=list)
     seed: Seed = 0

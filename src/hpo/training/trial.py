@@ -11,17 +11,15 @@ from pathlib import Path
 from statistics import fmean, median, pstdev
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hpo.data.prepare import TrialData, check_task, open_trial
 from hpo.home import cache_folder
-from hpo.metrics import confusion_matrix
 from hpo.models import build_model, input_of, parameter_count, save_trained
 from hpo.models.basic import OneLogit
 from hpo.models.transfer import transfer_of
-from hpo.records import DataCard, Epoch, TrialResult, TrialState, best_of, pack_classes
+from hpo.records import DataCard, Epoch, TrialResult, TrialState, best_of
 from hpo.spec.models import OwnModelSpec
 from hpo.spec.study import Setup, SplitSpec
 from hpo.training.checkpoint import Checkpoint, Saved
@@ -34,8 +32,7 @@ from hpo.training.stack import Stacks, alongside
 from hpo.training.stack_layers import convolves, unstackable_reason
 from hpo.training.stack_speed import shared_precision, why_slower_stacked
 from hpo.training.step_graph import why_not
-
-VALIDATION = "validation.npz"  # rows, labels, probabilities of the validation part at the best epoch
+from hpo.training.validation import leave_predictions
 
 
 @dataclass(frozen=True)
@@ -372,20 +369,4 @@ def _leave(result: TrialResult, built: Built, plan: TrialPlan) -> TrialResult:
         return replace(result, folder=str(folder))
     micro_batch = plan.setup.training.micro_batch
     logits = predict_logits(built.net, data, data.valid, precision=built.precision, micro_batch=micro_batch)
-    labels, several = data.labels[data.valid], data.labels.ndim == 2
-    np.savez(
-        folder / VALIDATION,
-        rows=data.valid.cpu().numpy(),
-        labels=labels.cpu().numpy(),
-        probabilities=(logits.sigmoid() if several else logits.softmax(1)).cpu().numpy(),
-    )
-    if several:  # there is no one predicted class, and so no confusion of two
-        return replace(result, folder=str(folder))
-    predicted = logits.argmax(1)
-    counts = confusion_matrix(predicted, labels, logits.shape[1])
-    return replace(
-        result,
-        folder=str(folder),
-        confusion=tuple(tuple(row) for row in counts.tolist()),
-        predicted=pack_classes(predicted.tolist()),
-    )
+    return leave_predictions(result, logits, data.labels[data.valid], rows=data.valid, folder=folder)

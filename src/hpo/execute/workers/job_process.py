@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from hpo.errors import HpoError
@@ -20,7 +22,7 @@ from hpo.events import Notice
 from hpo.execute.process import begin, end_family, follow_supervisor
 from hpo.execute.stack_size import StackSize, measure_stack_size
 from hpo.records import DataCard, SplitCard, StudyResult, TrialResult
-from hpo.spec.study import StudySpec
+from hpo.spec.study import Setup, StudySpec
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -231,6 +233,47 @@ def finish_trial(result: TrialResult, data: DataCard) -> Path:
         (folder / "classification_report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
         (folder / "classification_report.txt").write_text(table, encoding="utf-8")
     return folder
+
+
+def finish_ensemble(
+    result: TrialResult,
+    members: Sequence[tuple[str, int, Path]],
+    rows: Any,
+    labels: Any,
+    probabilities: Any,
+    setup: Setup,
+    data: DataCard,
+) -> TrialResult:
+    """Make an ensemble in result.folder, and finish it as a trial; see hpo.training.validation.leave_ensemble."""
+    from hpo.training.validation import leave_ensemble
+
+    shutil.rmtree(result.folder, ignore_errors=True)
+    left = leave_ensemble(
+        result, members, rows=rows, labels=labels, probabilities=probabilities, setup=setup, card=data
+    )
+    finish_trial(left, data)
+    (latency,) = measure_latency([Path(left.folder)])
+    return replace(left, scores={**left.scores, "latency_ms": latency}, ended=time.time())
+
+
+def measure_latency(folders: Sequence[Path], *, repeats: int = 30) -> list[float]:
+    """Milliseconds for one image of the program in each folder, on one thread of this CPU; medians."""
+    import numpy as np
+
+    from hpo.models.safe_loader import Program, read_config
+    from hpo.training.device import use_threads
+
+    use_threads(1)
+    medians = []
+    for folder in folders:
+        program, shape = Program(folder / "net.pt2"), read_config(folder / "config.json")["image_shape"]
+        seconds = []
+        for _ in range(3 + repeats):  # the first three warm up
+            started = time.perf_counter()
+            program.predict(np.zeros((1, *shape), np.uint8))
+            seconds.append(time.perf_counter() - started)
+        medians.append(1000 * median(seconds[3:]))
+    return medians
 
 
 def draw_trial(result: TrialResult, data: DataCard, folder: Path) -> list[Path]:

@@ -1,0 +1,52 @@
+"""What a study keeps of its trials, makes of them after the search, and demands of a champion."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from hpo.spec.space import Part, Positive
+
+
+class KeepSpec(Part):
+    """What stays on disk."""
+
+    models: Annotated[str, Field(pattern=r"^(all|none|best:[1-9][0-9]{0,8})$")] = "best:10"
+    """all, none, or best:K: a trial's model is kept while it is among the K best."""
+    figures: Annotated[str, Field(pattern=r"^(all|none|best:[1-9][0-9]{0,8})$")] = "best:1"
+    """The same for its pictures. They are drawn at the end of the search, of trials that keep their model."""
+
+    @property
+    def count(self) -> float:
+        """How many trials keep their model; inf for all."""
+        return _count(self.models)
+
+    @property
+    def figure_count(self) -> float:
+        """How many trials keep their pictures; inf for all."""
+        return _count(self.figures)
+
+
+class EnsembleSpec(Part):
+    """After the search: an ensemble of trials that keep their model, registered if its validation gain is above 0."""
+
+    members: Annotated[int, Field(ge=2, le=64)] = 8
+    """Different trials in it, at most."""
+    parameters: Positive | None = None
+    """Weights and biases of all members together, at most; null: as many as the search's constraint on a trial."""
+    latency_ms: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
+    """Milliseconds for one image, the sum over members, at most; null: that of `promote`, if any."""
+
+
+class PromoteSpec(Part):
+    """What a logged model must keep to become champion, measured when it is promoted, on the machine that does it."""
+
+    latency_ms: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
+    """Milliseconds from one image to its probabilities by the logged program, on the CPU, at most; the median of 30."""
+    size_mb: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
+    """All files of the model, in millions of bytes, at most."""
+
+
+def _count(policy: str) -> float:
+    return {"all": float("inf"), "none": 0}.get(policy) or float(policy.partition(":")[2] or 0)
