@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 from hpo.errors import DataError, HpoError, SpecError
 from hpo.execute.ensemble import (
     KeptTrial,
+    Proposal,
     ValidationImages,
     candidates,
     kept_trials,
@@ -108,15 +110,24 @@ def ensemble(
             return made
         for each in proposal.members:
             _check_base(place, each, card, trust=trust)
-        with opened(place, record.title) as handle:
-            work = place.work / record.title
-            try:
-                version = make_ensemble(
-                    proposal, handle, data=card, tracker=tracker, work=work, track=_call, compute=_call, trust=trust
-                )
-            finally:
-                remove(place.work, pictures_folder(work, handle), ignore_errors=True)
+        version = register_ensemble(place, proposal, record.title, card, trust=trust)
     return replace(made, version=version)
+
+
+def register_ensemble(
+    home: Home, proposal: Proposal, title: str, card: DataCard, *, trust: bool = False
+) -> ModelVersion:
+    """Make an ensemble a version of the study with this title; see make_ensemble."""
+    work, tracker = home.work / title, Tracker(home)
+    with opened(home, title) as handle:
+        try:
+            return make_ensemble(
+                proposal, handle, data=card, tracker=tracker, work=work, track=_call, compute=_call, trust=trust
+            )
+        finally:
+            remove(home.work, pictures_folder(work, handle), ignore_errors=True)
+            with contextlib.suppress(OSError):  # it is not empty
+                work.rmdir()
 
 
 def _call(function: Any, *arguments: Any, **options: Any) -> Any:
