@@ -95,6 +95,8 @@ class FinalSpec(Part):
 
     set: dict[str, Any] = Field(default_factory=dict)
     """Places that differ from the search, such as {training.epochs: 200, training.patience: 20}."""
+    teacher: str | None = None
+    """A logged model to learn from: training.teacher of the final trainings."""
     split: SplitSpec | None = None
     """null: the search's; after kfold the official validation part, or a stratified holdout where there is none."""
     on: Literal["train", "all"] = "train"
@@ -118,6 +120,7 @@ class Reference(Part):
 
 # Places of a training that are younger than some studies, and what was done without them.
 _YOUNGER = {"data_growth": 1.0, "loss": "cross_entropy", "focal_gamma": 2.0, "sampling": "shuffled"}
+_YOUNGER |= {"teacher": None, "teacher_weight": 0.9, "teacher_temperature": 2.0}
 
 
 class StudySpec(Part):

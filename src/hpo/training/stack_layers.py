@@ -160,6 +160,7 @@ def key_of(net: nn.Module, data: TrialData, spec: TrainingSpec, precision: str) 
         ("its layers learn at rates of their own", spec.optimizer.layer_decay != 1),
         ("it saves checkpoints", spec.checkpoint is not None),
         ("its epochs grow", spec.data_growth < 1),
+        ("it learns from a teacher", spec.teacher is not None),
         ("its loss is not cross-entropy", spec.loss != "cross_entropy"),
         ("its images are drawn by class", spec.sampling != "shuffled"),
         ("its images have several labels", data.labels.ndim == 2),

@@ -32,6 +32,7 @@ from hpo.training.stack import Stacks, alongside
 from hpo.training.stack_layers import convolves, unstackable_reason
 from hpo.training.stack_speed import shared_precision, why_slower_stacked
 from hpo.training.step_graph import why_not
+from hpo.training.teacher import soft_labels
 from hpo.training.validation import leave_predictions
 
 
@@ -267,6 +268,11 @@ def trial_data(card: DataCard, split: SplitSpec, device_name: str, fold: int = 0
     return open_trial(card, split, device=torch.device(device_name), fold=fold)
 
 
+@lru_cache(maxsize=4)
+def _taught(teacher: str, card: DataCard, split: SplitSpec, device_name: str, fold: int) -> Tensor:
+    return soft_labels(teacher, trial_data(card, split, device_name, fold))
+
+
 def measured_precision(net: nn.Module, data: TrialData, batch_size: int) -> str:
     """float32 or bfloat16, whichever trains a batch of this data faster."""
     rows = data.train[:batch_size]
@@ -300,6 +306,8 @@ def build(plan: TrialPlan, *, fold: int = 0, stacks: Stacks | None = None) -> Bu
     if transfer is not None and cached_views(setup) is not None:
         data = features_of(transfer, setup, pixels, digest=card.digest, cache=cache_folder())
         net = OneLogit(transfer.head) if setup.task == "binary" else transfer.head
+    if setup.training.teacher is not None:
+        data = replace(data, taught=_taught(setup.training.teacher, card, setup.split, device_name, fold))
     parameters, batch_size = parameter_count(full_net), setup.training.batch_size
     too_large = parameters > plan.most_parameters
     key = f"{torch.device(device_name).type} {setup.model.kind} 2^{parameters.bit_length()} batch {batch_size}"
