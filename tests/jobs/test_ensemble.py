@@ -194,6 +194,7 @@ def test_trials_of_several_studies_on_the_same_images_are_members_of_one(home):
     assert json.loads(done.output)["members"] == told.members
 
 
+@pytest.mark.slow
 def test_a_study_that_may_have_trained_on_the_validation_images_gives_no_member(home):
     other = load_study("digits-mlp", overrides={**QUICK, "split.seed": 5, "training.epochs": 1})
     run_study(other, trials=2, workers=0, home=home.root.parent, fresh=True)
@@ -201,6 +202,7 @@ def test_a_study_that_may_have_trained_on_the_validation_images_gives_no_member(
         ensemble("digits-cnn", ["digits-mlp"], dry_run=True)
 
 
+@pytest.mark.slow
 def test_a_study_that_asks_for_an_ensemble_registers_it_at_the_end_of_its_run_and_others_say_what_it_would_gain(home):
     events = []
     spec = load_study("digits-mlp", overrides={**QUICK, "final.seeds": 2})

@@ -6,7 +6,7 @@ All of this is arithmetic on probabilities that trials have left: no network is 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -119,9 +119,7 @@ def estimate_gain(pool: Pool, limits: Limits, *, objective: str, class_names: Se
     """
     if pool.labels.ndim == 2:
         return _loss_gain(pool, limits, seed=seed)
-    asked = find_metric(name_of(objective), class_names)
-    usable = asked is not None and asked.from_counts is not None and asked.direction == "maximize"
-    score = asked if asked is not None and usable else METRICS["accuracy"]
+    score = counted_score(objective, class_names)
     predicted, classes = pool.probabilities.argmax(2), pool.probabilities.shape[2]
     together, single = (np.empty((_SWAPS, len(pool.labels)), np.int64) for _ in range(2))
     for swap, here, there in _halves(pool.labels, seed=seed):
@@ -132,6 +130,47 @@ def estimate_gain(pool: Pool, limits: Limits, *, objective: str, class_names: Se
     lead = mean_lead(pool.labels, together, single, score=score, classes=classes, seed=seed, resamples=2000)
     own = [np.mean([_score(score, pool.labels, each, classes) for each in answers]) for answers in (together, single)]
     return Gain(score.label, lead, float(own[0]), float(own[1]), len(predicted), len(pool.labels))
+
+
+def estimate_soup(
+    pool: Pool, answer: Callable[[Sequence[int]], NDArray[np.float32]], limits: Limits, *, score: Metric, seed: int
+) -> tuple[list[int], Gain]:
+    """The candidates whose averaged weights are best, and what they gain over the best single candidate.
+
+    answer gives the probabilities (n, classes) of the average of some candidates. Greedy soup (Wortsman et al. 2022):
+    candidates are tried from the best to the worst, and each stays in the average if the score does not fall. For the
+    gain the images are divided into two halves, by class: each chooses for the other, as in estimate_gain. Images have
+    one label.
+    """
+    classes = pool.probabilities.shape[2]
+
+    def worth(probabilities: NDArray[np.float32], rows: Ints) -> float:
+        return _score(score, pool.labels[rows], probabilities[rows].argmax(1), classes)
+
+    def choose(rows: Ints) -> list[int]:
+        ranked = sorted(range(len(pool.probabilities)), key=lambda each: -worth(pool.probabilities[each], rows))
+        chosen = ranked[:1]
+        for each in ranked[1:]:
+            if len(chosen) < limits.members and worth(answer([*chosen, each]), rows) >= worth(answer(chosen), rows):
+                chosen.append(each)
+        return chosen
+
+    mixed, single = (np.empty((1, len(pool.labels)), np.int64) for _ in range(2))
+    for _, here, there in _halves(pool.labels, seed=seed)[:2]:
+        chosen = choose(here)
+        mixed[0, there] = answer(chosen)[there].argmax(1)
+        single[0, there] = pool.probabilities[chosen[0], there].argmax(1)
+    lead = mean_lead(pool.labels, mixed, single, score=score, classes=classes, seed=seed, resamples=2000)
+    own = [_score(score, pool.labels, each[0], classes) for each in (mixed, single)]
+    gain = Gain(score.label, lead, own[0], own[1], len(pool.probabilities), len(pool.labels))
+    return choose(np.arange(len(pool.labels))), gain
+
+
+def counted_score(objective: str, class_names: Sequence[str]) -> Metric:
+    """The metric of an objective where it is computed from counts and maximized, else accuracy."""
+    asked = find_metric(name_of(objective), class_names)
+    usable = asked is not None and asked.from_counts is not None and asked.direction == "maximize"
+    return asked if asked is not None and usable else METRICS["accuracy"]
 
 
 def _loss_gain(pool: Pool, limits: Limits, *, seed: int) -> Gain:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -31,6 +31,9 @@ class KeepSpec(Part):
 class EnsembleSpec(Part):
     """After the search: an ensemble of trials that keep their model, registered if its validation gain is above 0."""
 
+    average: Literal["probabilities", "weights"] = "probabilities"
+    """probabilities: of all members. weights: of trials with one architecture (a greedy soup, Wortsman et al. 2022),
+    which is as fast as one network; trials that began with different weights hardly ever mix."""
     members: Annotated[int, Field(ge=2, le=64)] = 8
     """Different trials in it, at most."""
     parameters: Positive | None = None

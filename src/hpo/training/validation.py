@@ -62,9 +62,21 @@ def leave_ensemble(
     members are (trial, how often it counts, folder of its model), the best first; probabilities (n, classes) are the
     mean of theirs on the validation images in these rows. setup names further scores. Raises ModelError.
     """
-    folder = Path(result.folder)
     names, counts, folders = zip(*members, strict=True)
-    save_ensemble(folders, names, counts, folder)
+    save_ensemble(folders, names, counts, Path(result.folder))
+    return leave_scored(result, rows=rows, labels=labels, probabilities=probabilities, setup=setup, card=card)
+
+
+def leave_scored(
+    result: TrialResult,
+    *,
+    rows: NDArray[np.int64],
+    labels: NDArray[np.int64],
+    probabilities: NDArray[np.float32],
+    setup: Setup,
+    card: DataCard,
+) -> TrialResult:
+    """Leave validation probabilities in result.folder; the result with the scores that follow from them."""
     several = labels.ndim == 2
     # A calibration of the ensemble belongs here: fitted to these probabilities and labels, wrapped around its program.
     found = torch.from_numpy(probabilities).double()
@@ -74,5 +86,5 @@ def leave_ensemble(
     named = {f"valid_{name}": value for name, value in measured.items()}
     result = replace(result, scores={**named, **result.scores})
     return leave_predictions(
-        result, logits.float(), torch.from_numpy(labels), rows=torch.from_numpy(rows), folder=folder
+        result, logits.float(), torch.from_numpy(labels), rows=torch.from_numpy(rows), folder=Path(result.folder)
     )

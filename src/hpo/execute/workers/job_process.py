@@ -27,6 +27,8 @@ from hpo.spec.study import Setup, StudySpec
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from hpo.report.ensembles import Gain, Limits, Pool
+
     Drawing = Callable[[], Figure | None]
 
 _MOST_TRIES = 3
@@ -254,6 +256,56 @@ def finish_ensemble(
     finish_trial(left, data)
     (latency,) = measure_latency([Path(left.folder)])
     return replace(left, scores={**left.scores, "latency_ms": latency}, ended=time.time())
+
+
+def mix_soup(
+    result: TrialResult,
+    members: Sequence[tuple[str, int, Path]],
+    pool: Pool,
+    limits: Limits,
+    rows: Any,
+    setup: Setup,
+    data: DataCard,
+) -> tuple[TrialResult, Gain | None]:
+    """Average the weights of the best of these trials in result.folder; the result without members where none mix.
+
+    members are candidates, best first; pool has their probabilities on the validation images in these rows.
+    """
+    import numpy as np
+
+    from hpo.models.soup import Soup
+    from hpo.report.ensembles import counted_score, estimate_soup
+    from hpo.training.device import use_threads
+    from hpo.training.validation import leave_scored
+
+    use_threads(1)
+    soup = Soup([folder for _, _, folder in members])
+    alike = np.array(soup.alike)
+    if len(alike) < 2:
+        return result, None
+    images = np.load(Path(data.folder) / "development_images.npy", mmap_mode="r", allow_pickle=False)[rows]
+    pool = replace(pool, probabilities=pool.probabilities[alike])
+    chosen, gain = estimate_soup(
+        pool,
+        lambda some: soup.probabilities(alike[list(some)].tolist(), images),
+        limits,
+        score=counted_score(setup.training.monitor, data.class_names),
+        seed=0,
+    )
+    if len(chosen) < 2:
+        return result, gain
+    places = alike[chosen].tolist()
+    soup.save(places, Path(result.folder))
+    left = leave_scored(
+        replace(result, members={members[place][0]: 1 for place in places}),
+        rows=rows,
+        labels=pool.labels,
+        probabilities=soup.probabilities(places, images),
+        setup=setup,
+        card=data,
+    )
+    finish_trial(left, data)
+    return replace(left, ended=time.time()), gain
 
 
 def measure_latency(folders: Sequence[Path], *, repeats: int = 30) -> list[float]:
