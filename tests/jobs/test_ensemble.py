@@ -25,7 +25,7 @@ from hpo.jobs.ensemble import ensemble, register_ensemble
 from hpo.jobs.evaluate import evaluate
 from hpo.jobs.promote import promote
 from hpo.jobs.rerun import rerun
-from hpo.jobs.shared.model_reference import study_data
+from hpo.jobs.shared.model_reference import find_model, study_data
 from hpo.predict import load_model
 from hpo.records import ENSEMBLE, FINAL
 from hpo.report.ensembles import Gain
@@ -217,3 +217,41 @@ def test_a_study_that_asks_for_an_ensemble_registers_it_at_the_end_of_its_run_an
         assert events[-1].model.trial == trial.number
         assert resolve(home, "digits-mlp@challenger").trial == trial.number
     assert len(trial.result.members) <= 4
+
+
+def test_a_final_training_learns_from_an_ensemble_and_joins_the_race(home):
+    made = ensemble("digits-mlp")
+    taught = load_study(
+        "digits-mlp", overrides={**QUICK, "final.seeds": 1, "final.teacher": f"digits-mlp/{made.version.version}"}
+    )
+    before = {trial.number for trial in read_study(home, "digits-mlp").ranked(FINAL)}
+    run_study(taught, trials=6, workers=0, home=home.root.parent)
+    (trial,) = [trial for trial in read_study(home, "digits-mlp").ranked(FINAL) if trial.number not in before]
+    setup = find_model(home, f"digits-mlp#{trial.number}").setup
+    assert setup.training.teacher.startswith("models:/m-")
+    assert rerun(f"digits-mlp#{trial.number}").agreement == "equal"
+
+
+def test_weights_are_averaged_only_where_validation_images_say_so(home):
+    """Trials with one initialisation and architecture; those of other widths are left out."""
+    spec = load_study(
+        "digits-mlp",
+        overrides={
+            **QUICK,
+            "training.seed": 1,
+            "search.space": {"training.label_smoothing": {"choice": [0.0, 0.05, 0.1]}},
+            "search.sampler": "grid",
+        },
+    )
+    run_study(spec, trials=3, workers=0, home=home.root.parent, fresh=True)
+    told = ensemble("digits-mlp", soup=True, dry_run=True)
+    made = ensemble("digits-mlp", soup=True)
+    assert made.members == told.members
+    study = read_study(home, "digits-mlp")
+    if made.version is None:
+        assert not made.members
+        return
+    (trial,) = study.ranked(ENSEMBLE)
+    assert trial.value >= study.best.value
+    assert trial.result.parameter_count == study.best.result.parameter_count
+    assert promote("digits-mlp").promoted

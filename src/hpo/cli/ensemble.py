@@ -42,6 +42,9 @@ def ensemble(
             "--latency-ms", metavar="N", help="Milliseconds for one image, at most.", show_default="the study's"
         ),
     ] = None,
+    soup: Annotated[
+        bool, typer.Option("--soup", help="Average weights, of trials with one architecture: as fast as one network.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only estimate what it gains.")] = False,
     trust: Trust = False,
     home: HomeFolder = None,
@@ -63,6 +66,7 @@ def ensemble(
         members=members,
         parameters=parameters,
         latency_ms=latency_ms,
+        soup=soup,
         dry_run=dry_run,
         home=home,
         trust=trust,
@@ -73,7 +77,7 @@ def ensemble(
     output.print_table([[name, count] for name, count in made.members.items()], ["member", ">counts"])
     output.print_text("")
     gain = made.gain
-    count = f"{len(made.members)} of {made.candidates} kept models"
+    count = f"{max(1, len(made.members))} of {made.candidates} kept models"
     output.print_facts(
         [
             ("gain", f"{gain}, over the best single one"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,8 @@ from numpy.typing import NDArray
 from hpo.data.split import rows_of
 from hpo.execute.base_model import check_setup
 from hpo.execute.finals import final_split
-from hpo.execute.process import RunEnd
-from hpo.execute.tracking_queue import TrackingQueue
 from hpo.execute.workdir import pictures_folder
-from hpo.execute.workers.job_process import JobProcess, finish_ensemble, measure_latency
+from hpo.execute.workers.job_process import finish_ensemble, measure_latency
 from hpo.home import remove
 from hpo.records import ENSEMBLE, FINAL, DataCard, ModelVersion, StudyResult, Trial, TrialResult, TrialState
 from hpo.report.ensembles import Gain, Limits, Pool, estimate_gain, select
@@ -29,10 +27,8 @@ from hpo.tracking.models import SETUP
 from hpo.tracking.tracker import Tracker
 
 _MOST_CANDIDATES = 50
-_MOST_BYTES = 100_000_000  # of probabilities, for a line that nobody asked for
 _FEWEST_IMAGES = 20  # of a validation part that is divided into halves
 
-# Runs a job of torch in its own process or here; calls a method of the tracker in its thread or here.
 Call = Callable[..., Any]
 
 
@@ -150,147 +146,101 @@ def propose(
     )
 
 
-def latencies(kept: Sequence[KeptTrial], tracker: Tracker, folder: Path, *, track: Call, compute: Call) -> list[float]:
-    """Milliseconds for one image of each trial's logged program, here, now."""
-    places = [track(tracker.model_files, each.uri, folder / f"{index}") for index, each in enumerate(kept)]
-    measured: list[float] = compute(measure_latency, places)
-    return measured
+@dataclass(frozen=True)
+class Workshop:
+    """What an ensemble is made with: data, MLflow, the study's folder of work in progress.
+
+    compute runs a job that needs torch, in a process of its own or here; track calls a method of the tracker, in its
+    thread or here. trust allows members whose network is a function from outside the working directory.
+    """
+
+    data: DataCard
+    tracker: Tracker
+    work: Path
+    track: Call
+    compute: Call
+    trust: bool = False
+
+    def places(self, kept: Sequence[KeptTrial], folder: Path) -> list[Path]:
+        """The folders of the trials' models, in which load_trained finds them; copies of a server's are in folder."""
+        places = [
+            self.track(self.tracker.model_files, each.uri, folder / f"member-{index}")
+            for index, each in enumerate(kept)
+        ]
+        for place in places:
+            check_setup(place / SETUP, trust=self.trust)
+        return places
+
+    def latencies(self, kept: Sequence[KeptTrial], folder: Path) -> list[float]:
+        """Milliseconds for one image of each trial's logged program, here, now."""
+        measured: list[float] = self.compute(measure_latency, self.places(kept, folder))
+        return measured
 
 
-def make_ensemble(
-    proposal: Proposal,
-    study: Study,
-    *,
-    data: DataCard,
-    tracker: Tracker,
-    work: Path,
-    track: Call,
-    compute: Call,
-    trust: bool = False,
-) -> ModelVersion:
+def make_ensemble(proposal: Proposal, study: Study, shop: Workshop) -> ModelVersion:
     """Make the program of an ensemble, record it as a trial of the study, log and register it; returns the version.
 
-    One that the study has with the same members is registered again. work is the study's folder of work in progress.
-    trust allows members whose network is a function from outside the working directory. If the process is killed on the
-    way, the next run of the study logs what was recorded. Raises HpoError.
+    One that the study has with the same members is registered again. If the process is killed on the way, the next run
+    of the study logs what was recorded. Raises HpoError.
     """
-    before = study.result()
-    kept = track(tracker.kept_models, before)
-    for trial in before.ranked(ENSEMBLE):
-        if trial.result and dict(trial.result.members) == proposal.named and trial.number in kept:
-            version: ModelVersion = track(tracker.register, before, trial.number)
-            return version
-    scratch = pictures_folder(work, study) / "ensemble"
-    job = _job(proposal, study.spec, data, tracker, scratch, track=track)
-    for _, _, place in job[1]:
-        check_setup(place / SETUP, trust=trust)
-    result = compute(finish_ensemble, *job)
-    result = study.add(ENSEMBLE, replace(result, folder=""))
-    folder = scratch.rename(work / str(result.number))
-    after = study.result()
-    track(tracker.reconcile, after, study.spec, leave=_others(after, result.number))
-    track(tracker.keep_model, result.number, folder)
-    version = track(tracker.register, after, result.number)
-    remove(work, folder, ignore_errors=True)
-    return version
+    if (known := _known(study, proposal.named, "probabilities", shop)) is not None:
+        return known
+    scratch = pictures_folder(shop.work, study) / "ensemble"
+    parameters = sum(each.result.parameter_count for each in proposal.members)
+    result = blank(proposal.members, scratch, parameters=parameters, average="probabilities")
+    names = (each.name for each in proposal.members)
+    left = shop.compute(
+        finish_ensemble,
+        replace(result, members=proposal.named),
+        list(zip(names, proposal.counts, shop.places(proposal.members, scratch.parent), strict=True)),
+        proposal.images.rows,
+        proposal.images.labels,
+        proposal.probabilities,
+        ensemble_setup(study.spec, shop.data),
+        shop.data,
+    )
+    return record(left, study, shop)
 
 
-def _others(study: StudyResult, number: int) -> Collection[int]:
-    return {trial.number for trial in study.trials} - {number}
-
-
-def _job(
-    proposal: Proposal, spec: StudySpec, data: DataCard, tracker: Tracker, folder: Path, *, track: Call
-) -> tuple[Any, ...]:
-    """The arguments of finish_ensemble."""
-    members = []
-    for place, (each, count) in enumerate(zip(proposal.members, proposal.counts, strict=True)):
-        members.append((each.name, count, track(tracker.model_files, each.uri, folder.parent / f"member-{place}")))
-    results = [each.result for each in proposal.members]
-    parameters = sum(each.parameter_count for each in results)
-    settings = {"precision": "float32", "device": "cpu"}
-    for part in (each.settings for each in results):
+def blank(members: Sequence[KeptTrial], folder: Path, *, parameters: int, average: str) -> TrialResult:
+    """The result of an ensemble before it is made in folder: its size, and the arithmetic of its members."""
+    settings = {"precision": "float32", "device": "cpu", "average": average}
+    for part in (each.result.settings for each in members):
         # The coarsest arithmetic of a member limits how well the exported program can agree.
         settings |= {"precision": "bfloat16"} if part.get("precision") == "bfloat16" else {}
         settings |= {"device": part["device"]} if part.get("device", "cpu") != "cpu" else {}
-    result = TrialResult(
+    return TrialResult(
         0,
         TrialState.COMPLETE,
         scores={"parameters": float(parameters)},
         parameter_count=parameters,
         settings=settings,
         folder=str(folder),
-        members=proposal.named,
-    )
-    return (
-        result,
-        members,
-        proposal.images.rows,
-        proposal.images.labels,
-        proposal.probabilities,
-        ensemble_setup(spec, data),
-        data,
     )
 
 
-@dataclass(frozen=True)
-class EnsembleOfRun:
-    """What the end of a run says of an ensemble in one line, and its version where one was made."""
-
-    line: str = ""
-    version: ModelVersion | None = None
-
-
-def close_with_ensemble(
-    study: Study,
-    *,
-    data: DataCard,
-    tracker: Tracker,
-    queue: TrackingQueue,
-    jobs: JobProcess,
-    end: RunEnd,
-    work: Path,
-    trust: bool,
-) -> EnsembleOfRun:
-    """At the end of a run: estimate what an ensemble of its study gains, and make it where the study asks for one.
-
-    It is made if it gains anything on images that did not choose it. Without `ensemble` in the study, only
-    probabilities that lie on this machine are read. Raises HpoError, and TimeoutError where the run has to end.
-    """
-
-    def track(call: Call, *arguments: Any, **options: Any) -> Any:
-        return _await(queue.submit(call, *arguments, **options), end)
-
-    def compute(job: Call, *arguments: Any) -> Any:
-        return _await(jobs.submit(job, *arguments), end)
-
-    spec, result, asked = study.spec, study.result(), study.spec.ensemble
-    numbers = {trial.number for trial in candidates(result)}
-    embedded = tracker.home.embedded
-    if len(numbers) < 2 or (asked is None and not embedded) or spec.keep.models == "none":
-        return EnsembleOfRun()
-    scratch = pictures_folder(work, study)
-    files = track(tracker.kept_predictions, result, numbers, scratch / "predictions")
-    if asked is None and sum(file.stat().st_size for _, file in files.values()) > _MOST_BYTES:
-        return EnsembleOfRun()
-    images = validation_images(spec, data)
-    kept, limits = kept_trials(result, files, images), limits_of(spec, asked or EnsembleSpec())
-    measured: Sequence[float] = ()
-    if math.isfinite(limits.latency_ms) and kept:
-        measured = latencies(kept, tracker, scratch, track=track, compute=compute)
-    proposal = propose(kept, images, limits, spec=spec, data=data, latency_ms=measured)
-    if proposal is None:
-        return EnsembleOfRun()
-    line = f"{len(proposal.members)} of {len(kept)} kept models together: {proposal.gain}"
-    if asked is None or len(proposal.members) < 2 or proposal.gain.lead.value <= 0:
-        return EnsembleOfRun(line if asked is None else f"{line}; not made")
-    version = make_ensemble(
-        proposal, study, data=data, tracker=tracker, work=work, track=track, compute=compute, trust=trust
-    )
-    return EnsembleOfRun(line, version)
+def record(result: TrialResult, study: Study, shop: Workshop) -> ModelVersion:
+    """Record a finished ensemble, whose files are in result.folder, as a trial; log and register its model."""
+    if (known := _known(study, result.members, result.settings["average"], shop)) is not None:
+        return known
+    made = study.add(ENSEMBLE, replace(result, folder=""))
+    folder = Path(result.folder).rename(shop.work / str(made.number))
+    after, tracker, track = study.result(), shop.tracker, shop.track
+    others = {trial.number for trial in after.trials} - {made.number}
+    track(tracker.reconcile, after, study.spec, leave=others)
+    track(tracker.keep_model, made.number, folder)
+    version: ModelVersion = track(tracker.register, after, made.number)
+    remove(shop.work, folder, ignore_errors=True)
+    return version
 
 
-def _await(job: Any, end: RunEnd) -> Any:
-    if not end.await_done(job):
-        raise TimeoutError
-    return job.result()
+def _known(study: Study, members: Mapping[str, int], average: str, shop: Workshop) -> ModelVersion | None:
+    """The version of an ensemble of these members that the study has already, registered again as challenger."""
+    result = study.result()
+    kept = shop.track(shop.tracker.kept_models, result)
+    for trial in result.ranked(ENSEMBLE):
+        same = trial.result and (dict(trial.result.members), trial.result.settings.get("average")) == (members, average)
+        if same and trial.number in kept:
+            version: ModelVersion = shop.track(shop.tracker.register, result, trial.number)
+            return version
+    return None

@@ -16,9 +16,9 @@ from hpo.data.duplicates import refuse_shared
 from hpo.errors import HpoError, SpecError, StoreError
 from hpo.events import Notice, SearchEnded, StudyEnded, StudyOpened, WinnerChosen
 from hpo.execute.base_model import with_model
+from hpo.execute.closing_ensemble import EnsembleOfRun, close_with_ensemble, workshop_of_run
 from hpo.execute.engines import engine_factory
 from hpo.execute.engines.base import EngineFactory, StudyWork, WorkerPlan
-from hpo.execute.ensemble import EnsembleOfRun, close_with_ensemble
 from hpo.execute.finals import check_final, finalists, race
 from hpo.execute.process import RunEnd, interruptible, process_context, start_fork_server
 from hpo.execute.stack_size import StackSize, largest_stack
@@ -288,16 +288,9 @@ def _finish(run: _Run, opened: _OpenStudy, reason: EndReason, tracking: Tracking
 def _ensemble(run: _Run, opened: _OpenStudy) -> EnsembleOfRun:
     """What an ensemble of the study gains; made, where the study asks for one. An error is a notice."""
     try:
-        return close_with_ensemble(
-            opened.study,
-            data=opened.prepared.data,
-            tracker=run.tracker,
-            queue=run.queue,
-            jobs=run.jobs,
-            end=run.end,
-            work=opened.work,
-            trust=run.options.trust,
-        )
+        data, trust = opened.prepared.data, run.options.trust
+        shop = workshop_of_run(opened.study, data, run.tracker, run.queue, run.jobs, run.end, trust=trust)
+        return close_with_ensemble(opened.study, shop)
     except (HpoError, OSError, TimeoutError) as error:
         again = f"hpo ensemble {opened.before.name}"
         why = getattr(error, "message", "") or str(error) or "the run had to end."

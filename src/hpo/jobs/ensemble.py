@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,21 +17,23 @@ from hpo.execute.ensemble import (
     KeptTrial,
     Proposal,
     ValidationImages,
+    Workshop,
     candidates,
     kept_trials,
-    latencies,
     limits_of,
     make_ensemble,
     propose,
     validation_images,
 )
+from hpo.execute.soup import make_soup, mix
 from hpo.execute.workdir import pictures_folder
 from hpo.home import Home, remove
 from hpo.jobs.shared.image_history import base_overlaps, development_digests
 from hpo.jobs.shared.model_reference import ModelReference, study_data
 from hpo.records import DataCard, ModelVersion, StudyResult
-from hpo.report.ensembles import Gain
+from hpo.report.ensembles import Gain, Limits
 from hpo.search.lifecycle import opened
+from hpo.search.study import Study
 from hpo.spec.keep import EnsembleSpec
 from hpo.spec.load import parse_study
 from hpo.spec.study import StudySpec
@@ -61,6 +63,7 @@ def ensemble(
     members: int | None = None,
     parameters: int | None = None,
     latency_ms: float | None = None,
+    soup: bool = False,
     dry_run: bool = False,
     home: str | Path | None = None,
     trust: bool = False,
@@ -68,8 +71,9 @@ def ensemble(
     """Choose an ensemble among the trials of a study that keep their model, make it one model, and register it.
 
     others are further studies, on the same images, whose trials may be members too. members, parameters and latency_ms
-    limit it, by default as the study's `ensemble` does. The version is of the study's registered model, as challenger.
-    dry_run only tells what it would gain. Nothing is trained, and the test part stays closed. Raises HpoError.
+    limit it, by default as the study's `ensemble` does. soup averages the weights of trials with one architecture in
+    place of probabilities. The version is of the study's registered model, as challenger. dry_run only tells what it
+    would gain. Nothing is trained, and the test part stays closed. Raises HpoError.
     """
     from hpo.storage.optuna_storage import read_study
 
@@ -77,64 +81,83 @@ def ensemble(
     record = read_study(place, study)
     spec = parse_study(record.spec, trust=trust)
     given = {"members": members, "parameters": parameters, "latency_ms": latency_ms}
-    limits = limits_of(spec, _asked(spec, given))
-    card, tracker = study_data(record, spec), Tracker(place)
+    asked = _asked(spec, given if not soup else {**given, "average": "weights"})
+    card, limits = study_data(record, spec), limits_of(spec, asked)
     images = validation_images(spec, card)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _workshop(place, record.title, card, trust=trust) as (handle, shop):
         scratch = Path(folder)
-        kept = _kept(tracker, record, images, scratch / "own")
+        kept = _kept(shop.tracker, record, images, scratch / "own")
         for index, other in enumerate(others):
-            kept += _of_other(place, other, (record, card, images), tracker, scratch / f"other-{index}", trust=trust)
+            own = record, card, images
+            kept += _of_other(place, other, own, shop.tracker, scratch / f"other-{index}", trust=trust)
         if others:
             kept.sort(key=lambda each: _loss(each, images))
-        measured: Sequence[float] = ()
-        if math.isfinite(limits.latency_ms):
-            measured = latencies(kept, tracker, scratch, track=_call, compute=_call)
+        if asked.average == "weights":
+            return _soup(kept, images, limits, handle, shop, dry_run=dry_run)
+        measured = shop.latencies(kept, scratch) if math.isfinite(limits.latency_ms) else ()
         proposal = propose(kept, images, limits, spec=spec, data=card, latency_ms=measured)
         if proposal is None:
-            raise HpoError(
-                f"{record.title}: {len(kept)} of its trials keep a model that was validated on the images of "
-                f"{'a final training' if spec.final else 'the study'} ({len(images.rows):,}) and are within the "
-                "limits: an ensemble needs two.",
-                "Keep more models in the next run: --keep-models best:20",
-            )
-        made = EnsembleMade(
-            record.title,
-            proposal.named,
-            len(kept),
-            sum(each.result.parameter_count for each in proposal.members),
-            proposal.gain,
-            None,
-        )
+            raise _too_few(record.title, len(kept), len(images.rows))
+        size = sum(each.result.parameter_count for each in proposal.members)
+        made = EnsembleMade(record.title, proposal.named, len(kept), size, proposal.gain, None)
         if dry_run or len(proposal.members) < 2:
             return made
         for each in proposal.members:
             _check_base(place, each, card, trust=trust)
-        version = register_ensemble(place, proposal, record.title, card, trust=trust)
-    return replace(made, version=version)
+        return replace(made, version=make_ensemble(proposal, handle, shop))
 
 
-def register_ensemble(
-    home: Home, proposal: Proposal, title: str, card: DataCard, *, trust: bool = False
-) -> ModelVersion:
-    """Make an ensemble a version of the study with this title; see make_ensemble."""
-    work, tracker = home.work / title, Tracker(home)
+def _too_few(title: str, kept: int, images: int) -> HpoError:
+    return HpoError(
+        f"{title}: {kept} of its trials keep a model that was validated on its {images:,} validation images and is "
+        "within the limits: an ensemble needs two.",
+        "Keep more models in the next run: --keep-models best:20",
+    )
+
+
+def _soup(
+    kept: Sequence[KeptTrial], images: ValidationImages, limits: Limits, study: Study, shop: Workshop, *, dry_run: bool
+) -> EnsembleMade:
+    """Average weights instead of probabilities. Raises HpoError where no two trials have one architecture."""
+    if len(kept) < 2:
+        raise _too_few(study.title, len(kept), len(images.rows))
+    soup = mix(kept, images, limits, study, shop)
+    if soup.gain is None:
+        raise HpoError(
+            f"{study.title}: no two of {len(kept)} kept models have the architecture of the best one, {kept[0].name}.",
+            "Average probabilities instead: leave --soup out.",
+        )
+    size = soup.result.parameter_count
+    made = EnsembleMade(study.title, soup.result.members, len(kept), size, soup.gain, None)
+    if dry_run or not soup.result.members:
+        return made
+    return replace(made, version=make_soup(soup, study, shop))
+
+
+@contextlib.contextmanager
+def _workshop(home: Home, title: str, card: DataCard, *, trust: bool) -> Iterator[tuple[Study, Workshop]]:
+    """The handle of the study with this title, and a workshop that does everything in this process."""
+    work = home.work / title
     with opened(home, title) as handle:
         try:
-            return make_ensemble(
-                proposal, handle, data=card, tracker=tracker, work=work, track=_call, compute=_call, trust=trust
-            )
+            yield handle, Workshop(card, Tracker(home), work, _call, _call, trust)
         finally:
             remove(home.work, pictures_folder(work, handle), ignore_errors=True)
-            with contextlib.suppress(OSError):  # it is not empty
+            with contextlib.suppress(OSError):  # it is not empty, or was never made
                 work.rmdir()
+
+
+def register_ensemble(home: Home, proposal: Proposal, title: str, card: DataCard) -> ModelVersion:
+    """Make an ensemble a version of the study with this title; see make_ensemble."""
+    with _workshop(home, title, card, trust=False) as (handle, shop):
+        return make_ensemble(proposal, handle, shop)
 
 
 def _call(function: Any, *arguments: Any, **options: Any) -> Any:
     return function(*arguments, **options)
 
 
-def _asked(spec: StudySpec, given: Mapping[str, float | None]) -> EnsembleSpec:
+def _asked(spec: StudySpec, given: Mapping[str, Any]) -> EnsembleSpec:
     """The study's `ensemble`, changed where an option says otherwise. Raises SpecError."""
     asked = (spec.ensemble or EnsembleSpec()).model_dump()
     try:

@@ -18,7 +18,7 @@ from hpo.data.cache import models_folder
 from hpo.data.prepare import TrialData
 from hpo.errors import HpoError, ModelError, TrainingError
 from hpo.models.basic import OneLogit, build_cnn, build_convnet, build_mlp, build_resnet
-from hpo.models.ensemble import build_ensemble
+from hpo.models.ensemble import Ensemble, build_ensemble
 from hpo.models.safe_loader import check_program, load_program, read_config
 from hpo.models.transfer import build_transfer
 from hpo.spec.load import small_text
@@ -88,7 +88,7 @@ def load_trained(folder: Path, *, weights: bool = True) -> tuple[nn.Module, dict
         raise ModelError(f"{folder / CONFIG}: mean or std is missing.", "Restore it from a copy.")
     if members := config.get("members"):
         nets = [_fresh(Setup.model_validate(member["setup"]), config) for member in members]
-        net: nn.Module = build_ensemble(members, nets, several=bool(config.get("several_labels")))
+        net: nn.Module = build_ensemble(config, nets)
     else:
         net = _fresh(setup, config)
     if weights:
@@ -244,10 +244,11 @@ def save_ensemble(folders: Sequence[Path], names: Sequence[str], counts: Sequenc
             names, counts, configs, (small_text(folder / SETUP) for folder in folders), strict=True
         )
     ]
-    net = build_ensemble(members, nets, several=bool(configs[0].get("several_labels")))
     channels = configs[0]["image_shape"][2]
-    config = {key: configs[0][key] for key in _ALIKE if key in configs[0]}
-    config |= {"mean": [0.0] * channels, "std": [1.0] * channels, "members": members}
+    common = all((each["mean"], each["std"]) == (configs[0]["mean"], configs[0]["std"]) for each in configs)
+    config = {key: configs[0][key] for key in (*_ALIKE, "mean", "std") if key in configs[0]} | {"members": members}
+    config |= {} if common else {"mean": [0.0] * channels, "std": [1.0] * channels}
+    net = build_ensemble(config, nets)
     save_file({name: tensor.contiguous() for name, tensor in net.state_dict().items()}, target / WEIGHTS)
     (target / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
     shutil.copyfile(folders[0] / SETUP, target / SETUP)
@@ -269,7 +270,10 @@ class _Whole(nn.Module):
         self.register_buffer("shift", shift)
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.net(to_input(images, self.scale, self.shift).contiguous())
+        inputs = to_input(images, self.scale, self.shift).contiguous()
+        if isinstance(self.net, Ensemble):
+            return self.net.probabilities(inputs)
+        logits: Tensor = self.net(inputs)
         return logits.sigmoid() if self._several else logits.softmax(1)
 
 

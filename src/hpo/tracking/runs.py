@@ -146,7 +146,8 @@ def version_note(study: StudyResult, run: Any) -> str:
     score = f": {label_of(study.objective)} {value:.4f} on the validation images" if value is not None else ""
     use = f"To use it: `hpo predict {study.name} IMAGE`"
     members = run.data.tags.get(MEMBERS)
-    of = [f"An ensemble: the mean of the probabilities of {members}.", ""] if members else []
+    what = "weights" if run.data.tags.get(f"{MACHINE}average") == "weights" else "probabilities"
+    of = [f"An ensemble: the mean of the {what} of {members}.", ""] if members else []
     return "\n".join([f"Trial {number} of {study.title}{score}.", "", *of, *_table(run.data.params), "", use])
 
 

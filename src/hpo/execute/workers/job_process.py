@@ -253,8 +253,12 @@ def finish_ensemble(
     left = leave_ensemble(
         result, members, rows=rows, labels=labels, probabilities=probabilities, setup=setup, card=data
     )
-    finish_trial(left, data)
-    (latency,) = measure_latency([Path(left.folder)])
+    return _with_latency(left, data)
+
+
+def _with_latency(left: TrialResult, data: DataCard) -> TrialResult:
+    """Export what an ensemble has left; its result with the time of one image."""
+    (latency,) = measure_latency([finish_trial(left, data)])
     return replace(left, scores={**left.scores, "latency_ms": latency}, ended=time.time())
 
 
@@ -266,6 +270,7 @@ def mix_soup(
     rows: Any,
     setup: Setup,
     data: DataCard,
+    objective: str,
 ) -> tuple[TrialResult, Gain | None]:
     """Average the weights of the best of these trials in result.folder; the result without members where none mix.
 
@@ -289,12 +294,13 @@ def mix_soup(
         pool,
         lambda some: soup.probabilities(alike[list(some)].tolist(), images),
         limits,
-        score=counted_score(setup.training.monitor, data.class_names),
+        score=counted_score(objective, data.class_names),
         seed=0,
     )
     if len(chosen) < 2:
         return result, gain
     places = alike[chosen].tolist()
+    shutil.rmtree(result.folder, ignore_errors=True)
     soup.save(places, Path(result.folder))
     left = leave_scored(
         replace(result, members={members[place][0]: 1 for place in places}),
@@ -304,8 +310,7 @@ def mix_soup(
         setup=setup,
         card=data,
     )
-    finish_trial(left, data)
-    return replace(left, ended=time.time()), gain
+    return _with_latency(left, data), gain
 
 
 def measure_latency(folders: Sequence[Path], *, repeats: int = 30) -> list[float]:
