@@ -31,6 +31,7 @@ from hpo.home import Home, remove
 from hpo.jobs.shared.image_history import base_overlaps, development_digests
 from hpo.jobs.shared.model_reference import ModelReference, study_data
 from hpo.records import DataCard, ModelVersion, StudyResult
+from hpo.relocation import relocate
 from hpo.report.ensembles import Gain, Limits
 from hpo.search.lifecycle import opened
 from hpo.search.study import Study
@@ -78,6 +79,7 @@ def ensemble(
     from hpo.storage.optuna_storage import read_study
 
     place = Home.find(home)
+    relocate(place)  # before the handle of the study: while somebody has one, a moved home keeps its old addresses
     record = read_study(place, study)
     spec = parse_study(record.spec, trust=trust)
     given = {"members": members, "parameters": parameters, "latency_ms": latency_ms}
