@@ -5,8 +5,8 @@ the trials that keep their model. The difference on validation images is the est
 images that chose neither. With --test both models are also measured on the sealed test part, each once.
 
 Times are CPU times of the exported programs on one thread, on an idle machine the time that passes: one image, and 256
-images at once, medians of rounds in which all programs take turns. `sum` divides the time of the ensemble for 256 images
-by the sum of its members' times.
+images at once, medians of rounds in which all programs take turns. `sum` divides the time of the ensemble for 256
+images by the sum of its members' times.
 """
 
 from __future__ import annotations

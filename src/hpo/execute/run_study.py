@@ -58,6 +58,7 @@ class _Run:
     events: Events
     factory: EngineFactory
     jobs: JobProcess
+    drawing: JobProcess
     queue: TrackingQueue
     tracker: Tracker
 
@@ -124,12 +125,13 @@ def _start(
     end = cleanup.enter_context(interruptible(deadline))
     tracker, queue = tracker_of(home, cleanup.callback), TrackingQueue(end=end)
     cleanup.callback(queue.close, timeout=QUICK_TIMEOUT)
-    jobs = JobProcess(process_context())
+    jobs, drawing = JobProcess(process_context()), JobProcess(process_context())
     cleanup.callback(jobs.close)
+    cleanup.callback(drawing.close)
     events = Events([Watcher(watch)] if watch else [])
     if moved:
         events.emit(Notice(moved))
-    return _Run(spec, options, home, join, end, events, factory, jobs, queue, tracker)
+    return _Run(spec, options, home, join, end, events, factory, jobs, drawing, queue, tracker)
 
 
 def _open_study(run: _Run, cleanup: contextlib.ExitStack) -> _OpenStudy:
@@ -197,8 +199,8 @@ def _subscribe(run: _Run, opened: _OpenStudy, cleanup: contextlib.ExitStack) -> 
         opened.spec,
         emit=emit,
         end=run.end,
-        jobs=run.jobs,
-        figures=pictures_folder(opened.work, opened.study),
+        drawing=run.drawing,
+        figures=pictures_folder(opened.work, opened.study) / "figures",
         joined=bool(run.join),
         keeps=retention.keeps,
     )
@@ -277,7 +279,7 @@ def _finish(run: _Run, opened: _OpenStudy, reason: EndReason, tracking: Tracking
     # A worker whose time is up leaves a study that others continue: its best is not known yet.
     register = reason.orderly and not (run.join and reason is EndReason.TIMEOUT)
     emit(WinnerChosen(study, reason, winner, tuple(remarks), register=register, summarize=summarize))
-    for notice in run.jobs.notices():
+    for notice in (*run.jobs.notices(), *run.drawing.notices()):
         emit(notice)
     ensemble = _ensemble(run, opened) if register and summarize else EnsembleOfRun()
     model = tracking.finish(reason)
@@ -286,15 +288,15 @@ def _finish(run: _Run, opened: _OpenStudy, reason: EndReason, tracking: Tracking
 
 
 def _ensemble(run: _Run, opened: _OpenStudy) -> EnsembleOfRun:
-    """What an ensemble of the study gains; made, where the study asks for one. An error is a notice."""
+    """What an ensemble of the study gains; made, where the study asks for one. An error is a notice then."""
     try:
         data, trust = opened.prepared.data, run.options.trust
         shop = workshop_of_run(opened.study, data, run.tracker, run.queue, run.jobs, run.end, trust=trust)
         return close_with_ensemble(opened.study, shop)
     except (HpoError, OSError, TimeoutError) as error:
-        again = f"hpo ensemble {opened.before.name}"
-        why = getattr(error, "message", "") or str(error) or "the run had to end."
-        run.notify(f"no ensemble was made: {why} Later: {again}")
+        if opened.spec.ensemble is not None:
+            why = getattr(error, "message", "") or str(error) or "the run had to end."
+            run.notify(f"no ensemble was made: {why} Later: hpo ensemble {opened.before.name}")
         return EnsembleOfRun()
 
 
