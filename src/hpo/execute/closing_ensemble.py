@@ -9,9 +9,9 @@ from typing import Any
 
 from hpo.execute.ensemble import (
     Call,
+    EnsembleContext,
     KeptTrial,
     ValidationImages,
-    Workshop,
     candidates,
     kept_trials,
     limits_of,
@@ -20,7 +20,7 @@ from hpo.execute.ensemble import (
     validation_images,
 )
 from hpo.execute.process import RunEnd
-from hpo.execute.soup import make_soup, mix
+from hpo.execute.soup import choose_soup, make_soup
 from hpo.execute.tracking_queue import TrackingQueue
 from hpo.execute.workdir import pictures_folder
 from hpo.execute.workers.job_process import JobProcess
@@ -41,10 +41,10 @@ class EnsembleOfRun:
     version: ModelVersion | None = None
 
 
-def workshop_of_run(
+def context_of_run(
     study: Study, data: DataCard, tracker: Tracker, queue: TrackingQueue, jobs: JobProcess, end: RunEnd, *, trust: bool
-) -> Workshop:
-    """A workshop whose jobs run in the run's own processes. They raise TimeoutError where the run has to end."""
+) -> EnsembleContext:
+    """A context whose jobs run in the run's own processes. They raise TimeoutError where the run has to end."""
 
     def track(call: Call, *arguments: Any, **options: Any) -> Any:
         return _await(queue.submit(call, *arguments, **options), end)
@@ -52,7 +52,7 @@ def workshop_of_run(
     def compute(job: Call, *arguments: Any) -> Any:
         return _await(jobs.submit(job, *arguments), end)
 
-    return Workshop(data, tracker, tracker.home.work / study.title, track, compute, trust)
+    return EnsembleContext(data, tracker, tracker.home.work / study.title, track, compute, trust)
 
 
 def _await(job: Any, end: RunEnd) -> Any:
@@ -61,25 +61,25 @@ def _await(job: Any, end: RunEnd) -> Any:
     return job.result()
 
 
-def close_with_ensemble(study: Study, shop: Workshop) -> EnsembleOfRun:
+def close_with_ensemble(study: Study, context: EnsembleContext) -> EnsembleOfRun:
     """Estimate what an ensemble of a study gains, and make it where the study asks for one and it gains anything.
 
     Without `ensemble` in the study only probabilities that lie on this machine are read. Raises HpoError, TimeoutError.
     """
-    spec, result, asked, tracker = study.spec, study.result(), study.spec.ensemble, shop.tracker
+    spec, result, asked, tracker = study.spec, study.result(), study.spec.ensemble, context.tracker
     numbers = {trial.number for trial in candidates(result)}
     if len(numbers) < 2 or (asked is None and not tracker.home.embedded) or spec.keep.models == "none":
         return EnsembleOfRun()
-    scratch = pictures_folder(shop.work, study)
-    files = shop.track(tracker.kept_predictions, result, numbers, scratch / "predictions")
+    scratch = pictures_folder(context.work, study)
+    files = context.track(tracker.kept_predictions, result, numbers, scratch / "predictions")
     if asked is None and sum(file.stat().st_size for _, file in files.values()) > _MOST_BYTES:
         return EnsembleOfRun()
-    images = validation_images(spec, shop.data)
+    images = validation_images(spec, context.data)
     kept, limits = kept_trials(result, files, images), limits_of(spec, asked or EnsembleSpec())
     if asked is not None and asked.average == "weights":
-        return _soup(kept, images, limits, study, shop)
-    measured: Sequence[float] = shop.latencies(kept, scratch) if math.isfinite(limits.latency_ms) and kept else ()
-    proposal = propose(kept, images, limits, spec=spec, data=shop.data, latency_ms=measured)
+        return _soup(kept, images, limits, study, context)
+    measured: Sequence[float] = context.latencies(kept, scratch) if math.isfinite(limits.latency_ms) and kept else ()
+    proposal = propose(kept, images, limits, spec=spec, data=context.data, latency_ms=measured)
     if proposal is None:
         return EnsembleOfRun()
     line = f"{len(proposal.members)} of {len(kept)} kept models together: {proposal.gain}"
@@ -87,19 +87,19 @@ def close_with_ensemble(study: Study, shop: Workshop) -> EnsembleOfRun:
         return EnsembleOfRun(line)
     if len(proposal.members) < 2 or proposal.gain.lead.value <= 0:
         return EnsembleOfRun(f"{line}; not made")
-    return EnsembleOfRun(line, make_ensemble(proposal, study, shop))
+    return EnsembleOfRun(line, make_ensemble(proposal, study, context))
 
 
 def _soup(
-    kept: Sequence[KeptTrial], images: ValidationImages, limits: Limits, study: Study, shop: Workshop
+    kept: Sequence[KeptTrial], images: ValidationImages, limits: Limits, study: Study, context: EnsembleContext
 ) -> EnsembleOfRun:
     if len(kept) < 2:
         return EnsembleOfRun()
-    soup = mix(kept, images, limits, study, shop)
+    soup = choose_soup(kept, images, limits, study, context)
     if soup.gain is None:
         return EnsembleOfRun("no two kept models have the architecture of the best one, so no weights were averaged")
     count = max(1, len(soup.result.members))
     line = f"weights of {count} of {len(kept)} kept models averaged: {soup.gain}"
     if count < 2 or soup.gain.lead.value <= 0:
         return EnsembleOfRun(f"{line}; not made")
-    return EnsembleOfRun(line, make_soup(soup, study, shop))
+    return EnsembleOfRun(line, make_soup(soup, study, context))

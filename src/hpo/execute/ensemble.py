@@ -147,7 +147,7 @@ def propose(
 
 
 @dataclass(frozen=True)
-class Workshop:
+class EnsembleContext:
     """What an ensemble is made with: data, MLflow, the study's folder of work in progress.
 
     compute runs a job that needs torch, in a process of its own or here; track calls a method of the tracker, in its
@@ -161,48 +161,48 @@ class Workshop:
     compute: Call
     trust: bool = False
 
-    def places(self, kept: Sequence[KeptTrial], folder: Path) -> list[Path]:
+    def model_folders(self, kept: Sequence[KeptTrial], folder: Path) -> list[Path]:
         """The folders of the trials' models, in which load_trained finds them; copies of a server's are in folder."""
-        places = [
+        model_folders = [
             self.track(self.tracker.model_files, each.uri, folder / f"member-{index}")
             for index, each in enumerate(kept)
         ]
-        for place in places:
+        for place in model_folders:
             check_setup(place / SETUP, trust=self.trust)
-        return places
+        return model_folders
 
     def latencies(self, kept: Sequence[KeptTrial], folder: Path) -> list[float]:
         """Milliseconds for one image of each trial's logged program, here, now."""
-        measured: list[float] = self.compute(measure_latency, self.places(kept, folder))
+        measured: list[float] = self.compute(measure_latency, self.model_folders(kept, folder))
         return measured
 
 
-def make_ensemble(proposal: Proposal, study: Study, shop: Workshop) -> ModelVersion:
+def make_ensemble(proposal: Proposal, study: Study, context: EnsembleContext) -> ModelVersion:
     """Make the program of an ensemble, record it as a trial of the study, log and register it; returns the version.
 
     One that the study has with the same members is registered again. If the process is killed on the way, the next run
     of the study logs what was recorded. Raises HpoError.
     """
-    if (known := _known(study, proposal.named, "probabilities", shop)) is not None:
+    if (known := _known(study, proposal.named, "probabilities", context)) is not None:
         return known
-    scratch = pictures_folder(shop.work, study) / "ensemble"
+    scratch = pictures_folder(context.work, study) / "ensemble"
     parameters = sum(each.result.parameter_count for each in proposal.members)
-    result = blank(proposal.members, scratch, parameters=parameters, average="probabilities")
+    result = empty_result(proposal.members, scratch, parameters=parameters, average="probabilities")
     names = (each.name for each in proposal.members)
-    left = shop.compute(
+    left = context.compute(
         finish_ensemble,
         replace(result, members=proposal.named),
-        list(zip(names, proposal.counts, shop.places(proposal.members, scratch.parent), strict=True)),
+        list(zip(names, proposal.counts, context.model_folders(proposal.members, scratch.parent), strict=True)),
         proposal.images.rows,
         proposal.images.labels,
         proposal.probabilities,
-        ensemble_setup(study.spec, shop.data),
-        shop.data,
+        ensemble_setup(study.spec, context.data),
+        context.data,
     )
-    return record(left, study, shop)
+    return record(left, study, context)
 
 
-def blank(members: Sequence[KeptTrial], folder: Path, *, parameters: int, average: str) -> TrialResult:
+def empty_result(members: Sequence[KeptTrial], folder: Path, *, parameters: int, average: str) -> TrialResult:
     """The result of an ensemble before it is made in folder: its size, and the arithmetic of its members."""
     settings = {"precision": "float32", "device": "cpu", "average": average}
     for part in (each.result.settings for each in members):
@@ -219,28 +219,28 @@ def blank(members: Sequence[KeptTrial], folder: Path, *, parameters: int, averag
     )
 
 
-def record(result: TrialResult, study: Study, shop: Workshop) -> ModelVersion:
+def record(result: TrialResult, study: Study, context: EnsembleContext) -> ModelVersion:
     """Record a finished ensemble, whose files are in result.folder, as a trial; log and register its model."""
-    if (known := _known(study, result.members, result.settings["average"], shop)) is not None:
+    if (known := _known(study, result.members, result.settings["average"], context)) is not None:
         return known
     made = study.add(ENSEMBLE, replace(result, folder=""))
-    folder = Path(result.folder).rename(shop.work / str(made.number))
-    after, tracker, track = study.result(), shop.tracker, shop.track
+    folder = Path(result.folder).rename(context.work / str(made.number))
+    after, tracker, track = study.result(), context.tracker, context.track
     others = {trial.number for trial in after.trials} - {made.number}
     track(tracker.reconcile, after, study.spec, leave=others)
     track(tracker.keep_model, made.number, folder)
     version: ModelVersion = track(tracker.register, after, made.number)
-    remove(shop.work, folder, ignore_errors=True)
+    remove(context.work, folder, ignore_errors=True)
     return version
 
 
-def _known(study: Study, members: Mapping[str, int], average: str, shop: Workshop) -> ModelVersion | None:
+def _known(study: Study, members: Mapping[str, int], average: str, context: EnsembleContext) -> ModelVersion | None:
     """The version of an ensemble of these members that the study has already, registered again as challenger."""
     result = study.result()
-    kept = shop.track(shop.tracker.kept_models, result)
+    kept = context.track(context.tracker.kept_models, result)
     for trial in result.ranked(ENSEMBLE):
         same = trial.result and (dict(trial.result.members), trial.result.settings.get("average")) == (members, average)
         if same and trial.number in kept:
-            version: ModelVersion = shop.track(shop.tracker.register, result, trial.number)
+            version: ModelVersion = context.track(context.tracker.register, result, trial.number)
             return version
     return None

@@ -16,7 +16,7 @@ from hpo.data.duplicates import refuse_shared
 from hpo.errors import HpoError, SpecError, StoreError
 from hpo.events import Notice, SearchEnded, StudyEnded, StudyOpened, WinnerChosen
 from hpo.execute.base_model import with_model
-from hpo.execute.closing_ensemble import EnsembleOfRun, close_with_ensemble, workshop_of_run
+from hpo.execute.closing_ensemble import EnsembleOfRun, close_with_ensemble, context_of_run
 from hpo.execute.engines import engine_factory
 from hpo.execute.engines.base import EngineFactory, StudyWork, WorkerPlan
 from hpo.execute.finals import check_final, finalists, race
@@ -291,8 +291,8 @@ def _ensemble(run: _Run, opened: _OpenStudy) -> EnsembleOfRun:
     """What an ensemble of the study gains; made, where the study asks for one. An error is a notice then."""
     try:
         data, trust = opened.prepared.data, run.options.trust
-        shop = workshop_of_run(opened.study, data, run.tracker, run.queue, run.jobs, run.end, trust=trust)
-        return close_with_ensemble(opened.study, shop)
+        context = context_of_run(opened.study, data, run.tracker, run.queue, run.jobs, run.end, trust=trust)
+        return close_with_ensemble(opened.study, context)
     except (HpoError, OSError, TimeoutError) as error:
         if opened.spec.ensemble is not None:
             why = getattr(error, "message", "") or str(error) or "the run had to end."

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from hpo.errors import HpoError
-from hpo.execute.ensemble import KeptTrial, ValidationImages, Workshop, blank, ensemble_setup, record
+from hpo.execute.ensemble import EnsembleContext, KeptTrial, ValidationImages, empty_result, ensemble_setup, record
 from hpo.execute.workdir import pictures_folder
-from hpo.execute.workers.job_process import mix_soup
+from hpo.execute.workers.job_process import build_soup
 from hpo.records import ModelVersion, TrialResult
 from hpo.report.ensembles import Gain, Limits, Pool
 from hpo.search.study import Study
@@ -27,23 +27,29 @@ class Soup:
     gain: Gain | None
 
 
-def mix(kept: Sequence[KeptTrial], images: ValidationImages, limits: Limits, study: Study, shop: Workshop) -> Soup:
+def choose_soup(
+    kept: Sequence[KeptTrial], images: ValidationImages, limits: Limits, study: Study, context: EnsembleContext
+) -> Soup:
     """Choose and make the greedy soup of these trials, best first, in the study's folder of work. Raises HpoError."""
     if images.labels.ndim == 2:
         raise HpoError(
             f"{study.title}: its images have several labels, and a soup is chosen by the class of an image.",
             "Average probabilities instead.",
         )
-    scratch = pictures_folder(shop.work, study) / "ensemble"
-    result = blank(kept, scratch, parameters=kept[0].result.parameter_count, average="weights")
+    scratch = pictures_folder(context.work, study) / "ensemble"
+    result = empty_result(kept, scratch, parameters=kept[0].result.parameter_count, average="weights")
     probabilities = np.stack([each.probabilities for each in kept])
     pool = Pool(probabilities, images.labels, [each.result.parameter_count for each in kept])
-    members = [(each.name, 1, place) for each, place in zip(kept, shop.places(kept, scratch.parent), strict=True)]
-    setup = ensemble_setup(study.spec, shop.data)
+    members = [
+        (each.name, 1, place) for each, place in zip(kept, context.model_folders(kept, scratch.parent), strict=True)
+    ]
+    setup = ensemble_setup(study.spec, context.data)
     objective = study.spec.search.judged_by
-    return Soup(*shop.compute(mix_soup, result, members, pool, limits, images.rows, setup, shop.data, objective))
+    return Soup(
+        *context.compute(build_soup, result, members, pool, limits, images.rows, setup, context.data, objective)
+    )
 
 
-def make_soup(soup: Soup, study: Study, shop: Workshop) -> ModelVersion:
+def make_soup(soup: Soup, study: Study, context: EnsembleContext) -> ModelVersion:
     """Record a soup as a trial of the study, log and register it; as make_ensemble does."""
-    return record(soup.result, study, shop)
+    return record(soup.result, study, context)

@@ -14,10 +14,10 @@ import numpy as np
 
 from hpo.errors import DataError, HpoError, SpecError
 from hpo.execute.ensemble import (
+    EnsembleContext,
     KeptTrial,
     Proposal,
     ValidationImages,
-    Workshop,
     candidates,
     kept_trials,
     limits_of,
@@ -25,7 +25,7 @@ from hpo.execute.ensemble import (
     propose,
     validation_images,
 )
-from hpo.execute.soup import make_soup, mix
+from hpo.execute.soup import choose_soup, make_soup
 from hpo.execute.workdir import pictures_folder
 from hpo.home import Home, remove
 from hpo.jobs.shared.image_history import base_overlaps, development_digests
@@ -86,17 +86,17 @@ def ensemble(
     asked = _asked(spec, given if not soup else {**given, "average": "weights"})
     card, limits = study_data(record, spec), limits_of(spec, asked)
     images = validation_images(spec, card)
-    with tempfile.TemporaryDirectory() as folder, _workshop(place, record.title, card, trust=trust) as (handle, shop):
+    with tempfile.TemporaryDirectory() as folder, _context(place, record.title, card, trust=trust) as (handle, context):
         scratch = Path(folder)
-        kept = _kept(shop.tracker, record, images, scratch / "own")
+        kept = _kept(context.tracker, record, images, scratch / "own")
         for index, other in enumerate(others):
             own = record, card, images
-            kept += _of_other(place, other, own, shop.tracker, scratch / f"other-{index}", trust=trust)
+            kept += _of_other(place, other, own, context.tracker, scratch / f"other-{index}", trust=trust)
         if others:
             kept.sort(key=lambda each: _loss(each, images))
         if asked.average == "weights":
-            return _soup(kept, images, limits, handle, shop, dry_run=dry_run)
-        measured = shop.latencies(kept, scratch) if math.isfinite(limits.latency_ms) else ()
+            return _soup(kept, images, limits, handle, context, dry_run=dry_run)
+        measured = context.latencies(kept, scratch) if math.isfinite(limits.latency_ms) else ()
         proposal = propose(kept, images, limits, spec=spec, data=card, latency_ms=measured)
         if proposal is None:
             raise _too_few(record.title, len(kept), len(images.rows))
@@ -106,7 +106,7 @@ def ensemble(
             return made
         for each in proposal.members:
             _check_base(place, each, card, trust=trust)
-        return replace(made, version=make_ensemble(proposal, handle, shop))
+        return replace(made, version=make_ensemble(proposal, handle, context))
 
 
 def _too_few(title: str, kept: int, images: int) -> HpoError:
@@ -118,12 +118,18 @@ def _too_few(title: str, kept: int, images: int) -> HpoError:
 
 
 def _soup(
-    kept: Sequence[KeptTrial], images: ValidationImages, limits: Limits, study: Study, shop: Workshop, *, dry_run: bool
+    kept: Sequence[KeptTrial],
+    images: ValidationImages,
+    limits: Limits,
+    study: Study,
+    context: EnsembleContext,
+    *,
+    dry_run: bool,
 ) -> EnsembleMade:
     """Average weights instead of probabilities. Raises HpoError where no two trials have one architecture."""
     if len(kept) < 2:
         raise _too_few(study.title, len(kept), len(images.rows))
-    soup = mix(kept, images, limits, study, shop)
+    soup = choose_soup(kept, images, limits, study, context)
     if soup.gain is None:
         raise HpoError(
             f"{study.title}: no two of {len(kept)} kept models have the architecture of the best one, {kept[0].name}.",
@@ -133,16 +139,16 @@ def _soup(
     made = EnsembleMade(study.title, soup.result.members, len(kept), size, soup.gain, None)
     if dry_run or not soup.result.members:
         return made
-    return replace(made, version=make_soup(soup, study, shop))
+    return replace(made, version=make_soup(soup, study, context))
 
 
 @contextlib.contextmanager
-def _workshop(home: Home, title: str, card: DataCard, *, trust: bool) -> Iterator[tuple[Study, Workshop]]:
-    """The handle of the study with this title, and a workshop that does everything in this process."""
+def _context(home: Home, title: str, card: DataCard, *, trust: bool) -> Iterator[tuple[Study, EnsembleContext]]:
+    """The handle of the study with this title, and a context that does everything in this process."""
     work = home.work / title
     with opened(home, title) as handle:
         try:
-            yield handle, Workshop(card, Tracker(home), work, _call, _call, trust)
+            yield handle, EnsembleContext(card, Tracker(home), work, _call, _call, trust)
         finally:
             remove(home.work, pictures_folder(work, handle), ignore_errors=True)
             with contextlib.suppress(OSError):  # it is not empty, or was never made
@@ -151,8 +157,8 @@ def _workshop(home: Home, title: str, card: DataCard, *, trust: bool) -> Iterato
 
 def register_ensemble(home: Home, proposal: Proposal, title: str, card: DataCard) -> ModelVersion:
     """Make an ensemble a version of the study with this title; see make_ensemble."""
-    with _workshop(home, title, card, trust=False) as (handle, shop):
-        return make_ensemble(proposal, handle, shop)
+    with _context(home, title, card, trust=False) as (handle, context):
+        return make_ensemble(proposal, handle, context)
 
 
 def _call(function: Any, *arguments: Any, **options: Any) -> Any:

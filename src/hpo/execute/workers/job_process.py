@@ -265,7 +265,7 @@ def _with_latency(left: TrialResult, data: DataCard) -> TrialResult:
     return replace(left, scores={**left.scores, "latency_ms": latency}, ended=time.time())
 
 
-def mix_soup(
+def build_soup(
     result: TrialResult,
     members: Sequence[tuple[str, int, Path]],
     pool: Pool,
