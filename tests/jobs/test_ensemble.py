@@ -26,7 +26,7 @@ from hpo.jobs.evaluate import evaluate
 from hpo.jobs.promote import promote
 from hpo.jobs.rerun import rerun
 from hpo.jobs.shared.model_reference import find_model, study_data
-from hpo.predict import load_model
+from hpo.models.safe_loader import Program
 from hpo.records import ENSEMBLE, FINAL
 from hpo.report.ensembles import Gain
 from hpo.report.statistics import Interval
@@ -93,7 +93,7 @@ def eight(home: Home, tmp_path: Path):
     gain = Gain("accuracy", Interval(0.0, 0.0, 0.0), 0.0, 0.0, 8, len(images.rows))
     proposal = Proposal(tuple(chosen), counts, gain, images, mean)
     version = register_ensemble(home, proposal, study.title, card)
-    return version, proposal, [Tracker(home).model_files(each.uri, tmp_path).parent for each in chosen], shares
+    return version, proposal, [Tracker(home).model_files(each.uri, tmp_path) for each in chosen], shares
 
 
 def test_an_ensemble_of_eight_loads_by_mlflow_without_hpo_and_answers_the_mean_of_its_members(
@@ -101,7 +101,7 @@ def test_an_ensemble_of_eight_loads_by_mlflow_without_hpo_and_answers_the_mean_o
 ):
     version, _, folders, shares = eight
     images = np.load(next((place / "data").rglob("development_images.npy")))[:200]
-    mean = np.tensordot(shares, [load_model(folder).predict_proba(images) for folder in folders], axes=1)
+    mean = np.tensordot(shares, [Program(folder / "net.pt2").predict(images) for folder in folders], axes=1)
     np.save(tmp_path / "images.npy", images)
     script = (
         "import sys, numpy\n"
