@@ -20,8 +20,8 @@ from hpo.execute.run_study import await_job, run_study
 from hpo.execute.subscribers.model_retention import ModelRetention
 from hpo.execute.tracking_queue import TrackingQueue
 from hpo.records import Candidate, EndReason, StudyResult, Trial, TrialResult, TrialState
-from hpo.spec.keep import KeepSpec
 from hpo.spec.load import parse_study
+from hpo.spec.outcome import KeepSpec
 
 
 @pytest.fixture(autouse=True)

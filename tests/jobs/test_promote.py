@@ -22,8 +22,8 @@ from hpo.jobs.shared import gates
 from hpo.jobs.shared.model_reference import ModelReference, find_model
 from hpo.predict import load_model
 from hpo.records import FINAL
-from hpo.spec.keep import PromoteSpec
 from hpo.spec.load import load_study
+from hpo.spec.outcome import PromoteSpec
 from hpo.spec.study import StudySpec
 from hpo.storage.optuna_storage import read_study
 from hpo.tracking.ledger import openings

@@ -92,6 +92,12 @@ SECTIONS: dict[str, dict[str, Listed]] = {
             "> study.schema.json",
             doing="reading the parts of a study",
         ),
+        "probe": Listed(
+            "probe:probe",
+            "Compare frozen backbones on a data set, and write a study of the best.",
+            "eurosat-head --backbone timm:tf_efficientnet_lite0=lite0.pth",
+            doing="preparing the images",
+        ),
         "preview": Listed(
             "look:preview",
             "Draw augmented training images of a study.",

@@ -27,7 +27,7 @@ from hpo.execute.workers.job_process import JobProcess
 from hpo.records import DataCard, ModelVersion
 from hpo.report.ensembles import Limits
 from hpo.search.study import Study
-from hpo.spec.keep import EnsembleSpec
+from hpo.spec.outcome import EnsembleSpec
 from hpo.tracking.tracker import Tracker
 
 _MOST_BYTES = 100_000_000  # of probabilities, for a line that nobody asked for

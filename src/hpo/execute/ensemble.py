@@ -15,13 +15,13 @@ from hpo.data.split import rows_of
 from hpo.execute.base_model import check_setup
 from hpo.execute.finals import final_split
 from hpo.execute.workdir import pictures_folder
-from hpo.execute.workers.job_process import finish_ensemble, measure_latency
+from hpo.execute.workers.ensemble_jobs import finish_ensemble, measure_latency
 from hpo.home import remove
 from hpo.records import ENSEMBLE, FINAL, DataCard, ModelVersion, StudyResult, Trial, TrialResult, TrialState
 from hpo.report.ensembles import Gain, Limits, Pool, estimate_gain, select
 from hpo.search.constraints import highest_allowed
 from hpo.search.study import Study
-from hpo.spec.keep import EnsembleSpec
+from hpo.spec.outcome import EnsembleSpec
 from hpo.spec.study import Setup, StudySpec
 from hpo.tracking.models import SETUP
 from hpo.tracking.tracker import Tracker
@@ -107,7 +107,9 @@ def kept_trials(study: StudyResult, files: Mapping[int, tuple[str, Path]], image
         uri, file = files[trial.number]
         with np.load(file, allow_pickle=False) as left:
             if np.array_equal(left["rows"], images.rows):
-                found.append(KeptTrial(study, trial, uri, left["probabilities"].astype(np.float32)))
+                # Of the network alone: an ensemble has views and a temperature of its own.
+                own = left["raw" if "raw" in left else "probabilities"]
+                found.append(KeptTrial(study, trial, uri, own.astype(np.float32)))
     return found
 
 
@@ -198,6 +200,7 @@ def make_ensemble(proposal: Proposal, study: Study, context: EnsembleContext) ->
         proposal.probabilities,
         ensemble_setup(study.spec, context.data),
         context.data,
+        study.spec.predict,
     )
     return record(left, study, context)
 

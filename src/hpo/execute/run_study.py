@@ -35,7 +35,7 @@ from hpo.options import RunOptions
 from hpo.records import DataCard, EndReason, StudyResult
 from hpo.relocation import relocate
 from hpo.search.stages import budget_of, stage_warnings
-from hpo.spec.keep import KeepSpec
+from hpo.spec.outcome import KeepSpec
 from hpo.spec.study import StudySpec
 from hpo.spec.training import TrainingSpec
 from hpo.storage.reader import read_snapshots

@@ -10,7 +10,7 @@ import numpy as np
 from hpo.errors import HpoError
 from hpo.execute.ensemble import EnsembleContext, KeptTrial, ValidationImages, empty_result, ensemble_setup, record
 from hpo.execute.workdir import pictures_folder
-from hpo.execute.workers.job_process import build_soup
+from hpo.execute.workers.ensemble_jobs import build_soup
 from hpo.records import ModelVersion, TrialResult
 from hpo.report.ensembles import Gain, Limits, Pool
 from hpo.search.study import Study
@@ -46,7 +46,9 @@ def choose_soup(
     setup = ensemble_setup(study.spec, context.data)
     objective = study.spec.search.judged_by
     return Soup(
-        *context.compute(build_soup, result, members, pool, limits, images.rows, setup, context.data, objective)
+        *context.compute(
+            build_soup, result, members, pool, limits, images.rows, setup, context.data, objective, study.spec.predict
+        )
     )
 
 

@@ -13,7 +13,7 @@ from hpo.errors import SpecError
 from hpo.home import Home, remove
 from hpo.jobs.shared.home_snapshot import HomeSnapshot, is_old, leftover_work, size_of, take_snapshot
 from hpo.relocation import local_path, relocate
-from hpo.spec.keep import KeepSpec
+from hpo.spec.outcome import KeepSpec
 from hpo.storage.reader import StudySnapshot
 from hpo.tracking import runs
 from hpo.tracking.reader import Experiment, Model, Run, TrackingSnapshot

@@ -35,8 +35,8 @@ from hpo.relocation import relocate
 from hpo.report.ensembles import Gain, Limits
 from hpo.search.lifecycle import opened
 from hpo.search.study import Study
-from hpo.spec.keep import EnsembleSpec
 from hpo.spec.load import parse_study
+from hpo.spec.outcome import EnsembleSpec
 from hpo.spec.study import StudySpec
 from hpo.tracking.tracker import Tracker
 

@@ -18,9 +18,11 @@ from hpo.data.cache import models_folder
 from hpo.data.prepare import TrialData
 from hpo.errors import HpoError, ModelError, TrainingError
 from hpo.models.basic import OneLogit, build_cnn, build_convnet, build_mlp, build_resnet
+from hpo.models.calibration import Calibrated
 from hpo.models.ensemble import Ensemble, build_ensemble
 from hpo.models.safe_loader import check_program, load_program, read_config
 from hpo.models.transfer import build_transfer
+from hpo.models.views import View, Views
 from hpo.spec.load import small_text
 from hpo.spec.models import ModelSpec, OwnModelSpec, Tuned
 from hpo.spec.own_code import load_function
@@ -126,7 +128,9 @@ def _weights(folder: Path) -> dict[str, Tensor]:
         weights: dict[str, Tensor] = load_file(folder / WEIGHTS)
         return weights
     state = load_program(folder / PROGRAM).state_dict
-    return {name.removeprefix("net."): tensor for name, tensor in state.items() if name.startswith("net.")}
+    # Around the network there may be a program of several views, and a calibrated one.
+    named = {name: name.removeprefix("program.").removeprefix("program.") for name in state}
+    return {plain[4:]: state[name] for name, plain in named.items() if plain.startswith("net.")}
 
 
 def parameter_count(net: nn.Module, *, trainable: bool = True) -> int:
@@ -296,12 +300,25 @@ def warm_up_exports() -> None:
     torch.export.export(nn.Linear(1, 1).eval(), (torch.zeros(2, 1),), dynamic_shapes=sizes)
 
 
+def whole_program(net: nn.Module, config: Mapping[str, Any]) -> nn.Module:
+    """What is exported of a network and its config: a module from uint8 images to probabilities, in evaluation mode.
+
+    The config may name views, records of hpo.models.views.View, and a temperature.
+    """
+    shape, several = config["image_shape"], bool(config.get("several_labels"))
+    program: nn.Module = _Whole(net, mean=config["mean"], std=config["std"], image_shape=shape, several=several)
+    if views := config.get("views"):
+        program = Views(program, [View.read(each) for each in views])
+    if temperature := config.get("temperature"):
+        program = Calibrated(program, float(temperature))
+    return program.eval()
+
+
 def traced(net: nn.Module, config: Mapping[str, Any]) -> torch.export.ExportedProgram:
     """The program of a network in evaluation mode and of what its config says, for any number of uint8 images."""
-    shape, several = config["image_shape"], bool(config.get("several_labels"))
-    whole = _Whole(net, mean=config["mean"], std=config["std"], image_shape=shape, several=several).eval()
+    whole = whole_program(net, config)
     # A batch of one would be taken for a constant.
-    example = torch.zeros((2, *shape), dtype=torch.uint8)
+    example = torch.zeros((2, *config["image_shape"]), dtype=torch.uint8)
     batch = torch.export.Dim("batch", min=1, max=1_000_000)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch warns of its own deprecations while it traces

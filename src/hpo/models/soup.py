@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hpo.models import CONFIG, SETUP, WEIGHTS, load_trained, normalisation, to_input
+from hpo.models.answers import undecided
 
 _BATCH = 128
 
@@ -27,12 +28,13 @@ class Soup:
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self._folder = folders[0]
-        self._net, self._config = load_trained(folders[0])
+        self._net, config = load_trained(folders[0])
+        self._config = undecided(config)
         self._states: dict[int, dict[str, Tensor]] = {}
         first = _shapes(self._net.state_dict())
         for position, folder in enumerate(folders):
             net, config = load_trained(folder)
-            if config == self._config and _shapes(net.state_dict()) == first:
+            if undecided(config) == self._config and _shapes(net.state_dict()) == first:
                 self._states[position] = {name: tensor.clone() for name, tensor in net.state_dict().items()}
         self.alike = tuple(self._states)
         self._known: dict[tuple[int, ...], NDArray[np.float32]] = {}

@@ -245,6 +245,13 @@ _CHANGES = (
 )
 
 _EFFECTS: Mapping[str, tuple[Effect, ...]] = {
+    "training.optimizer.options": (
+        Effect(
+            ("training.optimizer.name",),
+            lambda name: str(name).startswith("timm/"),
+            "Set training.optimizer.name to timm/NAME",
+        ),
+    ),
     "training.optimizer.momentum": _one_of("training.optimizer.name", "sgd", "rmsprop"),
     "training.optimizer.nesterov": (
         *_one_of("training.optimizer.name", "sgd"),
@@ -254,6 +261,12 @@ _EFFECTS: Mapping[str, tuple[Effect, ...]] = {
     "training.optimizer.beta2": _one_of("training.optimizer.name", "adam", "adamw"),
     "training.schedule.gamma": _one_of("training.schedule.name", "step", "exponential"),
     "training.schedule.step_epochs": _one_of("training.schedule.name", "step"),
+    "training.schedule.restarts": _one_of("training.schedule.name", "cosine"),
+    "training.schedule.period_growth": (
+        *_one_of("training.schedule.name", "cosine"),
+        *_other_than("training.schedule.restarts", 0),
+    ),
+    "training.augment.alternate_flips": _other_than("training.augment.flip_horizontal", False),
     "training.focal_gamma": _one_of("training.loss", "focal"),
     "training.augment.fill": (Effect(_MOVES, bool, "Set one of them above 0"),),
     "training.augment.magnitude": _other_than("training.augment.randaugment", 0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
@@ -23,17 +24,25 @@ Count = Annotated[int, Field(ge=0, le=MOST)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
-def _one_of(known: Callable[[], Iterable[str]]) -> Any:
-    """The type of a string among known(), which is called at each validation, so that added names are accepted."""
+def _one_of(known: Callable[[], Iterable[str]], *, also: tuple[str, str] | None = None) -> Any:
+    """The type of a string among known(), which is called at each validation, so that added names are accepted.
+
+    also is a pattern of further names, and how messages call those.
+    """
 
     def check(value: str) -> str:
-        if value not in (names := list(known())):
-            expected = ", ".join(map(repr, names[:-1])) + f" or {names[-1]!r}"
+        if value not in (names := list(known())) and not (also and re.fullmatch(also[0], value)):
+            *first, last = [*map(repr, names), *([also[1]] if also else [])]
+            expected = f"{', '.join(first)} or {last}"
             raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": expected})
         return value
 
     def schema(tree: dict[str, Any]) -> None:
-        tree["enum"] = list(known())
+        if also is None:
+            tree["enum"] = list(known())
+            return
+        del tree["type"]
+        tree["anyOf"] = [{"enum": list(known())}, {"type": "string", "pattern": f"^{also[0]}$"}]
 
     return Annotated[str, AfterValidator(check), Field(json_schema_extra=schema)]
 
@@ -74,7 +83,7 @@ PRUNER_NAMES = ("none", "median", "successive_halving", "hyperband", "patient", 
 OPTIMIZER_NAMES = ("sgd", "rmsprop", "adam", "adamw")
 SamplerName = _one_of(lambda: SAMPLER_NAMES)
 PrunerName = _one_of(lambda: PRUNER_NAMES)
-OptimizerName = _one_of(lambda: OPTIMIZER_NAMES)
+OptimizerName = _one_of(lambda: OPTIMIZER_NAMES, also=(r"timm/[a-z0-9]+", "timm/NAME of timm.optim"))
 
 
 # The fields below are called float and int, as in the file; inside those classes the builtins need other names.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -11,17 +12,32 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from hpo.errors import SpecError
-from hpo.spec.keep import EnsembleSpec, KeepSpec, PromoteSpec
-from hpo.spec.models import ModelSpec
+from hpo.spec.models import ModelSpec, fixed_size_reason
+from hpo.spec.outcome import EnsembleSpec, KeepSpec, PredictSpec, PromoteSpec, Reference
 from hpo.spec.search import SearchSpec
-from hpo.spec.space import Choice, Float, Int, Part, Positive, PublishedScore, Seed, Share
+from hpo.spec.space import Choice, Float, Int, Part, Positive, Seed, Share
 from hpo.spec.training import TrainingSpec
 
 Task = Literal["multiclass", "binary", "multilabel"]
 
 # Places that are younger than some studies, whose record lacks them: what they meant before there were any.
-_YOUNGER_DATA: Mapping[str, Any] = {"range": None, "image": None, "label": None, "group": None, "part": None}
-_YOUNGER_SPLIT: Mapping[str, Any] = {"group": None, "near_duplicates": "count"}
+_YOUNGER: Mapping[str, Any] = {
+    **dict.fromkeys(("data.range", "data.image", "data.label", "data.group", "data.part", "split.group")),
+    "split.near_duplicates": "count",
+    "training.data_growth": 1.0,
+    "training.first_size": 1.0,
+    "training.loss": "cross_entropy",
+    "training.focal_gamma": 2.0,
+    "training.sampling": "shuffled",
+    "training.optimizer.options": {},
+    "training.schedule.restarts": 0,
+    "training.schedule.period_growth": 1.0,
+    "training.augment.alternate_flips": False,
+    "training.teacher": None,
+    "training.teacher_weight": 0.9,
+    "training.teacher_temperature": 2.0,
+    "model.whiten": 0,
+}
 
 
 class DataSpec(Part):
@@ -107,22 +123,6 @@ class FinalSpec(Part):
     """How many of the best race each other. Means over seeds decide, by a paired bootstrap over the same images."""
 
 
-class Reference(Part):
-    """A published number to compare with the study's own."""
-
-    label: str
-    score: PublishedScore
-    value: float
-    source: str
-    note: str = ""
-    """What differs from this study's protocol."""
-
-
-# Places of a training that are younger than some studies, and what was done without them.
-_YOUNGER = {"data_growth": 1.0, "loss": "cross_entropy", "focal_gamma": 2.0, "sampling": "shuffled"}
-_YOUNGER |= {"teacher": None, "teacher_weight": 0.9, "teacher_temperature": 2.0}
-
-
 class StudySpec(Part):
     """One study: everything that decides its trials."""
 
@@ -141,6 +141,7 @@ class StudySpec(Part):
     final: FinalSpec | None = None
     keep: KeepSpec = KeepSpec()
     ensemble: EnsembleSpec | None = None
+    predict: PredictSpec = PredictSpec()
     promote: PromoteSpec = PromoteSpec()
     references: list[Reference] = Field(default_factory=list)
     seed: Seed = 0
@@ -150,6 +151,11 @@ class StudySpec(Part):
     def _monitor_follows(self) -> StudySpec:
         if "monitor" not in self.training.model_fields_set:
             object.__setattr__(self, "training", self.training.watching(self.search.judged_by))
+        return self
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> StudySpec:
+        _check_sizes(self.model, self.training)
         return self
 
     @model_validator(mode="after")
@@ -263,13 +269,11 @@ class StudySpec(Part):
         plain["training"].pop("checkpoint")
         # What else is measured of a training does not change it.
         plain["training"].pop("scores")
-        for place, value in _YOUNGER.items():
-            if plain["training"][place] == value:
-                plain["training"].pop(place)
-        for part, younger in (("data", _YOUNGER_DATA), ("split", _YOUNGER_SPLIT)):
-            for place, default in younger.items():
-                if plain[part][place] == default:
-                    plain[part].pop(place)
+        for path, value in _YOUNGER.items():
+            *stems, last = path.split(".")
+            part = functools.reduce(lambda node, key: node.get(key, {}), stems, plain)
+            if last in part and part[last] == value:
+                part.pop(last)
         kept = {part: plain[part] for part in ("data", "split", "model", "training", "task", "seed")}
         aims = [f"{aim.better} {aim.score}" for aim in self.search.objectives]
         relative = {
@@ -296,9 +300,21 @@ class Setup(Part):
     training: TrainingSpec
     task: Task = "multiclass"
 
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Setup:
+        _check_sizes(self.model, self.training)
+        return self
+
     def flat(self) -> dict[str, Any]:
         """Dotted path -> value, for every place; lists as JSON."""
         return dict(_flatten(self.model_dump(mode="json")))
+
+
+def _check_sizes(model: Any, training: TrainingSpec) -> None:
+    if training.first_size < 1 and (reason := fixed_size_reason(model)):
+        raise ValueError(
+            f"training.first_size {training.first_size:g}: a {model.kind} takes images of one size: {reason}. Write 1"
+        )
 
 
 def _flatten(tree: Mapping[str, Any], stem: str = "") -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hpo.data.prepare import TrialData, check_task, open_trial
 from hpo.home import cache_folder
 from hpo.models import build_model, input_of, parameter_count, save_trained
-from hpo.models.basic import OneLogit
+from hpo.models.basic import OneLogit, whitening_of
 from hpo.models.transfer import transfer_of
 from hpo.records import DataCard, Epoch, TrialResult, TrialState, best_of
 from hpo.spec.models import OwnModelSpec
@@ -34,6 +34,8 @@ from hpo.training.stack_speed import shared_precision, why_slower_stacked
 from hpo.training.step_graph import why_not
 from hpo.training.teacher import soft_labels
 from hpo.training.validation import leave_predictions
+
+_WHITENED = 2000  # training images whose patches decide a whitening layer: their covariance has settled by then
 
 
 @dataclass(frozen=True)
@@ -353,6 +355,9 @@ def build_full(
         # Backbones normalise themselves, each as its weights require.
         channels = card.image_shape[2]
         data = replace(data, mean=(0.0,) * channels, std=(1.0,) * channels)
+    if (whitening := whitening_of(net)) is not None:
+        rows = data.train[torch.linspace(0, len(data.train) - 1, min(len(data.train), _WHITENED)).long()]
+        whitening.fit(_input(data, rows))
     return net.to(torch.device(device_name)), data
 
 

@@ -193,7 +193,9 @@ class ModelRetention(Subscriber):
             best_first = [number for number in self._ranked() if number in self._waiting]
             for number in best_first if wait else [min(self._waiting)]:
                 self._undrawn[number] = self._waiting.pop(number)
-                self._pending[number] = self._jobs.submit(finish_trial, self._undrawn[number], self._data)
+                self._pending[number] = self._jobs.submit(
+                    finish_trial, self._undrawn[number], self._data, self._spec.predict
+                )
 
     def _begin_drawing(self) -> None:
         """Start to draw the figures of the best trials of this run."""

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from hpo.errors import HpoError
@@ -22,16 +20,16 @@ from hpo.events import Notice
 from hpo.execute.process import begin, end_family, follow_supervisor
 from hpo.execute.stack_size import StackSize, measure_stack_size
 from hpo.records import DataCard, SplitCard, StudyResult, TrialResult
-from hpo.spec.study import Setup, StudySpec
+from hpo.spec.outcome import PredictSpec
+from hpo.spec.study import StudySpec
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from hpo.report.ensembles import Gain, Limits, Pool
-
     Drawing = Callable[[], Figure | None]
 
 _MOST_TRIES = 3
+_VALIDATION = "validation.npz"  # hpo.training.trial.VALIDATION, whose import would load torch
 _progress: Connection | None = None  # from the job process to its supervisor
 
 
@@ -159,11 +157,27 @@ def prepare(spec: StudySpec, device: str) -> Prepared:
     training = spec.setup.training
     check_task(card, spec.task)
     requested([*training.scores, training.monitor], card.class_names, several=card.several_labels)
+    _check_optimizers(spec)
     if card.several_labels and spec.split.kind in ("holdout", "kfold") and spec.split.by == "stratified":
         _notify("data: images have several labels, so parts are drawn at random by split.seed, not by class", 0, 0)
     for line in (*([f"files: {card.accounting}"] if card.accounting else ()), *(f"data: {w}" for w in card.warnings)):
         _notify(line, 0, 0)
     return Prepared(card, split_card(card, spec.split), tuple(devices))
+
+
+def _check_optimizers(spec: StudySpec) -> None:
+    """Raise SpecError where the study names an optimizer that timm does not have."""
+    asked = spec.training.optimizer
+    names = spec.search.whole_space.root.get("training.optimizer.name")
+    named = [
+        asked,
+        *(asked.model_copy(update={"name": name, "options": {}}) for name in (names.ends() if names else ())),
+    ]
+    if any(each.of_timm for each in named):
+        from hpo.training.optimizers import check_optimizer
+
+        for each in named:
+            check_optimizer(each)
 
 
 def measure_stack(spec: StudySpec, data: DataCard, device: str, threads: int, most: int) -> StackSize:
@@ -224,116 +238,26 @@ def warm_up(*, exports: bool) -> None:
         os.nice(5)
 
 
-def finish_trial(result: TrialResult, data: DataCard) -> Path:
-    """Turn what a complete trial left in its folder into a program, with tables next to it, and return the folder."""
+def finish_trial(result: TrialResult, data: DataCard, spec: PredictSpec) -> Path:
+    """Turn what a complete trial left in its folder into a program, with tables next to it, and return the folder.
+
+    The program answers as spec says.
+    """
     from hpo.models import export_program
+    from hpo.models.answers import decide_answers
     from hpo.report.statistics import classification_report
     from hpo.training.device import use_threads
 
     use_threads(1)
     folder = Path(result.folder)
+    images = Path(data.folder) / "development_images.npy"
+    decide_answers(folder, folder / _VALIDATION, images, spec)
     export_program(folder)
     if result.confusion:
         report, table = classification_report(result.confusion, data.class_names)
         (folder / "classification_report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
         (folder / "classification_report.txt").write_text(table, encoding="utf-8")
     return folder
-
-
-def finish_ensemble(
-    result: TrialResult,
-    members: Sequence[tuple[str, int, Path]],
-    rows: Any,
-    labels: Any,
-    probabilities: Any,
-    setup: Setup,
-    data: DataCard,
-) -> TrialResult:
-    """Make an ensemble in result.folder, and finish it as a trial; see hpo.training.validation.leave_ensemble."""
-    from hpo.training.validation import leave_ensemble
-
-    shutil.rmtree(result.folder, ignore_errors=True)
-    left = leave_ensemble(
-        result, members, rows=rows, labels=labels, probabilities=probabilities, setup=setup, card=data
-    )
-    return _with_latency(left, data)
-
-
-def _with_latency(left: TrialResult, data: DataCard) -> TrialResult:
-    """Export what an ensemble has left; its result with the time of one image."""
-    (latency,) = measure_latency([finish_trial(left, data)])
-    return replace(left, scores={**left.scores, "latency_ms": latency}, ended=time.time())
-
-
-def build_soup(
-    result: TrialResult,
-    members: Sequence[tuple[str, int, Path]],
-    pool: Pool,
-    limits: Limits,
-    rows: Any,
-    setup: Setup,
-    data: DataCard,
-    objective: str,
-) -> tuple[TrialResult, Gain | None]:
-    """Average the weights of the best of these trials in result.folder; the result without members where none mix.
-
-    members are candidates, best first; pool has their probabilities on the validation images in these rows.
-    """
-    import numpy as np
-
-    from hpo.models.soup import Soup
-    from hpo.report.ensembles import counted_score, estimate_soup
-    from hpo.training.device import use_threads
-    from hpo.training.validation import leave_scored
-
-    use_threads(1)
-    soup = Soup([folder for _, _, folder in members])
-    alike = np.array(soup.alike)
-    if len(alike) < 2:
-        return result, None
-    images = np.load(Path(data.folder) / "development_images.npy", mmap_mode="r", allow_pickle=False)[rows]
-    pool = replace(pool, probabilities=pool.probabilities[alike])
-    chosen, gain = estimate_soup(
-        pool,
-        lambda some: soup.probabilities(alike[list(some)].tolist(), images),
-        limits,
-        score=counted_score(objective, data.class_names),
-        seed=0,
-    )
-    if len(chosen) < 2:
-        return result, gain
-    places = alike[chosen].tolist()
-    shutil.rmtree(result.folder, ignore_errors=True)
-    soup.save(places, Path(result.folder))
-    left = leave_scored(
-        replace(result, members={members[place][0]: 1 for place in places}),
-        rows=rows,
-        labels=pool.labels,
-        probabilities=soup.probabilities(places, images),
-        setup=setup,
-        card=data,
-    )
-    return _with_latency(left, data), gain
-
-
-def measure_latency(folders: Sequence[Path], *, repeats: int = 30) -> list[float]:
-    """Milliseconds for one image of the program in each folder, on one thread of this CPU; medians."""
-    import numpy as np
-
-    from hpo.models.safe_loader import Program, read_config
-    from hpo.training.device import use_threads
-
-    use_threads(1)
-    medians = []
-    for folder in folders:
-        program, shape = Program(folder / "net.pt2"), read_config(folder / "config.json")["image_shape"]
-        seconds = []
-        for _ in range(3 + repeats):  # the first three warm up
-            started = time.perf_counter()
-            program.predict(np.zeros((1, *shape), np.uint8))
-            seconds.append(time.perf_counter() - started)
-        medians.append(1000 * median(seconds[3:]))
-    return medians
 
 
 def draw_trial(result: TrialResult, data: DataCard, folder: Path) -> list[Path]:
@@ -350,7 +274,7 @@ def draw_trial(result: TrialResult, data: DataCard, folder: Path) -> list[Path]:
         "training_curves": lambda: classifier.training_curves(result.epochs, best_epoch=result.best_epoch, title=title)
     }
     title += ", validation"
-    left = Path(result.folder) / "validation.npz"
+    left = Path(result.folder) / _VALIDATION
     if result.confusion:
         figures["confusion"] = lambda: classifier.confusion_figure(result.confusion, names, title=title)
         figures["class_accuracy"] = lambda: classifier.class_accuracy_figure(result.confusion, names, title=title)

@@ -144,7 +144,9 @@ def _predicted_classes(home: Home, entrant: ModelReference, part: Part, class_na
     if split.kind not in ("none", "kfold"):
         own = validation_part(entrant.card, split)
         shared, rows = shared_rows([part.images, own.images])
-        recorded = [classes for each in _seeds(entrant) if len(classes := _recorded(each)) == len(own.labels)]
+        # What a trial records are the predictions of its network: those of a program of several views may differ.
+        seeds = _seeds(entrant) if entrant.spec.predict.views == "off" else []
+        recorded = [classes for each in seeds if len(classes := _recorded(each)) == len(own.labels)]
         if len(shared) == len(part.labels) and recorded:
             return np.stack([indices[np.array(classes)[rows]] for classes in recorded])
     from hpo.predict import load_model
@@ -181,12 +183,13 @@ def parity(home: Home, new: ModelReference, model: Classifier) -> Verdict:
     far, differing = float(np.abs(ours - theirs).max()), _differing(ours, theirs, several=new.card.several_labels)
     kind = _kind(new.trial.result)
     most, share = _PARITY[kind]
+    most *= max(1.0, 1 / float(answers.get("temperature", 1.0)))  # below 1 it enlarges what logits differ by
     allowed = int(share * len(ours))
     outcome = f"{differing} of {len(ours):,} predictions differ" if differing else "same predictions"
     return Verdict(
         "reloads",
         far <= most and differing <= allowed,
-        f"{outcome} after reload (largest difference {far:.1g}; limit {most:g})",
+        f"{outcome} after reload (largest difference {far:.1g}; limit {most:.3g})",
         f"{f'at most {allowed} other' if allowed else 'same'} predictions, trained in {kind}",
     )
 

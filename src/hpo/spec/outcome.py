@@ -1,4 +1,4 @@
-"""What a study keeps of its trials, makes of them after the search, and demands of a champion."""
+"""What comes of a search: models that are kept, ensembles, how they answer, what promotion demands, references."""
 
 from __future__ import annotations
 
@@ -6,7 +6,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from hpo.spec.space import Part, Positive
+from hpo.spec.space import Part, Positive, PublishedScore
+
+
+class Reference(Part):
+    """A published number to compare with the study's own."""
+
+    label: str
+    score: PublishedScore
+    value: float
+    source: str
+    note: str = ""
+    """What differs from this study's protocol."""
 
 
 class KeepSpec(Part):
@@ -49,6 +60,21 @@ class PromoteSpec(Part):
     """Milliseconds from one image to its probabilities by the logged program, on the CPU, at most; the median of 30."""
     size_mb: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
     """All files of the model, in millions of bytes, at most."""
+
+
+class PredictSpec(Part):
+    """How a kept model answers: what its exported program does after its network, as validation images decide.
+
+    A model with fewer than 100 of them, or of images with several labels, answers as its network does.
+    """
+
+    calibrate: Literal["auto", "off"] = "auto"
+    """auto: probabilities p become p^(1 / T), normalised, T fitted on the validation images, if that lowers their
+    cross-entropy beyond chance. No answer changes, only how sure it is (Guo et al. 2017)."""
+    views: Literal["auto", "off"] = "off"
+    """auto: the mean of several views of each image, if that lowers the cross-entropy beyond chance and the accuracy
+    not at all. Views are flips, right-angle turns, shifts and crops that training.augment makes too. A prediction takes
+    as many times as long as there are views."""
 
 
 def _count(policy: str) -> float:
