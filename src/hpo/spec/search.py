@@ -26,15 +26,21 @@ def _by_score(value: Any) -> Any:
 class SamplerSpec(Part):
     """Who proposes candidates. `sampler: tpe` is short for `sampler: {name: tpe}`."""
 
-    name: SamplerName = "tpe"
+    name: SamplerName = "auto"
+    """auto: chosen from the space and the objectives. package.module:function: called with `options`, and with `seed`
+    if it takes that; it returns a sampler of Optuna."""
     startup_trials: Count = 10
-    """tpe, cmaes, gp: random trials before the model of the results is used."""
+    """tpe, cmaes, gp, mfgp: random trials before the model of the results is used."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """package.module:function: its keyword arguments."""
 
 
 class PrunerSpec(Part):
     """Who ends poor trials early. `pruner: median` is short for `pruner: {name: median}`."""
 
-    name: PrunerName = "none"
+    name: PrunerName = "auto"
+    """auto: chosen from the epochs and the objectives. package.module:function: called with `options`; it returns a
+    pruner of Optuna."""
     startup_trials: Count = 5
     """median, curve: finished trials before any is pruned; wilcoxon: epochs before one is."""
     warmup_epochs: Count = 0
@@ -48,6 +54,8 @@ class PrunerSpec(Part):
     p_threshold: Share = 0.1
     """wilcoxon: prune when the trial is worse than the best one at this level. curve: when its
     probability of beating the best one, forecast from the curves of finished trials, is below this."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """package.module:function: its keyword arguments."""
 
 
 class StageSpec(Part):
@@ -136,7 +144,7 @@ class SearchSpec(Part):
             self._check_stage(stage, first=index == 0)
         if len(self.objectives) == 1:
             raise ValueError("objectives lists one aim. Write it as objective, or add another")
-        if self.objectives and self.pruner.name != "none":
+        if self.objectives and self.pruner.name not in ("auto", "none"):
             raise ValueError(
                 "Optuna prunes searches with one objective only. Write pruner: none, or leave objectives out"
             )

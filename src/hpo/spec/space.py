@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, RootModel, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, RootModel, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from hpo.metrics import FORMS, METRICS, find_metric
@@ -23,17 +24,29 @@ Count = Annotated[int, Field(ge=0, le=MOST)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
-def _one_of(known: Callable[[], Iterable[str]]) -> Any:
-    """The type of a string among known(), which is called at each validation, so that added names are accepted."""
+# package.module:function, as hpo.spec.own_code.split_function reads it.
+_DOTTED = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
+
+
+def _one_of(known: Callable[[], Iterable[str]], *, own: bool = False) -> Any:
+    """The type of a string among known(), which is called at each validation, so that added names are accepted.
+
+    own: package.module:function is accepted too.
+    """
 
     def check(value: str) -> str:
-        if value not in (names := list(known())):
+        if value not in (names := list(known())) and not (own and re.match(_DOTTED, value)):
+            names += ["package.module:function"] * own
             expected = ", ".join(map(repr, names[:-1])) + f" or {names[-1]!r}"
             raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": expected})
         return value
 
     def schema(tree: dict[str, Any]) -> None:
-        tree["enum"] = list(known())
+        if own:
+            del tree["type"]
+            tree["anyOf"] = [{"enum": list(known())}, {"type": "string", "pattern": _DOTTED}]
+        else:
+            tree["enum"] = list(known())
 
     return Annotated[str, AfterValidator(check), Field(json_schema_extra=schema)]
 
@@ -69,11 +82,11 @@ LIMITED: tuple[Cost, ...] = ("parameters", "latency_ms")
 
 # The names of the tables SAMPLERS and PRUNERS of hpo.search and OPTIMIZERS of hpo.training, whose import would load
 # Optuna or torch; tests compare.
-SAMPLER_NAMES = ("random", "grid", "tpe", "cmaes", "gp", "qmc")
-PRUNER_NAMES = ("none", "median", "successive_halving", "hyperband", "patient", "wilcoxon", "curve")
+SAMPLER_NAMES = ("auto", "random", "grid", "tpe", "cmaes", "gp", "mfgp", "qmc")
+PRUNER_NAMES = ("auto", "none", "median", "successive_halving", "hyperband", "patient", "wilcoxon", "curve")
 OPTIMIZER_NAMES = ("sgd", "rmsprop", "adam", "adamw")
-SamplerName = _one_of(lambda: SAMPLER_NAMES)
-PrunerName = _one_of(lambda: PRUNER_NAMES)
+SamplerName = _one_of(lambda: SAMPLER_NAMES, own=True)
+PrunerName = _one_of(lambda: PRUNER_NAMES, own=True)
 OptimizerName = _one_of(lambda: OPTIMIZER_NAMES)
 
 
@@ -89,9 +102,36 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Prior(Part):
+    """Where the best value probably is. `prior: 1e-3` is short for `prior: {value: 1e-3}`."""
+
+    value: Any
+    """The value that is tried first; values near it are tried more often while they do well."""
+    confidence: Literal["low", "medium", "high"] = "medium"
+    """Half, a quarter or an eighth of the range is the standard deviation around the value. An option: it is 2, 4 or 8
+    times as likely as each other one."""
+
+
+def _by_prior(value: Any) -> Any:
+    whole = value is None or isinstance(value, Prior) or (isinstance(value, dict) and "value" in value)
+    return value if whole else {"value": value}
+
+
 class _Parameter(Part):
     when: dict[str, Any] = Field(default_factory=dict)
     """Tried only if each named path has the given value, or one of the given list of values."""
+    prior: Annotated[Prior | None, BeforeValidator(_by_prior)] = None
+    """The value that is probably best, or {value, confidence}. A wrong one costs a few trials."""
+
+    @model_validator(mode="after")
+    def _prior_fits(self) -> _Parameter:
+        if self.prior is not None and not self.takes(self.prior.value):
+            raise ValueError(f"prior {self.prior.value!r} is not in the range. Correct it, or widen the range")
+        return self
+
+    def takes(self, value: Any) -> bool:
+        """Whether this is one of the values."""
+        raise NotImplementedError
 
     def count(self) -> float:
         """Number of values; inf for a continuous range."""

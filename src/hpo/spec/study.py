@@ -216,7 +216,10 @@ class StudySpec(Part):
             for path, value in values.items():
                 if isinstance(value, float) and not math.isfinite(value):
                     raise ValueError(f"search.start[{index}].{path}: {value} is not finite. Correct the value")
-        if "training.data_growth" in self.search.whole_space and self.search.pruner.name != "none":
+        if "training.data_growth" in self.search.whole_space and self.search.pruner.name not in (
+            "auto",
+            "none",
+        ):
             raise ValueError(
                 "search.space.training.data_growth: a pruner compares trials at one epoch, and theirs would cost "
                 "different amounts. Fix it, or write pruner: none"
@@ -268,11 +271,23 @@ class StudySpec(Part):
             raise SpecError(f"{error}, or give one of them a `when`.") from None
 
     def resumed_as(self, record: Mapping[str, Any]) -> StudySpec:
-        """This spec for a study that began with the spec of record: a monitor that was not given stays that one's."""
+        """This spec for a study that began with the spec of record.
+
+        A monitor, a sampler or a pruner that was not given stays that one's: their defaults were others once.
+        """
+        changed: dict[str, Any] = {}
         monitor = record.get("training", {}).get("monitor", self.training.monitor)
-        if "monitor" in self.training.model_fields_set or monitor == self.training.monitor:
-            return self
-        return self.model_copy(update={"training": self.training.watching(monitor)})
+        if "monitor" not in self.training.model_fields_set and monitor != self.training.monitor:
+            changed["training"] = self.training.watching(monitor)
+        before = record.get("search", {})
+        kept = {
+            place: type(part).model_validate(before[place])
+            for place, part in (("sampler", self.search.sampler), ("pruner", self.search.pruner))
+            if place not in self.search.model_fields_set and place in before
+        }
+        if kept:
+            changed["search"] = self.search.model_copy(update=kept)
+        return self.model_copy(update=changed) if changed else self
 
     @property
     def setup(self) -> Setup:
