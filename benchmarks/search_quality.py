@@ -1,9 +1,10 @@
 """Compare searches on learning curves that others have published, with simulated workers and a simulated clock.
 
-LCBench is the surrogate of YAHPO Gym (Zimmer et al. 2021, Pfisterer et al. 2022): 7 settings of a funnel-shaped network,
-epochs 1 to 52, accuracy in [0, 1], and the seconds of each epoch. TaskSet (Metz et al. 2020, as packed for DyHPO) is a
-table of 1,000 settings of an Adam variant, 51 values of the validation loss each; a search that asks for other settings
-gets the nearest row, and an epoch costs 1. Workers train without pause; each epoch costs its time on the simulated clock,
+LCBench is the surrogate of YAHPO Gym (Zimmer et al. 2021, Pfisterer et al. 2022): 7 settings of a funnel-shaped
+network, epochs 1 to 52, accuracy in [0, 1], and the seconds of each epoch. TaskSet (Metz et al. 2020, as packed for
+DyHPO) is a table of 1,000 settings of an Adam variant, 51 values of the validation loss each; a search that asks for
+other settings gets the nearest row, and an epoch costs 1.
+Workers train without pause; each epoch costs its time on the simulated clock,
 asking and reporting cost none. A training that a system resumes goes on where it stopped, whether or not its real
 implementation would train these epochs again. The budget is the time of 20 average full trainings, summed over the
 workers (80 for 16 workers). What a search has reached is the best validation value that it has seen at any epoch.
@@ -23,11 +24,10 @@ import heapq
 import json
 import math
 import sys
-import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,28 @@ import numpy as np
 
 TRAININGS = 20  # of the budget
 SHARES = (0.25, 0.5, 1.0)  # of the budget, at which searches are compared
-TASKS = """3945 7593 34539 126025 126026 126029 146212 167104 167149 167152 167161 167168 167181 167184 167185 167190
-167200 167201 168329 168330""".split()
+TASKS = [
+    "3945",
+    "7593",
+    "34539",
+    "126025",
+    "126026",
+    "126029",
+    "146212",
+    "167104",
+    "167149",
+    "167152",
+    "167161",
+    "167168",
+    "167181",
+    "167184",
+    "167185",
+    "167190",
+    "167200",
+    "167201",
+    "168329",
+    "168330",
+]
 """Tasks of LCBench that may be looked at; the other 14 are for whoever checks the result."""
 CHOSEN_ON = TASKS[::2]
 """Those on which the search of `auto` was chosen; the others only confirm it."""
@@ -110,14 +130,14 @@ class TaskSet:
         curves = np.array([row["valid"]["loss"][1:] for row in rows], float)
         first = np.nanmedian([row["valid"]["loss"][0] for row in rows])
         sound = np.isfinite(curves).all(1) & (curves.max(1) < 5 * first)
-        names = [name for name in rows[0]["hp"]] if isinstance(rows[0]["hp"], dict) else range(len(rows[0]["hp"]))
+        names = list(rows[0]["hp"])
         values = np.array([[row["hp"][name] for name in names] for row in rows], float)[sound]
         self._curves = curves[sound]
         self.space = {}
         columns = []
         for name, column in zip(names, values.T, strict=True):
             log = column.min() > 0 and column.max() / column.min() > 20
-            self.space[f"x{name}" if isinstance(name, int) else name] = Range(column.min(), column.max(), log=log)
+            self.space[name] = Range(column.min(), column.max(), log=log)
             scaled = np.log(column) if log else column
             columns.append((scaled - scaled.min()) / max(float(np.ptp(scaled)), 1e-12))
         self._units = np.column_stack(columns)
@@ -240,7 +260,10 @@ def run(asked: argparse.Namespace) -> None:
                     }
                     out.write(json.dumps(line) + "\n")
                     out.flush()
-                    print(f"{line['system']}, {task.name}, {workers} workers, seed {seed}: {line['wall']:.1f} s", file=sys.stderr)
+                    print(
+                        f"{line['system']}, {task.name}, {workers} workers, seed {seed}: {line['wall']:.1f} s",
+                        file=sys.stderr,
+                    )
 
 
 GRID = np.round(np.arange(0.01, 1.0001, 0.01), 2)
@@ -274,13 +297,22 @@ def table(asked: argparse.Namespace) -> None:
     for workers, tasks in sorted(read(asked.files).items()):
         names = sorted({system for systems in tasks.values() for system in systems})
         kept = {task: part for task, part in sorted(tasks.items()) if len(part) == len(names)}
-        for title, wanted in (("all tasks", lambda _: True), ("chosen on", _is_chosen), ("held out", lambda task: not _is_chosen(task))):
+        for title, wanted in (
+            ("all tasks", lambda _: True),
+            ("chosen on", _is_chosen),
+            ("held out", lambda task: not _is_chosen(task)),
+        ):
             part = {task: systems for task, systems in kept.items() if wanted(task)}
             if not part:
                 continue
             seeds = min(len(runs) for systems in part.values() for runs in systems.values())
-            # (system, task, seed, place)
-            best = np.array([[[run["best"] for run in list(systems[name].values())[:seeds]] for systems in part.values()] for name in names])
+            # Axes: system, task, seed, place.
+            best = np.array(
+                [
+                    [[run["best"] for run in list(systems[name].values())[:seeds]] for systems in part.values()]
+                    for name in names
+                ]
+            )
             lines = [next(iter(systems[names[0]].values())) for systems in part.values()]
             worst = np.array([line["worst"] for line in lines])[None, :, None, None]
             tops = np.maximum([line["top"] for line in lines], best.max((0, 2, 3)))[None, :, None, None]

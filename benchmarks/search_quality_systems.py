@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from search_quality import Config, drawn
+
+
 @dataclass
 class Job:
     """One training, as a search asks for it: until this epoch, unless report says stop. One key, one training."""
@@ -32,7 +35,7 @@ class System:
     def ask(self) -> Job | None:
         raise NotImplementedError
 
-    def report(self, key: Any, epoch: int, value: float) -> bool:
+    def report(self, key: Any, epoch: int, value: float) -> bool:  # noqa: ARG002
         return False
 
     def tell(self, key: Any, epoch: int, value: float, *, stopped: bool) -> None:
@@ -111,6 +114,10 @@ class Hpo(System):
         self._folder.cleanup()
 
 
+def _untrained(config: Any, seed: int, budget: float) -> float:  # noqa: ARG001 - SMAC looks at the names
+    return 0.0
+
+
 def network(*_: Any, **__: Any) -> None:
     """Stands for a network in the study files of this benchmark: nothing is trained."""
 
@@ -146,7 +153,7 @@ class OptunaDefaults(System):
         self._trials[key].report(value, epoch)
         return bool(self._trials[key].should_prune()) and epoch < self.task.epochs
 
-    def tell(self, key: Any, epoch: int, value: float, *, stopped: bool) -> None:
+    def tell(self, key: Any, epoch: int, value: float, *, stopped: bool) -> None:  # noqa: ARG002
         import optuna
 
         state = optuna.trial.TrialState.PRUNED if stopped else optuna.trial.TrialState.COMPLETE
@@ -234,7 +241,7 @@ class Smac(System):
             seed=self.seed,
             output_directory=Path(self._folder.name),
         )
-        self._facade = MultiFidelityFacade(scenario, lambda config, seed, budget: 0.0, logging_level=False)
+        self._facade = MultiFidelityFacade(scenario, _untrained, logging_level=False)
         self._jobs: dict[Any, Any] = {}
         self._keys: dict[Any, int] = {}
 
@@ -244,7 +251,7 @@ class Smac(System):
         self._jobs[key] = info
         return Job(key, dict(info.config), round(info.budget))
 
-    def tell(self, key: Any, epoch: int, value: float, *, stopped: bool) -> None:
+    def tell(self, key: Any, epoch: int, value: float, *, stopped: bool) -> None:  # noqa: ARG002
         from smac.runhistory.dataclasses import TrialValue
 
         cost = -value if self.task.maximize else value
@@ -283,7 +290,7 @@ class Neps(System):
         config = {name: value for name, value in trial.config.items() if name != "epochs"}
         return Job(key, config, int(trial.config["epochs"]))
 
-    def tell(self, key: Any, epoch: int, value: float, *, stopped: bool) -> None:
+    def tell(self, key: Any, epoch: int, value: float, *, stopped: bool) -> None:  # noqa: ARG002
         self._neps.tell(self._jobs.pop(key), -value if self.task.maximize else value)
 
 

@@ -1,7 +1,7 @@
 """A small Gaussian process: a Matérn kernel with one length scale for each input, in milliseconds for 300 points.
 
-Rasmussen and Williams 2006, "Gaussian Processes for Machine Learning", chapters 2, 4 and 5. Optuna's own needs torch and
-takes a second.
+Rasmussen and Williams 2006, "Gaussian Processes for Machine Learning", chapters 2, 4 and 5. Optuna's own needs torch
+and takes a second.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ class GaussianProcess:
         half = solve_triangular(self._factor, kernel.T, lower=True)
         variance = np.maximum(1 - (half * half).sum(0), 1e-9) * self._variance
         return self._mean + kernel @ self._weights, np.sqrt(variance)
-
 
     def draws(self, queries: Floats, count: int, rng: np.random.Generator) -> Floats:
         """Functions drawn from the posterior, at queries (m, dimensions): (count, m)."""

@@ -1,10 +1,10 @@
 """A sampler that models scores over parameters and epochs by a Gaussian process.
 
 Pruned trials count with what they had reached, as in Kandasamy et al. 2017, "Multi-fidelity Bayesian Optimisation with
-Continuous Approximations": the epoch is one more input of the model. The candidate with the largest expected improvement
-of the score after all epochs (Jones et al. 1998) is tried next. Scores are replaced by normal quantiles of their ranks
-(Salinas et al. 2020, "A Quantile-based Approach for Hyperparameter Transfer Learning"): a few trainings that diverge do
-not flatten the differences among good ones.
+Continuous Approximations": the epoch is one more input of the model. The candidate with the largest expected
+improvement of the score after all epochs (Jones et al. 1998) is tried next. Scores are replaced by normal quantiles of
+their ranks (Salinas et al. 2020, "A Quantile-based Approach for Hyperparameter Transfer Learning"): a few trainings
+that diverge do not flatten the differences among good ones.
 """
 
 from __future__ import annotations
@@ -125,7 +125,9 @@ class MultiFidelityGp(optuna.samplers.BaseSampler):  # type: ignore[misc]
         known = self._observations(study, others)
         if len(known) < self._stage.spec.search.sampler.startup_trials:
             design = OrdinalQmc(seed=self._stage.spec.seed, ordinal=ordinal, ranges=search_space)
-            found: dict[str, Any] = design.sample_relative(study, trial, design.infer_relative_search_space(study, trial))
+            found: dict[str, Any] = design.sample_relative(
+                study, trial, design.infer_relative_search_space(study, trial)
+            )
             return found
         rng = np.random.default_rng(self._seed)
         running = [self._values(other) for other in others if other.state is TrialState.RUNNING]
@@ -211,7 +213,8 @@ def propose(
     candidates = np.vstack([places.draw(rng, _CANDIDATES // 2), places.near(rng, centres)])
     mean, deviation = model(_at_end(places.features(candidates)))
     tried, _ = model(_at_end(points))
-    return candidates[int(np.argmax(expected_improvement(mean, deviation, float(tried.max()))))]
+    chosen: Floats = candidates[int(np.argmax(expected_improvement(mean, deviation, float(tried.max()))))]
+    return chosen
 
 
 def normal_ranks(values: Floats) -> Floats:
@@ -219,7 +222,8 @@ def normal_ranks(values: Floats) -> Floats:
     from scipy.special import ndtri
     from scipy.stats import rankdata
 
-    return ndtri((rankdata(values) - 0.5) / len(values))
+    quantiles: Floats = ndtri((rankdata(values) - 0.5) / len(values))
+    return quantiles
 
 
 def _at_end(points: Floats) -> Floats:

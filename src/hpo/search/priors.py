@@ -1,8 +1,8 @@
 """Priors of parameters: how often a candidate is drawn from them, and how.
 
-After PriorBand (Mallik et al. 2023, "PriorBand: Practical Hyperparameter Optimization in the Age of Deep Learning"): the
-prior is trusted as long as it explains the best trials as well as the neighbourhood of the best one does. In place of
-that neighbourhood, candidates that are not from the prior are the sampler's own.
+After PriorBand (Mallik et al. 2023, "PriorBand: Practical Hyperparameter Optimization in the Age of Deep Learning"):
+the prior is trusted as long as it explains the best trials as well as the neighbourhood of the best one does. In place
+of that neighbourhood, candidates that are not from the prior are the sampler's own.
 """
 
 from __future__ import annotations
@@ -48,16 +48,14 @@ def prior_share(stage: Stage, trials: Sequence[FrozenTrial], *, maximize: bool) 
         return _MOST
     top = [_values(stage, trial) for trial in ranked[: math.ceil(len(ranked) / _TOP)]]
     weights = [1 / (1 + place) for place in range(len(top))]
-    centre = top[0]
-    prior = sum(
-        weight * math.prod(_density(part, part.prior.value, values[path], part.prior.confidence) for path, part in parts.items() if path in values and part.prior)
-        for weight, values in zip(weights, top, strict=True)
-    )
-    around = sum(
-        weight * math.prod(_density(part, centre[path], values[path], "medium") for path, part in parts.items() if path in values and path in centre)
-        for weight, values in zip(weights, top, strict=True)
-    )
-    return _MOST * prior / (prior + around) if prior + around > 0 else 0.0
+    sums = {"prior": 0.0, "around": 0.0}
+    for weight, values in zip(weights, top, strict=True):
+        shared = [(path, part, part.prior) for path, part in parts.items() if path in values and part.prior]
+        densities = [_density(part, prior.value, values[path], prior.confidence) for path, part, prior in shared]
+        sums["prior"] += weight * math.prod(densities)
+        near = [_density(part, top[0][path], values[path], "medium") for path, part, _ in shared if path in top[0]]
+        sums["around"] += weight * math.prod(near)
+    return _MOST * sums["prior"] / sum(sums.values()) if any(sums.values()) else 0.0
 
 
 def _best_first(trials: Sequence[FrozenTrial], *, maximize: bool) -> list[FrozenTrial]:

@@ -164,7 +164,8 @@ class Study:
             return None
         trial, attrs = handed
         # Samplers saw a sample of a long stage; pruners see all of it.
-        trial.study = self._view(attrs.stage, sampled=False).study(sampler=trial.study.sampler, pruner=self._pruner)
+        view = self._view(attrs.stage, sampled=False)
+        trial.storage, trial.study = view, view.study(sampler=trial.study.sampler, pruner=self._pruner)
         self._running[trial.number] = trial
         return attrs.candidate(trial.number)
 

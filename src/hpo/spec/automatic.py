@@ -74,4 +74,5 @@ def _unpruned(spec: StudySpec, epochs: int) -> str:
 
 def prunes(spec: StudySpec) -> bool:
     """Whether trials of the study may be pruned."""
-    return chosen_pruner(spec)[0].name != "none"
+    part, _ = chosen_pruner(spec)
+    return str(part.name) != "none"

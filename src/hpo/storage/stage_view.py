@@ -107,4 +107,3 @@ class StageView(BaseStorage):  # type: ignore[misc]
     set_trial_state_values = _forward("set_trial_state_values")
     set_trial_intermediate_value = _forward("set_trial_intermediate_value")
     set_trial_user_attr = _forward("set_trial_user_attr")
-    
