@@ -192,13 +192,22 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the random candidates")
     parser.add_argument("--peer-trials", type=int, help="run the peer on so many (2 or more) and scale its time")
     parser.add_argument("--peer-format", choices=["pt2", "pickle"], default="pt2", help="how the peer logs its models")
+    parser.add_argument("--until", type=float, help="a test accuracy: see until_score.py; of one --model")
+    parser.add_argument("--limit", type=float, default=1200, help="with --until: seconds for each search")
     args = parser.parse_args()
+    if args.until is not None and args.model == "both":
+        parser.error("--until: give --model, too")
     peer_trials = min(args.trials, args.peer_trials or args.trials)
     if peer_trials < min(2, args.trials):
         parser.error("--peer-trials must be at least 2: the first trial is not typical")
     print(machine(), flush=True)
     # Both sides find the libraries in the disk cache, whoever runs first.
     subprocess.run([sys.executable, "-c", "import mlflow.pytorch, optuna, torch, torchvision"], check=True)
+    if args.until is not None:
+        from until_score import compare
+
+        compare(args.model, args.data.resolve(), score=args.until, limit=args.limit)
+        return
     for model in ("mlp", "cnn") if args.model == "both" else (args.model,):
         with tempfile.TemporaryDirectory() as ours_folder, tempfile.TemporaryDirectory() as peer_folder:
             data = args.data.resolve()

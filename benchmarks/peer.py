@@ -136,6 +136,8 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--model-format", choices=["pt2", "pickle"], default="pt2", help="how MLflow stores a network")
+    parser.add_argument("--until", type=float, help="search by TPE and MedianPruner until a trial is as good as this")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="with --until: seconds for the search")
     parser.add_argument("--candidates", type=Path, help="JSON list of parameters to try, in place of random ones")
     args = parser.parse_args()
 
@@ -163,27 +165,40 @@ def main() -> None:
                 mlflow.log_metric("valid_loss", valid_loss, step=epoch)
                 mlflow.log_metric("valid_accuracy", valid_accuracy, step=epoch)
                 best = max(best, valid_accuracy)
+                if args.until is not None:
+                    trial.report(valid_accuracy, step=epoch)
+                    if trial.should_prune():
+                        raise optuna.TrialPruned
             logged = time.perf_counter()
             # pt2 is MLflow's default and wants an example; of one image, it would take images one by one only.
-            mlflow.pytorch.log_model(net, name="model", input_example=example, serialization_format=args.model_format)
+            model = mlflow.pytorch.log_model(
+                net, name="model", input_example=example, serialization_format=args.model_format
+            )
+            trial.set_user_attr("model_uri", model.model_uri)
             trial.set_user_attr("log_model_seconds", time.perf_counter() - logged)
         return best
 
     started = time.perf_counter()
 
-    def report(_study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+    def report(search: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
         nonlocal started
         now = time.perf_counter()
         line = {"trial": trial.number, "valid_accuracy": trial.value, "seconds": now - started, **trial.user_attrs}
         print(json.dumps(line), flush=True)
         started = now
+        if args.until is not None and trial.value is not None and trial.value >= args.until:
+            search.stop()
 
-    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=SEED))
+    sampler = optuna.samplers.RandomSampler(seed=SEED) if args.until is None else optuna.samplers.TPESampler(seed=SEED)
+    study = optuna.create_study(direction="maximize", sampler=sampler, pruner=optuna.pruners.MedianPruner())
     for params in json.loads(args.candidates.read_text()) if args.candidates else []:
         study.enqueue_trial(params)
     with mlflow.start_run(run_name="study"):
-        study.optimize(objective, n_trials=args.trials, n_jobs=1, callbacks=[report])
+        count, limit = (args.trials, None) if args.until is None else (None, args.limit)
+        study.optimize(objective, n_trials=count, timeout=limit, n_jobs=1, callbacks=[report])
         mlflow.log_metric("best_valid_accuracy", study.best_value)
+    if args.until is not None:
+        mlflow.register_model(study.best_trial.user_attrs["model_uri"], "best")
 
 
 if __name__ == "__main__":

@@ -36,12 +36,14 @@ class TrialState(StrEnum):
 class EndReason(StrEnum):
     """Why a run of a study ended.
 
-    BUDGET: all trials are done. EXHAUSTED: every candidate of the space was tried. TIMEOUT: --timeout has passed.
+    BUDGET: all trials are done. EXHAUSTED: every candidate of the space was tried. REACHED: the best trial is as good
+    as search.until asks for. TIMEOUT: --timeout has passed.
     INTERRUPTED: Ctrl-C or SIGTERM. STOPPED: hpo stop. FAILING: the first trials all failed.
     """
 
     BUDGET = "budget"
     EXHAUSTED = "exhausted"
+    REACHED = "reached"
     TIMEOUT = "timeout"
     INTERRUPTED = "interrupted"
     STOPPED = "stopped"
@@ -50,7 +52,7 @@ class EndReason(StrEnum):
     @property
     def completed(self) -> bool:
         """True where nothing is left to search."""
-        return self in (EndReason.BUDGET, EndReason.EXHAUSTED)
+        return self in (EndReason.BUDGET, EndReason.EXHAUSTED, EndReason.REACHED)
 
     @property
     def orderly(self) -> bool:

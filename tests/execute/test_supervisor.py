@@ -33,6 +33,31 @@ def test_the_budget_is_the_studys_total_across_runs(run_formula, spec):
     assert not [event for event in third.events if isinstance(event, TrialStarted)]
 
 
+def test_a_search_ends_once_its_best_trial_is_as_good_as_was_asked_for(run_formula, spec):
+    values = [trial.value for trial in run_formula(spec).trials]
+    until = sorted(values)[-2]
+    place = next(index for index, value in enumerate(values) if value >= until)
+    assert place < 5, "else the budget ends it"
+    short = formula_spec(until=until).model_copy(update={"name": "short"})
+    run = run_formula(short)
+    assert run.reason is EndReason.REACHED
+    assert run.reason.orderly
+    assert [trial.value for trial in run.trials] == values[: place + 1]
+    again = run_formula(short)
+    assert (again.reason, len(again.trials)) == (EndReason.REACHED, place + 1)
+    further = run_formula(formula_spec().model_copy(update={"name": "short"}))
+    assert [trial.value for trial in further.trials] == values, "the study goes on without it"
+
+
+@pytest.mark.parametrize(("better", "until"), [("maximize", -1.0), ("minimize", 2.0)])
+def test_final_trainings_follow_a_search_that_has_reached_its_aim(run_formula, better, until):
+    objective = {"maximize": "valid_accuracy", "minimize": "valid_loss"}[better]
+    spec = formula_spec(until=until, objective=objective).model_copy(update={"final": FinalSpec(seeds=2)})
+    run = run_formula(spec)
+    assert run.reason is EndReason.REACHED
+    assert [trial.candidate.stage for trial in run.trials] == [None, FINAL, FINAL]
+
+
 def test_every_trial_is_told_to_the_tracker_in_order(run_formula, spec):
     calls = run_formula(spec, trials=2).tracker.calls
     complete = TrialState.COMPLETE

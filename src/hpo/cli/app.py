@@ -106,13 +106,12 @@ def main() -> None:
         except OSError as error:
             code = output.fail(error)
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more as it exits
-        if "mlflow" not in sys.modules:
-            sys.exit(code)
         # Unloading the modules of mlflow and optuna one by one would take two seconds.
-        from hpo.execute.process import end_fork_server
-
         atexit._run_exitfuncs()
-        end_fork_server()
+        if "hpo.execute.process" in sys.modules:
+            from hpo.execute.process import end_fork_server
+
+            end_fork_server()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

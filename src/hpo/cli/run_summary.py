@@ -193,6 +193,7 @@ _WIDEST_COMMAND = 48  # columns
 _REASONS = {
     EndReason.BUDGET: "done",
     EndReason.EXHAUSTED: "done",
+    EndReason.REACHED: "done",
     EndReason.TIMEOUT: "time limit",
     EndReason.FAILING: "gave up",
 }
@@ -204,6 +205,9 @@ def _done(tally: Tally) -> str:
     if not tally.finished_here and tally.finished >= tally.budget:
         return f"all {tally.finished} trials were done before: {tally.counts()}"
     counts = f": {tally.counts()}" if tally.finished else ""
+    if tally.ended and tally.ended.reason is EndReason.REACHED:
+        until = (tally.ended.study.spec.get("search") or {}).get("until")
+        return f"search.until {until} is reached after {tally.finished} trials, {duration(tally.seconds)}{counts}"
     return f"{tally.finished} of {tally.budget} trials, {duration(tally.seconds)}{counts}"
 
 

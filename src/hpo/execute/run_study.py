@@ -56,6 +56,7 @@ class _Run:
     events: Events
     factory: EngineFactory
     jobs: JobProcess
+    drawing: JobProcess
     queue: TrackingQueue
     tracker: Tracker
 
@@ -122,12 +123,13 @@ def _start(
     end = cleanup.enter_context(interruptible(deadline))
     tracker, queue = tracker_of(home, cleanup.callback), TrackingQueue(end=end)
     cleanup.callback(queue.close, timeout=QUICK_TIMEOUT)
-    jobs = JobProcess(process_context())
+    jobs, drawing = JobProcess(process_context()), JobProcess(process_context())
     cleanup.callback(jobs.close)
+    cleanup.callback(drawing.close)
     events = Events([Watcher(watch)] if watch else [])
     if moved:
         events.emit(Notice(moved))
-    return _Run(spec, options, home, join, end, events, factory, jobs, queue, tracker)
+    return _Run(spec, options, home, join, end, events, factory, jobs, drawing, queue, tracker)
 
 
 def _open_study(run: _Run, cleanup: contextlib.ExitStack) -> _OpenStudy:
@@ -195,7 +197,7 @@ def _subscribe(run: _Run, opened: _OpenStudy, cleanup: contextlib.ExitStack) -> 
         opened.spec,
         emit=emit,
         end=run.end,
-        jobs=run.jobs,
+        drawing=run.drawing,
         figures=pictures_folder(opened.work, opened.study),
         joined=bool(run.join),
         keeps=retention.keeps,
@@ -275,7 +277,7 @@ def _finish(run: _Run, opened: _OpenStudy, reason: EndReason, tracking: Tracking
     # A worker whose time is up leaves a study that others continue: its best is not known yet.
     register = reason.orderly and not (run.join and reason is EndReason.TIMEOUT)
     emit(WinnerChosen(study, reason, winner, tuple(remarks), register=register, summarize=summarize))
-    for notice in run.jobs.notices():
+    for notice in (*run.jobs.notices(), *run.drawing.notices()):
         emit(notice)
     model = tracking.finish(reason)
     emit(StudyEnded(study, reason, model))

@@ -37,6 +37,7 @@ class Progress:
 
     def __init__(self, spec: StudySpec, before: StudyResult) -> None:
         self._sign = 1 if spec.search.better == "maximize" else -1
+        self._until = spec.search.until
         self._best: float | None = None
         self._failed = 0
         self._succeeded = False
@@ -51,6 +52,11 @@ class Progress:
         """True where trials fail, and none has ever succeeded."""
         return self._failed >= _HOPELESS and not self._succeeded
 
+    @property
+    def reached(self) -> bool:
+        """True where the best trial is as good as search.until asks for."""
+        return self._until is not None and self._best is not None and self._sign * (self._best - self._until) >= 0
+
     def add(self, result: TrialResult, *, final: bool) -> bool:
         """Take in the result of a trial; True if it is the best of the search so far."""
         # A trial that is pruned because memory was short is no success.
@@ -60,12 +66,16 @@ class Progress:
         self._succeeded |= result.state is TrialState.COMPLETE or pruned
         if key := result.settings.get("precision_key"):
             self.precisions.setdefault(key, result.settings["precision"])
-        if final or result.state is not TrialState.COMPLETE or result.value is None or not result.feasible:
+        if final or result.state is not TrialState.COMPLETE or not result.feasible:
             return False
-        if self._best is None or self._sign * result.value > self._sign * self._best:
-            self._best = result.value
-            return True
-        return False
+        return self.note(result.value)
+
+    def note(self, value: float | None) -> bool:
+        """Take in the objective of a complete trial; True if it is the best so far."""
+        if value is None or (self._best is not None and self._sign * value <= self._sign * self._best):
+            return False
+        self._best = value
+        return True
 
 
 _TICK = 0.2  # seconds; how soon Ctrl-C, --timeout and finished exports are noticed
@@ -123,6 +133,7 @@ class Supervisor:
         self._prunes = prunes(spec)
         self._running: dict[int, _RunningTrial] = {}  # by slot
         self._progress = Progress(spec, study.result())
+        self._may_reach = True  # whether search.until ends what runs now: not the final trainings
 
     def run(self) -> EndReason:
         """Search, then train the finals; returns why the run ended.
@@ -142,6 +153,7 @@ class Supervisor:
     def _search(self) -> EndReason:
         reason = self._run_phase(partial(self._study.ask, budget=self._budget))
         chosen = finalists(self._spec, self._study.result()) if reason.completed else []
+        self._may_reach = False
         if not chosen:
             return reason
         self._study.enqueue_finals(chosen)
@@ -160,7 +172,13 @@ class Supervisor:
             if reason := self._reason_to_stop():
                 self._stop_running(reason)
                 return reason
-            if time.monotonic() >= ask_at:
+            if self._may_reach and self._progress.reached:
+                # The engine of stopped trials is closed; a final training needs it.
+                if self._running and self._spec.final is None:
+                    self._stop_running(EndReason.REACHED)
+                if not self._running:
+                    return EndReason.REACHED
+            elif time.monotonic() >= ask_at:
                 handed = self._hand_out(ask)
                 idle = not self._running and any(map(self._engine.accepts, range(self._engine.slots)))
                 if idle and not self._study.blocked:
@@ -179,8 +197,13 @@ class Supervisor:
 
     def _reap(self) -> None:
         """Finish or retry the trials of supervisors that have died since the last look."""
-        if self._study.reap():
-            study = self._study.result()
+        reaped = self._study.reap()
+        if not (reaped or (self._study.shared and self._spec.search.until is not None)):
+            return
+        study = self._study.result()
+        if study.best is not None and study.best.result is not None:  # perhaps of another supervisor
+            self._progress.note(study.best.result.value)
+        if reaped:
             self._events.emit(TrialsReaped(study, frozenset(self._study.trials_of_others())))
 
     def _reason_to_stop(self) -> EndReason | None:

@@ -19,7 +19,7 @@ from hpo.execute.process import SLOW, RunEnd
 from hpo.execute.workers.job_process import JobProcess
 from hpo.home import Home
 from hpo.report.text import counted
-from hpo.tracking.store import load_mlflow
+from hpo.tracking.models import warm_up
 from hpo.tracking.tracker import Tracker
 
 P = ParamSpec("P")
@@ -166,7 +166,7 @@ class TrackerProcess:
 
     def load(self) -> None:
         """Begin to import mlflow."""
-        self._jobs.submit(load_mlflow)
+        self._jobs.submit(warm_up)
 
     def __getattr__(self, method: str) -> Callable[..., Any]:
         return partial(self._call, method)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
@@ -19,6 +20,18 @@ NET, CONFIG, SETUP, WEIGHTS = "net.pt2", "config.json", "setup.json", "weights.s
 _LARGEST_EXAMPLE = 20_000  # values
 # Logged with each model, whose script loads the program by it where there is no hpo.
 _LOADER = {name: Path(__file__).parents[1] / "models" / f"{name}.py" for name in ("safe_loader", "interpreter")}
+
+
+def warm_up() -> None:
+    """Import mlflow and what log_model needs of it; the first call takes seconds."""
+    load_mlflow()
+    import mlflow.pyfunc  # noqa: F401
+
+    # The first model that is logged reads the metadata of all installed packages; a later MLflow may do without.
+    with suppress(ImportError):
+        from mlflow.utils.requirements_utils import warn_dependency_requirement_mismatches
+
+        warn_dependency_requirement_mismatches(_requirements())
 
 
 def log_model(client: Any, run: Any, folder: Path) -> str:
@@ -151,13 +164,18 @@ def save_model(target: Path, folder: Path, *, model_id: str, run_id: str, tags: 
             python_model=str(Path(__file__).with_name("logged_model_script.py")),
             artifacts={name: _uri(file) for name, file in artifacts.items()},
             # Given, because inferring them loads the model in another process: seconds for each trial.
-            pip_requirements=[f"{name}=={_public_version(name)}" for name in ("mlflow", "numpy", "pandas", "torch")],
+            pip_requirements=_requirements(),
             signature=ModelSignature(inputs=Schema([images]), outputs=Schema(classes)),
             # A black image: none of the data set leaves with the model. As text, a large one would be megabytes.
             input_example=zeros((1, *shape), images.type) if prod(shape) <= _LARGEST_EXAMPLE else None,
             metadata={"study": tags.get("hpo.study", ""), "trial": tags.get("hpo.trial", ""), **config},
             mlflow_model=Model(model_id=model_id, model_uuid=model_id, run_id=run_id),
         )
+
+
+def _requirements() -> list[str]:
+    """What the logged script imports, at the versions that are installed here."""
+    return [f"{name}=={_public_version(name)}" for name in ("mlflow", "numpy", "pandas", "torch")]
 
 
 def _public_version(package: str) -> str:

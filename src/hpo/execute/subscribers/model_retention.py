@@ -25,7 +25,8 @@ from hpo.spec.study import StudySpec
 from hpo.tracking.runs import FIGURES
 from hpo.tracking.tracker import Tracker
 
-_EXPORT_SHARE = 0.1  # of the time, while trials train
+_EXPORT_SHARE = 0.1  # of the time, while trials train,
+_EXPORTS_FREE = 1.0  # beyond these seconds
 _TICK = 0.1  # seconds
 
 
@@ -67,24 +68,27 @@ class ModelRetention(Subscriber):
         self._pending: dict[int, Job] = {}
         self._started = self._export_started = time.monotonic()
         self._export_seconds = 0.0
-        self._told_of_end = self._told_of_saving = self._warm = False
+        self._told_of_end = self._told_of_saving = False
+        self._imports: Job | None = None  # of what exports need
+        self._drawing: dict[int, Job] = {}
 
     def __call__(self, event: RunEvent) -> None:
-        """Follow the trials; at the end of the search, export every model that is to be kept, then draw the best."""
+        """Follow the trials; at the end of the search, export every model that is to be kept, and draw the best."""
         match event:
             case StudyOpened(study):
                 self.resume(study, self._queue.submit(self._tracker.kept_models, study), leave=event.trials_of_others)
             case TrialStarted(candidate) if candidate.stage == FINAL:
                 self._running_finals.add(candidate.number)
-            case EpochEnded() if not self._warm and self._jobs and self._spec.keep.count:
-                self._warm = True
-                self._jobs.submit(warm_up, pictures=bool(self._spec.keep.figure_count))
+            case EpochEnded() if not self._imports and self._jobs and self._spec.keep.count:
+                self._imports = self._jobs.submit(warm_up, exports=True)
             case TrialEnded(result):
                 self.add(result, final=result.number in self._running_finals)
             case SearchEnded(study, reason, trials_of_others):
                 self.resume(study, self._queue.submit(self._tracker.kept_models, study), leave=trials_of_others)
+                self._export(wait=True)
                 self._queue.wait(timeout=store_timeout(reason), notify=lambda text: self._emit(Notice(text)))
                 self.collect(wait=True)
+                self._begin_drawing()
             case WinnerChosen():
                 self.draw()
             case _:
@@ -182,26 +186,34 @@ class ModelRetention(Subscriber):
 
     def _export(self, *, wait: bool) -> None:
         """Start the exports that are due, the best first. While trials train, they take a tenth of the time at most."""
-        share = self._export_seconds / max(time.monotonic() - self._started, 1e-9)
-        if self._jobs and self._waiting and (wait or (not self._pending and share < _EXPORT_SHARE)):
+        ready = not self._pending and (self._imports is None or self._imports.done())
+        most = _EXPORTS_FREE + _EXPORT_SHARE * (time.monotonic() - self._started)
+        if self._jobs and self._waiting and (wait or (ready and self._export_seconds < most)):
             self._export_started = time.monotonic()
             best_first = [number for number in self._ranked() if number in self._waiting]
             for number in best_first if wait else [min(self._waiting)]:
                 self._undrawn[number] = self._waiting.pop(number)
                 self._pending[number] = self._jobs.submit(finish_trial, self._undrawn[number], self._data)
 
+    def _begin_drawing(self) -> None:
+        """Start to draw the figures of the best trials of this run."""
+        if self._jobs is None:
+            return
+        chosen = self._best(self._spec.keep.figure_count) & self._kept & self._undrawn.keys()
+        for number in sorted(chosen - self._drawing.keys()):
+            folder = self._folder(number) / FIGURES
+            self._drawing[number] = self._jobs.submit(draw_trial, self._undrawn[number], self._data, folder)
+
     def draw(self) -> None:
-        """Draw the figures of the best trials of this run; the files of the others are not needed any more."""
-        best = self._best(self._spec.keep.figure_count)
-        for number, result in self._undrawn.items():
-            if number in best & self._kept and self._jobs:
-                folder = self._folder(number) / FIGURES
-                job = self._jobs.submit(draw_trial, result, self._data, folder)
+        """Log the figures of the best trials once they are drawn; the files of the others are not needed any more."""
+        self._begin_drawing()
+        for number in self._undrawn:
+            if (job := self._drawing.get(number)) is not None:
                 waits = partial(self._emit, Notice(f"drawing the figures of trial {number}"))
                 if not self._end.await_done(job, slow=waits):
                     return
                 if job.exception() is None:
-                    self._queue.submit(self._tracker.log_figures, number, folder)
+                    self._queue.submit(self._tracker.log_figures, number, self._folder(number) / FIGURES)
             self._queue.submit(self._let_go, number)
         self._undrawn.clear()
 

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from hpo.events import (
+    EpochEnded,
     Notice,
     RunEvent,
     SearchEnded,
@@ -21,7 +22,7 @@ from hpo.events import (
 from hpo.execute.process import RunEnd
 from hpo.execute.subscribers import Emit, Subscriber
 from hpo.execute.tracking_queue import TIMEOUT, TrackingQueue
-from hpo.execute.workers.job_process import JobProcess, draw_study
+from hpo.execute.workers.job_process import Job, JobProcess, draw_study, warm_up
 from hpo.records import EndReason, ModelVersion, StudyResult, Trial
 from hpo.report.summary import study_summary
 from hpo.spec.study import StudySpec
@@ -38,8 +39,8 @@ def store_timeout(reason: EndReason) -> float:
 class Tracking(Subscriber):
     """Queues a call of the tracker for each event.
 
-    jobs draws the study's figures into the folder figures. joined: the run takes part in a study that another command
-    has begun and tracks. keeps tells whether a trial's model is kept.
+    drawing is the process that draws the study's figures, into the folder figures. joined: the run takes part in a
+    study that another command has begun and tracks. keeps tells whether a trial's model is kept.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class Tracking(Subscriber):
         *,
         emit: Emit,
         end: RunEnd | None = None,
-        jobs: JobProcess | None = None,
+        drawing: JobProcess | None = None,
         figures: Path = Path("figures"),
         joined: bool = False,
         keeps: Callable[[Trial], bool] = lambda _: False,
@@ -60,7 +61,9 @@ class Tracking(Subscriber):
         self._spec = spec
         self._emit = emit
         self._end = end or RunEnd()
-        self._jobs = jobs
+        self._drawing = drawing
+        self._warm = False
+        self._drawn: Job | None = None
         self._figures = figures
         self._joined = joined
         self._keeps = keeps
@@ -83,7 +86,12 @@ class Tracking(Subscriber):
                 submit(tracker.end_trial, result)
             case TrialsReaped(study, trials_of_others):
                 submit(tracker.reconcile, study, self._spec, leave=trials_of_others)
+            case EpochEnded() if self._drawing is not None and not self._warm:
+                self._warm = True
+                self._drawing.submit(warm_up, exports=False)
             case SearchEnded(study, _, trials_of_others, True):
+                if self._drawing is not None and study.best is not None:
+                    self._drawn = self._drawing.submit(draw_study, study, self._figures)
                 # Other runs of the study may have ended without writing everything since this one began.
                 submit(tracker.reconcile, study, self._spec, leave=trials_of_others)
             case StudyProfiled() if self._study is not None:
@@ -119,18 +127,17 @@ class Tracking(Subscriber):
             name = study.name if self._registered else ""
             text = study_summary(study, winner=winner, model=name, remarks=list(event.remarks))
             status = "FINISHED" if reason.orderly else "KILLED"
-            self._queue.submit(self._tracker.close_study, study, status=status, summary=text, figures=self._draw(study))
+            self._queue.submit(self._tracker.close_study, study, status=status, summary=text, figures=self._files())
 
     def _elsewhere(self) -> bool:
         """True where another machine may have a model that is to be kept."""
         return self._tracker.home.shared and self._spec.keep.models != "none"
 
-    def _draw(self, study: StudyResult) -> list[Path]:
+    def _files(self) -> list[Path]:
         """The study's figures; where they could not be drawn that is a notice, and the study ends without them."""
-        if self._jobs is None or study.best is None:
-            return []
-        drawing = self._jobs.submit(draw_study, study, self._figures)
         self._say_registered()
+        if (drawing := self._drawn) is None:
+            return []
         waits = partial(self._notify, "drawing the figures of the study")
         error: object = "the run had to end." if not self._end.await_done(drawing, slow=waits) else drawing.exception()
         if error is not None:

@@ -1,4 +1,4 @@
-"""One process for the jobs that must not delay training: preparing data, exporting models, drawing figures."""
+"""Processes for the jobs that must not delay training: preparing data, exporting models, drawing figures."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Job:
 
 
 class JobProcess:
-    """The process, which runs its jobs in order and sends notices meanwhile. If it dies, another one is started."""
+    """A process that runs its jobs in order and sends notices meanwhile. If it dies, another one is started."""
 
     def __init__(self, context: BaseContext) -> None:
         self._context = context
@@ -135,8 +135,6 @@ def _start(connection: Connection, environment: Mapping[str, str]) -> None:
     global _progress
     _progress = connection
     follow_supervisor(environment, connection)
-    if hasattr(os, "nice"):
-        os.nice(5)  # training comes first
 
 
 def _notify(text: str, done: int, total: int) -> None:
@@ -197,24 +195,29 @@ def draw_study(study: StudyResult, folder: Path) -> list[Path]:
         "effects": lambda: space_figures.effects(study),
         "timeline": lambda: study_figures.timeline(study),
     }
-    if not study.objective.endswith("_loss"):
+    if not study.objective.endswith("_loss") and (study.spec.get("search") or {}).get("stages"):
         figures["effects_on_loss"] = lambda: space_figures.effects(study, score="valid_loss")
     return _draw(figures, folder, study.title)
 
 
-def warm_up(*, pictures: bool) -> None:
-    """Import what exports and pictures need, seconds of work, while others still train."""
-    from hpo.models import warm_up_exports
-    from hpo.training.device import use_threads
+def warm_up(*, exports: bool) -> None:
+    """Import what pictures need, and exports, while others train; the jobs that follow give way to the training.
 
-    use_threads(1)
-    warm_up_exports()
-    if pictures:
-        import matplotlib.figure
+    The imports do not: they take seconds once, and in a short study all that follows would wait for them.
+    """
+    import matplotlib.figure
 
-        from hpo.report.figures import pairs, space, study  # noqa: F401
+    from hpo.report.figures import classifier, images, pairs, space, study  # noqa: F401
 
-        matplotlib.figure.Figure().add_subplot()
+    matplotlib.figure.Figure().add_subplot()
+    if exports:
+        from hpo.models import warm_up_exports
+        from hpo.training.device import use_threads
+
+        use_threads(1)
+        warm_up_exports()
+    if hasattr(os, "nice"):
+        os.nice(5)
 
 
 def finish_trial(result: TrialResult, data: DataCard) -> Path:

@@ -215,6 +215,38 @@ def mark_outside(panel: Axes, x: ArrayLike, y: ArrayLike, numbers: Sequence[int]
                 mark_trials(points, [number for number, out in zip(numbers, outside.tolist(), strict=True) if out])
 
 
+def panel_grid(
+    count: int,
+    *,
+    columns: int,
+    width: float,
+    height: float,
+    below: float,
+    left: float = 0.8,
+    gap: float = 0.6,
+    above: float = 0.35,
+    right: float = 0.15,
+    head: float = 0.0,
+) -> tuple[Figure, list[Axes]]:
+    """A placed_figure of count panels of this width and height, row by row, all in inches.
+
+    left, right and head are the room beside all panels and above them; each has above for its title and below for its
+    labels, and gap is the room between two columns. On a phone the panels are below each other.
+    """
+    columns = min(columns_of(columns), count)
+    if is_narrow():
+        width = PHONE - left - right
+    rows = -(-count // columns)
+    whole = PHONE if is_narrow() else left + columns * width + (columns - 1) * gap + right
+    tall = head + rows * (above + height + below)
+    places = [divmod(index, columns) for index in range(count)]
+    boxes = [
+        (left + column * (width + gap), tall - head - (row + 1) * (above + height + below) + below, width, height)
+        for row, column in places
+    ]
+    return placed_figure(whole, tall, boxes)
+
+
 def panels_of(figure: Figure, count: int, *, columns: int, share_y: bool = False) -> list[Axes]:
     """count panels, row by row; the rest of the last row stays empty. share_y: only the left panels have labels."""
     columns = min(columns, count)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from hpo.report.figures import (
     mark_outside,
     mark_trials,
     new_figure,
-    panels_of,
+    panel_grid,
     robust_limits,
     tidy,
 )
@@ -44,9 +44,12 @@ def slices(study: StudyResult, *, columns: int = 3) -> Figure | None:
     shown = [(group, parameter) for group in groups(study) for parameter in group.parameters]
     if not shown:
         return None
-    columns = columns_of(columns)
-    figure = new_figure(min(columns, len(shown)) * 3.6 + 0.8, 2.7 * -(-len(shown) // columns))
-    panels = panels_of(figure, len(shown), columns=columns, share_y=True)
+    columns = min(columns_of(columns), len(shown))
+    bar = 0.75  # inches, with its labels
+    below = _inches_below(parameter.options for _, parameter in shown if not _by_value(parameter))
+    figure, panels = panel_grid(
+        len(shown), columns=columns, width=3.1, height=1.9, gap=0.25, right=0.2 + bar, below=below
+    )
     last = max(trial.number for trial in study.trials)
     every = np.concatenate([group.values for group in {id(group): group for group, _ in shown}.values()])
     for index, (panel, (group, parameter)) in enumerate(zip(panels, shown, strict=True)):
@@ -56,11 +59,13 @@ def slices(study: StudyResult, *, columns: int = 3) -> Figure | None:
         mark_trials(points, numbers)
         tidy(panel, y="" if index % columns else label_of(study.objective), title=group.title(parameter.label))
         _ticks(panel, parameter)
+        panel.tick_params(labelleft=not index % columns)
         fit_y(panel, every, most=highest_of(study.objective), note=not index)
         mark_outside(panel, x, group.values, numbers)
-    figure.colorbar(
-        points, ax=panels, label="trial", shrink=min(0.8, 3 / len(shown)) if columns == 1 else 0.8, pad=0.01
-    )
+    width, height = figure.get_size_inches()
+    tall = min(0.8 * height, 5.0)
+    beside = figure.add_axes((1 - bar / width, 0.5 - tall / height / 2, 0.16 / width, tall / height))
+    figure.colorbar(points, cax=beside, label="trial")
     return figure
 
 
@@ -77,9 +82,9 @@ def effects(study: StudyResult, *, score: str = "", columns: int = 3) -> Figure 
     found = [_effect(name, group, group.scores(score) if score else group.values, part) for group, part in shown]
     if not any(found):
         return None
-    columns = columns_of(columns)
-    figure = new_figure(min(columns, len(shown)) * 3.8 + 0.3, 2.9 * -(-len(shown) // columns) + 0.3)
-    panels = panels_of(figure, len(shown), columns=columns)
+    columns = min(columns_of(columns), len(shown))
+    below = _inches_below([row.text for row in rows] for rows in found)
+    figure, panels = panel_grid(len(shown), columns=columns, width=3.2, height=2.0, head=0.45, below=below)
     for index, (panel, (group, parameter), rows) in enumerate(zip(panels, shown, found, strict=True)):
         tidy(panel, y="" if index % columns else label_of(name), title=group.title(parameter.label))
         if rows:
@@ -87,7 +92,7 @@ def effects(study: StudyResult, *, score: str = "", columns: int = 3) -> Figure 
     note = (
         "mean and standard deviation over the trials that share a value;\nbelow five values, the values and their mean"
     )
-    figure.suptitle(note, fontsize=9, color=GREY)
+    figure.text(0.5, 1 - 0.08 / figure.get_size_inches()[1], note, fontsize=9, color=GREY, ha="center", va="top")
     return figure
 
 
@@ -217,10 +222,21 @@ def _ticks(panel: Axes, parameter: Parameter) -> None:
 
 def _name_ticks(panel: Axes, names: Sequence[str]) -> None:
     """Names below the axis, slanted if they would overlap."""
-    texts = [short_name(name, 18) for name in names]
-    slanted = sum(map(len, texts)) + 2 * len(texts) > 38
+    texts, slanted = _tick_texts(names)
     options: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
     panel.set_xticks(range(len(texts)), texts, fontsize=7.5, **options)
+
+
+def _tick_texts(names: Sequence[str]) -> tuple[list[str], bool]:
+    texts = [short_name(name, 18) for name in names]
+    return texts, sum(map(len, texts)) + 2 * len(texts) > 38
+
+
+def _inches_below(ticks: Iterable[Sequence[str]]) -> float:
+    """The room that the names below some panels need."""
+    found = [_tick_texts(names) for names in ticks]
+    slanted = [len(text) for texts, slanted in found if slanted for text in texts]
+    return 0.36 + 0.036 * max(slanted, default=0)  # half of a letter's width for each letter
 
 
 @dataclass(frozen=True)
