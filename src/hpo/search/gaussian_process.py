@@ -45,19 +45,6 @@ class GaussianProcess:
         variance = np.maximum(1 - (half * half).sum(0), 1e-9) * self._variance
         return self._mean + kernel @ self._weights, np.sqrt(variance)
 
-    def draws(self, queries: Floats, count: int, rng: np.random.Generator) -> Floats:
-        """Functions drawn from the posterior, at queries (m, dimensions): (count, m)."""
-        from scipy.linalg import solve_triangular
-
-        kernel = _matern(queries, self._inputs, self._lengths)
-        half = solve_triangular(self._factor, kernel.T, lower=True)
-        covariance = (_matern(queries, queries, self._lengths) - half.T @ half) * self._variance
-        values, vectors = np.linalg.eigh(covariance)
-        root = vectors * np.sqrt(np.maximum(values, 0))
-        mean = self._mean + kernel @ self._weights
-        found: Floats = mean + rng.normal(size=(count, len(queries))) @ root.T
-        return found
-
 
 def fit(inputs: Floats, outputs: Floats) -> Floats:
     """The most probable logarithms of the length scales (dimensions,), and of the noise's share in the variance.

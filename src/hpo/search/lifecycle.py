@@ -16,7 +16,8 @@ from hpo.errors import SpecError, StoreError
 from hpo.home import Home
 from hpo.locks import lock
 from hpo.search.constraints import aims, parse_constraint
-from hpo.search.samplers import SAMPLERS, sampler_entry
+from hpo.search.pruners import build_pruner
+from hpo.search.samplers import SAMPLERS, check_own, sampler_entry
 from hpo.search.stages import check_stages, distribution
 from hpo.search.study import Study
 from hpo.spec.automatic import chosen_pruner, chosen_sampler
@@ -156,6 +157,9 @@ def _check_search(spec: StudySpec) -> None:
     check_stages(spec)
     for text in spec.search.constraints:
         parse_constraint(text)
+    for part in (spec.search.sampler, *(stage.sampler for stage in spec.search.stages if stage.sampler)):
+        check_own(part)
+    build_pruner(spec)
     name = spec.search.sampler.name
     if spec.search.objectives and not sampler_entry(spec.search.sampler).several_objectives:
         *others, last = [other for other, sampler in SAMPLERS.items() if sampler.several_objectives]

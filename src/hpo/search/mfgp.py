@@ -23,7 +23,8 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.search.gaussian_process import GaussianProcess, expected_improvement, fit
 from hpo.search.stages import Stage, decode, distribution, encode, from_unit, to_unit
 from hpo.spec.automatic import longest_training
-from hpo.spec.space import Choice, Float, Int, holds
+from hpo.spec.grid import holds
+from hpo.spec.space import Choice, Float, Int
 from hpo.storage.optuna_private import OrdinalQmc
 from hpo.storage.trial_attrs import attrs_of
 

@@ -21,6 +21,7 @@ _WIDTHS = {"low": 0.5, "medium": 0.25, "high": 0.125}  # standard deviations in 
 _WEIGHTS = {"low": 2.0, "medium": 4.0, "high": 8.0}  # of the named option; each other one has 1
 _MOST = 0.75  # of the candidates come from a prior: 1 - 1 / (1 + 3), PriorBand's at its lowest rung
 _TOP = 3  # one in this many trials counts as good
+_GOOD = 5  # at most
 _LEAST = 3  # trials before a prior is judged
 
 
@@ -39,23 +40,23 @@ def prior_values(stage: Stage, trials: Sequence[FrozenTrial], *, maximize: bool,
 def prior_share(stage: Stage, trials: Sequence[FrozenTrial], *, maximize: bool) -> float:
     """The share in [0, 0.75] of candidates that are to come from the priors.
 
-    The best third of the trials is weighted by rank; each counts with its density under the priors, and with its
-    density around the best trial.
+    Of the best third of the trials, at most five, the geometric mean of their densities under the priors is compared
+    with that of their densities around the best trial; better trials weigh more.
     """
     parts = {path: part for path, part in stage.space.items() if part.prior is not None}
     ranked = _best_first(trials, maximize=maximize)
     if len(ranked) < _LEAST:
         return _MOST
-    top = [_values(stage, trial) for trial in ranked[: math.ceil(len(ranked) / _TOP)]]
-    weights = [1 / (1 + place) for place in range(len(top))]
-    sums = {"prior": 0.0, "around": 0.0}
-    for weight, values in zip(weights, top, strict=True):
-        shared = [(path, part, part.prior) for path, part in parts.items() if path in values and part.prior]
-        densities = [_density(part, prior.value, values[path], prior.confidence) for path, part, prior in shared]
-        sums["prior"] += weight * math.prod(densities)
-        near = [_density(part, top[0][path], values[path], "medium") for path, part, _ in shared if path in top[0]]
-        sums["around"] += weight * math.prod(near)
-    return _MOST * sums["prior"] / sum(sums.values()) if any(sums.values()) else 0.0
+    top = [_values(stage, trial) for trial in ranked[: min(_GOOD, math.ceil(len(ranked) / _TOP))]]
+    lead, total = 0.0, 0.0  # logarithm of the ratio of both means, times the sum of the weights
+    for place, values in enumerate(top):
+        weight = 1 / (1 + place)
+        total += weight
+        for path, part in parts.items():
+            if part.prior is not None and path in values and path in top[0]:
+                prior = _log_density(part, part.prior.value, values[path], part.prior.confidence)
+                lead += weight * (prior - _log_density(part, top[0][path], values[path], "medium"))
+    return _MOST / (1 + math.exp(min(-lead / total, 700.0)))
 
 
 def _best_first(trials: Sequence[FrozenTrial], *, maximize: bool) -> list[FrozenTrial]:
@@ -82,15 +83,15 @@ def _values(stage: Stage, trial: FrozenTrial) -> Mapping[str, Any]:
     return {path: decode(stage.space[path], trial.params[name]) for path, name in named.items() if name in trial.params}
 
 
-def _density(parameter: Float | Int | Choice, centre: Any, value: Any, confidence: str) -> float:
-    """Density of a value in the unit interval, or the share of an option times their number; 1 is uniform."""
+def _log_density(parameter: Float | Int | Choice, centre: Any, value: Any, confidence: str) -> float:
+    """The logarithm of the density in the unit interval, or of an option's share times their number; 0 is uniform."""
     if isinstance(parameter, Choice):
         weight, count = _WEIGHTS[confidence], len(parameter.choice)
-        return count * (weight if value == centre else 1.0) / (weight + count - 1)
+        return math.log(count * (weight if value == centre else 1.0) / (weight + count - 1))
     width, middle = _WIDTHS[confidence], to_unit(parameter, centre)
     mass = (math.erf((1 - middle) / width / math.sqrt(2)) + math.erf(middle / width / math.sqrt(2))) / 2
     away = (to_unit(parameter, value) - middle) / width
-    return math.exp(-away * away / 2) / (width * math.sqrt(2 * math.pi) * mass)
+    return -away * away / 2 - math.log(width * math.sqrt(2 * math.pi) * mass)
 
 
 def _drawn(parameter: Float | Int | Choice, chance: random.Random) -> Any:

@@ -29,9 +29,10 @@ from hpo.search.stages import (
     stage_names,
 )
 from hpo.spec.automatic import chosen_sampler
+from hpo.spec.grid import holds
 from hpo.spec.own_code import load_function
 from hpo.spec.search import SamplerSpec
-from hpo.spec.space import Choice, Float, Int, holds
+from hpo.spec.space import Choice, Float, Int
 from hpo.spec.study import StudySpec
 from hpo.storage.optuna_private import FIXED, OrdinalQmc, at_ordinal
 from hpo.storage.optuna_storage import Storage
@@ -115,11 +116,17 @@ SAMPLERS: dict[str, Sampler] = {
 
 def sampler_entry(part: SamplerSpec) -> Sampler:
     """The entry of the table, or one for package.module:function."""
-    return SAMPLERS.get(part.name) or Sampler(partial(_own, part), learns=True)
+    return SAMPLERS.get(part.name) or Sampler(lambda _, seed, __: _own(part, seed), learns=True)
 
 
-def _own(part: SamplerSpec, stage: Stage, seed: int, ordinal: int) -> Any:  # noqa: ARG001
-    """What a function of the user's own returns for one candidate. Raises SpecError where it is no sampler."""
+def check_own(part: SamplerSpec) -> None:
+    """Raise SpecError where package.module:function does not return a sampler."""
+    if part.name not in SAMPLERS:
+        _own(part, seed=0)
+
+
+def _own(part: SamplerSpec, seed: int) -> Any:
+    """What a function of the user's own returns for one candidate."""
     make = load_function(part.name, what="sampler")
     seeded = {"seed": seed} if "seed" in inspect.signature(make).parameters else {}
     return called(make, {**seeded, **part.options}, optuna.samplers.BaseSampler, name=part.name, what="sampler")

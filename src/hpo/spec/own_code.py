@@ -209,7 +209,7 @@ def content_of(spec: StudySpec) -> dict[str, Any]:
     says so.
     """
     tree = spec.model_dump(mode="json")
-    parts = {part: tree.get(part) for part in _PARTS}
+    parts = {part: tree.get(part) for part in _PARTS} | {"search": _without_samplers(tree["search"])}
     functions = {name: _source_digest(name) for name in named_functions(parts)}
     files = {text: _file_digest(Path(text)) for text in sorted(set(_texts(parts))) if _names_file(text)}
     return {
@@ -217,6 +217,13 @@ def content_of(spec: StudySpec) -> dict[str, Any]:
         "files": {name: digest for name, digest in files.items() if digest},
         "libraries": {name: found for name in _LIBRARIES if (found := _version(name))},
     }
+
+
+def _without_samplers(search: Mapping[str, Any]) -> dict[str, Any]:
+    """A search without its samplers and its pruner, which may change while it goes on."""
+    kept = {key: value for key, value in search.items() if key not in ("sampler", "pruner")}
+    stages = [{key: value for key, value in stage.items() if key != "sampler"} for stage in search.get("stages", ())]
+    return {**kept, "stages": stages}
 
 
 def content_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -15,6 +15,9 @@ from hpo.spec.space import MOST, Cost, Count, Part, Positive, PrunerName, Sample
 _CONSTRAINT = r"^ *(parameters|latency_ms|valid_[^<>]*[^<> ]) *(<=|>=) *[0-9.eE+-]+ *$"
 
 
+UNPRUNED = ("auto", "none")  # pruners that a study may name where trials must not be pruned
+
+
 def _by_name(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
@@ -147,7 +150,7 @@ class SearchSpec(Part):
             self._check_stage(stage, first=index == 0)
         if len(self.objectives) == 1:
             raise ValueError("objectives lists one aim. Write it as objective, or add another")
-        if self.objectives and self.pruner.name not in ("auto", "none"):
+        if self.objectives and self.pruner.name not in UNPRUNED:
             raise ValueError(
                 "Optuna prunes searches with one objective only. Write pruner: none, or leave objectives out"
             )
@@ -176,6 +179,15 @@ class SearchSpec(Part):
             raise ValueError(f"stage {stage.name}: its space has no finite grid. Give trials")
         if stage.trials is None and stage.sampler is not None and stage.sampler.name != "grid":
             raise ValueError(f"stage {stage.name}: sampler {stage.sampler.name} needs a number of trials. Give trials")
+
+    def resumed_as(self, record: Mapping[str, Any]) -> SearchSpec:
+        """This search for a study that began with that of record: what was not given of sampler and pruner stays."""
+        kept = {
+            place: kind.model_validate(record[place])
+            for place, kind in (("sampler", SamplerSpec), ("pruner", PrunerSpec))
+            if place not in self.model_fields_set and place in record
+        }
+        return self.model_copy(update=kept) if kept else self
 
     @property
     def better(self) -> Literal["maximize", "minimize"]:

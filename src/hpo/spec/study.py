@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from hpo.errors import SpecError
 from hpo.spec.models import ModelSpec
-from hpo.spec.search import SearchSpec
+from hpo.spec.search import UNPRUNED, SearchSpec
 from hpo.spec.space import Choice, Float, Int, Part, Positive, PublishedScore, Seed, Share
 from hpo.spec.training import TrainingSpec
 
@@ -216,10 +216,7 @@ class StudySpec(Part):
             for path, value in values.items():
                 if isinstance(value, float) and not math.isfinite(value):
                     raise ValueError(f"search.start[{index}].{path}: {value} is not finite. Correct the value")
-        if "training.data_growth" in self.search.whole_space and self.search.pruner.name not in (
-            "auto",
-            "none",
-        ):
+        if "training.data_growth" in self.search.whole_space and self.search.pruner.name not in UNPRUNED:
             raise ValueError(
                 "search.space.training.data_growth: a pruner compares trials at one epoch, and theirs would cost "
                 "different amounts. Fix it, or write pruner: none"
@@ -271,23 +268,12 @@ class StudySpec(Part):
             raise SpecError(f"{error}, or give one of them a `when`.") from None
 
     def resumed_as(self, record: Mapping[str, Any]) -> StudySpec:
-        """This spec for a study that began with the spec of record.
-
-        A monitor, a sampler or a pruner that was not given stays that one's: their defaults were others once.
-        """
-        changed: dict[str, Any] = {}
+        """This spec for a study that began with that of record: monitor, sampler and pruner stay where none is given."""
         monitor = record.get("training", {}).get("monitor", self.training.monitor)
+        changed: dict[str, Any] = {"search": self.search.resumed_as(record.get("search", {}))}
         if "monitor" not in self.training.model_fields_set and monitor != self.training.monitor:
             changed["training"] = self.training.watching(monitor)
-        before = record.get("search", {})
-        kept = {
-            place: type(part).model_validate(before[place])
-            for place, part in (("sampler", self.search.sampler), ("pruner", self.search.pruner))
-            if place not in self.search.model_fields_set and place in before
-        }
-        if kept:
-            changed["search"] = self.search.model_copy(update=kept)
-        return self.model_copy(update=changed) if changed else self
+        return self.model_copy(update=changed)
 
     @property
     def setup(self) -> Setup:
