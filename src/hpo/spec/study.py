@@ -268,7 +268,7 @@ class StudySpec(Part):
             raise SpecError(f"{error}, or give one of them a `when`.") from None
 
     def resumed_as(self, record: Mapping[str, Any]) -> StudySpec:
-        """This spec for a study that began with that of record: monitor, sampler and pruner stay where none is given."""
+        """This spec for a study that began with that of record: monitor, sampler and pruner stay if none is given."""
         monitor = record.get("training", {}).get("monitor", self.training.monitor)
         changed: dict[str, Any] = {"search": self.search.resumed_as(record.get("search", {}))}
         if "monitor" not in self.training.model_fields_set and monitor != self.training.monitor:
