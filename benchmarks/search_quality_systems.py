@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +60,7 @@ class Hpo(System):
 
     sampler: Any = "auto"
     pruner: Any = "auto"
-    priors: Mapping[str, float] = {}
+    prior: str = ""  # best or worst: every setting has a prior, at those of the best or worst of 2,000 random ones
 
     def start(self) -> None:
         from hpo.home import Home
@@ -77,6 +76,8 @@ class Hpo(System):
         for name, part in self.task.space.items():
             low, high = (int(part.low), int(part.high)) if part.whole else (part.low, part.high)
             space[f"model.options.{name}"] = {"int" if part.whole else "float": [low, high], "log": part.log}
+        for name, value in self._priors().items():
+            space[f"model.options.{name}"]["prior"] = value
         middle = {name: part.draw(0.5) for name, part in self.task.space.items()}
         plain = {
             "name": "quality",
@@ -93,6 +94,14 @@ class Hpo(System):
             "seed": self.seed,
         }
         return parse_study(plain, trust=True)
+
+    def _priors(self) -> Config:
+        if not self.prior:
+            return {}
+        configs = drawn(self.task.space, np.random.default_rng(0), 2000)
+        values, _ = self.task.curves(configs)
+        tops = values.max(1) if self.task.maximize else -values.min(1)
+        return configs[int(tops.argmax() if self.prior == "best" else tops.argmin())]
 
     def ask(self) -> Job | None:
         candidate = self._study.ask(budget=100_000, worker="simulated")
@@ -301,6 +310,8 @@ def _named(base: type[System], **settings: Any) -> type[System]:
 SYSTEMS: dict[str, type[System]] = {
     "random": Random,
     "hpo": Hpo,
+    "hpo-good-priors": _named(Hpo, prior="best"),
+    "hpo-bad-priors": _named(Hpo, prior="worst"),
     "hpo-tpe-halving": _named(Hpo, sampler="tpe", pruner={"name": "successive_halving"}),
     "optuna": OptunaDefaults,
     "optuna-hyperband": OptunaHyperband,

@@ -16,6 +16,7 @@ from hpo.search.priors import prior_share
 from hpo.search.stages import from_unit, make_stage, to_unit
 from hpo.spec.automatic import chosen_pruner, chosen_sampler
 from hpo.spec.load import parse_study
+from hpo.spec.own_code import named_functions
 from hpo.spec.search import SearchSpec
 from hpo.spec.space import Float, Int
 from hpo.storage.optuna_storage import open_storage
@@ -196,6 +197,16 @@ def test_functions_of_the_users_own_give_sampler_and_pruner_and_resume_exactly(h
 def test_what_is_no_sampler_or_pruner_is_refused_before_a_trial(home, search, words):
     with pytest.raises(SpecError, match=words):
         open_study(home, plain_study(**search), data_digest="d")
+
+
+def test_classes_of_optuna_need_no_function_and_no_trust(home, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    spec = plain_study(
+        sampler={"name": "optuna.samplers:TPESampler", "options": {"n_startup_trials": 2}},
+        pruner={"name": "optuna.pruners:PercentilePruner", "options": {"percentile": 25.0, "n_startup_trials": 1}},
+    )
+    assert named_functions(spec.model_dump()) == []
+    assert run_whole(home, spec, 8, epochs=9).count(TrialState.PRUNED)
 
 
 def test_mfgp_learns_from_pruned_trials(home, make_spec):

@@ -24,6 +24,7 @@ from hpo.metrics import Metric, find_metric, name_of
 from hpo.spec.study import StudySpec
 
 _PROSE = ("name", "question", "references")  # parts of a study that are only read by people
+_LIBRARY = ("optuna.samplers:", "optuna.pruners:")  # nobody's own code: making one of these does no harm
 _OWN_SCORE = re.compile(r" *valid_([^<>\s]+)(?: *[<>]=.*)?")  # as an objective, a monitor or in a constraint
 
 
@@ -44,11 +45,12 @@ def is_function(text: str) -> bool:
 
 
 def named_functions(tree: Mapping[str, Any]) -> list[str]:
-    """Every package.module:function in the parts of a study or a setup, but for those that are prose."""
+    """Every package.module:function in the parts of a study or a setup, but for prose and Optuna's own classes."""
     texts = {text for part in tree if part not in _PROSE for text in _texts(tree[part])}
     measured = {text for part in ("training", "search") for text in _texts(tree.get(part))}
     scores = {text: match[1] for text in measured if (match := _OWN_SCORE.fullmatch(text)) and is_function(match[1])}
-    return sorted({text for text in texts - scores.keys() if is_function(text)} | set(scores.values()))
+    functions = {text for text in texts - scores.keys() if is_function(text)} | set(scores.values())
+    return sorted(name for name in functions if not name.startswith(_LIBRARY))
 
 
 def module_file(function: str) -> Path | None:
