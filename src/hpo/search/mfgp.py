@@ -131,12 +131,12 @@ class MultiFidelityGp(optuna.samplers.BaseSampler):  # type: ignore[misc]
             )
             return found
         rng = np.random.default_rng(self._seed)
-        running = [self._values(other) for other in others if other.state is TrialState.RUNNING]
+        running = [self._parameters_of(other) for other in others if other.state is TrialState.RUNNING]
         places = propose(self._places, known, [values for values in running if values], rng)
         values = self._places.values(places)
         return {self._stage.label(path): encode(self._stage.space[path], value) for path, value in values.items()}
 
-    def _values(self, trial: FrozenTrial) -> dict[str, Any]:
+    def _parameters_of(self, trial: FrozenTrial) -> dict[str, Any]:
         if not trial.state.is_finished():
             return dict(attrs_of(trial).parameters or {})
         named = ((path, part, self._stage.label(path)) for path, part in self._places.parameters)
@@ -149,7 +149,7 @@ class MultiFidelityGp(optuna.samplers.BaseSampler):  # type: ignore[misc]
         for trial in trials:
             curve = self._curve(trial, sign)
             if curve:
-                found.append((self._places.of(self._values(trial)), curve))
+                found.append((self._places.of(self._parameters_of(trial)), curve))
         return found
 
     def _curve(self, trial: FrozenTrial, sign: float) -> dict[float, float]:
