@@ -199,6 +199,18 @@ def test_what_is_no_sampler_or_pruner_is_refused_before_a_trial(home, search, wo
         open_study(home, plain_study(**search), data_digest="d")
 
 
+@pytest.mark.parametrize("part", ["sampler", "pruner"])
+def test_options_without_a_function_are_refused(part):
+    with pytest.raises(ValidationError, match="Leave them out"):
+        SearchSpec.model_validate({"space": NUMERIC, part: {"name": "auto", "options": {"a": 1}}})
+
+
+@pytest.mark.parametrize("sampler", ["auto", "mfgp"])
+def test_no_startup_trials_are_as_few_as_there_can_be(home, make_spec, sampler):
+    result = run_whole(home, make_spec(sampler, space=MIXED, startup=0), 5)
+    assert result.count(TrialState.COMPLETE) == 5
+
+
 def test_classes_of_optuna_need_no_function_and_no_trust(home, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     spec = plain_study(

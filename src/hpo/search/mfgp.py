@@ -124,7 +124,7 @@ class MultiFidelityGp(optuna.samplers.BaseSampler):  # type: ignore[misc]
         others.sort(key=lambda other: (attrs_of(other).ordinal, other.number))
         ordinal = attrs_of(trial).ordinal
         known = self._observations(study, others)
-        if len(known) < self._stage.spec.search.sampler.startup_trials:
+        if len(known) < max(2, self._stage.spec.search.sampler.startup_trials):
             design = OrdinalQmc(seed=self._stage.spec.seed, ordinal=ordinal, ranges=search_space)
             found: dict[str, Any] = design.sample_relative(
                 study, trial, design.infer_relative_search_space(study, trial)

@@ -26,6 +26,11 @@ def _by_score(value: Any) -> Any:
     return {"score": value} if isinstance(value, str) else value
 
 
+def _check_options(name: str, options: Mapping[str, Any]) -> None:
+    if options and ":" not in name:
+        raise ValueError(f"options are for package.module:function, and {name} is none. Leave them out")
+
+
 class SamplerSpec(Part):
     """Who proposes candidates. `sampler: tpe` is short for `sampler: {name: tpe}`."""
 
@@ -36,6 +41,11 @@ class SamplerSpec(Part):
     """tpe, cmaes, gp, mfgp: random trials before the model of the results is used."""
     options: dict[str, Any] = Field(default_factory=dict)
     """package.module:function: its keyword arguments."""
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> SamplerSpec:
+        _check_options(self.name, self.options)
+        return self
 
 
 class PrunerSpec(Part):
@@ -59,6 +69,11 @@ class PrunerSpec(Part):
     probability of beating the best one, forecast from the curves of finished trials, is below this."""
     options: dict[str, Any] = Field(default_factory=dict)
     """package.module:function: its keyword arguments."""
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> PrunerSpec:
+        _check_options(self.name, self.options)
+        return self
 
 
 class StageSpec(Part):
