@@ -4,7 +4,7 @@ Ray is no dependency of the project: uv run --with "ray[tune]" python benchmarks
 
 Same on both sides: the search space, the number of trials, the most epochs of each, the first rung (one epoch) and the
 reduction factor (3), two trials at once with one thread each, the data, and the training itself: Ray's trainable goes
-through the platform's own epochs (hpo.learn) and reports each. Not the same: the platform writes every epoch to MLflow
+through the platform's own epochs (hpo.training) and reports each. Not the same: the platform writes every epoch to MLflow
 and to its study storage, Ray writes its result files; which candidates are drawn and stopped, so the epochs differ.
 
 start-up: seconds from the start of the process to the first trial that could begin (Ray: ray.init and imports; the
@@ -93,7 +93,7 @@ def ray_side(file: Path) -> None:
     from hpo.spec.load import load_study
 
     spec = load_study(file)
-    card = prepare(spec.data, spec.split, "cpu").data
+    card = prepare(spec, "cpu").data
     kinds = {
         "int": lambda part: tune.lograndint(part["int"][0], part["int"][1] + 1),
         "choice": lambda part: tune.choice(part["choice"]),

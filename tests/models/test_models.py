@@ -1,6 +1,7 @@
 """Networks: exact parameter counts of the published ones, shapes, seeds, export, and the words of their errors."""
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -278,3 +279,30 @@ def test_the_documented_own_network_is_one(tmp_path, monkeypatch):
         net = build_model(spec.with_values(values).model, image_shape=(8, 8, 1), classes=10, seed=0)
         assert net(torch.rand(3, 1, 8, 8)).shape == (3, 10)
     sys.modules.pop("my_networks")
+
+
+@pytest.mark.parametrize("kind", ["cnn", "convnet", "resnet"])
+def test_maps_are_pooled_before_relu_with_the_same_values_and_gradients(kind):
+    stem = {"stem_pool": 2} if kind == "resnet" else {}
+    pooled_first = _build({"kind": kind, "activation": "relu", **stem}, (16, 16, 3), 4)
+    usual = _build({"kind": kind, "activation": "relu", **stem}, (16, 16, 3), 4)
+    places = [
+        place
+        for place, (one, two) in enumerate(pairwise(usual))
+        if isinstance(one, nn.MaxPool2d) and isinstance(two, nn.ReLU)
+    ]
+    assert places
+    for place in places:
+        usual[place], usual[place + 1] = usual[place + 1], usual[place]
+    images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    found = []
+    for net in (pooled_first, usual):
+        logits = net.train()(images)
+        torch.nn.functional.cross_entropy(logits, torch.arange(8) % 4).backward()
+        found.append([logits, *(weight.grad for weight in net.parameters())])
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+def test_a_function_that_falls_somewhere_is_computed_before_the_pooling():
+    layers = [type(layer) for layer in _build({"kind": "cnn", "activation": "gelu"}, (8, 8, 1), 4)]
+    assert layers.index(nn.GELU) < layers.index(nn.MaxPool2d)

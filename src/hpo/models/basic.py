@@ -27,6 +27,26 @@ POOLS: dict[str, tuple[Callable[[int], nn.Module], Callable[[int], nn.Module]]] 
 }
 
 
+_GROWING = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.Tanh, nn.Sigmoid)
+
+
+def pools_first(activation: nn.Module | None, pool: nn.Module | None) -> bool:
+    """True where pooling before the activation gives the same maps, and computes the activation of fewer values.
+
+    The largest value of a growing function is that of the largest argument. With ReLU gradients are the same, too, bit
+    for bit; with others they may reach another one of several arguments whose values are rounded to the same.
+    """
+    return isinstance(pool, nn.MaxPool2d | nn.AdaptiveMaxPool2d) and isinstance(activation, (*_GROWING, type(None)))
+
+
+def _activated(activation: str, pool: nn.Module | None) -> list[nn.Module]:
+    """An activation, and pooling where there is one, in the order that is cheaper."""
+    active = ACTIVATIONS[activation]()
+    if pool is None:
+        return [active]
+    return [pool, active] if pools_first(active, pool) else [active, pool]
+
+
 def build_mlp(spec: MlpSpec, image_shape: tuple[int, int, int], classes: int) -> nn.Module:
     """Flatten, then for each hidden width: dense, batch norm, activation, dropout; then dense to the classes."""
     height, width, channels = image_shape
@@ -48,17 +68,17 @@ def build_cnn(spec: CnnSpec, image_shape: tuple[int, int, int], classes: int) ->
     layers: list[nn.Module] = [nn.Conv2d(channels, spec.filters, spec.kernel, padding=spec.padding)]
     if spec.batch_norm:
         layers.append(nn.BatchNorm2d(spec.filters))
-    layers.append(ACTIVATIONS[spec.activation]())
     windowed, whole = POOLS[spec.pool_type]
+    pool: nn.Module | None = None
     if spec.pool == "global":
-        layers.append(whole(1))
+        pool = whole(1)
         height = width = 1
     elif spec.pool > 1:
-        layers.append(windowed(spec.pool))
+        pool = windowed(spec.pool)
         height, width = height // spec.pool, width // spec.pool
         if min(height, width) < 1:
             raise ValueError(f"pooling windows of {spec.pool} pixels exceed the maps")
-    layers.append(nn.Flatten())
+    layers += [*_activated(spec.activation, pool), nn.Flatten()]
     if spec.dropout:
         layers.append(nn.Dropout(spec.dropout))
     return nn.Sequential(*layers, nn.Linear(spec.filters * height * width, classes))
@@ -141,10 +161,9 @@ def _block(spec: ConvnetSpec, channels: int, width: int, padding: str, pool: str
             layers.append(nn.Conv2d(channels, width, spec.kernel, padding=padding))
         if spec.batch_norm:
             layers.append(nn.BatchNorm2d(width))
-        layers.append(ACTIVATIONS[spec.activation]())
+        last = number == spec.convs_per_block and pool in POOLS
+        layers += _activated(spec.activation, POOLS[pool][0](spec.pool_size) if last else None)
         channels = width
-    if pool in POOLS:
-        layers.append(POOLS[pool][0](spec.pool_size))
     return layers
 
 
@@ -183,9 +202,7 @@ def build_resnet(spec: ResnetSpec, image_shape: tuple[int, int, int], classes: i
     """Stem, residual stages, global average pooling, dense layers, dense to the classes."""
     height, width, channels = image_shape
     layers = _convolution(channels, spec.width, spec.stem_kernel, stride=spec.stem_stride, batch_norm=spec.batch_norm)
-    layers.append(ACTIVATIONS[spec.activation]())
-    if spec.stem_pool > 1:
-        layers.append(nn.MaxPool2d(spec.stem_pool))
+    layers += _activated(spec.activation, nn.MaxPool2d(spec.stem_pool) if spec.stem_pool > 1 else None)
     shrunk = spec.stem_stride * spec.stem_pool * 2 ** (spec.blocks - 1)
     if min(height, width) <= shrunk:
         raise ValueError(f"block {spec.blocks} has only single pixels left to halve")

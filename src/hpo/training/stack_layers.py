@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hpo.data.prepare import TrialData
-from hpo.models.basic import ACTIVATIONS, POOLS, OneLogit
+from hpo.models.basic import ACTIVATIONS, POOLS, OneLogit, pools_first
 from hpo.spec.training import TrainingSpec
 
 
@@ -87,6 +87,10 @@ def parts_of(net: nn.Module) -> tuple[list[Block], list[Segment]]:
 
 def _blocks(layers: list[nn.Module]) -> list[Block]:
     found: list[Block] = []
+    layers = list(layers)
+    for place, (pool, activation) in enumerate(list(pairwise(layers))):
+        if type(activation) in ACTIVATIONS.values() and pools_first(activation, pool):
+            layers[place : place + 2] = activation, pool  # a stack decides for all of its networks
     for layer in layers:
         if isinstance(layer, nn.Conv2d):
             found.append(Block(layer))
@@ -270,6 +274,7 @@ class _Stage(nn.Module):
         self.norm = Norm(first.norm, count, self.wide) if first.norm is not None else None
         self._activations = Activations(parts, dim=1, size=self.wide)
         self.pool = first.pool
+        self._pools_first = all(pools_first(part.activation, part.pool) for part in parts)
         self.dropouts = [part.dropout for part in parts]
 
     def forward(self, maps: Tensor, noises: Sequence[torch.Generator], *, half: bool) -> Tensor:
@@ -282,9 +287,10 @@ class _Stage(nn.Module):
             maps = functional.conv2d(maps, weight, bias, self._stride, self._padding, groups=len(self.widths))
         if self.norm is not None:
             maps = self.norm(maps)
-        maps = self._activations(maps)
-        if self.pool is not None:
-            maps = self.pool(maps)
+        if self.pool is None:
+            maps = self._activations(maps)
+        else:
+            maps = self._activations(self.pool(maps)) if self._pools_first else self.pool(self._activations(maps))
         return maps * self._noise(maps, noises) if any(self.dropouts) else maps
 
     def _noise(self, maps: Tensor, noises: Sequence[torch.Generator]) -> Tensor:
