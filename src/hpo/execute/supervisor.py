@@ -32,6 +32,7 @@ from hpo.report.text import counted
 from hpo.search.constraints import most_parameters, needs_latency
 from hpo.search.pruners import report_step
 from hpo.search.study import Study
+from hpo.spec.automatic import prunes
 from hpo.spec.study import Setup, StudySpec
 
 # So many failures before the first success mean that the study itself is wrong, not its candidates.
@@ -139,7 +140,7 @@ class Supervisor:
         self._end = end
         self._profile = profile
         self._ranks = ranks
-        self._prunes = spec.search.pruner.name != "none"
+        self._prunes = prunes(spec)
         self._running: dict[int, _RunningTrial] = {}  # by slot
         self._progress = Progress(spec, study.result())
         self._may_reach = True  # whether search.until ends what runs now: not the final trainings

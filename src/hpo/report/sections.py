@@ -14,7 +14,9 @@ from hpo.report.answer import RESAMPLES, answer, intervals_of, last_opening
 from hpo.report.page import Html, channel_table, escape, origin_rows, picture, table
 from hpo.report.statistics import Interval, accuracy_at_coverage
 from hpo.report.text import value_text
+from hpo.spec.automatic import chosen_pruner, chosen_sampler
 from hpo.spec.outcome import Reference
+from hpo.spec.search import PrunerSpec, SamplerSpec
 
 if TYPE_CHECKING:
     from hpo.report.study_page import Findings, Samples
@@ -194,9 +196,11 @@ def protocol(findings: Findings) -> str:
         ("budget", budget),
         (
             "sampler",
-            search.sampler.name if not search.stages else "the full grid of each stage, unless the stage names another",
+            _chosen(search.sampler, chosen_sampler(spec))
+            if not search.stages
+            else "the full grid of each stage, unless the stage names another",
         ),
-        ("pruner", search.pruner.name),
+        ("pruner", _chosen(search.pruner, chosen_pruner(spec))),
         ("seeds", f"study seed {spec.seed}; each trial's own follows from it and the trial's number"),
     ]
     if search.constraints:
@@ -208,6 +212,11 @@ def protocol(findings: Findings) -> str:
         rows.append(("final training", f"{race}; changed: {changed}; trained on: {spec.final.on}"))
     rows.append(("test part", _seal(findings)))
     return table((), rows)
+
+
+def _chosen(written: SamplerSpec | PrunerSpec, chosen: tuple[SamplerSpec | PrunerSpec, str]) -> str:
+    part, reason = chosen
+    return f"{written.name}: {part.name}, because {reason}" if reason else part.name
 
 
 def _seal(findings: Findings) -> object:

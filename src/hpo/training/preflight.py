@@ -22,8 +22,8 @@ from hpo.models.backbones import Backbone
 from hpo.models.basic import OneLogit
 from hpo.models.transfer import Transfer, transfer_of
 from hpo.records import DataCard
+from hpo.spec.grid import holds, listed
 from hpo.spec.models import OwnModelSpec
-from hpo.spec.space import holds, listed
 from hpo.spec.study import Setup, StudySpec
 from hpo.spec.training import AugmentSpec, TrainingSpec
 from hpo.training.augment import mix_batch
