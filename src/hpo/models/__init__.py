@@ -10,7 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -292,6 +294,27 @@ def export_program(folder: Path) -> Path:
         torch.export.save(program, folder / PROGRAM)
     check_program(folder / PROGRAM)
     return folder / PROGRAM
+
+
+def save_weights(source: Path, folder: Path) -> None:
+    """Write the weights of a trained or logged network, in the folder source, to folder as safetensors."""
+    state = {name: tensor.detach().contiguous().clone() for name, tensor in _weights(source).items()}
+    save_file(state, folder / WEIGHTS)
+
+
+class TrainedNet:
+    """The network of load_trained as images see it; it predicts as hpo.models.safe_loader.Program does."""
+
+    def __init__(self, folder: Path) -> None:
+        net, config = load_trained(folder)
+        self._whole = whole_program(net, config)
+
+    def predict(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Images (n, height, width, channels) uint8 -> probabilities (n, classes) float32; n >= 1."""
+        with torch.inference_mode():
+            pieces = (images[start : start + 64] for start in range(0, len(images), 64))
+            found: NDArray[np.float32] = torch.cat([self._whole(torch.from_numpy(np.array(p))) for p in pieces]).numpy()
+        return found
 
 
 def warm_up_exports() -> None:

@@ -112,8 +112,23 @@ class WarmStart(Part):
     """Candidates that another study found best."""
 
     study: str
-    """A study of the same storage; only the paths that this search varies are taken over."""
+    """Its name; only the paths that this search varies are taken over."""
     best: Positive = 1
+    storage: str | None = None
+    """Where Optuna keeps that study, if another program ran it: an SQLite file, an Optuna journal (.log), or an address
+    without a password. A file is relative to the study file. null: the storage of this project."""
+    names: dict[str, str] = Field(default_factory=dict)
+    """storage: what that study calls the places of this one: {lr: training.optimizer.lr}. A parameter that is not
+    listed is taken over if its name is a place."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> WarmStart:
+        if self.names and self.storage is None:
+            raise ValueError("names is for a study of another storage. Name it as storage, or leave names out")
+        login = self.storage.partition("://")[2].rpartition("@")[0] if self.storage else ""
+        if ":" in login:
+            raise ValueError("storage: a study is stored, and must not hold a password. Leave it to ~/.pgpass")
+        return self
 
 
 class SearchSpec(Part):
