@@ -26,6 +26,7 @@ from hpo.tracking.registry import fetch, resolve
 from hpo.tracking.store import load_mlflow
 
 AnyPath = str | Path
+REFUSED = "refused"  # in place of a class
 _CHUNK_FILES = 256
 _LONGEST_LINE = 100_000  # of what another process says before it sends numbers
 _LIST = "Take one that a study has registered: hpo models"
@@ -256,14 +257,28 @@ def _read_image(path: AnyPath, shape: tuple[int, int, int], ranges: Ranges | Non
     return levels.reshape(shape)
 
 
-def predict_files(model: Classifier, paths: Sequence[AnyPath]) -> list[dict[str, Any]]:
+def predict_files(
+    model: Classifier, paths: Sequence[AnyPath], *, refuse_below: float | None = None
+) -> list[dict[str, Any]]:
     """One row per image file: file, class, probability (of that class), probabilities (class name -> probability).
 
     A file that cannot be read has a row with `error`, which says why, and neither class nor probabilities. Where an
     image may have several labels, labels lists those above 1/2, class shows them as text, and probability is the
-    highest.
+    highest. With refuse_below in [0, 1] an image whose highest probability is below it has the class "refused", and
+    every row without error says in `refused` whether it was. Raises DataError for that with several labels an image.
     """
-    return list(_rows(model, paths))
+    if refuse_below is not None and model.several_labels:
+        raise DataError(
+            f"{model.uri}: an image may have several labels, so no one probability says how sure the answer is.",
+            "Predict without refusing, and judge each label by its own probability.",
+        )
+    rows = list(_rows(model, paths))
+    if refuse_below is not None:
+        for row in rows:
+            if "error" not in row:
+                row["refused"] = row["probability"] < refuse_below
+                row["class"] = REFUSED if row["refused"] else row["class"]
+    return rows
 
 
 def _rows(model: Classifier, paths: Sequence[AnyPath]) -> Iterator[dict[str, Any]]:

@@ -21,7 +21,7 @@ from hpo.execute.subscribers.model_retention import ModelRetention
 from hpo.execute.tracking_queue import TrackingQueue
 from hpo.records import Candidate, EndReason, StudyResult, Trial, TrialResult, TrialState
 from hpo.spec.load import parse_study
-from hpo.spec.study import KeepSpec
+from hpo.spec.outcome import KeepSpec
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,8 @@ from hpo.jobs.shared.model_reference import ModelReference, find_model
 from hpo.predict import load_model
 from hpo.records import FINAL
 from hpo.spec.load import load_study
-from hpo.spec.study import PromoteSpec, StudySpec
+from hpo.spec.outcome import PromoteSpec
+from hpo.spec.study import StudySpec
 from hpo.storage.optuna_storage import read_study
 from hpo.tracking.ledger import openings
 from hpo.tracking.registry import champions, set_alias, versions

@@ -98,6 +98,12 @@ SECTIONS: dict[str, dict[str, Listed]] = {
             "> study.schema.json",
             doing="reading the parts of a study",
         ),
+        "probe": Listed(
+            "probe:probe",
+            "Compare frozen backbones on a data set, and write a study of the best.",
+            "eurosat-head --backbone timm:tf_efficientnet_lite0=lite0.pth",
+            doing="preparing the images",
+        ),
         "preview": Listed(
             "look:preview",
             "Draw augmented training images of a study.",
@@ -107,6 +113,12 @@ SECTIONS: dict[str, dict[str, Listed]] = {
         "data": Listed("report:app", "Explore a data set.", "show digits", doing="reading the images"),
     },
     "Use models": {
+        "ensemble": Listed(
+            "ensemble:ensemble",
+            "Make one model of several trials of a study.",
+            "digits-mlp --from digits-cnn",
+            doing="reading the trials",
+        ),
         "promote": Listed(
             "use:promote",
             "Check a study's best model by the gates, and make it the champion.",

@@ -44,7 +44,7 @@ from hpo.cli.options import (
     study_name,
 )
 from hpo.options import RunOptions
-from hpo.records import FINAL, TrialState
+from hpo.records import AFTER_SEARCH, TrialState
 from hpo.report.text import counted, duration
 
 if TYPE_CHECKING:
@@ -290,7 +290,7 @@ def _row(one: StudySnapshot) -> list[str]:
 
 
 def _counts(one: StudySnapshot) -> dict[TrialState, int]:
-    searched = [trial.state for trial in one.study.counted if trial.candidate.stage != FINAL]
+    searched = [trial.state for trial in one.study.counted if trial.candidate.stage not in AFTER_SEARCH]
     return {state: searched.count(state) for state in TrialState}
 
 

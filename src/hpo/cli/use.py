@@ -175,6 +175,17 @@ def predict(
     images: Annotated[
         list[Path], typer.Argument(metavar="IMAGE", help="Image files of any size and mode.", show_default=False)
     ],
+    refuse_below: Annotated[
+        float | None,
+        typer.Option(
+            "--refuse-below",
+            metavar="P",
+            min=0.0,
+            max=1.0,
+            help="Answer `refused` where the highest probability is below P, such as 0.8.",
+            show_default="answer always",
+        ),
+    ] = None,
     form: Annotated[
         Format, typer.Option("--format", metavar="table|csv|json", help="Format of the output.")
     ] = Format.TABLE,
@@ -196,7 +207,8 @@ def predict(
     """Classify image files with a registered model."""
     from hpo.predict import load_model, predict_files
 
-    rows = predict_files(load_model(model, home=home, allow_pickle=allow_pickle), images)
+    loaded = load_model(model, home=home, allow_pickle=allow_pickle)
+    rows = predict_files(loaded, images, refuse_below=refuse_below)
     errors = [row["error"] for row in rows if "error" in row]
     if errors and len(errors) == len(rows):
         more = f" And {len(errors) - _MOST_ERRORS} more." if len(errors) > _MOST_ERRORS else ""
@@ -210,6 +222,11 @@ def predict(
         # A file of columns is CSV: a table is for eyes.
         text = output.to_json(rows) if form is Format.JSON else output.predictions_csv(rows)
         output.write_text(text, target)
+    if refuse_below is not None:
+        refused, answered = sum(row.get("refused", False) for row in rows), len(rows) - len(errors)
+        output.print_progress(
+            f"{refused} of {answered} images refused: their highest probability is below {refuse_below:g}"
+        )
     if errors:
         output.print_warning(f"{len(errors)} of {len(rows)} files could not be read: {' '.join(errors[:_MOST_ERRORS])}")
         raise typer.Exit(1)

@@ -262,6 +262,28 @@ def hub_file(repository: str, filename: str | None) -> Path:
     raise DataError(f"{repository}: the hub has none of {', '.join(names)} there.", place)
 
 
+def weights_at_hand() -> list[tuple[str, str]]:
+    """The networks whose published weights are in the caches of this machine: (torchvision or timm, name)."""
+    import timm
+    import torch
+    from huggingface_hub import constants, try_to_load_from_cache
+    from torchvision import models
+
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    there = {file.name for file in folder.glob("*")}
+    found = [
+        ("torchvision", name)
+        for name in models.list_models(module=models)
+        if models.get_model_weights(name).DEFAULT.url.rpartition("/")[2] in there
+    ]
+    for place in sorted(Path(constants.HF_HUB_CACHE).glob("models--timm--*")):
+        name = place.name.removeprefix("models--timm--")
+        files = [try_to_load_from_cache(f"timm/{name}", file) for file in ("model.safetensors", "pytorch_model.bin")]
+        if timm.is_model(name.partition(".")[0]) and any(isinstance(file, str) for file in files):
+            found.append(("timm", name))
+    return found
+
+
 def read_weights(file: Path) -> dict[str, Any]:
     """The state dict in a .safetensors or .pth file; nothing in it is executed. Raises DataError."""
     import torch

@@ -32,20 +32,27 @@ def explore(
     is the number of random training images of each class, drawn with seed. trust is as in load_study. Raises
     DataError, and SpecError for an invalid study.
     """
+    return explore_data(*find_data(name, path=path, size=size, trust=trust), images=images, seed=seed)
+
+
+def find_data(
+    name: str, *, path: AnyPath | None = None, size: int | None = None, trust: bool = False
+) -> tuple[DataSpec, SplitSpec | None]:
+    """The data that explore's arguments name, and the split of a study; None for a data set's own parts."""
     from hpo.data.sources import DATASETS
 
     places = {"path": None if path is None else str(path), "size": size}
     given = {place: value for place, value in places.items() if value is not None}
     is_file = name.endswith((".yaml", ".yml"))
     if name in DATASETS or (":" in name and not is_file):
-        return explore_data(DataSpec.model_validate({"name": name, **given}), images=images, seed=seed)
+        return DataSpec.model_validate({"name": name, **given}), None
     studies = study_files()
     if not is_file and name not in studies:
         close = difflib.get_close_matches(name, [*DATASETS, *studies], n=1)
         hint = f"Did you mean {close[0]}?" if close else f"Data sets: {', '.join(DATASETS)}. Studies: hpo studies."
         raise DataError(f"there is neither a data set nor a study named {name!r}.", hint)
     spec = load_study(name, overrides={f"data.{place}": value for place, value in given.items()}, trust=trust)
-    return explore_data(spec.data, spec.split, images=images, seed=seed)
+    return spec.data, spec.split
 
 
 def explore_data(

@@ -141,7 +141,7 @@ def gather(home: Home, study: StudyResult, *, fanova: bool = False) -> Findings:
     shown = findings.shown
     if shown is not None:
         if tracked.answers is not None:
-            findings = replace(findings, answers=_answers(tracked.answers, data))
+            findings = replace(findings, answers=_answers(tracked.answers, data, tracked.decided))
         else:
             missing.append(
                 f"The validation probabilities of trial {shown.number} were not kept: "
@@ -162,6 +162,7 @@ class _Tracked:
     openings: tuple[Opening, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     answers: Mapping[str, NDArray[Any]] | None = None
+    decided: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _unfinished(study: StudyResult, spec: StudySpec) -> Iterator[str]:
@@ -201,13 +202,16 @@ def _tracked(home: Home, study: StudyResult) -> _Tracked:
     with tempfile.TemporaryDirectory() as folder:
         file = artifact(client, parent.info.run_id, "data.json", folder)
         data, split = _cards(json.loads(file.read_text(encoding="utf-8"))) if file else (None, None)
-        answers = None
+        answers, decided = None, {}
         for run in children(client, parent, f"tags.`{TRIAL}` = '{shown.number}'") if shown else ():
             file = artifact(client, run.info.run_id, "report/validation.npz", folder)
             if file is not None:
                 with np.load(file, allow_pickle=False) as arrays:
                     answers = dict(arrays)
-    return replace(found, model=model, data=data, split=split, versions=_versions(parent.data.tags), answers=answers)
+            if file := artifact(client, run.info.run_id, "report/answers.json", folder):
+                decided = json.loads(file.read_text(encoding="utf-8"))
+    found = replace(found, answers=answers, decided=decided)
+    return replace(found, model=model, data=data, split=split, versions=_versions(parent.data.tags))
 
 
 def _cards(stored: Mapping[str, Any]) -> tuple[DataCard, SplitCard]:
@@ -264,11 +268,12 @@ def _near_duplicates(data: DataCard, spec: StudySpec) -> str:
     return near_words(data, spec.split)
 
 
-def _answers(arrays: Mapping[str, NDArray[Any]], data: DataCard | None) -> Answers:
+def _answers(arrays: Mapping[str, NDArray[Any]], data: DataCard | None, decided: Mapping[str, Any]) -> Answers:
     labels, probabilities = arrays["labels"], arrays["probabilities"]
+    plain = Answers(labels, probabilities, raw=arrays.get("raw"), record=decided)
     if data is None:
-        return Answers(labels, probabilities)
+        return plain
     mistakes = tuple(confident_mistakes(labels, probabilities)) if labels.ndim == 1 else ()
     images = np.load(Path(data.folder) / "development_images.npy", mmap_mode="r", allow_pickle=False)
     places = {place for mistake in mistakes for place in mistake.positions}
-    return Answers(labels, probabilities, mistakes, {place: images[arrays["rows"][place]] for place in places})
+    return replace(plain, mistakes=mistakes, images={place: images[arrays["rows"][place]] for place in places})

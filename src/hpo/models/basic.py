@@ -27,6 +27,54 @@ POOLS: dict[str, tuple[Callable[[int], nn.Module], Callable[[int], nn.Module]]] 
 }
 
 
+class Whitening(nn.Module):
+    """A convolution without padding whose maps of the training images are uncorrelated and of one variance.
+
+    After K. Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (2024), arXiv:2404.00498: its weights are the
+    eigenvectors of the covariance of image patches, each divided by the root of its eigenvalue, and their negatives.
+    Only the bias is trained. Until fit is called the weights are 0.
+    """
+
+    def __init__(self, channels: int, side: int) -> None:
+        super().__init__()
+        count = channels * side**2
+        self.weight: Tensor
+        self.register_buffer("weight", torch.zeros(2 * count, channels, side, side))
+        self.bias = nn.Parameter(torch.zeros(2 * count))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (n, channels, height, width) -> (n, 2 * channels * side^2, height - side + 1, width - side + 1)."""
+        return functional.conv2d(images, self.weight, self.bias)
+
+    def fit(self, images: Tensor, *, floor: float = 5e-4) -> None:
+        """Compute the weights from normalised training images (n, channels, height, width).
+
+        floor is added to the variances: directions in which patches do not vary must not become noise.
+        """
+        channels, side = self.weight.shape[1:3]
+        patches = images.unfold(2, side, 1).unfold(3, side, 1).permute(0, 2, 3, 1, 4, 5)
+        flat = patches.reshape(-1, channels * side**2)
+        # Some devices have no double precision, and small matrices are quick anywhere.
+        variances, directions = torch.linalg.eigh((flat.T @ flat / len(flat)).cpu().double())
+        scaled = (directions / (variances + floor).sqrt()).T.flip(0)
+        # eigh may answer a vector or its negative: here its largest component is positive.
+        scaled = scaled * scaled.gather(1, scaled.abs().argmax(1, keepdim=True)).sign()
+        weight = scaled.view(-1, channels, side, side)
+        self.weight.copy_(torch.cat([weight, -weight]))
+
+
+def whitening_of(net: nn.Module) -> Whitening | None:
+    """The whitening layer of a network, if it has one."""
+    return next((part for part in net.modules() if isinstance(part, Whitening)), None)
+
+
+def _first_layers(whiten: int, channels: int, activation: str) -> tuple[list[nn.Module], int]:
+    """A whitening layer with its activation, if whiten > 0, and the number of maps after it."""
+    if not whiten:
+        return [], channels
+    return [Whitening(channels, whiten), ACTIVATIONS[activation]()], 2 * channels * whiten**2
+
+
 _GROWING = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.Tanh, nn.Sigmoid)
 
 
@@ -131,8 +179,7 @@ def build_convnet(spec: ConvnetSpec, image_shape: tuple[int, int, int], classes:
     filters, dropouts = spec.block_filters, spec.block_dropout
     paddings = spec.padding if isinstance(spec.padding, list) else [spec.padding] * len(filters)
     pooled = range(1, len(filters) + 1) if spec.pool_after == "every" else spec.pool_after
-    layers: list[nn.Module] = []
-    channels = image_shape[2]
+    layers, channels = _first_layers(spec.whiten, image_shape[2], spec.activation)
     for number, (width, padding, dropout) in enumerate(zip(filters, paddings, dropouts, strict=True), start=1):
         pool = spec.pool if number in pooled else "none"
         layers += _block(spec, channels, width, padding, pool)
@@ -200,8 +247,9 @@ class ResidualBlock(nn.Module):
 
 def build_resnet(spec: ResnetSpec, image_shape: tuple[int, int, int], classes: int) -> nn.Module:
     """Stem, residual stages, global average pooling, dense layers, dense to the classes."""
-    height, width, channels = image_shape
-    layers = _convolution(channels, spec.width, spec.stem_kernel, stride=spec.stem_stride, batch_norm=spec.batch_norm)
+    layers, channels = _first_layers(spec.whiten, image_shape[2], spec.activation)
+    height, width = (side - max(0, spec.whiten - 1) for side in image_shape[:2])
+    layers += _convolution(channels, spec.width, spec.stem_kernel, stride=spec.stem_stride, batch_norm=spec.batch_norm)
     layers += _activated(spec.activation, nn.MaxPool2d(spec.stem_pool) if spec.stem_pool > 1 else None)
     shrunk = spec.stem_stride * spec.stem_pool * 2 ** (spec.blocks - 1)
     if min(height, width) <= shrunk:

@@ -195,6 +195,8 @@ def read_config(file: Path) -> dict[str, Any]:
         for name in {"mean", "std"} & config.keys():
             if len(_numbers(name, config[name])) != channels:
                 raise ValueError(f"{name} has not one value for each of {channels} channels")
+        if "temperature" in config and _numbers("temperature", [config["temperature"]])[0] <= 0:
+            raise ValueError("temperature is not above 0")
         if "ranges" in config:
             pairs = {str(kind): _numbers("ranges", limits) for kind, limits in config["ranges"].items()}
             if not all(low < high for low, high in pairs.values()):

@@ -156,7 +156,9 @@ def explain_images(
     if not methods:
         methods = [method for method in METHODS if method != "gradcam" or last_maps(net, inputs) is not None]
     with torch.no_grad():
-        probabilities = torch.cat([net(part).softmax(1) for part in torch.split(inputs, 256)])
+        # Those of the program but for its views: the maps explain the network on the image as it is.
+        temperature = float(config.get("temperature") or 1)
+        probabilities = torch.cat([(net(part) / temperature).softmax(1) for part in torch.split(inputs, 256)])
     return [
         Explanation(
             image=image,

@@ -12,7 +12,7 @@ from hpo.report.statistics import Interval, confusion_intervals, share_interval
 
 if TYPE_CHECKING:
     from hpo.report.study_page import Findings, Opening
-    from hpo.spec.study import Reference
+    from hpo.spec.outcome import Reference
 
 RESAMPLES = 2000
 

@@ -287,6 +287,59 @@ def share_interval(share: float, count: int, *, seed: int, resamples: int = 2000
     return paired_bootstrap(right.astype(float), np.zeros(count), seed=seed, resamples=resamples)
 
 
+@dataclass(frozen=True)
+class Reliability:
+    """Confidence against accuracy in bins of equal width: means and counts of each bin (bins,); nan where it is empty.
+
+    error is the expected calibration error (Naeini et al. 2015), that of hpo.metrics.calibration_error.
+    """
+
+    confidence: Floats
+    accuracy: Floats
+    counts: Ints
+    error: float
+
+
+def reliability(labels: NDArray[np.integer], probabilities: NDArray[np.floating], *, bins: int = 15) -> Reliability:
+    """labels (n,), probabilities (n, classes) -> the reliability of the most probable classes."""
+    confidence = probabilities.max(1).astype(np.float64)
+    right = (probabilities.argmax(1) == labels).astype(np.float64)
+    places = np.clip(np.ceil(confidence * bins).astype(np.int64), 1, bins) - 1
+    counts, sure, hits = (np.bincount(places, weights, bins) for weights in (None, confidence, right))
+    error = float(np.abs(hits - sure).sum() / max(len(labels), 1))
+    with np.errstate(invalid="ignore"):
+        return Reliability(sure / counts, hits / counts, counts.astype(np.int64), error)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What a classifier is worth that may refuse: for each image, the surest first, (n,).
+
+    threshold is its confidence: at this or above it an image is answered. coverage is the share of the images that are
+    answered then, accuracy that of the right ones among them.
+    """
+
+    threshold: Floats
+    coverage: Floats
+    accuracy: Floats
+
+    def at(self, coverage: float) -> tuple[float, float]:
+        """Threshold and accuracy where at least this share in (0, 1] is answered."""
+        place = min(int(np.searchsorted(self.coverage, coverage - 1e-9)), len(self.coverage) - 1)
+        return float(self.threshold[place]), float(self.accuracy[place])
+
+
+def accuracy_at_coverage(labels: NDArray[np.integer], probabilities: NDArray[np.floating]) -> Coverage:
+    """labels (n,), probabilities (n, classes), n >= 1 -> accuracy against coverage; equal confidences are one step."""
+    confidence = probabilities.max(1).astype(np.float64)
+    order = np.argsort(-confidence, kind="stable")
+    right = (probabilities.argmax(1) == labels)[order].astype(np.float64)
+    answered = np.arange(1, len(order) + 1)
+    # Of equal confidences all are answered or none: each counts as the last of them.
+    last = np.searchsorted(-confidence[order], -confidence[order], side="right")
+    return Coverage(confidence[order], last / len(order), (right.cumsum() / answered)[last - 1])
+
+
 def group_matrix(class_names: Sequence[str], groups: Mapping[str, Sequence[str]]) -> Ints:
     """(classes, groups) of 0 and 1: which class is in which group. A class may be in none."""
     return np.array([[int(name in members) for members in groups.values()] for name in class_names])

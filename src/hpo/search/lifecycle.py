@@ -16,12 +16,14 @@ from hpo.errors import SpecError, StoreError
 from hpo.home import Home
 from hpo.locks import lock
 from hpo.search.constraints import aims, parse_constraint
-from hpo.search.samplers import SAMPLERS
+from hpo.search.pruners import build_pruner
+from hpo.search.samplers import SAMPLERS, check_own, sampler_entry
 from hpo.search.stages import check_stages, distribution
 from hpo.search.study import Study
+from hpo.spec.automatic import chosen_pruner, chosen_sampler
 from hpo.spec.load import parse_study
 from hpo.spec.own_code import content_changes, content_of, library_changes, with_digests
-from hpo.spec.search import WarmStart
+from hpo.spec.search import PrunerSpec, SamplerSpec, WarmStart
 from hpo.spec.space import Choice, Float, Int
 from hpo.spec.study import StudySpec
 from hpo.storage import outbox
@@ -143,15 +145,24 @@ def _record(spec: StudySpec, generation: int, data_digest: str, content: Mapping
         "data_digest": data_digest,
         "created": time.time(),
         "content": content,
+        "chosen": {"sampler": _chosen(chosen_sampler(spec)), "pruner": _chosen(chosen_pruner(spec))},
     }
+
+
+def _chosen(choice: tuple[SamplerSpec | PrunerSpec, str]) -> dict[str, str]:
+    part, reason = choice
+    return {"name": part.name, "reason": reason}
 
 
 def _check_search(spec: StudySpec) -> None:
     check_stages(spec)
     for text in spec.search.constraints:
         parse_constraint(text)
+    for part in (spec.search.sampler, *(stage.sampler for stage in spec.search.stages if stage.sampler)):
+        check_own(part)
+    build_pruner(spec)
     name = spec.search.sampler.name
-    if spec.search.objectives and not SAMPLERS[name].several_objectives:
+    if spec.search.objectives and not sampler_entry(spec.search.sampler).several_objectives:
         *others, last = [other for other, sampler in SAMPLERS.items() if sampler.several_objectives]
         raise SpecError(
             f"{spec.name}: sampler {name} searches for one objective only.",

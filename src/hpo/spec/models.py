@@ -138,6 +138,7 @@ OddKernel = Annotated[Kernel, AfterValidator(_odd)]
 Padding = Literal["same", "valid"]
 Growth = Annotated[float, Field(ge=0.25, le=4.0)]
 Few = Annotated[int, Field(ge=1, le=16)]
+Whiten = Annotated[int, Field(ge=0, le=5)]
 _DOTTED = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"  # package.module:function
 
 
@@ -180,6 +181,9 @@ class ConvnetSpec(Part):
     """Filters of the first block."""
     growth: Growth = 2.0
     """Filters of a block in units of those of the block before it."""
+    whiten: Whiten = 0
+    """Side in pixels of the patches of training images that a fixed first convolution whitens (Jordan 2024): its maps
+    are uncorrelated and of equal variance, and their negatives. It is computed, not trained. 0: none."""
     filters: Annotated[list[Width], Field(min_length=1, max_length=16)] | None = None
     """Filters of each block, in place of depth, width and growth: [32, 64, 64, 128, 128]."""
     convs_per_block: Few = 1
@@ -245,6 +249,8 @@ class ResnetSpec(Part):
     """Filters of the stem."""
     growth: Growth = 2.0
     """Filters of a stage in units of those of the stage (or stem) before it."""
+    whiten: Whiten = 0
+    """Side in pixels of the patches that a fixed first convolution whitens, as in convnet. 0: none."""
     convs_per_block: Few = 3
     kernel: OddKernel = 3
     """Side of the square kernels of the blocks, in pixels; odd."""
@@ -325,3 +331,13 @@ def model_type() -> Any:
 
 
 ModelSpec = model_type()
+
+
+def fixed_size_reason(model: Any) -> str:
+    """The reason why a network of this spec cannot see images of several sizes; "" if it can, or is the user's own."""
+    if isinstance(model, Tuned):
+        return "its backbone resizes all images to one size"
+    flat = isinstance(model, ConvnetSpec) and model.head == "flatten"
+    if flat or isinstance(model, MlpSpec) or (isinstance(model, CnnSpec) and model.pool != "global"):
+        return "its dense layers see every pixel"
+    return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -11,16 +12,32 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from hpo.errors import SpecError
-from hpo.spec.models import ModelSpec
-from hpo.spec.search import SearchSpec
-from hpo.spec.space import Choice, Float, Int, Part, Positive, PublishedScore, Seed, Share
+from hpo.spec.models import ModelSpec, fixed_size_reason
+from hpo.spec.outcome import EnsembleSpec, KeepSpec, PredictSpec, PromoteSpec, Reference
+from hpo.spec.search import UNPRUNED, SearchSpec
+from hpo.spec.space import Choice, Float, Int, Part, Positive, Seed, Share
 from hpo.spec.training import TrainingSpec
 
 Task = Literal["multiclass", "binary", "multilabel"]
 
 # Places that are younger than some studies, whose record lacks them: what they meant before there were any.
-_YOUNGER_DATA: Mapping[str, Any] = {"range": None, "image": None, "label": None, "group": None, "part": None}
-_YOUNGER_SPLIT: Mapping[str, Any] = {"group": None, "near_duplicates": "count"}
+_YOUNGER: Mapping[str, Any] = {
+    **dict.fromkeys(("data.range", "data.image", "data.label", "data.group", "data.part", "split.group")),
+    "split.near_duplicates": "count",
+    "training.data_growth": 1.0,
+    "training.first_size": 1.0,
+    "training.loss": "cross_entropy",
+    "training.focal_gamma": 2.0,
+    "training.sampling": "shuffled",
+    "training.optimizer.options": {},
+    "training.schedule.restarts": 0,
+    "training.schedule.period_growth": 1.0,
+    "training.augment.alternate_flips": False,
+    "training.teacher": None,
+    "training.teacher_weight": 0.9,
+    "training.teacher_temperature": 2.0,
+    "model.whiten": 0,
+}
 
 
 class DataSpec(Part):
@@ -94,6 +111,8 @@ class FinalSpec(Part):
 
     set: dict[str, Any] = Field(default_factory=dict)
     """Places that differ from the search, such as {training.epochs: 200, training.patience: 20}."""
+    teacher: str | None = None
+    """A logged model to learn from: training.teacher of the final trainings."""
     split: SplitSpec | None = None
     """null: the search's; after kfold the official validation part, or a stratified holdout where there is none."""
     on: Literal["train", "all"] = "train"
@@ -102,53 +121,6 @@ class FinalSpec(Part):
     """Trainings of each finalist, each with a fresh seed."""
     finalists: Positive = 1
     """How many of the best race each other. Means over seeds decide, by a paired bootstrap over the same images."""
-
-
-class Reference(Part):
-    """A published number to compare with the study's own."""
-
-    label: str
-    score: PublishedScore
-    value: float
-    source: str
-    note: str = ""
-    """What differs from this study's protocol."""
-
-
-class KeepSpec(Part):
-    """What stays on disk."""
-
-    models: Annotated[str, Field(pattern=r"^(all|none|best:[1-9][0-9]{0,8})$")] = "best:10"
-    """all, none, or best:K: a trial's model is kept while it is among the K best."""
-    figures: Annotated[str, Field(pattern=r"^(all|none|best:[1-9][0-9]{0,8})$")] = "best:1"
-    """The same for its pictures. They are drawn at the end of the search, of trials that keep their model."""
-
-    @property
-    def count(self) -> float:
-        """How many trials keep their model; inf for all."""
-        return _count(self.models)
-
-    @property
-    def figure_count(self) -> float:
-        """How many trials keep their pictures; inf for all."""
-        return _count(self.figures)
-
-
-class PromoteSpec(Part):
-    """What a logged model must keep to become champion, measured when it is promoted, on the machine that does it."""
-
-    latency_ms: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
-    """Milliseconds from one image to its probabilities by the logged program, on the CPU, at most; the median of 30."""
-    size_mb: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
-    """All files of the model, in millions of bytes, at most."""
-
-
-def _count(policy: str) -> float:
-    return {"all": float("inf"), "none": 0}.get(policy) or float(policy.partition(":")[2] or 0)
-
-
-# Places of a training that are younger than some studies, and what was done without them.
-_YOUNGER = {"data_growth": 1.0, "loss": "cross_entropy", "focal_gamma": 2.0, "sampling": "shuffled"}
 
 
 class StudySpec(Part):
@@ -168,6 +140,8 @@ class StudySpec(Part):
     search: SearchSpec
     final: FinalSpec | None = None
     keep: KeepSpec = KeepSpec()
+    ensemble: EnsembleSpec | None = None
+    predict: PredictSpec = PredictSpec()
     promote: PromoteSpec = PromoteSpec()
     references: list[Reference] = Field(default_factory=list)
     seed: Seed = 0
@@ -177,6 +151,11 @@ class StudySpec(Part):
     def _monitor_follows(self) -> StudySpec:
         if "monitor" not in self.training.model_fields_set:
             object.__setattr__(self, "training", self.training.watching(self.search.judged_by))
+        return self
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> StudySpec:
+        _check_sizes(self.model, self.training)
         return self
 
     @model_validator(mode="after")
@@ -216,7 +195,7 @@ class StudySpec(Part):
             for path, value in values.items():
                 if isinstance(value, float) and not math.isfinite(value):
                     raise ValueError(f"search.start[{index}].{path}: {value} is not finite. Correct the value")
-        if "training.data_growth" in self.search.whole_space and self.search.pruner.name != "none":
+        if "training.data_growth" in self.search.whole_space and self.search.pruner.name not in UNPRUNED:
             raise ValueError(
                 "search.space.training.data_growth: a pruner compares trials at one epoch, and theirs would cost "
                 "different amounts. Fix it, or write pruner: none"
@@ -268,11 +247,12 @@ class StudySpec(Part):
             raise SpecError(f"{error}, or give one of them a `when`.") from None
 
     def resumed_as(self, record: Mapping[str, Any]) -> StudySpec:
-        """This spec for a study that began with the spec of record: a monitor that was not given stays that one's."""
+        """This spec for a study that began with that of record: monitor, sampler and pruner stay if none is given."""
         monitor = record.get("training", {}).get("monitor", self.training.monitor)
-        if "monitor" in self.training.model_fields_set or monitor == self.training.monitor:
-            return self
-        return self.model_copy(update={"training": self.training.watching(monitor)})
+        changed: dict[str, Any] = {"search": self.search.resumed_as(record.get("search", {}))}
+        if "monitor" not in self.training.model_fields_set and monitor != self.training.monitor:
+            changed["training"] = self.training.watching(monitor)
+        return self.model_copy(update=changed)
 
     @property
     def setup(self) -> Setup:
@@ -290,13 +270,11 @@ class StudySpec(Part):
         plain["training"].pop("checkpoint")
         # What else is measured of a training does not change it.
         plain["training"].pop("scores")
-        for place, value in _YOUNGER.items():
-            if plain["training"][place] == value:
-                plain["training"].pop(place)
-        for part, younger in (("data", _YOUNGER_DATA), ("split", _YOUNGER_SPLIT)):
-            for place, default in younger.items():
-                if plain[part][place] == default:
-                    plain[part].pop(place)
+        for path, value in _YOUNGER.items():
+            *stems, last = path.split(".")
+            part = functools.reduce(lambda node, key: node.get(key, {}), stems, plain)
+            if last in part and part[last] == value:
+                part.pop(last)
         kept = {part: plain[part] for part in ("data", "split", "model", "training", "task", "seed")}
         aims = [f"{aim.better} {aim.score}" for aim in self.search.objectives]
         relative = {
@@ -323,9 +301,21 @@ class Setup(Part):
     training: TrainingSpec
     task: Task = "multiclass"
 
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Setup:
+        _check_sizes(self.model, self.training)
+        return self
+
     def flat(self) -> dict[str, Any]:
         """Dotted path -> value, for every place; lists as JSON."""
         return dict(_flatten(self.model_dump(mode="json")))
+
+
+def _check_sizes(model: Any, training: TrainingSpec) -> None:
+    if training.first_size < 1 and (reason := fixed_size_reason(model)):
+        raise ValueError(
+            f"training.first_size {training.first_size:g}: a {model.kind} takes images of one size: {reason}. Write 1"
+        )
 
 
 def _flatten(tree: Mapping[str, Any], stem: str = "") -> Any:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import math
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from hpo.spec.space import OptimizerName, Part, Positive, Rate, Score, Seed
+from hpo.spec.space import OptimizerName, Part, Positive, Rate, Score, Seed, Share
 
 
 class OptimizerSpec(Part):
     """How weights follow gradients. An optimizer ignores fields that it does not have."""
 
     name: OptimizerName = "adam"
+    """timm/muon, timm/lion, timm/lamb and so on are those of timm.optim (timm.optim.list_optimizers), which take lr,
+    weight_decay and `options`. The last dense layer of a network learns by AdamW with timm's Muon, as biases do."""
     lr: Annotated[float, Field(gt=0.0, le=100.0)] = 1e-3
     """Learning rate; with a schedule, its highest."""
     momentum: Rate = 0.0
@@ -25,8 +28,23 @@ class OptimizerSpec(Part):
     """adam and adamw: decay of the first moment."""
     beta2: Rate = 0.999
     """adam and adamw: decay of the second moment."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """timm: further keyword arguments, such as {momentum: 0.95, nesterov: true}. A search varies them as
+    training.optimizer.options.NAME, if they are listed here."""
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Each stage of the network learns at this times the rate of the stage after it, the head at the full rate."""
+
+    @property
+    def of_timm(self) -> bool:
+        """Whether it is one of timm's."""
+        name: str = self.name
+        return name.startswith("timm/")
+
+    @model_validator(mode="after")
+    def _options_are_of_timm(self) -> OptimizerSpec:
+        if self.options and not self.of_timm:
+            raise ValueError(f"options are for optimizers of timm, and this is {self.name}. Leave them out")
+        return self
 
 
 class ScheduleSpec(Part):
@@ -39,6 +57,10 @@ class ScheduleSpec(Part):
     """Share of all batches in which the rate climbs linearly to its highest; one_cycle takes 0.3 where this is 0."""
     gamma: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
     step_epochs: Positive = 10
+    restarts: Annotated[int, Field(ge=0, le=100)] = 0
+    """cosine: how often the rate returns to its highest (Loshchilov & Hutter 2017)."""
+    period_growth: Annotated[float, Field(ge=1.0, le=10.0)] = 1.0
+    """restarts: the length of each period in units of that of the one before."""
 
 
 class AugmentSpec(Part):
@@ -49,6 +71,9 @@ class AugmentSpec(Part):
 
     flip_horizontal: bool = False
     """Half of the images, left to right."""
+    alternate_flips: bool = False
+    """flip_horizontal: a coin for each image decides in which epochs it is mirrored, the even or the odd ones (Jordan
+    2024), so that two epochs show both sides of each image."""
     flip_vertical: bool = False
     """Half of the images, upside down."""
     rotate90: bool = False
@@ -96,6 +121,9 @@ class TrainingSpec(Part):
     data_growth: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """The first epoch goes through this share of the training images, each further one through as much more, until all
     take part: short epochs suffice to recognise poor candidates. The classes keep their shares. 1: always all."""
+    first_size: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """The first epoch sees images whose sides are shrunk to this share; they grow epoch by epoch, and the last third of
+    the epochs sees whole images. For networks that end in an average over the maps. 1: always whole ones."""
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 64
     optimizer: OptimizerSpec = OptimizerSpec()
     schedule: ScheduleSpec = ScheduleSpec()
@@ -108,6 +136,14 @@ class TrainingSpec(Part):
     """focal: how much less well-classified images weigh; 0 is cross-entropy."""
     sampling: Literal["shuffled", "balanced"] = "shuffled"
     """balanced: the images of an epoch are drawn with replacement, every class equally often."""
+    teacher: str | None = None
+    """A logged model (NAME, NAME@ALIAS or NAME/NUMBER), such as an ensemble, whose probabilities of the training images
+    without augmentation are learned as soft labels (distillation, Hinton et al. 2015). null: none."""
+    teacher_weight: Share = 0.9
+    """Share of the teacher's labels in the loss; the images' own labels have the rest."""
+    teacher_temperature: Annotated[float, Field(ge=1.0, le=100.0)] = 2.0
+    """Divides the logarithms of the teacher's probabilities and the logits: the higher, the more the less probable
+    classes count."""
     label_smoothing: Rate = 0.0
     class_weights: Literal["none", "balanced"] = "none"
     """balanced: each class weighs n / (classes * images of the class) in the loss."""
@@ -145,6 +181,11 @@ class TrainingSpec(Part):
     def watching(self, monitor: Score) -> TrainingSpec:
         """The same training with another monitor, which counts as given only where this one's was."""
         return TrainingSpec.model_construct(_fields_set=self.model_fields_set, **{**dict(self), "monitor": monitor})
+
+    def size_of(self, epoch: int) -> float:
+        """The share of their sides to which the images of an epoch, counted from 1, are shrunk."""
+        growing = max(1, math.ceil(self.epochs * 2 / 3) - 1)
+        return min(1.0, self.first_size + (1 - self.first_size) * (epoch - 1) / growing)
 
     def share(self, epoch: int) -> float:
         """How much of the training images an epoch, counted from 1, goes through: what it costs, in full epochs."""

@@ -191,7 +191,7 @@ AUGMENTATIONS: dict[str, Augmentation] = {
 # Fields with an implementation of their own: hpo.training.batches.Flips, and mix_batch.
 FLIPS = ("flip_horizontal", "flip_vertical", "rotate90")
 MIXES = ("mixup", "cutmix")
-OPTIONS = ("fill", "magnitude", "erase_area")  # of other fields; they change nothing alone
+OPTIONS = ("fill", "magnitude", "erase_area", "alternate_flips")  # of other fields; they change nothing alone
 
 
 def build_augment(spec: AugmentSpec) -> Augment | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import torch
@@ -37,16 +37,17 @@ def _transpose(images: Tensor) -> Tensor:
 class Flips:
     """Mirror half of the images left to right, half upside down, and rotate each by a random multiple of 90 degrees.
 
-    Each of the three is optional.
+    Each of the three is optional. alternate: mirroring left to right is not drawn; rows_of is told which images are.
     """
 
     horizontal: bool
     vertical: bool
     rotate90: bool
+    alternate: bool = False
 
     @classmethod
     def of(cls, spec: AugmentSpec) -> Flips:
-        """Those of a spec."""
+        """Those of a spec; all of them are drawn."""
         return cls(spec.flip_horizontal, spec.flip_vertical, spec.rotate90)
 
     def __bool__(self) -> bool:
@@ -66,10 +67,11 @@ class Flips:
         transposition. So all four angles are equally likely.
         """
         draws: list[tuple[Change, ...]] = []
-        draws += [(_mirror,)] * self.horizontal
+        draws += [(_mirror,)] * (self.horizontal and not self.alternate)
         draws += [(_upside_down,)] * self.vertical
         draws += [(_mirror, _upside_down), (_mirror, _transpose)] * self.rotate90
-        return torch.tensor([[change in draw for draw in draws] for change in self.changes]).long()
+        table = [[change in draw for draw in draws] for change in self.changes]
+        return torch.tensor(table).view(len(self.changes), len(draws)).long()
 
     def draw(self, count: int, generator: torch.Generator, *, batch: int | None = None) -> Tensor:
         """The changes of `count` images: (changes, count) int64 of 0 and 1, on the CPU.
@@ -77,6 +79,8 @@ class Flips:
         With batch, the numbers are those of draws of `batch` images each, one after the other.
         """
         batch, width = batch or count, self._parity.shape[1]
+        if not width:
+            return torch.zeros(len(self.changes), count, dtype=torch.int64)
         drawn = (torch.rand(width * count, generator=generator) < 0.5).long()
         tail = count % batch
         parts = (
@@ -104,10 +108,23 @@ class Flips:
             images = torch.cat([images, change(images)])
         return images
 
-    def rows_of(self, rows: Tensor, total: int, generator: torch.Generator, *, batch: int | None = None) -> Tensor:
-        """The rows of of_all, of `total` images, with a random change of each of these rows; batch is that of draw."""
-        steps = total << torch.arange(len(self.changes))
-        return rows + put(steps @ self.draw(len(rows), generator, batch=batch), rows.device)
+    def rows_of(
+        self,
+        rows: Tensor,
+        total: int,
+        generator: torch.Generator,
+        *,
+        batch: int | None = None,
+        mirrored: Tensor | None = None,
+    ) -> Tensor:
+        """The rows of of_all, of `total` images, with a random change of each of these rows; batch is that of draw.
+
+        mirrored (n,) of 0 and 1 on the rows' device: which are mirrored left to right as well.
+        """
+        places = 1 << torch.arange(len(self.changes))
+        codes = put(places @ self.draw(len(rows), generator, batch=batch), rows.device)
+        # The first of the changes is that of the mirror.
+        return rows + total * (codes if mirrored is None else codes ^ mirrored)
 
     def _check(self, images: Tensor) -> None:
         height, width = images.shape[1:3]
@@ -143,16 +160,25 @@ class Batches:
     """Gathers the images of a batch, uint8 (count, height, width, channels), changed as spec says; features unchanged.
 
     All flips of a small data set are made once, and a batch then only gathers rows of them. A larger one is flipped
-    batch by batch, to the same images from the same random numbers. Generators are the CPU's.
+    batch by batch, to the same images from the same random numbers. Generators are the CPU's. seed decides which images
+    are mirrored in even epochs, with alternate_flips.
     """
 
-    def __init__(self, images: Tensor, spec: AugmentSpec) -> None:
-        flips, pixels = Flips.of(spec), images.dtype == torch.uint8
+    def __init__(self, images: Tensor, spec: AugmentSpec, *, seed: int = 0) -> None:
+        pixels = images.dtype == torch.uint8
+        alternate = spec.alternate_flips and spec.flip_horizontal and pixels
+        flips = replace(Flips.of(spec), alternate=alternate)
+        self._coins: Tensor | None = None
+        if alternate:
+            coins = torch.randint(2, (len(images),), generator=torch.Generator().manual_seed(seed))
+            self._coins = coins.to(images.device)
+        self._epoch = 1
         self._stored = pixels and bool(flips) and images.numel() << len(flips.changes) <= _MOST_BYTES
         self._flips, self._count = flips, len(images)
         self._source = _all_flipped(images, flips) if self._stored else images
         if pixels:
-            self._change = build_augment(spec) if self._stored else augmenter(spec)
+            others = spec.model_copy(update={"flip_horizontal": False}) if alternate else spec
+            self._change = build_augment(spec) if self._stored else augmenter(others)
         else:
             self._change = pick_view if images.ndim == 3 else None  # features of several views, or of one
         # Where nothing else is drawn between two batches, flips can be drawn for the whole epoch at once.
@@ -161,13 +187,15 @@ class Batches:
     @property
     def source(self) -> Tensor | None:
         """The tensor whose rows are the images of a batch, as returned by rows; None where batches are computed."""
-        return self._source if self._change is None and (self._ahead or not self._stored) else None
+        plain = self._ahead or (not self._stored and self._coins is None)
+        return self._source if self._change is None and plain else None
 
-    def rows(self, order: Tensor, batch: int, generator: torch.Generator) -> Tensor:
-        """The rows to gather for an epoch with images in this order (n,), in batches of `batch`.
+    def rows(self, order: Tensor, batch: int, generator: torch.Generator, *, epoch: int = 1) -> Tensor:
+        """The rows to gather for an epoch, counted from 1, with images in this order (n,), in batches of `batch`.
 
         Flips that are drawn here rather than in gather make a small perceptron's step a tenth to a fifth faster.
         """
+        self._epoch = epoch
         return self._flipped(order, generator, batch) if self._ahead else order
 
     def gather(self, rows: Tensor, generator: torch.Generator) -> Tensor:
@@ -176,10 +204,19 @@ class Batches:
             rows = self._flipped(rows, generator, len(rows))
         # index_select gathers rows ten times faster than indexing does.
         taken = self._source.index_select(0, rows)
+        if self._coins is not None and not self._stored:
+            taken = torch.where(self._mirrored(rows).bool().view(-1, 1, 1, 1), _mirror(taken), taken)
         return taken if self._change is None else self._change(taken, generator)
 
     def _flipped(self, rows: Tensor, generator: torch.Generator, batch: int) -> Tensor:
-        return self._flips.rows_of(rows, self._count, generator, batch=batch)
+        mirrored = None if self._coins is None else self._mirrored(rows)
+        return self._flips.rows_of(rows, self._count, generator, batch=batch, mirrored=mirrored)
+
+    def _mirrored(self, rows: Tensor) -> Tensor:
+        """(n,) of 0 and 1: which images of this epoch are mirrored."""
+        if self._coins is None:
+            return torch.zeros_like(rows)
+        return (self._coins[rows] + self._epoch) % 2
 
 
 @lru_cache(maxsize=2)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel
 
 from hpo.data.prepare import TrialData
@@ -126,7 +127,7 @@ class _Training:
         torch.manual_seed(seed)
         self._generator = torch.Generator().manual_seed(seed)
         self._optimizer = build_optimizer(spec.optimizer, net)
-        self._batches = Batches(data.images, spec.augment)
+        self._batches = Batches(data.images, spec.augment, seed=seed)
         self._normalise = input_of(data)
         self._requested = requested_of(spec, data)
         self._averaged = moving_average(net, spec.ema) if spec.ema else None
@@ -137,6 +138,7 @@ class _Training:
         self._steps, self._steps_per_epoch = self._subset.batches(spec.epochs), -(-len(data.train) // spec.batch_size)
         self._stopping = EarlyStopping(spec, validates=len(data.valid) > 0)
         self._step = 0
+        self._sides: tuple[int, int] | None = None  # to which the images of this epoch are shrunk
         self._captured: StepGraph | None = None
         # All that learns. The position in the schedule follows from the epoch.
         self._learning: dict[str, Any] = {"net": net, "optimizer": self._optimizer}
@@ -200,7 +202,8 @@ class _Training:
         order = subset[put(order, device)]
         single = len(order) % spec.batch_size == 1 < min(spec.batch_size, len(order))
         order = order[:-1] if single else order  # batch norm cannot learn from a single image
-        sources = self._batches.rows(order, spec.batch_size, self._generator)
+        sources = self._batches.rows(order, spec.batch_size, self._generator, epoch=number)
+        self._sides = _sides(data.images, spec.size_of(number))
         if self._graph is not None and self._graph.whole:
             losses, hits, rate = self._run_captured(order, sources, self._graph)
             counts = [(spec.batch_size, 1.0)] * len(losses)
@@ -222,10 +225,12 @@ class _Training:
         """One step, from the images of a batch; its mean loss and the number of images that were right."""
         spec, data = self._spec, self._data
         with phase("batch"):
-            labels = data.labels.index_select(0, rows)
+            labels = self._loss_of.targets(rows)
         with phase("augment"):
             images = self._normalise(self._batches.gather(source, self._generator))
             inputs, labels, others, share = mix_batch(images, labels, spec.augment, self._generator)
+            if self._sides is not None:
+                inputs = functional.interpolate(inputs, self._sides, mode="area")
         self._optimizer.zero_grad(set_to_none=True)
         loss, logits = self._backward(inputs, labels, others, share)
         with phase("optimizer"):
@@ -234,7 +239,7 @@ class _Training:
             self._optimizer.step()
             if self._averaged is not None:
                 self._averaged.update_parameters(self._net)
-        own = labels[self._ranks.part(len(rows))[0]]
+        own = self._loss_of.labels(labels[self._ranks.part(len(rows))[0]])
         if data.labels.ndim == 2:
             return loss, ((logits > 0) == own).float().mean(1).sum()
         return loss, (logits.argmax(1) == own).sum()
@@ -306,6 +311,14 @@ class _Training:
             loss += piece.detach()
             all_logits.append(logits.detach())
         return loss, torch.cat(all_logits)
+
+
+def _sides(images: Tensor, share: float) -> tuple[int, int] | None:
+    """Height and width of images (n, height, width, channels) of which each side keeps this share; None for all."""
+    if share >= 1 or images.ndim != 4:
+        return None
+    high, wide = (max(1, round(share * side)) for side in images.shape[1:3])
+    return high, wide
 
 
 class _MovingAverage(AveragedModel):

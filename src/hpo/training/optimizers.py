@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hpo.data.prepare import TrialData
-from hpo.errors import TrainingError
+from hpo.errors import SpecError, TrainingError
 from hpo.models.backbones import stages
 from hpo.models.transfer import transfer_of
 from hpo.spec.own_code import load_function
@@ -32,7 +33,10 @@ def positive_weights(labels: Tensor) -> Tensor:
 
 
 class Loss:
-    """The mean loss of a batch as spec says. Labels are (n,), or (n, classes) of 0 and 1 where images have several."""
+    """The mean loss of a batch as spec says. Labels are (n,), or (n, classes) of 0 and 1 where images have several.
+
+    With a teacher it takes the rows (n,) of the images in place of their labels, see targets.
+    """
 
     def __init__(self, spec: TrainingSpec, data: TrialData) -> None:
         self._smoothing, self._gamma, self._name = spec.label_smoothing, spec.focal_gamma, spec.loss
@@ -42,9 +46,33 @@ class Loss:
         if spec.class_weights == "balanced":
             self._weights = positive_weights(labels) if self._several else class_weights(labels, len(data.class_names))
         self._own: Callable[..., Tensor] | None = load_function(spec.loss, what="loss") if ":" in spec.loss else None
+        self._every, self._soft = data.labels, None
+        if data.taught is not None:
+            self._share, self._heat = spec.teacher_weight, spec.teacher_temperature
+            self._soft = cooled(data.taught, self._heat, several=self._several)
 
-    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """logits (n, classes) float32 and labels -> a scalar."""
+    def targets(self, rows: Tensor) -> Tensor:
+        """What is to be learned of the images in these rows (n,): their labels, or with a teacher the rows."""
+        return rows if self._soft is not None else self._every.index_select(0, rows)
+
+    def labels(self, targets: Tensor) -> Tensor:
+        """The labels of targets."""
+        return self._every.index_select(0, targets) if self._soft is not None else targets
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """logits (n, classes) float32 and targets -> a scalar."""
+        own = self._of(logits, self.labels(targets))
+        if self._soft is None:
+            return own
+        soft = self._soft.index_select(0, targets)
+        if self._several:
+            taught = functional.binary_cross_entropy_with_logits(logits / self._heat, soft)
+        else:
+            taught = functional.cross_entropy(logits / self._heat, soft)
+        # Its gradient is 1 / temperature^2 of that of the labels (Hinton et al. 2015, section 2.1).
+        return (1 - self._share) * own + self._share * self._heat**2 * taught
+
+    def _of(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self._own is not None:
             return _answer(self._own, self._name, logits, labels)
         if self._several:
@@ -73,7 +101,15 @@ class Loss:
             return 1.0
         if self._weights is None or self._several:
             return len(part) / len(batch)
-        return self._weights[part].sum() / self._weights[batch].sum()
+        return self._weights[self.labels(part)].sum() / self._weights[self.labels(batch)].sum()
+
+
+def cooled(probabilities: Tensor, temperature: float, *, several: bool) -> Tensor:
+    """Probabilities (n, classes), p -> p^(1 / temperature), normalised; with several labels, each of (p, 1 - p)."""
+    logs = probabilities.clamp_min(1e-7).log()
+    if several:
+        return ((logs - (1 - probabilities).clamp_min(1e-7).log()) / temperature).sigmoid()
+    return (logs / temperature).softmax(1)
 
 
 def _power(base: Tensor, exponent: float) -> Tensor:
@@ -115,16 +151,20 @@ def balanced_order(labels: Tensor, count: int, generator: torch.Generator) -> Te
 Kind = TypeVar("Kind", bound=torch.optim.Optimizer)
 
 
+def _plain_methods() -> None:
+    for method in vars(torch.optim.Optimizer).values():
+        plain = inspect.unwrap(method) if callable(method) else method
+        if plain is not method:
+            plain.__dynamo_disable = plain
+
+
 def eager(kind: type[Kind]) -> type[Kind]:
     """The same optimizer without torch's compiler, whose import at the first step takes longer than that of torch.
 
     torch decorates `step` and the methods of Optimizer for its compiler. `step` loses its decorator here; the others
     get the answer that the compiler would give outside of a compiled function: the method itself.
     """
-    for method in vars(torch.optim.Optimizer).values():
-        plain = inspect.unwrap(method) if callable(method) else method
-        if plain is not method:
-            plain.__dynamo_disable = plain
+    _plain_methods()
     step = torch.no_grad()(inspect.unwrap(kind.step))
     return cast("type[Kind]", type(kind.__name__, (kind,), {"step": step}))
 
@@ -159,6 +199,60 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
+def of_timm(weights: Any, spec: OptimizerSpec, *, last: Tensor | None = None) -> torch.optim.Optimizer:
+    """The optimizer that timm.optim calls so, over groups of weights; last is the weight of the last dense layer.
+
+    Raises SpecError for a name or an option that timm does not have, and for optimizers that need another loop.
+    """
+    import timm.optim
+
+    name = spec.name.removeprefix("timm/")
+    try:
+        kind = timm.optim.get_optimizer_info(name)
+    except ValueError:
+        close = difflib.get_close_matches(name, timm.optim.list_optimizers(), n=3)
+        meant = f"Did you mean {' or '.join(close)}? " if close else ""
+        raise SpecError(
+            f"training.optimizer.name: timm {timm.__version__} has no optimizer {name!r}.",
+            f"{meant}All: python -c 'import timm.optim; print(timm.optim.list_optimizers())'",
+        ) from None
+    if kind.second_order:
+        raise SpecError(
+            f"training.optimizer.name: {spec.name} needs second derivatives, which hpo does not compute.",
+            "Choose another one.",
+        )
+    if last is not None and isinstance(kind.opt_class, type) and issubclass(kind.opt_class, timm.optim.Muon):
+        # As its author advises: classes are no directions to be made orthogonal.
+        weights = [part for group in weights for part in _without(group, last)]
+    _plain_methods()
+    try:
+        made: torch.optim.Optimizer = timm.optim.create_optimizer_v2(
+            weights, opt=name, lr=spec.lr, weight_decay=spec.weight_decay, **spec.options
+        )
+    except (ImportError, TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise SpecError(
+            f"training.optimizer: {spec.name} cannot be made with lr {spec.lr:g}, weight_decay {spec.weight_decay:g} "
+            f"and options {spec.options}: {str(error).rstrip('.')}.",
+            "Correct training.optimizer.options, or choose another one.",
+        ) from None
+    return made
+
+
+def _without(group: dict[str, Any], last: Tensor) -> list[dict[str, Any]]:
+    """A group of weights, and apart from it the weight that learns by AdamW."""
+    others = [weight for weight in group["params"] if weight is not last]
+    if len(others) == len(group["params"]):
+        return [group]
+    apart = {**group, "params": [last], "use_fallback": True}
+    return [{**group, "params": others}, apart] if others else [apart]
+
+
+def check_optimizer(spec: OptimizerSpec) -> None:
+    """Raise SpecError where an optimizer of timm cannot be made as spec says."""
+    if spec.of_timm:
+        of_timm([{"params": [nn.Parameter(torch.zeros(2, 2))]}], spec)
+
+
 def build_optimizer(spec: OptimizerSpec, net: nn.Module) -> torch.optim.Optimizer:
     """The optimizer over the weights of net that train, now or later; as one fused kernel where torch has one.
 
@@ -171,6 +265,9 @@ def build_optimizer(spec: OptimizerSpec, net: nn.Module) -> torch.optim.Optimize
         for distance, weights in by_depth(net).items()
     ]
     groups = [group for group in groups if group["params"]]
+    if spec.of_timm:
+        dense = [layer.weight for layer in net.modules() if isinstance(layer, nn.Linear)]
+        return of_timm(groups, spec, last=dense[-1] if dense else None)
     # A fused optimizer loops over the weights once, not once per operation: steps of small networks are 1.2 to 3 times
     # as fast.
     return OPTIMIZERS[spec.name](groups, spec, fused=groups[0]["params"][0].device.type in ("cpu", "cuda"))
@@ -193,11 +290,22 @@ def by_depth(net: nn.Module) -> dict[int, list[nn.Parameter]]:
     return found
 
 
+def _share_of_period(spec: ScheduleSpec, done: float) -> float:
+    """How much of the present period of the schedule is done, when this share of all batches is; both in [0, 1]."""
+    lengths = [spec.period_growth**number for number in range(spec.restarts + 1)]
+    left = done * sum(lengths)
+    for length in lengths[:-1]:
+        if left < length:
+            return left / length
+        left -= length
+    return min(1.0, left / lengths[-1])
+
+
 # Name -> factor of the learning rate after the warm-up: (spec, share of the remaining batches that are done, epochs
 # that are done).
 SCHEDULES: dict[str, Callable[[ScheduleSpec, float, int], float]] = {
     "constant": lambda _spec, _done, _epoch: 1.0,
-    "cosine": lambda _spec, done, _epoch: 0.5 * (1 + math.cos(math.pi * done)),
+    "cosine": lambda spec, done, _epoch: 0.5 * (1 + math.cos(math.pi * _share_of_period(spec, done))),
     "one_cycle": lambda _spec, done, _epoch: 0.5 * (1 + math.cos(math.pi * done)),
     "step": lambda spec, _done, epoch: float(spec.gamma ** (epoch // spec.step_epochs)),
     "exponential": lambda spec, _done, epoch: float(spec.gamma**epoch),

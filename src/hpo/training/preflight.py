@@ -22,8 +22,8 @@ from hpo.models.backbones import Backbone
 from hpo.models.basic import OneLogit
 from hpo.models.transfer import Transfer, transfer_of
 from hpo.records import DataCard
+from hpo.spec.grid import holds, listed
 from hpo.spec.models import OwnModelSpec
-from hpo.spec.space import holds, listed
 from hpo.spec.study import Setup, StudySpec
 from hpo.spec.training import AugmentSpec, TrainingSpec
 from hpo.training.augment import mix_batch
@@ -32,6 +32,7 @@ from hpo.training.device import free_memory
 from hpo.training.device import threads as computing_on
 from hpo.training.features import cached_views, forward
 from hpo.training.loop import train
+from hpo.training.optimizers import check_optimizer
 from hpo.training.stack_layers import UnstackableError, key_of
 from hpo.training.stack_speed import FULL, shared_seconds, step_seconds
 from hpo.training.trial import build_full, measured_precision
@@ -72,9 +73,10 @@ def failing_ends(spec: StudySpec, card: DataCard) -> list[str]:
         try:
             setup = spec.with_values(values)
             count = min(2, setup.training.micro_batch or setup.training.batch_size)
-            if (setup.model, count) in seen:
+            check_optimizer(setup.training.optimizer)
+            if (setup.model, count, setup.training.first_size) in seen:
                 continue
-            seen.append((setup.model, count))
+            seen.append((setup.model, count, setup.training.first_size))
             _step_without_memory(setup, card, count)
         except (HpoError, ValueError, RuntimeError) as error:
             shown = ", ".join(f"{path}={value}" for path, value in values.items())
@@ -101,6 +103,7 @@ def _ends(spec: StudySpec) -> list[dict[str, Any]]:
 def _step_without_memory(setup: Setup, card: DataCard, count: int) -> None:
     height, width, channels = card.image_shape
     classes, binary, training = len(card.class_names), setup.task == "binary", setup.training
+    height, width = (max(1, round(training.size_of(1) * side)) for side in (height, width))
     with torch.device("meta" if setup.model.kind in MODELS else "cpu"):
         net = build_model(
             setup.model, image_shape=card.image_shape, classes=classes, seed=0, binary=binary, loaded=False

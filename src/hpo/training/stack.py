@@ -126,7 +126,7 @@ class Stack:
             spec=spec,
             generator=torch.Generator().manual_seed(seed),
             noise=torch.Generator(data.images.device).manual_seed(seed),
-            batches=Batches(data.images, spec.augment),
+            batches=Batches(data.images, spec.augment, seed=seed),
             averaged=moving_average(net, spec.ema) if spec.ema else None,
             stopping=EarlyStopping(spec, validates=len(data.valid) > 0),
         )
@@ -212,7 +212,7 @@ class Stack:
             member.epoch += 1
             order = data.train[put(torch.randperm(count, generator=member.generator), data.images.device)]
             orders.append(order[:-1] if single else order)  # batch norm cannot learn from a single image
-            sources.append(member.batches.rows(orders[-1], size, member.generator))
+            sources.append(member.batches.rows(orders[-1], size, member.generator, epoch=member.epoch))
         tables = torch.stack(orders), torch.stack(sources)
         learn, begun = self._learner(stacked, members), members[0].step
         totals = self._captured_steps(learn, stacked, members, *tables)

@@ -163,7 +163,11 @@ def key_of(net: nn.Module, data: TrialData, spec: TrainingSpec, precision: str) 
         ("its batches are computed in pieces", spec.micro_batch is not None),
         ("its layers learn at rates of their own", spec.optimizer.layer_decay != 1),
         ("it saves checkpoints", spec.checkpoint is not None),
+        # Not all change each weight by itself, and padding must stay 0.
+        ("its optimizer is of timm", spec.optimizer.of_timm),
+        ("its images grow", spec.first_size < 1),
         ("its epochs grow", spec.data_growth < 1),
+        ("it learns from a teacher", spec.teacher is not None),
         ("its loss is not cross-entropy", spec.loss != "cross_entropy"),
         ("its images are drawn by class", spec.sampling != "shuffled"),
         ("its images have several labels", data.labels.ndim == 2),

@@ -44,6 +44,9 @@ def why_not(net: nn.Module, data: TrialData, spec: TrainingSpec, *, own: bool) -
         ("its images are changed at random", drawn),
         ("more of it learns from some epoch on", transfer is not None and transfer.unfreeze_epoch is not None),
         ("it averages its weights", bool(spec.ema)),
+        # Some count their steps in Python, which a graph would repeat as it found them.
+        ("its optimizer is of timm", spec.optimizer.of_timm),
+        ("its images grow", spec.first_size < 1),
         ("its data grows", spec.data_growth < 1),
         (f"an epoch has fewer than {_FEWEST} full batches", steps < _FEWEST),
         (f"it has fewer than {10 * _FEWEST} full batches to learn from", spec.epochs * steps < 10 * _FEWEST),

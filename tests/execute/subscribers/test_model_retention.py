@@ -12,7 +12,7 @@ from hpo.execute.process import RunEnd
 from hpo.execute.subscribers.model_retention import ModelRetention
 from hpo.execute.tracking_queue import TrackingQueue
 from hpo.records import Candidate, StudyResult, Trial, TrialResult, TrialState
-from hpo.spec.study import KeepSpec
+from hpo.spec.outcome import KeepSpec
 
 
 class _Exports:

@@ -20,6 +20,7 @@ from hpo.events import Notice
 from hpo.execute.process import begin, end_family, follow_supervisor
 from hpo.execute.stack_size import StackSize, measure_stack_size
 from hpo.records import DataCard, SplitCard, StudyResult, TrialResult
+from hpo.spec.outcome import PredictSpec
 from hpo.spec.study import StudySpec
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     Drawing = Callable[[], Figure | None]
 
 _MOST_TRIES = 3
+_VALIDATION = "validation.npz"  # hpo.training.trial.VALIDATION, whose import would load torch
 _progress: Connection | None = None  # from the job process to its supervisor
 
 
@@ -155,11 +157,27 @@ def prepare(spec: StudySpec, device: str) -> Prepared:
     training = spec.setup.training
     check_task(card, spec.task)
     requested([*training.scores, training.monitor], card.class_names, several=card.several_labels)
+    _check_optimizers(spec)
     if card.several_labels and spec.split.kind in ("holdout", "kfold") and spec.split.by == "stratified":
         _notify("data: images have several labels, so parts are drawn at random by split.seed, not by class", 0, 0)
     for line in (*([f"files: {card.accounting}"] if card.accounting else ()), *(f"data: {w}" for w in card.warnings)):
         _notify(line, 0, 0)
     return Prepared(card, split_card(card, spec.split), tuple(devices))
+
+
+def _check_optimizers(spec: StudySpec) -> None:
+    """Raise SpecError where the study names an optimizer that timm does not have."""
+    asked = spec.training.optimizer
+    names = spec.search.whole_space.root.get("training.optimizer.name")
+    named = [
+        asked,
+        *(asked.model_copy(update={"name": name, "options": {}}) for name in (names.ends() if names else ())),
+    ]
+    if any(each.of_timm for each in named):
+        from hpo.training.optimizers import check_optimizer
+
+        for each in named:
+            check_optimizer(each)
 
 
 def measure_stack(spec: StudySpec, data: DataCard, device: str, threads: int, most: int) -> StackSize:
@@ -220,14 +238,20 @@ def warm_up(*, exports: bool) -> None:
         os.nice(5)
 
 
-def finish_trial(result: TrialResult, data: DataCard) -> Path:
-    """Turn what a complete trial left in its folder into a program, with tables next to it, and return the folder."""
+def finish_trial(result: TrialResult, data: DataCard, spec: PredictSpec) -> Path:
+    """Turn what a complete trial left in its folder into a program, with tables next to it, and return the folder.
+
+    The program answers as spec says.
+    """
     from hpo.models import export_program
+    from hpo.models.answers import decide_answers
     from hpo.report.statistics import classification_report
     from hpo.training.device import use_threads
 
     use_threads(1)
     folder = Path(result.folder)
+    images = Path(data.folder) / "development_images.npy"
+    decide_answers(folder, folder / _VALIDATION, images, spec)
     export_program(folder)
     if result.confusion:
         report, table = classification_report(result.confusion, data.class_names)
@@ -250,7 +274,7 @@ def draw_trial(result: TrialResult, data: DataCard, folder: Path) -> list[Path]:
         "training_curves": lambda: classifier.training_curves(result.epochs, best_epoch=result.best_epoch, title=title)
     }
     title += ", validation"
-    left = Path(result.folder) / "validation.npz"
+    left = Path(result.folder) / _VALIDATION
     if result.confusion:
         figures["confusion"] = lambda: classifier.confusion_figure(result.confusion, names, title=title)
         figures["class_accuracy"] = lambda: classifier.class_accuracy_figure(result.confusion, names, title=title)

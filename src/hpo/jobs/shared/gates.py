@@ -144,7 +144,9 @@ def _predicted_classes(home: Home, entrant: ModelReference, part: Part, class_na
     if split.kind not in ("none", "kfold"):
         own = validation_part(entrant.card, split)
         shared, rows = shared_rows([part.images, own.images])
-        recorded = [classes for each in _seeds(entrant) if len(classes := _recorded(each)) == len(own.labels)]
+        # What a trial records are the predictions of its network: those of a program of several views may differ.
+        seeds = _seeds(entrant) if entrant.spec.predict.views == "off" else []
+        recorded = [classes for each in seeds if len(classes := _recorded(each)) == len(own.labels)]
         if len(shared) == len(part.labels) and recorded:
             return np.stack([indices[np.array(classes)[rows]] for classes in recorded])
     from hpo.predict import load_model
@@ -177,7 +179,8 @@ def parity(home: Home, new: ModelReference, model: Classifier) -> Verdict:
     images = np.load(Path(new.card.folder) / "development_images.npy", mmap_mode="r", allow_pickle=False)
     ours, theirs = model.predict_levels(images[answers["rows"]]), answers["probabilities"]
     kind, several = _kind(new.trial.result), new.card.several_labels
-    return parity_verdict(ours, theirs, kind=kind, several=several, origin="as in its trial")
+    temperature = float(answers.get("temperature", 1.0))
+    return parity_verdict(ours, theirs, kind=kind, several=several, origin="as in its trial", temperature=temperature)
 
 
 def parity_verdict(
@@ -188,21 +191,24 @@ def parity_verdict(
     several: bool,
     origin: str,
     after: str = "after reload",
+    temperature: float = 1.0,
 ) -> Verdict:
     """Whether probabilities (n, classes) agree with those of origin, as far as numbers of that kind can.
 
-    kind is float32, tf32 or bfloat16: what the model was trained in. after says what happened in between.
+    kind is float32, tf32 or bfloat16: what the model was trained in. after says what happened in between, and
+    temperature is that of the program.
     """
     if ours.shape != theirs.shape:
         return Verdict("reloads", False, f"{ours.shape[1]} classes", f"{theirs.shape[1]} classes, {origin}")
     far, differing = float(np.abs(ours - theirs).max()), _differing(ours, theirs, several=several)
     most, share = _PARITY[kind]
+    most *= max(1.0, 1 / temperature)  # below 1 it enlarges what logits differ by
     allowed = int(share * len(ours))
     outcome = f"{differing} of {len(ours):,} predictions differ" if differing else "same predictions"
     return Verdict(
         "reloads",
         far <= most and differing <= allowed,
-        f"{outcome} {after} (largest difference {far:.1g}; limit {most:g})",
+        f"{outcome} {after} (largest difference {far:.1g}; limit {most:.3g})",
         f"{f'at most {allowed} other' if allowed else 'same'} predictions, trained in {kind}",
     )
 

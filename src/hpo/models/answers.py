@@ -1,0 +1,105 @@
+"""Decide on validation images how a trained network answers: which views it averages, and at which temperature."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from hpo.models import CONFIG, SETUP, load_trained, whole_program
+from hpo.models.calibration import at_temperature, calibration_of
+from hpo.models.safe_loader import read_config
+from hpo.models.views import PLAIN, View, candidates, choose
+from hpo.spec.load import small_text
+from hpo.spec.outcome import PredictSpec
+from hpo.spec.study import Setup
+
+ANSWERS = "answers.json"  # what was decided, and by which figures
+_BATCH = 128
+_REPEATS = 15
+
+
+def decide_answers(folder: Path, validation: Path, images: Path, spec: PredictSpec) -> dict[str, Any]:
+    """Decide for the network that save_trained left in folder; returns the record that is written next to it.
+
+    validation is the npz of its trial, with rows, labels and probabilities; there need be none. images is the npy of
+    the development images that rows counts. Views and temperature go into config.json, from where export_program takes
+    them, and into the npz the probabilities of the program so made, those of the network alone as `raw`, and the
+    temperature. May be called again. Raises ModelError for a damaged folder.
+    """
+    if not validation.is_file():
+        return {}
+    with np.load(validation, allow_pickle=False) as arrays:
+        found = dict(arrays)
+    raw, labels = torch.from_numpy(found.get("raw", found["probabilities"])), torch.from_numpy(found["labels"])
+    record: dict[str, Any] = {}
+    config = undecided(read_config(folder / CONFIG))
+    probabilities = raw
+    if spec.views == "auto" and labels.ndim == 1:
+        augment = Setup.model_validate_json(small_text(folder / SETUP)).training.augment
+        net, _ = load_trained(folder)
+        pixels = np.load(images, mmap_mode="r", allow_pickle=False)
+        answer = _Answers(whole_program(net, config), pixels, found["rows"])
+        if (chosen := choose(answer, labels, candidates(augment, config["image_shape"]))) is not None:
+            choice, averaged = chosen
+            record["views"] = choice.record() | {"latency_ms": latencies(net, config, choice.views)}
+            if len(choice.views) > 1:
+                probabilities = averaged
+                config["views"] = [asdict(view) for view in choice.views]
+    if spec.calibrate == "auto" and labels.ndim == 1 and (calibration := calibration_of(probabilities, labels)):
+        record["calibration"] = calibration.record()
+        if calibration.used:
+            probabilities = at_temperature(probabilities, calibration.temperature)
+            config["temperature"] = calibration.temperature
+    (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+    found |= {"raw": raw.numpy(), "probabilities": probabilities.numpy()}
+    np.savez(validation, **found | {"temperature": np.array(config.get("temperature", 1.0))})
+    if record:
+        (folder / ANSWERS).write_text(json.dumps(record, indent=1), encoding="utf-8")
+    return record
+
+
+def undecided(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json as save_trained wrote it, without what decide_answers has added."""
+    return {name: value for name, value in config.items() if name not in ("views", "temperature")}
+
+
+class _Answers:
+    """The probabilities of a program for some images under a view."""
+
+    def __init__(self, program: nn.Module, images: NDArray[np.uint8], rows: NDArray[np.int64]) -> None:
+        self._program, self._images, self._rows = program, images, rows
+
+    def __call__(self, view: View) -> Tensor:
+        starts = range(0, len(self._rows), _BATCH)
+        with torch.inference_mode():
+            return torch.cat(
+                [
+                    self._program(view(torch.from_numpy(self._images[self._rows[start : start + _BATCH]])))
+                    for start in starts
+                ]
+            )
+
+
+def latencies(net: nn.Module, config: Mapping[str, Any], views: tuple[View, ...]) -> dict[str, float]:
+    """Milliseconds for one image on the CPU, the median of 15: of the plain program, and with these views."""
+    found = {}
+    for name, each in (("plain", (PLAIN,)), ("views", views)):
+        program: Callable[[Tensor], Tensor] = whole_program(net, {**config, "views": [asdict(view) for view in each]})
+        image, seconds = torch.zeros((1, *config["image_shape"]), dtype=torch.uint8), []
+        with torch.inference_mode():
+            for _ in range(3 + _REPEATS):  # the first three warm up
+                started = time.perf_counter()
+                program(image)
+                seconds.append(time.perf_counter() - started)
+        found[name] = 1000 * median(seconds[3:])
+    return found
