@@ -4,8 +4,8 @@ Ray is no dependency of the project: uv run --with "ray[tune]" python benchmarks
 
 Same on both sides: the search space, the number of trials, the most epochs of each, the first rung (one epoch) and the
 reduction factor (3), two trials at once with one thread each, the data, and the training itself: Ray's trainable goes
-through the platform's own epochs (hpo.training) and reports each. Not the same: the platform writes every epoch to MLflow
-and to its study storage, Ray writes its result files; which candidates are drawn and stopped, so the epochs differ.
+through the platform's own epochs (hpo.training) and reports each. Not the same: the platform writes every epoch to
+MLflow and to its study storage, Ray its result files; which candidates are drawn and stopped, so the epochs differ.
 
 start-up: seconds from the start of the process to the first trial that could begin (Ray: ray.init and imports; the
 platform: the study is opened). trials/min: trials by the seconds from there to the end of the search. overhead: what a

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import hpo
+from hpo.api.optuna_callback import OptunaCallback
 from hpo.api.study import Plots, Study
 from hpo.predict import Classifier
 
@@ -23,7 +24,7 @@ All user errors are `hpo.HpoError`, with `message` and `hint`.
 """
 _EARLIER = "load_study"  # the earlier name of load_spec
 # Title -> the class that its functions return, whose public members are described.
-_CLASSES = {"Study": Study, "Study.plot": Plots, "Classifier": Classifier}
+_CLASSES = {"Study": Study, "Study.plot": Plots, "Classifier": Classifier, "OptunaCallback": OptunaCallback}
 
 
 def python_page() -> str:

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hpo.api.optuna_callback import optuna_callback
     from hpo.api.run import run_study
     from hpo.api.study import open_study
     from hpo.errors import HpoError
@@ -15,7 +16,16 @@ if TYPE_CHECKING:
 
     __version__: str
 
-__all__ = ["HpoError", "__version__", "load_model", "load_spec", "load_study", "open_study", "run_study"]
+__all__ = [
+    "HpoError",
+    "__version__",
+    "load_model",
+    "load_spec",
+    "load_study",
+    "open_study",
+    "optuna_callback",
+    "run_study",
+]
 
 # Name -> its module and its name there. Each is imported on first use: `import hpo` is instant, and only run_study and
 # load_model bring torch or mlflow.
@@ -25,6 +35,7 @@ _ROOMS = {
     "load_spec": ("hpo.spec.load", "load_study"),
     "load_study": ("hpo.spec.load", "load_study"),  # the earlier name of load_spec
     "open_study": ("hpo.api.study", "open_study"),
+    "optuna_callback": ("hpo.api.optuna_callback", "optuna_callback"),
     "run_study": ("hpo.api.run", "run_study"),
 }
 

@@ -123,11 +123,15 @@ class StudyProfiled:
 
 @dataclass(frozen=True)
 class StudyEnded:
-    """The run is over; model is the registered challenger."""
+    """The run is over; model is the registered challenger.
+
+    ensemble says in one line what an ensemble of the study gains, or "".
+    """
 
     study: StudyResult
     reason: EndReason
     model: ModelVersion | None = None
+    ensemble: str = ""
 
 
 # The events that a caller's watch function sees. Subscribers inside the run see RunEvent.

@@ -36,11 +36,11 @@ class RunOptions:
     one for each core or GPU, 0 trains in this process. stack is the number of trainings that a worker does at once, in
     one computation; None: by a short measurement, 1 where that does not pay, or where workers=1. device is auto, cpu,
     cuda, cuda:N or mps. home is the folder that holds mlruns. fresh starts a new generation of the study; retry_failed
-    tries failed trials again. timeout is in seconds. keep_models is all, none or best:K; precision auto, float32 or
-    bfloat16. With profile trainings share nothing, and a StudyProfiled says where the time went. engine is a key of
-    hpo.execute.engines.ENGINES, or slurm. address and cpus_per_trial are Ray's; slurm (KEY=VALUE), detach and
-    print_script are SLURM's. gpus_per_trial is the number of GPUs that train a trial together; Ray also gives shares of
-    one. Raises HpoError for values out of range.
+    tries failed trials again. timeout is in seconds. minutes is the budget that a study of own images is made for.
+    keep_models is all, none or best:K; precision auto, float32 or bfloat16. With profile trainings share nothing, and a
+    StudyProfiled says where the time went. engine is a key of hpo.execute.engines.ENGINES, or slurm. address and
+    cpus_per_trial are Ray's; slurm (KEY=VALUE), detach and print_script are SLURM's. gpus_per_trial is the number of
+    GPUs that train a trial together; Ray also gives shares of one. Raises HpoError for values out of range.
     """
 
     settings: tuple[str, ...] = _option((), flag="--set")
@@ -58,6 +58,7 @@ class RunOptions:
     cpus_per_trial: float | None = _option(None, engine="ray")
     slurm: tuple[str, ...] = _option((), engine="slurm")
     timeout: float | None = _option(None, once=True, not_for="slurm")
+    minutes: float | None = _option(None, once=True, not_for="slurm")
     profile: bool = _option(False, once=True, not_for="slurm")
     fresh: bool = _option(False, once=True)
     retry_failed: bool = _option(False, once=True)
@@ -75,6 +76,8 @@ class RunOptions:
             number, most = getattr(self, name), _MOST[name]
             if number is not None and not least <= number <= most:
                 raise error(f"--{name} {_shown(number)}: is not between {least} and {most:,}.", hint)
+        if self.minutes is not None and not 0 < self.minutes <= _MOST["trials"]:
+            raise HpoError(f"--minutes {self.minutes:g}: is no number of minutes.", "For example: --minutes 10")
         gpus = self.gpus_per_trial
         if self.engine != "ray" and gpus is not None and (not gpus >= 1 or gpus % 1):
             raise HpoError(

@@ -13,8 +13,9 @@ from typing import Any
 
 from hpo.metrics import direction_of
 
-# The stage of trials that train the winner again after the search: samplers never see them.
-FINAL = "final"
+# Stages after the search, whose trials samplers never see: the winner trained again, and ensembles of trials.
+FINAL, ENSEMBLE = "final", "ensemble"
+AFTER_SEARCH = (FINAL, ENSEMBLE)
 
 
 class TrialState(StrEnum):
@@ -150,7 +151,8 @@ class TrialResult:
     the order of their rows (see pack_classes): comparisons need no model then. ended is when, in seconds since 1970
     (0.0: not known): what is written twice about it carries the same time, and is there once. profile is None where the
     run was not profiled. system holds system metrics over time, as columns: MLflow's names without its prefix system/,
-    and `time`, when each value was taken, in seconds since 1970.
+    and `time`, when each value was taken, in seconds since 1970. members: of an ensemble, how often each of its
+    trials (STUDY~GENERATION#NUMBER) counts; {} of a training.
     """
 
     number: int
@@ -174,6 +176,7 @@ class TrialResult:
     ended: float = 0.0
     profile: Profile | None = None
     system: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    members: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types; from_json takes it back."""
@@ -187,8 +190,7 @@ class TrialResult:
         known["folder"] = PurePath(known.get("folder", "")).name  # older versions stored an absolute path
         known["failure"] = next((kind for kind in FailureKind if kind == known.get("failure")), None)
         known["epochs"] = tuple(Epoch(**epoch) for epoch in known.get("epochs", ()))
-        known["values"] = tuple(known.get("values", ()))
-        known["folds"] = tuple(known.get("folds", ()))
+        known |= {name: tuple(known.get(name, ())) for name in ("values", "folds")}
         known["confusion"] = tuple(tuple(row) for row in known.get("confusion", ()))
         known["system"] = {name: tuple(column) for name, column in known.get("system", {}).items()}
         profile = known.get("profile") or {}  # of older versions with more fields
@@ -203,9 +205,7 @@ def pack_classes(classes: Sequence[int]) -> str:
 
 def unpack_classes(text: str) -> list[int]:
     """The class numbers that pack_classes wrote."""
-    classes = array("H")
-    classes.frombytes(base64.b64decode(text))
-    return classes.tolist()
+    return array("H", base64.b64decode(text)).tolist()
 
 
 @dataclass(frozen=True)
@@ -263,14 +263,10 @@ class StudyResult:
     @property
     def best(self) -> Trial | None:
         """The complete trial with the best objective; the earlier one where two are equal."""
-        ranked = self.ranked()
-        return ranked[0] if ranked else None
+        return next(iter(self.ranked()), None)
 
     def ranked(self, stage: str | None = None) -> list[Trial]:
-        """Complete feasible trials of the search (or of one stage; FINAL: of the final training), best first.
-
-        The earlier one where two are equal.
-        """
+        """Complete feasible trials of the search, or of one stage (such as FINAL), best first, earlier ones first."""
         sign = -1.0 if self.direction == "maximize" else 1.0
         done = [
             trial
@@ -279,9 +275,13 @@ class StudyResult:
             and trial.value is not None
             and trial.result is not None
             and trial.result.feasible
-            and (trial.candidate.stage != FINAL if stage is None else trial.candidate.stage == stage)
+            and (trial.candidate.stage not in AFTER_SEARCH if stage is None else trial.candidate.stage == stage)
         ]
         return sorted(done, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
+
+    def after_search(self) -> list[Trial]:
+        """The complete final trainings and ensembles: models that no search finds, and no limit removes."""
+        return [trial for stage in AFTER_SEARCH for trial in self.ranked(stage)]
 
     def pareto(self) -> list[Trial]:
         """Those of ranked() that no other is at least as good as in every objective and better in one."""
@@ -300,12 +300,12 @@ class StudyResult:
 
     @property
     def counted(self) -> tuple[Trial, ...]:
-        """The trials that count against the budget: none of the final training, none that was or will be run again."""
-        last = {trial.candidate.ordinal: trial for trial in self.trials if trial.candidate.stage != FINAL}
+        """The trials that count against the budget: none after the search, none that was or will be run again."""
+        last = {trial.candidate.ordinal: trial for trial in self.trials if trial.candidate.stage not in AFTER_SEARCH}
         return tuple(trial for trial in last.values() if trial.state is not TrialState.STOPPED)
 
     def count(self, *states: TrialState) -> int:
-        """How many trials stand in one of these states."""
+        """The number of trials in one of these states."""
         return sum(trial.state in states for trial in self.trials)
 
 
@@ -320,8 +320,7 @@ class DataCard:
     official says whether the bytes had the publisher's checksum. files counts the files of a folder: seen, used, and
     those skipped by reason. ranges maps a kind of pixel (a numpy dtype) to the values that became 0 and 255. warnings
     are about images that can hardly be meant. groups is how many groups no two parts share, 0 where none are known.
-    several_labels: labels are (n, classes) of 0 and 1.
-    shared tells, in words, which parts of the user's own hold the same images, and how many.
+    several_labels: labels are (n, classes) of 0 and 1. shared: the parts of the user's own that hold the same images.
     """
 
     name: str

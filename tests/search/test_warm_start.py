@@ -121,3 +121,55 @@ def test_start_from_an_absent_study_names_those_there_are(home, make_spec):
     study = open_study(home, make_spec(start_from={"study": "other"}), data_digest="d")
     assert study.notes == ["start_from other: it has no complete trial with a path that this space varies."]
     study.close()
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """A study of somebody's own objective, with other names."""
+    import optuna
+
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(tmp_path / "j.log")))
+    for place in (f"sqlite:///{tmp_path / 'f.db'}", storage):
+        study = optuna.create_study(study_name="theirs", storage=place, direction="maximize")
+        for value, rate, drop in ((0.5, 1e-3, 0.1), (0.9, 1e-2, 0.2), (0.7, 1e9, 0.3)):
+            study.enqueue_trial({"lr": rate, DROP: drop, "other": 1})
+            study.optimize(
+                lambda trial, value=value: (
+                    trial.suggest_float("lr", 1e-9, 1e9, log=True),
+                    trial.suggest_float(DROP, 0, 1),
+                    trial.suggest_int("other", 0, 3),
+                    value,
+                )[-1],
+                n_trials=1,
+            )
+    return tmp_path
+
+
+@pytest.mark.parametrize("file", ["f.db", "j.log"])
+def test_the_best_of_a_foreign_study_are_tried_first_under_the_names_of_this_one(home, make_spec, foreign, file):
+    before = (foreign / file).read_bytes()
+    wanted = {"study": "theirs", "storage": str(foreign / file), "names": {"lr": LR}, "best": 2}
+    study = open_study(home, make_spec(start_from=wanted), data_digest="d")
+    first = study.ask(budget=5, worker="w").parameters
+    assert (first[LR], first[DROP]) == (1e-2, 0.2)
+    assert study.ask(budget=5, worker="w").parameters[DROP] == 0.3
+    assert study.notes == [f"start_from theirs: {LR}=1000000000.0 is not in this space and is left to the sampler."]
+    assert (foreign / file).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"study": "mine", "storage": "f.db"}, "cannot be read"),
+        ({"study": "theirs", "storage": "none.db"}, "no such file"),
+    ],
+)
+def test_a_foreign_study_that_cannot_be_read_is_one_clear_error(home, make_spec, foreign, wanted, message):
+    wanted["storage"] = str(foreign / wanted["storage"])
+    with pytest.raises(SpecError, match=message):
+        open_study(home, make_spec(start_from=wanted), data_digest="d")
+
+
+def test_a_password_does_not_enter_the_record_of_a_study(make_spec):
+    with pytest.raises(SpecError, match="must not hold a password"):
+        make_spec(start_from={"study": "a", "storage": "postgresql+psycopg://me:secret@host/db"})

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpo.errors import SpecError
+from hpo.spec.grid import holds
 from hpo.spec.load import load_study
-from hpo.spec.space import Float, Int, Space, holds
+from hpo.spec.space import Float, Int, Space
 
 
 def test_a_float_with_a_step_has_a_finite_grid_that_ends_at_high():

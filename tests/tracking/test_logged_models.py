@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 import urllib.request
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -140,15 +144,60 @@ def test_a_program_that_was_put_into_a_model_is_refused_by_its_script(kept: Path
     assert not [*kept.rglob("__pycache__")]
 
 
+class Touch:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.file,)
+
+
+def pickle_a_weight(kept: Path, trap: Path) -> Path:
+    """The model's own program, with a weight that torch.export.load would unpickle; returns its file."""
+    import torch
+
+    file, buffer = kept / "artifacts" / "net.pt2", io.BytesIO()
+    with zipfile.ZipFile(file) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    (listed,) = [name for name in entries if name.endswith("model_weights_config.json")]
+    config = json.loads(entries[listed])
+    first = next(iter(config["config"].values()))
+    first["use_pickle"] = True
+    torch.save(Touch(trap), buffer)
+    entries[listed] = json.dumps(config).encode()
+    entries[f"{listed.rpartition('/')[0]}/{first['path_name']}"] = buffer.getvalue()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    return file
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("harm", ["an operator that shows memory", "a weight whose reading runs code"])
 def test_it_is_refused_by_plain_mlflow_where_this_package_is_not_installed(
-    home: Home, kept: Path, images: np.ndarray, tmp_path: Path
+    home: Home, kept: Path, images: np.ndarray, tmp_path: Path, harm: str
 ) -> None:
-    replace_program(kept)
+    import torch
+
+    trap = tmp_path / "trap"
+    if harm == "an operator that shows memory":
+        replace_program(kept)
+    else:
+        file = pickle_a_weight(kept, trap)
+        with contextlib.suppress(Exception):  # it fails after the fact
+            torch.export.load(file)
+        assert trap.exists()
+        trap.unlink()
     answer = elsewhere(home, images, tmp_path)
     assert answer.returncode == 1
     assert "ModelError" in answer.stderr
-    assert "the operator torch.ops.aten.empty.memory_format, which is not among those" in answer.stderr
+    assert not trap.exists()
+    reason = (
+        "the operator torch.ops.aten.empty.memory_format" if harm.startswith("an operator") else "a pickled value in"
+    )
+    assert reason in answer.stderr
 
 
 def test_a_model_of_this_home_is_loaded_here_and_one_that_came_from_elsewhere_in_its_own_process(

@@ -14,7 +14,8 @@ from hpo.spec.models import MlpSpec
 from hpo.spec.study import DataSpec, Setup, SplitSpec
 from hpo.spec.training import AugmentSpec, OptimizerSpec, ScheduleSpec, TrainingSpec
 from hpo.training.checkpoint import Checkpoint
-from hpo.training.trial import VALIDATION, TrialPlan, train_trial
+from hpo.training.trial import TrialPlan, train_trial
+from hpo.training.validation import VALIDATION
 
 HOLDOUT, FOLDS = SplitSpec(kind="holdout"), SplitSpec(kind="kfold", folds=3)
 # All that a training remembers from one epoch to the next: momenta, dropout, data order, averages, schedule.

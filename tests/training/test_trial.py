@@ -10,7 +10,8 @@ from hpo.spec.models import CnnSpec, MlpSpec
 from hpo.spec.study import DataSpec, Setup, SplitSpec
 from hpo.spec.training import AugmentSpec, TrainingSpec
 from hpo.training.stack import Stacks
-from hpo.training.trial import VALIDATION, TrialPlan, train_trial
+from hpo.training.trial import TrialPlan, train_trial
+from hpo.training.validation import VALIDATION
 
 DIGITS = DataSpec(name="digits")
 EVEN_ODD = {"even": ["0", "2", "4", "6", "8"], "odd": ["1", "3", "5", "7", "9"]}

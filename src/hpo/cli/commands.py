@@ -26,6 +26,12 @@ class Listed(NamedTuple):
 # Section -> command, in the order of --help.
 SECTIONS: dict[str, dict[str, Listed]] = {
     "Search": {
+        "new": Listed(
+            "new:new",
+            "Write a study for your own images, and say why it is as it is.",
+            "photos --minutes 10",
+            doing="looking at the images and measuring networks",
+        ),
         "run": Listed(
             "run:run",
             "Run a study, or resume it; register its best model.",
@@ -107,6 +113,12 @@ SECTIONS: dict[str, dict[str, Listed]] = {
         "data": Listed("report:app", "Explore a data set.", "show digits", doing="reading the images"),
     },
     "Use models": {
+        "ensemble": Listed(
+            "ensemble:ensemble",
+            "Make one model of several trials of a study.",
+            "digits-mlp --from digits-cnn",
+            doing="reading the trials",
+        ),
         "promote": Listed(
             "use:promote",
             "Check a study's best model by the gates, and make it the champion.",
@@ -120,11 +132,37 @@ SECTIONS: dict[str, dict[str, Listed]] = {
         "predict": Listed(
             "use:predict", "Classify image files.", "digits-mlp photo.png --format csv", doing="loading the model"
         ),
+        "serve": Listed(
+            "deploy:serve",
+            "Serve a model over HTTP, with a page to drop an image on.",
+            "digits-mlp",
+            doing="loading the model",
+        ),
+        "export-model": Listed(
+            "deploy:export_model",
+            "Write a model as ONNX, pt2, safetensors or an MLflow folder.",
+            "digits-mlp --format pt2",
+            doing="writing the model and comparing its answers",
+        ),
+        "card": Listed(
+            "deploy:card",
+            "Write a model card from the record.",
+            "digits-mlp --out digits-card --licence MIT",
+            doing="gathering the study's results",
+        ),
         "explain": Listed(
             "report:explain",
             "Highlight the pixels that support a class.",
             "digits-mlp photo.png",
             doing="loading the model",
+        ),
+    },
+    "Connect": {
+        "mcp": Listed(
+            "mcp:mcp",
+            "Let an assistant read the studies, over the Model Context Protocol.",
+            "--allow-run",
+            doing="",
         ),
     },
     "Maintain": {

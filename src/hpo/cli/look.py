@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-import sys
 from dataclasses import replace
 from enum import StrEnum
 from itertools import pairwise
@@ -27,6 +25,7 @@ from hpo.cli.options import (
     outside_stores,
     study_name,
 )
+from hpo.cli.windows import open_browser
 from hpo.report.text import duration, parameter_names, ranges_of
 
 if TYPE_CHECKING:
@@ -247,7 +246,7 @@ def ui(
     def ready() -> None:
         output.print_progress(f"MLflow is ready: {address}")
         if browser:
-            _open_browser(address)
+            open_browser(address)
 
     shown = f", on the trials of {known.title}" if known else ""
     output.print_progress(f"MLflow starts in half a minute{shown}; Ctrl-C ends it.")
@@ -264,11 +263,3 @@ def _newest_study(home: Home) -> StudyResult | None:
         return next((each.study for each in reversed(read_snapshots(home, results=False))), None)
     except StoreError:
         return None  # the pages are of use without the study storage
-
-
-def _open_browser(address: str) -> None:
-    """Open a page where a browser has a window of its own; in a terminal it would take that over."""
-    import webbrowser
-
-    if sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
-        webbrowser.open(address)

@@ -162,6 +162,31 @@ StackSize = Annotated[
 Timeout = Annotated[
     float | None, typer.Option(parser=read_duration, metavar="TIME", help="Stop cleanly after 90, 30m or 1h.")
 ]
+Minutes = Annotated[
+    float | None,
+    typer.Option(
+        metavar="N",
+        help="Your own images: the minutes that the study is made for.",
+        show_default="the preset's",
+    ),
+]
+PresetName = Annotated[
+    str,
+    typer.Option(
+        "--preset",
+        metavar="quick|good|best",
+        help="Your own images: how much is tried, and in 3, 10 or 60 minutes unless --minutes says otherwise.",
+    ),
+]
+Weights = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--weights",
+        metavar="NAME=FILE",
+        help="Your own images: weights of a pretrained network, such as mobilenet_v2=FILE; none uses none.",
+        show_default="those in the caches",
+    ),
+]
 EngineName = Annotated[
     str,
     typer.Option(

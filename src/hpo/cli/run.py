@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,7 +25,9 @@ from hpo.cli.options import (
     GpusPerTrial,
     HomeFolder,
     KeepModels,
+    Minutes,
     PrecisionName,
+    PresetName,
     Quiet,
     RetryFailed,
     Settings,
@@ -34,13 +37,14 @@ from hpo.cli.options import (
     Timeout,
     Trials,
     Trust,
+    Weights,
     Workers,
     home_flag,
     read_duration,
     study_name,
 )
 from hpo.options import RunOptions
-from hpo.records import FINAL, TrialState
+from hpo.records import AFTER_SEARCH, TrialState
 from hpo.report.text import counted, duration
 
 if TYPE_CHECKING:
@@ -64,6 +68,9 @@ def run(
     fresh: Fresh = False,
     retry_failed: RetryFailed = False,
     timeout: Timeout = None,
+    minutes: Minutes = None,
+    preset: PresetName = "good",
+    weights: Weights = None,
     keep_models: KeepModels = None,
     precision: PrecisionName = None,
     profile: Annotated[
@@ -82,9 +89,32 @@ def run(
 ) -> None:
     """Run a study, or resume it; register its best model.
 
-    Ctrl-C ends it cleanly; the same command resumes it. If all trials of a study are done, ask for more: --trials N.
+    For a folder, npz or table of your own images, a study is written first, as by hpo new. Ctrl-C ends it cleanly; the
+    same command resumes it. If all trials of a study are done, ask for more: --trials N.
     """
-    start(study, RunOptions.pick(locals()), as_json=as_json, quiet=quiet, debug=debug)
+    options = RunOptions.pick(locals())
+    study, options = _own_images(study, options, preset=preset, weights=weights, tell=not (as_json or quiet))
+    start(study, options, as_json=as_json, quiet=quiet, debug=debug)
+
+
+def _own_images(
+    study: str, options: RunOptions, *, preset: str, weights: list[str] | None, tell: bool
+) -> tuple[str, RunOptions]:
+    """The study to run, and its options; where images of the user's own are given, a study is written for them."""
+    if not study.endswith((".yaml", ".yml")) and Path(study).expanduser().exists():
+        from hpo.execute.process import start_fork_server
+
+        start_fork_server()  # it imports torch while this process does
+        from hpo.cli.new import study_for
+        from hpo.jobs.new_study import source_of
+
+        if (source := source_of(study)) is not None:
+            return study_for(source, options, preset=preset, weights=weights, tell=tell)
+    if weights:
+        from hpo.errors import HpoError
+
+        raise HpoError(f"--weights: is for images of your own, and {study} is a study.", "--set model.weights=FILE")
+    return study, options
 
 
 def start(study: str, options: RunOptions, *, as_json: bool, quiet: bool, debug: bool) -> None:
@@ -98,6 +128,9 @@ def start(study: str, options: RunOptions, *, as_json: bool, quiet: bool, debug:
     from hpo.errors import HpoError
     from hpo.spec.load import load_study
 
+    if options.minutes is not None:
+        hint = "Limit the time: --timeout 10m"
+        raise HpoError(f"--minutes: is for images of your own, and {study} is a study.", hint)
     if options.engine == "kubernetes":
         hint = f"Print it: hpo manifest {shlex.quote(study)} --image IMAGE"
         raise HpoError("--engine kubernetes: is a manifest.", hint)
@@ -257,7 +290,7 @@ def _row(one: StudySnapshot) -> list[str]:
 
 
 def _counts(one: StudySnapshot) -> dict[TrialState, int]:
-    searched = [trial.state for trial in one.study.counted if trial.candidate.stage != FINAL]
+    searched = [trial.state for trial in one.study.counted if trial.candidate.stage not in AFTER_SEARCH]
     return {state: searched.count(state) for state in TrialState}
 
 

@@ -16,7 +16,7 @@ from hpo.cli.options import home_flag
 from hpo.cli.output import show_parameters, show_score
 from hpo.events import EpochEnded, Event, StudyEnded, StudyOpened, StudyProfiled, TrialEnded, TrialStarted
 from hpo.options import RunOptions
-from hpo.records import FINAL, EndReason, TrialResult, TrialState
+from hpo.records import AFTER_SEARCH, FINAL, EndReason, TrialResult, TrialState
 from hpo.report.summary import failure_lines
 from hpo.report.text import counted, duration, parameter_names, ranges_of
 
@@ -93,7 +93,7 @@ class Tally:
     def _open(self, event: StudyOpened) -> None:
         self.opened, self.started = event, self.clock()
         study = event.study
-        searched = [trial.state for trial in study.trials if trial.candidate.stage != FINAL]
+        searched = [trial.state for trial in study.trials if trial.candidate.stage not in AFTER_SEARCH]
         self.states = {state: searched.count(state) for state in TrialState if state.finished}
         ranges = ranges_of(study)
         held = {path for trial in study.trials for path in trial.candidate.parameters}
@@ -183,6 +183,8 @@ def closing(tally: Tally) -> list[tuple[str, str]]:
     if ended.model and tally.finals:
         again = "1 more training" if tally.finals == 1 else f"{tally.finals} more trainings"
         rows.append(("final", f"{again} of the best; trial {ended.model.trial} is the model"))
+    if ended.ensemble:
+        rows.append(("ensemble", ended.ensemble))
     if ended.model:
         alias = f", alias {', '.join(ended.model.aliases)}" if ended.model.aliases else ""
         rows.append(("model", f"{ended.model.name} version {ended.model.version}{alias}"))
@@ -224,6 +226,8 @@ def next_steps(tally: Tally, commands: NextCommands) -> list[tuple[str, str]]:
         steps.append((f"hpo promote {model.study or model.name}{home}", "open its sealed test part once"))
     if model:
         steps.append((f"hpo predict {model.name} IMAGE...{home}", "classify image files"))
+    if ended.ensemble and not ended.study.spec.get("ensemble"):
+        steps.append((f"hpo ensemble {ended.study.name}{home}", "make that ensemble the challenger"))
     steps.append((f"hpo ui{home}", "open every run in MLflow"))
     if ended.reason is EndReason.BUDGET and not (ended.study.spec.get("search") or {}).get("stages"):
         steps.append((commands.more(2 * tally.budget), "continue the search"))

@@ -144,6 +144,12 @@ def read_header(file: AnyFile) -> Header:
         return Header(_kind(image), grey, frames=1 if image.format == "MPO" else getattr(image, "n_frames", 1))
 
 
+def read_sides(file: AnyFile) -> tuple[int, int]:
+    """(width, height) of an image file as it is stored, in pixels. Raises as read_header does."""
+    with _reasons(file), _opened(file) as image:
+        return (image.shape[1], image.shape[0]) if isinstance(image, np.ndarray) else image.size
+
+
 @contextmanager
 def _reasons(file: AnyFile) -> Iterator[None]:
     """Whatever a decoder raises as a DataError that names the file."""

@@ -250,7 +250,8 @@ class TrialData:
     several; train and valid are ascending int64 rows of them. scores are those of sources.scores_of.
     Where a frozen backbone has seen the images before, images are its features instead, float32 (n, count), or
     (n, 1 + views, count): of the image as it is, then of augmented views. mean and std have one value a channel, in
-    [0, 1] as pixel / 255, exact over the training rows; std is at least 1e-6. ranges are the card's.
+    [0, 1] as pixel / 255, exact over the training rows; std is at least 1e-6. ranges are the card's. taught are the
+    probabilities (n, classes) float32 of a teacher, of the training rows only.
     """
 
     images: Tensor
@@ -262,6 +263,7 @@ class TrialData:
     std: tuple[float, ...]
     ranges: Ranges = field(default_factory=dict, hash=False)
     scores: tuple[str, ...] = ()
+    taught: Tensor | None = None
 
 
 def check_task(card: DataCard, task: str) -> None:

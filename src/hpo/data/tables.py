@@ -13,8 +13,8 @@ from hpo.data.layouts import PART_NAMES, Found, Labelled, Listing, first_ten, pa
 from hpo.errors import DataError
 
 ENDINGS = (".csv", ".tsv", ".parquet", ".jsonl")
-_IMAGE_COLUMNS = ("file_name", "image", "file", "filename", "path")
-_LABEL_COLUMNS = ("label", "class")
+IMAGE_COLUMNS = ("file_name", "image", "file", "filename", "path")
+LABEL_COLUMNS = ("label", "class")
 _PIECE = re.compile(r"image|img|part|batch|chunk|pictures?|photos?|data|files?|jpe?g|png|\d$", re.IGNORECASE)
 _METADATA = tuple(f"metadata{ending}" for ending in (".csv", ".jsonl", ".parquet"))
 
@@ -69,8 +69,8 @@ def label_by_table(
     put before them. Raises DataError where a column is missing, where files are missing or ambiguous, and where rows
     contradict each other.
     """
-    image = _column(table, columns.image, _IMAGE_COLUMNS, "image", origin)
-    label = _column(table, columns.label, _LABEL_COLUMNS, "label", origin)
+    image = _column(table, columns.image, IMAGE_COLUMNS, "image", origin)
+    label = _column(table, columns.label, LABEL_COLUMNS, "label", origin)
     group = _column(table, columns.group, (), "group", origin) if columns.group else None
     part = _column(table, columns.part, (), "part", origin) if columns.part else None
     by_name, unlabelled = _Files(files, stem), set[PurePosixPath]()
@@ -183,7 +183,7 @@ def unread_table(listing: Listing, found: Sequence[Labelled], place: Path) -> li
             others = [
                 other for other, values in table.items() if other != name and 1 < len(set(values)) <= len(values) // 2
             ]
-            likely = min(others, key=lambda other: (other not in _LABEL_COLUMNS, len(set(table[other]))), default="")
+            likely = min(others, key=lambda other: (other not in LABEL_COLUMNS, len(set(table[other]))), default="")
             if not others:
                 continue
             folders = sorted({each.label for each in found})

@@ -18,6 +18,7 @@ from hpo.spec.study import FinalSpec, Setup, SplitSpec, StudySpec
 
 # Offsets of the seeds of finals: larger than those of any search trial, so that no seed repeats.
 _FRESH = 1_000_000_000
+_TAUGHT = 500_000_000  # further: those with a teacher follow, and do not replace, those without
 
 
 def finalists(spec: StudySpec, study: StudyResult) -> list[tuple[Mapping[str, Any], int]]:
@@ -28,14 +29,16 @@ def finalists(spec: StudySpec, study: StudyResult) -> list[tuple[Mapping[str, An
     for trial in study.ranked():
         if all(trial.candidate.parameters != other.candidate.parameters for other in ranked):
             ranked.append(trial)
-    seeds = [spec.seed_of(_FRESH + index) for index in range(spec.final.seeds)]
+    first = _FRESH + _TAUGHT * (spec.final.teacher is not None)
+    seeds = [spec.seed_of(first + index) for index in range(spec.final.seeds)]
     return [(trial.candidate.parameters, seed) for trial in ranked[: spec.final.finalists] for seed in seeds]
 
 
 def final_setup(spec: StudySpec, study: StudyResult, parameters: Mapping[str, Any], *, data: DataCard) -> Setup:
     """The setup of a final training: the candidate's, with what `final` changes."""
     final = spec.final or FinalSpec()
-    setup = spec.with_values(parameters, fixed=final.set)
+    teacher = {"training.teacher": final.teacher} if final.teacher else {}
+    setup = spec.with_values(parameters, fixed={**final.set, **teacher})
     if final.on == "all":
         best = next(trial.result for trial in study.ranked() if trial.candidate.parameters == parameters)
         epochs = best.best_epoch if best is not None and best.best_epoch else setup.training.epochs

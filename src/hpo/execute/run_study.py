@@ -16,6 +16,7 @@ from hpo.data.duplicates import refuse_shared
 from hpo.errors import HpoError, SpecError, StoreError
 from hpo.events import Notice, SearchEnded, StudyEnded, StudyOpened, WinnerChosen
 from hpo.execute.base_model import with_model
+from hpo.execute.closing_ensemble import EnsembleOfRun, close_with_ensemble, context_of_run
 from hpo.execute.engines import engine_factory
 from hpo.execute.engines.base import EngineFactory, StudyWork, WorkerPlan
 from hpo.execute.finals import check_final, finalists, race
@@ -199,7 +200,7 @@ def _subscribe(run: _Run, opened: _OpenStudy, cleanup: contextlib.ExitStack) -> 
         emit=emit,
         end=run.end,
         drawing=run.drawing,
-        figures=pictures_folder(opened.work, opened.study),
+        figures=pictures_folder(opened.work, opened.study) / "figures",
         joined=bool(run.join),
         keeps=retention.keeps,
     )
@@ -280,9 +281,23 @@ def _finish(run: _Run, opened: _OpenStudy, reason: EndReason, tracking: Tracking
     emit(WinnerChosen(study, reason, winner, tuple(remarks), register=register, summarize=summarize))
     for notice in (*run.jobs.notices(), *run.drawing.notices()):
         emit(notice)
+    ensemble = _ensemble(run, opened) if register and summarize else EnsembleOfRun()
     model = tracking.finish(reason)
-    emit(StudyEnded(study, reason, model))
+    emit(StudyEnded(study, reason, ensemble.version or model, ensemble.line))
     return study
+
+
+def _ensemble(run: _Run, opened: _OpenStudy) -> EnsembleOfRun:
+    """What an ensemble of the study gains; made, where the study asks for one. An error is a notice then."""
+    try:
+        data, trust = opened.prepared.data, run.options.trust
+        context = context_of_run(opened.study, data, run.tracker, run.queue, run.jobs, run.end, trust=trust)
+        return close_with_ensemble(opened.study, context)
+    except (HpoError, OSError, TimeoutError) as error:
+        if opened.spec.ensemble is not None:
+            why = getattr(error, "message", "") or str(error) or "the run had to end."
+            run.notify(f"no ensemble was made: {why} Later: hpo ensemble {opened.before.name}")
+        return EnsembleOfRun()
 
 
 def refuse_new(home: Home, spec: StudySpec, data: DataCard, *, fresh: bool) -> None:

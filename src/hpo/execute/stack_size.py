@@ -28,10 +28,10 @@ def largest_stack(spec: StudySpec, *, left: int, workers: int, by_default: bool)
     """
     if workers == 1 and not by_default:
         return 1
-    from hpo.search.samplers import SAMPLERS
+    from hpo.search.samplers import sampler_entry
 
     samplers = [spec.search.sampler, *(stage.sampler for stage in spec.search.stages if stage.sampler)]
-    if not any(SAMPLERS[sampler.name].learns for sampler in samplers):
+    if not any(sampler_entry(sampler).learns for sampler in samplers):
         return max(1, left // workers)
     return max(1, left // _IN_FLIGHT // workers)
 

@@ -17,11 +17,22 @@ from hpo.execute.process import RunEnd
 from hpo.execute.subscribers import Events
 from hpo.execute.workdir import checkpoint_file
 from hpo.execute.workers.task import Task
-from hpo.records import FINAL, Candidate, DataCard, EndReason, FailureKind, StudyResult, TrialResult, TrialState
+from hpo.records import (
+    AFTER_SEARCH,
+    FINAL,
+    Candidate,
+    DataCard,
+    EndReason,
+    FailureKind,
+    StudyResult,
+    TrialResult,
+    TrialState,
+)
 from hpo.report.text import counted
 from hpo.search.constraints import most_parameters, needs_latency
 from hpo.search.pruners import report_step
 from hpo.search.study import Study
+from hpo.spec.automatic import prunes
 from hpo.spec.study import Setup, StudySpec
 
 # So many failures before the first success mean that the study itself is wrong, not its candidates.
@@ -43,7 +54,7 @@ class Progress:
         self.precisions: dict[str, str] = {}
         for trial in before.trials:
             if trial.result is not None:
-                self.add(trial.result, final=trial.candidate.stage == FINAL)
+                self.add(trial.result, final=trial.candidate.stage in AFTER_SEARCH)
         self._failed = 0  # the cause of earlier failures may be gone
 
     @property
@@ -129,7 +140,7 @@ class Supervisor:
         self._end = end
         self._profile = profile
         self._ranks = ranks
-        self._prunes = spec.search.pruner.name != "none"
+        self._prunes = prunes(spec)
         self._running: dict[int, _RunningTrial] = {}  # by slot
         self._progress = Progress(spec, study.result())
         self._may_reach = True  # whether search.until ends what runs now: not the final trainings

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from hpo.events import RunEvent, StudyEnded, StudyOpened, TrialEnded, TrialStarted
 from hpo.execute.subscribers import Subscriber
 from hpo.home import remove
-from hpo.records import FINAL, Candidate, StudyResult, TrialState
+from hpo.records import Candidate, StudyResult, TrialState
 
 if TYPE_CHECKING:
     from hpo.search.study import Study
@@ -42,7 +42,7 @@ def _drop(work: Path, checkpoint: Path) -> None:
 def wanted(study: StudyResult) -> set[int]:
     """The trials whose folder is still needed: those in progress, and those whose model is still to be made."""
     in_progress = {t.number for t in study.trials if t.state in (TrialState.WAITING, TrialState.RUNNING)}
-    return in_progress | {trial.number for trial in [*study.ranked(), *study.ranked(FINAL)]}
+    return in_progress | {trial.number for trial in [*study.ranked(), *study.after_search()]}
 
 
 def pictures_folder(work: Path, study: Study) -> Path:

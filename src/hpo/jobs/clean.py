@@ -12,7 +12,6 @@ from pydantic import ValidationError
 from hpo.errors import SpecError
 from hpo.home import Home, remove
 from hpo.jobs.shared.home_snapshot import HomeSnapshot, is_old, leftover_work, size_of, take_snapshot
-from hpo.records import FINAL
 from hpo.relocation import local_path, relocate
 from hpo.spec.outcome import KeepSpec
 from hpo.storage.reader import StudySnapshot
@@ -163,7 +162,7 @@ def _not_kept(snapshot: HomeSnapshot, one: StudySnapshot, *, models: float | Non
         return
     known = {model.id: model for model in tracking.models if not model.deleted}
     registered = {version.run for version in tracking.versions}
-    finals = {trial.number for trial in study.ranked(FINAL)}
+    finals = {trial.number for trial in study.after_search()}
     ranks = {trial.number: rank for rank, trial in enumerate(study.ranked())}
     tracker = Tracker(snapshot.home)
     for run in tracking.runs:

@@ -17,7 +17,7 @@ from hpo.execute.base_model import with_model
 from hpo.execute.workers.task import Task, Training, train_task
 from hpo.home import Home
 from hpo.jobs.shared.model_reference import ModelReference, find_trial, study_data
-from hpo.records import Epoch, StudyResult, Trial, TrialResult, TrialState, unpack_classes
+from hpo.records import ENSEMBLE, Epoch, StudyResult, Trial, TrialResult, TrialState, unpack_classes
 from hpo.spec.load import parse_study
 from hpo.spec.study import Setup, StudySpec
 
@@ -157,6 +157,9 @@ def _trained(asked: str, place: Home, *, trust: bool) -> tuple[StudyResult, Stud
     spec = with_model(parse_study(study.spec, trust=trust), place, trust=trust)
     trial = find_trial(study, match[2], (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAILED))
     before = trial.result or TrialResult(trial.number, trial.state)
+    if trial.candidate.stage == ENSEMBLE:
+        names = ", ".join(before.members)
+        raise HpoError(f"{asked}: an ensemble, which was not trained.", f"Train its members again: {names}")
     if before.state is not TrialState.FAILED and not before.epochs:
         raise StoreError(f"{asked}: it was not trained: {before.reason}.", "Train that one again.")
     return study, spec, trial, before

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -18,6 +21,7 @@ from hpo.data.prepare import TrialData
 from hpo.errors import HpoError, ModelError, TrainingError
 from hpo.models.basic import OneLogit, build_cnn, build_convnet, build_mlp, build_resnet
 from hpo.models.calibration import Calibrated
+from hpo.models.ensemble import Ensemble, build_ensemble
 from hpo.models.safe_loader import check_program, load_program, read_config
 from hpo.models.transfer import build_transfer
 from hpo.models.views import View, Views
@@ -27,6 +31,7 @@ from hpo.spec.own_code import load_function
 from hpo.spec.study import Setup
 
 WEIGHTS, CONFIG, SETUP, PROGRAM = "weights.safetensors", "config.json", "setup.json", "net.pt2"
+_ALIKE = ("class_names", "image_shape", "ranges", "several_labels")  # entries of config.json
 
 # kind in the study file -> builder(spec, image shape (height, width, channels), number of outputs); a dotted kind is a
 # network of the user's own. Builders of pretrained networks also take loaded and registered, see build_transfer.
@@ -85,12 +90,21 @@ def load_trained(folder: Path, *, weights: bool = True) -> tuple[nn.Module, dict
     config, setup = read_config(folder / CONFIG), _setup(folder / SETUP)
     if not {"mean", "std"} <= config.keys():
         raise ModelError(f"{folder / CONFIG}: mean or std is missing.", "Restore it from a copy.")
-    shape = tuple(config["image_shape"])
-    classes, binary = len(config["class_names"]), setup.task == "binary"
-    net = build_model(setup.model, image_shape=shape, classes=classes, seed=0, binary=binary, loaded=False)
+    if members := config.get("members"):
+        nets = [_fresh(Setup.model_validate(member["setup"]), config) for member in members]
+        net: nn.Module = build_ensemble(config, nets)
+    else:
+        net = _fresh(setup, config)
     if weights:
         net.load_state_dict(_weights(folder))
     return net.eval(), config
+
+
+def _fresh(setup: Setup, config: Mapping[str, Any]) -> nn.Module:
+    """The network of a setup for the images and classes of a config, with weights that mean nothing."""
+    shape, classes = tuple(config["image_shape"]), len(config["class_names"])
+    binary = setup.task == "binary"
+    return build_model(setup.model, image_shape=shape, classes=classes, seed=0, binary=binary, loaded=False)
 
 
 def load_registered(uri: str, *, weights: bool) -> tuple[nn.Module, dict[str, Any]]:
@@ -215,6 +229,37 @@ def save_trained(net: nn.Module, setup: Setup, data: TrialData, folder: Path) ->
     (folder / SETUP).write_text(setup.model_dump_json(indent=1), encoding="utf-8")
 
 
+def save_ensemble(folders: Sequence[Path], names: Sequence[str], counts: Sequence[int], target: Path) -> None:
+    """Write to target what export_program needs of an ensemble, as save_trained does of one network.
+
+    folders hold the members as load_trained reads them, the best first, whose setup stands for all; names say which
+    trials they are, and counts how often each counts. config.json names them, too. Raises ModelError where their images
+    or classes differ.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    nets, configs = zip(*(load_trained(folder) for folder in folders), strict=True)
+    for name, config in zip(names, configs, strict=True):
+        if different := [key for key in _ALIKE if config.get(key) != configs[0].get(key)]:
+            raise ModelError(
+                f"{name}: its {different[0]} differ from those of {names[0]}.",
+                "Members of an ensemble take the same images and answer with the same classes, in one order.",
+            )
+    members = [
+        {"trial": name, "count": count, "mean": config["mean"], "std": config["std"], "setup": json.loads(setup)}
+        for name, count, config, setup in zip(
+            names, counts, configs, (small_text(folder / SETUP) for folder in folders), strict=True
+        )
+    ]
+    channels = configs[0]["image_shape"][2]
+    common = all((each["mean"], each["std"]) == (configs[0]["mean"], configs[0]["std"]) for each in configs)
+    config = {key: configs[0][key] for key in (*_ALIKE, "mean", "std") if key in configs[0]} | {"members": members}
+    config |= {} if common else {"mean": [0.0] * channels, "std": [1.0] * channels}
+    net = build_ensemble(config, nets)
+    save_file({name: tensor.contiguous() for name, tensor in net.state_dict().items()}, target / WEIGHTS)
+    (target / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+    shutil.copyfile(folders[0] / SETUP, target / SETUP)
+
+
 class _Whole(nn.Module):
     """uint8 images (n, height, width, channels) -> float32 probabilities (n, classes); of each label with several."""
 
@@ -231,7 +276,10 @@ class _Whole(nn.Module):
         self.register_buffer("shift", shift)
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.net(to_input(images, self.scale, self.shift).contiguous())
+        inputs = to_input(images, self.scale, self.shift).contiguous()
+        if isinstance(self.net, Ensemble):
+            return self.net.probabilities(inputs)
+        logits: Tensor = self.net(inputs)
         return logits.sigmoid() if self._several else logits.softmax(1)
 
 
@@ -246,6 +294,27 @@ def export_program(folder: Path) -> Path:
         torch.export.save(program, folder / PROGRAM)
     check_program(folder / PROGRAM)
     return folder / PROGRAM
+
+
+def save_weights(source: Path, folder: Path) -> None:
+    """Write the weights of a trained or logged network, in the folder source, to folder as safetensors."""
+    state = {name: tensor.detach().contiguous().clone() for name, tensor in _weights(source).items()}
+    save_file(state, folder / WEIGHTS)
+
+
+class TrainedNet:
+    """The network of load_trained as images see it; it predicts as hpo.models.safe_loader.Program does."""
+
+    def __init__(self, folder: Path) -> None:
+        net, config = load_trained(folder)
+        self._whole = whole_program(net, config)
+
+    def predict(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Images (n, height, width, channels) uint8 -> probabilities (n, classes) float32; n >= 1."""
+        with torch.inference_mode():
+            pieces = (images[start : start + 64] for start in range(0, len(images), 64))
+            found: NDArray[np.float32] = torch.cat([self._whole(torch.from_numpy(np.array(p))) for p in pieces]).numpy()
+        return found
 
 
 def warm_up_exports() -> None:

@@ -42,7 +42,7 @@ def decide_answers(folder: Path, validation: Path, images: Path, spec: PredictSp
         found = dict(arrays)
     raw, labels = torch.from_numpy(found.get("raw", found["probabilities"])), torch.from_numpy(found["labels"])
     record: dict[str, Any] = {}
-    config = {name: value for name, value in read_config(folder / CONFIG).items() if name not in _DECIDED}
+    config = undecided(read_config(folder / CONFIG))
     probabilities = raw
     if spec.views == "auto" and labels.ndim == 1:
         augment = Setup.model_validate_json(small_text(folder / SETUP)).training.augment
@@ -68,7 +68,9 @@ def decide_answers(folder: Path, validation: Path, images: Path, spec: PredictSp
     return record
 
 
-_DECIDED = ("views", "temperature")  # of config.json
+def undecided(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json as save_trained wrote it, without what decide_answers has added."""
+    return {name: value for name, value in config.items() if name not in ("views", "temperature")}
 
 
 class _Answers:

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from hpo.metrics import METRICS, direction_of, label_of, metric_of, name_of
-from hpo.records import FINAL, DataCard, Trial, TrialState
+from hpo.records import AFTER_SEARCH, ENSEMBLE, FINAL, DataCard, Trial, TrialState
 from hpo.report import text
 from hpo.report.answer import RESAMPLES, answer, intervals_of, last_opening
 from hpo.report.page import Html, channel_table, escape, origin_rows, picture, table
 from hpo.report.statistics import Interval, accuracy_at_coverage
 from hpo.report.text import value_text
+from hpo.spec.automatic import chosen_pruner, chosen_sampler
 from hpo.spec.outcome import Reference
+from hpo.spec.search import PrunerSpec, SamplerSpec
 
 if TYPE_CHECKING:
     from hpo.report.study_page import Findings, Samples
@@ -44,7 +46,7 @@ def result(findings: Findings) -> str:
     if shown is None or shown.result is None:
         return "<p>There is no complete trial yet, and so no result.</p>"
     study, opened, intervals = findings.study, last_opening(findings), intervals_of(findings)
-    name = "final training" if shown.candidate.stage == FINAL else "best trial"
+    name = {FINAL: "final training", ENSEMBLE: "ensemble"}.get(shown.candidate.stage or "", "best trial")
     always = [name for name, metric in METRICS.items() if not metric.on_request]
     further = [name_of(score) for score in shown.result.scores if score.startswith("valid_") and metric_of(score)]
     # Losses last.
@@ -177,7 +179,7 @@ def protocol(findings: Findings) -> str:
     spec, study = findings.spec, findings.study
     search, training = spec.search, spec.training
     aims = [f"{aim.better} {aim.score}" for aim in search.objectives] or [f"{search.better} {search.objective}"]
-    stages = [trial.candidate.stage for trial in study.trials if trial.candidate.stage not in (None, FINAL)]
+    stages = [trial.candidate.stage for trial in study.trials if trial.candidate.stage not in (None, *AFTER_SEARCH)]
     budget = (
         f"{text.counted(len(search.stages), 'stage')}: {text.listed(dict.fromkeys(stages) or ['not begun'])}"
         if search.stages
@@ -194,9 +196,11 @@ def protocol(findings: Findings) -> str:
         ("budget", budget),
         (
             "sampler",
-            search.sampler.name if not search.stages else "the full grid of each stage, unless the stage names another",
+            _chosen(search.sampler, chosen_sampler(spec))
+            if not search.stages
+            else "the full grid of each stage, unless the stage names another",
         ),
-        ("pruner", search.pruner.name),
+        ("pruner", _chosen(search.pruner, chosen_pruner(spec))),
         ("seeds", f"study seed {spec.seed}; each trial's own follows from it and the trial's number"),
     ]
     if search.constraints:
@@ -208,6 +212,11 @@ def protocol(findings: Findings) -> str:
         rows.append(("final training", f"{race}; changed: {changed}; trained on: {spec.final.on}"))
     rows.append(("test part", _seal(findings)))
     return table((), rows)
+
+
+def _chosen(written: SamplerSpec | PrunerSpec, chosen: tuple[SamplerSpec | PrunerSpec, str]) -> str:
+    part, reason = chosen
+    return f"{written.name}: {part.name}, because {reason}" if reason else part.name
 
 
 def _seal(findings: Findings) -> object:
@@ -244,7 +253,7 @@ def cost(findings: Findings) -> str:
     """Trials, epochs and time of the search and of the final training, and those of published numbers."""
     study = findings.study
     groups = {
-        "search": [trial for trial in study.trials if trial.candidate.stage != FINAL],
+        "search": [trial for trial in study.trials if trial.candidate.stage not in AFTER_SEARCH],
         "final training": [trial for trial in study.trials if trial.candidate.stage == FINAL],
     }
     rows = []

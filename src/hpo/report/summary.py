@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpo.metrics import label_of
-from hpo.records import FINAL, StudyResult, Trial, TrialState
+from hpo.records import AFTER_SEARCH, FINAL, StudyResult, Trial, TrialState
 from hpo.report.text import markdown_table, parameter_names, ranges_of, relative_text, value_text
 
 
@@ -89,7 +89,7 @@ def groups(study: StudyResult) -> list[Group]:
 
 def stage_of(trial: Trial) -> str:
     """The stage of a trial of the search; "" without stages and for final trainings."""
-    return "" if trial.candidate.stage in (None, FINAL) else str(trial.candidate.stage)
+    return "" if trial.candidate.stage in (None, *AFTER_SEARCH) else str(trial.candidate.stage)
 
 
 def _parameters(trials: Sequence[Trial], ranges: Mapping[str, Any]) -> tuple[Parameter, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hpo.metrics import label_of
-from hpo.records import FINAL, StudyResult, Trial
+from hpo.records import StudyResult, Trial
 from hpo.report.page import Html, table
 from hpo.report.text import parameter_names, ranges_of, short_name, value_text
 
@@ -16,7 +16,7 @@ _MOST = 1000  # rows
 
 def trials_table(study: StudyResult, *, most: int = _MOST) -> str:
     """A row for each trial, best first: state, objectives, parameters, epochs, seconds. Of `most` trials."""
-    ranked = {trial.number: place for place, trial in enumerate([*study.ranked(FINAL), *study.ranked()])}
+    ranked = {trial.number: place for place, trial in enumerate([*study.after_search(), *study.ranked()])}
     trials = sorted(study.trials, key=lambda trial: (ranked.get(trial.number, len(ranked)), trial.number))
     shown = trials[:most]
     aims = [score for score, _ in study.objectives] or [study.objective]

@@ -81,8 +81,13 @@ def judge(spec: StudySpec, result: TrialResult) -> TrialResult:
 
 def most_parameters(spec: StudySpec) -> float:
     """The tightest upper limit on parameters; inf without one."""
+    return highest_allowed(spec, "parameters")
+
+
+def highest_allowed(spec: StudySpec, score: str) -> float:
+    """The tightest upper limit on a score; inf without one."""
     limits = map(parse_constraint, spec.search.constraints)
-    return min((limit for name, op, limit in limits if (name, op) == ("parameters", "<=")), default=math.inf)
+    return min((limit for name, op, limit in limits if (name, op) == (score, "<=")), default=math.inf)
 
 
 def needs_latency(spec: StudySpec) -> bool:

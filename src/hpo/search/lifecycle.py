@@ -16,14 +16,18 @@ from hpo.errors import SpecError, StoreError
 from hpo.home import Home
 from hpo.locks import lock
 from hpo.search.constraints import aims, parse_constraint
-from hpo.search.samplers import SAMPLERS
+from hpo.search.pruners import build_pruner
+from hpo.search.samplers import SAMPLERS, check_own, sampler_entry
 from hpo.search.stages import check_stages, distribution
 from hpo.search.study import Study
+from hpo.spec.automatic import chosen_pruner, chosen_sampler
 from hpo.spec.load import parse_study
 from hpo.spec.own_code import content_changes, content_of, library_changes, with_digests
+from hpo.spec.search import PrunerSpec, SamplerSpec, WarmStart
 from hpo.spec.space import Choice, Float, Int
 from hpo.spec.study import StudySpec
 from hpo.storage import outbox
+from hpo.storage.foreign import foreign_trials
 from hpo.storage.liveness import Lease, clean_leases
 from hpo.storage.optuna_private import METRIC_NAMES
 from hpo.storage.optuna_storage import Storage, generations, open_storage
@@ -141,15 +145,24 @@ def _record(spec: StudySpec, generation: int, data_digest: str, content: Mapping
         "data_digest": data_digest,
         "created": time.time(),
         "content": content,
+        "chosen": {"sampler": _chosen(chosen_sampler(spec)), "pruner": _chosen(chosen_pruner(spec))},
     }
+
+
+def _chosen(choice: tuple[SamplerSpec | PrunerSpec, str]) -> dict[str, str]:
+    part, reason = choice
+    return {"name": part.name, "reason": reason}
 
 
 def _check_search(spec: StudySpec) -> None:
     check_stages(spec)
     for text in spec.search.constraints:
         parse_constraint(text)
+    for part in (spec.search.sampler, *(stage.sampler for stage in spec.search.stages if stage.sampler)):
+        check_own(part)
+    build_pruner(spec)
     name = spec.search.sampler.name
-    if spec.search.objectives and not SAMPLERS[name].several_objectives:
+    if spec.search.objectives and not sampler_entry(spec.search.sampler).several_objectives:
         *others, last = [other for other, sampler in SAMPLERS.items() if sampler.several_objectives]
         raise SpecError(
             f"{spec.name}: sampler {name} searches for one objective only.",
@@ -227,18 +240,11 @@ def _best_of_other_study(spec: StudySpec, storage: Storage) -> tuple[list[dict[s
     wanted, space = spec.search.start_from, spec.search.whole_space
     if wanted is None:
         return [], []
-    studies, titles = storage.studies(), generations(storage, wanted.study)
-    title = titles[max(titles)] if titles else wanted.study
-    if title not in studies:
-        raise SpecError(
-            f"{spec.name}: search.start_from: no study {wanted.study!r} has run here "
-            f"(known: {', '.join(studies) or 'none'}).",
-            "Run it first, correct the name, or leave start_from out.",
-        )
-    study_id, record = studies[title]
+    ranked = _best_of_foreign(wanted) if wanted.storage is not None else _best_of_own(spec, wanted.study, storage)
+    title = wanted.study
     different: dict[str, Mapping[str, Any]] = {}
-    for trial in to_result(record, storage.records(study_id)).ranked():
-        different.setdefault(key_of(trial.candidate.parameters), trial.candidate.parameters)
+    for parameters in ranked:
+        different.setdefault(key_of(parameters), parameters)
     best, notes = [], []
     for parameters in list(different.values())[: wanted.best]:
         shared = {path: value for path, value in parameters.items() if path in space}
@@ -251,6 +257,24 @@ def _best_of_other_study(spec: StudySpec, storage: Storage) -> tuple[list[dict[s
     if not any(best):
         notes.append(f"start_from {title}: it has no complete trial with a path that this space varies.")
     return [values for values in best if values], notes
+
+
+def _best_of_own(spec: StudySpec, name: str, storage: Storage) -> list[Mapping[str, Any]]:
+    """The parameters of the complete trials of a study of this storage, best first."""
+    studies, titles = storage.studies(), generations(storage, name)
+    title = titles[max(titles)] if titles else name
+    if title not in studies:
+        raise SpecError(
+            f"{spec.name}: search.start_from: no study {name!r} has run here (known: {', '.join(studies) or 'none'}).",
+            "Run it first, correct the name, or leave start_from out.",
+        )
+    study_id, record = studies[title]
+    return [trial.candidate.parameters for trial in to_result(record, storage.records(study_id)).ranked()]
+
+
+def _best_of_foreign(wanted: WarmStart) -> list[Mapping[str, Any]]:
+    found = foreign_trials(wanted.study, str(wanted.storage))
+    return [{wanted.names.get(name, name): value for name, value in each.items()} for each in found]
 
 
 @contextmanager

@@ -13,6 +13,10 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.records import Epoch, best_of
+from hpo.search.samplers import called
+from hpo.spec.automatic import chosen_pruner, longest_training
+from hpo.spec.own_code import load_function
+from hpo.spec.search import PrunerSpec
 from hpo.spec.study import Setup, StudySpec
 from hpo.storage.optuna_private import OrdinalHyperband
 from hpo.storage.trial_attrs import RESULT
@@ -41,7 +45,7 @@ def report_step(spec: StudySpec, setup: Setup, epochs: Sequence[Epoch]) -> tuple
     setup is the trial's; steps count from 1.
     """
     epoch, objective = epochs[-1], spec.search.objective
-    reports = PRUNERS[spec.search.pruner.name].reports
+    reports = pruner_entry(spec.search.pruner).reports
     if reports == "first_fold" and epoch.fold:
         return None
     if reports == "whole_folds" and setup.split.kind == "kfold":
@@ -144,16 +148,8 @@ class CurvePruner(optuna.pruners.BasePruner):  # type: ignore[misc]
         return self._finished[trial.number]
 
 
-def _longest_training(spec: StudySpec) -> int:
-    path = "training.epochs"
-    if path in spec.search.space:
-        return int(max(spec.search.space[path].ends()))
-    ends = [end for stage in spec.search.stages if path in stage.space for end in stage.space[path].ends()]
-    return int(max([spec.training.epochs, *ends]))
-
-
 def _hyperband(spec: StudySpec) -> Any:
-    most, part = _longest_training(spec), spec.search.pruner
+    most, part = longest_training(spec), spec.search.pruner
     return OrdinalHyperband(
         min_resource=min(part.min_epochs, most), max_resource=most, reduction_factor=part.reduction_factor
     )
@@ -189,8 +185,24 @@ def _patient(spec: StudySpec) -> Any:
     return optuna.pruners.PatientPruner(None, patience=spec.search.pruner.patience - 1)
 
 
+def _auto(spec: StudySpec) -> Any:
+    part, _ = chosen_pruner(spec)
+    return PRUNERS[part.name].build(_with_pruner(spec, part))
+
+
+def _with_pruner(spec: StudySpec, part: PrunerSpec) -> StudySpec:
+    return spec.model_copy(update={"search": spec.search.model_copy(update={"pruner": part})})
+
+
+def _own(spec: StudySpec) -> Any:
+    part = spec.search.pruner
+    make = load_function(part.name, what="pruner")
+    return called(make, part.options, optuna.pruners.BasePruner, name=part.name, what="pruner")
+
+
 # To add one: an entry here, and its name in spec.space.PRUNER_NAMES.
 PRUNERS: dict[str, Pruner] = {
+    "auto": Pruner(_auto),
     "none": Pruner(_none),
     "median": Pruner(_median),
     "successive_halving": Pruner(_halving),
@@ -202,6 +214,11 @@ PRUNERS: dict[str, Pruner] = {
 }
 
 
+def pruner_entry(part: PrunerSpec) -> Pruner:
+    """The entry of the table, or one for package.module:function."""
+    return PRUNERS.get(part.name) or Pruner(_own)
+
+
 def build_pruner(spec: StudySpec) -> Any:
-    """The pruner of the study."""
-    return PRUNERS[spec.search.pruner.name].build(spec)
+    """The pruner of the study. Raises SpecError where a function of the user's own returns none."""
+    return pruner_entry(spec.search.pruner).build(spec)

@@ -10,7 +10,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial
 
-from hpo.records import FINAL, FailureKind, TrialResult, TrialState
+from hpo.records import AFTER_SEARCH, FINAL, FailureKind, TrialResult, TrialState
 from hpo.search.constraints import aims, judge, violations
 from hpo.search.stages import stage_names
 from hpo.spec.study import StudySpec
@@ -44,19 +44,19 @@ class Finisher:
         candidate may three times. Returns the result as it was recorded.
         """
         deaths = attrs_of(trial).deaths + died
-        result = final_result(self._spec, result, final=stage_of(trial) == FINAL, deaths=deaths)
+        result = final_result(self._spec, result, final=stage_of(trial) in AFTER_SEARCH, deaths=deaths)
         database, trial_id = self._storage.database, trial_id_of(trial)
         for name, value in plain_attrs(result).items():
             database.set_trial_user_attr(trial_id, name, value)
         database.set_trial_user_attr(trial_id, RESULT, result.to_json())
         if result.state is TrialState.STOPPED and trial.number not in self._storage.index(self._id).retried:
             self.retry(trial, deaths=deaths)
-        if result.state in (TrialState.COMPLETE, TrialState.PRUNED) and stage_of(trial) != FINAL:
+        if result.state in (TrialState.COMPLETE, TrialState.PRUNED) and stage_of(trial) not in AFTER_SEARCH:
             for text, amount in violations(self._spec, result.scores).items():
                 # As trial.set_constraint of Optuna does; there is no Optuna trial where its process died.
                 database.set_trial_system_attr(trial_id, f"{CONSTRAINT}{text}", min(amount, _UNBOUNDED))
         values = _objective_values(self._spec, result) if result.state is TrialState.COMPLETE else None
-        if values and stage_of(trial) == FINAL:
+        if values and stage_of(trial) in AFTER_SEARCH:
             # Optuna takes no NaN, and these values are compared nowhere in it.
             values = [value if _is_finite(value) else 0.0 for value in values]
         self._storage.end_trial(trial, _OPTUNA_STATES[result.state], values)
@@ -90,6 +90,13 @@ class Finisher:
                     TrialAttrs(ordinal, stage=FINAL, seed=seed, parameters=dict(parameters), lease=self._lease)
                 )
                 ordinal += 1
+
+    def add(self, stage: str, result: TrialResult) -> TrialResult:
+        """Create a trial of a stage after the search and end it with this result, which gets its number."""
+        ordinal = sum(stage_of(trial) == stage for trial in self._storage.every_trial(self._id))
+        attrs = TrialAttrs(ordinal, stage=stage, parameters={}, lease=self._lease)
+        trial = self._storage.create_trial(self._id, template(optuna.trial.TrialState.RUNNING, attrs, {}))
+        return self.finish(trial, replace(result, number=trial.number))
 
     def retry_failed(self) -> int:
         """Enqueue every failed candidate of the spec's stages again; returns their number."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 import random
 from collections.abc import Callable, Container, Iterator, Mapping
@@ -15,6 +16,9 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial
 
+from hpo.errors import SpecError
+from hpo.search.mfgp import MultiFidelityGp
+from hpo.search.priors import prior_values
 from hpo.search.stages import (
     Stage,
     decode,
@@ -24,7 +28,11 @@ from hpo.search.stages import (
     make_stage,
     stage_names,
 )
-from hpo.spec.space import Choice, Float, Int, holds
+from hpo.spec.automatic import chosen_sampler
+from hpo.spec.grid import holds
+from hpo.spec.own_code import load_function
+from hpo.spec.search import SamplerSpec
+from hpo.spec.space import Choice, Float, Int
 from hpo.spec.study import StudySpec
 from hpo.storage.optuna_private import FIXED, OrdinalQmc, at_ordinal
 from hpo.storage.optuna_storage import Storage
@@ -82,15 +90,63 @@ def _qmc(stage: Stage, seed: int, ordinal: int) -> Any:  # noqa: ARG001
     return OrdinalQmc(seed=stage.spec.seed, ordinal=ordinal, ranges=ranges)
 
 
+def _mfgp(stage: Stage, seed: int, ordinal: int) -> Any:  # noqa: ARG001
+    return MultiFidelityGp(stage, seed=seed)
+
+
+def _auto(stage: Stage, seed: int, ordinal: int) -> Any:
+    part, _ = chosen_sampler(stage.spec)
+    build = SAMPLERS[part.name].build
+    assert build is not None  # noqa: S101 - for mypy: it is never the grid
+    return build(stage, seed, ordinal)
+
+
 # To add one: an entry here, and its name in spec.space.SAMPLER_NAMES.
 SAMPLERS: dict[str, Sampler] = {
+    "auto": Sampler(_auto, learns=True),
     "random": Sampler(_random),
     "grid": Sampler(None),
     "tpe": Sampler(_tpe, learns=True),
     "cmaes": Sampler(_cmaes, learns=True, several_objectives=False),
     "gp": Sampler(_gp, learns=True),
+    "mfgp": Sampler(_mfgp, learns=True, several_objectives=False),
     "qmc": Sampler(_qmc),
 }
+
+
+def sampler_entry(part: SamplerSpec) -> Sampler:
+    """The entry of the table, or one for package.module:function."""
+    return SAMPLERS.get(part.name) or Sampler(lambda _, seed, __: _own(part, seed), learns=True)
+
+
+def check_own(part: SamplerSpec) -> None:
+    """Raise SpecError where package.module:function does not return a sampler."""
+    if part.name not in SAMPLERS:
+        _own(part, seed=0)
+
+
+def _own(part: SamplerSpec, seed: int) -> Any:
+    """What a function of the user's own returns for one candidate."""
+    make = load_function(part.name, what="sampler")
+    seeded = {"seed": seed} if "seed" in inspect.signature(make).parameters else {}
+    return called(make, {**seeded, **part.options}, optuna.samplers.BaseSampler, name=part.name, what="sampler")
+
+
+def called(make: Callable[..., Any], options: Mapping[str, Any], kind: type, *, name: str, what: str) -> Any:
+    """make(**options), which must be of this kind. Raises SpecError; what is "sampler" or "pruner"."""
+    try:
+        made = make(**options)
+    except Exception as error:
+        raise SpecError(
+            f"{what} {name}: calling it fails: {type(error).__name__}: {error}.",
+            f"Mend it, or correct search.{what}.options: {dict(options)}.",
+        ) from error
+    if not isinstance(made, kind):
+        raise SpecError(
+            f"{what} {name}: it returns {type(made).__name__}, which is no {what} of Optuna.",
+            f"Return an object of a class derived from optuna.{what}s.{kind.__name__}.",
+        )
+    return made
 
 
 class StageSampler(optuna.samplers.BaseSampler):  # type: ignore[misc]
@@ -107,7 +163,9 @@ class StageSampler(optuna.samplers.BaseSampler):  # type: ignore[misc]
         self._parameters = stage.space.ordered()
         cells = math.prod(parameter.count() for _, parameter in self._parameters)
         self._finite = cells < math.inf
-        self._build = SAMPLERS[stage.spec.search.sampler.name].build
+        self._build = sampler_entry(stage.spec.search.sampler).build
+        self._maximize = stage.spec.search.better == "maximize" and not stage.spec.search.objectives
+        self._guided = any(part.prior for _, part in self._parameters)
         self._rejects = stage.spec.search.duplicates == "reject"
         # To train no candidate twice, the sampler must know when there is no other.
         counts = cells <= _MOST_CELLS and stage.spec.search.duplicates != "reseed"
@@ -167,6 +225,8 @@ class StageSampler(optuna.samplers.BaseSampler):  # type: ignore[misc]
         if self._build is None:
             cell = self.free_cell(fixed) or self.free_cell() or self._cells[ordinal % len(self._cells)][1]
             return self._encoded(cell)
+        if self._guided:
+            fixed = {**self._from_priors(ordinal), **fixed}
         drawn = self._draw(study, trial, self._build(self._stage, self._seed_of(ordinal), ordinal), fixed)
         if self._rejects or self._finite:
             running = self._running(but=ordinal)
@@ -196,6 +256,11 @@ class StageSampler(optuna.samplers.BaseSampler):  # type: ignore[misc]
                 drawn = sampler.sample_independent(study, trial, name, distribution(parameter))
                 values[path] = decode(parameter, drawn)
         return values
+
+    def _from_priors(self, ordinal: int) -> dict[str, Any]:
+        ended = self._index().ended(self._stage.name).sample()
+        seed = self._seed_of(ordinal) ^ 1
+        return prior_values(self._stage, ended, maximize=self._maximize, seed=seed)
 
     def _fixed(self, trial: FrozenTrial) -> dict[str, Any]:
         """The values that the trial was enqueued with."""

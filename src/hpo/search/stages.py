@@ -49,6 +49,23 @@ def decode(parameter: Float | Int | Choice, value: Any) -> Any:
     return int(value) if isinstance(parameter, Int) else float(value)
 
 
+def to_unit(parameter: Float | Int, value: Any) -> float:
+    """The place of a value in its range, on its own scale, in [0, 1]; 0.5 where there is only one value."""
+    scale = math.log if parameter.log else float
+    low, high = map(scale, parameter.ends())
+    return (scale(value) - low) / (high - low) if high > low else 0.5
+
+
+def from_unit(parameter: Float | Int, place: float) -> Any:
+    """The value at a place of the range in [0, 1], on the nearest step."""
+    low, high = parameter.ends()
+    value = low * (high / low) ** place if parameter.log else low + place * (high - low)
+    step = parameter.step or (1 if isinstance(parameter, Int) else None)
+    if step:
+        value = low + min(round((value - low) / step), int(parameter.count()) - 1) * step
+    return int(value) if isinstance(parameter, Int) else min(max(round(value, 12) if step else value, low), high)
+
+
 def suggest(trial: Any, name: str, parameter: Float | Int | Choice) -> Any:
     """The value of a parameter for a trial of Optuna, which calls it by this name."""
     within: Any = distribution(parameter)
@@ -167,12 +184,12 @@ def make_stage(
 ) -> Stage:
     """The stage with this index. warm are candidates to try first: each stage takes the values that it varies."""
     if not spec.search.stages:
-        return Stage(None, spec, first=_first(spec.search.space, warm))
+        return Stage(None, spec, first=_first(spec.search.space, [*warm, _priors(spec.search.space)]))
     part = spec.search.stages[index]
     space = _space(spec, index)
     if part.refine is not None:
         space = narrowed(space, next(iter(origins.values())), part.refine)
-    first = _first(space, warm)
+    first = _first(space, [*warm, _priors(space)])
     if len(origins) > 1:
         space = Space({CARRIED: Choice(choice=list(origins)), **dict(space.items())})
     search = {"space": space, "stages": [], "sampler": sampler_of(spec, part)}
@@ -304,6 +321,10 @@ def _most_cells(spec: StudySpec, index: int) -> int | None:
         free[path] = parameter.model_copy(update={"when": when})
     view = spec.search.model_copy(update={"space": Space(free), "stages": []})
     return Space(free).size(spec.model_copy(update={"search": view}).fixed())
+
+
+def _priors(space: Space) -> dict[str, Any]:
+    return {path: part.prior.value for path, part in space.items() if part.prior is not None}
 
 
 def _first(space: Space, warm: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

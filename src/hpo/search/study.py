@@ -20,6 +20,7 @@ from hpo.search.pruners import build_pruner
 from hpo.search.results import Finisher, template
 from hpo.search.samplers import StageProgress, StageSampler, Step
 from hpo.search.stages import Stage, encode, suggest, total_trials
+from hpo.spec.automatic import prunes
 from hpo.spec.study import StudySpec
 from hpo.storage import outbox
 from hpo.storage.liveness import Lease, Liveness, clean_leases
@@ -66,6 +67,7 @@ class Study:
         self._lease = lease
         self._id: int = storage.database.get_study_id_from_name(title)
         self._pruner = build_pruner(spec)
+        self._prunes = prunes(spec)
         self._progress = StageProgress(spec, storage, self._id)
         self._running: dict[int, Trial] = {}
         self._reused: list[tuple[Candidate, TrialResult]] = []
@@ -162,7 +164,8 @@ class Study:
             return None
         trial, attrs = handed
         # Samplers saw a sample of a long stage; pruners see all of it.
-        trial.study = self._view(attrs.stage, sampled=False).study(sampler=trial.study.sampler, pruner=self._pruner)
+        view = self._view(attrs.stage, sampled=False)
+        trial.storage, trial.study = view, view.study(sampler=trial.study.sampler, pruner=self._pruner)
         self._running[trial.number] = trial
         return attrs.candidate(trial.number)
 
@@ -173,6 +176,11 @@ class Study:
             return None
         trial = self._pop(FINAL, optuna.samplers.RandomSampler(seed=0))
         return self._sign(trial, TrialAttrs(**trial.user_attrs[START]), worker)
+
+    @_guarded
+    def add(self, stage: str, result: TrialResult) -> TrialResult:
+        """Record a complete trial of a stage after the search that no worker trained; the result with its number."""
+        return self._storage.transact(partial(self._finisher.add, stage, result), lock=self._lock)
 
     @_guarded
     def retry_failed(self) -> int:
@@ -196,7 +204,7 @@ class Study:
         except optuna.exceptions.UpdateFinishedTrialError:  # another supervisor has finished it, see tell
             return True
         stage = trial.user_attrs[START]["stage"]
-        return stage != FINAL and self._spec.search.pruner.name != "none" and bool(trial.should_prune())
+        return stage != FINAL and self._prunes and bool(trial.should_prune())
 
     def tell(self, result: TrialResult, *, died: bool = False) -> TrialResult:
         """End a trial of this handle, and return the result as it was recorded.

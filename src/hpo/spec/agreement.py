@@ -13,9 +13,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from hpo.metrics import METRICS, direction_of, metric_of
+from hpo.spec.grid import listed
 from hpo.spec.own_code import is_function
 from hpo.spec.search import effects_of, refusal_of
-from hpo.spec.space import LIMITED, Choice, Float, Int, Space, listed
+from hpo.spec.space import LIMITED, Choice, Float, Int, Space
 from hpo.spec.study import Setup, StudySpec, set_place
 
 MOST_CELLS = 100_000

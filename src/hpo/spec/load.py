@@ -211,6 +211,10 @@ def _anchor_paths(tree: dict[str, Any], folder: Path) -> None:
     backbones = model.get("backbones") if isinstance(model, dict) else None
     places = [(tree.get("data"), "path"), (model, "weights")]
     places += [(each, "weights") for each in (backbones if isinstance(backbones, list) else [])]
+    search = tree.get("search")
+    warm = search.get("start_from") if isinstance(search, dict) else None
+    if isinstance(warm, dict) and "://" not in str(warm.get("storage")):
+        places.append((warm, "storage"))
     for part, key in places:
         if isinstance(part, dict) and isinstance(part.get(key), (str, Path)) and part[key] not in ("imagenet", "none"):
             part[key] = str((folder / Path(part[key]).expanduser()).absolute())

@@ -1,4 +1,4 @@
-"""What comes of a search: models that are kept, how they answer, what they must keep to be promoted, references."""
+"""What comes of a search: models that are kept, ensembles, how they answer, what promotion demands, references."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from hpo.spec.space import Part, PublishedScore
+from hpo.spec.space import Part, Positive, PublishedScore
 
 
 class Reference(Part):
@@ -37,6 +37,20 @@ class KeepSpec(Part):
     def figure_count(self) -> float:
         """How many trials keep their pictures; inf for all."""
         return _count(self.figures)
+
+
+class EnsembleSpec(Part):
+    """After the search: an ensemble of trials that keep their model, registered if its validation gain is above 0."""
+
+    average: Literal["probabilities", "weights"] = "probabilities"
+    """probabilities: of all members. weights: of trials with one architecture (a greedy soup, Wortsman et al. 2022),
+    which is as fast as one network; trials that began with different weights hardly ever mix."""
+    members: Annotated[int, Field(ge=2, le=64)] = 8
+    """Different trials in it, at most."""
+    parameters: Positive | None = None
+    """Weights and biases of all members together, at most; null: as many as the search's constraint on a trial."""
+    latency_ms: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
+    """Milliseconds for one image, the sum over members, at most; null: that of `promote`, if any."""
 
 
 class PromoteSpec(Part):

@@ -24,6 +24,7 @@ from hpo.metrics import Metric, find_metric, name_of
 from hpo.spec.study import StudySpec
 
 _PROSE = ("name", "question", "references")  # parts of a study that are only read by people
+_LIBRARY = ("optuna.samplers:", "optuna.pruners:")  # nobody's own code: making one of these does no harm
 _OWN_SCORE = re.compile(r" *valid_([^<>\s]+)(?: *[<>]=.*)?")  # as an objective, a monitor or in a constraint
 
 
@@ -44,11 +45,12 @@ def is_function(text: str) -> bool:
 
 
 def named_functions(tree: Mapping[str, Any]) -> list[str]:
-    """Every package.module:function in the parts of a study or a setup, but for those that are prose."""
+    """Every package.module:function in the parts of a study or a setup, but for prose and Optuna's own classes."""
     texts = {text for part in tree if part not in _PROSE for text in _texts(tree[part])}
     measured = {text for part in ("training", "search") for text in _texts(tree.get(part))}
     scores = {text: match[1] for text in measured if (match := _OWN_SCORE.fullmatch(text)) and is_function(match[1])}
-    return sorted({text for text in texts - scores.keys() if is_function(text)} | set(scores.values()))
+    functions = {text for text in texts - scores.keys() if is_function(text)} | set(scores.values())
+    return sorted(name for name in functions if not name.startswith(_LIBRARY))
 
 
 def module_file(function: str) -> Path | None:
@@ -209,7 +211,7 @@ def content_of(spec: StudySpec) -> dict[str, Any]:
     says so.
     """
     tree = spec.model_dump(mode="json")
-    parts = {part: tree.get(part) for part in _PARTS}
+    parts = {part: tree.get(part) for part in _PARTS} | {"search": _without_samplers(tree["search"])}
     functions = {name: _source_digest(name) for name in named_functions(parts)}
     files = {text: _file_digest(Path(text)) for text in sorted(set(_texts(parts))) if _names_file(text)}
     return {
@@ -217,6 +219,13 @@ def content_of(spec: StudySpec) -> dict[str, Any]:
         "files": {name: digest for name, digest in files.items() if digest},
         "libraries": {name: found for name in _LIBRARIES if (found := _version(name))},
     }
+
+
+def _without_samplers(search: Mapping[str, Any]) -> dict[str, Any]:
+    """A search without its samplers and its pruner, which may change while it goes on."""
+    kept = {key: value for key, value in search.items() if key not in ("sampler", "pruner")}
+    stages = [{key: value for key, value in stage.items() if key != "sampler"} for stage in search.get("stages", ())]
+    return {**kept, "stages": stages}
 
 
 def content_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

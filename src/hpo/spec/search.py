@@ -15,6 +15,9 @@ from hpo.spec.space import MOST, Cost, Count, Part, Positive, PrunerName, Sample
 _CONSTRAINT = r"^ *(parameters|latency_ms|valid_[^<>]*[^<> ]) *(<=|>=) *[0-9.eE+-]+ *$"
 
 
+UNPRUNED = ("auto", "none")  # pruners that a study may name where trials must not be pruned
+
+
 def _by_name(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
@@ -23,18 +26,34 @@ def _by_score(value: Any) -> Any:
     return {"score": value} if isinstance(value, str) else value
 
 
+def _check_options(name: str, options: Mapping[str, Any]) -> None:
+    if options and ":" not in name:
+        raise ValueError(f"options are for package.module:function, and {name} is none. Leave them out")
+
+
 class SamplerSpec(Part):
     """Who proposes candidates. `sampler: tpe` is short for `sampler: {name: tpe}`."""
 
-    name: SamplerName = "tpe"
+    name: SamplerName = "auto"
+    """auto: chosen from the space and the objectives. package.module:function: called with `options`, and with `seed`
+    if it takes that; it returns a sampler of Optuna."""
     startup_trials: Count = 10
-    """tpe, cmaes, gp: random trials before the model of the results is used."""
+    """tpe, cmaes, gp, mfgp: random trials before the model of the results is used."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """package.module:function: its keyword arguments."""
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> SamplerSpec:
+        _check_options(self.name, self.options)
+        return self
 
 
 class PrunerSpec(Part):
     """Who ends poor trials early. `pruner: median` is short for `pruner: {name: median}`."""
 
-    name: PrunerName = "none"
+    name: PrunerName = "auto"
+    """auto: chosen from the epochs and the objectives. package.module:function: called with `options`; it returns a
+    pruner of Optuna."""
     startup_trials: Count = 5
     """median, curve: finished trials before any is pruned; wilcoxon: epochs before one is."""
     warmup_epochs: Count = 0
@@ -48,6 +67,13 @@ class PrunerSpec(Part):
     p_threshold: Share = 0.1
     """wilcoxon: prune when the trial is worse than the best one at this level. curve: when its
     probability of beating the best one, forecast from the curves of finished trials, is below this."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """package.module:function: its keyword arguments."""
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> PrunerSpec:
+        _check_options(self.name, self.options)
+        return self
 
 
 class StageSpec(Part):
@@ -86,8 +112,23 @@ class WarmStart(Part):
     """Candidates that another study found best."""
 
     study: str
-    """A study of the same storage; only the paths that this search varies are taken over."""
+    """Its name; only the paths that this search varies are taken over."""
     best: Positive = 1
+    storage: str | None = None
+    """Where Optuna keeps that study, if another program ran it: an SQLite file, an Optuna journal (.log), or an address
+    without a password. A file is relative to the study file. null: the storage of this project."""
+    names: dict[str, str] = Field(default_factory=dict)
+    """storage: what that study calls the places of this one: {lr: training.optimizer.lr}. A parameter that is not
+    listed is taken over if its name is a place."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> WarmStart:
+        if self.names and self.storage is None:
+            raise ValueError("names is for a study of another storage. Name it as storage, or leave names out")
+        login = self.storage.partition("://")[2].rpartition("@")[0] if self.storage else ""
+        if ":" in login:
+            raise ValueError("storage: a study is stored, and must not hold a password. Leave it to ~/.pgpass")
+        return self
 
 
 class SearchSpec(Part):
@@ -139,7 +180,7 @@ class SearchSpec(Part):
             self._check_stage(stage, first=index == 0)
         if len(self.objectives) == 1:
             raise ValueError("objectives lists one aim. Write it as objective, or add another")
-        if self.objectives and self.pruner.name != "none":
+        if self.objectives and self.pruner.name not in UNPRUNED:
             raise ValueError(
                 "Optuna prunes searches with one objective only. Write pruner: none, or leave objectives out"
             )
@@ -168,6 +209,15 @@ class SearchSpec(Part):
             raise ValueError(f"stage {stage.name}: its space has no finite grid. Give trials")
         if stage.trials is None and stage.sampler is not None and stage.sampler.name != "grid":
             raise ValueError(f"stage {stage.name}: sampler {stage.sampler.name} needs a number of trials. Give trials")
+
+    def resumed_as(self, record: Mapping[str, Any]) -> SearchSpec:
+        """This search for a study that began with that of record: what was not given of sampler and pruner stays."""
+        kept = {
+            place: kind.model_validate(record[place])
+            for place, kind in (("sampler", SamplerSpec), ("pruner", PrunerSpec))
+            if place not in self.model_fields_set and place in record
+        }
+        return self.model_copy(update=kept) if kept else self
 
     @property
     def better(self) -> Literal["maximize", "minimize"]:

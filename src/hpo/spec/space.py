@@ -7,10 +7,21 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, RootModel, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    RootModel,
+    Tag,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from hpo.metrics import FORMS, METRICS, find_metric
+from hpo.spec.grid import Counter, expand
 
 Activation = Literal["relu", "leaky_relu", "elu", "gelu", "silu", "tanh", "sigmoid"]
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -78,11 +89,13 @@ LIMITED: tuple[Cost, ...] = ("parameters", "latency_ms")
 
 # The names of the tables SAMPLERS and PRUNERS of hpo.search and OPTIMIZERS of hpo.training, whose import would load
 # Optuna or torch; tests compare.
-SAMPLER_NAMES = ("random", "grid", "tpe", "cmaes", "gp", "qmc")
-PRUNER_NAMES = ("none", "median", "successive_halving", "hyperband", "patient", "wilcoxon", "curve")
+SAMPLER_NAMES = ("auto", "random", "grid", "tpe", "cmaes", "gp", "mfgp", "qmc")
+PRUNER_NAMES = ("auto", "none", "median", "successive_halving", "hyperband", "patient", "wilcoxon", "curve")
 OPTIMIZER_NAMES = ("sgd", "rmsprop", "adam", "adamw")
-SamplerName = _one_of(lambda: SAMPLER_NAMES)
-PrunerName = _one_of(lambda: PRUNER_NAMES)
+# package.module:function, as hpo.spec.own_code.split_function reads it.
+_OWN = (r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", "'package.module:function'")
+SamplerName = _one_of(lambda: SAMPLER_NAMES, also=_OWN)
+PrunerName = _one_of(lambda: PRUNER_NAMES, also=_OWN)
 OptimizerName = _one_of(lambda: OPTIMIZER_NAMES, also=(r"timm/[a-z0-9]+", "timm/NAME of timm.optim"))
 
 
@@ -98,9 +111,36 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Prior(Part):
+    """Where the best value probably is. `prior: 1e-3` is short for `prior: {value: 1e-3}`."""
+
+    value: Any
+    """The value that is tried first; values near it are tried more often while they do well."""
+    confidence: Literal["low", "medium", "high"] = "medium"
+    """Half, a quarter or an eighth of the range is the standard deviation around the value. An option: it is 2, 4 or 8
+    times as likely as each other one."""
+
+
+def _by_prior(value: Any) -> Any:
+    whole = value is None or isinstance(value, Prior) or (isinstance(value, dict) and "value" in value)
+    return value if whole else {"value": value}
+
+
 class _Parameter(Part):
     when: dict[str, Any] = Field(default_factory=dict)
     """Tried only if each named path has the given value, or one of the given list of values."""
+    prior: Annotated[Prior | None, BeforeValidator(_by_prior)] = None
+    """The value that is probably best, or {value, confidence}. A wrong one costs a few trials."""
+
+    @model_validator(mode="after")
+    def _prior_fits(self) -> _Parameter:
+        if self.prior is not None and not self.takes(self.prior.value):
+            raise ValueError(f"prior {self.prior.value!r} is not in the range. Correct it, or widen the range")
+        return self
+
+    def takes(self, value: Any) -> bool:
+        """Whether this is one of the values."""
+        raise NotImplementedError
 
     def count(self) -> float:
         """Number of values; inf for a continuous range."""
@@ -273,17 +313,6 @@ Parameter = Annotated[
 ]
 
 
-def listed(wanted: Any) -> list[Any]:
-    """The values that one entry of a `when` allows."""
-    return wanted if isinstance(wanted, list) else [wanted]
-
-
-def holds(condition: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
-    """Whether every path of a `when` has (one of) the wanted value(s); a path without a value never does."""
-    missing = object()
-    return all(values.get(path, missing) in listed(wanted) for path, wanted in condition.items())
-
-
 class Space(RootModel[dict[str, Parameter]]):
     """Dotted paths into the spec, and how each may vary."""
 
@@ -338,61 +367,10 @@ class Space(RootModel[dict[str, Parameter]]):
         A conditional parameter is absent from the cells in which its condition does not hold. Raises ValueError where a
         parameter is continuous.
         """
-        yield from _expand(self.ordered(), dict(fixed), {})
+        yield from expand(self.ordered(), dict(fixed), {})
 
     def size(self, fixed: Mapping[str, Any]) -> int | None:
         """Number of cells of the full grid, counted without building it; None if a parameter is continuous."""
         if any(math.isinf(parameter.count()) for parameter in self.root.values()):
             return None
-        return _Counter(self.ordered()).count(0, fixed)
-
-
-class _Counter:
-    """Counts the cells of a grid. It branches only over values that conditions name, and remembers each branch."""
-
-    def __init__(self, parameters: list[tuple[str, Float | Int | Choice]]) -> None:
-        self._parameters = parameters
-        # Paths that the conditions of the parameters from each index on name, with every value that they want.
-        self._wanted: list[dict[str, list[Any]]] = [{}]
-        for _, parameter in reversed(parameters):
-            wanted = {path: list(values) for path, values in self._wanted[0].items()}
-            for path, values in parameter.when.items():
-                known = wanted.setdefault(path, [])
-                known += [value for value in listed(values) if value not in known]
-            self._wanted.insert(0, wanted)
-        self._counted: dict[tuple[int, str], int] = {}
-
-    def count(self, index: int, values: Mapping[str, Any]) -> int:
-        """Cells of the parameters from index on, where those before them have these values."""
-        if index == len(self._parameters):
-            return 1
-        key = index, repr([values.get(path, _ABSENT) for path in sorted(self._wanted[index])])
-        if key not in self._counted:
-            self._counted[key] = self._count(index, values)
-        return self._counted[key]
-
-    def _count(self, index: int, values: Mapping[str, Any]) -> int:
-        path, parameter = self._parameters[index]
-        if not holds(parameter.when, values):
-            return self.count(index + 1, values)
-        named = [value for value in self._wanted[index + 1].get(path, []) if parameter.takes(value)]
-        others = int(parameter.count()) - len(named)
-        total = sum(self.count(index + 1, {**values, path: value}) for value in named)
-        return total + (others * self.count(index + 1, {**values, path: _ABSENT}) if others else 0)
-
-
-_ABSENT = object()  # equals no value of a condition
-
-
-def _expand(
-    parameters: list[tuple[str, Float | Int | Choice]], known: dict[str, Any], cell: dict[str, Any]
-) -> Iterator[dict[str, Any]]:
-    if not parameters:
-        yield dict(cell)
-        return
-    (path, parameter), rest = parameters[0], parameters[1:]
-    if not holds(parameter.when, known):
-        yield from _expand(rest, known, cell)
-        return
-    for value in parameter.grid():
-        yield from _expand(rest, {**known, path: value}, {**cell, path: value})
+        return Counter(self.ordered()).count(0, fixed)

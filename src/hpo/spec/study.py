@@ -13,8 +13,8 @@ from pydantic import Field, model_validator
 
 from hpo.errors import SpecError
 from hpo.spec.models import ModelSpec, fixed_size_reason
-from hpo.spec.outcome import KeepSpec, PredictSpec, PromoteSpec, Reference
-from hpo.spec.search import SearchSpec
+from hpo.spec.outcome import EnsembleSpec, KeepSpec, PredictSpec, PromoteSpec, Reference
+from hpo.spec.search import UNPRUNED, SearchSpec
 from hpo.spec.space import Choice, Float, Int, Part, Positive, Seed, Share
 from hpo.spec.training import TrainingSpec
 
@@ -33,6 +33,9 @@ _YOUNGER: Mapping[str, Any] = {
     "training.schedule.restarts": 0,
     "training.schedule.period_growth": 1.0,
     "training.augment.alternate_flips": False,
+    "training.teacher": None,
+    "training.teacher_weight": 0.9,
+    "training.teacher_temperature": 2.0,
     "model.whiten": 0,
 }
 
@@ -108,6 +111,8 @@ class FinalSpec(Part):
 
     set: dict[str, Any] = Field(default_factory=dict)
     """Places that differ from the search, such as {training.epochs: 200, training.patience: 20}."""
+    teacher: str | None = None
+    """A logged model to learn from: training.teacher of the final trainings."""
     split: SplitSpec | None = None
     """null: the search's; after kfold the official validation part, or a stratified holdout where there is none."""
     on: Literal["train", "all"] = "train"
@@ -135,6 +140,7 @@ class StudySpec(Part):
     search: SearchSpec
     final: FinalSpec | None = None
     keep: KeepSpec = KeepSpec()
+    ensemble: EnsembleSpec | None = None
     predict: PredictSpec = PredictSpec()
     promote: PromoteSpec = PromoteSpec()
     references: list[Reference] = Field(default_factory=list)
@@ -189,7 +195,7 @@ class StudySpec(Part):
             for path, value in values.items():
                 if isinstance(value, float) and not math.isfinite(value):
                     raise ValueError(f"search.start[{index}].{path}: {value} is not finite. Correct the value")
-        if "training.data_growth" in self.search.whole_space and self.search.pruner.name != "none":
+        if "training.data_growth" in self.search.whole_space and self.search.pruner.name not in UNPRUNED:
             raise ValueError(
                 "search.space.training.data_growth: a pruner compares trials at one epoch, and theirs would cost "
                 "different amounts. Fix it, or write pruner: none"
@@ -241,11 +247,12 @@ class StudySpec(Part):
             raise SpecError(f"{error}, or give one of them a `when`.") from None
 
     def resumed_as(self, record: Mapping[str, Any]) -> StudySpec:
-        """This spec for a study that began with the spec of record: a monitor that was not given stays that one's."""
+        """This spec for a study that began with that of record: monitor, sampler and pruner stay if none is given."""
         monitor = record.get("training", {}).get("monitor", self.training.monitor)
-        if "monitor" in self.training.model_fields_set or monitor == self.training.monitor:
-            return self
-        return self.model_copy(update={"training": self.training.watching(monitor)})
+        changed: dict[str, Any] = {"search": self.search.resumed_as(record.get("search", {}))}
+        if "monitor" not in self.training.model_fields_set and monitor != self.training.monitor:
+            changed["training"] = self.training.watching(monitor)
+        return self.model_copy(update=changed)
 
     @property
     def setup(self) -> Setup:

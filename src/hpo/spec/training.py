@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from hpo.spec.space import OptimizerName, Part, Positive, Rate, Score, Seed
+from hpo.spec.space import OptimizerName, Part, Positive, Rate, Score, Seed, Share
 
 
 class OptimizerSpec(Part):
@@ -136,6 +136,14 @@ class TrainingSpec(Part):
     """focal: how much less well-classified images weigh; 0 is cross-entropy."""
     sampling: Literal["shuffled", "balanced"] = "shuffled"
     """balanced: the images of an epoch are drawn with replacement, every class equally often."""
+    teacher: str | None = None
+    """A logged model (NAME, NAME@ALIAS or NAME/NUMBER), such as an ensemble, whose probabilities of the training images
+    without augmentation are learned as soft labels (distillation, Hinton et al. 2015). null: none."""
+    teacher_weight: Share = 0.9
+    """Share of the teacher's labels in the loss; the images' own labels have the rest."""
+    teacher_temperature: Annotated[float, Field(ge=1.0, le=100.0)] = 2.0
+    """Divides the logarithms of the teacher's probabilities and the logits: the higher, the more the less probable
+    classes count."""
     label_smoothing: Rate = 0.0
     class_weights: Literal["none", "balanced"] = "none"
     """balanced: each class weighs n / (classes * images of the class) in the loss."""

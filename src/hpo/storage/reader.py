@@ -14,7 +14,7 @@ from hpo.errors import StoreError, shown_address
 from hpo.events import Event, TrialEnded, TrialStarted
 from hpo.home import Home
 from hpo.locks import seen_held
-from hpo.records import FINAL, StudyResult, Trial, TrialResult, TrialState
+from hpo.records import AFTER_SEARCH, StudyResult, Trial, TrialResult, TrialState
 from hpo.storage.liveness import GRACE_SECONDS, HEARTBEATS, Holder, holders, host_of, is_near
 from hpo.storage.trial_attrs import CLAIM, RESULT, START, STOP, STUDY, TrialAttrs, make_trial, read_state
 
@@ -204,7 +204,7 @@ def _best(reader: Reader, study_id: int, study: StudyResult, ids: Mapping[int, i
     sign = -1.0 if study.direction == "maximize" else 1.0
     trials = {trial.number: trial for trial in study.trials}
     for number in sorted(values, key=lambda number: (sign * values[number], number)):
-        if number not in trials or trials[number].candidate.stage == FINAL:
+        if number not in trials or trials[number].candidate.stage in AFTER_SEARCH:
             continue
         record = reader.rows(
             "SELECT value_json FROM trial_user_attributes WHERE trial_id = :trial AND key = :key",
@@ -287,7 +287,7 @@ class StudyWatcher:
 
     def _end(self, trial: Trial) -> TrialEnded:
         result = trial.result or TrialResult(trial.number, trial.state)
-        if trial.candidate.stage == FINAL:
+        if trial.candidate.stage in AFTER_SEARCH:
             return TrialEnded(result)
         if trial.state.finished:
             self._finished.add(trial.candidate.ordinal)

@@ -32,6 +32,7 @@ class StageView(BaseStorage):  # type: ignore[misc]
         self.storage = storage
         self._title, self._id, self._stage, self._sampled = title, study_id, stage, sampled
         self._created: FrozenTrial | None = None
+        self._notes: dict[int, dict[str, Any]] = {}  # system attributes by Optuna's id of the trial
 
     def study(self, *, sampler: Any, pruner: Any) -> optuna.Study:
         """Optuna's study of this stage."""
@@ -61,6 +62,20 @@ class StageView(BaseStorage):  # type: ignore[misc]
         if created is not None and trial_id_of(created) == trial_id:
             return copy.deepcopy(created)
         return self.storage.database.get_trial(trial_id)
+
+    def get_trial_system_attrs(self, trial_id: int) -> dict[str, Any]:
+        """The system attributes of a trial, read once: while it runs, only samplers and pruners of this view add any.
+
+        Pruners ask for them after each epoch, and Optuna would read the whole trial with all its reports for that.
+        """
+        if trial_id not in self._notes:
+            self._notes[trial_id] = self.storage.database.get_trial_system_attrs(trial_id)
+        return self._notes[trial_id]
+
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        """Store a system attribute."""
+        self.storage.database.set_trial_system_attr(trial_id, key, value)
+        self.get_trial_system_attrs(trial_id)[key] = value
 
     def get_study_id_from_name(self, study_name: str) -> int:  # noqa: ARG002
         """Optuna's id of the study."""
@@ -92,4 +107,3 @@ class StageView(BaseStorage):  # type: ignore[misc]
     set_trial_state_values = _forward("set_trial_state_values")
     set_trial_intermediate_value = _forward("set_trial_intermediate_value")
     set_trial_user_attr = _forward("set_trial_user_attr")
-    set_trial_system_attr = _forward("set_trial_system_attr")

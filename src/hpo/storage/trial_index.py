@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from optuna.trial import FrozenTrial
 
-from hpo.records import FINAL, TrialState
+from hpo.records import AFTER_SEARCH, TrialState
 from hpo.storage.optuna_private import domination_ranks, trial_id_of
 from hpo.storage.trial_attrs import attrs_of, key_of, retry_of, stage_of, state_of
 
@@ -156,7 +156,7 @@ class TrialIndex:
 
         Interrupted trials count. before: only trials with a smaller number.
         """
-        wanted = {*self._stages, *map(stage_of, self.open.values())} - {FINAL} if stages is None else {*stages}
+        wanted = {*self._stages, *map(stage_of, self.open.values())} - {*AFTER_SEARCH} if stages is None else {*stages}
         begun = [trial for trial in self.open.values() if retry_of(trial) is None and trial.number < before]
         ended = (bisect.bisect_left(self._stages[stage].first_tries, before) for stage in wanted)
         return sum(stage_of(trial) in wanted for trial in begun) + sum(ended)

@@ -25,6 +25,7 @@ ORIGIN = "hpo.copied_from"  # tag of a version that came from another store
 COPY_OF = "hpo.moved_from"  # tag of a copied run or logged model: the id of the original
 REGISTERED = "hpo.registered"  # tag of a version that was moved here: when it was first registered, in ms since 1970
 _SCORE = "score."  # tags of a version that hold its scores: score.valid_accuracy, score.test_accuracy, ...
+_DESCRIPTION = 4990  # characters
 CHAMPION = "hpo.champion."  # tags of a registered model, one for each change of its champion
 _TERM = re.compile(
     r"version (?P<version>[0-9]+) since (?P<since>\S+) by (?P<who>.*?)(?P<forced>, forced)?: (?P<why>.*)", re.DOTALL
@@ -169,6 +170,17 @@ def add_scores(home: Home, version: ModelVersion, scores: Mapping[str, float]) -
     for key, value in _score_tags(scores).items():
         client.set_model_version_tag(version.name, str(version.version), key, value)
     return _version(home, version.name, version.version)
+
+
+@translate_errors
+def describe(home: Home, version: ModelVersion, text: str) -> None:
+    """Make a text the description of a version; MLflow keeps 5,000 characters, so a longer one is cut after a line."""
+    lines, kept = text.splitlines(), ""
+    for line in lines:
+        if len(kept) + len(line) > _DESCRIPTION:
+            break
+        kept += f"{line}\n"
+    connect(home).update_model_version(version.name, str(version.version), description=kept)
 
 
 @translate_errors

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from hpo.distribution import VERSION
 from hpo.home import Home
 from hpo.metrics import label_of
-from hpo.records import Candidate, DataCard, StudyResult, TrialResult, TrialState
+from hpo.records import ENSEMBLE, Candidate, DataCard, StudyResult, TrialResult, TrialState
 from hpo.tracking.run_metrics import OBJECTIVE
 from hpo.tracking.store import connect, is_missing, pages, translate_errors
 
@@ -34,6 +34,7 @@ STATE = "hpo.state"
 FAILURE = "hpo.failure"
 MODEL = "hpo.model"
 DIGEST = "hpo.data_digest"
+MEMBERS = "hpo.members"  # of an ensemble: its trials, and how often each counts
 QUESTION = "hpo.question"
 NOTE, NAME = "mlflow.note.content", "mlflow.runName"  # the description and the name of a run, as MLflow keeps them
 MACHINE = "machine."  # tags of a trial's run: what the machine decided, as its device and precision
@@ -129,8 +130,14 @@ def trial_note(candidate: Candidate, study: StudyResult, setup: Setup | None) ->
     facts = [f"Trial {candidate.number} of {study.title}"]
     facts += [f"stage {candidate.stage}"] if candidate.stage else []
     facts += [f"attempt {candidate.attempt}"] if candidate.attempt > 1 else []
-    again = f"To train it again: `hpo rerun {study.exact}#{candidate.number}`"
+    again = f"To train it again: `hpo rerun {study.exact}#{candidate.number}`" * (candidate.stage != ENSEMBLE)
     return "\n".join([f"{', '.join(facts)}.", "", *_table(trial_params(candidate, setup)), "", again])
+
+
+def members_text(members: Mapping[str, int]) -> str:
+    """The members of an ensemble, most frequent first: digits-mlp~1#3 x2, digits-mlp~1#7."""
+    ordered = sorted(members.items(), key=lambda member: -member[1])
+    return ", ".join(f"{name} x{count}" if count > 1 else name for name, count in ordered)
 
 
 def version_note(study: StudyResult, run: Any) -> str:
@@ -138,7 +145,10 @@ def version_note(study: StudyResult, run: Any) -> str:
     number, value = run.data.tags[TRIAL], run.data.metrics.get(OBJECTIVE)
     score = f": {label_of(study.objective)} {value:.4f} on the validation images" if value is not None else ""
     use = f"To use it: `hpo predict {study.name} IMAGE`"
-    return "\n".join([f"Trial {number} of {study.title}{score}.", "", *_table(run.data.params), "", use])
+    members = run.data.tags.get(MEMBERS)
+    what = "weights" if run.data.tags.get(f"{MACHINE}average") == "weights" else "probabilities"
+    of = [f"An ensemble: the mean of the {what} of {members}.", ""] if members else []
+    return "\n".join([f"Trial {number} of {study.title}{score}.", "", *of, *_table(run.data.params), "", use])
 
 
 def _table(values: Mapping[str, Any]) -> list[str]:
@@ -161,6 +171,7 @@ TRIAL_FILES: Mapping[str, Callable[[TrialResult], Any]] = {
     "traceback.txt": lambda result: result.traceback or None,
 }
 REPORT, FIGURES = "report", "figures"  # artifact folders of a trial that keeps its model: tables and figures
+PREDICTIONS = f"{REPORT}/validation.npz"
 
 
 def trial_files(result: TrialResult) -> dict[str, Any]:
@@ -330,7 +341,7 @@ def validation_predictions(home: Home, run_id: str) -> dict[str, NDArray[Any]] |
 
     with tempfile.TemporaryDirectory() as folder:
         try:
-            file = artifact(connect(home), run_id, f"{REPORT}/validation.npz", folder) if run_id else None
+            file = artifact(connect(home), run_id, PREDICTIONS, folder) if run_id else None
         except MlflowException as error:
             if not is_missing(error):
                 raise

@@ -149,6 +149,7 @@ class Tracker:
                 f"{study.title}: the model of trial {number} was not kept.", "Keep some: --keep-models best:10"
             )
         tags = {"hpo.study": study.title, "hpo.trial": str(number), runs.DIGEST: study.data_digest}
+        tags |= {name: run.data.tags[name] for name in (runs.MEMBERS,) if name in run.data.tags}
         return registry.register(
             self.home,
             study.name,
@@ -245,13 +246,37 @@ class Tracker:
     @translate_errors
     def kept_models(self, study: StudyResult) -> dict[int, str]:
         """Trial number -> models:/m-<id>, of the trials whose model is on disk."""
+        return {number: run.data.tags[runs.MODEL] for number, run in self._kept_runs(study).items()}
+
+    def _kept_runs(self, study: StudyResult) -> dict[int, Any]:
         parent = runs.find_parent(self._client, study)
         if parent is None:
             return {}
         tagged = runs.children(self._client, parent, f"tags.`{runs.MODEL}` LIKE 'models:%'")
-        kept = {int(run.data.tags[runs.TRIAL]): run.data.tags[runs.MODEL] for run in tagged}
+        kept = {int(run.data.tags[runs.TRIAL]): run for run in tagged}
         whole = self._whole(parent.info.experiment_id) if kept else set()
-        return {number: uri for number, uri in kept.items() if uri in whole}
+        return {number: run for number, run in kept.items() if run.data.tags[runs.MODEL] in whole}
+
+    @translate_errors
+    def kept_predictions(
+        self, study: StudyResult, numbers: Collection[int], folder: Path
+    ) -> dict[int, tuple[str, Path]]:
+        """Number -> models:/m-<id> and the file of validation predictions, of those trials that have both.
+
+        Files of a server are copied into folder. runs.validation_predictions says what is in them.
+        """
+        found: dict[int, tuple[str, Path]] = {}
+        for number, run in self._kept_runs(study).items():
+            if number in numbers:
+                (folder / str(number)).mkdir(parents=True, exist_ok=True)
+                file = runs.artifact(self._client, run.info.run_id, runs.PREDICTIONS, str(folder / str(number)))
+                found |= {number: (run.data.tags[runs.MODEL], file)} if file is not None else {}
+        return found
+
+    @translate_errors
+    def model_files(self, uri: str, folder: Path) -> Path:
+        """The folder of the files of a logged model, models:/m-<id>; of a server's, a copy in folder."""
+        return registry.fetch(self.home, registry.resolve(self.home, uri), folder) / "artifacts"
 
     def _whole(self, experiment: str) -> set[str]:
         """models:/m-<id> of each whole model of an experiment."""
@@ -311,6 +336,7 @@ class Tracker:
         client, run_id = self._client, self._run_id(result.number)
         tags = {runs.STATE: result.state.value} | ({"hpo.reason": result.reason} if result.reason else {})
         tags |= {runs.FAILURE: result.failure.value} if result.failure else {}
+        tags |= {runs.MEMBERS: runs.members_text(result.members)} if result.members else {}
         tags |= {f"{runs.MACHINE}{name}": value for name, value in result.settings.items()}
         tags |= {runs.NAME: runs.result_name(result)}
         runs.log(client, run_id, metrics=metrics, tags=tags)

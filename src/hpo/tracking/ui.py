@@ -48,9 +48,7 @@ def ui_command(home: Home, *, host: str = "127.0.0.1", port: int = 5000) -> tupl
         )
     if moved := relocate(home):
         logging.getLogger("hpo").warning(moved)
-    if not _free(host, port):
-        following = next((other for other in range(port + 1, 65536) if _free(host, other)), 0)
-        raise HpoError(f"port {port} on {host} is in use.", f"Take the next free one: --port {following}")
+    check_free(host, port)
     command = [sys.executable, "-m", "mlflow", "ui"]
     command += ["--default-artifact-root", home.artifacts.as_uri()] if home.embedded else []
     # One worker and no job runner: half the time to the first page, and nothing here needs more.
@@ -143,6 +141,13 @@ def _end_group(server: subprocess.Popen[bytes]) -> None:
             os.killpg(server.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
             server.wait(_TO_END)
+
+
+def check_free(host: str, port: int) -> None:
+    """Raise HpoError where a port is taken; it names the next free one."""
+    if not _free(host, port):
+        following = next((other for other in range(port + 1, 65536) if _free(host, other)), 0)
+        raise HpoError(f"port {port} on {host} is in use.", f"Take the next free one: --port {following}")
 
 
 def _free(host: str, port: int) -> bool:

@@ -225,7 +225,7 @@ class _Training:
         """One step, from the images of a batch; its mean loss and the number of images that were right."""
         spec, data = self._spec, self._data
         with phase("batch"):
-            labels = data.labels.index_select(0, rows)
+            labels = self._loss_of.targets(rows)
         with phase("augment"):
             images = self._normalise(self._batches.gather(source, self._generator))
             inputs, labels, others, share = mix_batch(images, labels, spec.augment, self._generator)
@@ -239,7 +239,7 @@ class _Training:
             self._optimizer.step()
             if self._averaged is not None:
                 self._averaged.update_parameters(self._net)
-        own = labels[self._ranks.part(len(rows))[0]]
+        own = self._loss_of.labels(labels[self._ranks.part(len(rows))[0]])
         if data.labels.ndim == 2:
             return loss, ((logits > 0) == own).float().mean(1).sum()
         return loss, (logits.argmax(1) == own).sum()

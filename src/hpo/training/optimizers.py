@@ -33,7 +33,10 @@ def positive_weights(labels: Tensor) -> Tensor:
 
 
 class Loss:
-    """The mean loss of a batch as spec says. Labels are (n,), or (n, classes) of 0 and 1 where images have several."""
+    """The mean loss of a batch as spec says. Labels are (n,), or (n, classes) of 0 and 1 where images have several.
+
+    With a teacher it takes the rows (n,) of the images in place of their labels, see targets.
+    """
 
     def __init__(self, spec: TrainingSpec, data: TrialData) -> None:
         self._smoothing, self._gamma, self._name = spec.label_smoothing, spec.focal_gamma, spec.loss
@@ -43,9 +46,33 @@ class Loss:
         if spec.class_weights == "balanced":
             self._weights = positive_weights(labels) if self._several else class_weights(labels, len(data.class_names))
         self._own: Callable[..., Tensor] | None = load_function(spec.loss, what="loss") if ":" in spec.loss else None
+        self._every, self._soft = data.labels, None
+        if data.taught is not None:
+            self._share, self._heat = spec.teacher_weight, spec.teacher_temperature
+            self._soft = cooled(data.taught, self._heat, several=self._several)
 
-    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """logits (n, classes) float32 and labels -> a scalar."""
+    def targets(self, rows: Tensor) -> Tensor:
+        """What is to be learned of the images in these rows (n,): their labels, or with a teacher the rows."""
+        return rows if self._soft is not None else self._every.index_select(0, rows)
+
+    def labels(self, targets: Tensor) -> Tensor:
+        """The labels of targets."""
+        return self._every.index_select(0, targets) if self._soft is not None else targets
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """logits (n, classes) float32 and targets -> a scalar."""
+        own = self._of(logits, self.labels(targets))
+        if self._soft is None:
+            return own
+        soft = self._soft.index_select(0, targets)
+        if self._several:
+            taught = functional.binary_cross_entropy_with_logits(logits / self._heat, soft)
+        else:
+            taught = functional.cross_entropy(logits / self._heat, soft)
+        # Its gradient is 1 / temperature^2 of that of the labels (Hinton et al. 2015, section 2.1).
+        return (1 - self._share) * own + self._share * self._heat**2 * taught
+
+    def _of(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self._own is not None:
             return _answer(self._own, self._name, logits, labels)
         if self._several:
@@ -74,7 +101,15 @@ class Loss:
             return 1.0
         if self._weights is None or self._several:
             return len(part) / len(batch)
-        return self._weights[part].sum() / self._weights[batch].sum()
+        return self._weights[self.labels(part)].sum() / self._weights[self.labels(batch)].sum()
+
+
+def cooled(probabilities: Tensor, temperature: float, *, several: bool) -> Tensor:
+    """Probabilities (n, classes), p -> p^(1 / temperature), normalised; with several labels, each of (p, 1 - p)."""
+    logs = probabilities.clamp_min(1e-7).log()
+    if several:
+        return ((logs - (1 - probabilities).clamp_min(1e-7).log()) / temperature).sigmoid()
+    return (logs / temperature).softmax(1)
 
 
 def _power(base: Tensor, exponent: float) -> Tensor:

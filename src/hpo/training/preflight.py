@@ -22,13 +22,14 @@ from hpo.models.backbones import Backbone
 from hpo.models.basic import OneLogit
 from hpo.models.transfer import Transfer, transfer_of
 from hpo.records import DataCard
+from hpo.spec.grid import holds, listed
 from hpo.spec.models import OwnModelSpec
-from hpo.spec.space import holds, listed
 from hpo.spec.study import Setup, StudySpec
 from hpo.spec.training import AugmentSpec, TrainingSpec
 from hpo.training.augment import mix_batch
 from hpo.training.batches import augmenter
 from hpo.training.device import free_memory
+from hpo.training.device import threads as computing_on
 from hpo.training.features import cached_views, forward
 from hpo.training.loop import train
 from hpo.training.optimizers import check_optimizer
@@ -38,8 +39,8 @@ from hpo.training.trial import build_full, measured_precision
 
 
 @dataclass(frozen=True)
-class Preflight:
-    """Seconds of one training step, of one epoch (estimated from a few steps) and of one export; bytes of a model.
+class Speed:
+    """Seconds of one training step, and of one epoch, estimated from a few steps.
 
     features_seconds: of the one pass of all images through a frozen backbone, 0 without one.
     """
@@ -49,6 +50,13 @@ class Preflight:
     batch_seconds: float
     features_seconds: float
     epoch_seconds: float
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """The speed of a training, the seconds of one export and the bytes of a model."""
+
+    speed: Speed
     export_seconds: float
     model_bytes: int
 
@@ -116,6 +124,20 @@ def _batch_norm_of_one(spec: TrainingSpec) -> TrainingError:
 
 def preflight(setup: Setup, card: DataCard, *, device_name: str, seed: int, folder: Path) -> Preflight:
     """Train a few batches, evaluate them, and export. Raises TrainingError if the loss is not finite."""
+    speed, net, data = _rehearse(setup, card, device_name, seed)
+    started = time.perf_counter()
+    save_trained(net.cpu(), setup, data, folder)
+    program = export_program(folder)
+    return Preflight(speed, time.perf_counter() - started, program.stat().st_size)
+
+
+def measure_speed(setup: Setup, card: DataCard, *, device_name: str, seed: int, threads: int) -> Speed:
+    """Train a few batches on so many CPU threads, as a worker would. Raises TrainingError as preflight does."""
+    with computing_on(threads):
+        return _rehearse(setup, card, device_name, seed)[0]
+
+
+def _rehearse(setup: Setup, card: DataCard, device_name: str, seed: int) -> tuple[Speed, nn.Module, TrialData]:
     net, data = build_full(setup, card, seed=seed, device_name=device_name)
     whole, spec = net, setup.training
     steps = min(4, -(-len(data.train) // spec.batch_size))
@@ -137,18 +159,14 @@ def preflight(setup: Setup, card: DataCard, *, device_name: str, seed: int, fold
     if not epochs:
         raise TrainingError("the training yields no epoch.", "Set training.epochs to 1 or more.")
     step_seconds = epochs[-1].seconds / steps  # the first epoch warms up
-    started = time.perf_counter()
-    save_trained(whole.cpu(), setup, data, folder)
-    program = export_program(folder)
-    return Preflight(
+    speed = Speed(
         parameter_count=parameter_count(whole),
         precision=precision,
         batch_seconds=step_seconds,
         features_seconds=features_seconds,
         epoch_seconds=step_seconds * -(-len(data.train) // spec.batch_size),
-        export_seconds=time.perf_counter() - started,
-        model_bytes=program.stat().st_size,
     )
+    return speed, whole, data
 
 
 def _seen(net: Transfer, few: TrialData, views: int) -> tuple[TrialData, float]:

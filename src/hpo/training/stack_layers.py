@@ -167,6 +167,7 @@ def key_of(net: nn.Module, data: TrialData, spec: TrainingSpec, precision: str) 
         ("its optimizer is of timm", spec.optimizer.of_timm),
         ("its images grow", spec.first_size < 1),
         ("its epochs grow", spec.data_growth < 1),
+        ("it learns from a teacher", spec.teacher is not None),
         ("its loss is not cross-entropy", spec.loss != "cross_entropy"),
         ("its images are drawn by class", spec.sampling != "shuffled"),
         ("its images have several labels", data.labels.ndim == 2),

@@ -11,17 +11,15 @@ from pathlib import Path
 from statistics import fmean, median, pstdev
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hpo.data.prepare import TrialData, check_task, open_trial
 from hpo.home import cache_folder
-from hpo.metrics import confusion_matrix
 from hpo.models import build_model, input_of, parameter_count, save_trained
 from hpo.models.basic import OneLogit, whitening_of
 from hpo.models.transfer import transfer_of
-from hpo.records import DataCard, Epoch, TrialResult, TrialState, best_of, pack_classes
+from hpo.records import DataCard, Epoch, TrialResult, TrialState, best_of
 from hpo.spec.models import OwnModelSpec
 from hpo.spec.study import Setup, SplitSpec
 from hpo.training.checkpoint import Checkpoint, Saved
@@ -34,9 +32,10 @@ from hpo.training.stack import Stacks, alongside
 from hpo.training.stack_layers import convolves, unstackable_reason
 from hpo.training.stack_speed import shared_precision, why_slower_stacked
 from hpo.training.step_graph import why_not
+from hpo.training.teacher import soft_labels
+from hpo.training.validation import leave_predictions
 
 _WHITENED = 2000  # training images whose patches decide a whitening layer: their covariance has settled by then
-VALIDATION = "validation.npz"  # rows, labels, probabilities of the validation part at the best epoch
 
 
 @dataclass(frozen=True)
@@ -271,6 +270,11 @@ def trial_data(card: DataCard, split: SplitSpec, device_name: str, fold: int = 0
     return open_trial(card, split, device=torch.device(device_name), fold=fold)
 
 
+@lru_cache(maxsize=4)
+def _taught(teacher: str, card: DataCard, split: SplitSpec, device_name: str, fold: int) -> Tensor:
+    return soft_labels(teacher, trial_data(card, split, device_name, fold))
+
+
 def measured_precision(net: nn.Module, data: TrialData, batch_size: int) -> str:
     """float32 or bfloat16, whichever trains a batch of this data faster."""
     rows = data.train[:batch_size]
@@ -304,6 +308,8 @@ def build(plan: TrialPlan, *, fold: int = 0, stacks: Stacks | None = None) -> Bu
     if transfer is not None and cached_views(setup) is not None:
         data = features_of(transfer, setup, pixels, digest=card.digest, cache=cache_folder())
         net = OneLogit(transfer.head) if setup.task == "binary" else transfer.head
+    if setup.training.teacher is not None:
+        data = replace(data, taught=_taught(setup.training.teacher, card, setup.split, device_name, fold))
     parameters, batch_size = parameter_count(full_net), setup.training.batch_size
     too_large = parameters > plan.most_parameters
     key = f"{torch.device(device_name).type} {setup.model.kind} 2^{parameters.bit_length()} batch {batch_size}"
@@ -376,20 +382,4 @@ def _leave(result: TrialResult, built: Built, plan: TrialPlan) -> TrialResult:
         return replace(result, folder=str(folder))
     micro_batch = plan.setup.training.micro_batch
     logits = predict_logits(built.net, data, data.valid, precision=built.precision, micro_batch=micro_batch)
-    labels, several = data.labels[data.valid], data.labels.ndim == 2
-    np.savez(
-        folder / VALIDATION,
-        rows=data.valid.cpu().numpy(),
-        labels=labels.cpu().numpy(),
-        probabilities=(logits.sigmoid() if several else logits.softmax(1)).cpu().numpy(),
-    )
-    if several:  # there is no one predicted class, and so no confusion of two
-        return replace(result, folder=str(folder))
-    predicted = logits.argmax(1)
-    counts = confusion_matrix(predicted, labels, logits.shape[1])
-    return replace(
-        result,
-        folder=str(folder),
-        confusion=tuple(tuple(row) for row in counts.tolist()),
-        predicted=pack_classes(predicted.tolist()),
-    )
+    return leave_predictions(result, logits, data.labels[data.valid], rows=data.valid, folder=folder)

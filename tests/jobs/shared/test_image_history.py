@@ -133,11 +133,13 @@ def test_a_transfer_whose_base_has_seen_test_images_is_refused_with_the_numbers(
 ) -> None:
     card, other = digits(0), digits(1)
     spec = TransferSpec.model_construct(from_model="models:/m-1")
-    model: Any = SimpleNamespace(card=card, setup=SimpleNamespace(model=spec))
-    for base, passed in ((other, False), (card, True)):
-        monkeypatch.setattr(image_history, "_base_training", lambda *_, base=base: ("trial 0 of base", base, ""))
+    untaught, taught = (SimpleNamespace(teacher=teacher) for teacher in (None, "models:/m-2"))
+    setups = [SimpleNamespace(model=spec, training=untaught), SimpleNamespace(model=None, training=taught)]
+    for setup, base, passed in ((setups[0], other, False), (setups[0], card, True), (setups[1], other, False)):
+        model: Any = SimpleNamespace(card=card, setup=setup)
+        monkeypatch.setattr(image_history, "_base_training", lambda *_, base=base: ("trial 0 of base", base, []))
         (verdict,) = base_verdict(home, model)
         assert (verdict.passed, verdict.limit) == (passed, "0 test images")
         assert (f"of {card.test_count:,} test images in trial 0 of base" in verdict.measured) is not passed
-    model.setup.model = None
+    model.setup.training = untaught
     assert list(base_verdict(home, model)) == []

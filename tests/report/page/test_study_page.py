@@ -230,3 +230,9 @@ def test_intervals_hold_the_score_and_shrink_with_the_images() -> None:
     share = share_interval(0.85, 100, seed=0)
     assert share.value == 0.85
     assert share.high - share.low == pytest.approx(small["accuracy"].high - small["accuracy"].low, abs=0.02)
+
+
+def test_page_says_which_sampler_and_pruner_auto_chose_and_why() -> None:
+    page = text(told.findings(told.trial(0)))
+    assert "sampler auto: mfgp, because" in page
+    assert "pruner auto: " in page

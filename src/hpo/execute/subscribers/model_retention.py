@@ -19,7 +19,7 @@ from hpo.execute.subscribers.tracking import store_timeout
 from hpo.execute.tracking_queue import TrackingQueue
 from hpo.execute.workers.job_process import Job, JobProcess, draw_trial, finish_trial, warm_up
 from hpo.home import remove
-from hpo.records import FINAL, DataCard, StudyResult, Trial, TrialResult, TrialState
+from hpo.records import AFTER_SEARCH, FINAL, DataCard, StudyResult, Trial, TrialResult, TrialState
 from hpo.report.text import counted
 from hpo.spec.study import StudySpec
 from hpo.tracking.runs import FIGURES
@@ -101,12 +101,12 @@ class ModelRetention(Subscriber):
         """
         self._kept_before = kept
         self._values |= {trial.number: trial.value or 0.0 for trial in study.ranked()}
-        self._finals |= {trial.number for trial in study.ranked(FINAL)}
-        for trial in [*study.ranked(), *study.ranked(FINAL)]:
+        self._finals |= {trial.number for trial in study.after_search()}
+        for trial in [*study.ranked(), *study.after_search()]:
             if trial.result is None or trial.number in leave or trial.number in self._kept | self._pending.keys():
                 continue
             if trial.result.folder and self._folder(trial.number).is_dir():
-                self.add(trial.result, final=trial.candidate.stage == FINAL)
+                self.add(trial.result, final=trial.candidate.stage in AFTER_SEARCH)
 
     def add(self, result: TrialResult, *, final: bool = False) -> None:
         """Queue the export of an ended trial's model if it is a final one or among the best; else remove its files."""

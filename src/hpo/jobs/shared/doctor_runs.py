@@ -9,7 +9,7 @@ from typing import Any
 
 from hpo.home import Home
 from hpo.jobs.shared.home_snapshot import Case, HomeSnapshot
-from hpo.records import FINAL, StudyResult
+from hpo.records import StudyResult
 from hpo.spec.load import parse_study
 from hpo.storage.reader import read_snapshots
 from hpo.tracking import runs
@@ -114,7 +114,7 @@ def _study_cases(snapshot: HomeSnapshot, study: StudyResult, found: _StudyRuns) 
 
 def _unlogged(home: Home, study: StudyResult, found: _StudyRuns) -> Iterator[Case]:
     """Trials whose weights a killed run has left in the work folder, and that have no model."""
-    ranked = sorted({trial.number for trial in [*study.ranked(), *study.ranked(FINAL)]})
+    ranked = sorted({trial.number for trial in [*study.ranked(), *study.after_search()]})
     left = [
         number
         for number in ranked

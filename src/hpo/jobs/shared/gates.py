@@ -178,18 +178,37 @@ def parity(home: Home, new: ModelReference, model: Classifier) -> Verdict:
         return Verdict("reloads", True, "it loads; its trial recorded no predictions to compare with", "it loads")
     images = np.load(Path(new.card.folder) / "development_images.npy", mmap_mode="r", allow_pickle=False)
     ours, theirs = model.predict_levels(images[answers["rows"]]), answers["probabilities"]
+    kind, several = _kind(new.trial.result), new.card.several_labels
+    temperature = float(answers.get("temperature", 1.0))
+    return parity_verdict(ours, theirs, kind=kind, several=several, origin="as in its trial", temperature=temperature)
+
+
+def parity_verdict(
+    ours: NDArray[np.floating],
+    theirs: NDArray[np.floating],
+    *,
+    kind: str,
+    several: bool,
+    origin: str,
+    after: str = "after reload",
+    temperature: float = 1.0,
+) -> Verdict:
+    """Whether probabilities (n, classes) agree with those of origin, as far as numbers of that kind can.
+
+    kind is float32, tf32 or bfloat16: what the model was trained in. after says what happened in between, and
+    temperature is that of the program.
+    """
     if ours.shape != theirs.shape:
-        return Verdict("reloads", False, f"{ours.shape[1]} classes", f"{theirs.shape[1]} classes, as in its trial")
-    far, differing = float(np.abs(ours - theirs).max()), _differing(ours, theirs, several=new.card.several_labels)
-    kind = _kind(new.trial.result)
+        return Verdict("reloads", False, f"{ours.shape[1]} classes", f"{theirs.shape[1]} classes, {origin}")
+    far, differing = float(np.abs(ours - theirs).max()), _differing(ours, theirs, several=several)
     most, share = _PARITY[kind]
-    most *= max(1.0, 1 / float(answers.get("temperature", 1.0)))  # below 1 it enlarges what logits differ by
+    most *= max(1.0, 1 / temperature)  # below 1 it enlarges what logits differ by
     allowed = int(share * len(ours))
     outcome = f"{differing} of {len(ours):,} predictions differ" if differing else "same predictions"
     return Verdict(
         "reloads",
         far <= most and differing <= allowed,
-        f"{outcome} after reload (largest difference {far:.1g}; limit {most:.3g})",
+        f"{outcome} {after} (largest difference {far:.1g}; limit {most:.3g})",
         f"{f'at most {allowed} other' if allowed else 'same'} predictions, trained in {kind}",
     )
 

@@ -17,6 +17,7 @@ from hpo.records import DataCard, StudyResult
 from hpo.report.text import times
 from hpo.spec.load import parse_study
 from hpo.spec.models import TransferSpec
+from hpo.spec.study import Setup
 from hpo.tracking.ledger import Opening, count_set_aside, every_opening, image_digests, set_digest
 
 
@@ -133,13 +134,16 @@ def base_overlaps(home: Home, model: ModelReference) -> tuple[list[Overlap], str
     """
     from hpo.data.test_set import digests_of_test
 
-    uri = _base(model.setup.model)
-    if not uri:
+    waiting = _bases(model.setup)
+    if not waiting:
         return [], ""
     digests = digests_of_test(model.card)
     found: list[Overlap] = []
     seen: set[str] = set()
-    while uri and uri not in seen:
+    while waiting:
+        uri = waiting.pop()
+        if uri in seen:
+            continue
         seen.add(uri)
         try:
             name, card, following = _base_training(home, uri)
@@ -147,13 +151,13 @@ def base_overlaps(home: Home, model: ModelReference) -> tuple[list[Overlap], str
             return found, f"the training of its base {uri} is not at hand: {error.message}"
         count = _found(digests, development_digests(card)) if card.image_shape == model.card.image_shape else 0
         found += [Overlap(name, count)] if count else []
-        uri = following
+        waiting += following
     return found, ""
 
 
 def base_verdict(home: Home, model: ModelReference) -> Iterator[Verdict]:
     """The gate of a model that was transferred from others: they have seen no test image. Nothing for other models."""
-    if not _base(model.setup.model):
+    if not _bases(model.setup):
         return
     found, unknown = base_overlaps(home, model)
     seen = "; ".join(f"{each.count:,} of {model.card.test_count:,} test images in {each.name}" for each in found)
@@ -161,8 +165,8 @@ def base_verdict(home: Home, model: ModelReference) -> Iterator[Verdict]:
     yield Verdict("base has not seen the test part", not found, measured, "0 test images")
 
 
-def _base_training(home: Home, uri: str) -> tuple[str, DataCard, str]:
-    """Name, data and base ("" for none) of a logged model."""
+def _base_training(home: Home, uri: str) -> tuple[str, DataCard, list[str]]:
+    """Name, data and bases of a logged model."""
     from hpo.data.prepare import prepared
     from hpo.jobs.shared.model_reference import find_trial, study_data
     from hpo.records import TrialState
@@ -175,12 +179,13 @@ def _base_training(home: Home, uri: str) -> tuple[str, DataCard, str]:
     trial = find_trial(study, str(version.trial), (TrialState.COMPLETE,))
     card = prepared(study.data_digest) or study_data(study, spec)
     name = f"trial {trial.number} of {study.title}"
-    following = ModelReference(name, study, spec, trial, card, version).setup.model
-    return name, card, _base(following)
+    return name, card, _bases(ModelReference(name, study, spec, trial, card, version).setup)
 
 
-def _base(model: object) -> str:
-    return model.from_model if isinstance(model, TransferSpec) else ""
+def _bases(setup: Setup) -> list[str]:
+    """The models that a training starts from and learns from."""
+    base = setup.model.from_model if isinstance(setup.model, TransferSpec) else None
+    return [uri for uri in (base, setup.training.teacher) if uri]
 
 
 def _dated(home: Home, opening: Opening) -> Opening:

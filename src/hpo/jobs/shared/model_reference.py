@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from hpo.errors import DataError, ModelError, StoreError
+from hpo.execute.ensemble import ensemble_setup
 from hpo.execute.finals import final_setup, race
 from hpo.home import Home
-from hpo.records import FINAL, DataCard, ModelVersion, StudyResult, Trial, TrialState
+from hpo.records import ENSEMBLE, FINAL, DataCard, ModelVersion, StudyResult, Trial, TrialState
 from hpo.spec.load import parse_study
 from hpo.spec.study import Setup, StudySpec
 
@@ -39,6 +40,8 @@ class ModelReference:
     def setup(self) -> Setup:
         """The settings of its training."""
         parameters = self.trial.candidate.parameters
+        if self.trial.candidate.stage == ENSEMBLE:
+            return ensemble_setup(self.spec, self.card)
         if self.trial.candidate.stage == FINAL:
             return final_setup(self.spec, self.study, parameters, data=self.card)
         return self.spec.with_values(parameters)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hpo.metrics import highest_of, label_of
-from hpo.records import FINAL, Epoch, StudyResult, Trial, TrialState
+from hpo.records import AFTER_SEARCH, Epoch, StudyResult, Trial, TrialState
 from hpo.report.figures import (
     BLACK,
     BLUE,
@@ -51,7 +51,9 @@ _NAMED = 8  # curves with a colour and a name of their own
 
 def optimisation_history(study: StudyResult) -> Figure | None:
     """Each objective of every trial by trial number, the best so far, and the first trial of each stage."""
-    searched = [trial for trial in study.trials if trial.candidate.stage != FINAL and trial.value is not None]
+    searched = [
+        trial for trial in study.trials if trial.candidate.stage not in AFTER_SEARCH and trial.value is not None
+    ]
     if not searched:
         return None
     aims = study.objectives or ((study.objective, study.direction),)
@@ -96,7 +98,7 @@ def learning_curves(study: StudyResult) -> Figure | None:
         label = _labels(group.trials, [parameter.path for parameter in group.parameters])
         ranked = [trial for trial in study.ranked(group.name or None) if _epochs(trial)]
         others = [t for t in study.trials if stage_of(t) == group.name and group.name in names and t not in ranked]
-        others = [trial for trial in others if trial.candidate.stage != FINAL and _epochs(trial)]
+        others = [trial for trial in others if trial.candidate.stage not in AFTER_SEARCH and _epochs(trial)]
         for trial in [*others, *ranked[_NAMED:]]:
             (line,) = panel.plot(*_curve(trial, score), color=PALE, linewidth=0.8, zorder=1)
             mark_trials(line, [trial.number])

@@ -1,0 +1,249 @@
+"""Ensembles of trials that keep their model: candidates, choice, one exported program, its record and its version."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpo.data.split import rows_of
+from hpo.execute.base_model import check_setup
+from hpo.execute.finals import final_split
+from hpo.execute.workdir import pictures_folder
+from hpo.execute.workers.ensemble_jobs import finish_ensemble, measure_latency
+from hpo.home import remove
+from hpo.records import ENSEMBLE, FINAL, DataCard, ModelVersion, StudyResult, Trial, TrialResult, TrialState
+from hpo.report.ensembles import Gain, Limits, Pool, estimate_gain, select
+from hpo.search.constraints import highest_allowed
+from hpo.search.study import Study
+from hpo.spec.outcome import EnsembleSpec
+from hpo.spec.study import Setup, StudySpec
+from hpo.tracking.models import SETUP
+from hpo.tracking.tracker import Tracker
+
+_MOST_CANDIDATES = 50
+_FEWEST_IMAGES = 20  # of a validation part that is divided into halves
+
+Call = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class KeptTrial:
+    """A trial whose model is kept. probabilities are (n, classes) float32, of the ensemble's validation images."""
+
+    study: StudyResult
+    trial: Trial
+    uri: str
+    probabilities: NDArray[np.float32]
+
+    @property
+    def name(self) -> str:
+        """The trial, of whichever study: digits-mlp~1#3."""
+        return f"{self.study.exact}#{self.trial.number}"
+
+    @property
+    def result(self) -> TrialResult:
+        """Its result."""
+        return self.trial.result or TrialResult(self.trial.number, self.trial.state)
+
+
+@dataclass(frozen=True)
+class ValidationImages:
+    """The validation part of an ensemble: rows (n,) of the development images, and their labels."""
+
+    rows: NDArray[np.int64]
+    labels: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """An ensemble that can be made: its members, best first, how often each counts, and what it gains.
+
+    probabilities are the mean of the members', (n, classes) float32, on the validation images.
+    """
+
+    members: tuple[KeptTrial, ...]
+    counts: tuple[int, ...]
+    gain: Gain
+    images: ValidationImages
+    probabilities: NDArray[np.float32]
+
+    @property
+    def named(self) -> dict[str, int]:
+        """Name of each member -> how often it counts."""
+        return dict(zip((member.name for member in self.members), self.counts, strict=True))
+
+
+def ensemble_setup(spec: StudySpec, data: DataCard) -> Setup:
+    """The setup that stands for an ensemble of a study: its split is that of the members."""
+    return spec.setup.model_copy(update={"split": final_split(spec, data)})
+
+
+def validation_images(spec: StudySpec, data: DataCard) -> ValidationImages:
+    """The images on which members are compared: the validation part of final trainings. Raises DataError."""
+    labels = np.load(Path(data.folder) / "development_labels.npy")
+    _, rows = rows_of(data, final_split(spec, data), labels)
+    return ValidationImages(rows, labels[rows])
+
+
+def candidates(study: StudyResult) -> list[Trial]:
+    """The best 50 trials of search and final training, best first."""
+    sign = -1.0 if study.direction == "maximize" else 1.0
+    ranked = [*study.ranked(), *study.ranked(FINAL)]
+    return sorted(ranked, key=lambda trial: (sign * (trial.value or 0.0), trial.number))[:_MOST_CANDIDATES]
+
+
+def kept_trials(study: StudyResult, files: Mapping[int, tuple[str, Path]], images: ValidationImages) -> list[KeptTrial]:
+    """The candidates of a study that were validated on exactly these images; files are those of kept_predictions."""
+    found = []
+    for trial in candidates(study):
+        if trial.number not in files:
+            continue
+        uri, file = files[trial.number]
+        with np.load(file, allow_pickle=False) as left:
+            if np.array_equal(left["rows"], images.rows):
+                # Of the network alone: an ensemble has views and a temperature of its own.
+                own = left["raw" if "raw" in left else "probabilities"]
+                found.append(KeptTrial(study, trial, uri, own.astype(np.float32)))
+    return found
+
+
+def limits_of(spec: StudySpec, asked: EnsembleSpec) -> Limits:
+    """The limits of an ensemble; where it sets none, those of the search and of promotion."""
+    latency = asked.latency_ms or min(spec.promote.latency_ms or math.inf, highest_allowed(spec, "latency_ms"))
+    return Limits(asked.members, asked.parameters or highest_allowed(spec, "parameters"), latency)
+
+
+def propose(
+    kept: Sequence[KeptTrial],
+    images: ValidationImages,
+    limits: Limits,
+    *,
+    spec: StudySpec,
+    data: DataCard,
+    latency_ms: Sequence[float] = (),
+) -> Proposal | None:
+    """The ensemble of these trials, best first; None where there are fewer than two, or too few images to judge it."""
+    if len(kept) < 2 or len(images.rows) < _FEWEST_IMAGES:
+        return None
+    probabilities = np.stack([each.probabilities for each in kept])
+    pool = Pool(probabilities, images.labels, [each.result.parameter_count for each in kept], latency_ms)
+    counts = select(pool, limits)
+    if not counts.any():
+        return None
+    objective = spec.search.judged_by
+    gain = estimate_gain(pool, limits, objective=objective, class_names=data.class_names, seed=spec.seed)
+    chosen = np.flatnonzero(counts).tolist()
+    return Proposal(
+        tuple(kept[index] for index in chosen),
+        tuple(int(counts[index]) for index in chosen),
+        gain,
+        images,
+        pool.mean(counts),
+    )
+
+
+@dataclass(frozen=True)
+class EnsembleContext:
+    """What an ensemble is made with: data, MLflow, the study's folder of work in progress.
+
+    compute runs a job that needs torch, in a process of its own or here; track calls a method of the tracker, in its
+    thread or here. trust allows members whose network is a function from outside the working directory.
+    """
+
+    data: DataCard
+    tracker: Tracker
+    work: Path
+    track: Call
+    compute: Call
+    trust: bool = False
+
+    def model_folders(self, kept: Sequence[KeptTrial], folder: Path) -> list[Path]:
+        """The folders of the trials' models, in which load_trained finds them; copies of a server's are in folder."""
+        model_folders = [
+            self.track(self.tracker.model_files, each.uri, folder / f"member-{index}")
+            for index, each in enumerate(kept)
+        ]
+        for place in model_folders:
+            check_setup(place / SETUP, trust=self.trust)
+        return model_folders
+
+    def latencies(self, kept: Sequence[KeptTrial], folder: Path) -> list[float]:
+        """Milliseconds for one image of each trial's logged program, here, now."""
+        measured: list[float] = self.compute(measure_latency, self.model_folders(kept, folder))
+        return measured
+
+
+def make_ensemble(proposal: Proposal, study: Study, context: EnsembleContext) -> ModelVersion:
+    """Make the program of an ensemble, record it as a trial of the study, log and register it; returns the version.
+
+    One that the study has with the same members is registered again. If the process is killed on the way, the next run
+    of the study logs what was recorded. Raises HpoError.
+    """
+    if (known := _known(study, proposal.named, "probabilities", context)) is not None:
+        return known
+    scratch = pictures_folder(context.work, study) / "ensemble"
+    parameters = sum(each.result.parameter_count for each in proposal.members)
+    result = empty_result(proposal.members, scratch, parameters=parameters, average="probabilities")
+    names = (each.name for each in proposal.members)
+    left = context.compute(
+        finish_ensemble,
+        replace(result, members=proposal.named),
+        list(zip(names, proposal.counts, context.model_folders(proposal.members, scratch.parent), strict=True)),
+        proposal.images.rows,
+        proposal.images.labels,
+        proposal.probabilities,
+        ensemble_setup(study.spec, context.data),
+        context.data,
+        study.spec.predict,
+    )
+    return record(left, study, context)
+
+
+def empty_result(members: Sequence[KeptTrial], folder: Path, *, parameters: int, average: str) -> TrialResult:
+    """The result of an ensemble before it is made in folder: its size, and the arithmetic of its members."""
+    settings = {"precision": "float32", "device": "cpu", "average": average}
+    for part in (each.result.settings for each in members):
+        # The coarsest arithmetic of a member limits how well the exported program can agree.
+        settings |= {"precision": "bfloat16"} if part.get("precision") == "bfloat16" else {}
+        settings |= {"device": part["device"]} if part.get("device", "cpu") != "cpu" else {}
+    return TrialResult(
+        0,
+        TrialState.COMPLETE,
+        scores={"parameters": float(parameters)},
+        parameter_count=parameters,
+        settings=settings,
+        folder=str(folder),
+    )
+
+
+def record(result: TrialResult, study: Study, context: EnsembleContext) -> ModelVersion:
+    """Record a finished ensemble, whose files are in result.folder, as a trial; log and register its model."""
+    if (known := _known(study, result.members, result.settings["average"], context)) is not None:
+        return known
+    made = study.add(ENSEMBLE, replace(result, folder=""))
+    folder = Path(result.folder).rename(context.work / str(made.number))
+    after, tracker, track = study.result(), context.tracker, context.track
+    others = {trial.number for trial in after.trials} - {made.number}
+    track(tracker.reconcile, after, study.spec, leave=others)
+    track(tracker.keep_model, made.number, folder)
+    version: ModelVersion = track(tracker.register, after, made.number)
+    remove(context.work, folder, ignore_errors=True)
+    return version
+
+
+def _known(study: Study, members: Mapping[str, int], average: str, context: EnsembleContext) -> ModelVersion | None:
+    """The version of an ensemble of these members that the study has already, registered again as challenger."""
+    result = study.result()
+    kept = context.track(context.tracker.kept_models, result)
+    for trial in result.ranked(ENSEMBLE):
+        same = trial.result and (dict(trial.result.members), trial.result.settings.get("average")) == (members, average)
+        if same and trial.number in kept:
+            version: ModelVersion = context.track(context.tracker.register, result, trial.number)
+            return version
+    return None

@@ -1,0 +1,111 @@
+"""Fill a budget of minutes: the network, the epochs, the number of trials and the final training that fit into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_USED = 0.8  # of the time: a trial that is cut off at the end is lost, and two trainings at once are slower than one
+_START = 25.0  # seconds that processes, the first export and the registration take
+_PRUNED = 0.6  # of the epochs of a trial are trained, on average, where successive halving ends every second one early
+_FINAL = 1.25  # the final training sees the validation images, too
+_MOST_TRIALS = 100
+_FEATURES = 0.5  # of the time may be spent on the features of a frozen backbone
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a budget is spent on.
+
+    minutes are used where none are given. epochs are the fewest and most of a training from scratch, trials the fewest
+    of a search, widths the filters of the first block of the networks among which the measured speed decides. backbones
+    is the number of frozen networks side by side at most, views that of augmented views of each image that they see.
+    """
+
+    minutes: float
+    epochs: tuple[int, int]
+    trials: int
+    widths: tuple[int, ...]
+    backbones: int
+    views: int
+
+
+PRESETS: Mapping[str, Preset] = {
+    "quick": Preset(minutes=3, epochs=(6, 20), trials=2, widths=(16, 24, 32), backbones=1, views=0),
+    "good": Preset(minutes=10, epochs=(10, 40), trials=4, widths=(16, 24, 32, 48), backbones=2, views=3),
+    "best": Preset(minutes=60, epochs=(20, 80), trials=8, widths=(24, 32, 48, 64, 96), backbones=4, views=5),
+}
+
+
+@dataclass(frozen=True)
+class Fill:
+    """What fits: an entry of the preset's widths or backbones, and the numbers of the search.
+
+    seconds is the estimate of the whole run on `workers` workers.
+    """
+
+    choice: Any
+    epochs: int
+    trials: int
+    seconds: float
+    views: int = 0
+
+
+def usable(minutes: float) -> float:
+    """The seconds of a budget that may be planned."""
+    return max(10.0, 60 * minutes * _USED - _START)
+
+
+def fill_from_scratch(
+    preset: Preset, minutes: float, workers: int, epoch_seconds: Callable[[int], float], widths: Sequence[int]
+) -> Fill:
+    """The widest network that trains for long enough, and how often.
+
+    epoch_seconds(width) measures; widths rise, and none wider than the first that is too slow is measured.
+    """
+    budget, least, most = usable(minutes), *preset.epochs
+    chosen, seconds = widths[0], epoch_seconds(widths[0])
+    for width in widths[1:]:
+        slower = epoch_seconds(width)
+        if _epochs(budget, slower, preset.trials, workers) < least:
+            break
+        chosen, seconds = width, slower
+    epochs = min(most, max(1, _epochs(budget, seconds, preset.trials, workers)))
+    one = epochs * seconds
+    trials = min(_MOST_TRIALS, max(preset.trials, int((budget - _FINAL * one) * workers / (_PRUNED * one))))
+    return Fill(chosen, epochs, trials, _START + one * (trials * _PRUNED / workers + _FINAL))
+
+
+def _epochs(budget: float, seconds: float, trials: int, workers: int) -> int:
+    return int(budget / (seconds * (trials * _PRUNED / workers + _FINAL)))
+
+
+def fill_frozen(
+    preset: Preset,
+    minutes: float,
+    workers: int,
+    features: Sequence[tuple[Any, float]],
+    head_seconds: float,
+    *,
+    epochs: int,
+    augmented: bool,
+) -> Fill:
+    """As many of the backbones as fit, then as many augmented views, then trials of the head with the time left.
+
+    features are the backbones, best first, with the seconds of one worker for all images; the first is always taken.
+    head_seconds are those of one epoch of the head.
+    """
+    budget = usable(minutes)
+    chosen, seconds = [features[0][0]], features[0][1] / workers
+    for backbone, more in features[1 : preset.backbones]:
+        if seconds + more / workers <= _FEATURES * budget:
+            chosen.append(backbone)
+            seconds += more / workers
+    views = min(preset.views, int(_FEATURES * budget / seconds) - 1) if augmented else 0
+    views = max(0, views)
+    one = epochs * head_seconds
+    left = budget - seconds * (1 + views) - _FINAL * one
+    trials = min(_MOST_TRIALS, max(preset.trials, int(left * workers / (_PRUNED * one))))
+    total = _START + seconds * (1 + views) + one * (trials * _PRUNED / workers + _FINAL)
+    return Fill(tuple(chosen), epochs, trials, total, views)

@@ -1,0 +1,190 @@
+"""The model card of a study's model: Markdown with the head that the Hugging Face Hub reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import yaml
+
+from hpo.metrics import label_of
+from hpo.report.answer import intervals_of, last_opening, own_scores
+from hpo.report.text import counted, listed, split_text, without_folders
+
+if TYPE_CHECKING:
+    from hpo.report.statistics import Interval
+    from hpo.report.study_page import Findings
+
+_UNKNOWN = "not stated"
+# Licences by the names of the Hub; whatever else is `other`, with its name beside.
+_LICENCES: Mapping[str, str] = {
+    "CC BY 4.0": "cc-by-4.0",
+    "CC BY-NC 4.0": "cc-by-nc-4.0",
+    "CC BY-SA 4.0": "cc-by-sa-4.0",
+    "MIT": "mit",
+    "Apache-2.0": "apache-2.0",
+}
+_SCORES = ("accuracy", "balanced_accuracy", "macro_f1", "macro_auc", "loss")
+
+
+def model_card(findings: Findings, *, licence: str = "") -> str:
+    """The card: use, data, protocol, scores with 95 % intervals, limits, licence. Nothing in it is guessed.
+
+    licence is that of the model, which the record cannot know; "" leaves it open.
+    """
+    parts = [_head(findings, licence), f"# {findings.study.title}", _summary(findings), *_sections(findings, licence)]
+    return "\n\n".join(part.rstrip() for part in parts) + "\n"
+
+
+def _head(findings: Findings, licence: str) -> str:
+    """The metadata of the Hub, as YAML between lines of dashes."""
+    head: dict[str, object] = {
+        "library_name": "mlflow",
+        "pipeline_tag": "image-classification",
+        "tags": ["image-classification", "hpo-studies"],
+    }
+    if licence:
+        known = _LICENCES.get(licence)
+        head |= {"license": known} if known else {"license": "other", "license_name": licence}
+    scores, name = own_scores(findings), findings.data.name if findings.data else findings.spec.data.name
+    results = [
+        {"type": score, "value": round(scores[f"{part}_{score}"], 4), "name": f"{label_of(f'{part}_{score}')}"}
+        for part in ("test", "valid")
+        for score in _SCORES
+        if f"{part}_{score}" in scores
+    ]
+    if results:
+        task, data = {"type": "image-classification"}, {"type": name, "name": name}
+        head["model-index"] = [
+            {"name": findings.study.title, "results": [{"task": task, "dataset": data, "metrics": results}]}
+        ]
+    return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---"
+
+
+def _summary(findings: Findings) -> str:
+    model, data = findings.model, findings.data
+    words = f"An image classifier of {len(findings.class_names)} classes"
+    if data is not None:
+        height, width, channels = data.image_shape
+        words += f" for images of {width} x {height} pixels and {counted(channels, 'channel')}"
+    version = f", version {model.version} of {model.name}" if model is not None else ""
+    question = f" Question of its study: {findings.spec.question}" if findings.spec.question else ""
+    return f"{words}{version}.{question}"
+
+
+def _sections(findings: Findings, licence: str) -> Iterator[str]:
+    yield _use(findings)
+    yield _data(findings)
+    yield _protocol(findings)
+    yield _scores(findings)
+    yield _limits(findings)
+    of_data = (findings.data.licence if findings.data else "") or _UNKNOWN
+    yield f"## Licence\n\n- model: {licence or _UNKNOWN}\n- data: {of_data}"
+
+
+def _use(findings: Findings) -> str:
+    name = findings.model.name if findings.model is not None else findings.study.name
+    return f"""## Use
+
+```python
+import mlflow
+
+model = mlflow.pyfunc.load_model("models:/{name}@champion")  # or the folder of this card
+table = model.predict(images)  # uint8 (n, height, width, channels) -> a column of probabilities for each class
+```
+
+Classes, in the order of the columns: {listed(findings.class_names)}."""
+
+
+def _data(findings: Findings) -> str:
+    data, lines = findings.data, ["## Data", ""]
+    if data is None:
+        return "\n".join([*lines, f"The record of the data ({findings.study.data_digest}) is not here."])
+    lines += [f"- source: {without_folders(data.source) if data.source else data.name}"]
+    lines += [f"- digest of pixels and labels: `{data.digest}`", f"- parts: {split_text(findings.spec.split)}"]
+    if findings.split is not None:
+        lines += [f"- {part}: {count:,} images" for part, count in findings.split.counts.items()]
+        lines += ["", "| class | share of the training images |", "|---|---|"]
+        shares = findings.split.shares.get("train", ())
+        lines += [f"| {_cell(name)} | {share:.1%} |" for name, share in zip(data.class_names, shares, strict=False)]
+        lines.append("")
+    lines += [f"- groups that no two parts share: {data.groups:,}"] if data.groups else []
+    lines += [f"- near-duplicates: {findings.near_duplicates}"] if findings.near_duplicates else []
+    lines += [f"- note: {warning}" for warning in data.warnings]
+    lines += [f"- citation: {data.citation}"] if data.citation else []
+    return "\n".join(lines)
+
+
+def _protocol(findings: Findings) -> str:
+    study, spec, shown = findings.study, findings.spec, findings.shown
+    network = getattr(spec.model, "name", "") or spec.model.kind
+    if shown is not None and shown.result is not None:
+        network += f", {shown.result.parameter_count:,} parameters"
+    trials, names = counted(len(study.counted), "trial"), (spec.search.sampler.name, spec.search.pruner.name)
+    lines = ["## How it was made", "", f"- network: {network}"]
+    lines.append(f"- search: {trials} of {names[0]}, pruner {names[1]}, by {study.objective}")
+    if shown is not None:
+        values = ", ".join(f"{path} {value}" for path, value in shown.candidate.parameters.items())
+        final = ", a final training of the search's best" if shown.candidate.stage == "final" else ""
+        lines.append(f"- this model: trial {shown.number}{final}; {values}")
+    versions = ", ".join(f"{name} {version}" for name, version in findings.versions.items())
+    lines += [f"- software: {versions}"] if versions else []
+    return "\n".join(lines)
+
+
+def _scores(findings: Findings) -> str:
+    scores, intervals, opened = own_scores(findings), intervals_of(findings), last_opening(findings)
+    lines = ["## Scores", "", "| part | score | value | 95 % interval |", "|---|---|---|---|"]
+    for part in ("test", "valid"):
+        for score in _SCORES:
+            name = f"{part}_{score}"
+            if name in scores:
+                told = _interval(intervals.get(name))
+                lines.append(f"| {part} | {label_of(name)} | {scores[name]:.4f} | {told} |")
+    lines.append("")
+    if opened is None:
+        lines.append(
+            "The test part has not been opened for this model. It was chosen by the validation scores, which are"
+        )
+        lines.append("therefore too high as an estimate.")
+    else:
+        count = len(findings.openings)
+        lines.append(f"The test part was opened {counted(count, 'time')} in this study, after the choice was made.")
+        lines += [f"- {sentence}" for sentence in findings.test_history]
+    return "\n".join(lines)
+
+
+def _interval(interval: Interval | None) -> str:
+    return f"{interval.low:.4f} to {interval.high:.4f}" if interval is not None else "-"
+
+
+def _limits(findings: Findings) -> str:
+    lines = ["## Limits", ""]
+    lines.append("- It gives every image one of its classes, also images of something else.")
+    lines.append("- Scores hold for images like those above; other cameras, places or populations were not measured.")
+    if findings.split is not None and (shares := findings.split.shares.get("train")) and not _several(findings):
+        ratio = max(shares) / max(min(shares), 1e-9)
+        lines += [f"- The largest class has {ratio:.1f} times the images of the smallest."] if ratio > 2 else []
+    if findings.data is not None and not findings.data.groups:
+        lines.append("- No groups (patients, places, devices) were declared, so one may be in two parts.")
+    worst = _worst(findings)
+    lines += [f"- On validation images, the class that is recognised least is {worst}."] if worst else []
+    return "\n".join(lines)
+
+
+def _several(findings: Findings) -> bool:
+    return findings.data is not None and findings.data.several_labels
+
+
+def _worst(findings: Findings) -> str:
+    shown = findings.shown
+    counts = shown.result.confusion if shown is not None and shown.result is not None else ()
+    recalls = [(row[index] / sum(row), index, sum(row)) for index, row in enumerate(counts) if sum(row)]
+    if not recalls or _several(findings):
+        return ""
+    share, index, count = min(recalls)
+    return f"{findings.class_names[index]} ({share:.1%} of {count:,})"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,257 @@
+"""An ensemble of a real study of the digits is one model like any other."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from hpo.cli.app import app
+from hpo.errors import DataError, HpoError
+from hpo.events import StudyEnded
+from hpo.execute.ensemble import Proposal, kept_trials, validation_images
+from hpo.execute.run_study import run_study
+from hpo.home import Home
+from hpo.jobs.compare import compare
+from hpo.jobs.ensemble import ensemble, register_ensemble
+from hpo.jobs.evaluate import evaluate
+from hpo.jobs.promote import promote
+from hpo.jobs.rerun import rerun
+from hpo.jobs.shared.model_reference import find_model, study_data
+from hpo.models.safe_loader import Program
+from hpo.records import ENSEMBLE, FINAL
+from hpo.report.ensembles import Gain
+from hpo.report.statistics import Interval
+from hpo.spec.load import load_study, parse_study
+from hpo.storage.optuna_storage import read_study
+from hpo.tracking.registry import fetch, resolve
+from hpo.tracking.store import connect
+from hpo.tracking.tracker import Tracker
+
+QUICK = {
+    "training.precision": "float32",
+    "training.epochs": 2,
+    "training.patience": None,
+    "search.pruner": "none",
+    "search.sampler": "random",
+    "keep.figures": "none",
+}
+
+
+@pytest.fixture(scope="module")
+def place(digits_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """digits-mlp with six trials and two final trainings, and digits-cnn with two trials."""
+    folder = tmp_path_factory.mktemp("project")
+    shutil.copytree(digits_cache, folder / "data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HPO_DATA", str(folder / "data"))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        for name in ("MLFLOW_TRACKING_URI", "HPO_STORAGE", "HPO_HOME"):
+            patch.delenv(name, raising=False)
+        run_study(load_study("digits-mlp", overrides={**QUICK, "final.seeds": 2}), trials=6, workers=0, home=folder)
+        run_study(load_study("digits-cnn", overrides=QUICK), trials=2, workers=0, home=folder)
+    return folder
+
+
+@pytest.fixture
+def home(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
+    """A copy that a test may write to."""
+    for name in ("MLFLOW_TRACKING_URI", "HPO_STORAGE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HPO_DATA", str(place / "data"))
+    monkeypatch.setenv("HPO_HOME", str(tmp_path))
+    shutil.rmtree(place / "data" / "openings", ignore_errors=True)  # the ledger of the tests before
+    shutil.copytree(place / "mlruns", tmp_path / "mlruns", ignore=shutil.ignore_patterns("work"))
+    return Home.find()
+
+
+def _kept(home: Home, name: str, tmp_path: Path):
+    """The study, its data and validation images, and its trials with a model."""
+    study = read_study(home, name)
+    spec = parse_study(study.spec)
+    card = study_data(study, spec)
+    images = validation_images(spec, card)
+    files = Tracker(home).kept_predictions(study, {trial.number for trial in study.trials}, tmp_path)
+    return study, card, images, kept_trials(study, files, images)
+
+
+@pytest.fixture
+def eight(home: Home, tmp_path: Path):
+    """An ensemble of eight trials, of which one counts three times, and the folders of their models."""
+    study, card, images, kept = _kept(home, "digits-mlp", tmp_path)
+    chosen, counts = kept[:8], (3, 1, 1, 1, 1, 1, 1, 1)
+    shares = np.array(counts) / sum(counts)
+    mean = np.tensordot(shares, [each.probabilities for each in chosen], axes=1).astype(np.float32)
+    gain = Gain("accuracy", Interval(0.0, 0.0, 0.0), 0.0, 0.0, 8, len(images.rows))
+    proposal = Proposal(tuple(chosen), counts, gain, images, mean)
+    version = register_ensemble(home, proposal, study.title, card)
+    return version, proposal, [Tracker(home).model_files(each.uri, tmp_path) for each in chosen], shares
+
+
+def test_an_ensemble_of_eight_loads_by_mlflow_without_hpo_and_answers_the_mean_of_its_members(
+    eight, place, home, tmp_path
+):
+    version, _, folders, shares = eight
+    images = np.load(next((place / "data").rglob("development_images.npy")))[:200]
+    mean = np.tensordot(shares, [Program(folder / "net.pt2").predict(images) for folder in folders], axes=1)
+    np.save(tmp_path / "images.npy", images)
+    script = (
+        "import sys, numpy\n"
+        "sys.modules['hpo'] = None\n"
+        "import mlflow\n"
+        f"model = mlflow.pyfunc.load_model({str(fetch(home, version, tmp_path))!r})\n"
+        f"numpy.save({str(tmp_path / 'found.npy')!r}, model.predict(numpy.load({str(tmp_path / 'images.npy')!r})))\n"
+    )
+    subprocess.run([sys.executable, "-I", "-c", script], check=True, cwd=tmp_path, env={**os.environ})
+    np.testing.assert_allclose(np.load(tmp_path / "found.npy"), mean, atol=1e-5)
+
+
+def test_an_ensemble_is_recorded_with_its_members_and_made_once(eight, home, tmp_path):
+    version, proposal, _, _ = eight
+    study = read_study(home, "digits-mlp")
+    (trial,) = study.ranked(ENSEMBLE)
+    assert dict(trial.result.members) == proposal.named
+    assert trial.result.parameter_count == sum(each.result.parameter_count for each in proposal.members)
+    assert trial.number not in {each.number for each in [*study.ranked(), *study.counted]}
+    note = connect(home).get_model_version(version.name, str(version.version))
+    assert f"{proposal.members[0].name} x3" in note.tags["hpo.members"]
+    assert proposal.members[1].name in note.description
+    again = register_ensemble(home, proposal, study.title, study_data(study, parse_study(study.spec)))
+    assert again.version == version.version
+    assert len(read_study(home, "digits-mlp").ranked(ENSEMBLE)) == 1
+    assert not home.work.exists() or not list(home.work.iterdir())
+
+
+def test_an_ensemble_passes_the_gates_and_is_measured_compared_explained_and_reported_as_any_model(
+    eight, home, tmp_path
+):
+    version, *_ = eight
+    promotion = promote("digits-mlp")
+    assert promotion.promoted
+    assert [gate.passed for gate in promotion.gates] == [True]
+    assert promotion.challenger.version == version.version
+    name = f"digits-mlp/{version.version}"
+    (measured,) = evaluate([name])
+    assert not measured.opened
+    compared = compare([name, f"digits-mlp#{eight[1].members[0].trial.number}"])
+    assert compared.image_count == len(eight[1].images.rows)
+    runner = CliRunner()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
+    for command in (
+        ["explain", name, str(tmp_path / "a.png"), "--out", str(tmp_path / "maps")],
+        ["predict", name, str(tmp_path / "a.png")],
+        ["report", "digits-mlp", "--out", str(tmp_path / "page.html")],
+        ["trials", "digits-mlp"],
+        ["doctor"],
+    ):
+        done = runner.invoke(app, command)
+        assert done.exit_code == 0, (command, done.output)
+    assert len(list((tmp_path / "maps").glob("*.png"))) == 1
+    with pytest.raises(HpoError, match="an ensemble, which was not trained"):
+        rerun(f"digits-mlp#{version.trial}")
+
+
+def test_hpo_ensemble_makes_what_its_dry_run_tells(home):
+    told = ensemble("digits-mlp", dry_run=True)
+    assert told.version is None
+    assert not read_study(home, "digits-mlp").ranked(ENSEMBLE)
+    made = ensemble("digits-mlp")
+    assert (made.members, made.gain) == (told.members, told.gain)
+    assert made.version.aliases == ("challenger",)
+    assert made.version.scores["valid_accuracy"] > 0.5
+
+
+def test_seeds_of_a_final_training_are_candidates(home, tmp_path):
+    study, _, _, kept = _kept(home, "digits-mlp", tmp_path)
+    finals = {trial.number for trial in study.ranked(FINAL)}
+    assert len(finals) == 2
+    assert finals <= {each.trial.number for each in kept}
+
+
+def test_limits_of_the_command_are_kept(home):
+    small = ensemble("digits-mlp", members=2, dry_run=True)
+    assert len(small.members) <= 2
+    fewer = ensemble("digits-mlp", parameters=small.parameters - 1, dry_run=True)
+    assert fewer.parameters < small.parameters
+    with pytest.raises(HpoError, match="within the limits"):
+        ensemble("digits-mlp", latency_ms=1e-6)
+    done = CliRunner().invoke(app, ["ensemble", "digits-mlp", "--members", "3", "--dry-run", "--json"])
+    assert len(json.loads(done.output)["members"]) <= 3
+
+
+def test_trials_of_several_studies_on_the_same_images_are_members_of_one(home):
+    told = ensemble("digits-cnn", ["digits-mlp"], dry_run=True)
+    assert told.candidates == 2 + 8
+    done = CliRunner().invoke(app, ["ensemble", "digits-cnn", "--from", "digits-mlp", "--json", "--dry-run"])
+    assert json.loads(done.output)["members"] == told.members
+
+
+@pytest.mark.slow
+def test_a_study_that_may_have_trained_on_the_validation_images_gives_no_member(home):
+    other = load_study("digits-mlp", overrides={**QUICK, "split.seed": 5, "training.epochs": 1})
+    run_study(other, trials=2, workers=0, home=home.root.parent, fresh=True)
+    with pytest.raises(DataError, match="validation images of digits-cnn are not among its own"):
+        ensemble("digits-cnn", ["digits-mlp"], dry_run=True)
+
+
+@pytest.mark.slow
+def test_a_study_that_asks_for_an_ensemble_registers_it_at_the_end_of_its_run_and_others_say_what_it_would_gain(home):
+    events = []
+    spec = load_study("digits-mlp", overrides={**QUICK, "final.seeds": 2})
+    run_study(spec, trials=6, workers=0, home=home.root.parent, watch=events.append)
+    (ended,) = [event for event in events if isinstance(event, StudyEnded)]
+    assert "kept models together" in ended.ensemble
+    assert not read_study(home, "digits-mlp").ranked(ENSEMBLE)
+    asked = load_study("digits-mlp", overrides={**QUICK, "final.seeds": 2, "ensemble.members": 4})
+    for _ in range(2):  # resumed, it is the same one
+        run_study(asked, trials=6, workers=0, home=home.root.parent, watch=events.append)
+        (trial,) = read_study(home, "digits-mlp").ranked(ENSEMBLE)
+        assert events[-1].model.trial == trial.number
+        assert resolve(home, "digits-mlp@challenger").trial == trial.number
+    assert len(trial.result.members) <= 4
+
+
+def test_a_final_training_learns_from_an_ensemble_and_joins_the_race(home):
+    made = ensemble("digits-mlp")
+    taught = load_study(
+        "digits-mlp", overrides={**QUICK, "final.seeds": 1, "final.teacher": f"digits-mlp/{made.version.version}"}
+    )
+    before = {trial.number for trial in read_study(home, "digits-mlp").ranked(FINAL)}
+    run_study(taught, trials=6, workers=0, home=home.root.parent)
+    (trial,) = [trial for trial in read_study(home, "digits-mlp").ranked(FINAL) if trial.number not in before]
+    setup = find_model(home, f"digits-mlp#{trial.number}").setup
+    assert setup.training.teacher.startswith("models:/m-")
+    assert rerun(f"digits-mlp#{trial.number}").agreement == "equal"
+
+
+def test_weights_are_averaged_only_where_validation_images_say_so(home):
+    """Trials with one initialisation and architecture; those of other widths are left out."""
+    spec = load_study(
+        "digits-mlp",
+        overrides={
+            **QUICK,
+            "training.seed": 1,
+            "search.space": {"training.label_smoothing": {"choice": [0.0, 0.05, 0.1]}},
+            "search.sampler": "grid",
+        },
+    )
+    run_study(spec, trials=3, workers=0, home=home.root.parent, fresh=True)
+    told = ensemble("digits-mlp", soup=True, dry_run=True)
+    made = ensemble("digits-mlp", soup=True)
+    assert made.members == told.members
+    study = read_study(home, "digits-mlp")
+    if made.version is None:
+        assert not made.members
+        return
+    (trial,) = study.ranked(ENSEMBLE)
+    assert trial.value >= study.best.value
+    assert trial.result.parameter_count == study.best.result.parameter_count
+    assert promote("digits-mlp").promoted

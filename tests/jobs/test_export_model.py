@@ -1,0 +1,95 @@
+"""A registered model is written for other programs only once they answer as it does; its card is from the record."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from hpo.errors import HpoError, ModelError
+from hpo.home import Home
+from hpo.jobs import export_model as exporting
+from hpo.jobs.card import write_card
+from hpo.jobs.export_model import export_model
+from hpo.predict import load_model
+from hpo.tracking.store import connect
+
+
+@pytest.fixture
+def place(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HPO_DATA", str(finished / "data"))
+    return finished
+
+
+@pytest.mark.parametrize(
+    ("form", "files"),
+    [
+        ("pt2", {"net.pt2", "config.json"}),
+        ("safetensors", {"weights.safetensors", "config.json", "setup.json"}),
+        ("onnx", {"model.onnx", "config.json"}),
+    ],
+)
+def test_each_format_is_compared_on_the_validation_images(place: Path, form: str, files: set[str]) -> None:
+    if form == "onnx":
+        for package in ("onnx", "onnxruntime", "onnxscript"):
+            pytest.importorskip(package, reason=f"the extra onnx is not installed: {package}")
+    made = export_model("digits-mlp/1", form=form, home=place)
+    assert made.folder == Path(f"digits-mlp-1-{form}")
+    assert set(made.files) == files
+    assert made.parity.passed
+    assert made.images == "288 validation images"
+    config = json.loads((made.folder / "config.json").read_text())
+    assert len(config["class_names"]) == 10
+    with pytest.raises(HpoError, match="exists already"):
+        export_model("digits-mlp/1", form=form, home=place)
+
+
+def test_an_exported_folder_of_mlflow_is_a_model_of_every_command(place: Path, tmp_path: Path) -> None:
+    made = export_model("digits-mlp", form="mlflow", out=tmp_path / "model", home=place)
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), dtype=np.uint8)
+    expected = load_model("digits-mlp", home=place).predict_proba(images)
+    np.testing.assert_allclose(load_model(made.folder).predict_proba(images), expected, atol=1e-6)
+
+
+def test_files_that_answer_otherwise_are_not_left(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = exporting._write
+
+    def damaged(form: str, fetched: Path, folder: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        write(form, fetched, folder)
+        state = load_file(folder / "weights.safetensors")
+        save_file({name: tensor * 0.9 for name, tensor in state.items()}, folder / "weights.safetensors")
+
+    monkeypatch.setattr(exporting, "_write", damaged)
+    with pytest.raises(ModelError, match="as safetensors it answers otherwise"):
+        export_model("digits-mlp", form="safetensors", out="x", home=place)
+    assert not Path("x").exists()
+
+
+def test_a_card_is_from_the_record_and_on_the_version(place: Path, tmp_path: Path) -> None:
+    card = write_card("digits-mlp", licence="MIT", out=tmp_path / "hub", home=place)
+    _, head, text = card.text.split("---\n", 2)
+    facts = yaml.safe_load(head)
+    assert facts["license"] == "mit"
+    assert facts["pipeline_tag"] == "image-classification"
+    names = [each["type"] for each in facts["model-index"][0]["results"][0]["metrics"]]
+    assert "accuracy" in names
+    for part in ("## Use", "## Data", "## How it was made", "## Scores", "## Limits", "## Licence", "CC BY 4.0"):
+        assert part in text
+    assert "The test part has not been opened for this model" in text
+    assert "| validation accuracy |" in text
+    assert (tmp_path / "hub" / "README.md").read_text() == card.text
+    assert (tmp_path / "hub" / "MLmodel").is_file()
+    described = connect(Home.at(place)).get_model_version("digits-mlp", "1").description
+    assert described.startswith("# digits-mlp")
+    assert str(place) not in card.text
+
+
+def test_nothing_is_uploaded_without_a_folder(place: Path) -> None:
+    with pytest.raises(HpoError, match="--push a/b"):
+        write_card("digits-mlp", push="a/b", home=place)

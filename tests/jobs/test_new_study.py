@@ -1,0 +1,181 @@
+"""A study is written for a folder, an npz or a table, fits its budget, and says why it is as it is."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from hpo.data.survey import describe_source, symmetries
+from hpo.errors import DataError, HpoError, SpecError
+from hpo.jobs.new_study import default_file, new_study, same_source, source_of, study_text
+from hpo.jobs.shared.new_parts import scratch_model
+from hpo.jobs.shared.presets import PRESETS, fill_from_scratch, fill_frozen, usable
+from hpo.spec.load import load_study
+from small_nets import SQUEEZE, weights_file
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HPO_DATA", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[np.ndarray, np.ndarray]:
+    found = load_digits()
+    return (found.images * (255 / 16)).round().astype(np.uint8), found.target
+
+
+def as_folder(place: Path, images: np.ndarray, labels: np.ndarray, *, side: int = 8) -> Path:
+    """A folder a class, each image a PNG."""
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        target = place / f"class {label}"
+        target.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).resize((side, side)).save(target / f"{number}.png")
+    return place
+
+
+def test_a_folder_becomes_a_study_that_can_be_read(folder: Path, digits: tuple[np.ndarray, np.ndarray]) -> None:
+    photos = as_folder(folder / "My photos", digits[0][:300], digits[1][:300])
+    made = new_study(photos, preset="quick", minutes=1, weights=["none"], device="cpu", workers=2)
+    assert made.file == Path("studies/my-photos.yaml")
+    spec = load_study("my-photos")
+    assert (spec.data.name, spec.split.kind, spec.model.kind) == ("folder", "holdout", "convnet")
+    assert spec.search.trials == made.trials >= 2
+    assert made.seconds <= 60
+    assert same_source(made.file, photos)
+    photos.rename(folder / "my-photos")
+    assert source_of("my-photos") is None  # a study of that name, about images that are gone
+    (folder / "my-photos").rename(photos)
+    (folder / "my-photos").symlink_to(photos)
+    assert source_of("my-photos") == Path("my-photos")
+    text = made.file.read_text()
+    for decision in made.decisions:
+        assert decision.reason in text or decision.subject == "groups"
+    with pytest.raises(HpoError, match="exists already"):
+        new_study(photos)
+
+
+def test_few_photographs_get_a_head_on_frozen_weights_and_folds(folder: Path) -> None:
+    generator = np.random.default_rng(0)
+    labels = np.arange(60) % 2
+    images = (generator.integers(0, 100, (60, 48, 48, 3)) + 100 * labels[:, None, None, None]).astype(np.uint8)
+    photos = as_folder(folder / "pets", images, labels, side=48)
+    weights = f"{SQUEEZE['name']}={weights_file(SQUEEZE, folder)}"
+    made = new_study(photos, preset="quick", minutes=2, weights=[weights], device="cpu", workers=2)
+    spec = load_study(made.file)
+    assert (spec.model.kind, spec.model.freeze, spec.split.kind) == ("torchvision", "all", "kfold")
+    assert spec.final is not None
+    assert spec.final.on == "all"
+    assert any("frozen" in each.choice for each in made.decisions)
+
+
+def test_a_table_is_known_by_its_columns(folder: Path) -> None:
+    place = folder / "ham"
+    as_folder(place / "images", np.zeros((6, 8, 8), np.uint8), np.arange(6) % 2)
+    table = place / "labels.csv"
+    rows = [
+        f"{number},lesion{number // 2},{['nv', 'mel'][number % 2]},{'train' if number else 'test'}"
+        for number in range(6)
+    ]
+    table.write_text("\n".join(["image_id,lesion_id,dx,split", *rows]))
+    data, group = describe_source(table)
+    assert data == {"name": "table", "image": "image_id", "label": "dx", "group": "lesion_id", "part": "split"}
+    assert group is None
+    assert default_file(table) == Path("studies/ham.yaml")
+    table.write_text("a,b\nu,v\n")
+    with pytest.raises(DataError, match="names of images"):
+        describe_source(table)
+
+
+def test_groups_of_an_npz_stay_together(folder: Path, digits: tuple[np.ndarray, np.ndarray]) -> None:
+    groups = np.arange(400) // 4
+    np.savez(folder / "d.npz", train_images=digits[0][:400], train_labels=digits[1][:400], groups=groups)
+    made = new_study("d.npz", preset="quick", minutes=1, device="cpu", workers=1)
+    assert load_study("d").split.group == "groups"
+    assert made.data.groups == 100
+
+
+def test_classes_of_very_different_sizes_count_equally(folder: Path, digits: tuple[np.ndarray, np.ndarray]) -> None:
+    images, labels = digits
+    rows = np.concatenate([np.flatnonzero(labels == 0), np.flatnonzero(labels == 1)[:20]])
+    np.savez(folder / "d.npz", train_images=images[rows], train_labels=labels[rows])
+    new_study("d.npz", preset="quick", minutes=1, device="cpu", workers=1)
+    assert load_study("d").search.objective == "valid_balanced_accuracy"
+
+
+def test_symmetries_are_those_of_the_images(digits: tuple[np.ndarray, np.ndarray]) -> None:
+    images, labels = digits
+    plain, turned = symmetries(images[..., None], labels, seed=0)
+    assert plain > 0.95
+    assert max(turned.values()) < 0.7
+    balls = np.random.default_rng(0).integers(0, 60, (800, 12, 12, 1))
+    codes = np.arange(800) % 2
+    balls[codes == 1, 4:8, 4:8] += 150  # a bright spot in the middle, however it is turned
+    plain, turned = symmetries(balls.astype(np.uint8), codes, seed=0)
+    assert min(turned.values()) > 0.95 * plain
+
+
+def test_the_widest_network_that_trains_long_enough_is_taken_and_the_time_is_filled() -> None:
+    preset = PRESETS["good"]
+    for cost in (0.001, 0.01, 0.1, 1.0):
+        fill = fill_from_scratch(preset, 10, 2, lambda width, cost=cost: cost * width, preset.widths)
+        assert preset.epochs[0] <= fill.epochs <= preset.epochs[1]
+        assert fill.trials >= preset.trials
+        assert fill.seconds <= 600
+    fast, slow = (fill_from_scratch(preset, 10, 2, lambda width, c=c: c * width, preset.widths) for c in (0.01, 1.0))
+    assert fast.choice > slow.choice
+    assert fast.trials > slow.trials
+
+
+def test_backbones_and_views_fit_into_half_of_the_time() -> None:
+    preset = PRESETS["good"]
+    fill = fill_frozen(preset, 10, 2, [("a", 60.0), ("b", 60.0), ("c", 1.0)], 0.5, epochs=25, augmented=True)
+    assert fill.choice == ("a", "b")
+    assert 60 * (1 + fill.views) <= usable(10) / 2
+    assert fill.seconds <= 600
+    assert fill_frozen(preset, 10, 2, [("a", 60.0)], 0.5, epochs=25, augmented=False).views == 0
+    assert fill_frozen(preset, 10, 2, [("a", 400.0), ("b", 60.0)], 0.5, epochs=25, augmented=True).choice == ("a",)
+
+
+@pytest.mark.parametrize("side", [7, 8, 28, 32, 64, 224])
+def test_networks_fit_images_of_every_size(side: int) -> None:
+    import torch
+
+    from hpo.models import build_model
+    from hpo.spec.models import FAMILIES
+
+    plain = scratch_model(side, 8)
+    spec = FAMILIES[plain["kind"]].model_validate(plain)
+    net = build_model(spec, image_shape=(side, side, 3), classes=4, seed=0)
+    assert net.eval()(torch.zeros(2, 3, side, side)).shape == (2, 4)
+
+
+def test_names_of_studies_are_no_folders_and_unknown_files_are_refused(folder: Path) -> None:
+    (folder / "digits-mlp").mkdir()
+    assert source_of("digits-mlp") is None
+    assert source_of("nothing") is None
+    (folder / "x.gz").write_bytes(gzip.compress(b"x"))
+    with pytest.raises(DataError, match="neither a folder"):
+        new_study("x.gz")
+    with pytest.raises(SpecError, match="--preset better"):
+        new_study("x.gz", preset="better")
+
+
+def test_a_text_of_every_tree_is_yaml_with_reasons_above_the_parts() -> None:
+    tree = {"data": {"name": "npz", "path": "a b.npz"}, "search": {"trials": 2, "space": {"a.b": {"float": [1e-5, 1]}}}}
+    assert study_text(tree, [], "t").splitlines()[2:] == [
+        "data: {name: npz, path: a b.npz}",
+        "search:",
+        "  trials: 2",
+        "  space:",
+        "    a.b: {float: [1.0e-05, 1]}",
+    ]

@@ -1,0 +1,103 @@
+"""The network of an ensemble answers the mean of its members, however they normalise images; so does its program."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hpo.data.prepare import TrialData
+from hpo.errors import ModelError
+from hpo.models import build_model, export_program, load_trained, save_ensemble, save_trained
+from hpo.models.ensemble import Ensemble
+from hpo.models.safe_loader import Program
+from hpo.models.soup import Soup
+from hpo.spec.study import Setup
+
+SHAPE, CLASSES = (8, 8, 1), 3
+
+
+def _data(mean: float = 0.3, *, several: bool = False, names: str = "abc") -> TrialData:
+    labels = torch.zeros((4, CLASSES) if several else 4, dtype=torch.int64)
+    images, rows = torch.zeros((4, *SHAPE), dtype=torch.uint8), torch.arange(4)
+    return TrialData(images, labels, rows[:2], rows[2:], tuple(names), (mean,), (0.25,))
+
+
+def _saved(folder: Path, seed: int, data: TrialData, *, hidden: int = 16) -> Path:
+    setup = Setup.model_validate(
+        {
+            "data": {"name": "digits"},
+            "split": {"kind": "holdout"},
+            "model": {"kind": "mlp", "hidden": hidden, "batch_norm": True},
+            "training": {"epochs": 1},
+        }
+    )
+    save_trained(build_model(setup.model, image_shape=SHAPE, classes=CLASSES, seed=seed).eval(), setup, data, folder)
+    export_program(folder)
+    return folder
+
+
+@pytest.fixture
+def images() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (20, *SHAPE), np.uint8)
+
+
+@pytest.mark.parametrize(("several", "second"), [(False, 0.3), (False, 0.6), (True, 0.6)])
+def test_the_program_of_an_ensemble_answers_the_mean_of_its_members(tmp_path, images, several, second):
+    folders = [
+        _saved(tmp_path / str(seed), seed, _data(mean, several=several)) for seed, mean in ((0, 0.3), (1, second))
+    ]
+    save_ensemble(folders, ["s#0", "s#1"], [3, 1], tmp_path / "both")
+    first, other = (Program(folder / "net.pt2").predict(images) for folder in folders)
+    found = Program(export_program(tmp_path / "both")).predict(images)
+    np.testing.assert_allclose(found, 0.75 * first + 0.25 * other, atol=1e-6)
+    # The program alone builds the network again, as for saliency.
+    (tmp_path / "both" / "weights.safetensors").unlink()
+    net, config = load_trained(tmp_path / "both")
+    assert isinstance(net, Ensemble)
+    assert [member["trial"] for member in config["members"]] == ["s#0", "s#1"]
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+    inputs = (pixels - config["mean"][0]) / config["std"][0]
+    with torch.no_grad():
+        logits = net(inputs)
+    answers = logits.sigmoid() if several else logits.softmax(1)
+    np.testing.assert_allclose(answers.numpy(), found, atol=1e-5)
+
+
+def test_members_of_other_classes_are_refused(tmp_path):
+    folders = [_saved(tmp_path / names, 0, _data(names=names)) for names in ("abc", "acb")]
+    with pytest.raises(ModelError, match="s#1: its class_names differ from those of s#0"):
+        save_ensemble(folders, ["s#0", "s#1"], [1, 1], tmp_path / "both")
+
+
+def test_a_soup_has_the_mean_of_the_weights_and_leaves_other_architectures_out(tmp_path, images):
+    data = _data()
+    folders = [_saved(tmp_path / str(seed), seed, data) for seed in range(2)]
+    folders.insert(1, _saved(tmp_path / "wide", 0, data, hidden=32))
+    soup = Soup(folders)
+    assert soup.alike == (0, 2)
+    first, _, second = (load_trained(folder)[0].state_dict() for folder in folders)
+    soup.save((0, 2), tmp_path / "soup")
+    mixed, _ = load_trained(tmp_path / "soup")
+    for name, tensor in mixed.state_dict().items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, (first[name] + second[name]) / 2)
+    program = Program(export_program(tmp_path / "soup"))
+    np.testing.assert_allclose(program.predict(images), soup.probabilities((2, 0), images), atol=1e-6)
+    np.testing.assert_allclose(
+        Program(folders[0] / "net.pt2").predict(images), soup.probabilities((0,), images), atol=1e-6
+    )
+
+
+def test_an_ensemble_of_certain_networks_has_finite_logits():
+    class Certain(nn.Module):
+        def forward(self, images):
+            return torch.tensor([[0.0, 200.0]]).expand(len(images), 2)
+
+    nets = [Certain(), Certain()]
+    for several in (False, True):
+        logits = Ensemble(nets, shares=[0.5, 0.5], several=several)(torch.zeros(1, 1, 2, 2))
+        assert torch.isfinite(logits).all()

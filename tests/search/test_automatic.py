@@ -1,0 +1,229 @@
+"""sampler and pruner auto, priors of parameters, and samplers and pruners of the user's own."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import pytest
+from pydantic import ValidationError
+
+from formula import FINITE, MIXED, NUMERIC, objective, run_in_pieces, run_whole, sequence
+from hpo.errors import SpecError
+from hpo.records import TrialState
+from hpo.search.lifecycle import open_study
+from hpo.search.priors import prior_share
+from hpo.search.stages import from_unit, make_stage, to_unit
+from hpo.spec.automatic import chosen_pruner, chosen_sampler
+from hpo.spec.load import parse_study
+from hpo.spec.own_code import named_functions
+from hpo.spec.search import SearchSpec
+from hpo.spec.space import Float, Int
+from hpo.storage.optuna_storage import open_storage
+
+LR = "training.optimizer.lr"
+
+
+def other(home):
+    root = home.root / "b"
+    return replace(home, root=root, storage_url=f"sqlite:///{root / 'optuna.db'}")
+
+
+def record_of(home):
+    storage = open_storage(home)
+    try:
+        return storage.studies()["study"][1]
+    finally:
+        storage.close()
+
+
+def test_auto_is_the_default_and_the_record_says_what_it_chose_and_why(home, make_spec):
+    assert (SearchSpec(space=MIXED).sampler.name, SearchSpec(space=MIXED).pruner.name) == ("auto", "auto")
+    open_study(home, make_spec("auto", "auto", epochs=50), data_digest="d").close()
+    chosen = record_of(home)["chosen"]
+    assert chosen["sampler"]["name"] == "mfgp"
+    assert chosen["pruner"]["name"] == "successive_halving"
+    assert "epoch 2, 6" in chosen["pruner"]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sampler", "pruner"),
+    [
+        ({}, "mfgp", "successive_halving"),
+        ({"epochs": 5}, "mfgp", "none"),
+        ({"objectives": ["valid_accuracy", "parameters"]}, "tpe", "none"),
+        ({"space": {"model.hidden": {"choice": list(range(1, 40))}}}, "tpe", "successive_halving"),
+    ],
+)
+def test_auto_follows_from_space_objectives_and_epochs(make_spec, changes, sampler, pruner):
+    spec = make_spec("auto", "auto", **{"epochs": 50, **changes})
+    assert chosen_sampler(spec)[0].name == sampler
+    assert chosen_pruner(spec)[0].name == pruner
+    assert chosen_sampler(spec)[1]
+    assert chosen_pruner(spec)[1]
+
+
+def test_every_cell_of_a_grid_is_trained_to_its_end_by_default(make_spec):
+    assert chosen_pruner(make_spec("grid", "auto", FINITE, epochs=50))[0].name == "none"
+
+
+def test_names_in_the_study_file_stay(make_spec):
+    spec = make_spec("random", "median", epochs=50)
+    assert chosen_sampler(spec) == (spec.search.sampler, "")
+    assert chosen_pruner(spec) == (spec.search.pruner, "")
+
+
+def plain_study(**search):
+    search = {"space": NUMERIC, **search}
+    return parse_study({"name": "study", "data": {"name": "digits"}, "model": {"kind": "mlp"}, "search": search})
+
+
+def test_a_study_that_began_with_another_default_keeps_its_sampler_and_pruner(home):
+    open_study(home, plain_study(sampler="tpe", pruner="none"), data_digest="d").close()
+    resumed = open_study(home, plain_study(), data_digest="d")
+    resumed.close()
+    assert resumed.spec.search.sampler.name == "tpe"
+    assert resumed.spec.search.pruner.name == "none"
+    named = open_study(home, plain_study(sampler="auto"), data_digest="d")
+    named.close()
+    assert named.spec.search.sampler.name == "auto"
+
+
+def with_priors(make_spec, value, confidence="medium"):
+    space = {**NUMERIC, LR: {**NUMERIC[LR], "prior": {"value": value, "confidence": confidence}}}
+    return make_spec("random", space=space)
+
+
+def test_the_first_candidate_has_the_values_of_the_priors(home, make_spec):
+    result = run_whole(home, with_priors(make_spec, 3e-3), 2)
+    assert result.trials[0].candidate.parameters[LR] == 3e-3
+
+
+def share_after(home, spec, trials):
+    study = open_study(home, spec, data_digest="d")
+    stage = make_stage(spec, 0, origins={})
+    ended = study._index().ended(None).visible
+    study.close()
+    assert len(ended) == trials
+    return prior_share(stage, ended, maximize=True)
+
+
+@pytest.mark.parametrize(("value", "trusted"), [(0.01, True), (1e-4, False)])
+def test_a_prior_is_trusted_as_long_as_the_best_trials_are_near_it(home, make_spec, value, trusted):
+    spec = with_priors(make_spec, value, "high")
+    run_whole(home, spec, 24)
+    share = share_after(home, spec, 24)
+    assert share > 0.4 if trusted else share < 0.1
+
+
+def test_a_bad_prior_costs_little_at_the_end(home, make_spec):
+    good = run_whole(home, make_spec("mfgp", space=NUMERIC), 24).best.value
+    bad = run_whole(other(home), with_priors(make_spec, 1e-4, "high"), 24).best.value
+    assert bad > 0.9 * good
+
+
+def test_a_study_with_priors_resumes_exactly(home, make_spec):
+    spec = with_priors(make_spec, 3e-3)
+    expected = sequence(run_whole(home, spec, 11))
+    assert sequence(run_in_pieces(other(home), spec, 11)) == expected
+
+
+@pytest.mark.parametrize("prior", [1.0, {"value": 1e-9, "confidence": "low"}, "much"])
+def test_a_prior_outside_of_the_range_is_refused(prior):
+    with pytest.raises(ValidationError, match="is not in the range"):
+        Float.model_validate({"float": [1e-4, 1e-1], "log": True, "prior": prior})
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        Float.model_validate({"float": [1e-4, 1e-1], "log": True}),
+        Float.model_validate({"float": [0, 0.5], "step": 0.1}),
+        Int.model_validate({"int": [16, 256], "log": True}),
+        Int.model_validate({"int": [4, 40], "step": 4}),
+    ],
+)
+def test_places_of_a_range_give_values_that_it_takes_and_back(part):
+    for place in (0.0, 0.31, 0.5, 0.99, 1.0):
+        value = from_unit(part, place)
+        assert part.takes(value)
+        assert from_unit(part, to_unit(part, value)) == pytest.approx(value)
+    assert [from_unit(part, 0), from_unit(part, 1)] == pytest.approx(part.ends())
+
+
+OWN = """
+import optuna
+
+def sampler(*, seed, startup=2):
+    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
+
+def pruner(*, percentile=25.0):
+    return optuna.pruners.PercentilePruner(percentile, n_startup_trials=1)
+
+def nothing(**options):
+    return 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path / "my_search.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    sys.modules.pop("my_search", None)
+
+
+@pytest.mark.usefixtures("own")
+def test_functions_of_the_users_own_give_sampler_and_pruner_and_resume_exactly(home):
+    spec = plain_study(
+        sampler={"name": "my_search:sampler", "options": {"startup": 3}}, pruner={"name": "my_search:pruner"}
+    )
+    expected = run_whole(home, spec, 11, epochs=9)
+    assert expected.count(TrialState.PRUNED)
+    assert sequence(run_in_pieces(other(home), spec, 11, epochs=9)) == sequence(expected)
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize(
+    ("search", "words"),
+    [
+        ({"sampler": "my_search:nothing"}, "returns int, which is no sampler of Optuna"),
+        ({"pruner": "my_search:nothing"}, "returns int, which is no pruner of Optuna"),
+        ({"sampler": {"name": "my_search:sampler", "options": {"odd": 1}}}, "calling it fails: TypeError"),
+        ({"sampler": "my_search:absent"}, "has no function 'absent'"),
+    ],
+)
+def test_what_is_no_sampler_or_pruner_is_refused_before_a_trial(home, search, words):
+    with pytest.raises(SpecError, match=words):
+        open_study(home, plain_study(**search), data_digest="d")
+
+
+@pytest.mark.parametrize("part", ["sampler", "pruner"])
+def test_options_without_a_function_are_refused(part):
+    with pytest.raises(ValidationError, match="Leave them out"):
+        SearchSpec.model_validate({"space": NUMERIC, part: {"name": "auto", "options": {"a": 1}}})
+
+
+@pytest.mark.parametrize("sampler", ["auto", "mfgp"])
+def test_no_startup_trials_are_as_few_as_there_can_be(home, make_spec, sampler):
+    result = run_whole(home, make_spec(sampler, space=MIXED, startup=0), 5)
+    assert result.count(TrialState.COMPLETE) == 5
+
+
+def test_classes_of_optuna_need_no_function_and_no_trust(home, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    spec = plain_study(
+        sampler={"name": "optuna.samplers:TPESampler", "options": {"n_startup_trials": 2}},
+        pruner={"name": "optuna.pruners:PercentilePruner", "options": {"percentile": 25.0, "n_startup_trials": 1}},
+    )
+    assert named_functions(spec.model_dump()) == []
+    assert run_whole(home, spec, 8, epochs=9).count(TrialState.PRUNED)
+
+
+def test_mfgp_learns_from_pruned_trials(home, make_spec):
+    spec = make_spec("mfgp", "successive_halving", NUMERIC, startup=5)
+    result = run_whole(home, spec, 24, epochs=9)
+    assert result.count(TrialState.PRUNED) > 5
+    values = [objective(trial.candidate.parameters) for trial in result.trials]
+    assert sum(values[12:]) / 12 > sum(values[:5]) / 5
