@@ -269,7 +269,7 @@ def test_models_of_an_empty_store_say_how_to_begin(monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture
 def predictions(monkeypatch: pytest.MonkeyPatch) -> None:
-    def predict_files(model: Any, paths: list[Path]) -> list[dict[str, Any]]:
+    def predict_files(model: Any, paths: list[Path], *, refuse_below: float | None) -> list[dict[str, Any]]:
         shares = {"a, b": 0.25, "c": 0.75}
         return [{"file": str(path), "class": "c", "probability": 0.75, "probabilities": shares} for path in paths]
 

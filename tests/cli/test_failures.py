@@ -95,7 +95,7 @@ def test_wrong_words_on_the_command_line_are_exit_code_2(arguments: list[str], s
 
 
 def test_unwritable_output_file_names_the_option(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = SimpleNamespace(predict_files=lambda model, paths: [], load_model=lambda model, **options: model)
+    fake = SimpleNamespace(predict_files=lambda model, paths, **options: [], load_model=lambda model, **options: model)
     monkeypatch.setitem(sys.modules, "hpo.predict", fake)  # type: ignore[arg-type]
     result = runner.invoke(app, ["predict", "m", "a.png", "--out", "no/such/folder/out.csv"])
     assert result.exit_code == 2

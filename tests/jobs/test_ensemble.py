@@ -73,6 +73,16 @@ def home(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
     return Home.find()
 
 
+def _temperature(folder: Path) -> float:
+    return json.loads((folder / "config.json").read_text()).get("temperature", 1.0)
+
+
+def _warmed(probabilities: np.ndarray, temperature: float) -> np.ndarray:
+    """Probabilities (n, classes) at a temperature: p^(1 / T), normalised."""
+    powers = probabilities.astype(np.float64) ** (1 / temperature)
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
 def _kept(home: Home, name: str, tmp_path: Path):
     """The study, its data and validation images, and its trials with a model."""
     study = read_study(home, name)
@@ -101,7 +111,10 @@ def test_an_ensemble_of_eight_loads_by_mlflow_without_hpo_and_answers_the_mean_o
 ):
     version, _, folders, shares = eight
     images = np.load(next((place / "data").rglob("development_images.npy")))[:200]
-    mean = np.tensordot(shares, [Program(folder / "net.pt2").predict(images) for folder in folders], axes=1)
+    # Each model has a temperature of its own; the ensemble is made of the networks alone, and then has one, too.
+    members = [_warmed(Program(folder / "net.pt2").predict(images), 1 / _temperature(folder)) for folder in folders]
+    made = fetch(home, version, tmp_path) / "artifacts"
+    mean = _warmed(np.tensordot(shares, members, axes=1), _temperature(made))
     np.save(tmp_path / "images.npy", images)
     script = (
         "import sys, numpy\n"

@@ -28,7 +28,7 @@ from hpo.execute.ensemble import (
 from hpo.execute.soup import choose_soup, make_soup
 from hpo.execute.workdir import pictures_folder
 from hpo.home import Home, remove
-from hpo.jobs.shared.image_history import base_overlaps, development_digests
+from hpo.jobs.shared.image_history import base_overlaps, count_seen
 from hpo.jobs.shared.model_reference import ModelReference, study_data
 from hpo.records import DataCard, ModelVersion, StudyResult
 from hpo.relocation import relocate
@@ -203,7 +203,6 @@ def _of_other(
     study's validation or test part.
     """
     from hpo.data.overview import shared_rows
-    from hpo.data.test_set import digests_of_test
     from hpo.storage.optuna_storage import read_study
 
     study, card, images = own
@@ -228,7 +227,7 @@ def _of_other(
             "are not among its own, so it may have been trained on them.",
             "Take studies with the same split.",
         )
-    if seen := len(development_digests(data) & set(digests_of_test(card))):
+    if seen := count_seen(card, data):
         raise DataError(
             f"{name}: {seen:,} of {card.test_count:,} test images of {study.name} are among its development images.",
             "Take studies with the same test part.",

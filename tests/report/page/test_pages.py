@@ -86,7 +86,7 @@ def test_page_is_drawn_whole_without_errors_requests_or_overflow(
     charts = seen.page.locator(".drawn svg")
     assert charts.count() == int(seen.page.locator("body").get_attribute("data-drawn"))
     shown = "[...document.querySelectorAll('.drawn svg')].filter(chart => chart.getBoundingClientRect().width).length"
-    assert seen.page.evaluate(shown) == 14
+    assert seen.page.evaluate(shown) == 16
     assert seen.page.locator("[data-trial]").count() > 60
     broken = "[...document.images].filter(image => !image.complete || !image.naturalWidth).map(image => image.alt)"
     assert seen.page.evaluate(broken) == []

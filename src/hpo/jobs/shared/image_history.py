@@ -235,6 +235,13 @@ def _trained(
     return tuple(overlaps), tuple(missing)
 
 
+def count_seen(card: DataCard, by: DataCard) -> int:
+    """How many of the test images of card are among the development images of by."""
+    from hpo.data.test_set import digests_of_test
+
+    return _found(digests_of_test(card), development_digests(by))
+
+
 def development_digests(card: DataCard) -> frozenset[bytes]:
     """The pixel digests of the images that a study on these data trains and chooses on."""
     from hpo.data.duplicates import pixel_digests
