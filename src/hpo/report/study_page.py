@@ -277,7 +277,7 @@ def _search(findings: Findings) -> Iterator[str]:
         ("Learning curves", lambda: study_figures.learning_curves(study), "Each line is a trial."),
         ("Heat map", lambda: pair_figures.heat_map(study), "The score in each cell of the grid."),
         ("Effects", lambda: space_figures.effects(study), "Mean score over each option; bars: standard deviations."),
-        ("Importance", lambda: study_figures.importance_figure(shares), "Share of the importance, by two methods."),
+        ("Importance", lambda: study_figures.importance_figure(shares), "Share of the importance."),
         ("Contour", lambda: pair_figures.contour(study, findings.ranking), "The score over two parameters."),
         ("Timeline", lambda: study_figures.timeline(study), "The trials of each worker over time."),
     ]

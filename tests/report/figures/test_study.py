@@ -6,7 +6,7 @@ import pytest
 
 from figure_checks import faults
 from hpo.metrics import highest_of
-from hpo.records import StudyResult, TrialState
+from hpo.records import ENSEMBLE, StudyResult, TrialState
 from hpo.report.figures import PHONE, for_phone, pairs, robust_limits, space
 from hpo.report.figures import study as course
 from made_studies import random_study, staged_study, two_objectives
@@ -148,6 +148,19 @@ def test_the_heat_map_frames_the_best_cell_of_each_grid():
     bold = [text.get_text() for text in panel.texts if text.get_fontweight() == "bold"]
     assert bold == [f"{best.value:.4f}"]
     assert len(panel.texts) == 12
+
+
+def test_an_ensemble_which_no_worker_trains_is_not_in_the_timeline():
+    study = random_study()
+    last = study.trials[-1]
+    made = replace(
+        last, candidate=replace(last.candidate, number=last.number + 1, stage=ENSEMBLE), started=2e9, worker=""
+    )
+    rows = [
+        [label.get_text() for label in course.timeline(each).axes[0].get_yticklabels()]
+        for each in (study, replace(study, trials=(*study.trials, made)))
+    ]
+    assert rows == [["worker 0", "worker 1"]] * 2
 
 
 def test_pauses_between_runs_are_cut_out_of_the_timeline():

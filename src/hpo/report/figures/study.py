@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hpo.metrics import highest_of, label_of
-from hpo.records import AFTER_SEARCH, Epoch, StudyResult, Trial, TrialState
+from hpo.records import AFTER_SEARCH, ENSEMBLE, Epoch, StudyResult, Trial, TrialState
 from hpo.report.figures import (
     BLACK,
     BLUE,
@@ -116,7 +116,8 @@ def learning_curves(study: StudyResult) -> Figure | None:
 
 def timeline(study: StudyResult) -> Figure | None:
     """A row for each worker, a bar for each trial, coloured by its state; pauses between runs are cut out."""
-    begun = sorted((trial for trial in study.trials if trial.started), key=lambda trial: trial.started)
+    trained = (trial for trial in study.trials if trial.started and trial.candidate.stage != ENSEMBLE)
+    begun = sorted(trained, key=lambda trial: trial.started)
     if not begun:
         return None
     workers = sorted({_worker(trial) for trial in begun}, key=lambda name: (len(name), name))
