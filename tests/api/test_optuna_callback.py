@@ -164,6 +164,18 @@ def test_what_a_death_left_is_recorded_once_half_of_a_run_too(
         assert run.data.tags[OWN_STUDY] == "mine"
 
 
+def test_a_second_study_of_the_same_name_is_recorded_too(place: Path) -> None:
+    for _ in range(2):  # in memory, as a script that is run again
+        study = optuna.create_study(study_name="mine")
+        record = hpo.optuna_callback(home=place)
+        study.optimize(lambda trial: trial.suggest_float("alpha", 0.0, 1.0), n_trials=2, callbacks=[record])
+        assert record.reconcile(study) == 0
+    client = connect(Home.at(place))
+    experiment = client.get_experiment_by_name("mine").experiment_id
+    found = client.search_runs([experiment], f"tags.`{WHOLE}` = 'trial'")
+    assert sorted(int(run.data.tags[OWN_TRIAL]) for run in found) == [0, 0, 1, 1]
+
+
 def test_a_store_that_refuses_does_not_end_the_study(
     place: Path, study: optuna.Study, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

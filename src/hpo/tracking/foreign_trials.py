@@ -52,7 +52,7 @@ def record_trials(home: Home, study: str, trials: Sequence[ForeignTrial], *, dir
         experiment_id = experiment(client, home, _plain(study))
         parent = _parent(client, experiment_id, study, directions)
         known = _known(client, experiment_id, study, [trial.number for trial in trials])
-        missing = [trial for trial in trials if trial.number not in known]
+        missing = [trial for trial in trials if (trial.number, _milliseconds(trial.started)) not in known]
         for trial in missing:
             _write(client, experiment_id, parent, study, trial)
     return len(missing)
@@ -69,14 +69,17 @@ def _parent(client: Any, experiment_id: str, study: str, directions: Sequence[st
     return str(run.info.run_id)
 
 
-def _known(client: Any, experiment_id: str, study: str, numbers: Sequence[int]) -> set[int]:
-    """The numbers of the trials that have whole runs; what is half of a run is deleted."""
+def _known(client: Any, experiment_id: str, study: str, numbers: Sequence[int]) -> set[tuple[int, int]]:
+    """Numbers and starts, in milliseconds, of the trials that have whole runs; what is half of a run is deleted.
+
+    Both, because a study may be of the name of an earlier one, which was in memory only or whose storage is gone.
+    """
     wanted = f"tags.`{OWN_STUDY}` = '{_quoted(study)}' and tags.`{OWN_TRIAL}` "
     wanted += f"= '{numbers[0]}'" if len(numbers) == 1 else "!= ''"
     found = set()
     for run in pages(client.search_runs, experiment_ids=[experiment_id], filter_string=wanted, max_results=1000):
         if run.data.tags.get(WHOLE):
-            found.add(int(run.data.tags[OWN_TRIAL]))
+            found.add((int(run.data.tags[OWN_TRIAL]), int(run.info.start_time)))
         else:
             client.delete_run(run.info.run_id)
     return found
@@ -86,7 +89,7 @@ def _write(client: Any, experiment_id: str, parent: str, study: str, trial: Fore
     value = f"{trial.values[0]:.4g}" if trial.values and trial.state is TrialState.COMPLETE else trial.state.value
     run = client.create_run(
         experiment_id,
-        start_time=int(1000 * trial.started),
+        start_time=_milliseconds(trial.started),
         tags={
             PARENT: parent,
             OWN_STUDY: _quoted(study),
@@ -109,6 +112,10 @@ def _metrics(trial: ForeignTrial) -> Iterator[Any]:
     named = {f"{OBJECTIVE}_{index}" if index else OBJECTIVE: value for index, value in enumerate(trial.values)}
     finite = {name: value for name, value in named.items() if math.isfinite(value)}
     yield from metrics_at(finite, trial.ended)
+
+
+def _milliseconds(seconds: float) -> int:
+    return max(1, int(1000 * seconds))  # MLflow takes 0 for now
 
 
 def _plain(name: str) -> str:
