@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from pydantic import ValidationError
 
 from formula import FINITE, MIXED, NUMERIC, objective, run_in_pieces, run_whole, sequence
 from hpo.errors import SpecError
-from hpo.records import FailureKind, TrialResult, TrialState
+from hpo.records import TrialState
 from hpo.search.lifecycle import open_study
-from hpo.search.mfgp import MultiFidelityGp, Places
-from hpo.search.priors import _log_density, prior_share
-from hpo.search.stages import from_unit, make_stage, narrowed, to_unit
+from hpo.search.priors import prior_share
+from hpo.search.stages import from_unit, make_stage, to_unit
 from hpo.spec.automatic import chosen_pruner, chosen_sampler
 from hpo.spec.load import parse_study
 from hpo.spec.own_code import named_functions
-from hpo.spec.search import PrunerSpec, SearchSpec
-from hpo.spec.space import Float, Int, Space
+from hpo.spec.search import SearchSpec
+from hpo.spec.space import Float, Int
 from hpo.storage.optuna_storage import open_storage
 
 LR = "training.optimizer.lr"
@@ -92,32 +89,6 @@ def test_a_study_that_began_with_another_default_keeps_its_sampler_and_pruner(ho
     assert named.spec.search.sampler.name == "auto"
 
 
-def test_settings_without_a_name_do_not_change_the_sampler_and_pruner_of_a_study_that_has_begun(home):
-    open_study(home, plain_study(sampler="tpe", pruner="none"), data_digest="d").close()
-    resumed = open_study(home, plain_study(sampler={"startup_trials": 20}, pruner={"min_epochs": 4}), data_digest="d")
-    resumed.close()
-    assert (resumed.spec.search.sampler.name, resumed.spec.search.sampler.startup_trials) == ("tpe", 20)
-    assert resumed.spec.search.pruner.name == "none"
-
-
-def test_what_is_given_of_a_pruner_stays_where_auto_chooses_the_rest(make_spec):
-    spec = make_spec("auto", "auto", epochs=50)
-    given = spec.search.model_copy(update={"pruner": PrunerSpec(min_epochs=10)})
-    pruner, _ = chosen_pruner(spec.model_copy(update={"search": given}))
-    assert (pruner.name, pruner.min_epochs, pruner.reduction_factor) == ("successive_halving", 10, 3)
-    late = spec.search.model_copy(update={"pruner": PrunerSpec(warmup_epochs=8)})
-    assert chosen_pruner(spec.model_copy(update={"search": late}))[0].min_epochs == 8
-
-
-@pytest.mark.parametrize(
-    "search",
-    [{"until": 0.9}, {"space": {LR: {**NUMERIC[LR], "prior": 1e-3}}}],
-)
-def test_what_is_for_one_objective_is_refused_for_several(search):
-    with pytest.raises(SpecError, match="one objective"):
-        plain_study(objectives=["parameters", "valid_accuracy"], **search)
-
-
 def with_priors(make_spec, value, confidence="medium"):
     space = {**NUMERIC, LR: {**NUMERIC[LR], "prior": {"value": value, "confidence": confidence}}}
     return make_spec("random", space=space)
@@ -149,17 +120,6 @@ def test_a_bad_prior_costs_little_at_the_end(home, make_spec):
     good = run_whole(home, make_spec("mfgp", space=NUMERIC), 24).best.value
     bad = run_whole(other(home), with_priors(make_spec, 1e-4, "high"), 24).best.value
     assert bad > 0.9 * good
-
-
-def test_a_prior_that_the_search_has_left_behind_is_none_of_a_narrower_range():
-    space = Space.model_validate({LR: {"float": [1e-4, 1.0], "log": True, "prior": 1e-3}})
-    assert narrowed(space, {LR: 0.5}, 0.1)[LR].prior is None
-    assert narrowed(space, {LR: 2e-3}, 0.5)[LR].prior.value == 1e-3
-
-
-def test_a_best_trial_far_outside_of_a_narrower_range_ends_no_search():
-    narrow = Float.model_validate({"float": [1e-2, 2e-2], "log": True, "prior": 1.5e-2})
-    assert math.isfinite(_log_density(narrow, 1e-5, 1e-5, "medium"))
 
 
 def test_a_study_with_priors_resumes_exactly(home, make_spec):
@@ -267,24 +227,3 @@ def test_mfgp_learns_from_pruned_trials(home, make_spec):
     assert result.count(TrialState.PRUNED) > 5
     values = [objective(trial.candidate.parameters) for trial in result.trials]
     assert sum(values[12:]) / 12 > sum(values[:5]) / 5
-
-
-def test_mfgp_learns_from_trainings_that_diverge_or_do_not_fit(home, make_spec):
-    spec = make_spec("mfgp", space=NUMERIC)
-    study = open_study(home, spec, data_digest="d")
-    for result in (
-        {"state": TrialState.FAILED, "failure": FailureKind.NOT_FINITE},
-        {"state": TrialState.PRUNED, "feasible": False},
-        {"state": TrialState.FAILED, "failure": FailureKind.DATA},
-    ):
-        study.tell(TrialResult(study.ask(budget=9, worker="w").number, **result))
-    sampler = MultiFidelityGp(make_stage(spec, 0, origins={}), seed=0)
-    trials = study._storage.database.get_all_trials(study._id)
-    study.close()
-    assert [sampler._curve(trial, 1.0) for trial in trials] == [{1.0: -math.inf}, {1.0: -math.inf}, {}]
-
-
-def test_mfgp_sees_whole_numbers_at_their_steps(make_spec):
-    places = Places(make_stage(make_spec("mfgp", space={"model.hidden": {"int": [1, 3]}}), 0, origins={}))
-    found = places.features(np.array([[0.4], [0.5], [0.6]]))
-    assert len(set(found.ravel().tolist())) == 1

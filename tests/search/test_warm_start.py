@@ -6,6 +6,7 @@ from formula import FINITE, FINITE_CELLS, MIXED, NUMERIC, run_all, train
 from hpo.errors import SpecError
 from hpo.records import TrialResult, TrialState
 from hpo.search.lifecycle import open_study
+from hpo.storage.foreign import foreign_trials
 
 LR, DROP = "training.optimizer.lr", "model.dropout"
 
@@ -168,6 +169,34 @@ def test_a_foreign_study_that_cannot_be_read_is_one_clear_error(home, make_spec,
     wanted["storage"] = str(foreign / wanted["storage"])
     with pytest.raises(SpecError, match=message):
         open_study(home, make_spec(start_from=wanted), data_digest="d")
+
+
+def test_an_address_of_sqlite_is_a_file_that_is_never_created(home, make_spec, foreign):
+    found = foreign / "f.db"
+    before = found.read_bytes()
+    for driver in ("sqlite", "sqlite+pysqlite"):
+        wanted = {"study": "theirs", "storage": f"{driver}:///{foreign / 'typo.db'}"}
+        with pytest.raises(SpecError, match=r"typo\.db: no such file"):
+            open_study(home, make_spec(start_from=wanted), data_digest="d")
+    assert not (foreign / "typo.db").exists()
+    assert foreign_trials("theirs", f"sqlite:///{found}")[0]["lr"] == 1e-2
+    assert found.read_bytes() == before
+
+
+def test_trials_of_a_foreign_study_that_violate_a_constraint_are_left_out(tmp_path):
+    import optuna
+
+    study = optuna.create_study(study_name="theirs", storage=f"sqlite:///{tmp_path / 'c.db'}", direction="maximize")
+
+    def objective(trial):
+        value = trial.suggest_float("value", 0, 1)
+        trial.set_constraint("size", value - 0.5)
+        return value
+
+    for value in (0.4, 0.9):
+        study.enqueue_trial({"value": value})
+        study.optimize(objective, n_trials=1)
+    assert foreign_trials("theirs", str(tmp_path / "c.db")) == [{"value": 0.4}]
 
 
 def test_a_password_does_not_enter_the_record_of_a_study(make_spec):
