@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from blobs import SIDE, as_set, blob, deep_png, png, prepared_images, tiff, write_blobs
+from hpo.data.image_files import read_sides
 from hpo.data.pixels import nominal, to_levels
 from hpo.data.prepare import prepare
 from hpo.errors import DataError
@@ -54,6 +55,18 @@ def test_pixels_of_any_kind_keep_all_their_grey_levels(tmp_path, way):
     assert np.abs(found[order][..., 0] - wanted).max() <= (1 if "float16" in way or "10 bits" in way else 0)
     files = sorted(folder.glob(f"*/*{ending}"))
     assert as_set(read_images(files, card.image_shape, card.ranges)) == as_set(found.astype(np.uint8))
+
+
+def test_a_tiff_that_unpacks_to_too_many_values_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    import tifffile
+
+    tiff(np.zeros((30, 30), "f2"), tmp_path / "bomb.tif")  # which Pillow does not read
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 450)
+    assert read_sides(tmp_path / "bomb.tif") == (30, 30)  # as many as are allowed
+    tiff(np.zeros((60, 31), "f2"), tmp_path / "bomb.tif")
+    monkeypatch.setattr(tifffile.TiffPage, "asarray", lambda page: pytest.fail("it is decoded"))
+    with pytest.raises(DataError, match="1,860 values, more than 900"):
+        read_sides(tmp_path / "bomb.tif")
 
 
 def test_signed_values_are_measured_over_the_whole_set_not_image_by_image(tmp_path):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -98,9 +99,13 @@ def _signed(image: Image) -> bool:
 def _read_tiff(stream: IO[bytes]) -> NDArray[Any]:
     """The first page of a TIFF of fractions, signed numbers or several bands, (h, w) or (h, w, bands), upright."""
     import tifffile
+    from PIL import Image
 
     with tifffile.TiffFile(stream) as file:
         page: Any = file.pages[0]
+        count, most = prod(page.shape), 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        if most and count > most:  # as Pillow refuses other formats: a small file may unpack to all of the memory
+            raise ValueError(f"it has {count:,} values, more than {most:,}")
         pixels: NDArray[Any] = np.asarray(page.asarray())
         if pixels.ndim == 3 and getattr(page, "planarconfig", 1) == 2:
             pixels = np.moveaxis(pixels, 0, 2)
