@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import http.client
 import io
 import json
 import os
@@ -82,6 +84,49 @@ def test_a_page_of_others_does_not_reach_it_by_another_name(address: str) -> Non
     with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.urlopen(request, timeout=60)  # noqa: S310
     assert caught.value.code == 400
+
+
+def test_pages_of_others_and_bodies_that_are_too_long_are_refused_on_every_path(address: str, photo: Path) -> None:
+    own, content = address.rstrip("/"), photo.read_bytes()
+    assert "class" in ask(f"{address}image", content, Origin=own)
+    for path in ("image", "invocations"):
+        for origin in ("http://elsewhere.example", "null", own.replace("127.0.0.1", "localhost")):
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                ask(f"{address}{path}", content, Origin=origin)
+            assert caught.value.code == 403
+        place = http.client.HTTPConnection(str(urlsplit(address).netloc), timeout=60)
+        place.putrequest("POST", f"/{path}")
+        place.putheader("Content-Type", "application/json")
+        place.putheader("Content-Length", "50000001")
+        place.endheaders()
+        with place.getresponse() as answer:
+            assert answer.status == 413
+        place.close()
+
+
+def test_it_answers_at_the_address_that_it_was_given(finished: Path) -> None:
+    from hpo.serve import application
+
+    model = load_model("digits-mlp", home=finished)
+    app: Any = application(model, title="t", address="http://127.0.0.2:5001/", host="127.0.0.2")
+
+    async def status(host: str) -> int:
+        sent: list[Any] = []
+        scope = {"type": "http", "method": "GET", "path": "/ping", "query_string": b"", "http_version": "1.1"}
+        scope |= {"scheme": "http", "raw_path": b"/ping", "root_path": "", "headers": [(b"host", host.encode())]}
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await app(scope, receive, send)
+        return int(sent[0]["status"])
+
+    assert asyncio.run(status("127.0.0.2:5001")) == 200
+    assert asyncio.run(status("localhost:5001")) == 200
+    assert asyncio.run(status("elsewhere.example")) == 400
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: apt-get install chromium")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from hpo.tracking.ui import check_free, is_local, page_address
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request
 
-_MOST_BYTES = 50_000_000  # of an image file
+_MOST_BYTES = 50_000_000  # of a request
 _PAGE = Path(__file__).with_name("serve.html")
 
 
@@ -54,11 +55,12 @@ class _Scored:
         return {key: value for key, value in row.items() if key != "file"}
 
 
-def application(model: Classifier, *, title: str, address: str, local: bool) -> FastAPI:
+def application(model: Classifier, *, title: str, address: str, host: str) -> FastAPI:
     """The web application: / is the page, /image takes the bytes of an image file, the rest is MLflow's.
 
-    MLflow's are /invocations, /ping, /health and /version. local: other names of the host than this machine's are
-    refused, so that no page of others in a browser here reaches it.
+    MLflow's are /invocations, /ping, /health and /version. No page of others in a browser reaches it: where host is of
+    this machine only, other names of it are refused, and everywhere requests whose Origin is another host. Bodies whose
+    Content-Length is more than 50 MB are refused, too.
     """
     load_mlflow()
     from fastapi import Request
@@ -68,9 +70,21 @@ def application(model: Classifier, *, title: str, address: str, local: bool) -> 
 
     scored = _Scored(model)
     app: FastAPI = scoring_server.init(scored)
-    if local:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])
+    if is_local(host):
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]", host])
+
+    async def guard(request: Any, call_next: Any) -> Any:
+        headers = request.headers
+        if "origin" in headers and urlsplit(headers["origin"]).netloc.lower() != headers.get("host", "").lower():
+            return JSONResponse({"error": "requests of pages of other hosts are refused"}, 403)
+        length = headers.get("content-length", "")
+        return too_long() if length.isdigit() and int(length) > _MOST_BYTES else await call_next(request)
+
+    app.middleware("http")(guard)
     page = _page(model, title, address)
+
+    def too_long() -> JSONResponse:
+        return JSONResponse({"error": f"more than {_MOST_BYTES:,} bytes"}, 413)
 
     async def show() -> HTMLResponse:
         return HTMLResponse(page)
@@ -78,7 +92,7 @@ def application(model: Classifier, *, title: str, address: str, local: bool) -> 
     async def image(request: Request) -> JSONResponse:
         content = await _body(request)
         if content is None:
-            return JSONResponse({"error": f"the file has more than {_MOST_BYTES:,} bytes"}, 413)
+            return too_long()
         row = await asyncio.to_thread(scored.classify, content)
         return JSONResponse(row, 422 if "error" in row else 200)
 
@@ -120,7 +134,7 @@ def serve(model: Classifier, *, title: str, host: str, port: int, ready: Callabl
     import uvicorn
 
     check_free(host, port)
-    app = application(model, title=title, address=page_address(host, port), local=is_local(host))
+    app = application(model, title=title, address=page_address(host, port), host=host)
     server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning"))
 
     async def run() -> None:
