@@ -15,6 +15,7 @@ from hpo.jobs import export_model as exporting
 from hpo.jobs.card import write_card
 from hpo.jobs.export_model import export_model
 from hpo.predict import load_model
+from hpo.report.card import model_card
 from hpo.tracking.store import connect
 
 
@@ -88,6 +89,49 @@ def test_a_card_is_from_the_record_and_on_the_version(place: Path, tmp_path: Pat
     described = connect(Home.at(place)).get_model_version("digits-mlp", "1").description
     assert described.startswith("# digits-mlp")
     assert str(place) not in card.text
+
+
+@pytest.mark.parametrize("form", ["safetensors", "mlflow"])
+def test_what_is_written_for_others_names_no_folder_of_this_machine(place: Path, tmp_path: Path, form: str) -> None:
+    setup = {"data": {"path": "/home/me/pets.npz"}, "model": {"weights": "/home/me/w.pth", "backbones": []}}
+    setup["model"]["backbones"] = [{"weights": "/home/me/v.pth"}, {"weights": "imagenet"}]
+    (tmp_path / "setup.json").write_text(json.dumps(setup))
+    exporting._without_folders(tmp_path / "setup.json")
+    assert json.loads((tmp_path / "setup.json").read_text()) == {
+        "data": {"path": "pets.npz"},
+        "model": {"weights": "w.pth", "backbones": [{"weights": "v.pth"}, {"weights": "imagenet"}]},
+    }
+    made = export_model("digits-mlp/1", form=form, out=tmp_path / "model", home=place)
+    for file in made.folder.rglob("*"):
+        if file.name in ("MLmodel", "setup.json"):
+            assert '"/' not in (text := file.read_text())
+            assert ": /" not in text
+
+
+def test_a_description_that_a_person_wrote_stays(place: Path) -> None:
+    client = connect(Home.at(place))
+    first = write_card("digits-mlp/1", home=place)
+    assert first.described
+    assert write_card("digits-mlp/1", licence="MIT", home=place).described  # over the earlier card
+    assert "model: MIT" in client.get_model_version("digits-mlp", "1").description
+    client.update_model_version("digits-mlp", "1", description="Checked by Ada.")
+    assert not write_card("digits-mlp/1", home=place).described
+    assert client.get_model_version("digits-mlp", "1").description == "Checked by Ada."
+    client.update_model_version("digits-mlp", "1", description="")
+    assert write_card("digits-mlp/1", home=place).described
+
+
+def test_a_card_says_which_sampler_and_pruner_auto_stands_for() -> None:
+    from dataclasses import replace
+
+    from page_findings import findings as made_findings
+
+    findings = made_findings()
+    search = findings.spec.search
+    auto = {name: getattr(search, name).model_copy(update={"name": "auto"}) for name in ("sampler", "pruner")}
+    spec = findings.spec.model_copy(update={"search": search.model_copy(update=auto)})
+    (line,) = [line for line in model_card(replace(findings, spec=spec)).splitlines() if line.startswith("- search:")]
+    assert "auto" not in line
 
 
 def test_nothing_is_uploaded_without_a_folder(place: Path) -> None:

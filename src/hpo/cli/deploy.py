@@ -127,7 +127,10 @@ def card(
         return
     if not made.folder:
         output.print_text(made.text.rstrip())
-        return
-    output.print_message(f"{made.model.name}, version {made.model.version}: the card is on it, and in {made.folder}")
+    else:
+        where = "on it, and in" if made.described else "in"
+        output.print_message(f"{made.model.name}, version {made.model.version}: the card is {where} {made.folder}")
+    if made.model.version and not made.described:
+        output.print_warning(f"{made.model.name}/{made.model.version} keeps the description that a person wrote.")
     if made.address:
         output.print_message(made.address)

@@ -15,12 +15,13 @@ from hpo.report.card import model_card
 
 @dataclass(frozen=True)
 class Card:
-    """A card, which its version in the registry has; its folder and its address, "" without any."""
+    """A card, its folder and its address, "" without any. described: its version in the registry has it."""
 
     model: ModelVersion
     text: str
     folder: str = ""
     address: str = ""
+    described: bool = False
 
 
 def write_card(
@@ -33,6 +34,8 @@ def write_card(
     trust: bool = False,
 ) -> Card:
     """Write the card of a registered model from its record, and make it the description of its version.
+
+    A description that a person wrote stays.
 
     out is a new folder for the Hugging Face Hub: the card as README.md, and the folder that MLflow loads. push is the
     repository OWNER/NAME to upload that folder to, private where it is new. licence is that of the model. Raises
@@ -54,9 +57,10 @@ def write_card(
         exported = export_model(model, form="mlflow", out=out, home=home, trust=trust)
         (exported.folder / "README.md").write_text(text, encoding="utf-8")
         folder = str(exported.folder)
+    described = False
     if version.version:
-        describe(place, version, text.partition("---\n")[2].partition("---\n")[2].strip())
-    return Card(version, text, folder, _pushed(Path(folder), push) if push else "")
+        described = describe(place, version, text.partition("---\n")[2].partition("---\n")[2].strip())
+    return Card(version, text, folder, _pushed(Path(folder), push) if push else "", described)
 
 
 def _pushed(folder: Path, repository: str) -> str:

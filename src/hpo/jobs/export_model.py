@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
 from hpo.errors import HpoError, ModelError
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from hpo.records import ModelVersion
 
 FORMATS = ("onnx", "pt2", "safetensors", "mlflow")
+_PATHS = {"setup.json": ("path", "weights"), "MLmodel": ("uri", "model_code_path")}  # keys that hold paths of a machine
 _AFTER = "after export"
 _MOST = 2_000  # images of a model that was trained on all of them
 _DRAWN = 64  # random images, where those of the study are not on this machine
@@ -96,6 +100,8 @@ def _write(form: str, fetched: Path, folder: Path) -> None:
     parts = fetched / "artifacts"
     if form == "mlflow":
         shutil.copytree(fetched, folder, dirs_exist_ok=True)
+        _without_folders(folder / "MLmodel")
+        _without_folders(folder / "artifacts" / "setup.json")
         return
     shutil.copyfile(parts / "config.json", folder / "config.json")
     if form == "pt2":
@@ -109,6 +115,27 @@ def _write(form: str, fetched: Path, folder: Path) -> None:
 
         shutil.copyfile(parts / "setup.json", folder / "setup.json")
         save_weights(parts, folder)
+        _without_folders(folder / "setup.json")
+
+
+def _without_folders(file: Path) -> None:
+    """Reduce the paths of this machine in a file of JSON or YAML to the names of their files."""
+    if not file.is_file():
+        return
+    text, keys = file.read_text(encoding="utf-8"), _PATHS[file.name]
+    if file.suffix == ".json":
+        text = json.dumps(_named(json.loads(text), keys), indent=1)
+    else:
+        text = yaml.safe_dump(_named(yaml.safe_load(text), keys), allow_unicode=True, sort_keys=False)
+    file.write_text(text, encoding="utf-8")
+
+
+def _named(tree: Any, keys: tuple[str, ...], key: str = "") -> Any:
+    if isinstance(tree, dict):
+        return {name: _named(value, keys, name) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [_named(each, keys) for each in tree]
+    return re.split(r"[/\\]", tree)[-1] if key in keys and isinstance(tree, str) else tree
 
 
 def _images(home: Home, version: ModelVersion, parts: Path) -> tuple[NDArray[np.uint8], str]:

@@ -10,6 +10,7 @@ import yaml
 from hpo.metrics import label_of
 from hpo.report.answer import intervals_of, last_opening, own_scores
 from hpo.report.text import counted, listed, split_text, without_folders
+from hpo.spec.automatic import chosen_pruner, chosen_sampler
 
 if TYPE_CHECKING:
     from hpo.report.statistics import Interval
@@ -120,7 +121,7 @@ def _protocol(findings: Findings) -> str:
     network = getattr(spec.model, "name", "") or spec.model.kind
     if shown is not None and shown.result is not None:
         network += f", {shown.result.parameter_count:,} parameters"
-    trials, names = counted(len(study.counted), "trial"), (spec.search.sampler.name, spec.search.pruner.name)
+    trials, names = counted(len(study.counted), "trial"), (chosen_sampler(spec)[0].name, chosen_pruner(spec)[0].name)
     lines = ["## How it was made", "", f"- network: {network}"]
     lines.append(f"- search: {trials} of {names[0]}, pruner {names[1]}, by {study.objective}")
     if shown is not None:

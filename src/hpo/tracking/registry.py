@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,8 @@ COPY_OF = "hpo.moved_from"  # tag of a copied run or logged model: the id of the
 REGISTERED = "hpo.registered"  # tag of a version that was moved here: when it was first registered, in ms since 1970
 _SCORE = "score."  # tags of a version that hold its scores: score.valid_accuracy, score.test_accuracy, ...
 _DESCRIPTION = 4990  # characters
+_CARD = "hpo.card"  # tag of a version whose description is a card: its digest
+_NOTE = re.compile(r"Trial [0-9]+ of .*To use it: `hpo predict [^`]*`", re.DOTALL)  # as runs.version_note writes it
 CHAMPION = "hpo.champion."  # tags of a registered model, one for each change of its champion
 _TERM = re.compile(
     r"version (?P<version>[0-9]+) since (?P<since>\S+) by (?P<who>.*?)(?P<forced>, forced)?: (?P<why>.*)", re.DOTALL
@@ -173,14 +176,24 @@ def add_scores(home: Home, version: ModelVersion, scores: Mapping[str, float]) -
 
 
 @translate_errors
-def describe(home: Home, version: ModelVersion, text: str) -> None:
-    """Make a text the description of a version; MLflow keeps 5,000 characters, so a longer one is cut after a line."""
-    lines, kept = text.splitlines(), ""
-    for line in lines:
-        if len(kept) + len(line) > _DESCRIPTION:
-            break
-        kept += f"{line}\n"
-    connect(home).update_model_version(version.name, str(version.version), description=kept)
+def describe(home: Home, version: ModelVersion, text: str) -> bool:
+    """Make a text the description of a version; MLflow keeps 5,000 characters, so a longer one is cut after a line.
+
+    A description that a person wrote or changed stays, and the answer is False.
+    """
+    client, number = connect(home), str(version.version)
+    found = client.get_model_version(version.name, number)
+    present = (found.description or "").strip()
+    if present and found.tags.get(_CARD) != _digest(present) and not _NOTE.fullmatch(present):
+        return False
+    kept = text if len(text) <= _DESCRIPTION else text[:_DESCRIPTION].rpartition("\n")[0]
+    client.set_model_version_tag(version.name, number, _CARD, _digest(kept.strip()))
+    client.update_model_version(version.name, number, description=kept)
+    return True
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @translate_errors
