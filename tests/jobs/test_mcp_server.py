@@ -16,6 +16,8 @@ import pytest
 
 from hpo.errors import HpoError
 from hpo.jobs.mcp_server import make_server
+from hpo.search.lifecycle import opened
+from hpo.storage.reader import read_snapshots
 
 READ = {"available_studies", "list_studies", "list_trials", "list_models", "list_figures", "show_figure"}
 
@@ -84,6 +86,30 @@ def test_without_the_package_the_error_names_the_extra(monkeypatch: pytest.Monke
     with pytest.raises(HpoError, match="mcp is not installed") as caught:
         make_server()
     assert "--extra mcp" in caught.value.hint
+
+
+def test_a_running_study_is_not_started_again_and_the_log_of_a_run_is_kept(
+    mcp: Any, kept: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (title,) = {each.study.title for each in read_snapshots(kept)}
+    monkeypatch.setattr("hpo.jobs.mcp_server.study_files", lambda: {title: Path("x.yaml")})
+    log = kept.reports / f"{title}-run.log"
+    log.parent.mkdir(exist_ok=True)
+    log.write_text("of an earlier run\n")
+
+    async def talk(client: Any) -> str:
+        answer = await client.call_tool("run_study", {"study": title, "trials": -1})
+        assert answer.is_error
+        return str(answer.content[0].text)
+
+    server = make_server(kept.root.parent, allow_run=True)
+    told = as_client(mcp, server, talk)
+    assert "of an earlier run" not in told
+    assert log.read_text().startswith("of an earlier run\n")
+    assert len(log.read_text()) > len("of an earlier run\n")
+    with opened(kept, title) as study:
+        study.listen()
+        assert "running already" in as_client(mcp, server, talk)
 
 
 @pytest.mark.slow

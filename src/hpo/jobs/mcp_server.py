@@ -197,11 +197,13 @@ class _Runner:
         """
         if study not in study_files():
             raise SpecError(f"there is no study {study!r}.", "See available_studies; files elsewhere are not run.")
+        self._check_idle(study)
         words = ["run", study, "--timeout", f"{max(1, round(60 * minutes))}", "--home", str(self._home.root.parent)]
         words += ["--trials", str(trials)] if trials is not None else []
         log = self._home.create().reports / f"{study}-run.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("w", encoding="utf-8") as output:
+        with log.open("ab") as output:
+            begun = output.tell()
             process = subprocess.Popen(  # noqa: S603 - the name of a study at hand, and numbers
                 [sys.executable, "-m", "hpo", *words],
                 stdin=subprocess.DEVNULL,
@@ -214,8 +216,17 @@ class _Runner:
         except subprocess.TimeoutExpired:
             return {"started": f"hpo {' '.join(words)}", "process": process.pid, "log": str(log)}
         if code:
-            raise HpoError(f"hpo {' '.join(words)} failed: {log.read_text(encoding='utf-8')[-2000:].strip()}", "")
+            raise HpoError(
+                f"hpo {' '.join(words)} failed: {log.read_bytes()[begun:].decode(errors='replace')[-2000:].strip()}", ""
+            )
         return {"finished": f"hpo {' '.join(words)}", "log": str(log)}
+
+    def _check_idle(self, study: str) -> None:
+        """Raise HpoError where the study runs now."""
+        from hpo.storage.reader import read_snapshots
+
+        if any(each.holders and each.study.name == study for each in read_snapshots(self._home, results=False)):
+            raise HpoError(f"{study} is running already.", "See list_studies, or end it first: stop_study.")
 
     def stop_study(self, study: str) -> str:
         """Stop a running study, as Ctrl-C does; run_study resumes it."""
