@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import gzip
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from hpo.data.prepare import prepare
 from hpo.data.survey import describe_source, symmetries
 from hpo.errors import DataError, HpoError, SpecError
+from hpo.jobs import new_study as writing
 from hpo.jobs.new_study import default_file, new_study, same_source, source_of, study_text
-from hpo.jobs.shared.new_parts import scratch_model
+from hpo.jobs.shared.new_parts import in_folds, scratch_model
 from hpo.jobs.shared.presets import PRESETS, fill_from_scratch, fill_frozen, usable
+from hpo.records import DataCard
 from hpo.spec.load import load_study
+from hpo.spec.study import DataSpec, SplitSpec
 from small_nets import SQUEEZE, weights_file
 
 
@@ -76,6 +81,53 @@ def test_few_photographs_get_a_head_on_frozen_weights_and_folds(folder: Path) ->
     assert spec.final is not None
     assert spec.final.on == "all"
     assert any("frozen" in each.choice for each in made.decisions)
+
+
+def test_few_groups_make_as_many_folds_and_a_holdout_stays_where_no_folds_can_be_trained(folder: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
+    labels = np.arange(40) % 2
+
+    def card(name: str, labels: np.ndarray, **more: np.ndarray) -> tuple[DataCard, dict[str, str]]:
+        np.savez(folder / name, train_images=images, train_labels=labels, **more)
+        split = {"kind": "holdout", **({"group": "groups"} if more else {})}
+        return prepare(DataSpec(name="npz", path=str(folder / name)), SplitSpec(**split)), {**split, "share": 0.2}
+
+    assert in_folds(*card("a.npz", labels))["folds"] == 5
+    grouped = in_folds(*card("b.npz", labels, groups=np.arange(40) // 10))
+    assert (grouped["kind"], grouped["folds"], grouped["group"]) == ("kfold", 3, "groups")
+    assert "share" not in grouped
+    single = labels.copy()
+    single[0] = 2  # the fold that validates on it would train without it
+    assert in_folds(*card("c.npz", single)) is None
+
+
+def test_a_name_that_no_study_has_is_refused_before_the_images_are_looked_at(folder: Path) -> None:
+    with pytest.raises(SpecError, match="is no name of a study"):
+        new_study("absent", file=folder / "my photos.yaml")
+    (folder / ("x" * 150)).mkdir()
+    assert default_file(folder / ("x" * 150)).stem == "x" * 100
+
+
+def test_a_file_that_is_written_meanwhile_is_kept_and_one_that_does_not_load_is_not(
+    folder: Path, digits: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.savez(folder / "d.npz", train_images=digits[0][:200], train_labels=digits[1][:200])
+    file, text = folder / "d.yaml", writing.study_text
+
+    def meanwhile(*arguments: Any) -> str:
+        file.write_text("theirs")
+        return text(*arguments)
+
+    given: dict[str, Any] = {"file": file, "preset": "quick", "minutes": 1, "device": "cpu", "workers": 1}
+    monkeypatch.setattr(writing, "study_text", meanwhile)
+    with pytest.raises(HpoError, match="exists"):
+        new_study("d.npz", **given)
+    assert file.read_text() == "theirs"
+    file.unlink()
+    monkeypatch.setattr(writing, "study_text", lambda *arguments: "broken: [")
+    with pytest.raises(HpoError):
+        new_study("d.npz", **given)
+    assert not file.exists()
 
 
 def test_a_table_is_known_by_its_columns(folder: Path) -> None:

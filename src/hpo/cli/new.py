@@ -105,7 +105,6 @@ def study_for(
 
     began, file = time.monotonic(), default_file(source)
     minutes = options.minutes or PRESETS[preset].minutes
-    limited = options.minutes is not None or not file.exists()  # a study that is there may be made for longer
     if not file.exists():
         made = new_study(
             source,
@@ -123,8 +122,5 @@ def study_for(
         )
     elif tell:
         output.print_message(f"{file} is there already; delete it to have it written again.")
-    options = replace(options, minutes=None)
-    if not limited or options.timeout is not None or options.engine == "slurm":
-        return file.stem, options
     most = 60 * minutes * _LONGER - (time.monotonic() - began)
-    return file.stem, replace(options, timeout=max(most, 10.0))
+    return file.stem, replace(options, minutes=None, timeout=options.timeout or max(most, 10.0))

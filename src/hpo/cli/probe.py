@@ -92,13 +92,11 @@ def probe(
             }
             for row in found.rows
         ]
-        output.print_json({"images": found.images, "rows": rows, "file": found.file, "failed": found.failed})
+        output.print_json({"images": found.images, "rows": rows, "file": found.file})
         return
     rows_shown = [
         [row.name, row.head, f"{row.mean:.4f}", f"{row.spread:.4f}", f"{row.minutes:.1f}"] for row in found.rows
     ]
-    for text in found.failed:
-        output.print_warning(f"left out: {text}")
     output.print_table(rows_shown, ["backbone", "head", ">accuracy", ">spread", ">minutes"])
     output.print_message(
         f"accuracy: mean over {folds} folds of {found.images:,} images, spread: standard deviation over folds"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from hpo.execute.ensemble import (
@@ -78,8 +78,6 @@ def close_with_ensemble(study: Study, context: EnsembleContext) -> EnsembleOfRun
     kept, limits = kept_trials(result, files, images), limits_of(spec, asked or EnsembleSpec())
     if asked is not None and asked.average == "weights":
         return _soup(kept, images, limits, study, context)
-    if asked is None:  # a line of text is not worth the time of all models
-        limits = replace(limits, latency_ms=math.inf)
     measured: Sequence[float] = context.latencies(kept, scratch) if math.isfinite(limits.latency_ms) and kept else ()
     proposal = propose(kept, images, limits, spec=spec, data=context.data, latency_ms=measured)
     if proposal is None:

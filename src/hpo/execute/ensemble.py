@@ -92,17 +92,17 @@ def validation_images(spec: StudySpec, data: DataCard) -> ValidationImages:
 
 
 def candidates(study: StudyResult) -> list[Trial]:
-    """The trials of search and final training, best first."""
+    """The best 50 trials of search and final training, best first."""
     sign = -1.0 if study.direction == "maximize" else 1.0
     ranked = [*study.ranked(), *study.ranked(FINAL)]
-    return sorted(ranked, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
+    return sorted(ranked, key=lambda trial: (sign * (trial.value or 0.0), trial.number))[:_MOST_CANDIDATES]
 
 
 def kept_trials(study: StudyResult, files: Mapping[int, tuple[str, Path]], images: ValidationImages) -> list[KeptTrial]:
-    """The best 50 trials that were validated on exactly these images; files are those of kept_predictions."""
-    found: list[KeptTrial] = []
+    """The candidates of a study that were validated on exactly these images; files are those of kept_predictions."""
+    found = []
     for trial in candidates(study):
-        if trial.number not in files or len(found) == _MOST_CANDIDATES:
+        if trial.number not in files:
             continue
         uri, file = files[trial.number]
         with np.load(file, allow_pickle=False) as left:
@@ -114,10 +114,9 @@ def kept_trials(study: StudyResult, files: Mapping[int, tuple[str, Path]], image
 
 
 def limits_of(spec: StudySpec, asked: EnsembleSpec) -> Limits:
-    """The limits of an ensemble: its own, and those of the search and of promotion, which judge it, too."""
-    latency = min(asked.latency_ms or spec.promote.latency_ms or math.inf, highest_allowed(spec, "latency_ms"))
-    parameters = min(asked.parameters or math.inf, highest_allowed(spec, "parameters"))
-    return Limits(asked.members, parameters, latency)
+    """The limits of an ensemble; where it sets none, those of the search and of promotion."""
+    latency = asked.latency_ms or min(spec.promote.latency_ms or math.inf, highest_allowed(spec, "latency_ms"))
+    return Limits(asked.members, asked.parameters or highest_allowed(spec, "parameters"), latency)
 
 
 def propose(

@@ -293,7 +293,7 @@ def _ensemble(run: _Run, opened: _OpenStudy) -> EnsembleOfRun:
         data, trust = opened.prepared.data, run.options.trust
         context = context_of_run(opened.study, data, run.tracker, run.queue, run.jobs, run.end, trust=trust)
         return close_with_ensemble(opened.study, context)
-    except Exception as error:  # noqa: BLE001 - no ensemble is worth the end of a study
+    except (HpoError, OSError, TimeoutError) as error:
         if opened.spec.ensemble is not None:
             why = getattr(error, "message", "") or str(error) or "the run had to end."
             run.notify(f"no ensemble was made: {why} Later: hpo ensemble {opened.before.name}")

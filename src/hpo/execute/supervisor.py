@@ -208,7 +208,7 @@ class Supervisor:
     def _reap(self) -> None:
         """Finish or retry the trials of supervisors that have died since the last look."""
         reaped = self._study.reap()
-        if not reaped and self._spec.search.until is None:
+        if not (reaped or (self._study.shared and self._spec.search.until is not None)):
             return
         study = self._study.result()
         if study.best is not None and study.best.result is not None:  # perhaps of another supervisor

@@ -139,9 +139,6 @@ def _soup(
     made = EnsembleMade(study.title, soup.result.members, len(kept), size, soup.gain, None)
     if dry_run or not soup.result.members:
         return made
-    for each in kept:
-        if each.name in soup.result.members:
-            _check_base(context.tracker.home, each, context.data, trust=context.trust)
     return replace(made, version=make_soup(soup, study, context))
 
 

@@ -20,7 +20,7 @@ from hpo.records import DataCard
 from hpo.report.text import counted, duration
 from hpo.spec.files import SHIPPED, study_files
 from hpo.spec.load import load_study
-from hpo.spec.study import DataSpec, SplitSpec, StudySpec
+from hpo.spec.study import STUDY_NAME, DataSpec, SplitSpec, StudySpec
 
 _SIDES = (224, 128, 96, 64, 32)
 _MOST_BYTES = 1_500_000_000  # of all images, prepared
@@ -77,7 +77,7 @@ def default_file(source: Path) -> Path:
         stem = plain.parent.name or stem
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._").lower() or "images"
     ships = any((folder / f"{name}.yaml").is_file() for folder in SHIPPED)
-    return Path("studies") / f"{f'{name}-own' if ships else name}.yaml"
+    return Path("studies") / f"{f'{name}-own' if ships else name[:100]}.yaml"
 
 
 def new_study(
@@ -102,6 +102,8 @@ def new_study(
     path, file = Path(source).expanduser(), file or default_file(Path(source))
     if file.suffix not in (".yaml", ".yml"):
         raise SpecError(f"{file}: is not a study file.", "Give a name that ends in .yaml")
+    if not re.fullmatch(STUDY_NAME, file.stem):
+        raise SpecError(f"{file}: {file.stem!r} is no name of a study.", "Take up to 100 of A-Z a-z 0-9 . _ - only.")
     if file.exists():
         raise HpoError(f"{file}: exists already.", f"Run it: hpo run {file.stem}. Or write another one: --out FILE")
     plan, minutes = PRESETS[preset], minutes or PRESETS[preset].minutes
@@ -270,7 +272,7 @@ class _Draft:
         self._finish(fill)
 
     def _frozen(self, preset: Preset, minutes: float, bodies: list[Any]) -> None:
-        from hpo.jobs.shared.new_parts import frozen_model, frozen_parts, sized_bodies
+        from hpo.jobs.shared.new_parts import frozen_model, frozen_parts, in_folds, sized_bodies
 
         self.tree |= frozen_parts(self.card, self.tree["search"]["objective"], _HEAD_EPOCHS)
         features = []
@@ -291,12 +293,14 @@ class _Draft:
         self.decide(
             "network", f"frozen {names}, a new head", f"its weights are at hand; the features take {took}{note}"
         )
-        if self.card.development_count < _SMALL and self.card.valid_start is None:
-            self.tree["split"] = {**self.tree["split"], "kind": "kfold", "folds": 5}
-            self.tree["split"].pop("share", None)
+        few = self.card.development_count < _SMALL and self.card.valid_start is None
+        if few and (split := in_folds(self.card, self.tree["split"])):
+            self.tree["split"] = split
             self.decisions = [each for each in self.decisions if each.subject != "validation"]
-            self.decide("validation", "5 folds", f"{self.card.development_count:,} images are few to choose by")
-            fill = replace(fill, trials=max(preset.trials, fill.trials // 5))
+            self.decide(
+                "validation", f"{split['folds']} folds", f"{self.card.development_count:,} images are few to choose by"
+            )
+            fill = replace(fill, trials=max(preset.trials, fill.trials // split["folds"]))
         self._finish(fill)
 
     def _finish(self, fill: Fill) -> None:
@@ -320,10 +324,15 @@ class _Draft:
         text = study_text(relative, self.decisions, title)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.file.write_text(text, encoding="utf-8")
+            with self.file.open("x", encoding="utf-8") as stream:  # whoever else writes it meanwhile keeps theirs
+                stream.write(text)
         except OSError as error:
             raise HpoError(f"{self.file}: cannot be written: {error.strerror}.", "Choose another: --out FILE") from None
-        load_study(self.file)
+        try:
+            load_study(self.file)
+        except HpoError:
+            self.file.unlink()
+            raise
 
     def study(self, minutes: float) -> NewStudy:
         """What was written."""

@@ -63,16 +63,12 @@ class Probed:
 
 @dataclass(frozen=True)
 class Probe:
-    """All that was probed, the best first, and the study file that was written of the best.
-
-    failed says of each backbone that could not be used why.
-    """
+    """All that was probed, the best first, and the study file that was written of the best."""
 
     data: DataCard
     images: int
     rows: tuple[Probed, ...]
     file: Path
-    failed: tuple[str, ...]
 
 
 def probe(
@@ -109,23 +105,15 @@ def probe(
     card = prepare(data, split)
     bench = _Bench(data, split.model_copy(update={"kind": "kfold", "folds": folds}), card, resolve_devices(device)[0])
     rows: list[Probed] = []
-    failed: list[str] = []
     for backbone in named:
-        try:
-            for one in _sized(backbone, sizes, min(card.image_shape[:2])):
-                rows += _noted(bench.measure((one,)), report)
-        except HpoError as error:
-            if backbones:  # the user has named it
-                raise
-            failed.append(f"{backbone.kind}:{backbone.name}: {error.message}")
-    if not rows:
-        raise HpoError(f"none of {len(named)} backbones can be used here: {failed[0]}", "Name others: --backbone")
+        for one in _sized(backbone, sizes, min(card.image_shape[:2])):
+            rows += _noted(bench.measure((one,)), report)
     best = _best(rows, fuse)
     if len(best) > 1:
         rows += _noted(bench.measure(best), report)
     rows.sort(key=lambda row: -row.mean)
     file.write_text(_study(data, split, best, rows[0], card), encoding="utf-8")
-    return Probe(card, card.development_count, tuple(rows), file, tuple(failed))
+    return Probe(card, card.development_count, tuple(rows), file)
 
 
 def _noted(rows: Iterator[Probed], report: Report) -> Iterator[Probed]:

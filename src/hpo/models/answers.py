@@ -60,13 +60,9 @@ def decide_answers(folder: Path, validation: Path, images: Path, spec: PredictSp
         if calibration.used:
             probabilities = at_temperature(probabilities, calibration.temperature)
             config["temperature"] = calibration.temperature
+    (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
     found |= {"raw": raw.numpy(), "probabilities": probabilities.numpy()}
-    # Each is replaced as a whole: the process may be killed here, and the next run reads them again.
-    scratch = validation.with_name("answers.tmp.npz")
-    np.savez(scratch, **found | {"temperature": np.array(config.get("temperature", 1.0))})
-    scratch.replace(validation)
-    scratch.write_text(json.dumps(config, indent=1), encoding="utf-8")
-    scratch.replace(folder / CONFIG)
+    np.savez(validation, **found | {"temperature": np.array(config.get("temperature", 1.0))})
     if record:
         (folder / ANSWERS).write_text(json.dumps(record, indent=1), encoding="utf-8")
     return record

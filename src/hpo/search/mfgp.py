@@ -20,14 +20,13 @@ from optuna.distributions import BaseDistribution
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.records import FailureKind
 from hpo.search.gaussian_process import GaussianProcess, expected_improvement, fit
 from hpo.search.stages import Stage, decode, distribution, encode, from_unit, to_unit
 from hpo.spec.automatic import longest_training
 from hpo.spec.grid import holds
 from hpo.spec.space import Choice, Float, Int
 from hpo.storage.optuna_private import OrdinalQmc
-from hpo.storage.trial_attrs import RESULT, attrs_of
+from hpo.storage.trial_attrs import attrs_of
 
 Floats = NDArray[np.float64]
 
@@ -35,7 +34,6 @@ _RUNGS = 3  # scores after 1, 3, 9, ... epochs, and the last one, enter the mode
 _MOST = 250  # scores in the model: the best half, and a sample of the others
 _REFIT = 1.15  # length scales are learned again when there are 15 % more trials, from those before
 _CANDIDATES = 400  # among which the expected improvement is maximised: half at random, half near the best trials
-_UNFIT = (FailureKind.NOT_FINITE, FailureKind.OUT_OF_MEMORY)  # failures that the candidate causes
 _BEST = 5  # trials near which candidates are drawn
 
 
@@ -97,7 +95,7 @@ class Places:
                 only = [1] if len(part.choice) == 2 else range(len(part.choice))
                 columns += [np.where(np.isnan(column), 0.5, column == option) for option in only]
             else:
-                columns.append(np.where(np.isnan(column), 0.5, _on_steps(part, column)))
+                columns.append(np.where(np.isnan(column), 0.5, column))
         return np.column_stack(columns).astype(float)
 
 
@@ -155,12 +153,10 @@ class MultiFidelityGp(optuna.samplers.BaseSampler):  # type: ignore[misc]
         return found
 
     def _curve(self, trial: FrozenTrial, sign: float) -> dict[float, float]:
-        stored = (trial.user_attrs.get(RESULT) or {}) if trial.state.is_finished() else {}
-        unfit = stored.get("failure") in _UNFIT or stored.get("feasible") is False
-        if unfit or any(amount > 0 for amount in trial.constraints.values()):
-            return {1.0: -math.inf}
         if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING):
             return {}
+        if any(amount > 0 for amount in trial.constraints.values()):
+            return {1.0: -math.inf}
         curve: dict[float, float] = {}
         best, rung, last = -math.inf, 1, 0
         for step, value in sorted(trial.intermediate_values.items()):
@@ -183,13 +179,6 @@ class MultiFidelityGp(optuna.samplers.BaseSampler):  # type: ignore[misc]
 
     def _share(self, step: int) -> float:
         return min(1.0, math.log(max(step, 1)) / math.log(self._steps))
-
-
-def _on_steps(part: Float | Int, column: Floats) -> Floats:
-    """The places of the values that places in [0, 1] stand for; NaN stays."""
-    if part.step is None and isinstance(part, Float):
-        return column
-    return np.array([math.nan if math.isnan(place) else to_unit(part, from_unit(part, place)) for place in column])
 
 
 def propose(

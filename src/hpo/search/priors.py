@@ -88,8 +88,7 @@ def _log_density(parameter: Float | Int | Choice, centre: Any, value: Any, confi
     if isinstance(parameter, Choice):
         weight, count = _WEIGHTS[confidence], len(parameter.choice)
         return math.log(count * (weight if value == centre else 1.0) / (weight + count - 1))
-    # Of an earlier, wider range, a centre may lie outside.
-    width, middle = _WIDTHS[confidence], min(max(to_unit(parameter, centre), 0.0), 1.0)
+    width, middle = _WIDTHS[confidence], to_unit(parameter, centre)
     mass = (math.erf((1 - middle) / width / math.sqrt(2)) + math.erf(middle / width / math.sqrt(2))) / 2
     away = (to_unit(parameter, value) - middle) / width
     return -away * away / 2 - math.log(width * math.sqrt(2 * math.pi) * mass)

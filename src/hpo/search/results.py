@@ -10,7 +10,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial
 
-from hpo.records import AFTER_SEARCH, ENSEMBLE, FINAL, FailureKind, TrialResult, TrialState
+from hpo.records import AFTER_SEARCH, FINAL, FailureKind, TrialResult, TrialState
 from hpo.search.constraints import aims, judge, violations
 from hpo.search.stages import stage_names
 from hpo.spec.study import StudySpec
@@ -49,9 +49,7 @@ class Finisher:
         for name, value in plain_attrs(result).items():
             database.set_trial_user_attr(trial_id, name, value)
         database.set_trial_user_attr(trial_id, RESULT, result.to_json())
-        trained = stage_of(trial) != ENSEMBLE  # which the command makes that was killed, and no worker
-        retried = self._storage.index(self._id).retried
-        if trained and result.state is TrialState.STOPPED and trial.number not in retried:
+        if result.state is TrialState.STOPPED and trial.number not in self._storage.index(self._id).retried:
             self.retry(trial, deaths=deaths)
         if result.state in (TrialState.COMPLETE, TrialState.PRUNED) and stage_of(trial) not in AFTER_SEARCH:
             for text, amount in violations(self._spec, result.scores).items():

@@ -115,9 +115,7 @@ def _shrunk(parameter: Float | Int, centre: Any, share: float) -> Float | Int:
     else:
         reach = share * (high - low) / 2
         ends = max(low, centre - reach), min(high, centre + reach)
-    shrunk = parameter.model_copy(update={"int" if isinstance(parameter, Int) else "float": ends})
-    far = shrunk.prior is not None and not shrunk.takes(shrunk.prior.value)  # the search has found better
-    return shrunk.model_copy(update={"prior": None}) if far else shrunk
+    return parameter.model_copy(update={"int" if isinstance(parameter, Int) else "float": ends})
 
 
 # The parameter that says which of several earlier trials a candidate starts from: its options are their numbers.

@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, Trial
 
 from hpo.errors import StoreError
 from hpo.home import Home
-from hpo.records import ENSEMBLE, FINAL, Candidate, FailureKind, StudyResult, TrialResult, TrialState
+from hpo.records import FINAL, Candidate, FailureKind, StudyResult, TrialResult, TrialState
 from hpo.search.pruners import build_pruner
 from hpo.search.results import Finisher, template
 from hpo.search.samplers import StageProgress, StageSampler, Step
@@ -29,18 +29,7 @@ from hpo.storage.optuna_storage import Storage
 from hpo.storage.reader import to_result
 from hpo.storage.retry import store_errors
 from hpo.storage.stage_view import StageView
-from hpo.storage.trial_attrs import (
-    CLAIM,
-    START,
-    STOP,
-    STUDY,
-    TrialAttrs,
-    attrs_of,
-    key_of,
-    result_of,
-    stage_of,
-    state_of,
-)
+from hpo.storage.trial_attrs import CLAIM, START, STOP, STUDY, TrialAttrs, attrs_of, key_of, result_of, state_of
 from hpo.storage.trial_index import TrialIndex
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -297,7 +286,7 @@ class Study:
         """Claim to summarise the study; True if all trials have ended and no other supervisor has claimed it."""
 
         def claim() -> bool:
-            trials = [trial for trial in self._trials() if stage_of(trial) != ENSEMBLE]
+            trials = self._trials()
             ended = all(trial.state.is_finished() for trial in trials)
             claimed = self._attribute(CLAIM) == len(trials)
             if ended and not claimed:

@@ -54,13 +54,9 @@ def chosen_pruner(spec: StudySpec) -> tuple[PrunerSpec, str]:
     epochs = longest_training(spec)
     if reason := _unpruned(spec, epochs):
         return part.model_copy(update={"name": "none"}), reason
-    rung = max(1, round(epochs / _FIRST_RUNG), part.warmup_epochs)
-    chosen = {"min_epochs": rung, "reduction_factor": 3}
-    given = {name: getattr(part, name) for name in chosen if name in part.model_fields_set}
-    if given:
-        return part.model_copy(update={"name": "successive_halving", **chosen, **given}), "epochs or factor are given"
+    rung = max(1, round(epochs / _FIRST_RUNG))
     reason = f"poor trials show within {epochs} epochs; one in three continues from epoch {rung}, {3 * rung}, ..."
-    return part.model_copy(update={"name": "successive_halving", **chosen}), reason
+    return part.model_copy(update={"name": "successive_halving", "min_epochs": rung, "reduction_factor": 3}), reason
 
 
 def _unpruned(spec: StudySpec, epochs: int) -> str:

@@ -184,11 +184,6 @@ class SearchSpec(Part):
             raise ValueError(
                 "Optuna prunes searches with one objective only. Write pruner: none, or leave objectives out"
             )
-        if self.objectives and self.until is not None:
-            raise ValueError("until is a value of one objective. Leave it or objectives out")
-        priors = [path for path, parameter in self.whole_space.items() if parameter.prior is not None]
-        if self.objectives and priors:
-            raise ValueError(f"{priors[0]} has a prior, which is for searches with one objective. Leave it out")
         if self.objectives and self.stages:
             raise ValueError("a stage carries its best on, and several objectives have no best. Leave one of them out")
         unknown = [path for values in self.start for path in values if path not in self.whole_space]
@@ -217,15 +212,11 @@ class SearchSpec(Part):
 
     def resumed_as(self, record: Mapping[str, Any]) -> SearchSpec:
         """This search for a study that began with that of record: what was not given of sampler and pruner stays."""
-        kept: dict[str, SamplerSpec | PrunerSpec] = {}
-        for place, kind in (("sampler", SamplerSpec), ("pruner", PrunerSpec)):
-            part: SamplerSpec | PrunerSpec = getattr(self, place)
-            if place not in record:
-                continue
-            if place not in self.model_fields_set:
-                kept[place] = kind.model_validate(record[place])
-            elif "name" not in part.model_fields_set:
-                kept[place] = part.model_copy(update={"name": kind.model_validate(record[place]).name})
+        kept = {
+            place: kind.model_validate(record[place])
+            for place, kind in (("sampler", SamplerSpec), ("pruner", PrunerSpec))
+            if place not in self.model_fields_set and place in record
+        }
         return self.model_copy(update=kept) if kept else self
 
     @property

@@ -18,6 +18,7 @@ from hpo.spec.search import UNPRUNED, SearchSpec
 from hpo.spec.space import Choice, Float, Int, Part, Positive, Seed, Share
 from hpo.spec.training import TrainingSpec
 
+STUDY_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 Task = Literal["multiclass", "binary", "multilabel"]
 
 # Places that are younger than some studies, whose record lacks them: what they meant before there were any.
@@ -126,7 +127,7 @@ class FinalSpec(Part):
 class StudySpec(Part):
     """One study: everything that decides its trials."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    name: Annotated[str, Field(pattern=STUDY_NAME)]
     """The file's name without its ending."""
     question: str = ""
     """What the study is to answer, in a sentence."""

@@ -31,15 +31,6 @@ def soft_labels(uri: str, data: TrialData) -> Tensor:
             f"training.teacher: {uri} takes images of {shape} and answers with {len(names)} classes, {names[:3]}, ...",
             "Take a model that was trained on images of this study's size and on its classes.",
         )
-    theirs, ours = (
-        {kind: tuple(limits) for kind, limits in ranges.items()}
-        for ranges in (config.get("ranges") or data.ranges, data.ranges)
-    )
-    if bool(config.get("several_labels")) != (data.labels.ndim == 2) or theirs != ours:
-        raise ModelError(
-            f"training.teacher: {uri} was trained on images of other values, or of another number of labels.",
-            "Take a model that was trained on data of this kind.",
-        )
     found = Program(folder / PROGRAM).predict(data.images[data.train].cpu().numpy())
     table = torch.zeros(len(data.images), len(names), device=data.images.device)
     table[data.train] = torch.from_numpy(found).to(table.device)

@@ -136,8 +136,7 @@ def test_a_transfer_whose_base_has_seen_test_images_is_refused_with_the_numbers(
     untaught, taught = (SimpleNamespace(teacher=teacher) for teacher in (None, "models:/m-2"))
     setups = [SimpleNamespace(model=spec, training=untaught), SimpleNamespace(model=None, training=taught)]
     for setup, base, passed in ((setups[0], other, False), (setups[0], card, True), (setups[1], other, False)):
-        trained = SimpleNamespace(candidate=SimpleNamespace(stage=None), result=None)
-        model: Any = SimpleNamespace(card=card, setup=setup, trial=trained)
+        model: Any = SimpleNamespace(card=card, setup=setup)
         monkeypatch.setattr(image_history, "_base_training", lambda *_, base=base: ("trial 0 of base", base, []))
         (verdict,) = base_verdict(home, model)
         assert (verdict.passed, verdict.limit) == (passed, "0 test images")

@@ -13,7 +13,7 @@ from hpo.errors import HpoError
 from hpo.home import Home
 from hpo.jobs.shared.gates import Verdict
 from hpo.jobs.shared.model_reference import ModelReference
-from hpo.records import ENSEMBLE, DataCard, StudyResult
+from hpo.records import DataCard, StudyResult
 from hpo.report.text import times
 from hpo.spec.load import parse_study
 from hpo.spec.models import TransferSpec
@@ -127,16 +127,14 @@ def study_history(home: Home, study: StudyResult, card: DataCard) -> ImageHistor
 
 
 def base_overlaps(home: Home, model: ModelReference) -> tuple[list[Overlap], str]:
-    """Of each model that this one comes from, directly or not, how many test images its study has seen.
-
-    A model comes from those that its training starts from or learns from, and an ensemble from its members.
+    """Of each model that this one was transferred from, directly or not, how many test images its study has seen.
 
     Bases that have seen none are left out. The text tells which base could not be compared, and why; "" where all were.
     Raises HpoError.
     """
     from hpo.data.test_set import digests_of_test
 
-    waiting = _sources(model)
+    waiting = _bases(model.setup)
     if not waiting:
         return [], ""
     digests = digests_of_test(model.card)
@@ -151,8 +149,7 @@ def base_overlaps(home: Home, model: ModelReference) -> tuple[list[Overlap], str
             name, card, following = _base_training(home, uri)
         except HpoError as error:
             return found, f"the training of its base {uri} is not at hand: {error.message}"
-        other = card.digest != model.card.digest and card.image_shape == model.card.image_shape
-        count = _found(digests, development_digests(card)) if other or "#" not in uri else 0
+        count = _found(digests, development_digests(card)) if card.image_shape == model.card.image_shape else 0
         found += [Overlap(name, count)] if count else []
         waiting += following
     return found, ""
@@ -160,42 +157,29 @@ def base_overlaps(home: Home, model: ModelReference) -> tuple[list[Overlap], str
 
 def base_verdict(home: Home, model: ModelReference) -> Iterator[Verdict]:
     """The gate of a model that was transferred from others: they have seen no test image. Nothing for other models."""
-    if not _sources(model):
+    if not _bases(model.setup):
         return
     found, unknown = base_overlaps(home, model)
-    if model.trial.candidate.stage == ENSEMBLE and not found and not unknown:
-        return
     seen = "; ".join(f"{each.count:,} of {model.card.test_count:,} test images in {each.name}" for each in found)
     measured = "; ".join(filter(None, [seen, unknown])) or "0 test images among the development images of its base"
     yield Verdict("base has not seen the test part", not found, measured, "0 test images")
 
 
 def _base_training(home: Home, uri: str) -> tuple[str, DataCard, list[str]]:
-    """Name, data and sources of a logged model, or of a member of an ensemble, STUDY#NUMBER."""
+    """Name, data and bases of a logged model."""
     from hpo.data.prepare import prepared
     from hpo.jobs.shared.model_reference import find_trial, study_data
     from hpo.records import TrialState
     from hpo.storage.optuna_storage import read_study
     from hpo.tracking.registry import resolve
 
-    title, mark, number = uri.partition("#")
-    version = None if mark else resolve(home, uri)
-    if version is not None:
-        title, number = version.generation, str(version.trial)
-    study = read_study(home, title)
+    version = resolve(home, uri)
+    study = read_study(home, version.generation)
     spec = parse_study(study.spec, trust=True)  # nothing of it is imported
-    trial = find_trial(study, number, (TrialState.COMPLETE,))
+    trial = find_trial(study, str(version.trial), (TrialState.COMPLETE,))
     card = prepared(study.data_digest) or study_data(study, spec)
     name = f"trial {trial.number} of {study.title}"
-    return name, card, _sources(ModelReference(name, study, spec, trial, card, version))
-
-
-def _sources(model: ModelReference) -> list[str]:
-    """The members of an ensemble; the bases of another model."""
-    result = model.trial.result
-    if model.trial.candidate.stage == ENSEMBLE and result is not None:
-        return list(result.members)
-    return _bases(model.setup)
+    return name, card, _bases(ModelReference(name, study, spec, trial, card, version).setup)
 
 
 def _bases(setup: Setup) -> list[str]:

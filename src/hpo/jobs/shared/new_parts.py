@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from hpo.errors import DataError
 from hpo.jobs.shared.presets import usable
 from hpo.records import DataCard
 
@@ -13,6 +17,22 @@ _MANY = 30_000  # images, from which on larger batches lose nothing
 _LEAST_SIDE = 8  # pixels; smaller images have nothing to convolve
 _LARGE_SIDE = 40  # pixels; at the full resolution of larger images there is one block only
 _INPUT_SIDES = (160, 128, 96, 64)  # of a backbone that is too slow at the size of its training
+
+
+def in_folds(card: DataCard, split: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A split in 5 folds, or as many as there are groups, in place of a holdout; None where the images allow none."""
+    from hpo.data.split import split_card
+    from hpo.spec.study import SplitSpec
+
+    file = Path(card.folder) / "development_groups.npy"  # fewer than card.groups, which counts the test part's
+    groups = len(np.unique(np.load(file, allow_pickle=False))) if file.is_file() else 5
+    folded = {**split, "kind": "kfold", "folds": max(2, min(5, groups))}
+    folded.pop("share", None)
+    try:
+        split_card(card, SplitSpec(**folded))
+    except DataError:
+        return None
+    return folded
 
 
 def scratch_model(side: int, width: int) -> dict[str, Any]:
