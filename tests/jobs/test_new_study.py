@@ -96,6 +96,8 @@ def test_few_groups_make_as_many_folds_and_a_holdout_stays_where_no_folds_can_be
     grouped = in_folds(*card("b.npz", labels, groups=np.arange(40) // 10))
     assert (grouped["kind"], grouped["folds"], grouped["group"]) == ("kfold", 3, "groups")
     assert "share" not in grouped
+    several = np.stack([labels, 1 - labels, np.arange(40) // 20], axis=1)
+    assert in_folds(*card("several.npz", several))["folds"] == 5
     single = labels.copy()
     single[0] = 2  # the fold that validates on it would train without it
     assert in_folds(*card("c.npz", single)) is None

@@ -266,7 +266,8 @@ def _check_folds(labels: NDArray[Any], split: SplitSpec, card: DataCard) -> None
     """Refuse folds of which one could not be trained. Raises DataError with the classes and their counts."""
     if split.kind != "kfold":
         return
-    counts = dict(zip(card.class_names, np.bincount(labels, minlength=len(card.class_names)).tolist(), strict=True))
+    images = labels.sum(0) if labels.ndim == 2 else np.bincount(labels, minlength=len(card.class_names))
+    counts = dict(zip(card.class_names, images.tolist(), strict=True))
     held = ", ".join(f"{name} {count}" for name, count in counts.items())
     if single := [name for name, count in counts.items() if count == 1]:
         raise DataError(
