@@ -253,7 +253,9 @@ class Torment:
         """Judge in a process of its own: no database stays open in the one that forks the lives."""
 
         def job(say: Any) -> None:
-            say({"event": "judged", "found": asdict(judge(folder, phase, seen, TRIALS))})
+            found = judge(folder, phase, seen, TRIALS)
+            # asdict would make another Counter of its items.
+            say({"event": "judged", "found": asdict(found) | {"wrong": dict(found.wrong)}})
 
         judging = self._begin(folder, job, "judge.log")
         self._join(judging, folder, f"judge of {phase}")
