@@ -162,6 +162,10 @@ StackSize = Annotated[
 Timeout = Annotated[
     float | None, typer.Option(parser=read_duration, metavar="TIME", help="Stop cleanly after 90, 30m or 1h.")
 ]
+DataPath = Annotated[
+    Path | None, typer.Option("--path", metavar="PATH", help="Your own file or folder instead of a download.")
+]
+ImageSide = Annotated[int | None, typer.Option(metavar="N", min=1, max=1024, help="Side of the images in pixels.")]
 Minutes = Annotated[
     float | None,
     typer.Option(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hpo.cli import output
-from hpo.cli.options import AsJson, Debug, DeviceName, Trust
+from hpo.cli.options import AsJson, DataPath, Debug, DeviceName, ImageSide, Trust
 
 if TYPE_CHECKING:
     from hpo.jobs.probe import Probed
@@ -23,12 +23,8 @@ def probe(
             show_default=False,
         ),
     ],
-    path: Annotated[
-        Path | None, typer.Option("--path", metavar="PATH", help="Your own file or folder instead of a download.")
-    ] = None,
-    size: Annotated[
-        int | None, typer.Option(metavar="N", min=1, max=1024, help="Side of the images in pixels.")
-    ] = None,
+    path: DataPath = None,
+    size: ImageSide = None,
     backbones: Annotated[
         list[str] | None,
         typer.Option(

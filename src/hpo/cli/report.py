@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hpo.cli import output
-from hpo.cli.options import AsJson, Command, Debug, HomeFolder, Model, Study, Trust, outside_stores, study_name
+from hpo.cli.options import (
+    AsJson,
+    Command,
+    DataPath,
+    Debug,
+    HomeFolder,
+    ImageSide,
+    Model,
+    Study,
+    Trust,
+    outside_stores,
+    study_name,
+)
 
 if TYPE_CHECKING:
     from hpo.report.page import DataFacts
@@ -134,12 +146,8 @@ def show(
             show_default=False,
         ),
     ],
-    path: Annotated[
-        Path | None, typer.Option("--path", metavar="PATH", help="Your own file or folder instead of a download.")
-    ] = None,
-    size: Annotated[
-        int | None, typer.Option(metavar="N", min=1, max=1024, help="Side of the images in pixels.")
-    ] = None,
+    path: DataPath = None,
+    size: ImageSide = None,
     page: Annotated[
         Path | None,
         typer.Option(

@@ -247,11 +247,11 @@ def panel_grid(
     return placed_figure(whole, tall, boxes)
 
 
-def panels_of(figure: Figure, count: int, *, columns: int, share_y: bool = False) -> list[Axes]:
-    """count panels, row by row; the rest of the last row stays empty. share_y: only the left panels have labels."""
+def panels_of(figure: Figure, count: int, *, columns: int) -> list[Axes]:
+    """count panels, row by row; the rest of the last row stays empty."""
     columns = min(columns, count)
     rows = -(-count // columns)
-    panels = list(figure.subplots(rows, columns, squeeze=False, sharey=share_y).ravel())
+    panels = list(figure.subplots(rows, columns, squeeze=False).ravel())
     for panel in panels[count:]:
         panel.set_visible(False)
     return panels[:count]
