@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
-
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from hpo.metrics import METRICS, direction_of, label_of, metric_of, name_of
 from hpo.records import AFTER_SEARCH, ENSEMBLE, FINAL, DataCard, Trial, TrialState
 from hpo.report import text
 from hpo.report.answer import RESAMPLES, answer, intervals_of, last_opening
 from hpo.report.page import Html, channel_table, escape, origin_rows, picture, table
-from hpo.report.statistics import Interval, accuracy_at_coverage
+from hpo.report.statistics import Interval
 from hpo.report.text import value_text
 from hpo.spec.automatic import chosen_pruner, chosen_sampler
 from hpo.spec.outcome import Reference
@@ -285,43 +283,6 @@ def cost(findings: Findings) -> str:
             f"<h3>Cost of the published numbers</h3>{table(('published', 'as reported'), dict.fromkeys(costs))}"
         )
     return "\n".join(parts)
-
-
-def confidence(record: Mapping[str, Any]) -> str:
-    """What was decided on validation images beside the network: temperature and views (hpo.models.answers)."""
-    parts = []
-    if found := record.get("calibration"):
-        (error, after), change = found["error"], found["difference"]
-        decided = (
-            f"a temperature of {found['temperature']:.3f} is part of the model" if found["used"] else "none is used"
-        )
-        parts.append(
-            f"Temperature: {decided}. Calibration error {error:.4f} without, {after:.4f} with one; cross-entropy "
-            f"{change['value']:+.4f} (95 % interval {change['low']:+.4f} to {change['high']:+.4f}; "
-            f"{found['images']:,} validation images, each half judged with the temperature of the other half)."
-        )
-    if found := record.get("views"):
-        loss, accuracy, times = found["loss"], found["accuracy"], found["latency_ms"]
-        decided = (
-            f"the mean of {len(found['views'])} views: {'; '.join(found['views'])}" if found["used"] else "none is used"
-        )
-        cost = f", {times['views']:.2f} ms an image in place of {times['plain']:.2f}" if found["used"] else ""
-        parts.append(
-            f"Views: {decided}{cost}. Cross-entropy {loss['value']:+.4f} ({loss['low']:+.4f} to {loss['high']:+.4f}), "
-            f"accuracy {100 * accuracy['value']:+.2f} points ({100 * accuracy['low']:+.2f} to "
-            f"{100 * accuracy['high']:+.2f}), each half judged with the views that were best on the other half."
-        )
-    return "".join(f"<p>{escape(part)}</p>" for part in parts)
-
-
-def coverage(labels: NDArray[Any], probabilities: NDArray[Any]) -> str:
-    """A table of what refusing the least sure answers gives, on validation images (n,), (n, classes)."""
-    curve = accuracy_at_coverage(labels, probabilities)
-    rows = []
-    for share in (1.0, 0.95, 0.9, 0.8):
-        threshold, accuracy = curve.at(share)
-        rows.append((f"{share:.0%}", "0" if share == 1 else f"{threshold:.4f}", f"{accuracy:.4f}"))
-    return table((">answered", ">refuse below", ">accuracy"), rows)
 
 
 def use(findings: Findings) -> str:

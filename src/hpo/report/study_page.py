@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from hpo.records import FINAL, DataCard, ModelVersion, SplitCard, StudyResult, Trial
-from hpo.report import sections
+from hpo.report import confidence, sections
 from hpo.report.answer import compared, intervals_of, main_metric
 from hpo.report.figures.images import Mistake
 from hpo.report.page import escape, page, picture
@@ -325,14 +325,14 @@ def _confidence(findings: Findings) -> Iterator[str]:
     if answers is None or answers.labels.ndim != 1 or not len(answers.labels):
         return
     labels, probabilities, record = answers.labels, answers.probabilities, answers.record
-    yield sections.confidence(record)
+    yield confidence.calibration(record)
     fitted = record.get("calibration", {}).get("used", False)
     before = answers.raw if fitted else None
     caption = "Validation images, in bins of the confidence. On the diagonal 80 % sure means right in 80 of 100 cases."
     yield _figure(partial(reliability_figure, labels, probabilities, before), "reliability", caption)
     caption = "If the least sure answers are refused: accuracy of the others (hpo predict --refuse-below)."
     yield _figure(partial(coverage_figure, labels, probabilities), "accuracy against coverage", caption)
-    yield sections.coverage(labels, probabilities)
+    yield confidence.coverage(labels, probabilities)
 
 
 def _mistakes(findings: Findings) -> Iterator[str]:
