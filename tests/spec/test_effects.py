@@ -33,6 +33,7 @@ SMALL: Mapping[str, dict[str, Any]] = {
     "convnet": {"depth": 2, "width": 3, "dense": [4]},
     "resnet": {"blocks": 2, "width": 4, "convs_per_block": 2, "dense": [4]},
 }
+LEARNS_WITH = {"training.first_size": "resnet"}  # the network that a setting of the training is tried with, else mlp
 # Settings under which places have an effect that has none otherwise, and the other way round.
 BASES: Mapping[str, dict[str, Any]] = {
     "as written": {},
@@ -44,18 +45,22 @@ BASES: Mapping[str, dict[str, Any]] = {
         "training.augment.erase": 0.5,
     },
     "focal": {"training.loss": "focal"},
+    "of timm": {"training.optimizer.name": "timm/lion", "training.optimizer.options": {"betas": [0.9, 0.99]}},
+    "restarted": {"training.epochs": 4, "training.schedule.name": "cosine", "training.schedule.restarts": 1},
     "linear": {"model.hidden": []},
     "pooled by one": {"model.pool": 1},
     "without pooling": {"model.pool": "none"},
     "listed": {"model.filters": [3, 4]},
 }
-# What shows only elsewhere: in which epoch is kept, how long a training lasts, on which device and in which memory.
+# What shows only elsewhere: in which epoch is kept, how long a training lasts, on which device and in which memory,
+# and with a teacher, which tests/jobs/test_ensemble.py trains with.
 ELSEWHERE = {
     "training.monitor",
     "training.scores",
     "training.patience",
     "training.precision",
     "training.micro_batch",
+    "training.teacher",
     "model.kind",
 }
 OTHERS: Mapping[str, list[Any]] = {  # where the kind of the place does not tell a sensible other value
@@ -70,6 +75,8 @@ OTHERS: Mapping[str, list[Any]] = {  # where the kind of the place does not tell
     "model.padding": ["valid"],
     "model.dropout": [0.5],
     "training.optimizer.name": ["sgd", "adam", "rmsprop"],
+    "training.optimizer.options": [{"betas": [0.5, 0.6]}],
+    "training.schedule.period_growth": [2.0],
 }
 
 
@@ -148,7 +155,8 @@ def value_of(setup: Setup, path: str) -> Any:
 def cases() -> Iterator[Any]:
     training = list(leaves(TrainingSpec, "training."))
     for kind, part in KINDS.items():
-        for path, field in [*leaves(part, "model."), *(training if kind == "mlp" else [])]:
+        learns = [(path, field) for path, field in training if LEARNS_WITH.get(path, "mlp") == kind]
+        for path, field in [*leaves(part, "model."), *learns]:
             if path not in ELSEWHERE:
                 yield pytest.param(kind, path, field, id=f"{kind} {path}")
 

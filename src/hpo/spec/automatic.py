@@ -1,7 +1,7 @@
 """What `sampler: auto` and `pruner: auto` stand for in a study, and why.
 
 The study file alone decides, and neither the number of trials nor that of workers does: a study that is resumed with
-more of them goes on as it began. docs/search.md has the measurements behind the rules.
+more of them goes on as it began. docs/samplers.md has the measurements behind the rules.
 """
 
 from __future__ import annotations

@@ -254,6 +254,7 @@ _SAME_IMAGES = (
 NOT_SEARCHED: Mapping[str, str] = {
     "data": _SAME_IMAGES + ", and for several data sets one study each",
     "split": _SAME_IMAGES,
+    "training.teacher": "is one model for all trials. Fix it; to compare two teachers, run two studies",
     "training.scores": "decides what else is measured of a training and changes nothing that comes out of it. Fix it",
     "training.checkpoint": "decides how often a training is saved and changes nothing that comes out of it. Fix it",
 }
@@ -317,6 +318,8 @@ _EFFECTS: Mapping[str, tuple[Effect, ...]] = {
         *_other_than("training.schedule.restarts", 0),
     ),
     "training.augment.alternate_flips": _other_than("training.augment.flip_horizontal", False),
+    "training.teacher_weight": _other_than("training.teacher", None),
+    "training.teacher_temperature": _other_than("training.teacher", None),
     "training.focal_gamma": _one_of("training.loss", "focal"),
     "training.augment.fill": (Effect(_MOVES, bool, "Set one of them above 0"),),
     "training.augment.magnitude": _other_than("training.augment.randaugment", 0),
