@@ -146,7 +146,9 @@ def test_a_failed_candidate_reports_why_and_its_worker_trains_the_next(tested, c
 
 def test_slots_train_at_the_same_time_and_messages_name_theirs(tested, card, tmp_path):
     for slot in range(tested.engine.slots):
-        tested.submit(slot, _task(card, tmp_path, slot, wait=True))
+        tested.ready(slot)  # all of them before any trains and has something to say
+    for slot in range(tested.engine.slots):
+        tested.engine.submit(slot, _task(card, tmp_path, slot, wait=True))
     seen: dict[int, list[int]] = {slot: [] for slot in range(tested.engine.slots)}
     deadline = time.monotonic() + 120
     while not all(seen.values()) and time.monotonic() < deadline:
