@@ -69,6 +69,13 @@ class TrialEnded:
 
 
 @dataclass(frozen=True)
+class TrialPaused:
+    """The pruner has ended a trial that may go on later: a TrialStarted follows then, or its TrialEnded at the end."""
+
+    result: TrialResult
+
+
+@dataclass(frozen=True)
 class TrialsReaped:
     """Trials of another supervisor that died were stopped or finished; study holds them."""
 
@@ -135,5 +142,5 @@ class StudyEnded:
 
 
 # The events that a caller's watch function sees. Subscribers inside the run see RunEvent.
-Event = Notice | StudyOpened | TrialStarted | EpochEnded | TrialEnded | StudyProfiled | StudyEnded
+Event = Notice | StudyOpened | TrialStarted | EpochEnded | TrialPaused | TrialEnded | StudyProfiled | StudyEnded
 RunEvent = Event | TrialsReaped | SearchEnded | WinnerChosen

@@ -19,10 +19,14 @@ AFTER_SEARCH = (FINAL, ENSEMBLE)
 
 
 class TrialState(StrEnum):
-    """The state of a trial. STOPPED is a trial that was interrupted: it does not count and is tried again."""
+    """The state of a trial. STOPPED is a trial that was interrupted: it does not count and is tried again.
+
+    PAUSED: the pruner ended it, and it may continue from its checkpoint before the search ends; then it is PRUNED.
+    """
 
     WAITING = "waiting"
     RUNNING = "running"
+    PAUSED = "paused"
     COMPLETE = "complete"
     PRUNED = "pruned"
     FAILED = "failed"
@@ -152,7 +156,8 @@ class TrialResult:
     (0.0: not known): what is written twice about it carries the same time, and is there once. profile is None where the
     run was not profiled. system holds system metrics over time, as columns: MLflow's names without its prefix system/,
     and `time`, when each value was taken, in seconds since 1970. members: of an ensemble, how often each of its
-    trials (STUDY~GENERATION#NUMBER) counts; {} of a training.
+    trials (STUDY~GENERATION#NUMBER) counts; {} of a training. pauses: how often it was paused; seconds and
+    epochs are of all its parts.
     """
 
     number: int
@@ -177,6 +182,7 @@ class TrialResult:
     profile: Profile | None = None
     system: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     members: Mapping[str, int] = field(default_factory=dict)
+    pauses: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types; from_json takes it back."""

@@ -72,6 +72,12 @@ class RecordedTracker:
     def log_epochs(self, number, epochs, *, ended):
         self.calls.append(("epochs", (number, len(epochs))))
 
+    def log_missing(self, result):
+        self.calls.append(("missing", (result.number, len(result.epochs))))
+
+    def pause_trial(self, result):
+        self.calls.append(("pause", (result.number, len(result.epochs))))
+
     def end_trial(self, result):
         self.calls.append(("end", (result.number, result.state)))
 

@@ -35,7 +35,7 @@ from hpo.cli.run_summary import (
     opening,
     profile_report,
 )
-from hpo.events import Event, Notice, StudyEnded, StudyOpened, StudyProfiled, TrialEnded, TrialStarted
+from hpo.events import Event, Notice, StudyEnded, StudyOpened, StudyProfiled, TrialEnded, TrialPaused, TrialStarted
 from hpo.records import FINAL, TrialResult, TrialState
 from hpo.report.text import duration
 
@@ -93,7 +93,7 @@ class JsonLines(Watcher):
         name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
         body = _fields(event)
         match event:
-            case TrialEnded(result):
+            case TrialEnded(result) | TrialPaused(result):
                 body["result"] = _fields(result, "epochs", "folder")
             case StudyOpened(study):
                 body = {**_fields(event, "trials_of_others"), "study": _fields(study, "trials")}

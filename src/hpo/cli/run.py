@@ -264,6 +264,9 @@ def status(
             trials = f", trial {', '.join(numbers)}" if numbers else ""
             output.print_message(f"{one.study.title}: {where}{since}{trials}")
     for one in found:
+        if paused := _counts(one)[TrialState.PAUSED]:
+            output.print_message(f"{one.study.title}: {counted(paused, 'trial')} paused, and may continue")
+    for one in found:
         if one.abandoned:
             trials = counted(len(one.abandoned), "trial")
             text = f"{trials} of a dead process: hpo run retries them, hpo doctor has details"

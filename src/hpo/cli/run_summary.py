@@ -14,9 +14,9 @@ from rich.text import Text
 from hpo.cli.commands import runnable
 from hpo.cli.options import home_flag
 from hpo.cli.output import show_parameters, show_score
-from hpo.events import EpochEnded, Event, StudyEnded, StudyOpened, StudyProfiled, TrialEnded, TrialStarted
+from hpo.events import EpochEnded, Event, StudyEnded, StudyOpened, StudyProfiled, TrialEnded, TrialPaused, TrialStarted
 from hpo.options import RunOptions
-from hpo.records import AFTER_SEARCH, FINAL, EndReason, TrialResult, TrialState
+from hpo.records import AFTER_SEARCH, FINAL, Candidate, EndReason, TrialResult, TrialState
 from hpo.report.summary import failure_lines
 from hpo.report.text import counted, duration, parameter_names, ranges_of
 
@@ -58,6 +58,7 @@ class Tally:
     opened: StudyOpened | None = None
     ended: StudyEnded | None = None
     running: dict[int, RunningTrial] = field(default_factory=dict)
+    paused: dict[int, RunningTrial] = field(default_factory=dict)
     states: dict[TrialState, int] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
     best: TrialResult | None = None
@@ -74,15 +75,15 @@ class Tally:
             case StudyOpened():
                 self._open(event)
             case TrialStarted(candidate, worker):
-                epochs = candidate.parameters.get("training.epochs") or self._setting("training", "epochs") or 0
-                self.running[candidate.number] = RunningTrial(
-                    candidate.number, worker, candidate.parameters, int(epochs), candidate.stage
-                )
+                self.paused.pop(candidate.number, None)
+                self.running[candidate.number] = self._trial(candidate, worker)
             case EpochEnded(number, epoch) if number in self.running:
                 trial = self.running[number]
                 trial.epoch, trial.fold = epoch.number, epoch.fold
                 trial.value = epoch.scores.get(self.objective)
                 trial.best = self.better(trial.best, trial.value)
+            case TrialPaused(result) if result.number in self.running:
+                self.paused[result.number] = self.running.pop(result.number)
             case TrialEnded(result, best):
                 self._end_trial(result, best=best)
             case StudyEnded():
@@ -90,11 +91,17 @@ class Tally:
             case _:
                 pass
 
+    def _trial(self, candidate: Candidate, worker: str) -> RunningTrial:
+        epochs = candidate.parameters.get("training.epochs") or self._setting("training", "epochs") or 0
+        return RunningTrial(candidate.number, worker, candidate.parameters, int(epochs), candidate.stage)
+
     def _open(self, event: StudyOpened) -> None:
         self.opened, self.started = event, self.clock()
         study = event.study
         searched = [trial.state for trial in study.trials if trial.candidate.stage not in AFTER_SEARCH]
         self.states = {state: searched.count(state) for state in TrialState if state.finished}
+        paused = [trial for trial in study.trials if trial.state is TrialState.PAUSED]
+        self.paused = {trial.number: self._trial(trial.candidate, "") for trial in paused}
         ranges = ranges_of(study)
         held = {path for trial in study.trials for path in trial.candidate.parameters}
         self.names = parameter_names(ranges or held, ranges)
@@ -102,7 +109,7 @@ class Tally:
             self.best, self.best_parameters = study.best.result, study.best.candidate.parameters
 
     def _end_trial(self, result: TrialResult, *, best: bool) -> None:
-        trial = self.running.pop(result.number, None)
+        trial = self.running.pop(result.number, None) or self.paused.pop(result.number, None)
         self.last_parameters, self.last_stage = (trial.parameters, trial.stage) if trial else ({}, None)
         if self.last_stage == FINAL:
             self.finals += result.state is TrialState.COMPLETE
@@ -149,8 +156,9 @@ class Tally:
         return (min if minimize else max)(values, default=None)
 
     def counts(self) -> str:
-        """15 complete, 4 pruned, 1 failed."""
-        return ", ".join(f"{count} {state}" for state, count in self.states.items() if count)
+        """15 complete, 4 pruned, 1 failed, 3 paused."""
+        states = {**self.states, TrialState.PAUSED: len(self.paused)}
+        return ", ".join(f"{count} {state}" for state, count in states.items() if count)
 
 
 def opening(event: StudyOpened) -> tuple[str, str]:

@@ -26,8 +26,8 @@ def largest_stack(spec: StudySpec, *, left: int, workers: int, by_default: bool)
     by_default: the user asked for no number of workers. One worker that was asked for trains one candidate at a time,
     so that its results do not depend on a measurement.
     """
-    if workers == 1 and not by_default:
-        return 1
+    if (workers == 1 and not by_default) or spec.search.thaw is not None:
+        return 1  # trials that may be paused train alone
     from hpo.search.samplers import sampler_entry
 
     samplers = [spec.search.sampler, *(stage.sampler for stage in spec.search.stages if stage.sampler)]

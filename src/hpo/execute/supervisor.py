@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Protocol
 
 from hpo.errors import NO_SPACE, HpoError, SpecError, StoreError
-from hpo.events import EpochEnded, Notice, TrialEnded, TrialsReaped, TrialStarted
+from hpo.events import EpochEnded, Notice, TrialEnded, TrialPaused, TrialsReaped, TrialStarted
 from hpo.execute.engines.base import Engine, Message, WorkerLost
 from hpo.execute.finals import final_setup, finalists
+from hpo.execute.pauses import Pauses
 from hpo.execute.process import RunEnd
 from hpo.execute.subscribers import Events
 from hpo.execute.workdir import checkpoint_file
@@ -23,6 +24,7 @@ from hpo.records import (
     Candidate,
     DataCard,
     EndReason,
+    Epoch,
     FailureKind,
     StudyResult,
     TrialResult,
@@ -72,7 +74,7 @@ class Progress:
         # A trial that is pruned because memory was short is no success.
         self._failed += result.state is TrialState.FAILED or (result.state.finished and result.failure is not None)
         # Nor is one that was not trained: too large, or of values that do not fit together.
-        pruned = result.state is TrialState.PRUNED and result.failure is None and result.feasible
+        pruned = result.state in (TrialState.PRUNED, TrialState.PAUSED) and result.failure is None and result.feasible
         self._succeeded |= result.state is TrialState.COMPLETE or pruned
         if key := result.settings.get("precision_key"):
             self.precisions.setdefault(key, result.settings["precision"])
@@ -107,6 +109,12 @@ class _RunningTrial:
     started: float
     found_by_search: float | None = None  # see _found_by_search
     epochs: list[EpochEnded] = field(default_factory=list)
+    before: TrialResult | None = None  # when it was paused
+
+    def has_told(self, epoch: Epoch) -> bool:
+        """Whether an epoch was known when the trial was paused: it comes from the checkpoint."""
+        told = self.before.epochs[-1:] if self.before else ()
+        return any((epoch.fold, epoch.number) <= (last.fold, last.number) for last in told)
 
 
 class Supervisor:
@@ -141,6 +149,7 @@ class Supervisor:
         self._profile = profile
         self._ranks = ranks
         self._prunes = prunes(spec)
+        self._pauses = Pauses(spec, study, work)
         self._running: dict[int, _RunningTrial] = {}  # by slot
         self._progress = Progress(spec, study.result())
         self._may_reach = True  # whether search.until ends what runs now: not the final trainings
@@ -161,7 +170,11 @@ class Supervisor:
             raise
 
     def _search(self) -> EndReason:
-        reason = self._run_phase(partial(self._study.ask, budget=self._budget))
+        ask = partial(self._study.ask, budget=self._budget, resumable=self._pauses.has_checkpoint)
+        reason = self._run_phase(ask)
+        if reason.completed:
+            for result in self._study.end_paused():
+                self._emit_ended(result, final=False)
         chosen = finalists(self._spec, self._study.result()) if reason.completed else []
         self._may_reach = False
         if not chosen:
@@ -257,13 +270,20 @@ class Supervisor:
             latency=needs_latency(self._spec),
             wait=self._prunes and not final,
             checkpoint=str(checkpoint_file(self._work, candidate)),
+            pausable=self._pauses.allowed and self._prunes and not final,
             profile=self._profile,
             # It may have killed the process that it shared with others.
             exclusive=candidate.deaths > 0,
             ranks=self._ranks,
         )
         self._engine.submit(slot, task)
-        self._running[slot] = _RunningTrial(candidate, setup, time.monotonic(), self._found_by_search(candidate))
+        self._running[slot] = _RunningTrial(
+            candidate,
+            setup,
+            time.monotonic(),
+            self._found_by_search(candidate),
+            before=self._study.before_pause(candidate.number),
+        )
         self._events.emit(TrialStarted(candidate, worker, setup, time.time()))
 
     def _setup(self, candidate: Candidate) -> Setup:
@@ -292,6 +312,9 @@ class Supervisor:
             # A training that begins again with smaller pieces reports its epochs again.
             trial.epochs = [other for other in trial.epochs if (other.epoch.fold, other.epoch.number) < position]
             trial.epochs.append(message)
+            if self._prunes and trial.has_told(message.epoch):
+                self._engine.verdict(slot, go_on=True)
+                return
             prune = trial.candidate.stage != FINAL and self._report(trial, message)
             if self._prunes and trial.candidate.stage != FINAL:
                 self._engine.verdict(slot, go_on=not prune)
@@ -325,13 +348,23 @@ class Supervisor:
         with self._end.shielded():
             result = self._study.tell(self._stamped(result, trial), died=died)
             del self._running[slot]
-        self._emit_ended(result, final=trial.candidate.stage == FINAL)
+        if result.state is not TrialState.PAUSED:
+            self._emit_ended(result, final=trial.candidate.stage == FINAL)
+            return
+        self._progress.add(result, final=False)
+        self._events.emit(TrialPaused(result))
+        for ended in self._study.end_paused(numbers) if (numbers := self._pauses.too_many()) else ():
+            self._emit_ended(ended, final=False)
 
     def _emit_ended(self, result: TrialResult, *, final: bool) -> None:
         self._events.emit(TrialEnded(result, best=self._progress.add(result, final=final)))
 
     def _stamped(self, result: TrialResult, trial: _RunningTrial) -> TrialResult:
-        """The result with the time of its end, and with the search's value where a final training has none."""
+        """The result with the time of its end, and with the search's value where a final training has none.
+
+        A pruned trial that may continue becomes a paused one, and one that was paused has the seconds of all its parts.
+        """
+        result = self._pauses.settled(result, trial.candidate, trial.before)
         missing = result.value is None and self._spec.search.objective not in result.scores
         value = trial.found_by_search if missing else result.value
         return replace(result, value=value, ended=time.time())

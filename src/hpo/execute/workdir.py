@@ -41,7 +41,8 @@ def _drop(work: Path, checkpoint: Path) -> None:
 
 def wanted(study: StudyResult) -> set[int]:
     """The trials whose folder is still needed: those in progress, and those whose model is still to be made."""
-    in_progress = {t.number for t in study.trials if t.state in (TrialState.WAITING, TrialState.RUNNING)}
+    open_states = (TrialState.WAITING, TrialState.RUNNING, TrialState.PAUSED)
+    in_progress = {trial.number for trial in study.trials if trial.state in open_states}
     return in_progress | {trial.number for trial in [*study.ranked(), *study.after_search()]}
 
 
@@ -68,7 +69,7 @@ def sweep(work: Path, study: Study) -> None:
 
 
 class WorkdirCleanup(Subscriber):
-    """Removes checkpoints as trials finish, and at the end of the run whatever else is not needed."""
+    """Removes checkpoints as trials finish, not as they are paused; at the end of the run, whatever is not needed."""
 
     def __init__(self, work: Path, study: Study) -> None:
         self._work = work
@@ -80,13 +81,16 @@ class WorkdirCleanup(Subscriber):
         match event:
             case StudyOpened(study):
                 drop_finished(self._work, study)
+                paused = [trial for trial in study.trials if trial.state is TrialState.PAUSED]
+                self._running |= {trial.number: trial.candidate for trial in paused}
             case TrialStarted(candidate):
                 self._running[candidate.number] = candidate
             case TrialEnded(result):
-                candidate = self._running.pop(result.number)
-                if result.state.finished:
-                    _drop(self._work, checkpoint_file(self._work, candidate))
-            case StudyEnded():
+                ended = self._running.pop(result.number, None)
+                if result.state.finished and ended is not None:  # else another run has paused it
+                    _drop(self._work, checkpoint_file(self._work, ended))
+            case StudyEnded(study):
+                drop_finished(self._work, study)
                 remove(self._work, pictures_folder(self._work, self._study), ignore_errors=True)
                 sweep(self._work, self._study)
             case _:

@@ -15,6 +15,7 @@ from hpo.home import Home
 from hpo.jobs.shared.archive import Archive, damaged, reading, writing
 from hpo.locks import locked
 from hpo.records import StudyResult, TrialState
+from hpo.report.text import counted
 from hpo.tracking.ledger import parse_opening
 from hpo.tracking.store import check_reachable
 
@@ -134,6 +135,11 @@ def export_study(study: str, *, home: str | Path | None = None, file: str | Path
     if found.count(TrialState.RUNNING):
         reap(place, found.title)
         storage.refuse_running(place, found.title)
+    if paused := found.count(TrialState.PAUSED):
+        raise StoreError(
+            f"{found.title}: {counted(paused, 'trial')} paused, and checkpoints do not move.",
+            f"Finish the search first: hpo run {found.name}",
+        )
     stored = storage.export_study(place, found.exact)
     try:
         record = storage.check(stored)

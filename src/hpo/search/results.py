@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,10 +17,22 @@ from hpo.search.stages import stage_names
 from hpo.spec.study import StudySpec
 from hpo.storage.optuna_private import CONSTRAINT, FIXED, RUNG, trial_id_of
 from hpo.storage.optuna_storage import Storage
-from hpo.storage.trial_attrs import RESULT, START, TrialAttrs, attrs_of, key_of, plain_attrs, stage_of, state_of
+from hpo.storage.trial_attrs import (
+    PAUSE,
+    RESULT,
+    START,
+    TrialAttrs,
+    attrs_of,
+    key_of,
+    plain_attrs,
+    result_of,
+    stage_of,
+    state_of,
+)
 
 _MOST_DEATHS = 3
 _UNBOUNDED = 1e6  # Optuna wants finite violations
+_JUDGED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.PAUSED)  # they have scores
 _OPTUNA_STATES = {
     TrialState.COMPLETE: optuna.trial.TrialState.COMPLETE,
     TrialState.PRUNED: optuna.trial.TrialState.PRUNED,
@@ -41,7 +54,7 @@ class Finisher:
         """Record the result, enqueue a retry if the trial was interrupted, and end the trial.
 
         In this order: after a kill between two of these steps, reap can do the rest. died: its process died, which a
-        candidate may three times. Returns the result as it was recorded.
+        candidate may three times. A trial that is paused does not end. Returns the result as it was recorded.
         """
         deaths = attrs_of(trial).deaths + died
         result = final_result(self._spec, result, final=stage_of(trial) in AFTER_SEARCH, deaths=deaths)
@@ -51,16 +64,24 @@ class Finisher:
         database.set_trial_user_attr(trial_id, RESULT, result.to_json())
         if result.state is TrialState.STOPPED and trial.number not in self._storage.index(self._id).retried:
             self.retry(trial, deaths=deaths)
-        if result.state in (TrialState.COMPLETE, TrialState.PRUNED) and stage_of(trial) not in AFTER_SEARCH:
+        if result.state in _JUDGED and stage_of(trial) not in AFTER_SEARCH:
             for text, amount in violations(self._spec, result.scores).items():
                 # As trial.set_constraint of Optuna does; there is no Optuna trial where its process died.
                 database.set_trial_system_attr(trial_id, f"{CONSTRAINT}{text}", min(amount, _UNBOUNDED))
+        if result.state is TrialState.PAUSED:
+            database.set_trial_user_attr(trial_id, PAUSE, result.pauses)
+            return result
         values = _objective_values(self._spec, result) if result.state is TrialState.COMPLETE else None
         if values and stage_of(trial) in AFTER_SEARCH:
             # Optuna takes no NaN, and these values are compared nowhere in it.
             values = [value if _is_finite(value) else 0.0 for value in values]
         self._storage.end_trial(trial, _OPTUNA_STATES[result.state], values)
         return result
+
+    def end_paused(self, trial: FrozenTrial) -> TrialResult:
+        """End a paused trial as pruned, with the result that it had when it was paused."""
+        result = result_of(trial) or TrialResult(trial.number, TrialState.PRUNED)
+        return self.finish(trial, replace(result, state=TrialState.PRUNED, ended=time.time()))
 
     def retry(self, trial: FrozenTrial, *, deaths: int) -> None:
         """Enqueue the candidate of a trial again; deaths is the number of its attempts that have died so far."""
@@ -120,7 +141,7 @@ def final_result(spec: StudySpec, result: TrialResult, *, final: bool = False, d
     without a finite value for each objective fails, and so does one that was stopped when its process had died three
     times. final: it is a final training, which may have no validation scores besides its given value.
     """
-    if result.state in (TrialState.COMPLETE, TrialState.PRUNED) and not result.values:
+    if result.state in _JUDGED and not result.values:
         value = result.scores.get(aims(spec)[0][0]) if result.value is None else result.value
         result = judge(spec, replace(result, value=value))
     if result.state is TrialState.COMPLETE:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -16,10 +16,9 @@ from optuna.trial import FrozenTrial, Trial
 from hpo.errors import StoreError
 from hpo.home import Home
 from hpo.records import FINAL, Candidate, FailureKind, StudyResult, TrialResult, TrialState
-from hpo.search.pruners import build_pruner
-from hpo.search.results import Finisher, template
-from hpo.search.samplers import StageProgress, StageSampler, Step
-from hpo.search.stages import Stage, encode, suggest, total_trials
+from hpo.search.results import Finisher
+from hpo.search.stages import total_trials
+from hpo.search.starter import Starter
 from hpo.spec.automatic import prunes
 from hpo.spec.study import StudySpec
 from hpo.storage import outbox
@@ -28,7 +27,6 @@ from hpo.storage.optuna_private import trial_id_of
 from hpo.storage.optuna_storage import Storage
 from hpo.storage.reader import to_result
 from hpo.storage.retry import store_errors
-from hpo.storage.stage_view import StageView
 from hpo.storage.trial_attrs import CLAIM, START, STOP, STUDY, TrialAttrs, attrs_of, key_of, result_of, state_of
 from hpo.storage.trial_index import TrialIndex
 
@@ -49,9 +47,8 @@ def _guarded(method: Method) -> Method:
 class Study:
     """The handle of one supervisor on one study, from open_study. All methods raise StoreError where the storage fails.
 
-    title is the study's name in storage and tracking; notes are remarks on its start. exhausted: the last ask found no
-    further candidate in the space. blocked: the last ask or ask_final had no candidate, but there may be one once
-    running trials, perhaps of another supervisor, have ended. shared: the storage is on a server.
+    title is the study's name in storage and tracking; notes are remarks on its start. shared: the storage is on a
+    server.
     """
 
     def __init__(
@@ -59,22 +56,20 @@ class Study:
     ) -> None:
         self.title = title
         self.notes = list(notes)
-        self.exhausted = False
-        self.blocked = False
         self._home = home
         self._spec = spec
         self._storage = storage
         self._lease = lease
         self._id: int = storage.database.get_study_id_from_name(title)
-        self._pruner = build_pruner(spec)
         self._prunes = prunes(spec)
-        self._progress = StageProgress(spec, storage, self._id)
         self._running: dict[int, Trial] = {}
+        storage.pauses = spec.search.thaw is not None
         self._reused: list[tuple[Candidate, TrialResult]] = []
         self._stop = self._last_stop()
         self.shared = storage.shared
         # On other machines trials end with their machine: a supervisor must remain to try them again.
-        self._waits = self.shared or spec.final is not None
+        waits = self.shared or spec.final is not None
+        self._starter = Starter(spec, storage, self._id, title=title, lease=lease.name, waits=waits)
         self._liveness = Liveness(
             storage, self._id, lease, lambda: [trial_id_of(trial) for trial in list(self._running.values())]
         )
@@ -116,15 +111,18 @@ class Study:
         return numbers, pending.keys() & {*numbers, *ended}
 
     @_guarded
-    def ask(self, *, budget: int, worker: str) -> Candidate | None:
+    def ask(
+        self, *, budget: int, worker: str, resumable: Callable[[Candidate], bool] = lambda _: False
+    ) -> Candidate | None:
         """The next candidate of the search, for a worker; None where there is none now.
 
-        budget is the study's total number of trials: finished, running and waiting ones count; interrupted and retried
-        ones and final trainings do not. Interrupted candidates come first. Candidates that reuse an earlier result are
-        finished here: see take_reused. Raises SpecError where a stage has no trial to start from.
+        budget is the study's total number of trials: finished, running, waiting and paused ones count; interrupted and
+        retried ones and final trainings do not. Interrupted candidates come first, then, with search.thaw, the paused
+        ones that are promoted, if they are resumable: the caller has their checkpoint. Candidates that reuse an earlier
+        result are finished here: see take_reused. Raises SpecError where a stage has no trial to start from.
         """
         while True:
-            candidate = self._hand_out(partial(self._next, budget, worker))
+            candidate = self._hand_out(partial(self._starter.next, budget, worker, resumable))
             earlier = self._earlier(candidate) if candidate else None
             if candidate is None or earlier is None:
                 return candidate
@@ -147,6 +145,29 @@ class Study:
         reused, self._reused = self._reused, []
         return reused
 
+    def before_pause(self, number: int) -> TrialResult | None:
+        """The result that a running trial had when it was paused; None where it was not."""
+        return self._starter.continued.get(number)
+
+    @_guarded
+    def worst_paused(self) -> list[Candidate]:
+        """The paused trials, those that are least likely to be promoted first."""
+        index = self._index()
+        return [attrs_of(trial).candidate(trial.number) for trial in self._starter.paused.worst_first(index)]
+
+    @_guarded
+    def end_paused(self, numbers: Collection[int] | None = None) -> list[TrialResult]:
+        """End these paused trials as pruned; without numbers, all of them, unless a trial of the search still runs."""
+
+        def end() -> list[TrialResult]:
+            index = self._index()
+            if numbers is None and self._starter.progress.count(index).running:
+                return []
+            chosen = [trial for number, trial in sorted(index.paused.items()) if numbers is None or number in numbers]
+            return [self._finisher.end_paused(trial) for trial in chosen]
+
+        return self._storage.transact(end, lock=self._lock) if self._index().paused else []
+
     @_guarded
     def enqueue_finals(self, candidates: Sequence[tuple[Mapping[str, Any], int]]) -> None:
         """Enqueue final trainings with these (parameters, seed), except those that were enqueued before."""
@@ -155,7 +176,7 @@ class Study:
     @_guarded
     def ask_final(self, *, worker: str) -> Candidate | None:
         """The next final training, interrupted ones included; None where none waits."""
-        return self._hand_out(partial(self._next_final, worker))
+        return self._hand_out(partial(self._starter.next_final, worker))
 
     def _hand_out(self, step: Callable[[], tuple[Trial, TrialAttrs] | None]) -> Candidate | None:
         # Noted after the transaction: a server that undoes it has the whole step called again.
@@ -164,18 +185,10 @@ class Study:
             return None
         trial, attrs = handed
         # Samplers saw a sample of a long stage; pruners see all of it.
-        view = self._view(attrs.stage, sampled=False)
-        trial.storage, trial.study = view, view.study(sampler=trial.study.sampler, pruner=self._pruner)
+        view = self._starter.view(attrs.stage, sampled=False)
+        trial.storage, trial.study = view, view.study(sampler=trial.study.sampler, pruner=self._starter.pruner)
         self._running[trial.number] = trial
         return attrs.candidate(trial.number)
-
-    def _next_final(self, worker: str) -> tuple[Trial, TrialAttrs] | None:
-        counts = self._index().count([FINAL])
-        self.blocked = not counts.waiting and counts.running > 0
-        if not counts.waiting:
-            return None
-        trial = self._pop(FINAL, optuna.samplers.RandomSampler(seed=0))
-        return self._sign(trial, TrialAttrs(**trial.user_attrs[START]), worker)
 
     @_guarded
     def add(self, stage: str, result: TrialResult) -> TrialResult:
@@ -238,6 +251,7 @@ class Study:
         except optuna.exceptions.UpdateFinishedTrialError:
             result = result_of(database.get_trial(trial_id)) or result
         del self._running[result.number]
+        self._starter.continued.pop(result.number, None)
         return result
 
     @_guarded
@@ -248,6 +262,19 @@ class Study:
         ended trials for ten minutes.
         """
         return self._liveness.trials_of_others(self._trials())
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the last ask found no further candidate in the space."""
+        return self._starter.exhausted
+
+    @property
+    def blocked(self) -> bool:
+        """Whether the last ask or ask_final had no candidate, but there may be one once running trials have ended.
+
+        These may be trials of another supervisor.
+        """
+        return self._starter.blocked
 
     @property
     def spec(self) -> StudySpec:
@@ -267,7 +294,7 @@ class Study:
     @_guarded
     def counted(self) -> int:
         """The number of trials that count against the budget: finished, running and waiting ones of the search."""
-        return self._progress.count(self._index()).total
+        return self._starter.progress.count(self._index()).total
 
     @property
     @_guarded
@@ -325,70 +352,13 @@ class Study:
     def _index(self) -> TrialIndex:
         return self._storage.index(self._id)
 
-    def _view(self, stage: str | None, *, sampled: bool) -> StageView:
-        return StageView(self._storage, self.title, self._id, stage, sampled=sampled)
-
     def _abandoned(self) -> list[FrozenTrial]:
         """The running trials of supervisors that are dead."""
         return self._liveness.abandoned(self._index().open.values(), mine=self._running)
 
-    def _next(self, budget: int, worker: str) -> tuple[Trial, TrialAttrs] | None:
-        index = self._index()
-        counts = self._progress.count(index)
-        self.exhausted = self.blocked = False
-        if counts.running + counts.ended >= budget:
-            # Final trainings follow once the last result is in.
-            self.blocked = self._waits and counts.running > 0
-            return None
-        step = self._progress.current(index)
-        if step is None:
-            self.exhausted = True
-            return None
-        stage, sampler = step.stage, step.sampler
-        own = index.count([stage.name])
-        if not own.waiting and step.is_full(own):
-            self.exhausted = step.last
-            self.blocked = not step.last or self._waits or sampler.undrawn > 0
-            return None
-        trial = self._pop(stage.name, sampler) if own.waiting else self._begin(step, index)
-        stored = trial.user_attrs.get(START)
-        attrs = TrialAttrs(**stored) if stored else TrialAttrs(ordinal=index.first_tries(before=trial.number))
-        parameters = stage.parameters(self._suggest(trial, stage, sampler))
-        seed = parameters.get("training.seed", self._spec.training.seed)
-        seed = self._spec.seed_of(attrs.ordinal) if seed is None else seed
-        return self._sign(trial, replace(attrs, parameters=parameters, seed=seed), worker)
-
-    def _begin(self, step: Step, index: TrialIndex) -> Trial:
-        """Start a new candidate of the stage; the first ones have the values of Stage.first."""
-        stage, position = step.stage, index.first_tries([step.stage.name])
-        attrs = TrialAttrs(ordinal=index.first_tries(), stage=stage.name, lease=self._lease.name)
-        values = stage.first[position] if position < len(stage.first) else {}
-        if not step.sampler.accepts(values):
-            values = {}
-        fixed = {stage.label(path): encode(stage.space[path], value) for path, value in values.items()}
-        view = self._view(stage.name, sampled=True)
-        study = view.study(sampler=step.sampler, pruner=self._pruner)
-        return view.begin_trial(study, template(optuna.trial.TrialState.RUNNING, attrs, fixed))
-
-    def _pop(self, stage: str | None, sampler: Any) -> Trial:
-        """Start the stage's first waiting trial; there must be one."""
-        return self._view(stage, sampled=True).study(sampler=sampler, pruner=self._pruner).ask()
-
-    def _suggest(self, trial: Trial, stage: Stage, sampler: StageSampler) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        while parameters := sampler.active(values):
-            path, parameter = parameters[0]
-            values[path] = suggest(trial, stage.label(path), parameter)
-        return values
-
-    def _sign(self, trial: Trial, attrs: TrialAttrs, worker: str) -> tuple[Trial, TrialAttrs]:
-        attrs = replace(attrs, worker=worker, lease=self._lease.name)
-        trial.set_user_attr(START, attrs.to_json())
-        return trial, attrs
-
     def _earlier(self, candidate: Candidate) -> TrialResult | None:
         """The result of an earlier trial that the candidate reuses, if the spec says so."""
-        if self._spec.search.duplicates != "reuse":
+        if self._spec.search.duplicates != "reuse" or candidate.number in self._starter.continued:
             return None
         same = self._index().ended(candidate.stage).with_key(key_of(candidate.parameters))
         complete = [trial for trial in same if state_of(trial) is TrialState.COMPLETE]

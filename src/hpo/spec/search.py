@@ -26,6 +26,10 @@ def _by_score(value: Any) -> Any:
     return {"score": value} if isinstance(value, str) else value
 
 
+def _thawed(value: Any) -> Any:
+    return ({} if value else None) if isinstance(value, bool) else value
+
+
 def _check_options(name: str, options: Mapping[str, Any]) -> None:
     if options and ":" not in name:
         raise ValueError(f"options are for package.module:function, and {name} is none. Leave them out")
@@ -74,6 +78,17 @@ class PrunerSpec(Part):
     def _options_fit(self) -> PrunerSpec:
         _check_options(self.name, self.options)
         return self
+
+
+class ThawSpec(Part):
+    """Trials that successive halving ends keep their state, and may continue. `thaw: true` is short for the defaults.
+
+    As in ASHA (Li et al. 2020), a free worker continues a paused trial that is now in the best 1 / reduction_factor of
+    its rung, before it begins a new one.
+    """
+
+    disk_gb: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 10.0
+    """The checkpoints of all paused trials, in billions of bytes, at most. Beyond that the worst of them stay ended."""
 
 
 class StageSpec(Part):
@@ -163,6 +178,9 @@ class SearchSpec(Part):
     pruner: Annotated[PrunerSpec, BeforeValidator(_by_name, json_schema_input_type=PrunerName | PrunerSpec)] = (
         PrunerSpec()
     )
+    thaw: Annotated[ThawSpec | None, BeforeValidator(_thawed, json_schema_input_type=bool | ThawSpec | None)] = None
+    """true: pruned trials are paused, and continue where they stopped if others turn out worse. null or false: a pruned
+    trial has ended."""
     space: Space = Space()
     """Dotted paths into this file, and how each may vary."""
     stages: list[StageSpec] = Field(default_factory=list)
@@ -183,6 +201,11 @@ class SearchSpec(Part):
         if self.objectives and self.pruner.name not in UNPRUNED:
             raise ValueError(
                 "Optuna prunes searches with one objective only. Write pruner: none, or leave objectives out"
+            )
+        if self.thaw and self.pruner.name not in ("auto", "successive_halving"):
+            raise ValueError(
+                f"thaw continues trials by the rungs of successive halving, and the pruner is {self.pruner.name}. "
+                "Write pruner: successive_halving, or leave thaw out"
             )
         if self.objectives and self.stages:
             raise ValueError("a stage carries its best on, and several objectives have no best. Leave one of them out")

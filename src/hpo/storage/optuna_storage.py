@@ -31,7 +31,7 @@ from hpo.storage import liveness
 from hpo.storage.optuna_private import create_trial, read_trials, set_param, trial_id_of
 from hpo.storage.reader import no_study, to_result
 from hpo.storage.retry import Retrying, shown_url, store_errors
-from hpo.storage.trial_attrs import STUDY, attrs_of, to_trial
+from hpo.storage.trial_attrs import PAUSE, STUDY, attrs_of, pauses_of, to_trial
 from hpo.storage.trial_index import TrialIndex
 
 T = TypeVar("T")
@@ -44,13 +44,14 @@ class Storage:
 
     database is Optuna's RDBStorage, whose methods are retried. shared: it is on a server, with supervisors on other
     machines. rollbacks counts the transactions that the server has undone: conclusions from what was read in one may be
-    false.
+    false. pauses: trials of the studies may be paused and continue.
     """
 
     def __init__(self, home: Home, database: Any) -> None:
         self.database = database
         self.shared = home.shared
         self.rollbacks = 0
+        self.pauses = False
         self._home = home
         self._asking = False
         self._directions: dict[int, list[StudyDirection]] = {}
@@ -65,9 +66,8 @@ class Storage:
         index = self._indexes[study_id]
         trials = self._changed(study_id, index)
         index.update(trials)
-        index.read_up_to = max(
-            [index.read_up_to, *(trial_id_of(trial) for trial in trials if trial.state.is_finished())]
-        )
+        settled = [trial_id_of(trial) for trial in trials if trial.state.is_finished() or pauses_of(trial)]
+        index.read_up_to = max([index.read_up_to, *settled])
         return index
 
     def every_trial(self, study_id: int) -> list[FrozenTrial]:
@@ -89,8 +89,9 @@ class Storage:
         meanwhile is for pruners, which are not called while a candidate is asked for.
         """
         unfinished = {trial_id_of(trial): trial for trial in index.open.values()}
+        turned = self._turned(study_id, index, unfinished) if self.pauses and index.trials else set()
         if not self._asking or not index.trials:
-            return read_trials(self.database, study_id, ids=unfinished.keys(), after=index.read_up_to)
+            return read_trials(self.database, study_id, ids=unfinished.keys() | turned, after=index.read_up_to)
         states = self._states(study_id, unfinished, index.latest)
         # A trial of our own was last read before its parameters were drawn.
         changed = {
@@ -98,9 +99,25 @@ class Storage:
             for trial_id, trial in unfinished.items()
             if trial_id in states and (states[trial_id] != trial.state.name or attrs_of(trial).parameters is None)
         }
-        if not changed and states.keys() <= unfinished.keys():
+        if not changed | turned and states.keys() <= unfinished.keys():
             return []
-        return read_trials(self.database, study_id, ids=changed, after=index.latest)
+        return read_trials(self.database, study_id, ids=changed | turned, after=index.latest)
+
+    def _turned(self, study_id: int, index: TrialIndex, unfinished: Collection[int]) -> set[int]:
+        """Optuna's ids of the known trials that were paused, or went on or ended after a pause, since they were read.
+
+        Most trials of a study may be paused: they are not read again as long as nothing happens to them.
+        """
+        query = text(
+            "SELECT a.trial_id, a.value_json FROM trial_user_attributes a JOIN trials t ON t.trial_id = a.trial_id "
+            "WHERE t.study_id = :study AND t.state = 'RUNNING' AND a.key = :key"
+        )
+        values = {"study": study_id, "key": PAUSE}
+        rows = self.database.transact(lambda session: session.execute(query, values).all())
+        now = {row[0]: int(json.loads(row[1])) for row in rows}
+        known = {trial_id_of(trial): pauses_of(trial) for trial in index.paused.values()}
+        turned = {trial_id for trial_id, count in known.items() if now.get(trial_id) != count}
+        return turned | {trial_id for trial_id, count in now.items() if count and trial_id in unfinished}
 
     def _states(self, study_id: int, trial_ids: Collection[int], latest: int) -> dict[int, str]:
         """Optuna's id -> name of the state, of these trials and of all later ones."""

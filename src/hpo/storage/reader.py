@@ -16,7 +16,7 @@ from hpo.home import Home
 from hpo.locks import seen_held
 from hpo.records import AFTER_SEARCH, StudyResult, Trial, TrialResult, TrialState
 from hpo.storage.liveness import GRACE_SECONDS, HEARTBEATS, Holder, holders, host_of, is_near
-from hpo.storage.trial_attrs import CLAIM, RESULT, START, STOP, STUDY, TrialAttrs, make_trial, read_state
+from hpo.storage.trial_attrs import CLAIM, PAUSE, RESULT, START, STOP, STUDY, TrialAttrs, make_trial, read_state
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,10 @@ def list_trials(home: Home, name: str, *, whole: bool = False) -> StudyResult:
             raise no_study(name, sqlite_file(home.storage_url) or shown_address(home.storage_url), studies)
         study_id, record = studies[title]
         results = _attributes(reader, study_id, RESULT, without=() if whole else ("epochs", "predicted"))
-        starts = _attributes(reader, study_id, START)
+        starts, pauses = (_attributes(reader, study_id, key) for key in (START, PAUSE))
         rows = trial_rows(reader, study_id)
-        return to_result(record, [read_trial(row, starts.get(row[0]), results.get(row[0])) for row in rows])
+        trials = [read_trial(row, *(found.get(row[0]) for found in (starts, results, pauses))) for row in rows]
+        return to_result(record, trials)
 
 
 def no_study(name: str, storage: object, titles: Iterable[str]) -> StoreError:
@@ -128,9 +129,9 @@ def to_result(record: Mapping[str, Any], trials: Iterable[Trial]) -> StudyResult
 
 def _snapshot(home: Home, reader: Reader, study_id: int, record: Mapping[str, Any], *, results: bool) -> StudySnapshot:
     rows = trial_rows(reader, study_id)
-    starts = _attributes(reader, study_id, START)
+    starts, pauses = (_attributes(reader, study_id, key) for key in (START, PAUSE))
     outcomes = _attributes(reader, study_id, RESULT, every=results)
-    trials = [read_trial(row, starts.get(row[0]), outcomes.get(row[0])) for row in rows]
+    trials = [read_trial(row, *(found.get(row[0]) for found in (starts, outcomes, pauses))) for row in rows]
     study = to_result(record, trials)
     leases = {
         row[1]: starts[row[0]].get("lease", "")
@@ -164,17 +165,21 @@ def _attributes(
     )
     rows = reader.rows(query, study=study_id, key=key, every=int(every))
     records = ((trial_id, json.loads(record)) for trial_id, record in rows)
-    return {
-        trial_id: {part: value for part, value in record.items() if part not in without} for trial_id, record in records
-    }
+    return {trial_id: _less(record, without) for trial_id, record in records}
 
 
-def read_trial(row: Sequence[Any], start: Mapping[str, Any] | None, outcome: Mapping[str, Any] | None) -> Trial:
-    """A trial as the other rooms know it, from a row of trial_rows and its two stored records."""
+def _less(record: Any, without: Sequence[str]) -> Any:
+    return {part: value for part, value in record.items() if part not in without} if without and record else record
+
+
+def read_trial(
+    row: Sequence[Any], start: Mapping[str, Any] | None, outcome: Mapping[str, Any] | None, pauses: int | None
+) -> Trial:
+    """A trial as the other rooms know it, from a row of trial_rows, its two stored records, and its PAUSE."""
     _, number, state, begun, ended = row
     attrs = TrialAttrs(**{"ordinal": number, **(start or {})})
     result = TrialResult.from_json(outcome) if outcome is not None else None
-    return make_trial(attrs, number, read_state(state, outcome), result, _time(begun), _time(ended))
+    return make_trial(attrs, number, read_state(state, outcome, pauses), result, _time(begun), _time(ended))
 
 
 def _time(value: Any) -> datetime | None:
@@ -268,10 +273,14 @@ class StudyWatcher:
         key, number, state = row[:3]
         if self._states.get(number) == state or number in self._ended:
             return
-        query = "SELECT key, value_json FROM trial_user_attributes WHERE trial_id = :trial AND key IN (:start, :result)"
-        records = {name: json.loads(text) for name, text in reader.rows(query, trial=key, start=START, result=RESULT)}
+        query = (
+            "SELECT key, value_json FROM trial_user_attributes WHERE trial_id = :trial "
+            "AND key IN (:start, :result, :pause)"
+        )
+        found = reader.rows(query, trial=key, start=START, result=RESULT, pause=PAUSE)
+        records = {name: json.loads(text) for name, text in found}
         start = records.get(START) or {}
-        trial = read_trial(row, start, records.get(RESULT))
+        trial = read_trial(row, start, records.get(RESULT), records.get(PAUSE))
         if trial.state is TrialState.RUNNING and not start.get("worker"):
             return  # it is just being created
         self._states[number] = state
@@ -298,4 +307,4 @@ class StudyWatcher:
 
 
 def _has_ended(trial: Trial) -> bool:
-    return trial.state not in (TrialState.WAITING, TrialState.RUNNING)
+    return trial.state not in (TrialState.WAITING, TrialState.RUNNING, TrialState.PAUSED)

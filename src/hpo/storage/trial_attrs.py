@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 STUDY, STOP, CLAIM = "hpo.study", "hpo.stop", "hpo.claim"
 # Keys of a trial's attributes: TrialAttrs and TrialResult.
 START, RESULT = "hpo.start", "hpo.result"
+# How often a trial has been paused, while it is; 0 while it runs again. For Optuna it runs all the time.
+PAUSE = "hpo.pause"
 
 _STATES = {
     "WAITING": TrialState.WAITING,
@@ -85,6 +87,11 @@ def attrs_of(trial: FrozenTrial) -> TrialAttrs:
     return TrialAttrs(**stored) if stored else TrialAttrs(ordinal=trial.number, parameters=trial.params or None)
 
 
+def pauses_of(trial: FrozenTrial) -> int:
+    """How often a trial has been paused, if it is; else 0."""
+    return int(trial.user_attrs.get(PAUSE) or 0) if trial.state.name == "RUNNING" else 0
+
+
 def stage_of(trial: FrozenTrial) -> str | None:
     """The stage of a trial, without parsing its whole record."""
     stage: str | None = trial.user_attrs.get(START, {}).get("stage")
@@ -105,11 +112,13 @@ def result_of(trial: FrozenTrial) -> TrialResult | None:
 
 def state_of(trial: FrozenTrial) -> TrialState:
     """The state of a trial. Optuna has no state for interrupted trials: they failed there, our result differs."""
-    return read_state(trial.state.name, trial.user_attrs.get(RESULT))
+    return read_state(trial.state.name, trial.user_attrs.get(RESULT), trial.user_attrs.get(PAUSE))
 
 
-def read_state(name: str, result: Mapping[str, Any] | None) -> TrialState:
-    """The state of a trial from the name of Optuna's state and the stored result."""
+def read_state(name: str, result: Mapping[str, Any] | None, pauses: int | None) -> TrialState:
+    """The state of a trial from the name of Optuna's state, the stored result, and what is stored as PAUSE."""
+    if name == "RUNNING" and pauses:
+        return TrialState.PAUSED
     if name == "FAIL" and result and result.get("state") == TrialState.STOPPED:
         return TrialState.STOPPED
     return _STATES[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import copy
 import math
 from collections import defaultdict
 from collections.abc import Collection, Sequence
@@ -11,10 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 from optuna.trial import FrozenTrial
+from optuna.trial import TrialState as OptunaState
 
 from hpo.records import AFTER_SEARCH, TrialState
 from hpo.storage.optuna_private import domination_ranks, trial_id_of
-from hpo.storage.trial_attrs import attrs_of, key_of, retry_of, stage_of, state_of
+from hpo.storage.trial_attrs import attrs_of, key_of, pauses_of, retry_of, stage_of, state_of
 
 # Samplers see at most this many trials of a long study: the best and the latest of those that have ended, and a sample
 # of the others. TPE calls at most 25 trials good, which are the same with and without this; the sample tells it of the
@@ -39,7 +41,7 @@ class TrialCounts(NamedTuple):
 
 
 class EndedTrials:
-    """The ended trials of one stage; maximize has one entry for each objective.
+    """The ended trials of one stage, and the paused ones as if they were pruned; maximize has one entry an objective.
 
     visible are those that samplers and pruners may see, by number: all but the interrupted ones; numbers are theirs.
     first_tries are the numbers of the trials that are no retry, interrupted ones included.
@@ -69,6 +71,15 @@ class EndedTrials:
         feasible = all(amount <= 0 for amount in trial.constraints.values())
         if state is TrialState.COMPLETE and feasible:
             bisect.insort(self._costs, (self._signs[0] * trial.values[0], trial.number, trial))
+
+    def remove(self, trial: FrozenTrial) -> None:
+        """Remove a trial that was paused."""
+        self.first_tries = [number for number in self.first_tries if number != trial.number]
+        self.visible = [each for each in self.visible if each.number != trial.number]
+        self.numbers.discard(trial.number)
+        self._sampled_at = 0
+        for found in (self._without_key, *self._by_key.values()):
+            found[:] = [each for each in found if each.number != trial.number]
 
     def with_key(self, key: str) -> list[FrozenTrial]:
         """The trials with these parameters (see key_of), interrupted ones included."""
@@ -103,16 +114,27 @@ class EndedTrials:
         return [self._costs[row][2] for row in np.argsort(ranks, kind="stable")[:BEST]]
 
 
+def _as_pruned(trial: FrozenTrial) -> FrozenTrial:
+    """A paused trial as samplers and pruners see it."""
+    seen = copy.copy(trial)
+    seen.state = OptunaState.PRUNED
+    last = trial.intermediate_values[trial.last_step] if trial.last_step is not None else math.nan
+    seen.values = None if math.isnan(last) else [last]
+    return seen
+
+
 class TrialIndex:
     """All trials of one study, by number; a trial that has ended is never looked at twice.
 
-    open are the trials that have not ended; retried are the numbers of trials that another trial repeats. read_up_to is
-    the highest id of an ended trial up to which all trials were read; latest is the highest id of all.
+    open are the trials that have not ended, without the paused ones, which are in paused; retried are the numbers of
+    trials that another trial repeats. read_up_to is the highest id of an ended or paused trial up to which all trials
+    were read; latest is the highest id of all.
     """
 
     def __init__(self, maximize: Sequence[bool]) -> None:
         self.trials: dict[int, FrozenTrial] = {}
         self.open: dict[int, FrozenTrial] = {}
+        self.paused: dict[int, FrozenTrial] = {}
         self.retried: set[int] = set()
         self.read_up_to = self.latest = -1
         self._ended: set[int] = set()
@@ -125,7 +147,16 @@ class TrialIndex:
             self.latest = max(self.latest, trial_id_of(trial))
             if (original := retry_of(trial)) is not None:
                 self.retried.add(original)
-            if not trial.state.is_finished():
+            known = self.paused.get(trial.number)
+            if known is not None and pauses_of(known) == pauses_of(trial):
+                continue
+            if known is not None:
+                self._stages[stage_of(trial)].remove(self.paused.pop(trial.number))
+            if pauses_of(trial):
+                self.open.pop(trial.number, None)
+                self.paused[trial.number] = trial
+                self._stages[stage_of(trial)].add(_as_pruned(trial))
+            elif not trial.state.is_finished():
                 self.open[trial.number] = trial
             elif trial.number not in self._ended:
                 self.open.pop(trial.number, None)

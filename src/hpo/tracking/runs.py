@@ -50,6 +50,7 @@ STATUS: Mapping[TrialState, str] = {
     TrialState.FAILED: "FAILED",
     TrialState.STOPPED: "KILLED",
 }
+PAUSED = "SCHEDULED"  # the status of a trial's run that may go on
 _PACKAGES = ("mlflow", "numpy", "optuna", "scikit-learn", "timm", "torch", "torchvision")
 _ITEMS_PER_REQUEST = {"metrics": 900, "params": 100, "tags": 100}  # MLflow takes 1000 in all, 100 of the latter two
 

@@ -89,6 +89,21 @@ class Tracker:
             runs.log(self._client, self._run_id(number), metrics=epoch_metrics(epochs, ended or time.time()))
 
     @translate_errors
+    def log_missing(self, result: TrialResult) -> None:
+        """Add those epochs of a trial that its run has not."""
+        run = self._client.get_run(self._run_id(result.number))
+        metrics = self._unlogged(run, epoch_metrics(result.epochs, result.ended or time.time()))
+        runs.log(self._client, run.info.run_id, metrics=metrics)
+
+    @translate_errors
+    def pause_trial(self, result: TrialResult) -> None:
+        """Add the epochs of a trial that is paused; its run stays open."""
+        self.log_missing(result)
+        tags = {runs.STATE: result.state.value, "hpo.pauses": str(result.pauses)}
+        runs.log(self._client, self._run_id(result.number), tags=tags)
+        self._client.update_run(self._run_id(result.number), status=runs.PAUSED)
+
+    @translate_errors
     def end_trial(self, result: TrialResult) -> None:
         """Write how a trial ended and close its run: FINISHED (complete, pruned), FAILED or KILLED (stopped)."""
         ended = result.ended or time.time()
@@ -208,6 +223,8 @@ class Tracker:
         ended: dict[str, str] = {}
         for trial in study.trials:
             run = found.pop(trial.number, None)
+            if trial.state is TrialState.PAUSED and trial.number not in {*leave, *deleted}:
+                self._mend_paused(trial, spec, run)
             if trial.state not in runs.STATUS or trial.number in leave or (run is None and trial.number in deleted):
                 continue
             if run is not None:
@@ -306,16 +323,19 @@ class Tracker:
             raise StoreError(f"MLflow has no run of trial {number}.", "Run the study again: it mends its runs.")
         return self._runs[number]
 
-    def _find(self, number: int) -> bool:
+    def _find(self, number: int) -> Any | None:
         for run in runs.children(self._client, self._parent, f"tags.`{runs.TRIAL}` = '{number}'"):
             self._runs[number] = run.info.run_id
-            return True
-        return False
+            return run
+        return None
 
     def _start(self, candidate: Candidate, setup: Setup | None, *, worker: str, started: float) -> None:
         client, parent, number = self._client, self._parent, candidate.number
         # An earlier try may have made it before its answer was lost, or another supervisor that mended the study.
-        if not self._find(number):
+        if (found := self._find(number)) is not None and found.info.status == runs.PAUSED:
+            runs.log(client, found.info.run_id, tags={runs.STATE: TrialState.RUNNING.value, "hpo.worker": worker})
+            client.update_run(found.info.run_id, status="RUNNING")
+        elif found is None:
             run = client.create_run(
                 parent.info.experiment_id,
                 start_time=int(started * 1000),
@@ -348,16 +368,25 @@ class Tracker:
         started = trial.started or time.time()
         ended = result.ended or started + trial.run_seconds
         metrics = epoch_metrics(result.epochs, ended) + result_metrics(result, ended)
-        logged: set[tuple[str, int]] = set()
         if run is None:
             self._start(trial.candidate, _setup_of(trial, spec), worker=trial.worker, started=started)
         else:
             if not run.data.params or not run.inputs.dataset_inputs:  # killed between making it and describing it
                 self._describe(trial.candidate, _setup_of(trial, spec))
-            for name in {metric.key for metric in metrics}:
-                history = self._client.get_metric_history(run.info.run_id, name)
-                logged |= {(name, metric.step) for metric in history}
-        self._end(result, [metric for metric in metrics if (metric.key, metric.step) not in logged], ended=ended)
+            metrics = self._unlogged(run, metrics)
+        self._end(result, metrics, ended=ended)
+
+    def _mend_paused(self, trial: Trial, spec: StudySpec, run: Any | None) -> None:
+        if run is None:
+            self._start(trial.candidate, _setup_of(trial, spec), worker=trial.worker, started=trial.started)
+        if trial.result is not None and (run is None or run.status != runs.PAUSED):
+            self.pause_trial(trial.result)
+
+    def _unlogged(self, run: Any, metrics: Sequence[Any]) -> list[Any]:
+        """Those of the metrics that the run has not, at their step."""
+        histories = {name: self._client.get_metric_history(run.info.run_id, name) for name in {m.key for m in metrics}}
+        logged = {(name, point.step) for name, history in histories.items() for point in history}
+        return [metric for metric in metrics if (metric.key, metric.step) not in logged]
 
 
 def _setup_of(trial: Trial, spec: StudySpec) -> Setup | None:

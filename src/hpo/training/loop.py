@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Mapping
+from functools import partial
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,8 @@ _PIECES = 4
 
 # Receives an epoch and the state after it, which torch.load(weights_only=True) can read.
 Save = Callable[[Epoch, Mapping[str, Any]], None]
+# Receives, before each epoch is yielded, a function that returns that state, until the next epoch is asked for.
+Offer = Callable[[Callable[[], Mapping[str, Any]]], None]
 
 
 def requested_of(spec: TrainingSpec, data: TrialData) -> tuple[Metric, ...]:
@@ -82,6 +85,7 @@ def train(
     precision: str,
     resume: Mapping[str, Any] | None = None,
     save: Save | None = None,
+    offer: Offer | None = None,
     graph: Graph | None = None,
     ranks: Ranks = ALONE,
 ) -> Generator[Epoch, None, None]:
@@ -92,15 +96,16 @@ def train(
     generator is closed early. Raises NotFiniteError where a loss is not finite. The result depends on seed, device,
     thread count and precision only.
 
-    save is called before every spec.checkpoint-th epoch but the last is yielded. resume is a state that save received:
-    the training continues after that epoch, to the result of an uninterrupted one. graph computes the batches of its
-    shape; it was captured from this network on this data. ranks are the processes that train this network, which all
-    call this with the same arguments.
+    save is called before every spec.checkpoint-th epoch but the last is yielded, and offer before every epoch, for a
+    caller that decides afterwards whether it wants the state. resume is a state that one of them received: the training
+    continues after that epoch, to the result of an uninterrupted one. graph computes the batches of its shape; it was
+    captured from this network on this data. ranks are the processes that train this network, which all call this with
+    the same arguments.
     """
     forward = Forward(net, ranks, seed=seed)
     try:
         training = _Training(net, data, spec, forward, seed=seed, precision=precision, graph=graph)
-        yield from training.epochs(resume, save)
+        yield from training.epochs(resume, save, offer)
     finally:
         torch.set_flush_denormal(False)
 
@@ -144,7 +149,9 @@ class _Training:
         self._learning: dict[str, Any] = {"net": net, "optimizer": self._optimizer}
         self._learning |= {"averaged": self._averaged} if self._averaged else {}
 
-    def epochs(self, resume: Mapping[str, Any] | None, save: Save | None) -> Generator[Epoch, None, None]:
+    def epochs(
+        self, resume: Mapping[str, Any] | None, save: Save | None, offer: Offer | None
+    ) -> Generator[Epoch, None, None]:
         """Yield the epochs, from the first or from the one after resume; see train."""
         first = 1 if resume is None else self._restore(resume)
         self._step = self._subset.batches(first - 1)
@@ -163,17 +170,21 @@ class _Training:
             epoch = Epoch(number=number, scores=measured, learning_rate=rate, seconds=seconds, last=last)
             if save is not None and self._spec.checkpoint and number % self._spec.checkpoint == 0 and not last:
                 save(epoch, self._state(number))
+            if offer is not None:
+                # Copied now: while it waits, other trainings of this process draw from torch's global generator.
+                offer(partial(self._state, number, random_state(self._generator, self._device)))
             yield epoch
             if last:
                 break
         if self._stopping.state is not None or self._averaged is not None:
             self._net.load_state_dict(self._stopping.state or self._evaluated.state_dict())
 
-    def _state(self, number: int) -> dict[str, Any]:
+    def _state(self, number: int, chance: list[Tensor] | None = None) -> dict[str, Any]:
         """The state after epoch `number`, for _restore; its keys are those of stored checkpoints."""
+        chance = chance or random_state(self._generator, self._device)
         best = self._stopping.score, self._stopping.epoch, self._stopping.state
         state = {name: part.state_dict() for name, part in self._learning.items()}
-        return {**state, "epoch": number, "best": best, "chance": random_state(self._generator, self._device)}
+        return {**state, "epoch": number, "best": best, "chance": chance}
 
     def _restore(self, state: Mapping[str, Any]) -> int:
         """Return to a state of _state; the number of the next epoch."""

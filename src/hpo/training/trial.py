@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import chain
@@ -46,7 +46,8 @@ class TrialPlan:
     are left. precisions holds what was measured before for a kind and size of network
     (TrialResult.settings["precision_key"]), so that similar trials use the same one. A network with more than
     most_parameters weights is pruned before its first epoch. latency asks for the score latency_ms. checkpoint is the
-    file of training.checkpoint, which the caller deletes. not_stacked says why the trial must not share its
+    file of training.checkpoint, which the caller deletes. pausable: the trial is saved there when it is pruned, so that
+    it may continue. not_stacked says why the trial must not share its
     computation, "" if it may. profile asks for TrialResult.profile. ranks are the processes that train it together,
     whose plans differ in rank and device only.
     """
@@ -61,6 +62,7 @@ class TrialPlan:
     most_parameters: float = float("inf")
     latency: bool = False
     checkpoint: Path | None = None
+    pausable: bool = False
     not_stacked: str = ""
     profile: bool = False
     ranks: Ranks = ALONE
@@ -99,8 +101,8 @@ def train_trial(
     plan.folder. scores also holds `parameters` and, if asked for, `latency_ms`. The caller adds value, epochs and
     seconds to the result.
 
-    With training.checkpoint the trial resumes from the file, if there is one: its epochs are yielded again first, and
-    the result is that of an uninterrupted trial.
+    With training.checkpoint, or where it was pausable, the trial resumes from the file, if there is one: its epochs are
+    yielded again first, and the result is that of an uninterrupted trial.
 
     With stacks the trial shares its computation with others where it can. It then yields None before each shared epoch:
     the caller advances all its trials once before it advances those that yielded None again. This is the only place
@@ -116,7 +118,7 @@ class _Trial:
     def __init__(self, plan: TrialPlan, stacks: Stacks | None, decided: dict[str, str]) -> None:
         self._plan, self._stacks, self._decided = plan, stacks, decided
         self._spec, self._ranks = plan.setup.training, plan.ranks
-        path = plan.checkpoint if self._spec.checkpoint else None
+        path = plan.checkpoint if self._spec.checkpoint or plan.pausable else None
         self._checkpoint = Checkpoint(
             path, plan.setup, plan.card, seed=plan.seed, device_name=plan.device_name, ranks=plan.ranks
         )
@@ -126,6 +128,7 @@ class _Trial:
         self._graph: Graph | None = None
         self._epochs: list[Epoch] = []  # of all folds
         self._best: list[Epoch] = []  # of each fold
+        self._state: Callable[[], Mapping[str, Any]] | None = None  # after the last epoch that was trained here
 
     def run(self) -> Generator[Epoch | None, bool, TrialResult]:
         """Train fold after fold, as train_trial says."""
@@ -189,12 +192,19 @@ class _Trial:
             # To prune the very last epoch would save nothing.
             complete = answer or (epoch.last and last_fold)
             if not complete:
+                self._pause(epoch)
                 fit.close()
                 break
         self._best.append(best_of(tuple(self._epochs[first:]), self._spec.monitor))
         if complete and not last_fold and not ended:
             self._checkpoint.save(self._epochs, self._precisions)
         return complete
+
+    def _pause(self, last: Epoch) -> None:
+        """Save the training after its last epoch, so that it may continue; saved epochs are in the file already."""
+        if self._plan.pausable and len(self._epochs) > len(self._saved.epochs):
+            state = self._state() if self._state and not last.last else None
+            self._checkpoint.save(self._epochs, self._precisions, state)
 
     def _fit(
         self, built: Built, fold: int, *, resume: Mapping[str, Any] | None, ended: bool
@@ -220,6 +230,7 @@ class _Trial:
             precision=built.precision,
             resume=resume,
             save=save,
+            offer=self._take if plan.pausable else None,
             graph=self._graph,
             ranks=self._ranks,
         )
@@ -229,6 +240,9 @@ class _Trial:
             return fit
         decided["stack"] = f"alone: {built.not_stacked}"
         return alongside(fit, built.data.images.device)
+
+    def _take(self, state: Callable[[], Mapping[str, Any]]) -> None:
+        self._state = state
 
     def _result(self, built: Built, *, complete: bool) -> TrialResult:
         plan, best = self._plan, self._best

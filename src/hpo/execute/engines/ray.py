@@ -84,7 +84,7 @@ class RayActors:
     def submit(self, slot: int, task: Task) -> None:
         """Send the task."""
         entry = self._slots[slot]
-        if task.checkpoint and task.setup.training.checkpoint:
+        if task.checkpoint and (task.setup.training.checkpoint or task.pausable):
             Path(task.checkpoint).parent.mkdir(
                 parents=True, exist_ok=True
             )  # actors that see this folder share the disk

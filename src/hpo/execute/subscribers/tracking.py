@@ -15,6 +15,7 @@ from hpo.events import (
     StudyOpened,
     StudyProfiled,
     TrialEnded,
+    TrialPaused,
     TrialsReaped,
     TrialStarted,
     WinnerChosen,
@@ -81,8 +82,13 @@ class Tracking(Subscriber):
                     submit(tracker.reconcile, study, self._spec, leave=event.trials_of_others)
             case TrialStarted(candidate, worker, setup, started):
                 submit(tracker.start_trial, candidate, setup, worker=worker, started=started)
+            case TrialPaused(result):
+                submit(tracker.pause_trial, result)
             case TrialEnded(result):
-                submit(tracker.log_epochs, result.number, result.epochs, ended=result.ended)
+                if result.pauses:  # some of its epochs are there
+                    submit(tracker.log_missing, result)
+                else:
+                    submit(tracker.log_epochs, result.number, result.epochs, ended=result.ended)
                 submit(tracker.end_trial, result)
             case TrialsReaped(study, trials_of_others):
                 submit(tracker.reconcile, study, self._spec, leave=trials_of_others)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # yield None first: all of them are asked once before the first of them trains.
 Training = Generator[EpochEnded | TrialEnded | None, bool, None]
 
+_UNSTACKED = "it may be paused"  # a stack has no state of one training
 _HALVINGS = 2  # times that a training that runs out of memory begins again with less
 
 
@@ -33,9 +34,9 @@ class Task:
 
     data never leads to the test part, whatever card is given. The worker writes weights and validation probabilities to
     folder, and saves the training in the file checkpoint, from which it resumes ("": none). precisions,
-    most_parameters, latency and profile are those of hpo.training.trial.TrialPlan. wait: every epoch waits for a
-    verdict. exclusive: it shares neither process nor computation with another task. ranks is the number of processes
-    that train it together, on devices that follow that of the worker.
+    most_parameters, latency, pausable and profile are those of hpo.training.trial.TrialPlan. wait: every epoch waits
+    for a verdict. exclusive: it shares neither process nor computation with another task. ranks is the number of
+    processes that train it together, on devices that follow that of the worker.
     """
 
     number: int
@@ -48,6 +49,7 @@ class Task:
     latency: bool = False
     wait: bool = False
     checkpoint: str = ""
+    pausable: bool = False
     profile: bool = False
     exclusive: bool = False
     ranks: int = 1
@@ -135,8 +137,9 @@ def train_once(
             most_parameters=task.most_parameters,
             latency=task.latency,
             checkpoint=Path(task.checkpoint) if task.checkpoint else None,
+            pausable=task.pausable,
             profile=task.profile,
-            not_stacked=not_stacked,
+            not_stacked=not_stacked or (_UNSTACKED if task.pausable else ""),
             ranks=ranks or ALONE,
         )
         training = train_trial(plan, stacks=None if task.exclusive else stacks, decided=settings)

@@ -44,6 +44,7 @@ _STATES = {
     TrialState.FAILED: (RED, "v"),
     TrialState.STOPPED: (ORANGE, "s"),
     TrialState.RUNNING: (PINK, "D"),
+    TrialState.PAUSED: (PINK, "x"),
 }
 _ABOVE: Mapping[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
 _NAMED = 8  # curves with a colour and a name of their own

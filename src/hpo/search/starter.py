@@ -1,0 +1,128 @@
+"""The start of trials: which candidate a worker gets next, and its trial in Optuna's storage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, Trial
+
+from hpo.records import FINAL, Candidate, TrialResult
+from hpo.search.pruners import build_pruner
+from hpo.search.results import template
+from hpo.search.samplers import StageProgress, StageSampler, Step
+from hpo.search.stages import Stage, encode, suggest
+from hpo.search.thaw import PausedTrials
+from hpo.spec.study import StudySpec
+from hpo.storage.optuna_private import trial_id_of
+from hpo.storage.optuna_storage import Storage
+from hpo.storage.stage_view import StageView
+from hpo.storage.trial_attrs import PAUSE, RESULT, START, TrialAttrs, attrs_of, result_of
+from hpo.storage.trial_index import TrialIndex
+
+
+class Starter:
+    """Starts the trials of one study (study_id is Optuna's) in the name of the supervisor with this lease.
+
+    Its caller holds the lock of the study. waits: a supervisor stays while trials of others run. exhausted and blocked
+    are those of Study, after the last call. continued holds the trials that were paused and run again, by number, with
+    the result that they had when they were paused.
+    """
+
+    def __init__(
+        self, spec: StudySpec, storage: Storage, study_id: int, *, title: str, lease: str, waits: bool
+    ) -> None:
+        self.exhausted = self.blocked = False
+        self.continued: dict[int, TrialResult] = {}
+        self.pruner = build_pruner(spec)
+        self.progress = StageProgress(spec, storage, study_id)
+        self.paused = PausedTrials(spec)
+        self._spec, self._storage, self._id = spec, storage, study_id
+        self._title, self._lease, self._waits = title, lease, waits
+
+    def view(self, stage: str | None, *, sampled: bool) -> StageView:
+        """The trials of a stage as samplers and pruners see them."""
+        return StageView(self._storage, self._title, self._id, stage, sampled=sampled)
+
+    def next(self, budget: int, worker: str, resumable: Callable[[Candidate], bool]) -> tuple[Trial, TrialAttrs] | None:
+        """The trial of the next candidate and its record; None where there is none now, see Study.ask."""
+        index = self._storage.index(self._id)
+        counts = self.progress.count(index)
+        self.exhausted = self.blocked = False
+        spent = counts.running + counts.ended >= budget
+        if (spent or not counts.waiting) and (promoted := self.paused.promoted(index, resumable)) is not None:
+            return self._continue(promoted, worker)
+        if spent:
+            # Final trainings follow once the last result is in.
+            self.blocked = self._waits and counts.running > 0
+            return None
+        step = self.progress.current(index)
+        if step is None:
+            self.exhausted = True
+            return None
+        stage, sampler = step.stage, step.sampler
+        own = index.count([stage.name])
+        if not own.waiting and step.is_full(own):
+            self.exhausted = step.last
+            self.blocked = not step.last or self._waits or sampler.undrawn > 0
+            return None
+        trial = self._pop(stage.name, sampler) if own.waiting else self._begin(step, index)
+        stored = trial.user_attrs.get(START)
+        attrs = TrialAttrs(**stored) if stored else TrialAttrs(ordinal=index.first_tries(before=trial.number))
+        parameters = stage.parameters(self._suggest(trial, stage, sampler))
+        seed = parameters.get("training.seed", self._spec.training.seed)
+        seed = self._spec.seed_of(attrs.ordinal) if seed is None else seed
+        return self._sign(trial, replace(attrs, parameters=parameters, seed=seed), worker)
+
+    def _continue(self, paused: FrozenTrial, worker: str) -> tuple[Trial, TrialAttrs]:
+        """Start a paused trial again, in this order: after a kill between two steps it is paused, or reaped as that."""
+        attrs = attrs_of(paused)
+        if (result := result_of(paused)) is not None:
+            self.continued[paused.number] = result
+        # Its parameters are there: nothing is to be sampled.
+        sampler = optuna.samplers.RandomSampler(seed=0)
+        study = self.view(attrs.stage, sampled=False).study(sampler=sampler, pruner=self.pruner)
+        trial = Trial(study, trial_id_of(paused))
+        signed = self._sign(trial, attrs, worker)
+        trial.set_user_attr(PAUSE, 0)
+        trial.set_user_attr(RESULT, None)
+        return signed
+
+    def _begin(self, step: Step, index: TrialIndex) -> Trial:
+        """Start a new candidate of the stage; the first ones have the values of Stage.first."""
+        stage, position = step.stage, index.first_tries([step.stage.name])
+        attrs = TrialAttrs(ordinal=index.first_tries(), stage=stage.name, lease=self._lease)
+        values = stage.first[position] if position < len(stage.first) else {}
+        if not step.sampler.accepts(values):
+            values = {}
+        fixed = {stage.label(path): encode(stage.space[path], value) for path, value in values.items()}
+        view = self.view(stage.name, sampled=True)
+        study = view.study(sampler=step.sampler, pruner=self.pruner)
+        return view.begin_trial(study, template(optuna.trial.TrialState.RUNNING, attrs, fixed))
+
+    def _pop(self, stage: str | None, sampler: Any) -> Trial:
+        """Start the stage's first waiting trial; there must be one."""
+        return self.view(stage, sampled=True).study(sampler=sampler, pruner=self.pruner).ask()
+
+    def _suggest(self, trial: Trial, stage: Stage, sampler: StageSampler) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        while parameters := sampler.active(values):
+            path, parameter = parameters[0]
+            values[path] = suggest(trial, stage.label(path), parameter)
+        return values
+
+    def _sign(self, trial: Trial, attrs: TrialAttrs, worker: str) -> tuple[Trial, TrialAttrs]:
+        attrs = replace(attrs, worker=worker, lease=self._lease)
+        trial.set_user_attr(START, attrs.to_json())
+        return trial, attrs
+
+    def next_final(self, worker: str) -> tuple[Trial, TrialAttrs] | None:
+        """The trial of the next final training and its record; None where none waits."""
+        counts = self._storage.index(self._id).count([FINAL])
+        self.blocked = not counts.waiting and counts.running > 0
+        if not counts.waiting:
+            return None
+        trial = self._pop(FINAL, optuna.samplers.RandomSampler(seed=0))
+        return self._sign(trial, TrialAttrs(**trial.user_attrs[START]), worker)
