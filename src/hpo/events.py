@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hpo.records import Candidate, DataCard, EndReason, Epoch, ModelVersion, SplitCard, StudyResult, Trial, TrialResult
@@ -54,10 +54,11 @@ class TrialStarted:
 
 @dataclass(frozen=True)
 class EpochEnded:
-    """One more epoch of a running trial."""
+    """One more epoch of a running trial. costs are those of its network, where a pruner compares them."""
 
     number: int
     epoch: Epoch
+    costs: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -129,8 +129,8 @@ def test_a_stopped_study_goes_on_with_its_paused_trials(run_formula, tmp_path):
     spec = thawing([0.1, 0.3, 0.5, 0.6, 0.7, 0.8])
     whole = run_formula(spec.model_copy(update={"name": "whole"}), trainer=Trainer())
     trainer = Trainer()
-    first = run_formula(spec, trainer=trainer, interrupted=_after_trials(3, watched := []), watch=watched.append)
-    # (watch and interrupt share the list below)
+    seen = []
+    first = run_formula(spec, trainer=trainer, watch=seen.append, interrupted=_after_trials(3, seen))
     assert first.reason == "interrupted"
     assert [trial.state for trial in first.trials][:3] == [TrialState.COMPLETE, TrialState.PAUSED, TrialState.PAUSED]
     assert len(list((tmp_path / "work" / "checkpoints").iterdir())) >= 2
@@ -141,7 +141,8 @@ def test_a_stopped_study_goes_on_with_its_paused_trials(run_formula, tmp_path):
         for r in (whole, second)
     ]
     assert told[0] == told[1]
-    assert set(trainer.trained.values()) == {1}
+    # The fourth trial was interrupted in its first epoch: nothing was saved of it yet.
+    assert {file.split("-")[1] for (file, _), count in trainer.trained.items() if count > 1} <= {"3"}
 
 
 def _after_trials(count, seen):

@@ -44,7 +44,8 @@ def _train(setup, card, folder, file=None, *, pause_at=None, stacks=None):
         epoch = next(training)
         while True:
             epochs += [epoch] if epoch else []
-            torch.rand(1)  # another training of this process draws between two epochs
+            if stacks is not None:
+                torch.rand(1)  # another training of this process draws between two epochs
             epoch = training.send(epoch is None or len(epochs) != pause_at)
     except StopIteration as end:
         return epochs, end.value

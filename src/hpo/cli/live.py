@@ -35,7 +35,17 @@ from hpo.cli.run_summary import (
     opening,
     profile_report,
 )
-from hpo.events import Event, Notice, StudyEnded, StudyOpened, StudyProfiled, TrialEnded, TrialPaused, TrialStarted
+from hpo.events import (
+    EpochEnded,
+    Event,
+    Notice,
+    StudyEnded,
+    StudyOpened,
+    StudyProfiled,
+    TrialEnded,
+    TrialPaused,
+    TrialStarted,
+)
 from hpo.records import FINAL, TrialResult, TrialState
 from hpo.report.text import duration
 
@@ -97,6 +107,8 @@ class JsonLines(Watcher):
                 body["result"] = _fields(result, "epochs", "folder")
             case StudyOpened(study):
                 body = {**_fields(event, "trials_of_others"), "study": _fields(study, "trials")}
+            case EpochEnded():
+                body = _fields(event, "costs")
             case TrialStarted():
                 body = _fields(event, "setup", "started")
             case StudyEnded(study):

@@ -32,7 +32,7 @@ from hpo.records import (
 )
 from hpo.report.text import counted
 from hpo.search.constraints import most_parameters, needs_latency
-from hpo.search.pruners import report_step
+from hpo.search.pruners import report_values
 from hpo.search.study import Study
 from hpo.spec.automatic import prunes
 from hpo.spec.study import Setup, StudySpec
@@ -329,8 +329,9 @@ class Supervisor:
 
     def _report(self, trial: _RunningTrial, message: EpochEnded) -> bool:
         """Report an epoch to the pruner; True: prune the trial now."""
-        step = report_step(self._spec, trial.setup, [ended.epoch for ended in trial.epochs])
-        return step is not None and self._study.report(message.number, *step)
+        epochs = [ended.epoch for ended in trial.epochs]
+        reported = report_values(self._spec, trial.setup, epochs, message.costs)
+        return reported is not None and self._study.report(message.number, *reported)
 
     def _stopped(self, trial: _RunningTrial, reason: str, failure: FailureKind) -> TrialResult:
         return TrialResult(

@@ -271,6 +271,11 @@ def _search(findings: Findings) -> Iterator[str]:
     yield '<p class="dim">Point at a trial for its parameters, score and epochs; it is marked in every figure.</p>'
     drawn: list[tuple[str, Callable[[], Figure | None], str]] = [
         ("Pareto front", lambda: study_figures.pareto_front(study), "Trials on the front are beaten by no other."),
+        (
+            "Hypervolume",
+            lambda: study_figures.hypervolume_figure(study),
+            "Share of the box between the worst and the best value of each objective that a trial so far dominates.",
+        ),
         ("Optimisation history", lambda: study_figures.optimisation_history(study), "The score of each trial."),
         ("Parallel coordinates", lambda: space_figures.parallel_coordinates(study), "Each line is a complete trial."),
         ("Each parameter", lambda: space_figures.slices(study), "The score over each parameter."),

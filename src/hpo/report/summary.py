@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from hpo.metrics import label_of
 from hpo.records import AFTER_SEARCH, FINAL, StudyResult, Trial, TrialState
+from hpo.report.hypervolume import hypervolume_history
 from hpo.report.text import markdown_table, parameter_names, ranges_of, relative_text, value_text
 
 
@@ -212,7 +213,16 @@ def _front(study: StudyResult) -> list[str]:
         if trial.result
     ]
     more = [f"And {len(front) - _FRONT} more.", ""] if len(front) > _FRONT else []
-    return ["## Pareto front", "", *markdown_table(("trial", *map(label_of, names)), rows), *more]
+    return ["## Pareto front", "", *markdown_table(("trial", *map(label_of, names)), rows), *more, *_hypervolume(study)]
+
+
+def _hypervolume(study: StudyResult) -> list[str]:
+    history = hypervolume_history(study)
+    if not history:
+        return []
+    half, end = history[(len(history) - 1) // 2][1], history[-1][1]
+    box = "of the box between the best and the worst value of each objective, costs on a logarithmic scale"
+    return [f"Hypervolume: {end:.3f} {box}; after half of the complete trials it was {half:.3f}.", ""]
 
 
 def _cost(study: StudyResult) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -13,6 +14,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.records import Epoch, best_of
+from hpo.search.constraints import aims
 from hpo.search.samplers import called
 from hpo.spec.automatic import chosen_pruner, longest_training
 from hpo.spec.own_code import load_function
@@ -54,6 +56,17 @@ def report_step(spec: StudySpec, setup: Setup, epochs: Sequence[Epoch]) -> tuple
         fold = tuple(other for other in epochs if other.fold == epoch.fold)
         return epoch.fold + 1, best_of(fold, setup.training.monitor).scores[objective]
     return epoch.fold * setup.training.epochs + epoch.number, epoch.scores[objective]
+
+
+def report_values(
+    spec: StudySpec, setup: Setup, epochs: Sequence[Epoch], costs: Mapping[str, float]
+) -> tuple[int, float | tuple[float, ...]] | None:
+    """report_step, with one value for each of several objectives; costs has those that no epoch changes."""
+    reported = report_step(spec, setup, epochs)
+    if reported is None or not spec.search.objectives:
+        return reported
+    scores = {**epochs[-1].scores, **costs}
+    return reported[0], tuple(scores.get(score, math.nan) for score, _ in aims(spec))
 
 
 def chance_to_beat(best: float, own: Floats, earlier: Floats, finals: Floats) -> float:

@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, Trial
 from hpo.errors import StoreError
 from hpo.home import Home
 from hpo.records import FINAL, Candidate, FailureKind, StudyResult, TrialResult, TrialState
+from hpo.search.halving import ParetoHalving
 from hpo.search.results import Finisher
 from hpo.search.stages import total_trials
 from hpo.search.starter import Starter
@@ -62,6 +63,7 @@ class Study:
         self._lease = lease
         self._id: int = storage.database.get_study_id_from_name(title)
         self._prunes = prunes(spec)
+        self._pareto = ParetoHalving(spec)
         self._running: dict[int, Trial] = {}
         storage.pauses = spec.search.thaw is not None
         self._reused: list[tuple[Candidate, TrialResult]] = []
@@ -204,14 +206,17 @@ class Study:
         return self._storage.transact(self._finisher.retry_failed, lock=self._lock)
 
     @_guarded
-    def report(self, number: int, epoch: int, value: float) -> bool:
+    def report(self, number: int, epoch: int, value: float | Sequence[float]) -> bool:
         """Record the objective after an epoch (counted from 1; NaN and infinity allowed); True: prune the trial now.
 
-        Final trainings are never pruned. With several objectives nothing is recorded: Optuna cannot store it.
+        Final trainings are never pruned. With several objectives value has one for each, and only those at the rungs of
+        successive halving are recorded: Optuna has no place for them.
         """
-        if self._spec.search.objectives:
-            return False
         trial = self._running[number]
+        if not isinstance(value, float | int):
+            if not self._prunes or trial.user_attrs[START]["stage"] == FINAL:
+                return False
+            return self._pareto.prune(trial.storage, self._id, trial_id_of(trial), epoch, value)
         try:
             trial.report(value, epoch)
         except optuna.exceptions.UpdateFinishedTrialError:  # another supervisor has finished it, see tell

@@ -7,9 +7,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 from optuna.trial import FrozenTrial
 
 from hpo.records import Candidate
+from hpo.search.halving import Floats, best_first, signs_of
 from hpo.search.stages import stage_names
 from hpo.spec.automatic import chosen_pruner
 from hpo.spec.study import StudySpec
@@ -33,14 +35,16 @@ class Rungs:
     a rung continue, and one at least. Of equal ones the earlier is better.
     """
 
-    def __init__(self, trials: Iterable[FrozenTrial], *, factor: int, maximize: bool) -> None:
+    def __init__(self, trials: Iterable[FrozenTrial], *, factor: int, signs: Floats) -> None:
         self._factor = factor
-        costs: defaultdict[int, list[tuple[float, int]]] = defaultdict(list)
-        for trial in trials:
-            for rung, value in _values(trial).items():
-                costs[rung].append((-value if maximize else value, trial.number))
-        order = {rung: [number for _, number in sorted(of)] for rung, of in costs.items()}
-        self._ranks = {rung: {number: rank for rank, number in enumerate(of)} for rung, of in order.items()}
+        reached: defaultdict[int, list[tuple[int, tuple[float, ...]]]] = defaultdict(list)
+        for trial in sorted(trials, key=lambda trial: trial.number):
+            for rung, values in _values(trial).items():
+                reached[rung].append((trial.number, values))
+        self._ranks: dict[int, dict[int, int]] = {}
+        for rung, found in reached.items():
+            order = best_first(np.array([values for _, values in found]) * signs)
+            self._ranks[rung] = {found[row][0]: rank for rank, row in enumerate(order)}
 
     def promoted(self, paused: Iterable[FrozenTrial]) -> list[FrozenTrial]:
         """Those of the paused trials that may continue, in this order: the highest rung first, and its best first."""
@@ -59,10 +63,10 @@ class Rungs:
         return _Place(rung, ranks[trial.number], len(ranks))
 
 
-def _values(trial: FrozenTrial) -> dict[int, float]:
-    """Rung -> value of the trial there."""
+def _values(trial: FrozenTrial) -> dict[int, tuple[float, ...]]:
+    """Rung -> value of the trial there, one for each objective."""
     found = {match: value for key, value in trial.system_attrs.items() if (match := _RUNG.fullmatch(key))}
-    return {int(match[1]): float(value) for match, value in found.items()}
+    return {int(match[1]): tuple(np.atleast_1d(value).astype(float)) for match, value in found.items()}
 
 
 class PausedTrials:
@@ -72,7 +76,7 @@ class PausedTrials:
         self._stages = stage_names(spec)
         self._thaws = spec.search.thaw is not None
         self._factor = chosen_pruner(spec)[0].reduction_factor
-        self._maximize = spec.search.better == "maximize"
+        self._signs = signs_of(spec)
 
     def promoted(self, index: TrialIndex, resumable: Callable[[Candidate], bool]) -> FrozenTrial | None:
         """The trial to continue now, of the first stage that has one; None where there is none that is resumable."""
@@ -90,7 +94,7 @@ class PausedTrials:
 
     def _rungs(self, index: TrialIndex, stage: str | None) -> Rungs:
         trials = [*index.ended(stage).visible, *index.unfinished(stage)]
-        return Rungs(trials, factor=self._factor, maximize=self._maximize)
+        return Rungs(trials, factor=self._factor, signs=self._signs)
 
 
 def _of(index: TrialIndex, stage: str | None) -> list[FrozenTrial]:

@@ -198,9 +198,9 @@ class SearchSpec(Part):
             self._check_stage(stage, first=index == 0)
         if len(self.objectives) == 1:
             raise ValueError("objectives lists one aim. Write it as objective, or add another")
-        if self.objectives and self.pruner.name not in UNPRUNED:
+        if self.objectives and self.pruner.name not in (*UNPRUNED, "successive_halving"):
             raise ValueError(
-                "Optuna prunes searches with one objective only. Write pruner: none, or leave objectives out"
+                f"pruner {self.pruner.name} compares one objective only. Write pruner: successive_halving or none"
             )
         if self.thaw and self.pruner.name not in ("auto", "successive_halving"):
             raise ValueError(

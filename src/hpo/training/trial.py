@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from statistics import fmean, median, pstdev
+from statistics import fmean, pstdev
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from hpo.training.checkpoint import Checkpoint, Saved
 from hpo.training.data_parallel import ALONE, Ranks
 from hpo.training.device import Graph, choose_graph, faster_precision, layout
 from hpo.training.features import cached_views, features_of
+from hpo.training.latency import latency_ms
 from hpo.training.loop import predict_logits, train
 from hpo.training.profiler import TrainingProfiler
 from hpo.training.stack import Stacks, alongside
@@ -92,7 +92,11 @@ class Built:
 
 
 def train_trial(
-    plan: TrialPlan, *, stacks: Stacks | None = None, decided: dict[str, str] | None = None
+    plan: TrialPlan,
+    *,
+    stacks: Stacks | None = None,
+    decided: dict[str, str] | None = None,
+    costs: dict[str, float] | None = None,
 ) -> Generator[Epoch | None, bool, TrialResult]:
     """Yield each epoch, to be answered with True to continue or False to prune; return the trial's result.
 
@@ -107,16 +111,19 @@ def train_trial(
     With stacks the trial shares its computation with others where it can. It then yields None before each shared epoch:
     the caller advances all its trials once before it advances those that yielded None again. This is the only place
     where stacking shows outside of hpo.training.stack. decided receives the settings of the result as they are
-    known, for a caller that wants them although an error ends the trial.
+    known, for a caller that wants them although an error ends the trial. costs receives the scores `parameters` and, if
+    asked for, `latency_ms` before the first epoch.
     """
-    return (yield from _Trial(plan, stacks, {} if decided is None else decided).run())
+    return (yield from _Trial(plan, stacks, {} if decided is None else decided, costs).run())
 
 
 class _Trial:
     """The state of a trial while it runs."""
 
-    def __init__(self, plan: TrialPlan, stacks: Stacks | None, decided: dict[str, str]) -> None:
-        self._plan, self._stacks, self._decided = plan, stacks, decided
+    def __init__(
+        self, plan: TrialPlan, stacks: Stacks | None, decided: dict[str, str], costs: dict[str, float] | None
+    ) -> None:
+        self._plan, self._stacks, self._decided, self._costs = plan, stacks, decided, costs
         self._spec, self._ranks = plan.setup.training, plan.ranks
         path = plan.checkpoint if self._spec.checkpoint or plan.pausable else None
         self._checkpoint = Checkpoint(
@@ -141,6 +148,8 @@ class _Trial:
             built = self._build(fold)
             if built.parameters > plan.most_parameters:
                 return self._too_large(built)
+            if self._costs is not None and not fold:
+                self._costs |= self._measured(built)
             complete = yield from self._train_fold(built, fold)
             if not complete:
                 break
@@ -241,20 +250,23 @@ class _Trial:
         decided["stack"] = f"alone: {built.not_stacked}"
         return alongside(fit, built.data.images.device)
 
+    def _measured(self, built: Built) -> dict[str, float]:
+        """The costs of the network, by their scores."""
+        asked = self._plan.latency and self._ranks.leads
+        latency = {"latency_ms": latency_ms(built.full_net, built.pixels)} if asked else {}
+        return {"parameters": float(built.parameters), **latency}
+
     def _take(self, state: Callable[[], Mapping[str, Any]]) -> None:
         self._state = state
 
     def _result(self, built: Built, *, complete: bool) -> TrialResult:
         plan, best = self._plan, self._best
         self._decided |= {"graph": self._graph.how} if self._graph else {}
-        scores = {**_means(best), "parameters": float(built.parameters)}
-        if plan.latency and self._ranks.leads:
-            scores["latency_ms"] = latency_ms(built.full_net, built.pixels)
         result = TrialResult(
             number=plan.number,
             state=TrialState.COMPLETE if complete else TrialState.PRUNED,
             best_epoch=round(fmean(epoch.number for epoch in best)),
-            scores=scores,
+            scores={**_means(best), **self._measured(built)},
             folds=tuple(epoch.scores for epoch in best) if plan.folds > 1 else (),
             parameter_count=built.parameters,
             settings=self._decided,
@@ -293,19 +305,6 @@ def measured_precision(net: nn.Module, data: TrialData, batch_size: int) -> str:
     """float32 or bfloat16, whichever trains a batch of this data faster."""
     rows = data.train[:batch_size]
     return faster_precision(net, _input(data, rows), data.labels[rows])
-
-
-def latency_ms(net: nn.Module, data: TrialData, *, repeats: int = 30) -> float:
-    """Milliseconds for one image through the network on its device, float32: the median of `repeats` runs."""
-    net.eval()
-    image = _input(data, data.train[:1])
-    seconds = []
-    with torch.inference_mode():
-        for _ in range(3 + repeats):  # the first three warm up
-            started = time.perf_counter()
-            net(image).sum().item()
-            seconds.append(time.perf_counter() - started)
-    return 1000 * median(seconds[3:])
 
 
 def build(plan: TrialPlan, *, fold: int = 0, stacks: Stacks | None = None) -> Built:

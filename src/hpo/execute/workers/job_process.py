@@ -205,6 +205,7 @@ def draw_study(study: StudyResult, folder: Path) -> list[Path]:
         "optimisation_history": lambda: study_figures.optimisation_history(study),
         "learning_curves": lambda: study_figures.learning_curves(study),
         "pareto_front": lambda: study_figures.pareto_front(study),
+        "hypervolume": lambda: study_figures.hypervolume_figure(study),
         "parameter_importance": lambda: study_figures.importance_figure(shares),
         "parallel_coordinates": lambda: space_figures.parallel_coordinates(study),
         "slices": lambda: space_figures.slices(study),

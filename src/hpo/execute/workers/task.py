@@ -125,6 +125,7 @@ def train_once(
 
     epochs: list[Epoch] = []
     settings: dict[str, str] = {}
+    costs: dict[str, float] = {}
     try:
         plan = TrialPlan(
             task.setup,
@@ -142,7 +143,8 @@ def train_once(
             not_stacked=not_stacked or (_UNSTACKED if task.pausable else ""),
             ranks=ranks or ALONE,
         )
-        training = train_trial(plan, stacks=None if task.exclusive else stacks, decided=settings)
+        stacks = None if task.exclusive else stacks
+        training = train_trial(plan, stacks=stacks, decided=settings, costs=costs if task.wait else None)
         go_on: bool | None = None
         try:
             while True:
@@ -151,7 +153,7 @@ def train_once(
                     go_on = yield None
                     continue
                 epochs.append(epoch)
-                go_on = yield EpochEnded(task.number, epoch)
+                go_on = yield EpochEnded(task.number, epoch, costs)
         except StopIteration as end:
             result: TrialResult = end.value
             return replace(result, epochs=tuple(epochs))

@@ -31,6 +31,7 @@ from hpo.report.figures import (
     panels_of,
     tidy,
 )
+from hpo.report.hypervolume import hypervolume_history
 from hpo.report.summary import groups, stage_of
 from hpo.report.text import short_name, short_paths, value_text
 
@@ -216,6 +217,21 @@ def pareto_front(study: StudyResult) -> Figure | None:
                 log_axes(panel, name)
         _number(panel, ordered, x, y)
         legend(panel)
+    return figure
+
+
+def hypervolume_figure(study: StudyResult) -> Figure | None:
+    """The share of the box of objectives that trials dominate so far, by complete trials; None with one objective."""
+    history = hypervolume_history(study)
+    if len(history) < 2:
+        return None
+    figure = new_figure(8.4, 3.0)
+    panel = figure.subplots()
+    counts, volumes = range(1, len(history) + 1), [volume for _, volume in history]
+    panel.step(counts, volumes, where="post", color=BLUE)
+    mark_trials(panel.scatter(counts, volumes, color=BLUE, s=14, zorder=3), [number for number, _ in history])
+    tidy(panel, x="complete trials", y="hypervolume", whole="x")
+    panel.set_ylim(0, 1.02)
     return figure
 
 

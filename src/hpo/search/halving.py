@@ -1,0 +1,83 @@
+"""Successive halving for several objectives: which trials of a rung are the best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpo.search.constraints import aims
+from hpo.spec.automatic import chosen_pruner
+from hpo.spec.study import StudySpec
+from hpo.storage.optuna_private import RUNG, domination_ranks, trial_id_of
+from hpo.storage.stage_view import StageView
+
+Floats = NDArray[np.float64]
+
+
+def best_first(costs: Floats) -> list[int]:
+    """The rows of costs (trials, objectives), the best first; less is better, and of equal rows the first.
+
+    With several objectives: front by front of non-dominated rows, and within a front so that its first rows are spread
+    over it, an epsilon-net: the best in the first objective, then each time the one farthest from those before it
+    (Schmucker et al. 2021, "Multi-objective Asynchronous Successive Halving"). Distances are those of ranks, since
+    objectives have different units.
+    """
+    if costs.shape[1] == 1:
+        return [int(row) for row in np.argsort(costs[:, 0], kind="stable")]
+    fronts = domination_ranks(costs, least=len(costs))
+    places = np.column_stack([np.unique(column, return_inverse=True)[1] for column in costs.T]).astype(float)
+    places /= np.maximum(places.max(axis=0), 1.0)
+    order: list[int] = []
+    for front in range(int(fronts.max()) + 1):
+        order += _spread(np.flatnonzero(fronts == front), places)
+    return order
+
+
+def _spread(rows: NDArray[np.intp], places: Floats) -> list[int]:
+    left = [int(row) for row in rows[np.argsort(places[rows, 0], kind="stable")]]
+    chosen = left[:1]
+    far = np.full(len(places), math.inf)
+    left = sorted(left[1:])
+    while left:
+        far = np.minimum(far, np.linalg.norm(places - places[chosen[-1]], axis=1))
+        chosen.append(max(left, key=lambda row: (far[row], -row)))
+        left.remove(chosen[-1])
+    return chosen
+
+
+def signs_of(spec: StudySpec) -> Floats:
+    """(objectives,): -1 where more is better, so that the products with values are costs."""
+    return np.array([-1.0 if direction == "maximize" else 1.0 for _, direction in aims(spec)])
+
+
+class ParetoHalving:
+    """Successive halving with the rungs of Optuna's pruner, which takes one objective only.
+
+    A trial that reaches a rung continues if it is among the best n // factor of the n trials there, or the best.
+    """
+
+    def __init__(self, spec: StudySpec) -> None:
+        part, _ = chosen_pruner(spec)
+        self._first, self._factor, self._signs = part.min_epochs, part.reduction_factor, signs_of(spec)
+
+    def prune(self, view: StageView, study_id: int, trial_id: int, step: int, values: Sequence[float]) -> bool:
+        """Whether to end the trial after this step (counted from 1), where it has one value for each objective.
+
+        Its values at a rung are noted in the storage, where Optuna's pruner notes one.
+        """
+        rung = sum(key.startswith(RUNG) for key in view.get_trial_system_attrs(trial_id))
+        while step >= self._first * self._factor**rung:
+            if not all(map(math.isfinite, values)):
+                return True
+            note = f"{RUNG}{rung}"
+            view.set_trial_system_attr(trial_id, note, list(values))
+            trials = view.get_all_trials(study_id, deepcopy=False)
+            others = [other for other in trials if note in other.system_attrs and trial_id_of(other) != trial_id]
+            costs = np.array([*(other.system_attrs[note] for other in others), list(values)]) * self._signs
+            if best_first(costs).index(len(others)) >= max(1, len(costs) // self._factor):
+                return True
+            rung += 1
+        return False
