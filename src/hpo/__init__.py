@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from hpo.api.run import run_study
     from hpo.api.study import open_study
     from hpo.errors import HpoError
+    from hpo.jobs.ask_tell import ask_tell
     from hpo.predict import load_model
     from hpo.spec.load import load_study
     from hpo.spec.load import load_study as load_spec
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "HpoError",
     "__version__",
+    "ask_tell",
     "load_model",
     "load_spec",
     "load_study",
@@ -31,6 +33,7 @@ __all__ = [
 # load_model bring torch or mlflow.
 _ROOMS = {
     "HpoError": ("hpo.errors", "HpoError"),
+    "ask_tell": ("hpo.jobs.ask_tell", "ask_tell"),
     "load_model": ("hpo.predict", "load_model"),
     "load_spec": ("hpo.spec.load", "load_study"),
     "load_study": ("hpo.spec.load", "load_study"),  # the earlier name of load_spec

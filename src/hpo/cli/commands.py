@@ -47,6 +47,18 @@ SECTIONS: dict[str, dict[str, Listed]] = {
         "stop": Listed(
             "run:stop", "Stop a running study, as Ctrl-C does.", "digits-mlp", doing="looking for supervisors"
         ),
+        "ask": Listed(
+            "ask:ask",
+            "Print the next candidate, for a program that trains it itself.",
+            "digits-mlp",
+            doing="opening the study",
+        ),
+        "tell": Listed(
+            "ask:tell",
+            "Record how a candidate of `hpo ask` has ended, or one of its epochs.",
+            "digits-mlp#3 --value 0.93",
+            doing="opening the study",
+        ),
         "worker": Listed(
             "cluster:worker",
             "Train trials of a study on a shared storage.",

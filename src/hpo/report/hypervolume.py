@@ -29,11 +29,12 @@ def hypervolume(costs: Floats, reference: Sequence[float]) -> float:
         return float(end[0] - inside.min())
     ordered = inside[np.argsort(inside[:, -1], kind="stable")]
     levels = [*ordered[:, -1], end[-1]]
-    return sum(
+    slices = (
         (levels[index + 1] - levels[index]) * hypervolume(ordered[: index + 1, :-1], list(end[:-1]))
         for index in range(len(ordered))
         if levels[index + 1] > levels[index]
     )
+    return float(sum(slices))
 
 
 def hypervolume_history(study: StudyResult) -> list[tuple[int, float]]:

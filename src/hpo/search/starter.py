@@ -9,7 +9,8 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, Trial
 
-from hpo.records import FINAL, Candidate, TrialResult
+from hpo.errors import StoreError
+from hpo.records import FINAL, Candidate, TrialResult, TrialState
 from hpo.search.pruners import build_pruner
 from hpo.search.results import template
 from hpo.search.samplers import StageProgress, StageSampler, Step
@@ -19,7 +20,7 @@ from hpo.spec.study import StudySpec
 from hpo.storage.optuna_private import trial_id_of
 from hpo.storage.optuna_storage import Storage
 from hpo.storage.stage_view import StageView
-from hpo.storage.trial_attrs import PAUSE, RESULT, START, TrialAttrs, attrs_of, result_of
+from hpo.storage.trial_attrs import ASKED, PAUSE, RESULT, START, TrialAttrs, attrs_of, result_of, state_of
 from hpo.storage.trial_index import TrialIndex
 
 
@@ -81,14 +82,23 @@ class Starter:
         attrs = attrs_of(paused)
         if (result := result_of(paused)) is not None:
             self.continued[paused.number] = result
+        trial, signed = self._again(paused, attrs, worker)
+        trial.set_user_attr(PAUSE, 0)
+        trial.set_user_attr(RESULT, None)
+        return trial, signed
+
+    def take_over(self, title: str, number: int) -> Trial:
+        """A running trial of a program of the user's own, now of this supervisor. Raises StoreError for another one."""
+        found = self._storage.index(self._id).open.get(number)
+        if found is None or state_of(found) is not TrialState.RUNNING or attrs_of(found).lease != ASKED:
+            raise StoreError(f"{title}#{number}: hpo ask has handed out no such trial.", f"Ask: hpo ask {title}")
+        return self._again(found, attrs_of(found), attrs_of(found).worker)[0]
+
+    def _again(self, begun: FrozenTrial, attrs: TrialAttrs, worker: str) -> tuple[Trial, TrialAttrs]:
         # Its parameters are there: nothing is to be sampled.
         sampler = optuna.samplers.RandomSampler(seed=0)
         study = self.view(attrs.stage, sampled=False).study(sampler=sampler, pruner=self.pruner)
-        trial = Trial(study, trial_id_of(paused))
-        signed = self._sign(trial, attrs, worker)
-        trial.set_user_attr(PAUSE, 0)
-        trial.set_user_attr(RESULT, None)
-        return signed
+        return self._sign(Trial(study, trial_id_of(begun)), attrs, worker)
 
     def _begin(self, step: Step, index: TrialIndex) -> Trial:
         """Start a new candidate of the stage; the first ones have the values of Stage.first."""

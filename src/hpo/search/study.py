@@ -28,7 +28,7 @@ from hpo.storage.optuna_private import trial_id_of
 from hpo.storage.optuna_storage import Storage
 from hpo.storage.reader import to_result
 from hpo.storage.retry import store_errors
-from hpo.storage.trial_attrs import CLAIM, START, STOP, STUDY, TrialAttrs, attrs_of, key_of, result_of, state_of
+from hpo.storage.trial_attrs import ASKED, CLAIM, START, STOP, STUDY, TrialAttrs, attrs_of, key_of, result_of, state_of
 from hpo.storage.trial_index import TrialIndex
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -150,6 +150,27 @@ class Study:
     def before_pause(self, number: int) -> TrialResult | None:
         """The result that a running trial had when it was paused; None where it was not."""
         return self._starter.continued.get(number)
+
+    def held(self) -> list[int]:
+        """The numbers of the running trials of this handle."""
+        return sorted(self._running)
+
+    @_guarded
+    def take_over(self, number: int) -> None:
+        """Take a trial that was handed over. Raises StoreError where there is none of that number."""
+        take = partial(self._starter.take_over, self.title, number)
+        self._running[number] = self._storage.transact(take, lock=self._lock)
+
+    @_guarded
+    def hand_over(self, number: int) -> None:
+        """Leave a trial to a program of the user's own, which may end: nobody reaps it, and take_over continues it."""
+        trial = self._running.pop(number)
+        trial.set_user_attr(START, {**trial.user_attrs[START], "lease": ASKED})
+
+    @_guarded
+    def reported(self, number: int) -> dict[int, float]:
+        """Epoch -> the objective, of a running trial of this handle."""
+        return dict(self._storage.database.get_trial(trial_id_of(self._running[number])).intermediate_values)
 
     @_guarded
     def worst_paused(self) -> list[Candidate]:

@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from hpo.locks import is_locked, locked, seen_held
 from hpo.records import TrialState
-from hpo.storage.trial_attrs import START, attrs_of, result_of, state_of
+from hpo.storage.trial_attrs import ASKED, START, attrs_of, result_of, state_of
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -205,6 +205,8 @@ class Liveness:
             if state_of(trial) is not TrialState.RUNNING or START not in trial.user_attrs:
                 return False
             lease = attrs_of(trial).lease
+            if lease == ASKED:
+                return False
             if lease == self._lease.name:
                 return trial.number not in mine  # killed between starting it and writing its record
             return not self._lease.is_held(lease) if self._lease.is_near(lease) else trial.number in silent
@@ -214,7 +216,7 @@ class Liveness:
     def trials_of_others(self, trials: Iterable[FrozenTrial]) -> set[int]:
         """The numbers of the trials that another living supervisor is responsible for, see Study.trials_of_others."""
         numbers, silent, now = set(), self._silent(), time.time()
-        living: dict[str, bool] = {self._lease.name: False, "": False}
+        living: dict[str, bool] = {self._lease.name: False, "": False, ASKED: False}
         for trial in trials:
             lease = attrs_of(trial).lease
             if self._lease.is_near(lease):

@@ -16,7 +16,7 @@ from hpo.home import Home
 from hpo.locks import seen_held
 from hpo.records import AFTER_SEARCH, StudyResult, Trial, TrialResult, TrialState
 from hpo.storage.liveness import GRACE_SECONDS, HEARTBEATS, Holder, holders, host_of, is_near
-from hpo.storage.trial_attrs import CLAIM, PAUSE, RESULT, START, STOP, STUDY, TrialAttrs, make_trial, read_state
+from hpo.storage.trial_attrs import ASKED, CLAIM, PAUSE, RESULT, START, STOP, STUDY, TrialAttrs, make_trial, read_state
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def _snapshot(home: Home, reader: Reader, study_id: int, record: Mapping[str, An
     alive = {name: _is_held(home, name, near) for name in set(leases.values()) if is_near(home.locks, name)}
     silent = _silent(reader, study_id) if alive.keys() < set(leases.values()) else set()
     alive |= {name: number not in silent for number, name in leases.items() if not is_near(home.locks, name)}
-    elsewhere = {name for name, living in alive.items() if living} - {holder.lease for holder in near}
+    elsewhere = {name for name, living in alive.items() if living} - {ASKED, *(holder.lease for holder in near)}
     remote = [Holder(name, study.title, host_of(name)) for name in sorted(elsewhere)]
     return StudySnapshot(
         study=study,
@@ -190,7 +190,11 @@ def _time(value: Any) -> datetime | None:
 def _is_held(home: Home, name: str, holders: Iterable[Holder]) -> bool:
     """Whether a lease with its lock here is held."""
     file = name.rpartition("|")[2]
-    return any(holder.lease == name for holder in holders) or (bool(file) and seen_held(home.locks / file))
+    return (
+        name == ASKED
+        or any(holder.lease == name for holder in holders)
+        or (bool(file) and seen_held(home.locks / file))
+    )
 
 
 def _silent(reader: Reader, study_id: int) -> set[int]:

@@ -21,6 +21,8 @@ STUDY, STOP, CLAIM = "hpo.study", "hpo.stop", "hpo.claim"
 START, RESULT = "hpo.start", "hpo.result"
 # How often a trial has been paused, while it is; 0 while it runs again. For Optuna it runs all the time.
 PAUSE = "hpo.pause"
+# The lease of a trial that a program of the user's own has: nobody here knows whether that lives.
+ASKED = "asked"
 
 _STATES = {
     "WAITING": TrialState.WAITING,

@@ -1,0 +1,130 @@
+"""A program of one's own asks for candidates and tells what came of them, in one process or in many."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+import hpo
+from hpo.cli.app import app
+from hpo.errors import StoreError
+from hpo.home import Home
+from hpo.records import TrialState
+from hpo.search.lifecycle import reap
+from hpo.storage.optuna_storage import read_study
+from hpo.storage.reader import read_snapshots
+
+STUDY = {
+    "name": "own",
+    "data": {"name": "digits"},
+    "split": {"kind": "holdout"},
+    "model": {"kind": "mlp"},
+    "training": {"epochs": 9},
+    "keep": {"models": "none"},
+    "search": {
+        "trials": 4,
+        "sampler": "random",
+        "pruner": {"name": "successive_halving", "min_epochs": 1, "reduction_factor": 3},
+        "space": {
+            "training.optimizer.lr": {"float": [1e-4, 1e-1], "log": True, "prior": 1e-2},
+            "model.hidden": {"int": [4, 64]},
+        },
+    },
+}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, digits_cache):
+    monkeypatch.setenv("HPO_DATA", str(digits_cache))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_search_by_a_program_of_ones_own(place):
+    asked, verdicts = [], []
+    with hpo.ask_tell(STUDY, home=place) as study:
+        while (candidate := study.ask()) is not None:
+            asked.append(candidate)
+            value = 0.9 - 0.1 * candidate.number
+            prune = any(study.report(candidate.number, epoch, value * epoch / 9) for epoch in (1, 2, 3))
+            verdicts.append(prune)
+            study.tell(candidate.number, None if prune else value, state="pruned" if prune else "complete")
+    assert verdicts == [False, True, True, True]
+    assert asked[0].parameters["training.optimizer.lr"] == 1e-2, "the first candidate has the values of the priors"
+    assert asked[1].settings["model.hidden"] == asked[1].parameters["model.hidden"]
+    found = read_study(Home.find(place), "own")
+    assert [trial.state.value for trial in found.trials] == ["complete", "pruned", "pruned", "pruned"]
+    assert found.best.value == pytest.approx(0.9)
+    assert [epoch.scores["valid_accuracy"] for epoch in found.best.result.epochs] == pytest.approx([0.1, 0.2, 0.3])
+
+    from hpo.tracking.store import connect
+
+    client = connect(Home.find(place))
+    experiments = [each.experiment_id for each in client.search_experiments()]
+    runs = client.search_runs(experiments, "tags.`hpo.kind` = 'trial'")
+    assert sorted((run.data.tags["hpo.trial"], run.data.tags["hpo.state"]) for run in runs) == [
+        ("0", "complete"),
+        ("1", "pruned"),
+        ("2", "pruned"),
+        ("3", "pruned"),
+    ]
+
+
+def test_a_trial_that_was_not_told_is_tried_again(place):
+    with hpo.ask_tell(STUDY, home=place) as study:
+        first = study.ask()
+    with hpo.ask_tell("own", home=place) as study:
+        again = study.ask()
+        study.tell(again.number, state="failed", reason="out of paper")
+    assert (again.parameters, again.seed) == (first.parameters, first.seed)
+    trials = read_study(Home.find(place), "own").trials
+    assert [trial.state for trial in trials] == [TrialState.STOPPED, TrialState.FAILED]
+    assert trials[1].result.reason == "out of paper"
+
+
+def test_commands_ask_report_and_tell_from_one_process_each(place):
+    def command(*words):
+        outcome = CliRunner().invoke(app, [*words, "--home", str(place)], catch_exceptions=False)
+        return outcome.exit_code, outcome.stdout
+
+    hpo.ask_tell(STUDY, home=place).close()
+    code, printed = command("ask", "own")
+    asked = json.loads(printed)
+    assert code == 0
+    assert (asked["trial"], asked["number"], asked["parameters"]["training.optimizer.lr"]) == ("own#0", 0, 1e-2)
+    # Between two commands no process has it: it is not taken for abandoned.
+    assert reap(Home.find(place), "own") == []
+    (snapshot,) = read_snapshots(Home.find(place), results=False)
+    assert (snapshot.abandoned, snapshot.holders) == ((), ())
+    assert json.loads(command("tell", "own#0", "--epoch", "1", "--report", "0.5")[1])["prune"] is False
+    assert json.loads(command("tell", "own#0", "--value", "0.8")[1]) == {
+        "trial": "own#0",
+        "state": "complete",
+        "value": 0.8,
+        "reason": "",
+    }
+    number = json.loads(command("ask", "own")[1])["number"]
+    assert json.loads(command("tell", f"own#{number}", "--epoch", "1", "--report", "0.1")[1])["prune"] is True
+    assert json.loads(command("tell", f"own#{number}", "--pruned")[1])["value"] == 0.1
+    assert command("ask", "own", "--trials", "2")[0] == 1, "the budget is spent"
+
+
+def test_a_trial_that_was_not_handed_out_is_refused(place):
+    with hpo.ask_tell(STUDY, home=place) as study:
+        with pytest.raises(StoreError, match="own#7: hpo ask has handed out no such trial"):
+            study.tell(7, 0.5)
+        asked = study.ask()
+        study.tell(asked.number, 0.5)
+        with pytest.raises(StoreError, match="own#0"):
+            study.tell(asked.number, 0.6)
+
+
+def test_several_objectives_are_told_as_scores(place):
+    search = {**STUDY["search"], "objectives": ["valid_accuracy", "parameters"]}
+    with hpo.ask_tell({**STUDY, "search": search}, home=place) as study:
+        asked = study.ask()
+        assert study.report(asked.number, 1, [0.5, 100.0]) is False
+        result = study.tell(asked.number, scores={"valid_accuracy": 0.9, "parameters": 100.0})
+    assert (result.state, result.values) == (TrialState.COMPLETE, (0.9, 100.0))
