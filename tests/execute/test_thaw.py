@@ -19,6 +19,7 @@ from hpo.execute.workers.task import Task
 from hpo.records import Epoch, TrialResult, TrialState
 from hpo.search.lifecycle import open_study
 from hpo.spec.load import parse_study
+from no_pictures import draw_nothing
 
 EPOCHS = 9
 HALVING = {"name": "successive_halving", "min_epochs": 1, "reduction_factor": 3}
@@ -276,3 +277,57 @@ def test_thaw_needs_successive_halving(make_thawing):
         make_thawing(pruner="median")
     assert make_thawing(pruner="auto").search.thaw.disk_gb == 10
     assert make_thawing(thaw=False).search.thaw is None
+
+
+# The second is nearly as good as the first; the others hardly learn.
+RATES = [0.003, 0.002, 1e-6, 1e-6, 2e-6, 2e-6]
+REAL = {
+    "training.epochs": 4,
+    "training.precision": "float32",
+    "training.patience": None,
+    "model.dropout": 0.2,
+    "keep.models": "none",
+    "search.sampler": "random",
+    "search.space": {"training.optimizer.lr": {"float": [1e-7, 1e-1], "log": True}},
+    "search.start": [{"training.optimizer.lr": rate} for rate in RATES],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # two runs with their processes take minutes on a busy machine
+def test_a_real_study_has_one_run_for_each_trial_and_the_numbers_of_one_in_one_go(tmp_path, monkeypatch, digits_cache):
+    from hpo.execute.run_study import run_study
+    from hpo.home import Home
+    from hpo.spec.load import load_study
+    from hpo.tracking.store import connect
+
+    monkeypatch.setenv("HPO_DATA", str(digits_cache))
+    monkeypatch.setattr("hpo.execute.engines.local.cores", lambda: 1)
+    monkeypatch.setattr("hpo.execute.subscribers.tracking.draw_study", draw_nothing)
+
+    def run(folder, **more):
+        spec = load_study("digits-mlp", overrides={**REAL, **more})
+        return run_study(spec, trials=len(RATES), workers=1, home=tmp_path / folder)
+
+    whole = run("whole", **{"search.pruner": "none"})
+    thawed = run("thawed", **{"search.pruner": HALVING, "search.thaw": True})
+    assert [trial.candidate.seed for trial in thawed.trials] == [trial.candidate.seed for trial in whole.trials]
+    assert max(trial.result.pauses for trial in thawed.trials) >= 1
+    lengths = [len(trial.result.epochs) for trial in thawed.trials]
+    assert lengths[0] == 4
+    assert lengths[1] >= 3, "it was paused after its first epoch, and continued"
+    for one, other in zip(thawed.trials, whole.trials, strict=True):
+        pairs = zip(one.result.epochs, other.result.epochs, strict=False)
+        assert all(
+            replace(mine, seconds=0.0, last=False) == replace(theirs, seconds=0.0, last=False) for mine, theirs in pairs
+        )
+    client = connect(Home.find(tmp_path / "thawed"))
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    runs = client.search_runs(experiments, "tags.`hpo.kind` = 'trial'")
+    assert sorted(int(run.data.tags["hpo.trial"]) for run in runs) == list(range(len(RATES)))
+    for run in runs:
+        number = int(run.data.tags["hpo.trial"])
+        assert (run.info.status, run.data.tags["hpo.state"]) == ("FINISHED", thawed.trials[number].state.value)
+        steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "valid/loss")]
+        assert sorted(steps) == list(range(1, lengths[number] + 1))
+    assert not list((tmp_path / "thawed" / "mlruns" / "work").rglob("*.pt"))

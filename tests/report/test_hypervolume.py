@@ -16,8 +16,11 @@ def test_it_is_that_of_optuna(objectives):
     generator = np.random.default_rng(objectives)
     for count in (1, 5, 20):
         costs = generator.random((count, objectives))
-        reference = np.full(objectives, 0.9)
-        assert hypervolume(costs, list(reference)) == pytest.approx(compute_hypervolume(costs, reference))
+        reference = np.ones(objectives)
+        volume = hypervolume(costs, list(reference))
+        assert volume == pytest.approx(compute_hypervolume(costs, reference))
+        beyond = np.vstack([costs, np.full(objectives, 1.1)])
+        assert hypervolume(beyond, list(reference)) == volume, "what is worse than the reference point adds nothing"
 
 
 def _study(values, objectives=(("valid_accuracy", "maximize"), ("parameters", "minimize"))):
@@ -37,7 +40,7 @@ def test_it_grows_in_the_order_in_which_trials_ended():
     history = hypervolume_history(study)
     assert [number for number, _ in history] == [2, 1, 0]
     assert [volume for _, volume in history] == pytest.approx([0.25, 0.25, 0.25])
-    assert "Hypervolume: 0.250 of the box" in study_summary(study)
+    assert "Hypervolume: 0.250 of the box" in study_summary(study, winner=study.best)
 
 
 def test_a_trial_that_is_best_in_all_dominates_the_whole_box():
