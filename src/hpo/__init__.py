@@ -6,11 +6,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hpo.api.ask_tell import ask_tell
     from hpo.api.optuna_callback import optuna_callback
     from hpo.api.run import run_study
     from hpo.api.study import open_study
     from hpo.errors import HpoError
-    from hpo.jobs.ask_tell import ask_tell
     from hpo.predict import load_model
     from hpo.spec.load import load_study
     from hpo.spec.load import load_study as load_spec
@@ -33,7 +33,7 @@ __all__ = [
 # load_model bring torch or mlflow.
 _ROOMS = {
     "HpoError": ("hpo.errors", "HpoError"),
-    "ask_tell": ("hpo.jobs.ask_tell", "ask_tell"),
+    "ask_tell": ("hpo.api.ask_tell", "ask_tell"),
     "load_model": ("hpo.predict", "load_model"),
     "load_spec": ("hpo.spec.load", "load_study"),
     "load_study": ("hpo.spec.load", "load_study"),  # the earlier name of load_spec
