@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hpo.execute.workdir import checkpoint_file
-from hpo.records import FINAL, Candidate, Profile, TrialResult, TrialState
+from hpo.records import FINAL, Candidate, Epoch, Profile, TrialResult, TrialState
 from hpo.search.study import Study
 from hpo.spec.study import StudySpec
 
@@ -68,6 +68,12 @@ class Pauses:
             return checkpoint_file(self._work, candidate).stat().st_size
         except OSError:
             return 0
+
+
+def is_known(epoch: Epoch, before: TrialResult | None) -> bool:
+    """Whether an epoch of a trial comes from its checkpoint: before is what it had when it was paused."""
+    told = before.epochs[-1:] if before else ()
+    return any((epoch.fold, epoch.number) <= (last.fold, last.number) for last in told)
 
 
 def _joined(

@@ -13,7 +13,7 @@ from hpo.errors import NO_SPACE, HpoError, SpecError, StoreError
 from hpo.events import EpochEnded, Notice, TrialEnded, TrialPaused, TrialsReaped, TrialStarted
 from hpo.execute.engines.base import Engine, Message, WorkerLost
 from hpo.execute.finals import final_setup, finalists
-from hpo.execute.pauses import Pauses
+from hpo.execute.pauses import Pauses, is_known
 from hpo.execute.process import RunEnd
 from hpo.execute.subscribers import Events
 from hpo.execute.workdir import checkpoint_file
@@ -24,7 +24,6 @@ from hpo.records import (
     Candidate,
     DataCard,
     EndReason,
-    Epoch,
     FailureKind,
     StudyResult,
     TrialResult,
@@ -110,11 +109,6 @@ class _RunningTrial:
     found_by_search: float | None = None  # see _found_by_search
     epochs: list[EpochEnded] = field(default_factory=list)
     before: TrialResult | None = None  # when it was paused
-
-    def has_told(self, epoch: Epoch) -> bool:
-        """Whether an epoch was known when the trial was paused: it comes from the checkpoint."""
-        told = self.before.epochs[-1:] if self.before else ()
-        return any((epoch.fold, epoch.number) <= (last.fold, last.number) for last in told)
 
 
 class Supervisor:
@@ -265,6 +259,7 @@ class Supervisor:
             seed=candidate.seed,
             data=self._data,
             folder=str(self._work / str(candidate.number)),
+            until=None if final else self._until(setup),
             precisions=dict(self._progress.precisions),
             most_parameters=float("inf") if final else most_parameters(self._spec),
             latency=needs_latency(self._spec),
@@ -285,6 +280,12 @@ class Supervisor:
             before=self._study.before_pause(candidate.number),
         )
         self._events.emit(TrialStarted(candidate, worker, setup, time.time()))
+
+    def _until(self, setup: Setup) -> float | None:
+        """The value of its monitor with which a training has what search.until asks for, if one epoch can tell."""
+        search = self._spec.search
+        one_epoch = setup.training.monitor == search.objective and setup.split.kind != "kfold"
+        return search.until if one_epoch and not (search.constraints or search.objectives) else None
 
     def _setup(self, candidate: Candidate) -> Setup:
         if candidate.stage == FINAL:
@@ -312,7 +313,7 @@ class Supervisor:
             # A training that begins again with smaller pieces reports its epochs again.
             trial.epochs = [other for other in trial.epochs if (other.epoch.fold, other.epoch.number) < position]
             trial.epochs.append(message)
-            if self._prunes and trial.has_told(message.epoch):
+            if self._prunes and is_known(message.epoch, trial.before):
                 self._engine.verdict(slot, go_on=True)
                 return
             prune = trial.candidate.stage != FINAL and self._report(trial, message)

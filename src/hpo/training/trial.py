@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -43,13 +44,13 @@ class TrialPlan:
     """What one trial trains, and how; it does not change on the way.
 
     seed drives initial weights, data order and dropout. folder is where the best weights and validation probabilities
-    are left. precisions holds what was measured before for a kind and size of network
-    (TrialResult.settings["precision_key"]), so that similar trials use the same one. A network with more than
-    most_parameters weights is pruned before its first epoch. latency asks for the score latency_ms. checkpoint is the
-    file of training.checkpoint, which the caller deletes. pausable: the trial is saved there when it is pruned, so that
-    it may continue. not_stacked says why the trial must not share its
-    computation, "" if it may. profile asks for TrialResult.profile. ranks are the processes that train it together,
-    whose plans differ in rank and device only.
+    are left. until is the value of the monitor with which a training ends. precisions holds what was measured before
+    for a kind and size of network (TrialResult.settings["precision_key"]), so that similar trials use the same one. A
+    network with more than most_parameters weights is pruned before its first epoch. latency asks for the score
+    latency_ms. checkpoint is the file of training.checkpoint, which the caller deletes. pausable: the trial is saved
+    there when it is pruned, so that it may continue. not_stacked says why the trial must not share its computation, ""
+    if it may. profile asks for TrialResult.profile. ranks are the processes that train it together, whose plans differ
+    in rank and device only.
     """
 
     setup: Setup
@@ -58,6 +59,7 @@ class TrialPlan:
     seed: int
     folder: Path
     device_name: str
+    until: float | None = None
     precisions: Mapping[str, str] = field(default_factory=dict)
     most_parameters: float = float("inf")
     latency: bool = False
@@ -135,7 +137,7 @@ class _Trial:
         self._graph: Graph | None = None
         self._epochs: list[Epoch] = []  # of all folds
         self._best: list[Epoch] = []  # of each fold
-        self._state: Callable[[], Mapping[str, Any]] | None = None  # after the last epoch that was trained here
+        self._offered: deque[Callable[[], Mapping[str, Any]]] = deque(maxlen=1)  # the state after the last epoch
 
     def run(self) -> Generator[Epoch | None, bool, TrialResult]:
         """Train fold after fold, as train_trial says."""
@@ -212,7 +214,7 @@ class _Trial:
     def _pause(self, last: Epoch) -> None:
         """Save the training after its last epoch, so that it may continue; saved epochs are in the file already."""
         if self._plan.pausable and len(self._epochs) > len(self._saved.epochs):
-            state = self._state() if self._state and not last.last else None
+            state = self._offered[0]() if self._offered and not last.last else None
             self._checkpoint.save(self._epochs, self._precisions, state)
 
     def _fit(
@@ -223,7 +225,9 @@ class _Trial:
         seed = (plan.seed if self._spec.seed is None else self._spec.seed) + fold
         if stacks is not None and not built.not_stacked:
             decided["stack"], decided["layout"] = "shared", "of its stack"
-            return stacks.join(built.net, built.data, self._spec, seed=seed, precision=built.precision)
+            return stacks.join(
+                built.net, built.data, self._spec, seed=seed, precision=built.precision, until=plan.until
+            )
 
         def save(epoch: Epoch, state: Mapping[str, Any]) -> None:
             self._checkpoint.save([*self._epochs, replace(epoch, fold=fold)], self._precisions, state)
@@ -239,9 +243,10 @@ class _Trial:
             precision=built.precision,
             resume=resume,
             save=save,
-            offer=self._take if plan.pausable else None,
+            offer=self._offered.append if plan.pausable else None,
             graph=self._graph,
             ranks=self._ranks,
+            until=plan.until,
         )
         if self._profiler is not None:
             fit = self._profiler.watch(fit)
@@ -255,9 +260,6 @@ class _Trial:
         asked = self._plan.latency and self._ranks.leads
         latency = {"latency_ms": latency_ms(built.full_net, built.pixels)} if asked else {}
         return {"parameters": float(built.parameters), **latency}
-
-    def _take(self, state: Callable[[], Mapping[str, Any]]) -> None:
-        self._state = state
 
     def _result(self, built: Built, *, complete: bool) -> TrialResult:
         plan, best = self._plan, self._best
