@@ -70,9 +70,13 @@ class AskTell:
     def report(self, number: int, epoch: int, value: float | Sequence[float]) -> bool:
         """Record the objective after an epoch, counted from 1; True: the pruner ends the trial, tell it as pruned.
 
-        With several objectives value has one for each, in the order of the study.
+        With several objectives value has one for each, in the order of the study. Raises SpecError otherwise.
         """
         self._held(number)
+        values, wanted = len(value) if isinstance(value, Sequence) else 0, len(self._study.spec.search.objectives)
+        if values != wanted:
+            one = f"one value for each of the {wanted} objectives" if wanted else "one number"
+            raise SpecError(f"{self.title}#{number}: {value} was reported.", f"Report {one}.")
         return bool(self._study.report(number, epoch, value))
 
     def tell(

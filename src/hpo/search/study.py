@@ -234,8 +234,8 @@ class Study:
         successive halving are recorded: Optuna has no place for them.
         """
         trial = self._running[number]
-        if not isinstance(value, float | int):
-            if not self._prunes or trial.user_attrs[START]["stage"] == FINAL:
+        if self._spec.search.objectives:
+            if not self._prunes or trial.user_attrs[START]["stage"] == FINAL or not isinstance(value, Sequence):
                 return False
             return self._pareto.prune(trial.storage, self._id, trial_id_of(trial), epoch, value)
         try:
