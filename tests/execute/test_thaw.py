@@ -331,3 +331,19 @@ def test_a_real_study_has_one_run_for_each_trial_and_the_numbers_of_one_in_one_g
         steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "valid/loss")]
         assert sorted(steps) == list(range(1, lengths[number] + 1))
     assert not list((tmp_path / "thawed" / "mlruns" / "work").rglob("*.pt"))
+
+
+def test_several_objectives_are_compared_with_the_costs_that_workers_send(run_formula):
+    """The fewer parameters, the less accurate: all are on the front, and at six trials its other end continues too."""
+
+    def trainer(task, device):
+        training, costs = Trainer()(task, device), {"parameters": 1000 * (1 - task.setup.model.dropout)}
+        message = next(training)
+        while isinstance(message, EpochEnded):
+            message = training.send((yield replace(message, costs=costs)))
+        yield TrialEnded(replace(message.result, scores={**message.result.scores, **costs}))
+
+    order = [0.1, 0.3, 0.5, 0.6, 0.7, 0.8]
+    run = run_formula(thawing(order, thaw=None, objectives=["valid_accuracy", "parameters"]), trainer=trainer)
+    assert [len(trial.result.epochs) for trial in run.trials] == [9, 1, 1, 1, 1, 3]
+    assert [trial.number for trial in run.study.result().pareto()] == [0]
