@@ -38,13 +38,14 @@ class EndReason(StrEnum):
     """Why a run of a study ended.
 
     BUDGET: all trials are done. EXHAUSTED: every candidate of the space was tried. REACHED: the best trial is as good
-    as search.until asks for. TIMEOUT: --timeout has passed.
+    as search.until asks for. ENOUGH: search.enough holds. TIMEOUT: --timeout has passed.
     INTERRUPTED: Ctrl-C or SIGTERM. STOPPED: hpo stop. FAILING: the first trials all failed.
     """
 
     BUDGET = "budget"
     EXHAUSTED = "exhausted"
     REACHED = "reached"
+    ENOUGH = "enough"
     TIMEOUT = "timeout"
     INTERRUPTED = "interrupted"
     STOPPED = "stopped"
@@ -53,7 +54,7 @@ class EndReason(StrEnum):
     @property
     def completed(self) -> bool:
         """True where nothing is left to search."""
-        return self in (EndReason.BUDGET, EndReason.EXHAUSTED, EndReason.REACHED)
+        return self in (EndReason.BUDGET, EndReason.EXHAUSTED, EndReason.REACHED, EndReason.ENOUGH)
 
     @property
     def orderly(self) -> bool:
@@ -237,7 +238,8 @@ class Trial:
 class StudyResult:
     """A study as its storage holds it. name is the study's; generation counts from 1, one more for each --fresh.
 
-    objectives holds (score, maximize or minimize) of each aim; objective and direction are those of the first.
+    objectives holds (score, maximize or minimize) of each aim; objective and direction are those of the first. enough
+    says in a sentence why search.enough has ended the search; "" where it has not.
     """
 
     name: str
@@ -249,6 +251,7 @@ class StudyResult:
     data_digest: str = ""
     created: float = 0.0
     objectives: tuple[tuple[str, str], ...] = ()
+    enough: str = ""
 
     @property
     def title(self) -> str:

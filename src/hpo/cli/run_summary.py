@@ -196,6 +196,7 @@ _REASONS = {
     EndReason.BUDGET: "done",
     EndReason.EXHAUSTED: "done",
     EndReason.REACHED: "done",
+    EndReason.ENOUGH: "enough",
     EndReason.TIMEOUT: "time limit",
     EndReason.FAILING: "gave up",
 }
@@ -210,6 +211,8 @@ def _done(tally: Tally) -> str:
     if tally.ended and tally.ended.reason is EndReason.REACHED:
         until = (tally.ended.study.spec.get("search") or {}).get("until")
         return f"search.until {until} is reached after {tally.finished} trials, {duration(tally.seconds)}{counts}"
+    if tally.ended and tally.ended.reason is EndReason.ENOUGH:
+        return f"{tally.ended.study.enough}; {duration(tally.seconds)}{counts}"
     return f"{tally.finished} of {tally.budget} trials, {duration(tally.seconds)}{counts}"
 
 

@@ -189,6 +189,8 @@ class _ArrayRun:
             interrupted.wait(_TICK)
 
     def _reason(self) -> EndReason:
+        if list_trials(self._home, self._opened.study.exact).enough:
+            return EndReason.ENOUGH
         spent = self._follower.finished >= self._opened.budget
         return EndReason.BUDGET if spent else EndReason.EXHAUSTED
 

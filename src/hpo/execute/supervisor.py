@@ -12,6 +12,7 @@ from typing import Protocol
 from hpo.errors import NO_SPACE, HpoError, SpecError, StoreError
 from hpo.events import EpochEnded, Notice, TrialEnded, TrialsReaped, TrialStarted
 from hpo.execute.engines.base import Engine, Message, WorkerLost
+from hpo.execute.enough import Enough
 from hpo.execute.finals import final_setup, finalists
 from hpo.execute.process import RunEnd
 from hpo.execute.subscribers import Events
@@ -143,7 +144,8 @@ class Supervisor:
         self._prunes = prunes(spec)
         self._running: dict[int, _RunningTrial] = {}  # by slot
         self._progress = Progress(spec, study.result())
-        self._may_reach = True  # whether search.until ends what runs now: not the final trainings
+        self._enough = Enough(spec, study)
+        self._may_reach = True  # whether search.until and enough end what runs now: not the final trainings
 
     def run(self) -> EndReason:
         """Search, then train the finals; returns why the run ended.
@@ -182,12 +184,12 @@ class Supervisor:
             if reason := self._reason_to_stop():
                 self._stop_running(reason)
                 return reason
-            if self._may_reach and self._progress.reached:
+            if fulfilled := self._fulfilled():
                 # The engine of stopped trials is closed; a final training needs it.
                 if self._running and self._spec.final is None:
-                    self._stop_running(EndReason.REACHED)
+                    self._stop_running(fulfilled)
                 if not self._running:
-                    return EndReason.REACHED
+                    return fulfilled
             elif time.monotonic() >= ask_at:
                 handed = self._hand_out(ask)
                 idle = not self._running and any(map(self._engine.accepts, range(self._engine.slots)))
@@ -208,6 +210,8 @@ class Supervisor:
     def _reap(self) -> None:
         """Finish or retry the trials of supervisors that have died since the last look."""
         reaped = self._study.reap()
+        if reaped or self._study.shared:
+            self._enough.note()
         if not (reaped or (self._study.shared and self._spec.search.until is not None)):
             return
         study = self._study.result()
@@ -218,6 +222,14 @@ class Supervisor:
 
     def _reason_to_stop(self) -> EndReason | None:
         return self._end.reason() or (EndReason.FAILING if self._progress.hopeless else None)
+
+    def _fulfilled(self) -> EndReason | None:
+        """Why the search may end before its budget is spent; None where it may not."""
+        if not self._may_reach:
+            return None
+        if self._progress.reached:
+            return EndReason.REACHED
+        return EndReason.ENOUGH if self._enough.reached() else None
 
     def _hand_out(self, ask: Ask) -> bool:
         """Fill the slots as far as there are candidates; True if there were any."""
@@ -325,6 +337,7 @@ class Supervisor:
         with self._end.shielded():
             result = self._study.tell(self._stamped(result, trial), died=died)
             del self._running[slot]
+        self._enough.note()
         self._emit_ended(result, final=trial.candidate.stage == FINAL)
 
     def _emit_ended(self, result: TrialResult, *, final: bool) -> None:

@@ -201,6 +201,8 @@ def protocol(findings: Findings) -> str:
         ("pruner", _chosen(search.pruner, chosen_pruner(spec))),
         ("seeds", f"study seed {spec.seed}; each trial's own follows from it and the trial's number"),
     ]
+    if study.enough:
+        rows.append(("ended early", study.enough))
     if search.constraints:
         rows.append(("constraints", text.listed(search.constraints)))
     if spec.final is not None:

@@ -16,6 +16,7 @@ from hpo.errors import SpecError, StoreError
 from hpo.home import Home
 from hpo.locks import lock
 from hpo.search.constraints import aims, parse_constraint
+from hpo.search.enough import enough_key
 from hpo.search.pruners import build_pruner
 from hpo.search.samplers import SAMPLERS, check_own, sampler_entry
 from hpo.search.stages import check_stages, distribution
@@ -115,6 +116,9 @@ def _enter_study(
         if join:
             return title, notes, spec
         record |= {"created": before["created"], "start": before.get("start", [])}
+        told = before.get("enough", {})
+        if told.items() >= enough_key(spec).items():
+            record["enough"] = told
     else:
         record["start"], notes = _warm_starts(spec, storage)
         # It may exist without our record: its creator was killed between the two writes.

@@ -80,6 +80,11 @@ class EndedTrials:
         self._without_key = []
         return self._by_key.get(key, [])
 
+    @property
+    def best(self) -> FrozenTrial | None:
+        """The complete and feasible trial with the best first objective."""
+        return self._costs[0][2] if self._costs else None
+
     def sample(self) -> list[FrozenTrial]:
         """The trials that samplers see, by number. It depends on the trials only, not on who asks or when."""
         if len(self.visible) <= MOST:
