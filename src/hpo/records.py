@@ -38,8 +38,8 @@ class EndReason(StrEnum):
     """Why a run of a study ended.
 
     BUDGET: all trials are done. EXHAUSTED: every candidate of the space was tried. REACHED: the best trial is as good
-    as search.until asks for. ENOUGH: search.enough holds. TIMEOUT: --timeout has passed.
-    INTERRUPTED: Ctrl-C or SIGTERM. STOPPED: hpo stop. FAILING: the first trials all failed.
+    as search.until asks for. ENOUGH: search.enough holds. TIMEOUT: --timeout or --minutes have passed. INTERRUPTED:
+    Ctrl-C or SIGTERM. STOPPED: hpo stop. FAILING: the first trials all failed.
     """
 
     BUDGET = "budget"
@@ -143,17 +143,16 @@ class TrialResult:
     value is the objective at the best epoch (None unless complete or pruned); best_epoch counts from 1 (0: none was
     finished). scores are those of the best epoch; with folds, their means. confusion is (true class, predicted class)
     counts on the validation part. folder is where the worker left weights and validation probabilities, or ""; stored,
-    it is only the folder's name in the study's work folder, for a project can move.
-    settings are what the machine decided rather than the spec: device, precision, layout, threads, and micro_batch
-    where the memory was short.
-    values are those of several objectives, in the order of the spec. folds holds the scores of each fold at its best
-    epoch. feasible is False where a constraint of the search is broken or the memory does not suffice. failure is why a
-    trial did not come to its end, None where it did. predicted holds the predicted classes of the validation images, in
-    the order of their rows (see pack_classes): comparisons need no model then. ended is when, in seconds since 1970
-    (0.0: not known): what is written twice about it carries the same time, and is there once. profile is None where the
-    run was not profiled. system holds system metrics over time, as columns: MLflow's names without its prefix system/,
-    and `time`, when each value was taken, in seconds since 1970. members: of an ensemble, how often each of its
-    trials (STUDY~GENERATION#NUMBER) counts; {} of a training.
+    it is only the folder's name in the study's work folder, for a project can move. settings are what the machine
+    decided rather than the spec: device, precision, layout, threads, and micro_batch where the memory was short. values
+    are those of several objectives, in the order of the spec. folds holds the scores of each fold at its best epoch.
+    feasible is False where a constraint of the search is broken or the memory does not suffice. failure is why a trial
+    did not come to its end, None where it did. predicted holds the predicted classes of the validation images, in the
+    order of their rows (see pack_classes): comparisons need no model then. ended is when, in seconds since 1970 (0.0:
+    not known): what is written twice about it carries the same time, and is there once. profile is None where the run
+    was not profiled. system holds system metrics over time, as columns: MLflow's names without its prefix system/, and
+    `time`, when each value was taken, in seconds since 1970. members: of an ensemble, how often each of its trials
+    (STUDY~GENERATION#NUMBER) counts; {} of a training.
     """
 
     number: int
@@ -239,7 +238,7 @@ class StudyResult:
     """A study as its storage holds it. name is the study's; generation counts from 1, one more for each --fresh.
 
     objectives holds (score, maximize or minimize) of each aim; objective and direction are those of the first. enough
-    says in a sentence why search.enough has ended the search; "" where it has not.
+    says why search.enough ended it, or is "". fitted is what --minutes made of its file (hpo.execute.budget.Fitted).
     """
 
     name: str
@@ -252,6 +251,7 @@ class StudyResult:
     created: float = 0.0
     objectives: tuple[tuple[str, str], ...] = ()
     enough: str = ""
+    fitted: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -318,12 +318,12 @@ class DataCard:
 
     folder holds development_images.npy (n, height, width, channels) uint8 and development_labels.npy (n,) int64: all
     images that a trial may see, an official training part first and an official validation part from row valid_start
-    (None: the data set has none). The test part lies in test_folder, which no trial is given: see sealed.
-    image_shape is (height, width, channels). digest is "sha256:..." over pixels and labels of all parts.
-    official says whether the bytes had the publisher's checksum. files counts the files of a folder: seen, used, and
-    those skipped by reason. ranges maps a kind of pixel (a numpy dtype) to the values that became 0 and 255. warnings
-    are about images that can hardly be meant. groups is how many groups no two parts share, 0 where none are known.
-    several_labels: labels are (n, classes) of 0 and 1. shared: the parts of the user's own that hold the same images.
+    (None: the data set has none). The test part lies in test_folder, which no trial is given: see sealed. image_shape
+    is (height, width, channels). digest is "sha256:..." over pixels and labels of all parts. official says whether the
+    bytes had the publisher's checksum. files counts the files of a folder: seen, used, and those skipped by reason.
+    ranges maps a kind of pixel (a numpy dtype) to the values that became 0 and 255. warnings are about images that can
+    hardly be meant. groups is how many groups no two parts share, 0 where none are known. several_labels: labels are
+    (n, classes) of 0 and 1. shared: the parts of the user's own that hold the same images.
     """
 
     name: str

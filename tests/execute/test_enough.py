@@ -11,6 +11,7 @@ from hpo.execute.enough import standard_error
 from hpo.records import FINAL, EndReason, Epoch, TrialResult, TrialState
 from hpo.spec.study import FinalSpec
 
+A = "valid_accuracy"
 IMAGES = 1000
 SPACE = {"model.dropout": {"float": [0.0, 0.9]}, "training.optimizer.momentum": {"float": [0.0, 0.9]}}
 

@@ -170,8 +170,8 @@ Minutes = Annotated[
     float | None,
     typer.Option(
         metavar="N",
-        help="Your own images: the minutes that the study is made for.",
-        show_default="the preset's",
+        help="Fit trials, and where needed epochs, to so many minutes of this machine, and end then.",
+        show_default="no limit; your own images: the preset's",
     ),
 ]
 PresetName = Annotated[

@@ -1,4 +1,4 @@
-"""Whether a search has found enough: what can still be gained is below a limit, or below the noise of its validation."""
+"""Whether a search has found enough: what is left to gain is below a limit, or the noise of its validation."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Enough:
 
     def __init__(self, spec: StudySpec, study: Any) -> None:
         self._spec = spec
-        self._study = study
+        self._verdict = study.verdict
         self._stale, self._found = spec.search.enough != "off", False
 
     def note(self) -> None:
@@ -46,11 +46,11 @@ class Enough:
     def reached(self) -> bool:
         """Whether the search may end. What is found once stays so, also when the study is resumed."""
         if self._stale:
-            self._stale, self._found = False, bool(self._study.enough) or self._judge()
+            self._stale, self._found = False, bool(self._verdict.told) or self._judge()
         return self._found
 
     def _judge(self) -> bool:
-        found = self._study.gain_left()
+        found = self._verdict.gain_left()
         if found is None:
             return False
         gain, best, trials = found
@@ -58,7 +58,7 @@ class Enough:
         if gain >= limit:
             return False
         better = "raised" if self._spec.search.better == "maximize" else "lowered"
-        self._study.conclude(
+        self._verdict.conclude(
             f"after {trials} trials {self._spec.search.objective} can probably be {better} by no more than {gain:.2g} "
             f"(bound of Makarova et al. 2022), less than {words}"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -114,6 +115,7 @@ class Supervisor:
     """One run of a study: it hands candidates to the engine's slots, tells Optuna the results, and emits events.
 
     budget is the study's total number of trials. work is the study's folder of work in progress. ranks is that of Task.
+    search_until is when the search hands out its last candidate, a time.monotonic() value: final trainings follow.
     Every result is in Optuna's storage before its event is emitted.
     """
 
@@ -130,6 +132,7 @@ class Supervisor:
         end: RunEnd,
         profile: bool = False,
         ranks: int = 1,
+        search_until: float = math.inf,
     ) -> None:
         self._spec = spec
         self._study = study
@@ -141,6 +144,7 @@ class Supervisor:
         self._end = end
         self._profile = profile
         self._ranks = ranks
+        self._search_until = search_until
         self._prunes = prunes(spec)
         self._running: dict[int, _RunningTrial] = {}  # by slot
         self._progress = Progress(spec, study.result())
@@ -164,7 +168,8 @@ class Supervisor:
 
     def _search(self) -> EndReason:
         reason = self._run_phase(partial(self._study.ask, budget=self._budget))
-        chosen = finalists(self._spec, self._study.result()) if reason.completed else []
+        late = self._late and self._end.reason() is None
+        chosen = finalists(self._spec, self._study.result()) if reason.completed or late else []
         self._may_reach = False
         if not chosen:
             return reason
@@ -184,7 +189,10 @@ class Supervisor:
             if reason := self._reason_to_stop():
                 self._stop_running(reason)
                 return reason
-            if fulfilled := self._fulfilled():
+            if self._late:
+                if not self._running:
+                    return EndReason.TIMEOUT
+            elif fulfilled := self._fulfilled():
                 # The engine of stopped trials is closed; a final training needs it.
                 if self._running and self._spec.final is None:
                     self._stop_running(fulfilled)
@@ -222,6 +230,11 @@ class Supervisor:
 
     def _reason_to_stop(self) -> EndReason | None:
         return self._end.reason() or (EndReason.FAILING if self._progress.hopeless else None)
+
+    @property
+    def _late(self) -> bool:
+        """Whether the time of the search is over, and what is left is for final trainings."""
+        return self._may_reach and time.monotonic() >= self._search_until
 
     def _fulfilled(self) -> EndReason | None:
         """Why the search may end before its budget is spent; None where it may not."""

@@ -201,6 +201,8 @@ def protocol(findings: Findings) -> str:
         ("pruner", _chosen(search.pruner, chosen_pruner(spec))),
         ("seeds", f"study seed {spec.seed}; each trial's own follows from it and the trial's number"),
     ]
+    if study.fitted:
+        rows.append(("fitted to minutes", study.fitted["text"]))
     if study.enough:
         rows.append(("ended early", study.enough))
     if search.constraints:

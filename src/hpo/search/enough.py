@@ -15,12 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 from optuna.trial import FrozenTrial, TrialState
 
+from hpo.home import Home
+from hpo.records import TrialResult
 from hpo.search.gaussian_process import GaussianProcess, fit
 from hpo.search.mfgp import Places
 from hpo.search.pruners import running_best
+from hpo.search.samplers import StageProgress
 from hpo.search.stages import Stage, decode
 from hpo.spec.study import StudySpec
-from hpo.storage.trial_attrs import attrs_of
+from hpo.storage.optuna_storage import Storage
+from hpo.storage.retry import store_errors
+from hpo.storage.trial_attrs import STUDY, attrs_of, result_of
 
 Floats = NDArray[np.float64]
 
@@ -117,3 +122,45 @@ def _regret_bound(places: Places, rows: Floats, scores: Floats, count: int, seed
     mean, deviation = model(np.vstack([points, places.features(drawn)]))
     tried = len(points)
     return float((mean + width * deviation).max() - (mean - width * deviation)[:tried].max())
+
+
+class Verdict:
+    """Whether a study has found enough, in its storage; study_id is Optuna's. All raise StoreError as Study does."""
+
+    def __init__(self, home: Home, spec: StudySpec, storage: Storage, study_id: int, progress: StageProgress) -> None:
+        self._home, self._spec, self._storage, self._id, self._progress = home, spec, storage, study_id, progress
+
+    @property
+    def told(self) -> str:
+        """Why search.enough has ended the search, in a sentence; "" where it has not."""
+        with store_errors(self._home):
+            return str(self._record().get("enough", {}).get("text", ""))
+
+    def gain_left(self) -> tuple[float, TrialResult, int] | None:
+        """(how much the best trial can still be beaten by, its result, the trials that ended).
+
+        None where there are too few trials, or the rule is not applied after so many.
+        """
+        with store_errors(self._home):
+            index = self._storage.index(self._id)
+            ended = index.ended(None)
+            best = result_of(ended.best) if ended.best is not None and due(len(ended.visible)) else None
+            step = self._progress.current(index) if best is not None else None
+        if best is None or step is None:
+            return None
+        gain = gain_left(step.stage, ended.sample(), maximize=self._spec.search.better == "maximize")
+        return (gain, best, len(ended.visible)) if gain is not None else None
+
+    def conclude(self, text: str) -> None:
+        """Record why search.enough ends the search."""
+
+        def write() -> None:
+            record = {**self._record(), "enough": {"text": text, **enough_key(self._spec)}}
+            self._storage.database.set_study_user_attr(self._id, STUDY, record)
+
+        with store_errors(self._home):
+            self._storage.transact(write, lock="studies")
+
+    def _record(self) -> dict[str, Any]:
+        record: dict[str, Any] = self._storage.database.get_study_user_attrs(self._id)[STUDY]
+        return record

@@ -51,11 +51,13 @@ def open_study(
     fresh: bool = False,
     join: str = "",
     class_names: Sequence[str] = (),
+    fitted: Mapping[str, Any] | None = None,
 ) -> Study:
     """Start a study, or resume its newest generation; fresh starts a new generation.
 
     budget is stored in its record. join is the title of an existing study to take part in, of any generation: its
-    record is left as it is. data_digest is that of the images that trials see, class_names are the data set's. Raises
+    record is left as it is. data_digest is that of the images that trials see, class_names are the data set's. fitted
+    is stored in the record: what was fitted to minutes (hpo.execute.budget); None: what it has there stays. Raises
     SpecError where the spec cannot be searched, or where spec, data, code or weights differ from those of the study's
     trials (space, sampler, pruner and budget may change, options of a choice may not), and StoreError where the storage
     refuses.
@@ -71,6 +73,7 @@ def open_study(
             budget=budget,
             fresh=fresh,
             join=join,
+            fitted=fitted,
             content={**content_of(spec), "class_names": list(class_names)},
         )
         with store_errors(home):
@@ -90,6 +93,7 @@ def _enter_study(
     budget: int | None = None,
     fresh: bool = False,
     join: str = "",
+    fitted: Mapping[str, Any] | None = None,
     content: Mapping[str, Any],
 ) -> tuple[str, list[str], StudySpec]:
     """Write the study's record, new or updated, and return its title, notes on its start, and its spec; see open_study.
@@ -107,6 +111,8 @@ def _enter_study(
     study_id, before = storage.studies()[titles[generation]] if generation in titles else (-1, None)
     spec = spec.resumed_as(before["spec"]) if before else spec
     record = {**_record(spec, generation, data_digest, content), "budget": budget}
+    if fitted := before.get("fitted") if before and fitted is None else fitted:
+        record["fitted"] = fitted
     notes: list[str] = []
     if before is not None:
         _check_same(before, record)

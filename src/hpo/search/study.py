@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, Trial
 from hpo.errors import StoreError
 from hpo.home import Home
 from hpo.records import FINAL, Candidate, FailureKind, StudyResult, TrialResult, TrialState
-from hpo.search.enough import due, enough_key, gain_left
+from hpo.search.enough import Verdict
 from hpo.search.pruners import build_pruner
 from hpo.search.results import Finisher, template
 from hpo.search.samplers import StageProgress, StageSampler, Step
@@ -52,7 +52,8 @@ class Study:
 
     title is the study's name in storage and tracking; notes are remarks on its start. exhausted: the last ask found no
     further candidate in the space. blocked: the last ask or ask_final had no candidate, but there may be one once
-    running trials, perhaps of another supervisor, have ended. shared: the storage is on a server.
+    running trials, perhaps of another supervisor, have ended. verdict: that of search.enough. shared: the storage is on
+    a server.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Study:
         self._pruner = build_pruner(spec)
         self._prunes = prunes(spec)
         self._progress = StageProgress(spec, storage, self._id)
+        self.verdict = Verdict(home, spec, storage, self._id, self._progress)
         self._running: dict[int, Trial] = {}
         self._reused: list[tuple[Candidate, TrialResult]] = []
         self._stop = self._last_stop()
@@ -276,39 +278,6 @@ class Study:
         """The total number of trials that the study was last run for."""
         budget = self._attribute(STUDY).get("budget")
         return int(budget) if budget is not None else total_trials(self._spec)
-
-    @property
-    @_guarded
-    def enough(self) -> str:
-        """Why search.enough has ended the search, in a sentence; "" where it has not."""
-        return str(self._attribute(STUDY).get("enough", {}).get("text", ""))
-
-    @_guarded
-    def gain_left(self) -> tuple[float, TrialResult, int] | None:
-        """(how much the best trial can still be beaten by, its result, the trials that ended).
-
-        None where there are too few trials, or search.enough is not judged after so many.
-        """
-        index = self._index()
-        ended, step = index.ended(None), None
-        if due(len(ended.visible)) and ended.best is not None:
-            step = self._progress.current(index)
-        best = result_of(ended.best) if ended.best is not None else None
-        if step is None or best is None:
-            return None
-        gain = gain_left(step.stage, ended.sample(), maximize=self._spec.search.better == "maximize")
-        return (gain, best, len(ended.visible)) if gain is not None else None
-
-    @_guarded
-    def conclude(self, text: str) -> None:
-        """Record why search.enough ends the search; see enough."""
-
-        def write() -> None:
-            told = {"text": text, **enough_key(self._spec)}
-            record = {**self._attribute(STUDY), "enough": told}
-            self._storage.database.set_study_user_attr(self._id, STUDY, record)
-
-        self._storage.transact(write, lock="studies")
 
     @property
     def crowd(self) -> int:

@@ -123,6 +123,7 @@ def to_result(record: Mapping[str, Any], trials: Iterable[Trial]) -> StudyResult
         data_digest=record["data_digest"],
         created=record["created"],
         objectives=tuple(map(tuple, record.get("objectives", [(record["objective"], record["direction"])]))),
+        fitted=record.get("fitted", {}),
         enough=record.get("enough", {}).get("text", ""),
     )
 
