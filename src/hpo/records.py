@@ -212,7 +212,8 @@ def unpack_classes(text: str) -> list[int]:
 class Trial:
     """One trial as the study storage holds it: its candidate, state and result.
 
-    run_seconds is the wall time from ask to tell; started is seconds since the epoch (0.0 while waiting).
+    run_seconds is the wall time from ask to tell; started is seconds since the epoch (0.0 while waiting). outside: the
+    study's space has left it, so it does not count.
     """
 
     candidate: Candidate
@@ -221,6 +222,7 @@ class Trial:
     started: float = 0.0
     run_seconds: float = 0.0
     worker: str = ""
+    outside: bool = False
 
     @property
     def number(self) -> int:
@@ -278,6 +280,7 @@ class StudyResult:
             and trial.value is not None
             and trial.result is not None
             and trial.result.feasible
+            and not trial.outside
             and (trial.candidate.stage not in AFTER_SEARCH if stage is None else trial.candidate.stage == stage)
         ]
         return sorted(done, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
@@ -305,7 +308,7 @@ class StudyResult:
     def counted(self) -> tuple[Trial, ...]:
         """The trials that count against the budget: none after the search, none that was or will be run again."""
         last = {trial.candidate.ordinal: trial for trial in self.trials if trial.candidate.stage not in AFTER_SEARCH}
-        return tuple(trial for trial in last.values() if trial.state is not TrialState.STOPPED)
+        return tuple(trial for trial in last.values() if trial.state is not TrialState.STOPPED and not trial.outside)
 
     def count(self, *states: TrialState) -> int:
         """The number of trials in one of these states."""

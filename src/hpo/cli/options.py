@@ -233,6 +233,9 @@ SlurmSettings = Annotated[
     ),
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start a new study; the old one is kept.")]
+Extend = Annotated[
+    bool, typer.Option("--extend", help="Go on after the search space has changed: old trials count where they fit.")
+]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Retry failed trials.")]
 KeepModels = Annotated[
     str | None,

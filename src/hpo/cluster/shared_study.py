@@ -46,8 +46,8 @@ def begin_study(spec: StudySpec, options: RunOptions, *, watch: Watch | None = N
     """Write the study into the shared storage, or find it there, so that `hpo worker` can join it; train nothing.
 
     The images are prepared and checked here, and their digest is written down. Of the options those apply that define
-    the study: trials, keep_models, precision, fresh, retry_failed and home. watch gets notices only. Returns the state
-    of the study, with no workers. Raises HpoError.
+    the study: trials, keep_models, precision, fresh, extend, retry_failed and home. watch gets notices only. Returns
+    the state of the study, with no workers. Raises HpoError.
     """
     home = shared_home(options.home).create()
     check_reachable(home)
@@ -65,7 +65,13 @@ def begin_study(spec: StudySpec, options: RunOptions, *, watch: Watch | None = N
         refuse_new(home, spec, prepared.data, fresh=options.fresh)
         check_final(spec, prepared.data)
         study = open_study(
-            home, spec, data_digest=digest, class_names=prepared.data.class_names, budget=budget, fresh=options.fresh
+            home,
+            spec,
+            data_digest=digest,
+            class_names=prepared.data.class_names,
+            budget=budget,
+            fresh=options.fresh,
+            extend=options.extend,
         )
         spec = study.spec
         cleanup.callback(study.close)

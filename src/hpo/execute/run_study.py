@@ -171,6 +171,7 @@ def _open_study(run: _Run, cleanup: contextlib.ExitStack) -> _OpenStudy:
         budget=budget_of(spec, None if fitted else options.trials),
         fitted=fitted.to_json() if fitted else None,
         fresh=options.fresh,
+        extend=options.extend,
         join=run.join,
     )
     cleanup.callback(study.close)

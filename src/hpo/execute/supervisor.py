@@ -55,7 +55,7 @@ class Progress:
         self._succeeded = False
         self.precisions: dict[str, str] = {}
         for trial in before.trials:
-            if trial.result is not None:
+            if trial.result is not None and not trial.outside:
                 self.add(trial.result, final=trial.candidate.stage in AFTER_SEARCH)
         self._failed = 0  # the cause of earlier failures may be gone
 

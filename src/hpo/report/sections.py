@@ -203,6 +203,8 @@ def protocol(findings: Findings) -> str:
     ]
     if study.fitted:
         rows.append(("fitted to minutes", study.fitted["text"]))
+    if outside := sum(trial.outside for trial in study.trials):
+        rows.append(("left out", f"{text.counted(outside, 'trial')} of an earlier space, on record but not counted"))
     if study.enough:
         rows.append(("ended early", study.enough))
     if search.constraints:

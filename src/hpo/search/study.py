@@ -17,6 +17,7 @@ from hpo.errors import StoreError
 from hpo.home import Home
 from hpo.records import FINAL, Candidate, FailureKind, StudyResult, TrialResult, TrialState
 from hpo.search.enough import Verdict
+from hpo.search.growth import seen_as
 from hpo.search.pruners import build_pruner
 from hpo.search.results import Finisher, template
 from hpo.search.samplers import StageProgress, StageSampler, Step
@@ -68,6 +69,8 @@ class Study:
         self._storage = storage
         self._lease = lease
         self._id: int = storage.database.get_study_id_from_name(title)
+        if (record := self._attribute(STUDY)) and "grown" in record:
+            storage.show(self._id, seen_as(spec, record))
         self._pruner = build_pruner(spec)
         self._prunes = prunes(spec)
         self._progress = StageProgress(spec, storage, self._id)

@@ -16,7 +16,7 @@ from hpo.home import Home
 from hpo.locks import seen_held
 from hpo.records import AFTER_SEARCH, StudyResult, Trial, TrialResult, TrialState
 from hpo.storage.liveness import GRACE_SECONDS, HEARTBEATS, Holder, holders, host_of, is_near
-from hpo.storage.trial_attrs import CLAIM, RESULT, START, STOP, STUDY, TrialAttrs, make_trial, read_state
+from hpo.storage.trial_attrs import CLAIM, RESULT, START, STOP, STUDY, TrialAttrs, held_of, make_trial, read_state
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def to_result(record: Mapping[str, Any], trials: Iterable[Trial]) -> StudyResult
         generation=record["generation"],
         direction=record["direction"],
         objective=record["objective"],
-        trials=tuple(trials),
+        trials=tuple(_grown(record, trials)),
         spec=record["spec"],
         data_digest=record["data_digest"],
         created=record["created"],
@@ -126,6 +126,18 @@ def to_result(record: Mapping[str, Any], trials: Iterable[Trial]) -> StudyResult
         fitted=record.get("fitted", {}),
         enough=record.get("enough", {}).get("text", ""),
     )
+
+
+def _grown(record: Mapping[str, Any], trials: Iterable[Trial]) -> Iterator[Trial]:
+    """The trials of a study whose space may have changed, see hpo.search.growth."""
+    grown, outside = record.get("grown", ()), frozenset(record.get("outside", ()))
+    for trial in trials:
+        candidate = trial.candidate
+        held = held_of(grown, trial.number) if candidate.stage is None else {}
+        if held.keys() - candidate.parameters.keys():
+            candidate = replace(candidate, parameters={**held, **candidate.parameters})
+        changed = candidate is not trial.candidate or trial.number in outside
+        yield replace(trial, candidate=candidate, outside=trial.number in outside) if changed else trial
 
 
 def _snapshot(home: Home, reader: Reader, study_id: int, record: Mapping[str, Any], *, results: bool) -> StudySnapshot:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -56,10 +56,13 @@ class EndedTrials:
         self._sample: list[FrozenTrial] = []
         self._sampled_at = 0  # the number of visible trials when the sample was chosen
 
-    def add(self, trial: FrozenTrial) -> None:
-        """Add a trial that has ended."""
+    def add(self, trial: FrozenTrial, seen: FrozenTrial | None) -> None:
+        """Add a trial that has ended, as it is to be seen; None: not at all."""
         if retry_of(trial) is None:
             bisect.insort(self.first_tries, trial.number)
+        if seen is None:
+            return
+        trial = seen
         self._without_key.append(trial)
         state = state_of(trial)
         if state is TrialState.STOPPED:
@@ -112,10 +115,14 @@ class TrialIndex:
     """All trials of one study, by number; a trial that has ended is never looked at twice.
 
     open are the trials that have not ended; retried are the numbers of trials that another trial repeats. read_up_to is
-    the highest id of an ended trial up to which all trials were read; latest is the highest id of all.
+    the highest id of an ended trial up to which all trials were read; latest is the highest id of all. seen is how
+    samplers and pruners see an ended trial; None: not at all, and it does not count.
     """
 
-    def __init__(self, maximize: Sequence[bool]) -> None:
+    def __init__(
+        self, maximize: Sequence[bool], seen: Callable[[FrozenTrial], FrozenTrial | None] = lambda trial: trial
+    ) -> None:
+        self.seen = seen
         self.trials: dict[int, FrozenTrial] = {}
         self.open: dict[int, FrozenTrial] = {}
         self.retried: set[int] = set()
@@ -135,7 +142,7 @@ class TrialIndex:
             elif trial.number not in self._ended:
                 self.open.pop(trial.number, None)
                 self._ended.add(trial.number)
-                self._stages[stage_of(trial)].add(trial)
+                self._stages[stage_of(trial)].add(trial, self.seen(trial))
 
     def ended(self, stage: str | None) -> EndedTrials:
         """The ended trials of a stage."""
