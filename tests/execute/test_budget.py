@@ -4,9 +4,9 @@ import time
 
 import pytest
 
-from formula_study import formula, formula_spec, measure_a_second
+from formula_study import formula, formula_spec, measure_slowly
 from hpo.events import EpochEnded, Notice, StudyOpened
-from hpo.execute.budget import as_fitted, fit, measure_pace
+from hpo.execute.budget import Pace, as_fitted, fit, measure_pace
 from hpo.execute.run_study import run_study
 from hpo.execute.supervisor import Supervisor
 from hpo.options import RunOptions
@@ -15,7 +15,7 @@ from hpo.spec.load import load_study
 from hpo.spec.study import FinalSpec
 from no_pictures import draw_nothing
 
-SECOND = measure_a_second()
+SECOND = Pace((0.5, 1.5))  # an epoch takes a second
 
 
 def spec_of(epochs=10, trials=50, final=None, **search):
@@ -108,11 +108,11 @@ def test_the_search_hands_out_nothing_once_the_time_is_needed_for_the_final_trai
 
 @pytest.fixture
 def digits(tmp_path, monkeypatch, digits_cache):
-    """run(**options) -> (trials, events) of digits-mlp on one thread, at a pretended second an epoch."""
+    """run(**options) -> (trials, events) of digits-mlp on one thread, at pretended 100 s an epoch."""
     monkeypatch.setenv("HPO_DATA", str(digits_cache))
     monkeypatch.setattr("hpo.execute.engines.local.cores", lambda: 1)
     monkeypatch.setattr("hpo.execute.subscribers.tracking.draw_study", draw_nothing)
-    monkeypatch.setattr("hpo.execute.run_study.measure_pace", measure_a_second)
+    monkeypatch.setattr("hpo.execute.run_study.measure_pace", measure_slowly)
 
     def run(**options):
         spec = load_study(
@@ -127,21 +127,22 @@ def digits(tmp_path, monkeypatch, digits_cache):
 
 @pytest.mark.slow
 def test_a_named_study_in_minutes_says_what_it_chose_and_is_resumed_as_it_was_fitted(digits):
-    # 44 s * 0.85 - 20 s = 17.4 s, less what the start takes.
-    study, events = digits(minutes=44 / 60, trials=2)
-    told = [event.text for event in events if isinstance(event, Notice) and "0.733333 min: " in event.text]
-    assert "2 trials of" in told[0]
-    assert "an epoch takes 1 s here" in told[0]
-    epochs = study.fitted["settings"]["training.epochs"][1]
+    # 6000 s * 0.85 - 20 s, less what the start takes: ten trials of 8 epochs at 100 s each do not fit.
+    study, events = digits(minutes=100)
+    told = [event.text for event in events if isinstance(event, Notice) and event.text.startswith("100 min: ")]
+    assert "the file has 20 of 8" in told[0]
+    assert "an epoch takes 1e+02 s here (mean of 2 candidates)" in told[0]
+    epochs, trials = (study.fitted["settings"][path][1] for path in ("training.epochs", "search.trials"))
     assert 2 <= epochs < 8
+    assert 9 <= trials < 20
     assert study.spec["training"]["epochs"] == epochs
     assert {len(trial.result.epochs) for trial in study.trials} == {epochs}
     again, events = digits()
     opened = next(event for event in events if isinstance(event, StudyOpened))
-    assert (opened.budget, len(again.trials), again.fitted) == (2, 2, study.fitted)
-    more, _ = digits(trials=3)
+    assert (opened.budget, len(again.trials), again.fitted) == (trials, trials, study.fitted)
+    more, _ = digits(trials=trials + 1)
     assert {len(trial.result.epochs) for trial in more.trials} == {epochs}
-    assert len(more.trials) == 3
+    assert len(more.trials) == trials + 1
 
 
 @pytest.mark.slow

@@ -93,7 +93,8 @@ class Tally:
     def _open(self, event: StudyOpened) -> None:
         self.opened, self.started = event, self.clock()
         study = event.study
-        searched = [trial.state for trial in study.trials if trial.candidate.stage not in AFTER_SEARCH]
+        counting = [trial for trial in study.trials if not trial.outside]
+        searched = [trial.state for trial in counting if trial.candidate.stage not in AFTER_SEARCH]
         self.states = {state: searched.count(state) for state in TrialState if state.finished}
         ranges = ranges_of(study)
         held = {path for trial in study.trials for path in trial.candidate.parameters}

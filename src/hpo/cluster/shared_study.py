@@ -13,6 +13,7 @@ from hpo.cluster import Jobs, read_settings, submit, worker_command
 from hpo.errors import HpoError, StoreError
 from hpo.events import Notice, StudyEnded, StudyOpened
 from hpo.execute.base_model import with_model
+from hpo.execute.budget import as_fitted
 from hpo.execute.finals import check_final
 from hpo.execute.process import interruptible, process_context
 from hpo.execute.run_study import await_job, refuse_new, run_study, with_options
@@ -25,7 +26,7 @@ from hpo.records import EndReason, ModelVersion, StudyResult
 from hpo.search.stages import budget_of
 from hpo.spec.load import override_study
 from hpo.spec.study import StudySpec
-from hpo.storage.reader import StudyWatcher, list_trials
+from hpo.storage.reader import StudyWatcher, find_study, list_trials
 from hpo.tracking.registry import versions
 from hpo.tracking.store import check_reachable
 from hpo.tracking.tracker import Tracker
@@ -52,6 +53,8 @@ def begin_study(spec: StudySpec, options: RunOptions, *, watch: Watch | None = N
     home = shared_home(options.home).create()
     check_reachable(home)
     spec = with_model(with_options(spec, options), home)
+    if not options.fresh and (known := find_study(home, spec.name)):
+        spec = as_fitted(spec, known.fitted, trials=options.trials is None)
     emit = Events([Watcher(watch)] if watch else []).emit
     with contextlib.ExitStack() as cleanup:
         end = cleanup.enter_context(interruptible())

@@ -11,8 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from hpo.errors import HpoError, SpecError
-from hpo.home import Home
-from hpo.records import DataCard, StudyResult
+from hpo.records import DataCard
 from hpo.report.text import counted, duration
 from hpo.search.stages import from_unit, total_trials
 from hpo.spec.automatic import chosen_pruner
@@ -20,7 +19,6 @@ from hpo.spec.grid import holds
 from hpo.spec.search import PrunerSpec
 from hpo.spec.space import Choice
 from hpo.spec.study import Setup, StudySpec
-from hpo.storage.reader import read_snapshots
 
 _USED = 0.85  # of the time: trainings beside each other are slower than the measured one
 _START = 20.0  # seconds that processes, exports and the registration take
@@ -62,12 +60,6 @@ class Fitted:
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types, of what a resumed study needs."""
         return {"settings": {path: list(pair) for path, pair in self.settings.items()}, "text": self.text}
-
-
-def known_study(home: Home, name: str) -> StudyResult | None:
-    """The newest generation of a study, without the results of its trials; None where it has not begun."""
-    found = [each.study for each in read_snapshots(home, results=False) if each.study.name == name]
-    return max(found, key=lambda study: study.generation, default=None)
 
 
 def measure_pace(spec: StudySpec, card: DataCard, device: str, threads: int) -> Pace:

@@ -17,7 +17,7 @@ from hpo.data.duplicates import refuse_shared
 from hpo.errors import HpoError, SpecError, StoreError
 from hpo.events import Notice, SearchEnded, StudyEnded, StudyOpened, WinnerChosen
 from hpo.execute.base_model import with_model
-from hpo.execute.budget import Fitted, as_fitted, fit, known_study, measure_pace
+from hpo.execute.budget import Fitted, as_fitted, fit, measure_pace
 from hpo.execute.closing_ensemble import EnsembleOfRun, close_with_ensemble, context_of_run
 from hpo.execute.engines import engine_factory
 from hpo.execute.engines.base import EngineFactory, StudyWork, WorkerPlan
@@ -40,7 +40,7 @@ from hpo.search.stages import budget_of, stage_warnings
 from hpo.spec.outcome import KeepSpec
 from hpo.spec.study import StudySpec
 from hpo.spec.training import TrainingSpec
-from hpo.storage.reader import read_snapshots
+from hpo.storage.reader import find_study, list_trials, read_snapshots
 from hpo.tracking.ledger import openings_of_lost
 from hpo.tracking.store import check_reachable
 from hpo.tracking.tracker import Tracker
@@ -190,7 +190,7 @@ def _open_study(run: _Run, cleanup: contextlib.ExitStack) -> _OpenStudy:
 def _fit(run: _Run, prepared: Prepared) -> tuple[StudySpec, Fitted | None]:
     """The spec as it was or is fitted to minutes, and what is fitted now; None without --minutes."""
     spec, options = run.spec, run.options
-    known = None if options.fresh or run.join else known_study(run.home, spec.name)
+    known = None if options.fresh or run.join else find_study(run.home, spec.name)
     record = known.fitted if known else {}
     if options.minutes is None:
         return as_fitted(spec, record, trials=options.trials is None), None
@@ -204,7 +204,7 @@ def _fit(run: _Run, prepared: Prepared) -> tuple[StudySpec, Fitted | None]:
         seconds=run.deadline - time.monotonic(),
         workers=len(plan.devices),
         most=options.trials,
-        done=len(known.counted) if known else 0,
+        done=len(list_trials(run.home, known.exact).counted) if known else 0,
         begun=known is not None,
     )
     if known:  # the epochs of then stay those that a later resume finds

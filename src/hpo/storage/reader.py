@@ -61,6 +61,15 @@ def _records(reader: Reader) -> list[tuple[int, Any]]:
     return [(study_id, json.loads(record)) for study_id, record in reader.rows(query, key=STUDY)]
 
 
+def find_study(home: Home, name: str) -> StudyResult | None:
+    """The newest generation of a study without its trials; None where it has not begun. Raises StoreError."""
+    with reading(home.storage_url) as reader:
+        if reader is None or "trials" not in reader.tables():
+            return None
+        found = [to_result(record, ()) for _, record in _records(reader) if record["name"] == name]
+    return max(found, key=lambda study: study.generation, default=None)
+
+
 def count_trials(home: Home) -> str:
     """What is in the storage, in words; "" where there are no tables yet. Raises StoreError."""
     with reading(home.storage_url) as reader:
