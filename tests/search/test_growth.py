@@ -38,11 +38,11 @@ def worth(parameters):
 
 
 @pytest.fixture
-def study_of(make_spec, bare_home):
+def study_of(home):
     """open(spec, extend) on one home."""
 
-    def opened(spec, *, extend=False, home=None):
-        return open_study(home or bare_home, spec, data_digest="d", extend=extend)
+    def opened(spec, *, extend=False, place=None):
+        return open_study(place or home, spec, data_digest="d", extend=extend)
 
     return opened
 
@@ -84,7 +84,7 @@ def test_what_changed_is_told_and_nothing_happens_without_extend(study_of, make_
     assert (sequence(again), notes) == (sequence(before), [])
 
 
-def test_trials_that_fit_count_on_and_the_others_stay_on_record(study_of, make_spec, bare_home):
+def test_trials_that_fit_count_on_and_the_others_stay_on_record(study_of, make_spec, home):
     before, _ = run(study_of, make_spec("random", space=FIRST), 12)
     fit = [trial for trial in before.trials if fits_second(trial)]
     assert "model.hidden" in before.best.candidate.parameters
@@ -107,7 +107,7 @@ def test_trials_that_fit_count_on_and_the_others_stay_on_record(study_of, make_s
         == (trial.candidate.parameters["training.optimizer.name"] != "adam")
         for trial in new
     )
-    snapshot = read_snapshots(bare_home, results=True)[0].study
+    snapshot = read_snapshots(home, results=True)[0].study
     assert [trial.outside for trial in snapshot.trials] == [trial.outside for trial in after.trials]
 
 
@@ -134,18 +134,18 @@ def grow_twice(study_of, make_spec, sampler, pruner, home, *, pieces):
     ]
     budget = 0
     for spec in specs:
-        study = study_of(spec, extend=True, home=home)
+        study = study_of(spec, extend=True, place=home)
         budget = study.counted() + 15
         study.close()
         for _ in range(3 if pieces else 0):
-            study = study_of(spec, home=home)
+            study = study_of(spec, place=home)
             study.reap()
             for _ in range(3):
                 train(study, study.ask(budget=budget, worker="w"), epochs=9, worth=worth)
             candidate = study.ask(budget=budget, worker="w")
             study.report(candidate.number, 1, 0.1)
             study.close()  # without a word, as a killed process
-        study = study_of(spec, extend=not pieces, home=home)
+        study = study_of(spec, extend=not pieces, place=home)
         study.reap()
         run_all(study, budget, epochs=9, worth=worth)
         result = study.result()
