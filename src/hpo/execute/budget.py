@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,6 +57,14 @@ class Fitted:
     settings: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     closing: float = 0.0
     text: str = ""
+
+    def search_until(self, deadline: float) -> float:
+        """When the search hands out its last candidate, for a final training to end in time; half the time at least.
+
+        Both are time.monotonic() values.
+        """
+        now = time.monotonic()
+        return max(deadline - self.closing, (now + deadline) / 2)
 
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types, of what a resumed study needs."""

@@ -183,7 +183,7 @@ def _open_study(run: _Run, cleanup: contextlib.ExitStack) -> _OpenStudy:
     work = run.home.work / before.title
     sweep(work, study)
     # The last trials and the final trainings must fit in; without those, what runs at the deadline is taken up again.
-    search_until = run.deadline - fitted.closing if fitted and spec.final is not None else math.inf
+    search_until = fitted.search_until(run.deadline) if fitted and spec.final is not None else math.inf
     return _OpenStudy(study.spec, study, before, trials_of_others, prepared, work, search_until)
 
 
@@ -320,6 +320,7 @@ def _finish(run: _Run, opened: _OpenStudy, reason: EndReason, tracking: Tracking
     remarks = [str(outcome)] * bool(outcome) + stage_warnings(study)
     for text in remarks:
         run.notify(text)
+    remarks += [study.enough] * bool(study.enough)
     winner = outcome.winner if outcome else None if spec.final else study.best
     # A worker whose time is up leaves a study that others continue: its best is not known yet.
     register = reason.orderly and not (run.join and reason is EndReason.TIMEOUT)
