@@ -29,6 +29,7 @@ THIRD = {
     "model.hidden": {"choice": [32, 64, [64, 32], 128]},
     "model.dropout": {"float": [0.0, 0.5]},
 }
+SLOW = [("tpe", "median"), ("random", "hyperband"), ("cmaes", "none")]
 SGD = {"training.optimizer.name": "sgd", "training.optimizer.momentum": 0.0}
 
 
@@ -128,26 +129,26 @@ def test_samplers_and_pruners_see_old_trials_as_trials_of_the_new_space(study_of
 
 
 def grow_twice(study_of, make_spec, sampler, pruner, home, *, pieces):
-    """Each space with 15 more trials; with pieces, every run is interrupted several times."""
+    """Each space with 10 more trials; with pieces, every run is interrupted several times."""
     specs = [
         fixed_to(make_spec(sampler, pruner, space), SGD if space is THIRD else {}) for space in (FIRST, SECOND, THIRD)
     ]
     budget = 0
     for spec in specs:
         study = study_of(spec, extend=True, place=home)
-        budget = study.counted() + 15
+        budget = study.counted() + 10
         study.close()
-        for _ in range(3 if pieces else 0):
+        for _ in range(2 if pieces else 0):
             study = study_of(spec, place=home)
             study.reap()
             for _ in range(3):
-                train(study, study.ask(budget=budget, worker="w"), epochs=9, worth=worth)
+                train(study, study.ask(budget=budget, worker="w"), epochs=4, worth=worth)
             candidate = study.ask(budget=budget, worker="w")
             study.report(candidate.number, 1, 0.1)
             study.close()  # without a word, as a killed process
         study = study_of(spec, extend=not pieces, place=home)
         study.reap()
-        run_all(study, budget, epochs=9, worth=worth)
+        run_all(study, budget, epochs=4, worth=worth)
         result = study.result()
         study.close()
     return result
@@ -155,7 +156,10 @@ def grow_twice(study_of, make_spec, sampler, pruner, home, *, pieces):
 
 @pytest.mark.parametrize(
     ("sampler", "pruner"),
-    [("tpe", "median"), ("mfgp", "successive_halving"), ("random", "hyperband"), ("cmaes", "none")],
+    [
+        ("mfgp", "successive_halving"),
+        *(pytest.param(*names, marks=pytest.mark.slow) for names in SLOW),
+    ],
 )
 def test_a_study_that_grew_twice_in_pieces_is_the_one_that_grew_in_one_go(
     study_of, make_spec, tmp_path, sampler, pruner
@@ -166,10 +170,10 @@ def test_a_study_that_grew_twice_in_pieces_is_the_one_that_grew_in_one_go(
     )
     assert TrialState.STOPPED in {trial.state for trial in pieces.trials}
     assert sequence(pieces) == sequence(whole)
-    assert len(whole.counted) == len(pieces.counted) >= 15
-    assert sum(trial.state.finished for trial in whole.trials) == 15 + 15 + 15
+    assert len(whole.counted) == len(pieces.counted) >= 10
+    assert sum(trial.state.finished for trial in whole.trials) == 30
     # Of the first space: all that the third has, 64 included, which the second had not.
-    old = [trial for trial in whole.trials[:15] if not trial.outside]
+    old = [trial for trial in whole.trials[:10] if not trial.outside]
     assert {trial.candidate.parameters["training.optimizer.name"] for trial in old} <= {"sgd"}
     assert {trial.candidate.parameters["model.dropout"] for trial in old} <= {0.0}
 
