@@ -35,12 +35,13 @@ class RunOptions:
     a study from elsewhere names. trials is the study's total. workers is the number of processes that train: None is
     one for each core or GPU, 0 trains in this process. stack is the number of trainings that a worker does at once, in
     one computation; None: by a short measurement, 1 where that does not pay, or where workers=1. device is auto, cpu,
-    cuda, cuda:N or mps. home is the folder that holds mlruns. fresh starts a new generation of the study; retry_failed
-    tries failed trials again. timeout is in seconds. minutes is the budget that a study of own images is made for.
-    keep_models is all, none or best:K; precision auto, float32 or bfloat16. With profile trainings share nothing, and a
-    StudyProfiled says where the time went. engine is a key of hpo.execute.engines.ENGINES, or slurm. address and
-    cpus_per_trial are Ray's; slurm (KEY=VALUE), detach and print_script are SLURM's. gpus_per_trial is the number of
-    GPUs that train a trial together; Ray also gives shares of one. Raises HpoError for values out of range.
+    cuda, cuda:N or mps. home is the folder that holds mlruns. fresh starts a new generation of the study, extend goes
+    on after its space has changed; retry_failed tries failed trials again. timeout is in seconds. minutes is the budget
+    that trials and epochs are fitted to, or that a study of own images is made for. keep_models is all, none or best:K;
+    precision auto, float32 or bfloat16. With profile trainings share nothing, and a StudyProfiled says where the time
+    went. engine is a key of hpo.execute.engines.ENGINES, or slurm. address and cpus_per_trial are Ray's; slurm
+    (KEY=VALUE), detach and print_script are SLURM's. gpus_per_trial is the number of GPUs that train a trial together;
+    Ray also gives shares of one. Raises HpoError for values out of range.
     """
 
     settings: tuple[str, ...] = _option((), flag="--set")
@@ -61,6 +62,7 @@ class RunOptions:
     minutes: float | None = _option(None, once=True, not_for="slurm")
     profile: bool = _option(False, once=True, not_for="slurm")
     fresh: bool = _option(False, once=True)
+    extend: bool = _option(False, once=True)
     retry_failed: bool = _option(False, once=True)
     detach: bool = _option(False, once=True, engine="slurm")
     print_script: bool = _option(False, flag="--print", once=True, engine="slurm")
@@ -78,6 +80,8 @@ class RunOptions:
                 raise error(f"--{name} {_shown(number)}: is not between {least} and {most:,}.", hint)
         if self.minutes is not None and not 0 < self.minutes <= _MOST["trials"]:
             raise HpoError(f"--minutes {self.minutes:g}: is no number of minutes.", "For example: --minutes 10")
+        if self.fresh and self.extend:
+            raise HpoError("--fresh and --extend: a new study has no trials to keep.", "Leave one of them out.")
         gpus = self.gpus_per_trial
         if self.engine != "ray" and gpus is not None and (not gpus >= 1 or gpus % 1):
             raise HpoError(

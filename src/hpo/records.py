@@ -39,12 +39,14 @@ class EndReason(StrEnum):
     """Why a run of a study ended.
 
     BUDGET: all trials are done. EXHAUSTED: every candidate was tried. REACHED: a trial is as good as search.until.
-    TIMEOUT: --timeout. INTERRUPTED: Ctrl-C, SIGTERM. STOPPED: hpo stop. FAILING: the first trials failed.
+    ENOUGH: search.enough holds. TIMEOUT: --timeout or --minutes. INTERRUPTED: Ctrl-C, SIGTERM. STOPPED: hpo stop.
+    FAILING: the first trials failed.
     """
 
     BUDGET = "budget"
     EXHAUSTED = "exhausted"
     REACHED = "reached"
+    ENOUGH = "enough"
     TIMEOUT = "timeout"
     INTERRUPTED = "interrupted"
     STOPPED = "stopped"
@@ -53,7 +55,7 @@ class EndReason(StrEnum):
     @property
     def completed(self) -> bool:
         """True where nothing is left to search."""
-        return self in (EndReason.BUDGET, EndReason.EXHAUSTED, EndReason.REACHED)
+        return self in (EndReason.BUDGET, EndReason.EXHAUSTED, EndReason.REACHED, EndReason.ENOUGH)
 
     @property
     def orderly(self) -> bool:
@@ -212,7 +214,8 @@ def unpack_classes(text: str) -> list[int]:
 class Trial:
     """One trial as the study storage holds it: its candidate, state and result.
 
-    run_seconds is the wall time from ask to tell; started is seconds since the epoch (0.0 while waiting).
+    run_seconds is the wall time from ask to tell; started is seconds since the epoch (0.0 while waiting). outside: the
+    study's space has left it, so it does not count.
     """
 
     candidate: Candidate
@@ -221,6 +224,7 @@ class Trial:
     started: float = 0.0
     run_seconds: float = 0.0
     worker: str = ""
+    outside: bool = False
 
     @property
     def number(self) -> int:
@@ -237,7 +241,8 @@ class Trial:
 class StudyResult:
     """A study as its storage holds it. name is the study's; generation counts from 1, one more for each --fresh.
 
-    objectives holds (score, maximize or minimize) of each aim; objective and direction are those of the first.
+    objectives holds (score, maximize or minimize) of each aim; objective and direction are those of the first. enough
+    says why search.enough ended it, or is "". fitted is what --minutes made of its file (hpo.execute.budget.Fitted).
     """
 
     name: str
@@ -249,6 +254,8 @@ class StudyResult:
     data_digest: str = ""
     created: float = 0.0
     objectives: tuple[tuple[str, str], ...] = ()
+    enough: str = ""
+    fitted: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -275,6 +282,7 @@ class StudyResult:
             and trial.value is not None
             and trial.result is not None
             and trial.result.feasible
+            and not trial.outside
             and (trial.candidate.stage not in AFTER_SEARCH if stage is None else trial.candidate.stage == stage)
         ]
         return sorted(done, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
@@ -302,7 +310,7 @@ class StudyResult:
     def counted(self) -> tuple[Trial, ...]:
         """The trials that count against the budget: none after the search, none that was or will be run again."""
         last = {trial.candidate.ordinal: trial for trial in self.trials if trial.candidate.stage not in AFTER_SEARCH}
-        return tuple(trial for trial in last.values() if trial.state is not TrialState.STOPPED)
+        return tuple(trial for trial in last.values() if trial.state is not TrialState.STOPPED and not trial.outside)
 
     def count(self, *states: TrialState) -> int:
         """The number of trials in one of these states."""

@@ -170,8 +170,8 @@ Minutes = Annotated[
     float | None,
     typer.Option(
         metavar="N",
-        help="Your own images: the minutes that the study is made for.",
-        show_default="the preset's",
+        help="Fit trials, and where needed epochs, to so many minutes of this machine, and end then.",
+        show_default="no limit; your own images: the preset's",
     ),
 ]
 PresetName = Annotated[
@@ -233,6 +233,9 @@ SlurmSettings = Annotated[
     ),
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start a new study; the old one is kept.")]
+Extend = Annotated[
+    bool, typer.Option("--extend", help="Go on after the search space has changed: old trials count where they fit.")
+]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Retry failed trials.")]
 KeepModels = Annotated[
     str | None,

@@ -21,6 +21,7 @@ from hpo.cli.options import (
     Debug,
     DeviceName,
     EngineName,
+    Extend,
     Fresh,
     GpusPerTrial,
     HomeFolder,
@@ -66,6 +67,7 @@ def run(
     trust: Trust = False,
     home: HomeFolder = None,
     fresh: Fresh = False,
+    extend: Extend = False,
     retry_failed: RetryFailed = False,
     timeout: Timeout = None,
     minutes: Minutes = None,
@@ -128,9 +130,6 @@ def start(study: str, options: RunOptions, *, as_json: bool, quiet: bool, debug:
     from hpo.errors import HpoError
     from hpo.spec.load import load_study
 
-    if options.minutes is not None:
-        hint = "Limit the time: --timeout 10m"
-        raise HpoError(f"--minutes: is for images of your own, and {study} is a study.", hint)
     if options.engine == "kubernetes":
         hint = f"Print it: hpo manifest {shlex.quote(study)} --image IMAGE"
         raise HpoError("--engine kubernetes: is a manifest.", hint)

@@ -98,7 +98,8 @@ class Tally:
     def _open(self, event: StudyOpened) -> None:
         self.opened, self.started = event, self.clock()
         study = event.study
-        searched = [trial.state for trial in study.trials if trial.candidate.stage not in AFTER_SEARCH]
+        counting = [trial for trial in study.trials if not trial.outside]
+        searched = [trial.state for trial in counting if trial.candidate.stage not in AFTER_SEARCH]
         self.states = {state: searched.count(state) for state in TrialState if state.finished}
         paused = [trial for trial in study.trials if trial.state is TrialState.PAUSED]
         self.paused = {trial.number: self._trial(trial.candidate, "") for trial in paused}
@@ -204,6 +205,7 @@ _REASONS = {
     EndReason.BUDGET: "done",
     EndReason.EXHAUSTED: "done",
     EndReason.REACHED: "done",
+    EndReason.ENOUGH: "enough",
     EndReason.TIMEOUT: "time limit",
     EndReason.FAILING: "gave up",
 }
@@ -218,6 +220,8 @@ def _done(tally: Tally) -> str:
     if tally.ended and tally.ended.reason is EndReason.REACHED:
         until = (tally.ended.study.spec.get("search") or {}).get("until")
         return f"search.until {until} is reached after {tally.finished} trials, {duration(tally.seconds)}{counts}"
+    if tally.ended and tally.ended.reason is EndReason.ENOUGH:
+        return f"{tally.ended.study.enough}; {duration(tally.seconds)}{counts}"
     return f"{tally.finished} of {tally.budget} trials, {duration(tally.seconds)}{counts}"
 
 

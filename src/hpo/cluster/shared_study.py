@@ -13,6 +13,7 @@ from hpo.cluster import Jobs, read_settings, submit, worker_command
 from hpo.errors import HpoError, StoreError
 from hpo.events import Notice, StudyEnded, StudyOpened
 from hpo.execute.base_model import with_model
+from hpo.execute.budget import as_fitted
 from hpo.execute.finals import check_final
 from hpo.execute.process import interruptible, process_context
 from hpo.execute.run_study import await_job, refuse_new, run_study, with_options
@@ -25,7 +26,7 @@ from hpo.records import EndReason, ModelVersion, StudyResult
 from hpo.search.stages import budget_of
 from hpo.spec.load import override_study
 from hpo.spec.study import StudySpec
-from hpo.storage.reader import StudyWatcher, list_trials
+from hpo.storage.reader import StudyWatcher, find_study, list_trials
 from hpo.tracking.registry import versions
 from hpo.tracking.store import check_reachable
 from hpo.tracking.tracker import Tracker
@@ -46,12 +47,14 @@ def begin_study(spec: StudySpec, options: RunOptions, *, watch: Watch | None = N
     """Write the study into the shared storage, or find it there, so that `hpo worker` can join it; train nothing.
 
     The images are prepared and checked here, and their digest is written down. Of the options those apply that define
-    the study: trials, keep_models, precision, fresh, retry_failed and home. watch gets notices only. Returns the state
-    of the study, with no workers. Raises HpoError.
+    the study: trials, keep_models, precision, fresh, extend, retry_failed and home. watch gets notices only. Returns
+    the state of the study, with no workers. Raises HpoError.
     """
     home = shared_home(options.home).create()
     check_reachable(home)
     spec = with_model(with_options(spec, options), home)
+    if not options.fresh and (known := find_study(home, spec.name)):
+        spec = as_fitted(spec, known.fitted, trials=options.trials is None)
     emit = Events([Watcher(watch)] if watch else []).emit
     with contextlib.ExitStack() as cleanup:
         end = cleanup.enter_context(interruptible())
@@ -65,7 +68,13 @@ def begin_study(spec: StudySpec, options: RunOptions, *, watch: Watch | None = N
         refuse_new(home, spec, prepared.data, fresh=options.fresh)
         check_final(spec, prepared.data)
         study = open_study(
-            home, spec, data_digest=digest, class_names=prepared.data.class_names, budget=budget, fresh=options.fresh
+            home,
+            spec,
+            data_digest=digest,
+            class_names=prepared.data.class_names,
+            budget=budget,
+            fresh=options.fresh,
+            extend=options.extend,
         )
         spec = study.spec
         cleanup.callback(study.close)
@@ -189,6 +198,8 @@ class _ArrayRun:
             interrupted.wait(_TICK)
 
     def _reason(self) -> EndReason:
+        if list_trials(self._home, self._opened.study.exact).enough:
+            return EndReason.ENOUGH
         spent = self._follower.finished >= self._opened.budget
         return EndReason.BUDGET if spent else EndReason.EXHAUSTED
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +17,7 @@ from hpo.data.duplicates import refuse_shared
 from hpo.errors import HpoError, SpecError, StoreError
 from hpo.events import Notice, SearchEnded, StudyEnded, StudyOpened, WinnerChosen
 from hpo.execute.base_model import with_model
+from hpo.execute.budget import Fitted, as_fitted, fit, measure_pace
 from hpo.execute.closing_ensemble import EnsembleOfRun, close_with_ensemble, context_of_run
 from hpo.execute.engines import engine_factory
 from hpo.execute.engines.base import EngineFactory, StudyWork, WorkerPlan
@@ -38,7 +40,7 @@ from hpo.search.stages import budget_of, stage_warnings
 from hpo.spec.outcome import KeepSpec
 from hpo.spec.study import StudySpec
 from hpo.spec.training import TrainingSpec
-from hpo.storage.reader import read_snapshots
+from hpo.storage.reader import find_study, list_trials, read_snapshots
 from hpo.tracking.ledger import openings_of_lost
 from hpo.tracking.store import check_reachable
 from hpo.tracking.tracker import Tracker
@@ -48,12 +50,16 @@ _STOP, _SHARED_STOP = 2.0, 10.0  # seconds between checks for hpo stop
 
 @dataclass(frozen=True)
 class _Run:
-    """The parts of a run that exist before its study is open. join is the title of a study to take part in, or ""."""
+    """The parts of a run that exist before its study is open.
+
+    join is the title of a study to take part in, or ""; deadline a time.monotonic() value or inf.
+    """
 
     spec: StudySpec
     options: RunOptions
     home: Home
     join: str
+    deadline: float
     end: RunEnd
     events: Events
     factory: EngineFactory
@@ -69,7 +75,10 @@ class _Run:
 
 @dataclass(frozen=True)
 class _OpenStudy:
-    """The study (hpo.search.study.Study), its state at the start of the run, and its folder of work in progress."""
+    """The study (hpo.search.study.Study), its state at the start of the run, and its folder of work in progress.
+
+    search_until is when the search hands out its last candidate, a time.monotonic() value or inf.
+    """
 
     spec: StudySpec
     study: Any
@@ -77,6 +86,7 @@ class _OpenStudy:
     trials_of_others: frozenset[int]
     prepared: Prepared
     work: Path
+    search_until: float = math.inf
 
     @property
     def finished(self) -> int:
@@ -115,7 +125,10 @@ def _start(
     spec: StudySpec, options: RunOptions, *, join: str, watch: Watch | None, cleanup: contextlib.ExitStack
 ) -> _Run:
     """Check the options and the tracking store, and start the processes and threads that every step needs."""
-    deadline = time.monotonic() + (math.inf if options.timeout is None else options.timeout)
+    if options.minutes is not None and options.engine != "processes":
+        raise HpoError("--minutes: the speed is measured on this machine.", "Limit the time instead: --timeout 20m")
+    limits = [options.timeout, None if options.minutes is None else 60 * options.minutes]
+    deadline = time.monotonic() + min((limit for limit in limits if limit is not None), default=math.inf)
     factory = engine_factory(options)
     start_fork_server()
     home = Home.find(options.home).create()
@@ -131,7 +144,7 @@ def _start(
     events = Events([Watcher(watch)] if watch else [])
     if moved:
         events.emit(Notice(moved))
-    return _Run(spec, options, home, join, end, events, factory, jobs, drawing, queue, tracker)
+    return _Run(spec, options, home, join, deadline, end, events, factory, jobs, drawing, queue, tracker)
 
 
 def _open_study(run: _Run, cleanup: contextlib.ExitStack) -> _OpenStudy:
@@ -149,13 +162,16 @@ def _open_study(run: _Run, cleanup: contextlib.ExitStack) -> _OpenStudy:
     refuse_new(run.home, spec, prepared.data, fresh=options.fresh)
     check_final(spec, prepared.data)
     run.factory.plan(prepared.devices, most=1)  # what it refuses begins no study
+    spec, fitted = _fit(run, prepared)
     study = open_study(
         run.home,
         spec,
         data_digest=prepared.data.digest,
         class_names=prepared.data.class_names,
-        budget=budget_of(spec, options.trials),
+        budget=budget_of(spec, None if fitted else options.trials),
+        fitted=fitted.to_json() if fitted else None,
         fresh=options.fresh,
+        extend=options.extend,
         join=run.join,
     )
     cleanup.callback(study.close)
@@ -166,7 +182,35 @@ def _open_study(run: _Run, cleanup: contextlib.ExitStack) -> _OpenStudy:
     trials_of_others, before = frozenset(study.trials_of_others()), study.result()
     work = run.home.work / before.title
     sweep(work, study)
-    return _OpenStudy(study.spec, study, before, trials_of_others, prepared, work)
+    # The last trials and the final trainings must fit in; without those, what runs at the deadline is taken up again.
+    search_until = fitted.search_until(run.deadline) if fitted and spec.final is not None else math.inf
+    return _OpenStudy(study.spec, study, before, trials_of_others, prepared, work, search_until)
+
+
+def _fit(run: _Run, prepared: Prepared) -> tuple[StudySpec, Fitted | None]:
+    """The spec as it was or is fitted to minutes, and what is fitted now; None without --minutes."""
+    spec, options = run.spec, run.options
+    known = None if options.fresh or run.join else find_study(run.home, spec.name)
+    record = known.fitted if known else {}
+    if options.minutes is None:
+        return as_fitted(spec, record, trials=options.trials is None), None
+    begun = as_fitted(spec, record, trials=False)
+    plan = run.factory.plan(prepared.devices, most=sys.maxsize)
+    job = run.jobs.submit(measure_pace, begun, prepared.data, plan.devices[0], plan.threads)
+    pace = await_job(job, run.jobs, run.events.emit, run.end)
+    fitted = fit(
+        begun,
+        pace,
+        seconds=run.deadline - time.monotonic(),
+        workers=len(plan.devices),
+        most=options.trials,
+        done=len(list_trials(run.home, known.exact).counted) if known else 0,
+        begun=known is not None,
+    )
+    if known:  # the epochs of then stay those that a later resume finds
+        fitted = replace(fitted, settings={**record.get("settings", {}), **fitted.settings})
+    run.notify(f"{options.minutes:g} min: {fitted.text}")
+    return as_fitted(spec, fitted.to_json(), trials=True), fitted
 
 
 def _choose_workers(run: _Run, opened: _OpenStudy) -> tuple[WorkerPlan, StackSize]:
@@ -261,6 +305,7 @@ def _supervise(
         end=run.end,
         profile=run.options.profile,
         ranks=plan.ranks,
+        search_until=opened.search_until,
     ).run()
 
 
@@ -275,6 +320,7 @@ def _finish(run: _Run, opened: _OpenStudy, reason: EndReason, tracking: Tracking
     remarks = [str(outcome)] * bool(outcome) + stage_warnings(study)
     for text in remarks:
         run.notify(text)
+    remarks += [study.enough] * bool(study.enough)
     winner = outcome.winner if outcome else None if spec.final else study.best
     # A worker whose time is up leaves a study that others continue: its best is not known yet.
     register = reason.orderly and not (run.join and reason is EndReason.TIMEOUT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ from typing import Protocol
 from hpo.errors import NO_SPACE, HpoError, SpecError, StoreError
 from hpo.events import EpochEnded, Notice, TrialEnded, TrialPaused, TrialsReaped, TrialStarted
 from hpo.execute.engines.base import Engine, Message, WorkerLost
+from hpo.execute.enough import Enough
 from hpo.execute.finals import final_setup, finalists
 from hpo.execute.pauses import Pauses, is_known
 from hpo.execute.process import RunEnd
@@ -54,7 +56,7 @@ class Progress:
         self._succeeded = False
         self.precisions: dict[str, str] = {}
         for trial in before.trials:
-            if trial.result is not None:
+            if trial.result is not None and not trial.outside:
                 self.add(trial.result, final=trial.candidate.stage in AFTER_SEARCH)
         self._failed = 0  # the cause of earlier failures may be gone
 
@@ -115,6 +117,7 @@ class Supervisor:
     """One run of a study: it hands candidates to the engine's slots, tells Optuna the results, and emits events.
 
     budget is the study's total number of trials. work is the study's folder of work in progress. ranks is that of Task.
+    search_until is when the search hands out its last candidate, a time.monotonic() value: final trainings follow.
     Every result is in Optuna's storage before its event is emitted.
     """
 
@@ -131,6 +134,7 @@ class Supervisor:
         end: RunEnd,
         profile: bool = False,
         ranks: int = 1,
+        search_until: float = math.inf,
     ) -> None:
         self._spec = spec
         self._study = study
@@ -142,11 +146,13 @@ class Supervisor:
         self._end = end
         self._profile = profile
         self._ranks = ranks
+        self._search_until = search_until
         self._prunes = prunes(spec)
         self._pauses = Pauses(spec, study, work)
         self._running: dict[int, _RunningTrial] = {}  # by slot
         self._progress = Progress(spec, study.result())
-        self._may_reach = True  # whether search.until ends what runs now: not the final trainings
+        self._enough = Enough(spec, study)
+        self._may_reach = True  # whether search.until and enough end what runs now: not the final trainings
 
     def run(self) -> EndReason:
         """Search, then train the finals; returns why the run ended.
@@ -166,10 +172,11 @@ class Supervisor:
     def _search(self) -> EndReason:
         ask = partial(self._study.ask, budget=self._budget, resumable=self._pauses.has_checkpoint)
         reason = self._run_phase(ask)
-        if reason.completed:
+        late = self._late and self._end.reason() is None
+        if reason.completed or late:
             for result in self._study.end_paused():
                 self._emit_ended(result, final=False)
-        chosen = finalists(self._spec, self._study.result()) if reason.completed else []
+        chosen = finalists(self._spec, self._study.result()) if reason.completed or late else []
         self._may_reach = False
         if not chosen:
             return reason
@@ -189,12 +196,15 @@ class Supervisor:
             if reason := self._reason_to_stop():
                 self._stop_running(reason)
                 return reason
-            if self._may_reach and self._progress.reached:
+            if self._late:
+                if not self._running:
+                    return EndReason.TIMEOUT
+            elif fulfilled := self._fulfilled():
                 # The engine of stopped trials is closed; a final training needs it.
                 if self._running and self._spec.final is None:
-                    self._stop_running(EndReason.REACHED)
+                    self._stop_running(fulfilled)
                 if not self._running:
-                    return EndReason.REACHED
+                    return fulfilled
             elif time.monotonic() >= ask_at:
                 handed = self._hand_out(ask)
                 idle = not self._running and any(map(self._engine.accepts, range(self._engine.slots)))
@@ -215,6 +225,8 @@ class Supervisor:
     def _reap(self) -> None:
         """Finish or retry the trials of supervisors that have died since the last look."""
         reaped = self._study.reap()
+        if reaped or self._study.shared:
+            self._enough.note()
         if not (reaped or (self._study.shared and self._spec.search.until is not None)):
             return
         study = self._study.result()
@@ -225,6 +237,19 @@ class Supervisor:
 
     def _reason_to_stop(self) -> EndReason | None:
         return self._end.reason() or (EndReason.FAILING if self._progress.hopeless else None)
+
+    @property
+    def _late(self) -> bool:
+        """Whether the time of the search is over, and what is left is for final trainings."""
+        return self._may_reach and time.monotonic() >= self._search_until
+
+    def _fulfilled(self) -> EndReason | None:
+        """Why the search may end before its budget is spent; None where it may not."""
+        if not self._may_reach:
+            return None
+        if self._progress.reached:
+            return EndReason.REACHED
+        return EndReason.ENOUGH if self._enough.reached() else None
 
     def _hand_out(self, ask: Ask) -> bool:
         """Fill the slots as far as there are candidates; True if there were any."""
@@ -350,6 +375,7 @@ class Supervisor:
         with self._end.shielded():
             result = self._study.tell(self._stamped(result, trial), died=died)
             del self._running[slot]
+        self._enough.note()
         if result.state is not TrialState.PAUSED:
             self._emit_ended(result, final=trial.candidate.stage == FINAL)
             return

@@ -201,6 +201,12 @@ def protocol(findings: Findings) -> str:
         ("pruner", _chosen(search.pruner, chosen_pruner(spec))),
         ("seeds", f"study seed {spec.seed}; each trial's own follows from it and the trial's number"),
     ]
+    if study.fitted:
+        rows.append(("fitted to minutes", study.fitted["text"]))
+    if outside := sum(trial.outside for trial in study.trials):
+        rows.append(("left out", f"{text.counted(outside, 'trial')} of an earlier space, on record but not counted"))
+    if study.enough:
+        rows.append(("ended early", study.enough))
     if search.constraints:
         rows.append(("constraints", text.listed(search.constraints)))
     if spec.final is not None:

@@ -16,6 +16,8 @@ from hpo.errors import SpecError, StoreError
 from hpo.home import Home
 from hpo.locks import lock
 from hpo.search.constraints import aims, parse_constraint
+from hpo.search.enough import enough_key
+from hpo.search.growth import Growth
 from hpo.search.pruners import build_pruner
 from hpo.search.samplers import SAMPLERS, check_own, sampler_entry
 from hpo.search.stages import check_stages, distribution
@@ -50,18 +52,23 @@ def open_study(
     fresh: bool = False,
     join: str = "",
     class_names: Sequence[str] = (),
+    fitted: Mapping[str, Any] | None = None,
+    extend: bool = False,
 ) -> Study:
     """Start a study, or resume its newest generation; fresh starts a new generation.
 
     budget is stored in its record. join is the title of an existing study to take part in, of any generation: its
-    record is left as it is. data_digest is that of the images that trials see, class_names are the data set's. Raises
+    record is left as it is. data_digest is that of the images that trials see, class_names are the data set's. fitted
+    is stored in the record: what was fitted to minutes (hpo.execute.budget); None: what it has there stays. Raises
     SpecError where the spec cannot be searched, or where spec, data, code or weights differ from those of the study's
-    trials (space, sampler, pruner and budget may change, options of a choice may not), and StoreError where the storage
-    refuses.
+    trials (sampler, pruner and budget may change, the space with extend, see hpo.search.growth, and ends of ranges
+    without it if that loses no trial), and StoreError where the storage refuses.
     """
     storage = open_storage(home)
     try:
         outbox.keep_reserve(home)
+        if extend and not fresh:
+            _end_dead_trials(home, storage, spec.name)
         enter = partial(
             _enter_study,
             storage,
@@ -70,6 +77,8 @@ def open_study(
             budget=budget,
             fresh=fresh,
             join=join,
+            fitted=fitted,
+            extend=extend,
             content={**content_of(spec), "class_names": list(class_names)},
         )
         with store_errors(home):
@@ -89,6 +98,8 @@ def _enter_study(
     budget: int | None = None,
     fresh: bool = False,
     join: str = "",
+    fitted: Mapping[str, Any] | None = None,
+    extend: bool = False,
     content: Mapping[str, Any],
 ) -> tuple[str, list[str], StudySpec]:
     """Write the study's record, new or updated, and return its title, notes on its start, and its spec; see open_study.
@@ -106,15 +117,32 @@ def _enter_study(
     study_id, before = storage.studies()[titles[generation]] if generation in titles else (-1, None)
     spec = spec.resumed_as(before["spec"]) if before else spec
     record = {**_record(spec, generation, data_digest, content), "budget": budget}
+    if fitted := before.get("fitted") if before and fitted is None else fitted:
+        record["fitted"] = fitted
     notes: list[str] = []
     if before is not None:
-        _check_same(before, record)
+        growth = _growth(spec, before, storage.every_trial(study_id))
+        _check_same(before, record, apart=growth.apart if growth else frozenset())
         if libraries := library_changes(before.get("content", {}), content):
             notes.append(f"Earlier trials ran with other libraries and may differ in the last digits: {libraries}.")
-        _check_space(spec, storage.every_trial(study_id))
+        if growth is None:
+            _check_space(spec, storage.every_trial(study_id))
+        elif growth.changes and not growth.harmless and not (extend and not join):
+            way = "" if join else f"Go on with those: hpo run {spec.name} --extend. "
+            raise SpecError(
+                f"{spec.name}: the search space has changed: {growth}.",
+                f"{way}Restore the space, or start a new generation with --fresh.",
+            )
         if join:
             return title, notes, spec
+        record |= {key: before[key] for key in ("grown", "outside") if key in before}
+        if growth is not None and growth.changes:
+            notes.append(f"The search space has changed: {growth}.")
+            record |= growth.write(storage) if extend else {}
         record |= {"created": before["created"], "start": before.get("start", [])}
+        told = before.get("enough", {})
+        if told.items() >= enough_key(spec).items():
+            record["enough"] = told
     else:
         record["start"], notes = _warm_starts(spec, storage)
         # It may exist without our record: its creator was killed between the two writes.
@@ -170,7 +198,23 @@ def _check_search(spec: StudySpec) -> None:
         )
 
 
-def _check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def _growth(spec: StudySpec, before: Mapping[str, Any], trials: list[FrozenTrial]) -> Growth | None:
+    """How the space has changed; None for searches in stages, whose later ones build upon the earlier."""
+    if spec.search.stages or before["spec"]["search"].get("stages"):
+        return None
+    return Growth(spec, before, tuple(trials))
+
+
+def _end_dead_trials(home: Home, storage: Storage, name: str) -> None:
+    """Finish trials that a killed run has left: a space cannot change under a running trial."""
+    with store_errors(home):
+        titles = generations(storage, name)
+    if titles:
+        reap(home, titles[max(titles)])
+
+
+def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], *, apart: frozenset[str]) -> None:
+    """Raise SpecError where settings differ; those of the paths apart may."""
     contents = before.get("content", {}), now["content"]
     # Records of earlier versions have no fingerprints of files: their paths are compared.
     files = [content["files"] for content in contents] if all("files" in content for content in contents) else [{}, {}]
@@ -180,6 +224,7 @@ def _check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     )
     absent = object()
     paths = [path for path in {**old, **new} if old.get(path, absent) != new.get(path, absent)]
+    paths = [path for path in paths if not any(f"{path}.".startswith(f"{free}.") for free in apart)]
     changes = [f"{path}: {old.get(path, 'absent')} -> {new.get(path, 'absent')}" for path in paths]
     changes += content_changes(*contents)
     if changes:

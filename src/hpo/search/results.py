@@ -124,10 +124,12 @@ class Finisher:
         trials = self._storage.every_trial(self._id)
         retried = {attrs_of(trial).retry_of for trial in trials}
         stages = {*stage_names(self._spec), FINAL}
+        index = self._storage.index(self._id)
         failed = [
-            trial
+            seen
             for trial in trials
             if state_of(trial) is TrialState.FAILED and trial.number not in retried and stage_of(trial) in stages
+            if (seen := index.seen(trial)) is not None
         ]
         for trial in failed:
             self.retry(trial, deaths=0)

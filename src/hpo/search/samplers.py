@@ -341,7 +341,9 @@ class StageProgress:
                 attributes[key] = {"origins": list(find_origins(self._spec, position, study).items())}
                 self._storage.database.set_study_user_attr(self._id, key, attributes[key])
             origins = dict(attributes[key]["origins"]) if position else {}
-            stage = make_stage(self._spec, position, origins=origins, warm=attributes[STUDY].get("start", []))
+            record = attributes[STUDY]
+            labels = record["grown"][-1]["labels"] if "grown" in record else {}
+            stage = make_stage(self._spec, position, origins=origins, warm=record.get("start", []), labels=labels)
             sampler = StageSampler(stage, partial(self._storage.index, self._id))
             self._steps[position] = Step(stage, sampler, last=position == len(self._names) - 1)
         return self._steps[position]

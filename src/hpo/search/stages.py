@@ -129,7 +129,8 @@ class Stage:
     name is None for a search without stages. spec is the study's, with the stage's space and sampler in place of the
     search's. limit is its number of trials; None: until its space, or the study's budget, is spent. origins maps
     numbers of earlier trials to the parameters that are carried on; it is empty for a first stage. first are the first
-    candidates to try, as values of some or all parameters.
+    candidates to try, as values of some or all parameters. labels are names that parameters have in Optuna's storage
+    since the space has changed.
     """
 
     name: str | None
@@ -137,6 +138,7 @@ class Stage:
     limit: int | None = None
     origins: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     first: Sequence[Mapping[str, Any]] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def space(self) -> Space:
@@ -145,7 +147,7 @@ class Stage:
 
     def label(self, path: str) -> str:
         """The name of a parameter in Optuna's storage: stages may give one path different options."""
-        return path if self.name is None else f"{self.name}/{path}"
+        return self.labels.get(path, path) if self.name is None else f"{self.name}/{path}"
 
     def parameters(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """All parameters of a candidate: those carried on, and the stage's own values over them."""
@@ -180,11 +182,17 @@ def stage_names(spec: StudySpec) -> list[str | None]:
 
 
 def make_stage(
-    spec: StudySpec, index: int, *, origins: Mapping[int, Mapping[str, Any]], warm: Sequence[Mapping[str, Any]] = ()
+    spec: StudySpec,
+    index: int,
+    *,
+    origins: Mapping[int, Mapping[str, Any]],
+    warm: Sequence[Mapping[str, Any]] = (),
+    labels: Mapping[str, str] | None = None,
 ) -> Stage:
     """The stage with this index. warm are candidates to try first: each stage takes the values that it varies."""
     if not spec.search.stages:
-        return Stage(None, spec, first=_first(spec.search.space, [*warm, _priors(spec.search.space)]))
+        first = _first(spec.search.space, [*warm, _priors(spec.search.space)])
+        return Stage(None, spec, first=first, labels=labels or {})
     part = spec.search.stages[index]
     space = _space(spec, index)
     if part.refine is not None:

@@ -16,6 +16,8 @@ from optuna.trial import FrozenTrial, Trial
 from hpo.errors import StoreError
 from hpo.home import Home
 from hpo.records import FINAL, Candidate, FailureKind, StudyResult, TrialResult, TrialState
+from hpo.search.enough import Verdict
+from hpo.search.growth import seen_as
 from hpo.search.halving import ParetoHalving
 from hpo.search.results import Finisher
 from hpo.search.stages import total_trials
@@ -48,8 +50,8 @@ def _guarded(method: Method) -> Method:
 class Study:
     """The handle of one supervisor on one study, from open_study. All methods raise StoreError where the storage fails.
 
-    title is the study's name in storage and tracking; notes are remarks on its start. shared: the storage is on a
-    server.
+    title is the study's name in storage and tracking; notes are remarks on its start. verdict: that of search.enough.
+    shared: the storage is on a server.
     """
 
     def __init__(
@@ -62,6 +64,8 @@ class Study:
         self._storage = storage
         self._lease = lease
         self._id: int = storage.database.get_study_id_from_name(title)
+        if (record := self._attribute(STUDY)) and "grown" in record:
+            storage.show(self._id, seen_as(spec, record))
         self._prunes = prunes(spec)
         self._pareto = ParetoHalving(spec)
         self._running: dict[int, Trial] = {}
@@ -72,6 +76,7 @@ class Study:
         # On other machines trials end with their machine: a supervisor must remain to try them again.
         waits = self.shared or spec.final is not None
         self._starter = Starter(spec, storage, self._id, title=title, lease=lease.name, waits=waits)
+        self.verdict = Verdict(home, spec, storage, self._id, self._starter.progress)
         self._liveness = Liveness(
             storage, self._id, lease, lambda: [trial_id_of(trial) for trial in list(self._running.values())]
         )

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from hpo.metrics import METRICS, direction_of, metric_of
+from hpo.metrics import METRICS, counted, direction_of, metric_of, name_of
 from hpo.spec.grid import listed
 from hpo.spec.own_code import is_function
 from hpo.spec.search import effects_of, refusal_of
@@ -320,6 +320,17 @@ def _aims(spec: StudySpec, _steps: list[_Step]) -> Iterator[Conflict]:
         )
 
 
+def _enough(spec: StudySpec, _steps: list[_Step]) -> Iterator[Conflict]:
+    known = spec.split.kind == "kfold" or (spec.task != "multilabel" and name_of(spec.search.objective) in counted())
+    if spec.search.enough == "auto" and not known:
+        scores = ", ".join(f"valid_{name}" for name in counted())
+        yield Conflict(
+            ("search", "enough"),
+            f"the standard error of {spec.search.objective} is not known: without folds it is for {scores} of images "
+            "with one class each. Write {gain: NUMBER}",
+        )
+
+
 def _starts(spec: StudySpec, _steps: list[_Step]) -> Iterator[Conflict]:
     """Candidates to try first that are in no step's space."""
     space = spec.search.whole_space
@@ -366,6 +377,7 @@ _RULES: tuple[Callable[[StudySpec, list[_Step]], Iterator[Conflict]], ...] = (
     _grids,
     _limits,
     _aims,
+    _enough,
     _starts,
     _race,
 )

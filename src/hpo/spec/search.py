@@ -146,6 +146,13 @@ class WarmStart(Part):
         return self
 
 
+class EnoughSpec(Part):
+    """When a search has found enough: what is still to be gained is below this."""
+
+    gain: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+    """In units of the objective, such as 0.002 of an accuracy."""
+
+
 class SearchSpec(Part):
     """What is tried, by whom, and towards what."""
 
@@ -165,6 +172,9 @@ class SearchSpec(Part):
     until: Annotated[float, Field(allow_inf_nan=False)] | None = None
     """End the search once a trial's objective is as good as this, such as 0.9. A training ends with the epoch that is
     (not with folds or constraints); trials that still run then are stopped, or, before a final training, finish."""
+    enough: Literal["off", "auto"] | EnoughSpec = "off"
+    """End the search once no candidate is likely to beat the best trial by more than a gain, such as {gain: 0.002}.
+    auto: than the standard error of the best trial's validation score. From 20 trials on; `trials` stays the limit."""
     duplicates: Literal["reseed", "reuse", "reject"] = "reseed"
     """A candidate that was evaluated before: trained again with a seed of its own, given the earlier result, or
     replaced by another one."""
@@ -209,6 +219,7 @@ class SearchSpec(Part):
             )
         if self.objectives and self.stages:
             raise ValueError("a stage carries its best on, and several objectives have no best. Leave one of them out")
+        self._check_enough()
         unknown = [path for values in self.start for path in values if path not in self.whole_space]
         if unknown:
             raise ValueError(f"start names {unknown[0]}, which the space does not vary. Correct the path")
@@ -222,6 +233,14 @@ class SearchSpec(Part):
                 except ValueError as error:
                     raise ValueError(f"sampler grid, {path}: {error}") from None
         return self
+
+    def _check_enough(self) -> None:
+        if self.enough == "off":
+            return
+        if self.objectives:
+            raise ValueError("enough: several objectives have no best trial to beat. Leave it out")
+        if self.stages:
+            raise ValueError("enough: a stage has its own number of trials. Give that, or leave enough out")
 
     def _check_stage(self, stage: StageSpec, *, first: bool) -> None:
         if bool(len(stage.space)) == bool(stage.refine):

@@ -56,19 +56,26 @@ class Storage:
         self._asking = False
         self._directions: dict[int, list[StudyDirection]] = {}
         self._indexes: dict[int, TrialIndex] = {}
+        self._seen: dict[int, Callable[[FrozenTrial], FrozenTrial | None]] = {}
         self._ranges: dict[tuple[int, str], BaseDistribution] = {}  # one of each parameter, to compare with
         self._records: dict[int, Trial] = {}  # by Optuna's id; of trials that have ended
 
     def index(self, study_id: int) -> TrialIndex:
         """All trials of a study as they are now; not to be changed."""
         if study_id not in self._indexes:
-            self._indexes[study_id] = TrialIndex([way is StudyDirection.MAXIMIZE for way in self.directions(study_id)])
+            maximize = [way is StudyDirection.MAXIMIZE for way in self.directions(study_id)]
+            self._indexes[study_id] = TrialIndex(maximize, self._seen.get(study_id, lambda trial: trial))
         index = self._indexes[study_id]
         trials = self._changed(study_id, index)
         index.update(trials)
         settled = [trial_id_of(trial) for trial in trials if trial.state.is_finished() or pauses_of(trial)]
         index.read_up_to = max([index.read_up_to, *settled])
         return index
+
+    def show(self, study_id: int, seen: Callable[[FrozenTrial], FrozenTrial | None]) -> None:
+        """From now on the index has ended trials of a study as seen shows them; see TrialIndex."""
+        self._seen[study_id] = seen
+        self._indexes.pop(study_id, None)
 
     def every_trial(self, study_id: int) -> list[FrozenTrial]:
         """All trials by number, interrupted ones included; not to be changed."""

@@ -16,7 +16,19 @@ from hpo.home import Home
 from hpo.locks import seen_held
 from hpo.records import AFTER_SEARCH, StudyResult, Trial, TrialResult, TrialState
 from hpo.storage.liveness import GRACE_SECONDS, HEARTBEATS, Holder, holders, host_of, is_near
-from hpo.storage.trial_attrs import ASKED, CLAIM, PAUSE, RESULT, START, STOP, STUDY, TrialAttrs, make_trial, read_state
+from hpo.storage.trial_attrs import (
+    ASKED,
+    CLAIM,
+    PAUSE,
+    RESULT,
+    START,
+    STOP,
+    STUDY,
+    TrialAttrs,
+    held_of,
+    make_trial,
+    read_state,
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,15 @@ def _records(reader: Reader) -> list[tuple[int, Any]]:
     """(Optuna's id, our record) of every study."""
     query = "SELECT study_id, value_json FROM study_user_attributes WHERE key = :key"
     return [(study_id, json.loads(record)) for study_id, record in reader.rows(query, key=STUDY)]
+
+
+def find_study(home: Home, name: str) -> StudyResult | None:
+    """The newest generation of a study without its trials; None where it has not begun. Raises StoreError."""
+    with reading(home.storage_url) as reader:
+        if reader is None or "trials" not in reader.tables():
+            return None
+        found = [to_result(record, ()) for _, record in _records(reader) if record["name"] == name]
+    return max(found, key=lambda study: study.generation, default=None)
 
 
 def count_trials(home: Home) -> str:
@@ -119,12 +140,26 @@ def to_result(record: Mapping[str, Any], trials: Iterable[Trial]) -> StudyResult
         generation=record["generation"],
         direction=record["direction"],
         objective=record["objective"],
-        trials=tuple(trials),
+        trials=tuple(_grown(record, trials)),
         spec=record["spec"],
         data_digest=record["data_digest"],
         created=record["created"],
         objectives=tuple(map(tuple, record.get("objectives", [(record["objective"], record["direction"])]))),
+        fitted=record.get("fitted", {}),
+        enough=record.get("enough", {}).get("text", ""),
     )
+
+
+def _grown(record: Mapping[str, Any], trials: Iterable[Trial]) -> Iterator[Trial]:
+    """The trials of a study whose space may have changed, see hpo.search.growth."""
+    grown, outside = record.get("grown", ()), frozenset(record.get("outside", ()))
+    for trial in trials:
+        candidate = trial.candidate
+        held = held_of(grown, trial.number) if candidate.stage is None else {}
+        if held.keys() - candidate.parameters.keys():
+            candidate = replace(candidate, parameters={**held, **candidate.parameters})
+        changed = candidate is not trial.candidate or trial.number in outside
+        yield replace(trial, candidate=candidate, outside=trial.number in outside) if changed else trial
 
 
 def _snapshot(home: Home, reader: Reader, study_id: int, record: Mapping[str, Any], *, results: bool) -> StudySnapshot:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +92,13 @@ def attrs_of(trial: FrozenTrial) -> TrialAttrs:
 def pauses_of(trial: FrozenTrial) -> int:
     """How often a trial has been paused, if it is; else 0."""
     return int(trial.user_attrs.get(PAUSE) or 0) if trial.state.name == "RUNNING" else 0
+
+
+def held_of(grown: Sequence[Mapping[str, Any]], number: int) -> dict[str, Any]:
+    """What the parameters that a study has gained since this trial were fixed to; grown is that of the record."""
+    # The earliest growth that names a parameter knows what it was before.
+    entries = [entry for entry in reversed(grown) if number < entry["before"]]
+    return {path: value for entry in entries for path, value in entry["held"].items()}
 
 
 def stage_of(trial: FrozenTrial) -> str | None:

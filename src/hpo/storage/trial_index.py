@@ -6,7 +6,7 @@ import bisect
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -58,10 +58,13 @@ class EndedTrials:
         self._sample: list[FrozenTrial] = []
         self._sampled_at = 0  # the number of visible trials when the sample was chosen
 
-    def add(self, trial: FrozenTrial) -> None:
-        """Add a trial that has ended."""
+    def add(self, trial: FrozenTrial, seen: FrozenTrial | None) -> None:
+        """Add a trial that has ended, as it is to be seen; None: not at all."""
         if retry_of(trial) is None:
             bisect.insort(self.first_tries, trial.number)
+        if seen is None:
+            return
+        trial = seen
         self._without_key.append(trial)
         state = state_of(trial)
         if state is TrialState.STOPPED:
@@ -90,6 +93,11 @@ class EndedTrials:
                 self._by_key.setdefault(key_of(parameters), []).append(trial)
         self._without_key = []
         return self._by_key.get(key, [])
+
+    @property
+    def best(self) -> FrozenTrial | None:
+        """The complete and feasible trial with the best first objective."""
+        return self._costs[0][2] if self._costs else None
 
     def sample(self) -> list[FrozenTrial]:
         """The trials that samplers see, by number. It depends on the trials only, not on who asks or when."""
@@ -128,10 +136,14 @@ class TrialIndex:
 
     open are the trials that have not ended, without the paused ones, which are in paused; retried are the numbers of
     trials that another trial repeats. read_up_to is the highest id of an ended or paused trial up to which all trials
-    were read; latest is the highest id of all.
+    were read; latest is the highest id of all. seen is how samplers and pruners see an ended trial; None: not at all,
+    and it does not count.
     """
 
-    def __init__(self, maximize: Sequence[bool]) -> None:
+    def __init__(
+        self, maximize: Sequence[bool], seen: Callable[[FrozenTrial], FrozenTrial | None] = lambda trial: trial
+    ) -> None:
+        self.seen = seen
         self.trials: dict[int, FrozenTrial] = {}
         self.open: dict[int, FrozenTrial] = {}
         self.paused: dict[int, FrozenTrial] = {}
@@ -155,13 +167,14 @@ class TrialIndex:
             if pauses_of(trial):
                 self.open.pop(trial.number, None)
                 self.paused[trial.number] = trial
-                self._stages[stage_of(trial)].add(_as_pruned(trial))
+                pruned = _as_pruned(trial)
+                self._stages[stage_of(trial)].add(pruned, self.seen(pruned))
             elif not trial.state.is_finished():
                 self.open[trial.number] = trial
             elif trial.number not in self._ended:
                 self.open.pop(trial.number, None)
                 self._ended.add(trial.number)
-                self._stages[stage_of(trial)].add(trial)
+                self._stages[stage_of(trial)].add(trial, self.seen(trial))
 
     def ended(self, stage: str | None) -> EndedTrials:
         """The ended trials of a stage."""

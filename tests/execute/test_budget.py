@@ -1,0 +1,157 @@
+"""--minutes: trials and epochs are fitted to the time by a measured speed, recorded, and kept on resuming."""
+
+import time
+
+import pytest
+
+from formula_study import formula, formula_spec, measure_slowly
+from hpo.events import EpochEnded, Notice, StudyOpened
+from hpo.execute.budget import Pace, as_fitted, fit, measure_pace
+from hpo.execute.run_study import run_study
+from hpo.execute.supervisor import Supervisor
+from hpo.options import RunOptions
+from hpo.records import FINAL, EndReason, TrialState
+from hpo.spec.load import load_study
+from hpo.spec.study import FinalSpec
+from no_pictures import draw_nothing
+
+SECOND = Pace((0.5, 1.5))  # an epoch takes a second
+
+
+def spec_of(epochs=10, trials=50, final=None, **search):
+    spec = formula_spec(trials=trials, **{"pruner": "none", **search})
+    training = spec.training.model_copy(update={"epochs": epochs})
+    return spec.model_copy(update={"training": training, "final": final})
+
+
+def test_trials_fill_the_time_and_the_epochs_stay_where_ten_trials_fit():
+    # (1020 s * 0.85 - 20 s) / 10 s a trial = 84.7, for each of two workers.
+    fitted = fit(spec_of(), SECOND, seconds=1020, workers=2, most=None)
+    assert fitted.settings == {"search.trials": (50, 169)}
+    assert fitted.text.startswith("169 trials of 10 epochs; the file has 50 of 10; an epoch takes 1 s here")
+    assert fit(spec_of(), SECOND, seconds=1020, workers=2, most=60).settings == {"search.trials": (50, 60)}
+
+
+def test_epochs_and_the_first_rung_shrink_where_the_time_is_short():
+    pruner = {"name": "median", "warmup_epochs": 10}
+    # 85 s * 0.85 - 20 s = 52.25 s; ten trials of 20 epochs, of which 60 % are trained, need 120 s.
+    fitted = fit(spec_of(epochs=20, pruner=pruner), SECOND, seconds=85, workers=1, most=None)
+    assert fitted.settings["training.epochs"] == (20, 8)
+    assert fitted.settings["search.pruner.warmup_epochs"] == (10, 4)
+    assert fitted.settings["search.trials"] == (50, 10)
+    halving = spec_of(epochs=40, pruner={"name": "successive_halving", "min_epochs": 8})
+    short = fit(halving, SECOND, seconds=85, workers=1, most=None).settings
+    assert short["training.epochs"][1] < 40
+    assert short["search.pruner.min_epochs"] == (8, round(8 * short["training.epochs"][1] / 40))
+
+
+def test_no_training_becomes_shorter_than_a_quarter():
+    fitted = fit(spec_of(epochs=20), SECOND, seconds=40, workers=1, most=None)
+    assert fitted.settings == {"training.epochs": (20, 5), "search.trials": (50, 2)}
+
+
+def test_final_trainings_are_in_the_budget():
+    final = FinalSpec(set={"training.epochs": 200}, seeds=2)
+    plain, finals = (fit(spec_of(final=each), SECOND, seconds=1020, workers=2, most=None) for each in (None, final))
+    # Both workers train one of 200 s: 20 trials less each.
+    assert finals.settings["search.trials"][1] == plain.settings["search.trials"][1] - 40
+    assert (plain.closing, finals.closing) == (10.0, 210.0)
+    assert "final training 3 min 20 s" in finals.text
+
+
+def test_searched_epochs_and_the_cells_of_a_grid_stay():
+    space = {"training.epochs": {"int": [10, 30]}, "model.dropout": {"float": [0.0, 0.9]}}
+    searched = fit(spec_of(space=space), SECOND, seconds=60, workers=1, most=None)
+    assert searched.settings == {"search.trials": (50, 1)}
+    assert "the epochs stay: they are searched" in searched.text
+    grid = spec_of(epochs=12, sampler="grid", space={"model.dropout": {"choice": [0.0, 0.1, 0.2]}}, trials=3)
+    # 47 s * 0.85 - 20 s = 19.95 s for three trials of 12 s.
+    assert fit(grid, SECOND, seconds=47, workers=1, most=None).settings == {"training.epochs": (12, 6)}
+
+
+def test_a_study_that_has_begun_keeps_its_epochs_and_counts_its_trials():
+    fitted = fit(spec_of(epochs=20), SECOND, seconds=60, workers=1, most=None, done=30, begun=True)
+    assert fitted.settings == {"search.trials": (50, 31)}
+    assert "the epochs stay: it has begun" in fitted.text
+
+
+def test_what_was_fitted_is_kept_until_the_file_says_otherwise():
+    record = {"settings": {"training.epochs": [10, 4], "search.trials": [50, 12]}, "text": ""}
+    kept = as_fitted(spec_of(), record, trials=True)
+    assert (kept.training.epochs, kept.search.trials) == (4, 12)
+    assert as_fitted(spec_of(), record, trials=False).search.trials == 50
+    assert as_fitted(spec_of(epochs=11), record, trials=True).training.epochs == 11
+    assert "monitor" not in kept.training.model_fields_set
+    assert as_fitted(spec_of(), {}, trials=True) == spec_of()
+
+
+def test_the_search_hands_out_nothing_once_the_time_is_needed_for_the_final_training(run_formula, monkeypatch):
+    ends = []
+
+    class Late(Supervisor):
+        def __init__(self, *given, **named):
+            super().__init__(*given, **named, search_until=float("inf"))
+            ends.append(self)
+
+    monkeypatch.setattr("study_fixtures.Supervisor", Late)
+
+    def end_search(event):
+        if isinstance(event, EpochEnded) and event.number == 1:
+            ends[0]._search_until = time.monotonic()
+
+    run = run_formula(spec_of(epochs=3, final=FinalSpec(seeds=2)), trainer=formula, watch=end_search)
+    assert run.reason is EndReason.TIMEOUT
+    assert run.reason.orderly
+    assert [trial.candidate.stage for trial in run.trials] == [None, None, FINAL, FINAL]
+    assert {trial.state for trial in run.trials} == {TrialState.COMPLETE}
+
+
+@pytest.fixture
+def digits(tmp_path, monkeypatch, digits_cache):
+    """run(**options) -> (trials, events) of digits-mlp on one thread, at pretended 100 s an epoch."""
+    monkeypatch.setenv("HPO_DATA", str(digits_cache))
+    monkeypatch.setattr("hpo.execute.engines.local.cores", lambda: 1)
+    monkeypatch.setattr("hpo.execute.subscribers.tracking.draw_study", draw_nothing)
+    monkeypatch.setattr("hpo.execute.run_study.measure_pace", measure_slowly)
+
+    def run(**options):
+        spec = load_study(
+            "digits-mlp", overrides={"training.epochs": 8, "keep.models": "none", "search.pruner": "none"}
+        )
+        events = []
+        study = run_study(spec, RunOptions(workers=0, home=tmp_path, **options), watch=events.append)
+        return study, events
+
+    return run
+
+
+@pytest.mark.slow
+def test_a_named_study_in_minutes_says_what_it_chose_and_is_resumed_as_it_was_fitted(digits):
+    # 6000 s * 0.85 - 20 s, less what the start takes: ten trials of 8 epochs at 100 s each do not fit.
+    study, events = digits(minutes=100)
+    told = [event.text for event in events if isinstance(event, Notice) and event.text.startswith("100 min: ")]
+    assert "the file has 20 of 8" in told[0]
+    assert "an epoch takes 1e+02 s here (mean of 2 candidates)" in told[0]
+    epochs, trials = (study.fitted["settings"][path][1] for path in ("training.epochs", "search.trials"))
+    assert 2 <= epochs < 8
+    assert 9 <= trials < 20
+    assert study.spec["training"]["epochs"] == epochs
+    assert {len(trial.result.epochs) for trial in study.trials} == {epochs}
+    again, events = digits()
+    opened = next(event for event in events if isinstance(event, StudyOpened))
+    assert (opened.budget, len(again.trials), again.fitted) == (trials, trials, study.fitted)
+    more, _ = digits(trials=trials + 1)
+    assert {len(trial.result.epochs) for trial in more.trials} == {epochs}
+    assert len(more.trials) == trials + 1
+
+
+@pytest.mark.slow
+def test_the_speed_of_real_candidates_is_measured(digits_cache, monkeypatch):
+    from hpo.data.prepare import prepare
+
+    monkeypatch.setenv("HPO_DATA", str(digits_cache))
+    spec = load_study("digits-mlp")
+    pace = measure_pace(spec, prepare(spec.data, spec.split), "cpu", 1)
+    assert len(pace.epochs) == 4
+    assert 0 < pace.epoch < 60
+    assert pace.features == 0

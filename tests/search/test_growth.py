@@ -1,0 +1,268 @@
+"""A study that grows: no trial is lost, those that fit count on, and the same candidates follow after interruptions."""
+
+import optuna
+import pytest
+
+from formula import run_all, sequence, train
+from hpo.errors import SpecError
+from hpo.home import Home
+from hpo.records import TrialResult, TrialState
+from hpo.search.lifecycle import open_study
+from hpo.spec.study import set_place
+from hpo.storage.reader import read_snapshots
+
+FIRST = {
+    "training.optimizer.lr": {"float": [1e-3, 1e-1], "log": True},
+    "training.optimizer.name": {"choice": ["sgd", "adam"]},
+    "model.hidden": {"choice": [32, 64, [64, 32]]},
+}
+# A wider and narrower range, new and removed choices, and a new parameter that one optimizer has.
+SECOND = {
+    "training.optimizer.lr": {"float": [5e-3, 3e-1], "log": True},
+    "training.optimizer.name": {"choice": ["adam", "sgd", "rmsprop"]},
+    "model.hidden": {"choice": [32, [64, 32], 128]},
+    "training.optimizer.momentum": {"float": [0.0, 0.9], "when": {"training.optimizer.name": ["sgd", "rmsprop"]}},
+}
+# The optimizer is fixed, dropout is new, 64 is back.
+THIRD = {
+    "training.optimizer.lr": {"float": [1e-3, 3e-1], "log": True},
+    "model.hidden": {"choice": [32, 64, [64, 32], 128]},
+    "model.dropout": {"float": [0.0, 0.5]},
+}
+SLOW = [("tpe", "median"), ("random", "hyperband"), ("cmaes", "none")]
+SGD = {"training.optimizer.name": "sgd", "training.optimizer.momentum": 0.0}
+
+
+def worth(parameters):
+    lr, hidden = parameters.get("training.optimizer.lr", 0.01), parameters["model.hidden"]
+    return 1 - abs(lr - 0.02) - (0.1 if hidden == 64 else 0.2) - 0.1 * parameters.get("model.dropout", 0.0)
+
+
+@pytest.fixture
+def study_of(home):
+    """open(spec, extend) on one home."""
+
+    def opened(spec, *, extend=False, place=None):
+        return open_study(place or home, spec, data_digest="d", extend=extend)
+
+    return opened
+
+
+def fixed_to(spec, values):
+    plain = spec.model_dump()
+    for path, value in values.items():
+        set_place(plain, path, value)
+    return type(spec).model_validate(plain)
+
+
+def run(study_of, spec, budget, **options):
+    study = study_of(spec, **options)
+    run_all(study, budget, worth=worth)
+    result, notes = study.result(), study.notes
+    study.close()
+    return result, notes
+
+
+def fits_second(trial):
+    parameters = trial.candidate.parameters
+    return parameters["training.optimizer.lr"] >= 5e-3 and parameters["model.hidden"] != 64
+
+
+def test_what_changed_is_told_and_nothing_happens_without_extend(study_of, make_spec):
+    before, _ = run(study_of, make_spec("random", space=FIRST), 12)
+    fit = sum(map(fits_second, before.trials))
+    assert 0 < fit < 12
+    with pytest.raises(SpecError) as caught:
+        study_of(make_spec("random", space=SECOND))
+    text = caught.value.message
+    assert "training.optimizer.lr: [0.001, 0.1] -> [0.005, 0.3], moved" in text
+    assert "training.optimizer.name: new choices ['rmsprop']" in text
+    assert "model.hidden: new choices [128] and without [64]" in text
+    assert "training.optimizer.momentum is new, and was 0.0" in text
+    assert f"{fit} of 12 trials are in the new space and count" in text
+    assert "hpo run study --extend" in caught.value.hint
+    again, notes = run(study_of, make_spec("random", space=FIRST), 12)
+    assert (sequence(again), notes) == (sequence(before), [])
+
+
+def test_trials_that_fit_count_on_and_the_others_stay_on_record(study_of, make_spec, home):
+    before, _ = run(study_of, make_spec("random", space=FIRST), 12)
+    fit = [trial for trial in before.trials if fits_second(trial)]
+    assert "model.hidden" in before.best.candidate.parameters
+    assert before.best.candidate.parameters["model.hidden"] == 64, "else its choice is not the one that goes"
+    after, notes = run(study_of, make_spec("random", space=SECOND), 12, extend=True)
+    assert f"{len(fit)} of 12 trials" in notes[0]
+    assert [trial.number for trial in after.trials] == list(range(24 - len(fit)))
+    assert [trial.result for trial in after.trials[:12]] == [trial.result for trial in before.trials]
+    assert [trial.outside for trial in after.trials] == [
+        index < 12 and not fits_second(trial) for index, trial in enumerate(after.trials)
+    ]
+    assert len(after.counted) == 12
+    assert after.best.value == max(trial.value for trial in after.trials if not trial.outside)
+    # They were trained with the momentum that the file had.
+    assert {trial.candidate.parameters["training.optimizer.momentum"] for trial in after.trials[:12]} == {0.0}
+    new = after.trials[12:]
+    assert {"rmsprop", "adam", "sgd"} >= {trial.candidate.parameters["training.optimizer.name"] for trial in new}
+    assert all(
+        ("training.optimizer.momentum" in trial.candidate.parameters)
+        == (trial.candidate.parameters["training.optimizer.name"] != "adam")
+        for trial in new
+    )
+    snapshot = read_snapshots(home, results=True)[0].study
+    assert [trial.outside for trial in snapshot.trials] == [trial.outside for trial in after.trials]
+
+
+def test_samplers_and_pruners_see_old_trials_as_trials_of_the_new_space(study_of, make_spec):
+    run(study_of, make_spec("random", space=FIRST), 12)
+    study = study_of(make_spec("tpe", space=SECOND), extend=True)
+    seen = study._view(None, sampled=True).get_all_trials(study._id)
+    assert {trial.number for trial in seen} == {trial.number for trial in study.result().counted}
+    for trial in seen:
+        assert isinstance(trial, optuna.trial.FrozenTrial)
+        trial._validate()
+        assert "model.hidden" not in trial.params, "its options have changed: it has a name of its own"
+        assert trial.distributions["model.hidden~2"].choices == ("32", "[64, 32]", "128")
+        name = trial.params["training.optimizer.name~2"]
+        assert trial.params.get("training.optimizer.momentum") == (0.0 if name == "sgd" else None)
+        assert trial.distributions["training.optimizer.lr"].high == 0.3
+    study.close()
+
+
+def grow_twice(study_of, make_spec, sampler, pruner, home, *, pieces):
+    """Each space with 10 more trials; with pieces, every run is interrupted several times."""
+    specs = [
+        fixed_to(make_spec(sampler, pruner, space), SGD if space is THIRD else {}) for space in (FIRST, SECOND, THIRD)
+    ]
+    budget = 0
+    for spec in specs:
+        study = study_of(spec, extend=True, place=home)
+        budget = study.counted() + 10
+        study.close()
+        for _ in range(2 if pieces else 0):
+            study = study_of(spec, place=home)
+            study.reap()
+            for _ in range(3):
+                train(study, study.ask(budget=budget, worker="w"), epochs=4, worth=worth)
+            candidate = study.ask(budget=budget, worker="w")
+            study.report(candidate.number, 1, 0.1)
+            study.close()  # without a word, as a killed process
+        study = study_of(spec, extend=not pieces, place=home)
+        study.reap()
+        run_all(study, budget, epochs=4, worth=worth)
+        result = study.result()
+        study.close()
+    return result
+
+
+@pytest.mark.parametrize(
+    ("sampler", "pruner"),
+    [
+        ("mfgp", "successive_halving"),
+        *(pytest.param(*names, marks=pytest.mark.slow) for names in SLOW),
+    ],
+)
+def test_a_study_that_grew_twice_in_pieces_is_the_one_that_grew_in_one_go(
+    study_of, make_spec, tmp_path, sampler, pruner
+):
+    whole, pieces = (
+        grow_twice(study_of, make_spec, sampler, pruner, Home.find(tmp_path / name).create(), pieces=name == "pieces")
+        for name in ("whole", "pieces")
+    )
+    assert TrialState.STOPPED in {trial.state for trial in pieces.trials}
+    assert sequence(pieces) == sequence(whole)
+    assert len(whole.counted) == len(pieces.counted) >= 10
+    assert sum(trial.state.finished for trial in whole.trials) == 30
+    # Of the first space: all that the third has, 64 included, which the second had not.
+    old = [trial for trial in whole.trials[:10] if not trial.outside]
+    assert {trial.candidate.parameters["training.optimizer.name"] for trial in old} <= {"sgd"}
+    assert {trial.candidate.parameters["model.dropout"] for trial in old} <= {0.0}
+
+
+def test_an_interrupted_candidate_that_fits_is_tried_again_and_one_that_does_not_ends(study_of, make_spec):
+    study = study_of(make_spec("random", space=FIRST))
+    cut = [study.ask(budget=6, worker="w") for _ in range(6)]
+    study.close()
+    after, _ = run(study_of, make_spec("random", space=SECOND), 6, extend=True)
+    tries = {candidate.ordinal: [] for candidate in cut}
+    for trial in after.trials:
+        tries.setdefault(trial.candidate.ordinal, []).append(trial)
+    states = {ordinal: [trial.state for trial in trials] for ordinal, trials in tries.items()}
+    fits = {trials[0].candidate.ordinal: fits_second(trials[0]) for trials in tries.values()}
+    again = [ordinal for ordinal in range(6) if states[ordinal][-1] is TrialState.COMPLETE]
+    assert again == [ordinal for ordinal in range(6) if fits[ordinal]]
+    assert 0 < len(again) < 6
+    for ordinal in again:
+        first, last = tries[ordinal]
+        assert last.candidate.parameters == first.candidate.parameters
+        assert last.candidate.seed == first.candidate.seed
+    assert len(after.counted) == 6
+
+
+def test_no_space_changes_under_a_running_trial(study_of, make_spec):
+    study = study_of(make_spec("random", space=FIRST))
+    candidate = study.ask(budget=3, worker="w")
+    with pytest.raises(SpecError, match="trials are running") as caught:
+        study_of(make_spec("random", space=SECOND), extend=True)
+    assert "hpo stop" in caught.value.hint
+    study.tell(TrialResult(candidate.number, TrialState.COMPLETE, 0.5))
+    study.close()
+    study_of(make_spec("random", space=SECOND), extend=True).close()
+
+
+def test_a_wider_range_goes_on_without_a_word_from_the_user_and_a_lost_trial_does_not(study_of, make_spec):
+    space = {"model.dropout": {"float": [0.1, 0.5]}}
+    run(study_of, make_spec("random", space=space), 4)
+    wider, notes = run(study_of, make_spec("random", space={"model.dropout": {"float": [0.0, 0.6]}}), 6)
+    told = "The search space has changed: model.dropout: [0.1, 0.5] -> [0.0, 0.6], wider. "
+    assert notes == [f"{told}4 of 4 trials are in the new space and count."]
+    assert len(wider.counted) == 6
+    with pytest.raises(SpecError, match="narrower"):
+        study_of(make_spec("random", space={"model.dropout": {"float": [0.0, 0.001]}}))
+
+
+def test_a_grid_that_grew_runs_the_cells_that_no_trial_has(study_of, make_spec):
+    small = {"model.hidden": {"choice": [32, 64]}}
+    run(study_of, make_spec("grid", space=small), 100)
+    large = {"model.hidden": {"choice": [64, 128]}, "training.optimizer.name": {"choice": ["adam", "sgd"]}}
+    name = make_spec(space=small).training.optimizer.name
+    result, _ = run(study_of, make_spec("grid", space=large), 100, extend=True)
+    cells = [
+        (trial.candidate.parameters["model.hidden"], trial.candidate.parameters["training.optimizer.name"])
+        for trial in result.counted
+    ]
+    assert sorted(cells) == [(64, "adam"), (64, "sgd"), (128, "adam"), (128, "sgd")]
+    assert [trial.outside for trial in result.trials[:2]] == [
+        trial.candidate.parameters["model.hidden"] == 32 for trial in result.trials[:2]
+    ]
+    assert {trial.candidate.parameters["training.optimizer.name"] for trial in result.trials[:2]} == {name}
+
+
+def test_failed_trials_are_retried_where_they_fit(study_of, make_spec):
+    study = study_of(make_spec("random", space=FIRST))
+    for _ in range(6):
+        candidate = study.ask(budget=6, worker="w")
+        study.tell(TrialResult(candidate.number, TrialState.FAILED, reason="no luck"))
+    before = study.result()
+    study.close()
+    study = study_of(make_spec("random", space=SECOND), extend=True)
+    assert study.retry_failed() == sum(map(fits_second, before.trials))
+    run_all(study, 6, worth=worth)
+    result = study.result()
+    study.close()
+    retried = [trial for trial in result.trials if trial.candidate.attempt > 1]
+    by_ordinal = {trial.candidate.ordinal: trial.candidate.parameters for trial in result.trials[:6]}
+    assert retried
+    assert all(
+        trial.candidate.parameters["model.hidden"] == by_ordinal[trial.candidate.ordinal]["model.hidden"]
+        for trial in retried
+    )
+
+
+def test_a_new_meaning_of_values_cannot_be_grown_into(study_of, make_spec):
+    run(study_of, make_spec("random", space=FIRST), 2)
+    per = {
+        **FIRST,
+        "training.optimizer.weight_decay": {"float": [1e-5, 1e-3], "per": "training.batch_size", "reference": 64},
+    }
+    with pytest.raises(SpecError, match="other settings"):
+        study_of(make_spec("random", space=per), extend=True)
