@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +28,12 @@ from hpo.jobs.promote import promote
 from hpo.jobs.rerun import rerun
 from hpo.jobs.shared.model_reference import find_model, study_data
 from hpo.models.safe_loader import Program
-from hpo.records import ENSEMBLE, FINAL
+from hpo.records import ENSEMBLE, FINAL, pack_classes
 from hpo.report.ensembles import Gain
 from hpo.report.statistics import Interval
 from hpo.spec.load import load_study, parse_study
 from hpo.storage.optuna_storage import read_study
-from hpo.tracking.registry import fetch, resolve
+from hpo.tracking.registry import fetch, resolve, set_alias
 from hpo.tracking.store import connect
 from hpo.tracking.tracker import Tracker
 
@@ -172,6 +173,30 @@ def test_an_ensemble_passes_the_gates_and_is_measured_compared_explained_and_rep
         rerun(f"digits-mlp#{version.trial}")
 
 
+def test_the_gate_judges_an_ensemble_on_images_that_did_not_choose_its_members(home, tmp_path):
+    """Of members that other images choose, every answer is class 0; those of the ensemble itself are good."""
+    study, card, images, kept = _kept(home, "digits-mlp", tmp_path)
+    champion = Tracker(home).register(study, kept[-1].trial.number)
+    set_alias(home, "digits-mlp", "champion", champion.version)
+    mean = np.mean([each.probabilities for each in kept[:2]], axis=0)
+    unknown = Gain("accuracy", Interval(0.0, 0.0, 0.0), 0.0, 0.0, 8, len(images.rows))
+    zeros = replace(unknown, judged=(pack_classes([0] * len(images.rows)),) * 5)
+    for gain, said in ((unknown, "not known: its members were chosen"), (zeros, "members chosen on others of them")):
+        register_ensemble(home, Proposal(tuple(kept[:2]), (1, 1), gain, images, mean), study.title, card)
+        refused = promote("digits-mlp")
+        (beats,) = [gate for gate in refused.gates if not gate.passed]
+        assert beats.name == "beats the champion"
+        assert said in beats.measured
+        assert not refused.promoted
+    assert "seeds" not in beats.measured
+    share = np.mean(images.labels == 0) - np.mean(kept[-1].probabilities.argmax(1) == images.labels)
+    assert beats.measured.startswith(f"{100 * share:+.2f} points of accuracy")
+    made = find_model(home, f"digits-mlp/{refused.challenger.version}")
+    assert [set(each) for each in made.judged] == [{0}] * 5
+    compared = compare([f"digits-mlp/{champion.version}", made.name])
+    assert compared.contestants[1].scores["accuracy"].value == np.mean(images.labels == 0)
+
+
 def test_hpo_ensemble_makes_what_its_dry_run_tells(home):
     told = ensemble("digits-mlp", dry_run=True)
     assert told.version is None
@@ -180,6 +205,9 @@ def test_hpo_ensemble_makes_what_its_dry_run_tells(home):
     assert (made.members, made.gain) == (told.members, told.gain)
     assert made.version.aliases == ("challenger",)
     assert made.version.scores["valid_accuracy"] > 0.5
+    found = find_model(home, f"digits-mlp/{made.version.version}")
+    labels = validation_images(found.spec, found.card).labels
+    assert np.mean([np.mean(each == labels) for each in found.judged]) == pytest.approx(made.gain.ensemble)
 
 
 def test_seeds_of_a_final_training_are_candidates(home, tmp_path):

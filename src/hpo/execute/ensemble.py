@@ -185,7 +185,7 @@ def make_ensemble(proposal: Proposal, study: Study, context: EnsembleContext) ->
     One that the study has with the same members is registered again. If the process is killed on the way, the next run
     of the study logs what was recorded. Raises HpoError.
     """
-    if (known := _known(study, proposal.named, "probabilities", context)) is not None:
+    if (known := _known(study, proposal.named, "probabilities", context, proposal.gain.judged)) is not None:
         return known
     scratch = pictures_folder(context.work, study) / "ensemble"
     parameters = sum(each.result.parameter_count for each in proposal.members)
@@ -193,7 +193,7 @@ def make_ensemble(proposal: Proposal, study: Study, context: EnsembleContext) ->
     names = (each.name for each in proposal.members)
     left = context.compute(
         finish_ensemble,
-        replace(result, members=proposal.named),
+        replace(result, members=proposal.named, judged=proposal.gain.judged),
         list(zip(names, proposal.counts, context.model_folders(proposal.members, scratch.parent), strict=True)),
         proposal.images.rows,
         proposal.images.labels,
@@ -224,7 +224,7 @@ def empty_result(members: Sequence[KeptTrial], folder: Path, *, parameters: int,
 
 def record(result: TrialResult, study: Study, context: EnsembleContext) -> ModelVersion:
     """Record a finished ensemble, whose files are in result.folder, as a trial; log and register its model."""
-    if (known := _known(study, result.members, result.settings["average"], context)) is not None:
+    if (known := _known(study, result.members, result.settings["average"], context, result.judged)) is not None:
         return known
     made = study.add(ENSEMBLE, replace(result, folder=""))
     folder = Path(result.folder).rename(context.work / str(made.number))
@@ -237,13 +237,19 @@ def record(result: TrialResult, study: Study, context: EnsembleContext) -> Model
     return version
 
 
-def _known(study: Study, members: Mapping[str, int], average: str, context: EnsembleContext) -> ModelVersion | None:
-    """The version of an ensemble of these members that the study has already, registered again as challenger."""
+def _known(
+    study: Study, members: Mapping[str, int], average: str, context: EnsembleContext, judged: tuple[str, ...]
+) -> ModelVersion | None:
+    """The version of an ensemble of these members that the study has already, registered again as challenger.
+
+    One that an earlier hpo has left without the judgement that the gates ask for is made again.
+    """
     result = study.result()
     kept = context.track(context.tracker.kept_models, result)
     for trial in result.ranked(ENSEMBLE):
-        same = trial.result and (dict(trial.result.members), trial.result.settings.get("average")) == (members, average)
-        if same and trial.number in kept:
+        made = trial.result or TrialResult(trial.number, trial.state)
+        same = (dict(made.members), made.settings.get("average")) == (dict(members), average)
+        if same and bool(made.judged) == bool(judged) and trial.number in kept:
             version: ModelVersion = context.track(context.tracker.register, result, trial.number)
             return version
     return None

@@ -34,12 +34,13 @@ def decide_answers(folder: Path, validation: Path, images: Path, spec: PredictSp
     validation is the npz of its trial, with rows, labels and probabilities; there need be none. images is the npy of
     the development images that rows counts. Views and temperature go into config.json, from where export_program takes
     them, and into the npz the probabilities of the program so made, those of the network alone as `raw`, and the
-    temperature. May be called again. Raises ModelError for a damaged folder.
+    temperature. Where views are averaged, `judged` are the classes (n,), each image's by the views that
+    the other half of the images has chosen. May be called again. Raises ModelError for a damaged folder.
     """
     if not validation.is_file():
         return {}
     with np.load(validation, allow_pickle=False) as arrays:
-        found = dict(arrays)
+        found = {name: array for name, array in arrays.items() if name != "judged"}
     raw, labels = torch.from_numpy(found.get("raw", found["probabilities"])), torch.from_numpy(found["labels"])
     record: dict[str, Any] = {}
     config = undecided(read_config(folder / CONFIG))
@@ -50,7 +51,8 @@ def decide_answers(folder: Path, validation: Path, images: Path, spec: PredictSp
         pixels = np.load(images, mmap_mode="r", allow_pickle=False)
         answer = _Answers(whole_program(net, config), pixels, found["rows"])
         if (chosen := choose(answer, labels, candidates(augment, config["image_shape"]))) is not None:
-            choice, averaged = chosen
+            choice, averaged, judged = chosen
+            found["judged"] = judged.argmax(1).numpy()
             record["views"] = choice.record() | {"latency_ms": latencies(net, config, choice.views)}
             if len(choice.views) > 1:
                 probabilities = averaged
