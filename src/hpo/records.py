@@ -142,18 +142,17 @@ class TrialResult:
     value is the objective at the best epoch (None unless complete or pruned); best_epoch counts from 1 (0: none was
     finished). scores are those of the best epoch; with folds, their means. confusion is (true class, predicted class)
     counts on the validation part. folder is where the worker left weights and validation probabilities, or ""; stored,
-    it is only the folder's name in the study's work folder, for a project can move.
-    settings are what the machine decided rather than the spec: device, precision, layout, threads, and micro_batch
-    where the memory was short.
-    values are those of several objectives, in the order of the spec. folds holds the scores of each fold at its best
-    epoch. feasible is False where a constraint of the search is broken or the memory does not suffice. failure is why a
-    trial did not come to its end, None where it did. predicted holds the predicted classes of the validation images, in
-    the order of their rows (see pack_classes): comparisons need no model then. ended is when, in seconds since 1970
-    (0.0: not known): what is written twice about it carries the same time, and is there once. profile is None where the
-    run was not profiled. system holds system metrics over time, as columns: MLflow's names without its prefix system/,
-    and `time`, when each value was taken, in seconds since 1970. members: of an ensemble, how often each of its
-    trials (STUDY~GENERATION#NUMBER) counts; {} of a training. judged: of an ensemble, classes as in predicted, each
-    image's by members that were chosen on other images; one text for each division of the images.
+    it is only the folder's name in the study's work folder, for a project can move. settings are what the machine
+    decided rather than the spec: device, precision, layout, threads, and micro_batch where the memory was short. values
+    are those of several objectives, in the order of the spec. folds holds the scores of each fold at its best epoch.
+    feasible is False where a constraint of the search is broken or the memory does not suffice. failure is why a trial
+    did not come to its end, None where it did. predicted holds the predicted classes of the validation images, in the
+    order of their rows (see pack_classes): comparisons need no model then. ended is when, in seconds since 1970 (0.0:
+    not known): what is written twice about it carries the same time, and is there once. profile is None where the run
+    was not profiled. system holds system metrics over time, as columns: MLflow's names without its prefix system/, and
+    `time`, when each value was taken, in seconds since 1970. members: of an ensemble, how often each of its trials
+    (STUDY~GENERATION#NUMBER) counts; {} of a training. judged: of an ensemble, as predicted, each image by members that
+    other images chose; one for each division.
     """
 
     number: int

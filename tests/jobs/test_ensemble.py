@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from hpo.cli.app import app
 from hpo.errors import DataError, HpoError
 from hpo.events import StudyEnded
+from hpo.execute import ensemble as ensemble_module
 from hpo.execute.ensemble import Proposal, kept_trials, validation_images
 from hpo.execute.run_study import run_study
 from hpo.home import Home
@@ -27,10 +28,12 @@ from hpo.jobs.evaluate import evaluate
 from hpo.jobs.promote import promote
 from hpo.jobs.rerun import rerun
 from hpo.jobs.shared.model_reference import find_model, study_data
+from hpo.locks import is_locked
 from hpo.models.safe_loader import Program
 from hpo.records import ENSEMBLE, FINAL, pack_classes
 from hpo.report.ensembles import Gain
 from hpo.report.statistics import Interval
+from hpo.search.study import Study
 from hpo.spec.load import load_study, parse_study
 from hpo.storage.optuna_storage import read_study
 from hpo.tracking.registry import fetch, resolve, set_alias
@@ -171,6 +174,55 @@ def test_an_ensemble_passes_the_gates_and_is_measured_compared_explained_and_rep
     assert len(list((tmp_path / "maps").glob("*.png"))) == 1
     with pytest.raises(HpoError, match="an ensemble, which was not trained"):
         rerun(f"digits-mlp#{version.trial}")
+
+
+class Killed(BaseException):
+    """What ends a process wherever it is."""
+
+
+def _killed(*_: object, **__: object) -> None:
+    raise Killed
+
+
+@pytest.mark.parametrize("at", [(Path, "rename"), (Tracker, "keep_model"), (Tracker, "register")])
+@pytest.mark.parametrize("next_one", ["ensemble", "run"])
+def test_an_ensemble_whose_process_is_killed_is_finished_by_the_next_one(home, monkeypatch, at, next_one):
+    with monkeypatch.context() as patch:
+        patch.setattr(*at, _killed)
+        with pytest.raises(Killed):
+            ensemble("digits-mlp")
+    (recorded,) = read_study(home, "digits-mlp").ranked(ENSEMBLE)
+    asked = {**QUICK, "final.seeds": 2} | ({"ensemble.members": 8} if at[1] == "rename" else {})
+    if next_one == "run":
+        run_study(load_study("digits-mlp", overrides=asked), trials=6, workers=0, home=home.root.parent)
+    else:
+        assert ensemble("digits-mlp").version.trial == recorded.number
+    study = read_study(home, "digits-mlp")
+    assert [trial.number for trial in study.ranked(ENSEMBLE)] == [recorded.number]
+    assert recorded.number in Tracker(home).kept_models(study)
+    assert not home.work.exists() or not list(home.work.iterdir())
+
+
+def test_an_ensemble_is_recorded_by_one_supervisor_at_a_time(home, monkeypatch):
+    """A second one that has computed the same ensemble meanwhile takes that of the first."""
+    add, finish, made = Study.add, ensemble_module.finish_ensemble, []
+
+    def locked_add(self: Study, *given: object) -> object:
+        assert is_locked(home.locks / "digits-mlp.ensemble.lock")
+        return add(self, *given)
+
+    def overtaken(*given: object) -> object:
+        result = finish(*given)
+        if not made:
+            made.append(None)
+            made.append(ensemble("digits-mlp").version)
+        return result
+
+    monkeypatch.setattr(Study, "add", locked_add)
+    monkeypatch.setattr(ensemble_module, "finish_ensemble", overtaken)
+    second = ensemble("digits-mlp").version
+    assert second.version == made[1].version
+    assert len(read_study(home, "digits-mlp").ranked(ENSEMBLE)) == 1
 
 
 def test_the_gate_judges_an_ensemble_on_images_that_did_not_choose_its_members(home, tmp_path):

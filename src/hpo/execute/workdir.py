@@ -42,7 +42,8 @@ def _drop(work: Path, checkpoint: Path) -> None:
 def wanted(study: StudyResult) -> set[int]:
     """The trials whose folder is still needed: those in progress, and those whose model is still to be made."""
     in_progress = {t.number for t in study.trials if t.state in (TrialState.WAITING, TrialState.RUNNING)}
-    return in_progress | {trial.number for trial in [*study.ranked(), *study.after_search()]}
+    done = [*study.ranked(), *study.after_search()]
+    return in_progress | {trial.number for trial in done if trial.result is not None and trial.result.folder}
 
 
 def pictures_folder(work: Path, study: Study) -> Path:
