@@ -156,7 +156,7 @@ class Tracker:
             uri,
             run_id=run.info.run_id,
             tags=tags,
-            scores=scores_of(run.data.metrics),
+            scores=scores_of(run.data.metrics) | runs.program_scores(self._client, run.info.run_id),
             description=runs.version_note(study, run),
             question=str(study.spec.get("question", "")),
         )
