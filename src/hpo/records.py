@@ -151,7 +151,7 @@ class TrialResult:
     not known): what is written twice about it carries the same time, and is there once. profile is None where the run
     was not profiled. system holds system metrics over time, as columns: MLflow's names without its prefix system/, and
     `time`, when each value was taken, in seconds since 1970. members: of an ensemble, how often each of its trials
-    (STUDY~GENERATION#NUMBER) counts; {} of a training. judged: of an ensemble, as predicted, by members that other images chose.
+    (STUDY~GENERATION#NUMBER) counts; {} of a training. judged: as predicted, by members that other images chose.
     """
 
     number: int

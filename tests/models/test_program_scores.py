@@ -1,4 +1,4 @@
-"""A kept model of several views has one set of answers: in its tables and pictures, on pages and where it is explained."""
+"""A kept model of several views has one set of answers: in tables, pictures, pages and where it is explained."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from hpo.execute.workers import job_process
-from hpo.models import build_model, load_trained, save_trained, whole_program
 from hpo.models import answers as answers_module
+from hpo.models import build_model, load_trained, save_trained, whole_program
 from hpo.models.calibration import Difference
 from hpo.models.saliency import explain_images
 from hpo.models.views import PLAIN, Choice, View
@@ -46,7 +46,7 @@ def left(digits, digits_card: DataCard, tmp_path: Path) -> TrialResult:
 def _model():
     from hpo.spec.models import MlpSpec
 
-    return MlpSpec(hidden=[16])
+    return MlpSpec(kind="mlp", hidden=[16])
 
 
 def _chosen(answer, labels, _):

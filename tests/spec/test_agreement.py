@@ -204,7 +204,21 @@ CONFLICTS: dict[str, tuple[str, str, str]] = {
         f":{LINE}: final.split",
         "kind none leaves a race",
     ),
+    "a teacher by name among the final settings": (
+        "final: {set: {training.teacher: digits-cnn@champion}}\n",
+        f":{LINE}: final.set.training.teacher",
+        "Write final.teacher",
+    ),
+    "another model to start from among the final settings": (
+        "final: {set: {model: {kind: transfer, from_model: digits-cnn@champion}}}\n",
+        f":{LINE}: final.set.model",
+        "model.from_model 'digits-cnn@champion' is not looked up there",
+    ),
 }
+
+
+def test_final_trainings_may_leave_the_teacher_of_the_search_out(tmp_path):
+    load_study(written(tmp_path, "final: {set: {training.teacher: null}}\n"))
 
 
 @pytest.mark.parametrize("case", CONFLICTS.values(), ids=CONFLICTS)
