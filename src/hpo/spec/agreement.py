@@ -352,7 +352,7 @@ def _race(spec: StudySpec, _steps: list[_Step]) -> Iterator[Conflict]:
 
 _OTHER_MODELS = {
     "training.teacher": "is not looked up there. Write final.teacher",
-    "model.from_model": "is not looked up there: all trainings start from one model. Change it in model, or run a study",
+    "model.from_model": "is not looked up there: all trainings start from one model. Change model, or run a study",
 }
 
 
