@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from hpo.cli.app import app
 from hpo.errors import DataError, HpoError
-from hpo.events import StudyEnded
+from hpo.events import Notice, StudyEnded
 from hpo.execute import ensemble as ensemble_module
 from hpo.execute.ensemble import Proposal, kept_trials, validation_images
 from hpo.execute.run_study import run_study
@@ -30,7 +30,7 @@ from hpo.jobs.rerun import rerun
 from hpo.jobs.shared.model_reference import find_model, study_data
 from hpo.locks import is_locked
 from hpo.models.safe_loader import Program
-from hpo.records import ENSEMBLE, FINAL, pack_classes
+from hpo.records import ENSEMBLE, FINAL, Candidate, StudyResult, Trial, TrialResult, TrialState, pack_classes
 from hpo.report.ensembles import Gain
 from hpo.report.statistics import Interval
 from hpo.search.study import Study
@@ -38,7 +38,7 @@ from hpo.spec.load import load_study, parse_study
 from hpo.storage.optuna_storage import read_study
 from hpo.tracking.registry import fetch, resolve, set_alias
 from hpo.tracking.store import connect
-from hpo.tracking.tracker import Tracker
+from hpo.tracking.tracker import Tracker, outlasts
 
 QUICK = {
     "training.precision": "float32",
@@ -223,6 +223,38 @@ def test_an_ensemble_is_recorded_by_one_supervisor_at_a_time(home, monkeypatch):
     second = ensemble("digits-mlp").version
     assert second.version == made[1].version
     assert len(read_study(home, "digits-mlp").ranked(ENSEMBLE)) == 1
+
+
+def test_a_later_run_that_finds_nothing_better_leaves_the_ensemble_challenger(home):
+    made = ensemble("digits-mlp").version
+    events: list[object] = []
+    spec = load_study("digits-mlp", overrides={**QUICK, "final.seeds": 2})
+    run_study(spec, trials=6, workers=0, home=home.root.parent, watch=events.append)
+    assert resolve(home, "digits-mlp@challenger").version == made.version
+    told = [event.text for event in events if isinstance(event, Notice)]
+    assert any(f"the ensemble of trial {made.trial} stays the model of the study" in text for text in told)
+
+
+@pytest.mark.parametrize(
+    ("stage", "number", "value", "stays"),
+    [
+        ("", 3, 0.9, True),  # it was there when the ensemble was made, by which that won
+        ("", 8, 0.79, True),
+        ("", 8, 0.8, True),
+        ("", 8, 0.81, False),
+        (FINAL, 3, 0.9, True),
+        (FINAL, 8, 0.7, False),  # somebody has asked for it
+        (ENSEMBLE, 8, 0.7, False),
+    ],
+)
+def test_a_trial_replaces_an_older_ensemble_where_it_is_better_or_final(stage, number, value, stays):
+    def trial(number: int, stage: str, value: float) -> Trial:
+        result = TrialResult(number, TrialState.COMPLETE, value)
+        return Trial(Candidate(number, 0, {}, 0, stage=stage), TrialState.COMPLETE, result)
+
+    for direction, sign in (("maximize", 1.0), ("minimize", -1.0)):
+        study = StudyResult("a", 1, direction, "valid_accuracy")
+        assert outlasts(study, trial(5, ENSEMBLE, sign * 0.8), trial(number, stage, sign * value)) == stays
 
 
 def test_the_gate_judges_an_ensemble_on_images_that_did_not_choose_its_members(home, tmp_path):

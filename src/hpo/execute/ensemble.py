@@ -274,6 +274,8 @@ def _known(
     for trial in _same(result, members, average, judged):
         if trial.number in kept:
             version: ModelVersion = context.track(context.tracker.register, result, trial.number)
+            if trial.number not in others:  # of a process that was killed before this
+                remove(context.work, context.work / str(trial.number), ignore_errors=True)
             return version
         if trial.number not in others and (context.work / str(trial.number) / NET).is_file():
             return _log(trial.number, study, context)

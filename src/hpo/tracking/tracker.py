@@ -152,8 +152,8 @@ class Tracker:
     def register(self, study: StudyResult, number: int) -> ModelVersion:
         """Register a trial's kept model under the study's name, as `challenger` unless it is the champion.
 
-        The same trial twice is one version. An ensemble of the study that is challenger stays it, unless the trial is
-        newer, and better or a final training. Raises ModelError where the trial's model was not kept.
+        The same trial twice is one version. An ensemble of the study that is challenger, or champion, outlasts
+        a trial that is older, or of the search and no better. Raises ModelError where the trial's model was not kept.
         """
         run = self._client.get_run(self._run_id(number, study))
         uri = run.data.tags.get(runs.MODEL)
@@ -176,9 +176,10 @@ class Tracker:
         )
 
     def _ensemble_stays(self, study: StudyResult, number: int) -> bool:
-        """Whether the challenger is an ensemble of this study that a trial does not replace."""
+        """Whether the challenger, else the champion, is an ensemble of this study that a trial does not replace."""
         trials = {trial.number: trial for trial in study.trials}
-        now = next((each for each in registry.versions(self.home, study.name) if "challenger" in each.aliases), None)
+        by_alias = {alias: each for each in registry.versions(self.home, study.name) for alias in each.aliases}
+        now = by_alias.get("challenger", by_alias.get("champion"))
         if now is None or (now.study, now.origin) != (study.title, "") or not {number, now.trial} <= trials.keys():
             return False
         return outlasts(study, trials[now.trial], trials[number])

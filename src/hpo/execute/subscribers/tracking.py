@@ -161,7 +161,9 @@ class Tracking(Subscriber):
         if study is None or ensemble is None:
             return ""
         if "challenger" not in model.aliases and "champion" not in model.aliases:
-            return f" of one trial; the ensemble of trial {ensemble.number} stays challenger"
+            return f" of one trial; the ensemble of trial {ensemble.number} stays the model of the study"
+        if model.trial < ensemble.number:
+            return ""
         sign = 1.0 if study.direction == "maximize" else -1.0
         value = next((trial.value for trial in study.trials if trial.number == model.trial), None)
         better = value is not None and sign * value > sign * (ensemble.value or 0.0)

@@ -105,8 +105,11 @@ def beats_champion(
 
 def _by_objective(new: ModelReference, champion: ModelVersion, old: ModelReference | None, *, why: str) -> Verdict:
     objective = new.spec.search.objective
-    ours = new.kept("it is to be promoted").scores.get(objective, new.trial.value)
-    theirs = champion.scores.get(objective, old.trial.value if old is not None else None)
+    new.kept("it is to be promoted")
+    # Of the networks: temperature and views of a program were chosen on these images.
+    ours, theirs = _network_score(new, objective), champion.scores.get(objective)
+    if old is not None:
+        theirs = _network_score(old, objective)
     wanted = f"a better {objective}"
     if _is_ensemble(new) and (ours := _judged_score(new, objective)) is None:
         return _not_judged(wanted)
@@ -115,6 +118,11 @@ def _by_objective(new: ModelReference, champion: ModelVersion, old: ModelReferen
     better = ours > theirs if direction_of(objective) == "maximize" else ours < theirs
     found = f"{objective} {ours:.4f} against {theirs:.4f} of version {champion.version}, without an interval: {why}"
     return Verdict("beats the champion", better, found, wanted)
+
+
+def _network_score(entrant: ModelReference, objective: str) -> float | None:
+    result = entrant.trial.result
+    return result.scores.get(objective, result.value) if result is not None else None
 
 
 def _is_ensemble(entrant: ModelReference) -> bool:
