@@ -94,14 +94,15 @@ def test_pages_of_others_and_bodies_that_are_too_long_are_refused_on_every_path(
             with pytest.raises(urllib.error.HTTPError) as caught:
                 ask(f"{address}{path}", content, Origin=origin)
             assert caught.value.code == 403
-        place = http.client.HTTPConnection(str(urlsplit(address).netloc), timeout=60)
-        place.putrequest("POST", f"/{path}")
-        place.putheader("Content-Type", "application/json")
-        place.putheader("Content-Length", "50000001")
-        place.endheaders()
-        with place.getresponse() as answer:
-            assert answer.status == 413
-        place.close()
+        for header, status in ((("Content-Length", "50000001"), 413), (("Transfer-Encoding", "chunked"), 411)):
+            place = http.client.HTTPConnection(str(urlsplit(address).netloc), timeout=60)
+            place.putrequest("POST", f"/{path}")
+            place.putheader("Content-Type", "application/json")
+            place.putheader(*header)
+            place.endheaders()
+            with place.getresponse() as answer:
+                assert answer.status == status
+            place.close()
 
 
 def test_it_answers_at_the_address_that_it_was_given(finished: Path) -> None:

@@ -59,8 +59,8 @@ def application(model: Classifier, *, title: str, address: str, host: str) -> Fa
     """The web application: / is the page, /image takes the bytes of an image file, the rest is MLflow's.
 
     MLflow's are /invocations, /ping, /health and /version. No page of others in a browser reaches it: where host is of
-    this machine only, other names of it are refused, and everywhere requests whose Origin is another host. Bodies whose
-    Content-Length is more than 50 MB are refused, too.
+    this machine only, other names of it are refused, and everywhere requests whose Origin is another host. Bodies of
+    more than 50 MB are refused, too, and those that do not say how long they are.
     """
     load_mlflow()
     from fastapi import Request
@@ -77,23 +77,20 @@ def application(model: Classifier, *, title: str, address: str, host: str) -> Fa
         headers = request.headers
         if "origin" in headers and urlsplit(headers["origin"]).netloc.lower() != headers.get("host", "").lower():
             return JSONResponse({"error": "requests of pages of other hosts are refused"}, 403)
-        length = headers.get("content-length", "")
-        return too_long() if length.isdigit() and int(length) > _MOST_BYTES else await call_next(request)
+        if "transfer-encoding" in headers:
+            return JSONResponse({"error": "a body needs a Content-Length"}, 411)
+        if int(headers.get("content-length", 0)) > _MOST_BYTES:
+            return JSONResponse({"error": f"more than {_MOST_BYTES:,} bytes"}, 413)
+        return await call_next(request)
 
     app.middleware("http")(guard)
     page = _page(model, title, address)
-
-    def too_long() -> JSONResponse:
-        return JSONResponse({"error": f"more than {_MOST_BYTES:,} bytes"}, 413)
 
     async def show() -> HTMLResponse:
         return HTMLResponse(page)
 
     async def image(request: Request) -> JSONResponse:
-        content = await _body(request)
-        if content is None:
-            return too_long()
-        row = await asyncio.to_thread(scored.classify, content)
+        row = await asyncio.to_thread(scored.classify, await request.body())
         return JSONResponse(row, 422 if "error" in row else 200)
 
     # Annotations are text in this module, and FastAPI would look for them among its globals.
@@ -101,16 +98,6 @@ def application(model: Classifier, *, title: str, address: str, host: str) -> Fa
     app.get("/", include_in_schema=False, response_model=None)(show)
     app.post("/image", response_model=None)(image)
     return app
-
-
-async def _body(request: Request) -> bytes | None:
-    """The body of a request; None where it is too long."""
-    content = b""
-    async for piece in request.stream():
-        content += piece
-        if len(content) > _MOST_BYTES:
-            return None
-    return content
 
 
 def _page(model: Classifier, title: str, address: str) -> str:

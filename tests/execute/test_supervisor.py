@@ -14,7 +14,7 @@ from hpo.execute.engines.base import WorkerLost
 from hpo.execute.subscribers import Subscriber
 from hpo.records import FINAL, EndReason, Epoch, TrialResult, TrialState
 from hpo.spec.models import MlpSpec
-from hpo.spec.study import FinalSpec, SplitSpec
+from hpo.spec.study import FinalSpec, SplitSpec, StudySpec
 
 
 @pytest.fixture
@@ -56,6 +56,29 @@ def test_final_trainings_follow_a_search_that_has_reached_its_aim(run_formula, b
     run = run_formula(spec)
     assert run.reason is EndReason.REACHED
     assert [trial.candidate.stage for trial in run.trials] == [None, FINAL, FINAL]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, 0.4),
+        ({"training": {"monitor": "valid_loss"}}, None),
+        ({"search": {"constraints": ["parameters <= 1e9"]}}, None),
+        ({"split": {"kind": "kfold"}}, None),
+    ],
+)
+def test_a_worker_hears_what_is_good_enough_where_an_epoch_can_tell(run_formula, changes, told):
+    tree = formula_spec(until=0.4).model_dump(exclude_unset=True)
+    for part, values in changes.items():
+        tree[part] = {**tree.get(part, {}), **values}
+    tasks = []
+
+    def trainer(task, device):
+        tasks.append(task)
+        return formula(task, device)
+
+    run_formula(StudySpec.model_validate(tree), trials=1, trainer=trainer)
+    assert [task.until for task in tasks] == [told]
 
 
 def test_every_trial_is_told_to_the_tracker_in_order(run_formula, spec):

@@ -74,6 +74,19 @@ def test_a_verdict_on_the_last_epoch_of_all_comes_too_late(digits_card, tmp_path
     assert result.state is TrialState.COMPLETE
 
 
+@pytest.mark.parametrize("stacks", [None, Stacks(places=2)], ids=["alone", "stacked"])
+def test_a_training_ends_with_the_epoch_that_is_good_enough(digits_card, tmp_path, stacks):
+    setup = _setup(training=TrainingSpec(epochs=6, precision="float32"))
+    whole, _ = _train(setup, digits_card, tmp_path / "whole")
+    until = whole[2].scores["valid_accuracy"]
+    assert all(epoch.scores["valid_accuracy"] < until for epoch in whole[:2])
+    epochs, result = _train(setup, digits_card, tmp_path / "short", until=until, stacks=stacks)
+    assert [epoch.last for epoch in epochs if epoch] == [False, False, True]
+    assert (result.state, result.best_epoch) == (TrialState.COMPLETE, 3)
+    left = np.load(tmp_path / "short" / VALIDATION)
+    assert np.mean(left["probabilities"].argmax(1) == left["labels"]) == pytest.approx(until), "its weights are kept"
+
+
 def test_a_network_that_is_too_large_is_not_trained(digits_card, tmp_path):
     epochs, result = _train(_setup(), digits_card, tmp_path, most_parameters=1000)
     assert epochs == []

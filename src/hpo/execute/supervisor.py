@@ -252,6 +252,7 @@ class Supervisor:
             seed=candidate.seed,
             data=self._data,
             folder=str(self._work / str(candidate.number)),
+            until=None if final else self._until(setup),
             precisions=dict(self._progress.precisions),
             most_parameters=float("inf") if final else most_parameters(self._spec),
             latency=needs_latency(self._spec),
@@ -265,6 +266,12 @@ class Supervisor:
         self._engine.submit(slot, task)
         self._running[slot] = _RunningTrial(candidate, setup, time.monotonic(), self._found_by_search(candidate))
         self._events.emit(TrialStarted(candidate, worker, setup, time.time()))
+
+    def _until(self, setup: Setup) -> float | None:
+        """The value of its monitor with which a training has what search.until asks for, if one epoch can tell."""
+        search = self._spec.search
+        one_epoch = setup.training.monitor == search.objective and setup.split.kind != "kfold"
+        return search.until if one_epoch and not (search.constraints or search.objectives) else None
 
     def _setup(self, candidate: Candidate) -> Setup:
         if candidate.stage == FINAL:

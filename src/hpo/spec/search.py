@@ -148,8 +148,8 @@ class SearchSpec(Part):
     trials: Positive = 20
     """The study's total, unless --trials says otherwise. Staged searches have the total of their stages."""
     until: Annotated[float, Field(allow_inf_nan=False)] | None = None
-    """End the search once a complete trial's objective is as good as this, such as 0.9. Trials that still run then are
-    stopped, or, before a final training, come to their end."""
+    """End the search once a trial's objective is as good as this, such as 0.9. A training ends with the epoch that is
+    (not with folds or constraints); trials that still run then are stopped, or, before a final training, finish."""
     duplicates: Literal["reseed", "reuse", "reject"] = "reseed"
     """A candidate that was evaluated before: trained again with a seed of its own, given the earlier result, or
     replaced by another one."""

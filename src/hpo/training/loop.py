@@ -84,13 +84,14 @@ def train(
     save: Save | None = None,
     graph: Graph | None = None,
     ranks: Ranks = ALONE,
+    until: float | None = None,
 ) -> Generator[Epoch, None, None]:
     """Train net in place and yield an Epoch after each evaluation; at the end net has its best epoch's weights.
 
-    precision is float32 or bfloat16. The best epoch is that of spec.monitor; training ends after spec.epochs, or after
-    spec.patience epochs without a better one. Without validation rows the last weights are kept, as they are when the
-    generator is closed early. Raises NotFiniteError where a loss is not finite. The result depends on seed, device,
-    thread count and precision only.
+    precision is float32 or bfloat16. The best epoch is that of spec.monitor; training ends after spec.epochs, after
+    spec.patience epochs without a better one, or with the first epoch as good as until. Without validation rows the
+    last weights are kept, as they are when the generator is closed early. Raises NotFiniteError where a loss is not
+    finite. The result depends on seed, device, thread count and precision only.
 
     save is called before every spec.checkpoint-th epoch but the last is yielded. resume is a state that save received:
     the training continues after that epoch, to the result of an uninterrupted one. graph computes the batches of its
@@ -99,7 +100,7 @@ def train(
     """
     forward = Forward(net, ranks, seed=seed)
     try:
-        training = _Training(net, data, spec, forward, seed=seed, precision=precision, graph=graph)
+        training = _Training(net, data, spec, forward, seed=seed, precision=precision, graph=graph, until=until)
         yield from training.epochs(resume, save)
     finally:
         torch.set_flush_denormal(False)
@@ -118,6 +119,7 @@ class _Training:
         seed: int,
         precision: str,
         graph: Graph | None,
+        until: float | None,
     ) -> None:
         self._net, self._data, self._spec, self._precision, self._graph = net, data, spec, precision, graph
         self._device, self._forward, self._ranks = data.images.device, forward, forward.ranks
@@ -136,7 +138,7 @@ class _Training:
         self._loss_of = Loss(spec, data)
         self._subset = GrowingSubset(data, spec, seed=seed)
         self._steps, self._steps_per_epoch = self._subset.batches(spec.epochs), -(-len(data.train) // spec.batch_size)
-        self._stopping = EarlyStopping(spec, validates=len(data.valid) > 0)
+        self._stopping = EarlyStopping(spec, validates=len(data.valid) > 0, until=until)
         self._step = 0
         self._sides: tuple[int, int] | None = None  # to which the images of this epoch are shrunk
         self._captured: StepGraph | None = None
@@ -357,17 +359,19 @@ def moving_average(net: nn.Module, keep: float) -> AveragedModel:
 class EarlyStopping:
     """The best epoch of a training by spec.monitor; with validates=False, without validation images, none is best.
 
+    until is the value of the monitor that is good enough; None: none is.
     score (higher is better), epoch and state, the weights of the best epoch, are saved in checkpoints.
     """
 
-    def __init__(self, spec: TrainingSpec, *, validates: bool) -> None:
+    def __init__(self, spec: TrainingSpec, *, validates: bool, until: float | None = None) -> None:
         self.score, self.epoch = -math.inf, 0
         self.state: dict[str, Tensor] | None = None
         self._spec, self._validates = spec, validates
         self._sign = 1.0 if direction_of(spec.monitor) == "maximize" else -1.0
+        self._until = math.inf if until is None else self._sign * until
 
     def note(self, number: int, measured: Mapping[str, float], net: nn.Module) -> bool:
-        """Compare an epoch of net with the best; True if it is the last, by spec.epochs or spec.patience.
+        """Compare an epoch of net with the best; True if it is the last, by spec.epochs, spec.patience or until.
 
         Raises NotFiniteError if a loss is not finite.
         """
@@ -380,4 +384,4 @@ class EarlyStopping:
             self.state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
         patience = self._spec.patience
         stale = self._validates and patience is not None and number - self.epoch >= patience
-        return stale or number == self._spec.epochs
+        return stale or number == self._spec.epochs or self.score >= self._until

@@ -71,13 +71,21 @@ class Stacks:
         self._stacks: dict[tuple[Any, ...], Stack] = {}
 
     def join(
-        self, net: nn.Module, data: TrialData, spec: TrainingSpec, *, seed: int, precision: str
+        self,
+        net: nn.Module,
+        data: TrialData,
+        spec: TrainingSpec,
+        *,
+        seed: int,
+        precision: str,
+        until: float | None = None,
     ) -> Generator[Epoch | None, None, None]:
         """The epochs of a training that shares its computation with those of its key; see Stack.join."""
         key = key_of(net, data, spec, precision)
         # Those without members would keep data that nobody needs.
         self._stacks = {other: stack for other, stack in self._stacks.items() if stack.members}
-        return self._stacks.setdefault(key, Stack(precision=precision)).join(net, data, spec, seed=seed)
+        stack = self._stacks.setdefault(key, Stack(precision=precision))
+        return stack.join(net, data, spec, seed=seed, until=until)
 
 
 def alongside(fit: Generator[Epoch, None, None], device: torch.device) -> Generator[Epoch, None, None]:
@@ -116,7 +124,7 @@ class Stack:
         self.not_captured = ""  # the reason why its steps are no CUDA graph, once that is known
 
     def join(
-        self, net: nn.Module, data: TrialData, spec: TrainingSpec, *, seed: int
+        self, net: nn.Module, data: TrialData, spec: TrainingSpec, *, seed: int, until: float | None = None
     ) -> Generator[Epoch | None, None, None]:
         """The epochs of one training, as train() yields them, with a None before each."""
         net.to(data.images.device)
@@ -128,7 +136,7 @@ class Stack:
             noise=torch.Generator(data.images.device).manual_seed(seed),
             batches=Batches(data.images, spec.augment, seed=seed),
             averaged=moving_average(net, spec.ema) if spec.ema else None,
-            stopping=EarlyStopping(spec, validates=len(data.valid) > 0),
+            stopping=EarlyStopping(spec, validates=len(data.valid) > 0, until=until),
         )
         self._dissolve()
         self.members.append(member)

@@ -43,12 +43,12 @@ class TrialPlan:
     """What one trial trains, and how; it does not change on the way.
 
     seed drives initial weights, data order and dropout. folder is where the best weights and validation probabilities
-    are left. precisions holds what was measured before for a kind and size of network
-    (TrialResult.settings["precision_key"]), so that similar trials use the same one. A network with more than
-    most_parameters weights is pruned before its first epoch. latency asks for the score latency_ms. checkpoint is the
-    file of training.checkpoint, which the caller deletes. not_stacked says why the trial must not share its
-    computation, "" if it may. profile asks for TrialResult.profile. ranks are the processes that train it together,
-    whose plans differ in rank and device only.
+    are left. until is the value of the monitor with which a training ends. precisions holds what was measured before
+    for a kind and size of network (TrialResult.settings["precision_key"]), so that similar trials use the same one. A
+    network with more than most_parameters weights is pruned before its first epoch. latency asks for the score
+    latency_ms. checkpoint is the file of training.checkpoint, which the caller deletes. not_stacked says why the trial
+    must not share its computation, "" if it may. profile asks for TrialResult.profile. ranks are the processes that
+    train it together, whose plans differ in rank and device only.
     """
 
     setup: Setup
@@ -57,6 +57,7 @@ class TrialPlan:
     seed: int
     folder: Path
     device_name: str
+    until: float | None = None
     precisions: Mapping[str, str] = field(default_factory=dict)
     most_parameters: float = float("inf")
     latency: bool = False
@@ -204,7 +205,9 @@ class _Trial:
         seed = (plan.seed if self._spec.seed is None else self._spec.seed) + fold
         if stacks is not None and not built.not_stacked:
             decided["stack"], decided["layout"] = "shared", "of its stack"
-            return stacks.join(built.net, built.data, self._spec, seed=seed, precision=built.precision)
+            return stacks.join(
+                built.net, built.data, self._spec, seed=seed, precision=built.precision, until=plan.until
+            )
 
         def save(epoch: Epoch, state: Mapping[str, Any]) -> None:
             self._checkpoint.save([*self._epochs, replace(epoch, fold=fold)], self._precisions, state)
@@ -222,6 +225,7 @@ class _Trial:
             save=save,
             graph=self._graph,
             ranks=self._ranks,
+            until=plan.until,
         )
         if self._profiler is not None:
             fit = self._profiler.watch(fit)

@@ -32,7 +32,7 @@ class Task:
     """All that a worker needs to train one candidate.
 
     data never leads to the test part, whatever card is given. The worker writes weights and validation probabilities to
-    folder, and saves the training in the file checkpoint, from which it resumes ("": none). precisions,
+    folder, and saves the training in the file checkpoint, from which it resumes ("": none). until, precisions,
     most_parameters, latency and profile are those of hpo.training.trial.TrialPlan. wait: every epoch waits for a
     verdict. exclusive: it shares neither process nor computation with another task. ranks is the number of processes
     that train it together, on devices that follow that of the worker.
@@ -43,6 +43,7 @@ class Task:
     seed: int
     data: DataCard
     folder: str
+    until: float | None = None
     precisions: Mapping[str, str] = field(default_factory=dict)
     most_parameters: float = float("inf")
     latency: bool = False
@@ -131,6 +132,7 @@ def train_once(
             seed=task.seed,
             folder=Path(task.folder),
             device_name=device_name,
+            until=task.until,
             precisions=task.precisions,
             most_parameters=task.most_parameters,
             latency=task.latency,
