@@ -36,6 +36,11 @@ def lock(home: Home, name: str) -> Iterator[None]:
         yield
 
 
+def ensemble_lock(title: str) -> str:
+    """The name of the lock under which an ensemble of the study with this title is recorded."""
+    return f"{title}.ensemble"
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock file for the time of the block. Raises StoreError after two minutes, or where it cannot be made."""

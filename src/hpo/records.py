@@ -153,7 +153,8 @@ class TrialResult:
     not known): what is written twice about it carries the same time, and is there once. profile is None where the run
     was not profiled. system holds system metrics over time, as columns: MLflow's names without its prefix system/, and
     `time`, when each value was taken, in seconds since 1970. members: of an ensemble, how often each of its trials
-    (STUDY~GENERATION#NUMBER) counts; {} of a training. pauses: how often it was paused.
+    (STUDY~GENERATION#NUMBER) counts; {} of a training. judged: as predicted, by members that other images chose. pauses:
+    how often it was paused.
     """
 
     number: int
@@ -179,6 +180,7 @@ class TrialResult:
     system: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     members: Mapping[str, int] = field(default_factory=dict)
     pauses: int = 0
+    judged: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types; from_json takes it back."""
@@ -192,7 +194,7 @@ class TrialResult:
         known["folder"] = PurePath(known.get("folder", "")).name  # older versions stored an absolute path
         known["failure"] = next((kind for kind in FailureKind if kind == known.get("failure")), None)
         known["epochs"] = tuple(Epoch(**epoch) for epoch in known.get("epochs", ()))
-        known |= {name: tuple(known.get(name, ())) for name in ("values", "folds")}
+        known |= {name: tuple(known.get(name, ())) for name in ("values", "folds", "judged")}
         known["confusion"] = tuple(tuple(row) for row in known.get("confusion", ()))
         known["system"] = {name: tuple(column) for name, column in known.get("system", {}).items()}
         profile = known.get("profile") or {}  # of older versions with more fields

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from typer.testing import CliRunner
 
 from hpo.cli.app import app
 from hpo.errors import DataError, HpoError
-from hpo.events import StudyEnded
+from hpo.events import Notice, StudyEnded
+from hpo.execute import ensemble as ensemble_module
 from hpo.execute.ensemble import Proposal, kept_trials, validation_images
 from hpo.execute.run_study import run_study
 from hpo.home import Home
@@ -26,15 +28,17 @@ from hpo.jobs.evaluate import evaluate
 from hpo.jobs.promote import promote
 from hpo.jobs.rerun import rerun
 from hpo.jobs.shared.model_reference import find_model, study_data
+from hpo.locks import is_locked
 from hpo.models.safe_loader import Program
-from hpo.records import ENSEMBLE, FINAL
+from hpo.records import ENSEMBLE, FINAL, Candidate, StudyResult, Trial, TrialResult, TrialState, pack_classes
 from hpo.report.ensembles import Gain
 from hpo.report.statistics import Interval
+from hpo.search.study import Study
 from hpo.spec.load import load_study, parse_study
 from hpo.storage.optuna_storage import read_study
-from hpo.tracking.registry import fetch, resolve
+from hpo.tracking.registry import fetch, resolve, set_alias
 from hpo.tracking.store import connect
-from hpo.tracking.tracker import Tracker
+from hpo.tracking.tracker import Tracker, outlasts
 
 QUICK = {
     "training.precision": "float32",
@@ -172,6 +176,111 @@ def test_an_ensemble_passes_the_gates_and_is_measured_compared_explained_and_rep
         rerun(f"digits-mlp#{version.trial}")
 
 
+class Killed(BaseException):
+    """What ends a process wherever it is."""
+
+
+def _killed(*_: object, **__: object) -> None:
+    raise Killed
+
+
+@pytest.mark.parametrize("at", [(Path, "rename"), (Tracker, "keep_model"), (Tracker, "register")])
+@pytest.mark.parametrize("next_one", ["ensemble", "run"])
+def test_an_ensemble_whose_process_is_killed_is_finished_by_the_next_one(home, monkeypatch, at, next_one):
+    with monkeypatch.context() as patch:
+        patch.setattr(*at, _killed)
+        with pytest.raises(Killed):
+            ensemble("digits-mlp")
+    (recorded,) = read_study(home, "digits-mlp").ranked(ENSEMBLE)
+    asked = {**QUICK, "final.seeds": 2} | ({"ensemble.members": 8} if at[1] == "rename" else {})
+    if next_one == "run":
+        run_study(load_study("digits-mlp", overrides=asked), trials=6, workers=0, home=home.root.parent)
+    else:
+        assert ensemble("digits-mlp").version.trial == recorded.number
+    study = read_study(home, "digits-mlp")
+    assert [trial.number for trial in study.ranked(ENSEMBLE)] == [recorded.number]
+    assert recorded.number in Tracker(home).kept_models(study)
+    assert not home.work.exists() or not list(home.work.iterdir())
+
+
+def test_an_ensemble_is_recorded_by_one_supervisor_at_a_time(home, monkeypatch):
+    """A second one that has computed the same ensemble meanwhile takes that of the first."""
+    add, finish, made = Study.add, ensemble_module.finish_ensemble, []
+
+    def locked_add(self: Study, *given: object) -> object:
+        assert is_locked(home.locks / "digits-mlp.ensemble.lock")
+        return add(self, *given)
+
+    def overtaken(*given: object) -> object:
+        result = finish(*given)
+        if not made:
+            made.append(None)
+            made.append(ensemble("digits-mlp").version)
+        return result
+
+    monkeypatch.setattr(Study, "add", locked_add)
+    monkeypatch.setattr(ensemble_module, "finish_ensemble", overtaken)
+    second = ensemble("digits-mlp").version
+    assert second.version == made[1].version
+    assert len(read_study(home, "digits-mlp").ranked(ENSEMBLE)) == 1
+
+
+def test_a_later_run_that_finds_nothing_better_leaves_the_ensemble_challenger(home):
+    made = ensemble("digits-mlp").version
+    events: list[object] = []
+    spec = load_study("digits-mlp", overrides={**QUICK, "final.seeds": 2})
+    run_study(spec, trials=6, workers=0, home=home.root.parent, watch=events.append)
+    assert resolve(home, "digits-mlp@challenger").version == made.version
+    told = [event.text for event in events if isinstance(event, Notice)]
+    assert any(f"the ensemble of trial {made.trial} stays the model of the study" in text for text in told)
+
+
+@pytest.mark.parametrize(
+    ("stage", "number", "value", "stays"),
+    [
+        ("", 3, 0.9, True),  # it was there when the ensemble was made, by which that won
+        ("", 8, 0.79, True),
+        ("", 8, 0.8, True),
+        ("", 8, 0.81, False),
+        (FINAL, 3, 0.9, True),
+        (FINAL, 8, 0.7, False),  # somebody has asked for it
+        (ENSEMBLE, 8, 0.7, False),
+    ],
+)
+def test_a_trial_replaces_an_older_ensemble_where_it_is_better_or_final(stage, number, value, stays):
+    def trial(number: int, stage: str, value: float) -> Trial:
+        result = TrialResult(number, TrialState.COMPLETE, value)
+        return Trial(Candidate(number, 0, {}, 0, stage=stage), TrialState.COMPLETE, result)
+
+    for direction, sign in (("maximize", 1.0), ("minimize", -1.0)):
+        study = StudyResult("a", 1, direction, "valid_accuracy")
+        assert outlasts(study, trial(5, ENSEMBLE, sign * 0.8), trial(number, stage, sign * value)) == stays
+
+
+def test_the_gate_judges_an_ensemble_on_images_that_did_not_choose_its_members(home, tmp_path):
+    """Of members that other images choose, every answer is class 0; those of the ensemble itself are good."""
+    study, card, images, kept = _kept(home, "digits-mlp", tmp_path)
+    champion = Tracker(home).register(study, kept[-1].trial.number)
+    set_alias(home, "digits-mlp", "champion", champion.version)
+    mean = np.mean([each.probabilities for each in kept[:2]], axis=0)
+    unknown = Gain("accuracy", Interval(0.0, 0.0, 0.0), 0.0, 0.0, 8, len(images.rows))
+    zeros = replace(unknown, judged=(pack_classes([0] * len(images.rows)),) * 5)
+    for gain, said in ((unknown, "not known: its members were chosen"), (zeros, "members chosen on others of them")):
+        register_ensemble(home, Proposal(tuple(kept[:2]), (1, 1), gain, images, mean), study.title, card)
+        refused = promote("digits-mlp")
+        (beats,) = [gate for gate in refused.gates if not gate.passed]
+        assert beats.name == "beats the champion"
+        assert said in beats.measured
+        assert not refused.promoted
+    assert "seeds" not in beats.measured
+    share = np.mean(images.labels == 0) - np.mean(kept[-1].probabilities.argmax(1) == images.labels)
+    assert beats.measured.startswith(f"{100 * share:+.2f} points of accuracy")
+    made = find_model(home, f"digits-mlp/{refused.challenger.version}")
+    assert [set(each) for each in made.judged] == [{0}] * 5
+    compared = compare([f"digits-mlp/{champion.version}", made.name])
+    assert compared.contestants[1].scores["accuracy"].value == np.mean(images.labels == 0)
+
+
 def test_hpo_ensemble_makes_what_its_dry_run_tells(home):
     told = ensemble("digits-mlp", dry_run=True)
     assert told.version is None
@@ -180,6 +289,9 @@ def test_hpo_ensemble_makes_what_its_dry_run_tells(home):
     assert (made.members, made.gain) == (told.members, told.gain)
     assert made.version.aliases == ("challenger",)
     assert made.version.scores["valid_accuracy"] > 0.5
+    found = find_model(home, f"digits-mlp/{made.version.version}")
+    labels = validation_images(found.spec, found.card).labels
+    assert np.mean([np.mean(each == labels) for each in found.judged]) == pytest.approx(made.gain.ensemble)
 
 
 def test_seeds_of_a_final_training_are_candidates(home, tmp_path):

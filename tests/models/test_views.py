@@ -94,15 +94,16 @@ def answers(noise: float, *, plain: float = 1.5):
 def test_views_that_help_are_chosen_and_judged():
     found = choose(answers(1.5), LABELS, [(PLAIN, MIRROR)])
     assert found is not None
-    choice, probabilities = found
+    choice, probabilities, judged = found
     assert choice.views == (PLAIN, MIRROR)
     assert choice.loss.high < 0 < choice.accuracy.value
     expected = (answers(1.5)(PLAIN) + answers(1.5)(MIRROR)) / 2
     torch.testing.assert_close(probabilities, expected)
+    torch.testing.assert_close(judged, expected)  # both halves choose this set
 
 
 def test_views_that_mislead_are_refused():
-    choice, probabilities = choose(answers(9.0), LABELS, [(PLAIN, MIRROR)])
+    choice, probabilities, _ = choose(answers(9.0), LABELS, [(PLAIN, MIRROR)])
     assert choice.views == (PLAIN,)
     torch.testing.assert_close(probabilities, answers(9.0)(PLAIN))
 

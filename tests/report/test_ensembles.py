@@ -7,6 +7,7 @@ import pytest
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
+from hpo.records import unpack_classes
 from hpo.report.ensembles import Limits, Pool, estimate_gain, select
 
 NAMES = tuple(map(str, range(10)))
@@ -64,6 +65,8 @@ def test_weak_classifiers_gain_together_beyond_chance(pool):
     assert gain.lead.value == pytest.approx(gain.ensemble - gain.single)
     assert gain.verdict == "a gain"
     assert "points of validation accuracy" in str(gain)
+    judged = [np.mean(np.array(unpack_classes(each)) == pool.labels) for each in gain.judged]
+    assert np.mean(judged) == pytest.approx(gain.ensemble)
 
 
 def test_an_objective_that_is_counted_is_the_score_of_the_gain_and_any_other_is_accuracy(pool):

@@ -204,7 +204,22 @@ CONFLICTS: dict[str, tuple[str, str, str]] = {
         f":{LINE}: final.split",
         "kind none leaves a race",
     ),
+    "a teacher by name among the final settings": (
+        "final: {set: {training.teacher: digits-cnn@champion}}\n",
+        f":{LINE}: final.set.training.teacher",
+        "Write final.teacher",
+    ),
 }
+
+
+def test_another_model_to_start_from_is_refused_among_the_final_settings(tmp_path):
+    study = STUDY.replace("{kind: mlp, hidden: 32}", "{kind: transfer, from_model: models:/digits-cnn/1}")
+    message = refused(written(tmp_path, "final: {set: {model.from_model: models:/digits-cnn@champion}}\n", study=study))
+    assert "model.from_model 'models:/digits-cnn@champion' is not looked up there" in message
+
+
+def test_final_trainings_may_leave_the_teacher_of_the_search_out(tmp_path):
+    load_study(written(tmp_path, "final: {set: {training.teacher: null}}\n"))
 
 
 @pytest.mark.parametrize("case", CONFLICTS.values(), ids=CONFLICTS)

@@ -131,6 +131,10 @@ def explain(
         ],
         ["file", "class", ">probability", "explained", "picture"],
     )
+    if rows and (views := rows[0].views) > 1:
+        output.print_text(
+            f"Probabilities are the mean of {views} views of an image; maps explain the network on the image as it is."
+        )
 
 
 app = typer.Typer(help="Explore a data set.", no_args_is_help=True)

@@ -6,6 +6,7 @@ import gzip
 import importlib.util
 import math
 import os
+import shutil
 import struct
 import tarfile
 import tempfile
@@ -29,6 +30,8 @@ _DAMAGE = (
     *(ValueError, OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error, struct.error),
     MemoryError,  # for what a header promises
 )
+_MOST_IN_MEMORY = 1 << 28  # bytes of the images of a part; more are unpacked to the disk
+_PIECE_BYTES = 1 << 22
 _CIFAR10_BYTES = 1_000_000_000  # unpacked, at most: the official archive has 186 million
 
 
@@ -52,13 +55,18 @@ def read_npz(place: Path, asked: Asked | None = None) -> Parts:
     wanted = {f"{prefix}_{kind}" for prefix in _NPZ_PARTS.values() for kind in kinds} | {"class_names", group}
     try:
         with np.load(place, allow_pickle=False) as file:
-            _check_room(place, file.zip)
-            arrays = {key: file[key] for key in file.files if key in wanted}
+            large = _large(file.zip) if asked else {}
+            _check_room(place, file.zip, large, asked)
+            arrays = {
+                key: _unpacked(file.zip, large[key], asked) if asked and key in large else file[key]
+                for key in file.files
+                if key in wanted
+            }
             keys = file.files
     except HpoError:
         raise
     except Exception as error:  # noqa: BLE001 - numpy reads headers as Python, which fails in ways no list holds
-        if "allow_pickle" in str(error):
+        if "allow_pickle" in str(error) or "Python objects" in str(error):  # read, or mapped
             raise DataError(
                 f"{place}: holds pickled Python objects, which could run code and are not opened.",
                 "Save plain arrays: images as uint8, labels as int64, class_names as str.",
@@ -67,9 +75,43 @@ def read_npz(place: Path, asked: Asked | None = None) -> Parts:
     return _parts(arrays, place, keys, group)
 
 
-def _check_room(place: Path, archive: zipfile.ZipFile) -> None:
-    """Refuse what says it is larger, unpacked, than this machine's memory. Raises DataError."""
-    unpacked = sum(entry.file_size for entry in archive.infolist())
+def _large(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """The arrays of images that are not read into memory, by their key."""
+    images = {f"{prefix}_images.npy" for prefix in _NPZ_PARTS.values()}
+    return {
+        entry.filename.removesuffix(".npy"): entry
+        for entry in archive.infolist()
+        if entry.filename in images and entry.file_size > _MOST_IN_MEMORY
+    }
+
+
+def _unpacked(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, asked: Asked) -> NDArray[Any]:
+    """An array of an npz, unpacked piece by piece to a file in the scratch folder, and mapped from there."""
+    target, done = asked.scratch / entry.filename, 0
+    with archive.open(entry) as packed, target.open("wb") as file:
+        while piece := packed.read(_PIECE_BYTES):
+            file.write(piece)
+            done += len(piece)
+            asked.progress(f"unpacking {entry.filename}", done, entry.file_size)
+    mapped: NDArray[Any] = np.load(target, mmap_mode="r", allow_pickle=False)
+    return mapped
+
+
+def _check_room(
+    place: Path,
+    archive: zipfile.ZipFile,
+    large: Mapping[str, zipfile.ZipInfo] | None = None,
+    asked: Asked | None = None,
+) -> None:
+    """Refuse what says it is larger, unpacked, than this machine's memory, or its disk for `large`. DataError."""
+    on_disk = sum(entry.file_size for entry in (large or {}).values())
+    if asked is not None and on_disk > (free := shutil.disk_usage(asked.scratch).free):
+        raise DataError(
+            f"{place}: its images have {on_disk / 1e9:,.1f} GB, unpacked, and {asked.scratch.parent} has "
+            f"{free / 1e9:,.1f} GB left.",
+            "Free the disk, or choose a cache folder of your own: the environment variable HPO_DATA.",
+        )
+    unpacked = sum(entry.file_size for entry in archive.infolist()) - on_disk
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else unpacked
     if unpacked > memory:
         raise DataError(

@@ -17,13 +17,14 @@ from hpo.execute.finals import final_split
 from hpo.execute.workdir import pictures_folder
 from hpo.execute.workers.ensemble_jobs import finish_ensemble, measure_latency
 from hpo.home import remove
+from hpo.locks import ensemble_lock, lock
 from hpo.records import ENSEMBLE, FINAL, DataCard, ModelVersion, StudyResult, Trial, TrialResult, TrialState
 from hpo.report.ensembles import Gain, Limits, Pool, estimate_gain, select
 from hpo.search.constraints import highest_allowed
 from hpo.search.study import Study
 from hpo.spec.outcome import EnsembleSpec
 from hpo.spec.study import Setup, StudySpec
-from hpo.tracking.models import SETUP
+from hpo.tracking.models import NET, SETUP
 from hpo.tracking.tracker import Tracker
 
 _MOST_CANDIDATES = 50
@@ -182,18 +183,19 @@ class EnsembleContext:
 def make_ensemble(proposal: Proposal, study: Study, context: EnsembleContext) -> ModelVersion:
     """Make the program of an ensemble, record it as a trial of the study, log and register it; returns the version.
 
-    One that the study has with the same members is registered again. If the process is killed on the way, the next run
-    of the study logs what was recorded. Raises HpoError.
+    One that the study has with the same members is registered again. If the process is killed once it is recorded, the
+    next run of the study logs its model, and the next hpo ensemble registers it. Raises HpoError.
     """
-    if (known := _known(study, proposal.named, "probabilities", context)) is not None:
-        return known
+    with lock(context.tracker.home, ensemble_lock(study.title)):
+        if (known := _known(study, proposal.named, "probabilities", context, proposal.gain.judged)) is not None:
+            return known
     scratch = pictures_folder(context.work, study) / "ensemble"
     parameters = sum(each.result.parameter_count for each in proposal.members)
     result = empty_result(proposal.members, scratch, parameters=parameters, average="probabilities")
     names = (each.name for each in proposal.members)
     left = context.compute(
         finish_ensemble,
-        replace(result, members=proposal.named),
+        replace(result, members=proposal.named, judged=proposal.gain.judged),
         list(zip(names, proposal.counts, context.model_folders(proposal.members, scratch.parent), strict=True)),
         proposal.images.rows,
         proposal.images.labels,
@@ -223,27 +225,58 @@ def empty_result(members: Sequence[KeptTrial], folder: Path, *, parameters: int,
 
 
 def record(result: TrialResult, study: Study, context: EnsembleContext) -> ModelVersion:
-    """Record a finished ensemble, whose files are in result.folder, as a trial; log and register its model."""
-    if (known := _known(study, result.members, result.settings["average"], context)) is not None:
-        return known
-    made = study.add(ENSEMBLE, replace(result, folder=""))
-    folder = Path(result.folder).rename(context.work / str(made.number))
+    """Record a finished ensemble, whose files are in result.folder, as a trial; log and register its model.
+
+    One supervisor at a time: of two that have made the same ensemble, the second finds that of the first.
+    """
+    with lock(context.tracker.home, ensemble_lock(study.title)):
+        if (known := _known(study, result.members, result.settings["average"], context, result.judged)) is not None:
+            return known
+        lost = next(iter(_same(study.result(), result.members, result.settings["average"], result.judged)), None)
+        # The record names a folder: until the model is logged, the files are there, for the next run if need be.
+        number = lost.number if lost else study.add(ENSEMBLE, replace(result, folder="ensemble")).number
+        remove(context.work, context.work / str(number), ignore_errors=True)
+        Path(result.folder).rename(context.work / str(number))
+        return _log(number, study, context)
+
+
+def _log(number: int, study: Study, context: EnsembleContext) -> ModelVersion:
+    """Log the model of a recorded ensemble, whose files are in the folder of its number, and register it."""
     after, tracker, track = study.result(), context.tracker, context.track
-    others = {trial.number for trial in after.trials} - {made.number}
-    track(tracker.reconcile, after, study.spec, leave=others)
-    track(tracker.keep_model, made.number, folder)
-    version: ModelVersion = track(tracker.register, after, made.number)
-    remove(context.work, folder, ignore_errors=True)
+    track(tracker.reconcile, after, study.spec, leave={trial.number for trial in after.trials} - {number})
+    track(tracker.keep_model, number, context.work / str(number))
+    version: ModelVersion = track(tracker.register, after, number)
+    remove(context.work, context.work / str(number), ignore_errors=True)
     return version
 
 
-def _known(study: Study, members: Mapping[str, int], average: str, context: EnsembleContext) -> ModelVersion | None:
-    """The version of an ensemble of these members that the study has already, registered again as challenger."""
+def _same(study: StudyResult, members: Mapping[str, int], average: str, judged: tuple[str, ...]) -> list[Trial]:
+    """The ensembles of a study with these members, but for those without the judgement that the gates ask for."""
+    wanted = dict(members), average, bool(judged)
+    return [
+        trial
+        for trial in study.ranked(ENSEMBLE)
+        if (made := trial.result) is not None
+        and (dict(made.members), made.settings.get("average"), bool(made.judged)) == wanted
+    ]
+
+
+def _known(
+    study: Study, members: Mapping[str, int], average: str, context: EnsembleContext, judged: tuple[str, ...]
+) -> ModelVersion | None:
+    """The version of an ensemble of these members that the study has already, registered again as challenger.
+
+    The model of one whose process was killed before that is logged first, if its files are here.
+    """
     result = study.result()
     kept = context.track(context.tracker.kept_models, result)
-    for trial in result.ranked(ENSEMBLE):
-        same = trial.result and (dict(trial.result.members), trial.result.settings.get("average")) == (members, average)
-        if same and trial.number in kept:
+    others = study.trials_of_others()
+    for trial in _same(result, members, average, judged):
+        if trial.number in kept:
             version: ModelVersion = context.track(context.tracker.register, result, trial.number)
+            if trial.number not in others:  # of a process that was killed before this
+                remove(context.work, context.work / str(trial.number), ignore_errors=True)
             return version
+        if trial.number not in others and (context.work / str(trial.number) / NET).is_file():
+            return _log(trial.number, study, context)
     return None

@@ -43,7 +43,8 @@ def wanted(study: StudyResult) -> set[int]:
     """The trials whose folder is still needed: those in progress, and those whose model is still to be made."""
     open_states = (TrialState.WAITING, TrialState.RUNNING, TrialState.PAUSED)
     in_progress = {trial.number for trial in study.trials if trial.state in open_states}
-    return in_progress | {trial.number for trial in [*study.ranked(), *study.after_search()]}
+    done = [*study.ranked(), *study.after_search()]
+    return in_progress | {trial.number for trial in done if trial.result is not None and trial.result.folder}
 
 
 def pictures_folder(work: Path, study: Study) -> Path:

@@ -122,7 +122,10 @@ class _Classes:
         return Predictions(model.name, model.description, ordered.argmax(axis=1), ordered)
 
     def remembered(self, model: ModelReference, part: Part, rows: Ints) -> Predictions:
-        """The validation predictions that were recorded in training, for a model that was not kept."""
+        """The validation predictions that were recorded: of a model that was not kept, and of an ensemble."""
+        if model.judged:  # on these images its members were chosen
+            judged = self.index(model)[model.judged[0][rows]]
+            return Predictions(model.name, f"{model.description}, members chosen on other images", judged)
         recorded = unpack_classes(model.trial.result.predicted) if model.trial.result is not None else []
         if self.groups or len(recorded) != len(part.labels):
             model.kept("its probabilities are needed" if self.groups else "its predictions were not either")
@@ -136,7 +139,7 @@ def _on_validation(home: Home, models: Sequence[ModelReference], classes: _Class
     labels = _labels(models, parts, rows, classes)
     predictions = [
         classes.remembered(model, part, own)
-        if model.version is None
+        if model.version is None or (model.judged and not classes.groups)
         else classes.predictions(model, _load(home, model).predict_levels(part.images[own]))
         for model, part, own in zip(models, parts, rows, strict=True)
     ]

@@ -26,7 +26,7 @@ from hpo.execute.ensemble import (
     validation_images,
 )
 from hpo.execute.soup import choose_soup, make_soup
-from hpo.execute.workdir import pictures_folder
+from hpo.execute.workdir import pictures_folder, sweep
 from hpo.home import Home, remove
 from hpo.jobs.shared.image_history import base_overlaps, count_seen
 from hpo.jobs.shared.model_reference import ModelReference, study_data
@@ -147,6 +147,7 @@ def _context(home: Home, title: str, card: DataCard, *, trust: bool) -> Iterator
     """The handle of the study with this title, and a context that does everything in this process."""
     work = home.work / title
     with opened(home, title) as handle:
+        sweep(work, handle)
         try:
             yield handle, EnsembleContext(card, Tracker(home), work, _call, _call, trust)
         finally:

@@ -22,7 +22,11 @@ AnyPath = str | Path
 
 @dataclass(frozen=True)
 class Explained:
-    """One image file: its most probable class, the class that was explained, their probabilities, and the figure."""
+    """One image file: its most probable class, the class that was explained, their probabilities, and the figure.
+
+    views is over how many views of the image the model averages: probabilities are of their mean, the maps explain the
+    network on the image as it is.
+    """
 
     file: str
     predicted: str
@@ -31,6 +35,7 @@ class Explained:
     explained_probability: float
     methods: tuple[str, ...]
     picture: str
+    views: int = 1
 
 
 def explain(
@@ -66,6 +71,8 @@ def explain(
     for path, picture, found in zip(paths, _pictures(paths, Path(folder)), explanations, strict=True):
         best = max(range(len(names)), key=found.probabilities.__getitem__)
         title = f"{Path(path).name}: why {names[found.target]}?"
+        if found.views > 1:
+            title += f" (maps: the image as it is; probabilities: mean of {found.views} views)"
         figure = saliency_figure(found.image, found.maps, found.probabilities, names, target=found.target, title=title)
         _save(figure, picture)
         rows.append(
@@ -77,6 +84,7 @@ def explain(
                 explained_probability=found.probabilities[found.target],
                 methods=tuple(found.maps),
                 picture=str(picture),
+                views=found.views,
             )
         )
     return rows

@@ -15,17 +15,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from hpo.metrics import confusion_matrix, scores
 from hpo.models import CONFIG, SETUP, load_trained, whole_program
 from hpo.models.calibration import at_temperature, calibration_of
 from hpo.models.safe_loader import read_config
 from hpo.models.views import PLAIN, View, candidates, choose
 from hpo.spec.load import small_text
 from hpo.spec.outcome import PredictSpec
+from hpo.spec.own_code import requested
 from hpo.spec.study import Setup
 
 ANSWERS = "answers.json"  # what was decided, and by which figures
 _BATCH = 128
 _REPEATS = 15
+_LEAST = 1e-30  # probability
 
 
 def decide_answers(folder: Path, validation: Path, images: Path, spec: PredictSpec) -> dict[str, Any]:
@@ -34,12 +37,14 @@ def decide_answers(folder: Path, validation: Path, images: Path, spec: PredictSp
     validation is the npz of its trial, with rows, labels and probabilities; there need be none. images is the npy of
     the development images that rows counts. Views and temperature go into config.json, from where export_program takes
     them, and into the npz the probabilities of the program so made, those of the network alone as `raw`, and the
-    temperature. May be called again. Raises ModelError for a damaged folder.
+    temperature. Where views are averaged, the record has scores and confusion of the program, and `judged` are the
+    classes (n,), each image's by the views that the other half of the images has chosen. May be called again. Raises
+    ModelError for a damaged folder.
     """
     if not validation.is_file():
         return {}
     with np.load(validation, allow_pickle=False) as arrays:
-        found = dict(arrays)
+        found = {name: array for name, array in arrays.items() if name != "judged"}
     raw, labels = torch.from_numpy(found.get("raw", found["probabilities"])), torch.from_numpy(found["labels"])
     record: dict[str, Any] = {}
     config = undecided(read_config(folder / CONFIG))
@@ -50,7 +55,8 @@ def decide_answers(folder: Path, validation: Path, images: Path, spec: PredictSp
         pixels = np.load(images, mmap_mode="r", allow_pickle=False)
         answer = _Answers(whole_program(net, config), pixels, found["rows"])
         if (chosen := choose(answer, labels, candidates(augment, config["image_shape"]))) is not None:
-            choice, averaged = chosen
+            choice, averaged, judged = chosen
+            found["judged"] = judged.argmax(1).numpy()
             record["views"] = choice.record() | {"latency_ms": latencies(net, config, choice.views)}
             if len(choice.views) > 1:
                 probabilities = averaged
@@ -63,9 +69,20 @@ def decide_answers(folder: Path, validation: Path, images: Path, spec: PredictSp
     (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
     found |= {"raw": raw.numpy(), "probabilities": probabilities.numpy()}
     np.savez(validation, **found | {"temperature": np.array(config.get("temperature", 1.0))})
+    if "views" in config:
+        record["program"] = _measured(probabilities, labels, folder, config)
     if record:
         (folder / ANSWERS).write_text(json.dumps(record, indent=1), encoding="utf-8")
     return record
+
+
+def _measured(probabilities: Tensor, labels: Tensor, folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The scores and the confusion matrix of a program, as a trial has those of its network; labels (n,)."""
+    training = Setup.model_validate_json(small_text(folder / SETUP)).training
+    further = requested([*training.scores, training.monitor], config["class_names"])
+    found = scores(probabilities.double().clamp_min(_LEAST).log(), labels, further=further)
+    counts = confusion_matrix(probabilities.argmax(1), labels, probabilities.shape[1])
+    return {"scores": {f"valid_{name}": value for name, value in found.items()}, "confusion": counts.tolist()}
 
 
 def undecided(config: Mapping[str, Any]) -> dict[str, Any]:

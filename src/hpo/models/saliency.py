@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hpo.errors import HpoError, ModelError
-from hpo.models import SETUP, load_trained, normalisation, to_input
+from hpo.models import SETUP, load_trained, normalisation, to_input, whole_program
 
 _STEPS = 64  # of the path that gradients are integrated over; Sundararajan et al. take 20 to 300
 
@@ -119,14 +119,16 @@ def saliency(net: nn.Module, image_input: Tensor, target: int, method: str) -> N
 class Explanation:
     """One image and what a network sees in it.
 
-    image is (height, width, channels) uint8, probabilities one for each class in [0, 1], target the class that the maps
-    explain; maps are (height, width) in [0, 1] by method.
+    image is (height, width, channels) uint8, probabilities one for each class in [0, 1], those of the exported program,
+    target the class that the maps explain; maps are (height, width) in [0, 1] by method. views counts
+    the views of the image that the program averages; the maps explain its network on the image as it is.
     """
 
     image: NDArray[np.uint8]
     probabilities: tuple[float, ...]
     target: int
     maps: dict[str, NDArray[np.float32]]
+    views: int = 1
 
 
 def explain_images(
@@ -156,15 +158,15 @@ def explain_images(
     if not methods:
         methods = [method for method in METHODS if method != "gradcam" or last_maps(net, inputs) is not None]
     with torch.no_grad():
-        # Those of the program but for its views: the maps explain the network on the image as it is.
-        temperature = float(config.get("temperature") or 1)
-        probabilities = torch.cat([(net(part) / temperature).softmax(1) for part in torch.split(inputs, 256)])
+        program = whole_program(net, config)
+        probabilities = torch.cat([program(part) for part in torch.split(torch.from_numpy(images), 256)])
     return [
         Explanation(
             image=image,
             probabilities=tuple(row.tolist()),
             target=(chosen := int(row.argmax()) if target is None else target),
             maps={method: saliency(net, one, chosen, method) for method in methods},
+            views=len(config.get("views") or (None,)),
         )
         for image, one, row in zip(images, inputs, probabilities, strict=True)
     ]

@@ -178,8 +178,10 @@ class Choice:
 
 def choose(
     answer: Callable[[View], Tensor], labels: Tensor, sets: Sequence[tuple[View, ...]]
-) -> tuple[Choice, Tensor] | None:
+) -> tuple[Choice, Tensor, Tensor] | None:
     """Choose among sets of views, or none of them, and the probabilities (n, classes) of the chosen one.
+
+    The third are probabilities (n, classes), each image's with the views that the other half of the images has chosen.
 
     answer gives the probabilities (n, classes) of the validation images under a view; labels (n,) int64. None where
     there is nothing to choose, or fewer than 100 images.
@@ -190,9 +192,11 @@ def choose(
     means = {views: torch.stack([each[view] for view in views]).mean(0) for views in [(PLAIN,), *sets]}
     plain = means[(PLAIN,)]
     losses, hits = torch.empty(2, len(labels), dtype=torch.float64), torch.empty(2, len(labels))
+    fitted = torch.empty_like(plain)
     one, other = halves(len(labels))
     for chosen_on, judged in ((one, other), (other, one)):
         best = _best(means, labels, chosen_on)[0]
+        fitted[judged] = means[best][judged]
         for row, found in enumerate((plain, means[best])):
             temperature = fit_temperature(found[chosen_on], labels[chosen_on])
             losses[row, judged] = cross_entropies(at_temperature(found[judged], temperature), labels[judged])
@@ -200,7 +204,11 @@ def choose(
     loss, accuracy = Difference.of(losses[1] - losses[0]), Difference.of(hits[1] - hits[0])
     best, tried = _best(means, labels, torch.arange(len(labels)))
     views = best if loss.high < 0 and accuracy.value >= 0 else (PLAIN,)
-    return Choice(views, tuple(tried.items()), len(labels), loss, accuracy), means[views]
+    return (
+        Choice(views, tuple(tried.items()), len(labels), loss, accuracy),
+        means[views],
+        fitted if len(views) > 1 else plain,
+    )
 
 
 def _best(

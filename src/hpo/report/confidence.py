@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from numpy.typing import NDArray
 
+from hpo.records import TrialResult
 from hpo.report.page import escape, table
 from hpo.report.statistics import accuracy_at_coverage
+
+
+def of_program(result: TrialResult, record: Mapping[str, Any]) -> TrialResult:
+    """A trial's result with the scores and the confusion of its exported program, where those are not its network's.
+
+    record is what was decided at its export (hpo.models.answers); only views change what a model answers.
+    """
+    if not (program := record.get("program")):
+        return result
+    confusion = tuple(tuple(row) for row in program["confusion"])
+    return replace(result, scores={**result.scores, **program["scores"]}, confusion=confusion)
 
 
 def calibration(record: Mapping[str, Any]) -> str:
@@ -34,6 +47,11 @@ def calibration(record: Mapping[str, Any]) -> str:
             f"Views: {decided}{cost}. Cross-entropy {loss['value']:+.4f} ({loss['low']:+.4f} to {loss['high']:+.4f}), "
             f"accuracy {100 * accuracy['value']:+.2f} points ({100 * accuracy['low']:+.2f} to "
             f"{100 * accuracy['high']:+.2f}), each half judged with the views that were best on the other half."
+        )
+    if record.get("program"):
+        parts.append(
+            "All scores, tables and pictures of the model on this page are of the mean over views. The training "
+            "curves, and what the search compares, are of the network on the image as it is."
         )
     return "".join(f"<p>{escape(part)}</p>" for part in parts)
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hpo.metrics import METRICS, Metric, find_metric, name_of
+from hpo.records import pack_classes
 from hpo.report.statistics import Interval, Ints, mean_lead, paired_bootstrap
 
 _ROUNDS = 50  # of the selection; weights are multiples of 1 / rounds at best
@@ -86,7 +87,8 @@ class Gain:
     """What an ensemble gains over its best member on images on which neither was chosen.
 
     lead is the difference of a score, higher is better; label names the score. ensemble and single are their own
-    scores, means over the halves. candidates counts those that it was chosen from.
+    scores, means over the halves. candidates counts those that it was chosen from. judged holds, for each division of
+    the images, the classes that the ensemble of the other half predicts (see pack_classes); none with several labels.
     """
 
     label: str
@@ -95,6 +97,7 @@ class Gain:
     single: float
     candidates: int
     images: int
+    judged: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def verdict(self) -> str:
@@ -125,11 +128,11 @@ def estimate_gain(pool: Pool, limits: Limits, *, objective: str, class_names: Se
     for swap, here, there in _halves(pool.labels, seed=seed):
         counts = select(pool, limits, here)
         together[swap, there] = replace(pool, probabilities=pool.probabilities[:, there]).mean(counts).argmax(1)
-        worth = [_score(score, pool.labels[here], each[here], classes) for each in predicted]
+        worth = [score_of(score, pool.labels[here], each[here], classes) for each in predicted]
         single[swap, there] = predicted[int(np.argmax(worth)), there]
     lead = mean_lead(pool.labels, together, single, score=score, classes=classes, seed=seed, resamples=2000)
-    own = [np.mean([_score(score, pool.labels, each, classes) for each in answers]) for answers in (together, single)]
-    return Gain(score.label, lead, float(own[0]), float(own[1]), len(predicted), len(pool.labels))
+    own = [np.mean([score_of(score, pool.labels, each, classes) for each in answers]) for answers in (together, single)]
+    return Gain(score.label, lead, float(own[0]), float(own[1]), len(predicted), len(pool.labels), _packed(together))
 
 
 def estimate_soup(
@@ -145,7 +148,7 @@ def estimate_soup(
     classes = pool.probabilities.shape[2]
 
     def worth(probabilities: NDArray[np.float32], rows: Ints) -> float:
-        return _score(score, pool.labels[rows], probabilities[rows].argmax(1), classes)
+        return score_of(score, pool.labels[rows], probabilities[rows].argmax(1), classes)
 
     def choose(rows: Ints) -> list[int]:
         ranked = sorted(range(len(pool.probabilities)), key=lambda each: -worth(pool.probabilities[each], rows))
@@ -161,8 +164,8 @@ def estimate_soup(
         mixed[0, there] = answer(chosen)[there].argmax(1)
         single[0, there] = pool.probabilities[chosen[0], there].argmax(1)
     lead = mean_lead(pool.labels, mixed, single, score=score, classes=classes, seed=seed, resamples=2000)
-    own = [_score(score, pool.labels, each[0], classes) for each in (mixed, single)]
-    gain = Gain(score.label, lead, own[0], own[1], len(pool.probabilities), len(pool.labels))
+    own = [score_of(score, pool.labels, each[0], classes) for each in (mixed, single)]
+    gain = Gain(score.label, lead, own[0], own[1], len(pool.probabilities), len(pool.labels), _packed(mixed))
     return choose(np.arange(len(pool.labels))), gain
 
 
@@ -196,7 +199,12 @@ def _halves(labels: NDArray[np.integer], *, seed: int) -> list[tuple[int, Ints, 
     return found
 
 
-def _score(score: Metric, labels: Ints, predicted: Ints, classes: int) -> float:
+def _packed(predicted: Ints) -> tuple[str, ...]:
+    return tuple(pack_classes(each.tolist()) for each in predicted)
+
+
+def score_of(score: Metric, labels: Ints, predicted: Ints, classes: int) -> float:
+    """The score, computed from counts, of predicted classes (n,); labels (n,) are the true ones."""
     hits, true, answers = (
         np.bincount(each, minlength=classes).astype(float) for each in (labels[labels == predicted], labels, predicted)
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -108,8 +108,14 @@ class Findings:
 
     @property
     def shown(self) -> Trial | None:
-        """The trial that the page describes: the registered model's, else the best final training, else the best."""
-        return shown_trial(self.study, self.model)
+        """The trial that the page describes: the registered model's, else the best final training, else the best.
+
+        Its scores and confusion are those of its exported program.
+        """
+        trial = shown_trial(self.study, self.model)
+        if trial is None or trial.result is None or self.answers is None:
+            return trial
+        return replace(trial, result=confidence.of_program(trial.result, self.answers.record))
 
 
 def shown_trial(study: StudyResult, model: ModelVersion | None) -> Trial | None:

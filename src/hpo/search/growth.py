@@ -29,7 +29,7 @@ from hpo.spec.space import Choice, Float, Int, Space
 from hpo.spec.study import StudySpec
 from hpo.storage.optuna_private import FIXED, trial_id_of
 from hpo.storage.optuna_storage import Storage
-from hpo.storage.trial_attrs import RESULT, START, attrs_of, held_of, key_of, stage_of, state_of
+from hpo.storage.trial_attrs import RESULT, START, attrs_of, held_of, key_of, pauses_of, stage_of, state_of
 
 _OPTIMIZER = ("cma:", "sepcma:", "cmawm:")  # what CMA-ES noted of its state, which holds for the space of then
 

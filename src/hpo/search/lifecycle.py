@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial
 
 from hpo.errors import SpecError, StoreError
 from hpo.home import Home
-from hpo.locks import lock
+from hpo.locks import ensemble_lock, lock
 from hpo.search.constraints import aims, parse_constraint
 from hpo.search.enough import enough_key
 from hpo.search.growth import Growth
@@ -364,4 +364,5 @@ def drop_locks(home: Home, titles: set[str]) -> None:
     with lock(home, "studies"):
         clean_leases(home.locks)
         for title in titles:
-            (home.locks / f"{title}.ask.lock").unlink(missing_ok=True)
+            for name in (f"{title}.ask", ensemble_lock(title)):
+                (home.locks / f"{name}.lock").unlink(missing_ok=True)

@@ -361,6 +361,21 @@ def _race(spec: StudySpec, _steps: list[_Step]) -> Iterator[Conflict]:
         )
 
 
+_OTHER_MODELS = {
+    "training.teacher": "is not looked up there. Write final.teacher",
+    "model.from_model": "is not looked up there: all trainings start from one model. Change model, or run a study",
+}
+
+
+def _final_models(spec: StudySpec, _steps: list[_Step]) -> Iterator[Conflict]:
+    """Models by name are fetched before anything trains, and final.set is applied long after that."""
+    for path, value in (spec.final.set if spec.final else {}).items():
+        for place, why in _OTHER_MODELS.items():
+            inside = place.startswith(f"{path}.") and _value(value, place.removeprefix(f"{path}."))
+            if named := value if path == place else inside:
+                yield Conflict(("final", "set", path), f"{place} {named!r} {why}")
+
+
 def _value(tree: Any, path: str) -> Any:
     for key in path.split("."):
         tree = tree.get(key) if isinstance(tree, Mapping) else None
@@ -380,4 +395,5 @@ _RULES: tuple[Callable[[StudySpec, list[_Step]], Iterator[Conflict]], ...] = (
     _enough,
     _starts,
     _race,
+    _final_models,
 )

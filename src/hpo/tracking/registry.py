@@ -98,11 +98,12 @@ def register(
     scores: Mapping[str, float],
     description: str = "",
     question: str = "",
+    challenger: bool = True,
 ) -> ModelVersion:
     """Register models:/m-<id> under name, as challenger; a model registered before keeps its version.
 
-    The champion does not become a challenger: then there is none. description is of the version, question of all of
-    its versions. Raises ModelError where the model is not whole.
+    The champion does not become a challenger: then there is none. challenger=False leaves aliases as they are.
+    description is of the version, question of all of its versions. Raises ModelError where the model is not whole.
     """
     from mlflow.exceptions import MlflowException
 
@@ -132,7 +133,9 @@ def register(
                 await_creation_for=0,  # it is ready at once, and MLflow would print that it waits
             )
         aliases = client.get_registered_model(name).aliases
-        if str(aliases.get("champion")) != str(version.version):
+        if not challenger:
+            pass
+        elif str(aliases.get("champion")) != str(version.version):
             client.set_registered_model_alias(name, "challenger", version.version)
         elif "challenger" in aliases:
             client.delete_registered_model_alias(name, "challenger")

@@ -316,6 +316,14 @@ def artifact(client: Any, run_id: str, path: str, folder: str) -> Path | None:
     return Path(client.download_artifacts(run_id, path, folder))
 
 
+def program_scores(client: Any, run_id: str) -> dict[str, float]:
+    """The validation scores of a kept program that answers otherwise than its network does; {} of any other."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = artifact(client, run_id, f"{REPORT}/answers.json", folder)
+        decided = json.loads(file.read_text(encoding="utf-8")) if file is not None else {}
+    return dict(decided.get("program", {}).get("scores", {}))
+
+
 def children(client: Any, parent: Any, wanted: str = "", *, deleted: bool = False) -> Iterator[Any]:
     """The mlflow Runs of a study's trials; wanted restricts them in MLflow's filter language.
 

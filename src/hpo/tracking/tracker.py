@@ -12,7 +12,19 @@ from hpo.errors import ModelError, SpecError, StoreError
 from hpo.events import StudyProfiled
 from hpo.home import Home
 from hpo.locks import lock
-from hpo.records import Candidate, DataCard, Epoch, ModelVersion, SplitCard, StudyResult, Trial, TrialResult, TrialState
+from hpo.records import (
+    ENSEMBLE,
+    FINAL,
+    Candidate,
+    DataCard,
+    Epoch,
+    ModelVersion,
+    SplitCard,
+    StudyResult,
+    Trial,
+    TrialResult,
+    TrialState,
+)
 from hpo.spec.study import Setup, StudySpec
 from hpo.tracking import models, registry, runs
 from hpo.tracking.reader import trial_runs
@@ -155,7 +167,8 @@ class Tracker:
     def register(self, study: StudyResult, number: int) -> ModelVersion:
         """Register a trial's kept model under the study's name, as `challenger` unless it is the champion.
 
-        The same trial twice is one version. Raises ModelError where the trial's model was not kept.
+        The same trial twice is one version. An ensemble of the study that is challenger, or champion, outlasts
+        a trial that is older, or of the search and no better. Raises ModelError where the trial's model was not kept.
         """
         run = self._client.get_run(self._run_id(number, study))
         uri = run.data.tags.get(runs.MODEL)
@@ -171,10 +184,20 @@ class Tracker:
             uri,
             run_id=run.info.run_id,
             tags=tags,
-            scores=scores_of(run.data.metrics),
+            scores=scores_of(run.data.metrics) | runs.program_scores(self._client, run.info.run_id),
             description=runs.version_note(study, run),
             question=str(study.spec.get("question", "")),
+            challenger=not self._ensemble_stays(study, number),
         )
+
+    def _ensemble_stays(self, study: StudyResult, number: int) -> bool:
+        """Whether the challenger, else the champion, is an ensemble of this study that a trial does not replace."""
+        trials = {trial.number: trial for trial in study.trials}
+        by_alias = {alias: each for each in registry.versions(self.home, study.name) for alias in each.aliases}
+        now = by_alias.get("challenger", by_alias.get("champion"))
+        if now is None or (now.study, now.origin) != (study.title, "") or not {number, now.trial} <= trials.keys():
+            return False
+        return outlasts(study, trials[now.trial], trials[number])
 
     @translate_errors
     def close_study(self, study: StudyResult, *, status: str, summary: str, figures: Sequence[Path] = ()) -> None:
@@ -387,6 +410,21 @@ class Tracker:
         histories = {name: self._client.get_metric_history(run.info.run_id, name) for name in {m.key for m in metrics}}
         logged = {(name, point.step) for name, history in histories.items() for point in history}
         return [metric for metric in metrics if (metric.key, metric.step) not in logged]
+
+
+def outlasts(study: StudyResult, ensemble: Trial, trial: Trial) -> bool:
+    """Whether an ensemble stays the model of its study beside this trial.
+
+    It was made knowing all trials before it. A newer one of the search must be better; a newer final training was asked
+    for, perhaps to learn from the ensemble, and is the model.
+    """
+    if ensemble.candidate.stage != ENSEMBLE or trial.candidate.stage == ENSEMBLE:
+        return False
+    newer, values = trial.number > ensemble.number, (trial.value, ensemble.value)
+    if None in values or not newer or trial.candidate.stage == FINAL:
+        return not newer
+    sign = 1.0 if study.direction == "maximize" else -1.0
+    return sign * (trial.value or 0.0) <= sign * (ensemble.value or 0.0)
 
 
 def _setup_of(trial: Trial, spec: StudySpec) -> Setup | None:

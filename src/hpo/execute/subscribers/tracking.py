@@ -24,7 +24,7 @@ from hpo.execute.process import RunEnd
 from hpo.execute.subscribers import Emit, Subscriber
 from hpo.execute.tracking_queue import TIMEOUT, TrackingQueue
 from hpo.execute.workers.job_process import Job, JobProcess, draw_study, warm_up
-from hpo.records import EndReason, ModelVersion, StudyResult, Trial
+from hpo.records import ENSEMBLE, EndReason, ModelVersion, StudyResult, Trial
 from hpo.report.summary import study_summary
 from hpo.spec.study import StudySpec
 from hpo.tracking.tracker import Tracker
@@ -118,6 +118,7 @@ class Tracking(Subscriber):
     def _close_study(self, event: WinnerChosen) -> None:
         """Register the winner's model, and write the summary."""
         study, winner, reason = event.study, event.winner, event.reason
+        self._study = study
         if winner is not None and event.register and self._keeps(winner):
             self._registered = self._queue.submit(self._tracker.register, study, winner.number)
         elif winner is not None and event.register and event.summarize and self._elsewhere():
@@ -157,7 +158,22 @@ class Tracking(Subscriber):
         registered = self._registered
         if registered is not None and self._end.await_done(registered, slow=waits) and registered.exception() is None:
             model = registered.result()
-            self._notify(f"registered {model.name} version {model.version}, the best model")
+            self._notify(f"registered {model.name} version {model.version}, the best model{self._beside(model)}")
+
+    def _beside(self, model: ModelVersion) -> str:
+        """What is to be said of an ensemble of the study beside its best trial."""
+        study = self._study
+        ensemble = next(iter(study.ranked(ENSEMBLE)), None) if study is not None else None
+        if study is None or ensemble is None:
+            return ""
+        if "challenger" not in model.aliases and "champion" not in model.aliases:
+            return f" of one trial; the ensemble of trial {ensemble.number} stays the model of the study"
+        if model.trial < ensemble.number:
+            return ""
+        sign = 1.0 if study.direction == "maximize" else -1.0
+        value = next((trial.value for trial in study.trials if trial.number == model.trial), None)
+        better = value is not None and sign * value > sign * (ensemble.value or 0.0)
+        return f", in place of the ensemble of trial {ensemble.number}{'' if better else ', whose score is better'}"
 
     def finish(self, reason: EndReason) -> ModelVersion | None:
         """Wait for the store and close the queue; returns the registered model, if this run has registered one."""

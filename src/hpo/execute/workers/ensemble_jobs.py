@@ -87,7 +87,7 @@ def build_soup(
     shutil.rmtree(result.folder, ignore_errors=True)
     soup.save(places, Path(result.folder))
     left = leave_scored(
-        replace(result, members={members[place][0]: 1 for place in places}),
+        replace(result, members={members[place][0]: 1 for place in places}, judged=gain.judged),
         rows=rows,
         labels=pool.labels,
         probabilities=soup.probabilities(places, images),

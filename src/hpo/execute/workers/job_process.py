@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _MOST_TRIES = 3
 _VALIDATION = "validation.npz"  # hpo.training.trial.VALIDATION, whose import would load torch
+_ANSWERS = "answers.json"  # hpo.models.answers.ANSWERS, likewise
 _progress: Connection | None = None  # from the job process to its supervisor
 
 
@@ -246,15 +247,16 @@ def finish_trial(result: TrialResult, data: DataCard, spec: PredictSpec) -> Path
     """
     from hpo.models import export_program
     from hpo.models.answers import decide_answers
+    from hpo.report.confidence import of_program
     from hpo.report.statistics import classification_report
     from hpo.training.device import use_threads
 
     use_threads(1)
     folder = Path(result.folder)
     images = Path(data.folder) / "development_images.npy"
-    decide_answers(folder, folder / _VALIDATION, images, spec)
+    decided = decide_answers(folder, folder / _VALIDATION, images, spec)
     export_program(folder)
-    if result.confusion:
+    if (result := of_program(result, decided)).confusion:
         report, table = classification_report(result.confusion, data.class_names)
         (folder / "classification_report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
         (folder / "classification_report.txt").write_text(table, encoding="utf-8")
@@ -268,8 +270,11 @@ def draw_trial(result: TrialResult, data: DataCard, folder: Path) -> list[Path]:
     """
     import numpy as np
 
+    from hpo.report.confidence import of_program
     from hpo.report.figures import classifier, images
 
+    if (decided := Path(result.folder) / _ANSWERS).is_file():  # pictures show what the program answers
+        result = of_program(result, json.loads(decided.read_text(encoding="utf-8")))
     title, names = f"trial {result.number}", data.class_names
     figures: dict[str, Drawing] = {
         "training_curves": lambda: classifier.training_curves(result.epochs, best_epoch=result.best_epoch, title=title)

@@ -18,6 +18,7 @@ from hpo.home import Home
 from hpo.jobs.shared.model_reference import ModelReference
 from hpo.metrics import METRICS, direction_of, find_metric, name_of
 from hpo.records import FINAL, ModelVersion, Trial, TrialResult, unpack_classes
+from hpo.report.ensembles import score_of
 from hpo.report.statistics import Ints, mean_lead
 
 if TYPE_CHECKING:
@@ -71,7 +72,8 @@ def beats_champion(
     """The gate that the challenger is better, beyond chance, on validation images that neither was trained on.
 
     The score is the objective where it can be counted from classes, else accuracy; a candidate that a race trained
-    with several seeds counts by their mean. Where there are no such images, the objectives decide, without an interval.
+    with several seeds counts by their mean, and what validation images have chosen, members of an ensemble or views, is
+    judged on images that have not. Where there are no such images, the objectives decide, without an interval.
     """
     objective = new.spec.search.objective
     several = new.card.several_labels or (old is not None and old.card.several_labels)
@@ -80,6 +82,8 @@ def beats_champion(
     part, note = (None, why) if old is None or several else _unseen(new, old)
     if old is None or part is None:
         return _by_objective(new, champion, old, why=note)
+    if _is_ensemble(new) and not new.judged:
+        return _not_judged("an interval above 0")
     names = new.card.class_names
     score = find_metric(name_of(objective), names)
     resampled = score is not None and score.from_counts is not None and score.direction == "maximize"
@@ -87,7 +91,9 @@ def beats_champion(
     first, second = (_predicted_classes(home, each, part, names) for each in (new, old))
     lead = mean_lead(part.labels, first, second, score=score, classes=len(names), seed=new.spec.seed)
     points = f"{100 * lead.value:+.2f} points of {score.label} over version {champion.version}"
-    seeds = f", seeds: {len(first)} against {len(second)}" if len(first) + len(second) > 2 else ""
+    counts = [1 if _is_ensemble(each) else len(found) for each, found in ((new, first), (old, second))]
+    seeds = f", seeds: {counts[0]} against {counts[1]}" if sum(counts) > 2 else ""
+    seeds += ", members chosen on others of them" if new.judged else ""
     return Verdict(
         "beats the champion",
         lead.low > 0,
@@ -99,14 +105,45 @@ def beats_champion(
 
 def _by_objective(new: ModelReference, champion: ModelVersion, old: ModelReference | None, *, why: str) -> Verdict:
     objective = new.spec.search.objective
-    ours = new.kept("it is to be promoted").scores.get(objective, new.trial.value)
-    theirs = champion.scores.get(objective, old.trial.value if old is not None else None)
+    new.kept("it is to be promoted")
+    # Of the networks: temperature and views of a program were chosen on these images.
+    ours, theirs = _network_score(new, objective), champion.scores.get(objective)
+    if old is not None:
+        theirs = _network_score(old, objective)
     wanted = f"a better {objective}"
+    if _is_ensemble(new) and (ours := _judged_score(new, objective)) is None:
+        return _not_judged(wanted)
     if ours is None or theirs is None:
         return Verdict("beats the champion", False, f"only one of the two has a {objective}; {why}", wanted)
     better = ours > theirs if direction_of(objective) == "maximize" else ours < theirs
     found = f"{objective} {ours:.4f} against {theirs:.4f} of version {champion.version}, without an interval: {why}"
     return Verdict("beats the champion", better, found, wanted)
+
+
+def _network_score(entrant: ModelReference, objective: str) -> float | None:
+    result = entrant.trial.result
+    return result.scores.get(objective, result.value) if result is not None else None
+
+
+def _is_ensemble(entrant: ModelReference) -> bool:
+    return entrant.trial.result is not None and bool(entrant.trial.result.members)
+
+
+def _judged_score(entrant: ModelReference, objective: str) -> float | None:
+    """The objective of an ensemble by members that other images chose; None where classes do not give it."""
+    from hpo.data.overview import validation_part
+
+    names = entrant.card.class_names
+    score = find_metric(name_of(objective), names)
+    if score is None or score.from_counts is None or not entrant.judged:
+        return None
+    labels = validation_part(entrant.card, entrant.setup.split).labels
+    return float(np.mean([score_of(score, labels, each, len(names)) for each in entrant.judged]))
+
+
+def _not_judged(wanted: str) -> Verdict:
+    found = "not known: its members were chosen on the validation images, and no judgement on other images was recorded"
+    return Verdict("beats the champion", False, found, wanted)
 
 
 def _unseen(new: ModelReference, old: ModelReference) -> tuple[Part | None, str]:
@@ -135,25 +172,45 @@ def _unseen(new: ModelReference, old: ModelReference) -> tuple[Part | None, str]
 def _predicted_classes(home: Home, entrant: ModelReference, part: Part, class_names: tuple[str, ...]) -> Ints:
     """(seeds, n) the classes that each training of a candidate predicts for the images, as indices into class_names.
 
-    Recorded predictions where the candidate was validated on all of these images; else those of the kept model.
+    Recorded predictions where the candidate was validated on all of these images; else those of the kept model, except
+    of images that have chosen its members or views.
     """
     from hpo.data.overview import shared_rows, validation_part
+    from hpo.predict import load_model
 
     indices = np.array([class_names.index(name) for name in entrant.card.class_names])
-    split = entrant.setup.split
+    split, judged = entrant.setup.split, _judged(home, entrant)
+    shared = rows = np.array([], np.int64)
+    recorded = judged
     if split.kind not in ("none", "kfold"):
         own = validation_part(entrant.card, split)
         shared, rows = shared_rows([part.images, own.images])
         # What a trial records are the predictions of its network: those of a program of several views may differ.
-        seeds = _seeds(entrant) if entrant.spec.predict.views == "off" else []
-        recorded = [classes for each in seeds if len(classes := _recorded(each)) == len(own.labels)]
-        if len(shared) == len(part.labels) and recorded:
-            return np.stack([indices[np.array(classes)[rows]] for classes in recorded])
-    from hpo.predict import load_model
-
-    model = load_model(entrant.kept("its predictions are needed").model_uri, home=home)
-    predicted: Ints = indices[model.predict_levels(part.images).argmax(1)][np.newaxis]
+        seeds = _seeds(entrant) if not judged and entrant.spec.predict.views == "off" else []
+        recorded = [each for each in [*judged, *map(_recorded, seeds)] if len(each) == len(own.labels)]
+    if recorded and len(shared) == len(part.labels):
+        predicted = np.empty((len(recorded), len(part.labels)), np.int64)
+    else:
+        model = load_model(entrant.kept("its predictions are needed").model_uri, home=home)
+        recorded = recorded if judged else []
+        answers = indices[model.predict_levels(part.images).argmax(1)]
+        predicted = np.tile(answers, (max(1, len(recorded)), 1))
+    for answers, classes in zip(predicted, recorded, strict=False):
+        answers[shared] = indices[classes[rows]]
     return predicted
+
+
+def _judged(home: Home, entrant: ModelReference) -> list[Ints]:
+    """The classes (n,) of the entrant's validation images where they have chosen its members, or its views.
+
+    Each image's are by members, or views, that other images chose.
+    """
+    from hpo.tracking.runs import validation_predictions
+
+    if _is_ensemble(entrant) or entrant.spec.predict.views == "off" or entrant.version is None:
+        return entrant.judged
+    found = validation_predictions(home, entrant.version.run_id) or {}
+    return [found["judged"]] if "judged" in found else []
 
 
 def _seeds(entrant: ModelReference) -> list[Trial]:
@@ -165,8 +222,8 @@ def _seeds(entrant: ModelReference) -> list[Trial]:
     return [trial for trial in finals if trial.candidate.parameters == mine.parameters] or [entrant.trial]
 
 
-def _recorded(trial: Trial) -> list[int]:
-    return unpack_classes(trial.result.predicted) if trial.result is not None else []
+def _recorded(trial: Trial) -> Ints:
+    return np.array(unpack_classes(trial.result.predicted) if trial.result is not None else [], np.int64)
 
 
 def parity(home: Home, new: ModelReference, model: Classifier) -> Verdict:

@@ -6,11 +6,14 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from hpo.errors import DataError, ModelError, StoreError
 from hpo.execute.ensemble import ensemble_setup
 from hpo.execute.finals import final_setup, race
 from hpo.home import Home
-from hpo.records import ENSEMBLE, FINAL, DataCard, ModelVersion, StudyResult, Trial, TrialState
+from hpo.records import ENSEMBLE, FINAL, DataCard, ModelVersion, StudyResult, Trial, TrialState, unpack_classes
+from hpo.report.statistics import Ints
 from hpo.spec.load import parse_study
 from hpo.spec.study import Setup, StudySpec
 
@@ -45,6 +48,15 @@ class ModelReference:
         if self.trial.candidate.stage == FINAL:
             return final_setup(self.spec, self.study, parameters, data=self.card)
         return self.spec.with_values(parameters)
+
+    @property
+    def judged(self) -> list[Ints]:
+        """Of an ensemble, the classes (n,) of its validation images, each by members that other images chose.
+
+        One array for each division of the images into halves; none of a training, or where none was recorded.
+        """
+        texts = self.trial.result.judged if self.trial.result is not None else ()
+        return [np.array(unpack_classes(text)) for text in texts]
 
     def kept(self, why: str) -> ModelVersion:
         """Its model's version. Raises ModelError if the model was not kept; why states what needs it."""
