@@ -34,7 +34,7 @@ SGD = {"training.optimizer.name": "sgd", "training.optimizer.momentum": 0.0}
 
 
 def worth(parameters):
-    lr, hidden = parameters.get("training.optimizer.lr", 0.01), parameters["model.hidden"]
+    lr, hidden = parameters.get("training.optimizer.lr", 0.01), parameters.get("model.hidden")
     return 1 - abs(lr - 0.02) - (0.1 if hidden == 64 else 0.2) - 0.1 * parameters.get("model.dropout", 0.0)
 
 
