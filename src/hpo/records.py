@@ -114,10 +114,9 @@ def best_of(epochs: Sequence[Epoch], monitor: str) -> Epoch:
 class Candidate:
     """What Optuna wants tried next.
 
-    number is Optuna's; ordinal is the place in the study's own sequence (a retried candidate keeps the ordinal of its
-    first try, so that a resumed study asks for the same candidates as an unbroken one). parameters maps dotted paths of
-    the spec to values. seed in [0, 2**31) drives initialisation, data order and dropout. deaths counts the tries so far
-    whose process died.
+    number is Optuna's; ordinal is the place in the study's own sequence, which a retried candidate keeps. parameters
+    maps dotted paths of the spec to values. seed in [0, 2**31) drives initialisation, data order and dropout. deaths
+    counts the tries so far whose process died.
     """
 
     number: int
@@ -141,20 +140,17 @@ class Profile:
 class TrialResult:
     """How one candidate ended.
 
-    value is the objective at the best epoch (None unless complete or pruned); best_epoch counts from 1 (0: none was
-    finished). scores are those of the best epoch; with folds, their means. confusion is (true class, predicted class)
-    counts on the validation part. folder is where the worker left weights and validation probabilities, or ""; stored,
-    it is only the folder's name in the study's work folder, for a project can move. settings are what the machine
-    decided rather than the spec: device, precision, layout, threads, and micro_batch where the memory was short. values
-    are those of several objectives, in the order of the spec. folds holds the scores of each fold at its best epoch.
-    feasible is False where a constraint of the search is broken or the memory does not suffice. failure is why a trial
-    did not come to its end, None where it did. predicted holds the predicted classes of the validation images, in the
-    order of their rows (see pack_classes): comparisons need no model then. ended is when, in seconds since 1970 (0.0:
-    not known): what is written twice about it carries the same time, and is there once. profile is None where the run
-    was not profiled. system holds system metrics over time, as columns: MLflow's names without its prefix system/, and
-    `time`, when each value was taken, in seconds since 1970. members: of an ensemble, how often each of its trials
-    (STUDY~GENERATION#NUMBER) counts; {} of a training. judged: as predicted, by members that other images chose. pauses:
-    how often it was paused.
+    value is the objective at the best epoch (None unless complete or pruned), values are those of several objectives;
+    best_epoch counts from 1 (0: none was finished). scores are those of the best epoch; with folds, their means, and
+    folds has those of each. confusion is (true class, predicted class) counts on the validation part. folder is where
+    weights and validation probabilities are, or ""; only its name is stored. settings are what the machine decided:
+    device, precision, layout, threads, micro_batch. feasible is False where a constraint is broken or the memory does
+    not suffice. failure is why a trial did not come to its end. predicted holds the predicted classes of the validation
+    images, in the order of their rows (see pack_classes). ended is when, in seconds since 1970 (0.0: not known).
+    profile is None where the run was not profiled. system holds system metrics over time, as columns: MLflow's names
+    without its prefix system/, and `time`. members: of an ensemble, how often each of its trials
+    (STUDY~GENERATION#NUMBER) counts. judged: as predicted, by members that other images chose. pauses: how often it was
+    paused.
     """
 
     number: int
