@@ -207,7 +207,7 @@ def _shortened(spec: StudySpec, epochs: int) -> StudySpec:
 def _mean_epochs(spec: StudySpec) -> float:
     space = spec.search.whole_space
     ends: Sequence[Any] = space[EPOCHS].ends() if EPOCHS in space else [spec.training.epochs]
-    return sum(ends) / len(ends)
+    return float(sum(ends)) / len(ends)
 
 
 def _one(spec: StudySpec, pace: Pace) -> float:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, reduce
+from functools import cached_property
 from typing import Any
 
 import optuna
@@ -61,7 +61,10 @@ class Fitting:
 
 def place(tree: Mapping[str, Any], path: str) -> Any:
     """What a mapping of mappings has at a dotted path; None where there is nothing."""
-    return reduce(lambda node, key: node.get(key) if isinstance(node, Mapping) else None, path.split("."), tree)
+    node: Any = tree
+    for key in path.split("."):
+        node = node.get(key) if isinstance(node, Mapping) else None
+    return node
 
 
 @dataclass(frozen=True)
