@@ -64,6 +64,7 @@ def some_options(draw: st.DrawFn) -> RunOptions:
         name for name in VALUES if ENGINE_OF[name] in (None, engine) and NOT_FOR[name] != engine and name != "engine"
     ]
     names = draw(st.sets(st.sampled_from(possible)))
+    names -= {"extend"} if "fresh" in names else set()  # they exclude each other
     return RunOptions(engine=engine, **{name: draw(VALUES[name]) for name in sorted(names)})
 
 
