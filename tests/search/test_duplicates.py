@@ -137,7 +137,7 @@ def test_kill_between_drawing_and_signing_draws_the_same_again(home, make_spec, 
     def killed(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(study, "_sign", killed)
+    monkeypatch.setattr(study._starter, "_sign", killed)
     with pytest.raises(KeyboardInterrupt):
         study.ask(budget=9, worker="w")
     study.close()

@@ -115,7 +115,7 @@ def test_trials_that_fit_count_on_and_the_others_stay_on_record(study_of, make_s
 def test_samplers_and_pruners_see_old_trials_as_trials_of_the_new_space(study_of, make_spec):
     run(study_of, make_spec("random", space=FIRST), 12)
     study = study_of(make_spec("tpe", space=SECOND), extend=True)
-    seen = study._view(None, sampled=True).get_all_trials(study._id)
+    seen = study._starter.view(None, sampled=True).get_all_trials(study._id)
     assert {trial.number for trial in seen} == {trial.number for trial in study.result().counted}
     for trial in seen:
         assert isinstance(trial, optuna.trial.FrozenTrial)

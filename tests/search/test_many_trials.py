@@ -124,7 +124,8 @@ def ended(number, *values, broken=0.0):
 def test_samplers_see_the_best_the_latest_and_some_of_all_others():
     ended_trials = EndedTrials([True])
     for number in range(5000):
-        ended_trials.add(ended(number, -abs(number - 1000.0), broken=float(number == 1000)))
+        trial = ended(number, -abs(number - 1000.0), broken=float(number == 1000))
+        ended_trials.add(trial, trial)
         if number < MOST:
             assert ended_trials.sample() == ended_trials.visible
     shown = [trial.number for trial in ended_trials.sample()]
@@ -142,8 +143,8 @@ def test_what_samplers_see_does_not_depend_on_the_order_in_which_trials_ended():
     trials = [ended(number, float(number * 7919 % 1009)) for number in range(2000)]
     forwards, backwards = EndedTrials([False]), EndedTrials([False])
     for one, other in zip(trials, trials[::-1], strict=True):
-        forwards.add(one)
-        backwards.add(other)
+        forwards.add(one, one)
+        backwards.add(other, other)
     assert forwards.sample() == backwards.sample()
 
 
@@ -151,18 +152,19 @@ def test_with_several_objectives_samplers_see_the_front():
     ended_trials = EndedTrials([True, False])
     for number in range(3000):
         spoilt = float(number % 100 != 7)  # one in a hundred is on the front
-        ended_trials.add(ended(number, number - 5000 * spoilt, number + 5000 * spoilt))
+        trial = ended(number, number - 5000 * spoilt, number + 5000 * spoilt)
+        ended_trials.add(trial, trial)
     assert {*range(7, 3000, 100)} <= {trial.number for trial in ended_trials.sample()}
 
 
 def test_pruners_see_every_trial(long_home, short):
     study = open_study(long_home, short[1], data_digest="sha256:0")
     candidate = study.ask(budget=10_000, worker="w")
-    sampled = study._view(None, sampled=True).get_all_trials(study._id, deepcopy=False)
+    sampled = study._starter.view(None, sampled=True).get_all_trials(study._id, deepcopy=False)
     assert len(sampled) < SHORT
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study._pruner, "prune", lambda view, trial: seen.extend(view.get_trials(deepcopy=False)) or False)
+        patch.setattr(study._starter.pruner, "prune", lambda view, trial: seen.extend(view.get_trials(deepcopy=False)) or False)
         study.report(candidate.number, 1, objective(candidate.parameters))
     assert len(seen) == SHORT + 1
     study.close()

@@ -178,7 +178,7 @@ def test_last_cell_of_a_grid_is_kept_for_a_candidate_that_died_before_it_was_dra
     def killed(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(study, "_suggest", killed)
+    monkeypatch.setattr(study._starter, "_suggest", killed)
     with pytest.raises(KeyboardInterrupt):
         study.ask(budget=100, worker="w")
     study.close()

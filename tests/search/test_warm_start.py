@@ -31,7 +31,7 @@ def test_given_candidate_that_was_interrupted_keeps_its_values(home, make_spec, 
     def killed(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(study, "_sign", killed)
+    monkeypatch.setattr(study._starter, "_sign", killed)
     with pytest.raises(KeyboardInterrupt):
         study.ask(budget=9, worker="w")
     study.close()

@@ -220,7 +220,7 @@ def test_server_that_restarts_is_waited_for(make_home, make_spec, postgres):
 
 def test_candidate_whose_question_broke_off_half_way_is_asked_for_once(make_home, make_spec, database, monkeypatch):
     study = open_study(make_home("a"), make_spec(), data_digest="d")
-    suggest, broken = study._suggest, []
+    suggest, broken = study._starter._suggest, []
 
     def break_off(trial, stage, proposer):
         values = suggest(trial, stage, proposer)
@@ -229,7 +229,7 @@ def test_candidate_whose_question_broke_off_half_way_is_asked_for_once(make_home
             _break_off(database)
         return values
 
-    monkeypatch.setattr(study, "_suggest", break_off)
+    monkeypatch.setattr(study._starter, "_suggest", break_off)
     candidate = study.ask(budget=10, worker="w")
     assert broken == [0]
     assert candidate.number == 0
