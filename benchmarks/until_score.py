@@ -1,9 +1,9 @@
 """Seconds from the command to a registered model of a test accuracy, for the platform and for the peer.
 
-Both search as they normally do: the platform by its shipped study (TPE, Hyperband, augmentation), the peer by TPE and
-MedianPruner over the space of peer.py, both with as many epochs as the shipped study has. A search ends at the first
-trial whose validation accuracy is MARGIN above the test accuracy, since the best of several trials is a lucky one.
-Then the accuracy of the registered model on the test part is measured, once for each side.
+Both search as they normally do: the platform by its shipped study, the peer by TPE and MedianPruner over the space of
+peer.py, both with as many epochs as the shipped study has. A search ends at the first trial whose validation accuracy
+is MARGIN above the test accuracy, since the best of several trials is a lucky one. Then the accuracy of the registered
+model on the test part is measured, once for each side.
 """
 
 from __future__ import annotations

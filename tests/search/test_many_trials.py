@@ -164,7 +164,9 @@ def test_pruners_see_every_trial(long_home, short):
     assert len(sampled) < SHORT
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study._starter.pruner, "prune", lambda view, trial: seen.extend(view.get_trials(deepcopy=False)) or False)
+        patch.setattr(
+            study._starter.pruner, "prune", lambda view, trial: seen.extend(view.get_trials(deepcopy=False)) or False
+        )
         study.report(candidate.number, 1, objective(candidate.parameters))
     assert len(seen) == SHORT + 1
     study.close()
