@@ -149,9 +149,7 @@ def test_sampler_and_pruner_may_change_on_resume_and_a_changed_space_must_be_wan
     study.close()
     assert result.spec["search"]["sampler"]["name"] == "tpe"
     assert "model.dropout" in result.trials[5].candidate.parameters
-    with pytest.raises(
-        SpecError, match=r"hidden: new choices \[64\] and without .* no longer searched"
-    ) as caught:
+    with pytest.raises(SpecError, match=r"hidden: new choices \[64\] and without .* no longer searched") as caught:
         open_study(home, make_spec(space={"model.hidden": {"choice": [32, 64]}}), data_digest="d")
     assert "--extend" in caught.value.hint
     assert "--fresh" in caught.value.hint
