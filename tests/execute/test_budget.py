@@ -136,6 +136,7 @@ def test_a_named_study_in_minutes_says_what_it_chose_and_is_resumed_as_it_was_fi
     assert 2 <= epochs < 8
     assert 9 <= trials < 20
     assert study.spec["training"]["epochs"] == epochs
+    assert [(trial.state, trial.candidate.stage) for trial in study.trials] == [(TrialState.COMPLETE, None)] * trials
     assert {len(trial.result.epochs) for trial in study.trials} == {epochs}
     again, events = digits()
     opened = next(event for event in events if isinstance(event, StudyOpened))
