@@ -55,7 +55,7 @@ def _hold_a_trial(home: Home, told) -> None:
     """Another supervisor: one trial complete, one running."""
     study = open_study(home, formula_spec(), data_digest=CARD.digest)
     done = study.ask(budget=6, worker="other")
-    study.tell(TrialResult(done.number, TrialState.COMPLETE, 0.5))
+    study.tell(TrialResult(done.number, TrialState.COMPLETE, 0.5, folder=str(done.number)))
     told.send(study.ask(budget=6, worker="other").number)
     time.sleep(600)
 

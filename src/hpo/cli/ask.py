@@ -38,7 +38,7 @@ def tell(
     trial: Annotated[str, typer.Argument(metavar="STUDY#NUMBER", help="A trial that `hpo ask` has printed.")],
     value: Annotated[
         float | None,
-        typer.Option(help="The objective.", show_default="the best that was reported"),
+        typer.Option(metavar="X", help="The objective.", show_default="the best that was reported"),
     ] = None,
     scores: Annotated[
         list[str] | None,
@@ -47,7 +47,7 @@ def tell(
     epoch: Annotated[int | None, typer.Option(metavar="N", min=1, help="With --report: which epoch, from 1.")] = None,
     report: Annotated[
         list[float] | None,
-        typer.Option(metavar="X", help="The objective after an epoch, for the pruner; the trial goes on."),
+        typer.Option(metavar="X", help="The objective after an epoch, for the pruner; the trial continues."),
     ] = None,
     pruned: Annotated[bool, typer.Option("--pruned", help="The pruner ended it.")] = False,
     failed: Annotated[str | None, typer.Option(metavar="REASON", help="It failed.")] = None,
@@ -57,7 +57,7 @@ def tell(
 ) -> None:
     """End a trial that `hpo ask` has printed, or report one of its epochs; prints JSON.
 
-    After --epoch and --report, `prune` says whether the pruner ends the trial: tell it with --pruned then. With several
+    After --epoch and --report, `prune` says whether the pruner ends the trial: then end it with --pruned. With several
     objectives repeat --report, in the order of the study, and give all of them as --score at the end.
     """
     from hpo.jobs.ask_tell import ask_tell

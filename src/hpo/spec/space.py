@@ -129,7 +129,10 @@ def _by_prior(value: Any) -> Any:
 class _Parameter(Part):
     when: dict[str, Any] = Field(default_factory=dict)
     """Tried only if each named path has the given value, or one of the given list of values."""
-    prior: Annotated[Prior | None, BeforeValidator(_by_prior)] = None
+    prior: Annotated[
+        Prior | None,
+        BeforeValidator(_by_prior, json_schema_input_type=bool | int | float | str | list[Any] | Prior | None),
+    ] = None
     """The value that is probably best, or {value, confidence}. A wrong one costs a few trials."""
 
     @model_validator(mode="after")
