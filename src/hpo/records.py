@@ -55,7 +55,12 @@ class EndReason(StrEnum):
     @property
     def completed(self) -> bool:
         """True where nothing is left to search."""
-        return self in (EndReason.BUDGET, EndReason.EXHAUSTED, EndReason.REACHED, EndReason.ENOUGH)
+        return self.early or self in (EndReason.BUDGET, EndReason.EXHAUSTED)
+
+    @property
+    def early(self) -> bool:
+        """True where the search has found what was asked for before its budget was spent."""
+        return self in (EndReason.REACHED, EndReason.ENOUGH)
 
     @property
     def orderly(self) -> bool:

@@ -8,11 +8,15 @@ import time
 
 import pytest
 
-from formula_study import formula, formula_spec
+from formula_study import CARD, formula, formula_spec
+from hpo.errors import StoreError
 from hpo.events import EpochEnded, TrialEnded, TrialStarted
 from hpo.execute.engines.base import WorkerLost
 from hpo.execute.subscribers import Subscriber
+from hpo.home import Home
 from hpo.records import FINAL, EndReason, Epoch, TrialResult, TrialState
+from hpo.search.lifecycle import open_study
+from hpo.search.study import Study
 from hpo.spec.models import MlpSpec
 from hpo.spec.study import FinalSpec, SplitSpec, StudySpec
 
@@ -56,6 +60,30 @@ def test_final_trainings_follow_a_search_that_has_reached_its_aim(run_formula, b
     run = run_formula(spec)
     assert run.reason is EndReason.REACHED
     assert [trial.candidate.stage for trial in run.trials] == [None, FINAL, FINAL]
+
+
+def test_a_run_does_not_wait_for_a_trial_of_a_program_that_may_never_tell_it(run_formula, tmp_path):
+    spec = formula_spec().model_copy(update={"final": FinalSpec(seeds=1)})
+    study = open_study(Home.find(tmp_path).create(), spec, data_digest=CARD.digest)
+    study.hand_over(study.ask(budget=6, worker="a program").number)
+    study.close()
+    run = run_formula(spec, trials=3)
+    assert run.reason is EndReason.BUDGET
+    states = [(trial.candidate.stage, trial.state) for trial in run.trials]
+    assert states == [(None, TrialState.RUNNING), *[(None, TrialState.COMPLETE)] * 2, (FINAL, TrialState.COMPLETE)]
+
+
+def test_a_result_that_the_storage_refuses_is_not_overwritten_at_the_end_of_the_run(run_formula, spec, monkeypatch):
+    def refuse(*_, **__):
+        raise StoreError("the server is away", "Wait.")
+
+    monkeypatch.setattr(Study, "_tell", refuse)
+    with pytest.raises(StoreError, match="away"):
+        run_formula(spec, trials=1)
+    monkeypatch.undo()
+    run = run_formula(spec, trials=1)
+    assert [trial.state for trial in run.trials] == [TrialState.COMPLETE]
+    assert not [event for event in run.events if isinstance(event, TrialStarted)], "it is not trained again"
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,16 @@ def test_a_stopped_study_goes_on_with_its_paused_trials(run_formula, tmp_path):
     assert {file.split("-")[1] for (file, _), count in trainer.trained.items() if count > 1} <= {"3"}
 
 
+def test_paused_trials_end_where_a_study_is_resumed_without_thaw(run_formula):
+    spec, seen = thawing([0.1, 0.3, 0.5, 0.6, 0.7, 0.8]), []
+    run_formula(spec, trainer=Trainer(), watch=seen.append, interrupted=_after_trials(3, seen))
+    without = spec.model_copy(update={"search": spec.search.model_copy(update={"thaw": None})})
+    last = run_formula(without, trainer=Trainer())
+    assert last.reason == "budget"
+    assert TrialState.PAUSED not in {trial.state for trial in last.trials}
+    assert last.study.claim_end(), "its storage knows that they have ended"
+
+
 def _after_trials(count, seen):
     """Set once so many trials have started."""
 

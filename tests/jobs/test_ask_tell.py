@@ -9,10 +9,12 @@ from typer.testing import CliRunner
 
 import hpo
 from hpo.cli.app import app
-from hpo.errors import StoreError
+from hpo.errors import SpecError, StoreError
 from hpo.home import Home
 from hpo.records import TrialState
-from hpo.search.lifecycle import reap
+from hpo.search.lifecycle import open_study, reap
+from hpo.search.study import Study
+from hpo.spec.load import parse_study
 from hpo.storage.optuna_storage import read_study
 from hpo.storage.reader import read_snapshots
 
@@ -93,7 +95,7 @@ def test_commands_ask_report_and_tell_from_one_process_each(place):
     code, printed = command("ask", "own")
     asked = json.loads(printed)
     assert code == 0
-    assert (asked["trial"], asked["number"], asked["parameters"]["training.optimizer.lr"]) == ("own#0", 0, 1e-2)
+    assert (asked["trial"], asked["number"], asked["parameters"]["training.optimizer.lr"]) == ("own~1#0", 0, 1e-2)
     # Between two commands no process has it: it is not taken for abandoned.
     assert reap(Home.find(place), "own") == []
     (snapshot,) = read_snapshots(Home.find(place), results=False)
@@ -128,3 +130,58 @@ def test_several_objectives_are_told_as_scores(place):
         assert study.report(asked.number, 1, [0.5, 100.0]) is False
         result = study.tell(asked.number, scores={"valid_accuracy": 0.9, "parameters": 100.0})
     assert (result.state, result.values) == (TrialState.COMPLETE, (0.9, 100.0))
+
+
+def test_an_error_leaves_a_trial_that_was_handed_out_to_its_program(place):
+    with hpo.ask_tell(STUDY, home=place) as study:
+        study.hand_over(study.ask().number)
+    with pytest.raises(SpecError, match="one number"), hpo.ask_tell("own", home=place) as study:
+        study.report(0, 1, [0.5, 0.6])
+    with hpo.ask_tell("own", home=place) as study:
+        study.report(0, 1, 0.5)
+    with hpo.ask_tell("own", home=place) as study:
+        assert study.tell(0).value == 0.5
+    assert [trial.state for trial in read_study(Home.find(place), "own").trials] == [TrialState.COMPLETE]
+
+
+def test_a_result_that_the_storage_refuses_is_kept(place, monkeypatch):
+    def refuse(*_, **__):
+        raise StoreError("the disk is full", "Free it.")
+
+    with hpo.ask_tell(STUDY, home=place) as study:
+        number = study.ask().number
+        monkeypatch.setattr(Study, "_tell", refuse)
+        with pytest.raises(StoreError, match="full"):
+            study.tell(number, 0.75)
+        monkeypatch.undo()
+    reap(Home.find(place), "own")
+    (trial,) = read_study(Home.find(place), "own").trials
+    assert (trial.state, trial.value) == (TrialState.COMPLETE, 0.75)
+
+
+def test_a_printed_trial_is_one_of_its_generation(place):
+    def command(*words):
+        return CliRunner().invoke(app, [*words, "--home", str(place)])
+
+    hpo.ask_tell(STUDY, home=place).close()
+    printed = json.loads(command("ask", "own").stdout)["trial"]
+    home = Home.find(place)
+    record = read_study(home, "own")
+    open_study(home, parse_study(STUDY), data_digest=record.data_digest, fresh=True).close()
+    assert json.loads(command("tell", printed, "--value", "0.8").stdout)["state"] == "complete"
+    assert [trial.value for trial in read_study(home, "own~1").trials] == [0.8]
+    assert read_study(home, "own").trials == ()
+
+
+def test_a_study_of_stages_is_asked_to_its_end(place):
+    stages = [
+        {"name": name, "trials": 11, "space": {path: part}}
+        for name, (path, part) in zip("ab", STUDY["search"]["space"].items(), strict=True)
+    ]
+    search = {"sampler": "random", "pruner": "none", "stages": stages}
+    with hpo.ask_tell({**STUDY, "search": search}, home=place) as study:
+        told = 0
+        while (candidate := study.ask()) is not None:
+            study.tell(candidate.number, 0.5)
+            told += 1
+    assert told == 22

@@ -209,6 +209,16 @@ def test_no_space_changes_under_a_running_trial(study_of, make_spec):
     study_of(make_spec("random", space=SECOND), extend=True).close()
 
 
+def test_no_space_changes_once_final_trainings_have_begun(study_of, make_spec):
+    study = study_of(make_spec("random", space=FIRST))
+    run_all(study, 2, worth=worth)
+    study.enqueue_finals([(study.result().best.candidate.parameters, 1)])
+    study.close()
+    with pytest.raises(SpecError, match="final trainings have begun") as caught:
+        study_of(make_spec("random", space=SECOND), extend=True)
+    assert "--fresh" in caught.value.hint
+
+
 def test_a_wider_range_goes_on_without_a_word_from_the_user_and_a_lost_trial_does_not(study_of, make_spec):
     space = {"model.dropout": {"float": [0.1, 0.5]}}
     run(study_of, make_spec("random", space=space), 4)

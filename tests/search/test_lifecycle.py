@@ -10,6 +10,7 @@ import pytest
 
 from formula import run_all
 from hpo.errors import SpecError, StoreError
+from hpo.records import FailureKind, TrialResult, TrialState
 from hpo.search.lifecycle import open_study
 from hpo.storage.optuna_storage import read_study
 
@@ -41,6 +42,16 @@ def test_budget_of_a_record_without_one_is_that_of_the_spec(home, make_spec):
     study = open_study(home, make_spec(trials=50), data_digest="d")
     assert study.budget == 50
     study.close()
+
+
+def test_a_search_that_ended_early_is_summed_up_although_stopped_trials_wait(home, make_spec):
+    one = open_study(home, make_spec(), data_digest="d", budget=3)
+    number = one.ask(budget=3, worker="w").number
+    assert not one.claim_end(early=True), "it runs"
+    one.tell(TrialResult(number, TrialState.STOPPED, failure=FailureKind.INTERRUPTED))
+    assert not one.claim_end()
+    assert one.claim_end(early=True)
+    one.close()
 
 
 def test_one_of_many_sums_up_once_all_trials_have_ended(home, make_spec):

@@ -31,7 +31,7 @@ def ask(
             output.print_message(f"{session.title}: there is no candidate now.")
             raise typer.Exit(1)
         session.hand_over(asked.number)
-        output.print_json({"trial": f"{session.title}#{asked.number}", **output.plain(asked)})
+        output.print_json({"trial": f"{session.exact}#{asked.number}", **output.plain(asked)})
 
 
 def tell(

@@ -312,7 +312,7 @@ def _supervise(
 def _finish(run: _Run, opened: _OpenStudy, reason: EndReason, tracking: Tracking) -> StudyResult:
     """Choose the winner, wait for the tracking store, and end the study."""
     spec, emit = opened.spec, run.events.emit
-    summarize = not run.join or (reason.orderly and opened.study.claim_end())
+    summarize = not run.join or (reason.orderly and opened.study.claim_end(early=reason.early))
     trials_of_others = frozenset(opened.study.trials_of_others())
     study: StudyResult = opened.study.result()
     emit(SearchEnded(study, reason, trials_of_others, summarize))

@@ -319,8 +319,10 @@ class Supervisor:
         """Tell Optuna first: what subscribers then fail to write, the next run finds in its storage."""
         trial = self._running[slot]
         with self._end.shielded():
-            result = self._study.tell(self._stamped(result, trial), died=died)
-            del self._running[slot]
+            try:
+                result = self._study.tell(self._stamped(result, trial), died=died)
+            finally:
+                del self._running[slot]  # where the storage refuses, tell has left the result on disk
         self._enough.note()
         if result.state is not TrialState.PAUSED:
             self._emit_ended(result, final=trial.candidate.stage == FINAL)

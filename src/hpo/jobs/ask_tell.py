@@ -46,6 +46,8 @@ class AskTell:
         self._home, self._study, self._cleanup = home, study, cleanup
         self._trials = trials
         self._told = False
+        self._kept: set[int] = set()  # trials whose result is on disk, since the storage refused it
+        self._taken: set[int] = set()  # trials of hpo ask, which go back to their program
 
     def __enter__(self) -> AskTell:
         return self
@@ -58,10 +60,19 @@ class AskTell:
         """The study's name, and ~2, ~3 of a later generation."""
         return str(self._study.title)
 
+    @property
+    def exact(self) -> str:
+        """The name of this generation, which no later one takes over."""
+        return str(self._study.result().exact)
+
     def ask(self) -> Asked | None:
         """The next candidate; None where the budget is spent, the space is, or running trials must end first."""
         budget = self._study.budget if self._trials is None else self._trials
+        self._study.reap()
         candidate = self._study.ask(budget=budget, worker="a program")
+        if candidate is None and self._study.shared:
+            self._study.listen()  # only now is a process on another machine known to be dead
+            candidate = self._study.ask(budget=budget, worker="a program") if self._study.reap() else None
         if candidate is None:
             return None
         settings = self._study.spec.with_values(candidate.parameters).flat()
@@ -72,11 +83,11 @@ class AskTell:
 
         With several objectives value has one for each, in the order of the study. Raises SpecError otherwise.
         """
-        self._held(number)
         values, wanted = len(value) if isinstance(value, Sequence) else 0, len(self._study.spec.search.objectives)
         if values != wanted:
             one = f"one value for each of the {wanted} objectives" if wanted else "one number"
             raise SpecError(f"{self.title}#{number}: {value} was reported.", f"Report {one}.")
+        self._held(number)
         return bool(self._study.report(number, epoch, value))
 
     def tell(
@@ -111,7 +122,12 @@ class AskTell:
             failure=FailureKind.EXCEPTION if state == "failed" else None,
             ended=time.time(),
         )
-        recorded: TrialResult = self._study.tell(result)
+        try:
+            recorded: TrialResult = self._study.tell(result)
+        except StoreError:
+            self._kept.add(number)
+            raise
+        self._kept.discard(number)
         self._told = True
         return recorded
 
@@ -126,7 +142,11 @@ class AskTell:
             if self._told:
                 self._record()
             for number in self._study.held():
-                self._study.tell(TrialResult(number, TrialState.STOPPED, reason="it was not told", ended=time.time()))
+                if number in self._taken - self._kept:
+                    self._study.hand_over(number)
+                elif number not in self._kept:
+                    lost = TrialResult(number, TrialState.STOPPED, reason="it was not told", ended=time.time())
+                    self._study.tell(lost)
         finally:
             self._cleanup.close()
 
@@ -134,6 +154,7 @@ class AskTell:
         """Take over a trial of another process, unless it is held here. Raises StoreError where there is none."""
         if number not in self._study.held():
             self._study.take_over(number)
+            self._taken.add(number)
 
     def _record(self) -> None:
         """A store that is unavailable costs nothing: the next close, or hpo run, writes what is missing."""
@@ -169,15 +190,20 @@ def ask_tell(
             handle = cleanup.enter_context(opened(place, begun))
         else:
             spec = study if isinstance(study, StudySpec) else load_study(study, trust=trust)
+            _check(spec)
             handle = _open(place, spec, trials)
             cleanup.callback(handle.close)
+        _check(handle.spec)
         handle.reap()
-        if handle.spec.search.thaw is not None:
-            raise SpecError(f"{handle.title}: search.thaw needs checkpoints of hpo.", "Write thaw: false.")
     except BaseException:
         cleanup.close()
         raise
     return AskTell(place, handle, cleanup, trials)
+
+
+def _check(spec: StudySpec) -> None:
+    if spec.search.thaw is not None:
+        raise SpecError(f"{spec.name}: search.thaw needs checkpoints of hpo.", "Write thaw: false.")
 
 
 def _begun(home: Home, name: str) -> str | None:
@@ -191,6 +217,7 @@ def _open(home: Home, spec: StudySpec, trials: int | None) -> Any:
     from hpo.data.prepare import prepare
     from hpo.data.split import split_card
     from hpo.search.lifecycle import open_study
+    from hpo.search.stages import budget_of
     from hpo.tracking.tracker import Tracker
 
     card = prepare(spec.data, spec.split)
@@ -199,7 +226,7 @@ def _open(home: Home, spec: StudySpec, trials: int | None) -> Any:
         spec,
         data_digest=card.digest,
         class_names=card.class_names,
-        budget=spec.search.trials if trials is None else trials,
+        budget=budget_of(spec, trials),
     )
     try:
         Tracker(home).open_study(handle.result(), handle.spec, card, split_card(card, spec.split))

@@ -123,7 +123,7 @@ class _Classes:
 
     def remembered(self, model: ModelReference, part: Part, rows: Ints) -> Predictions:
         """The validation predictions that were recorded: of a model that was not kept, and of an ensemble."""
-        if model.judged:  # on these images its members were chosen
+        if model.judged and not self.groups:  # on these images its members were chosen
             judged = self.index(model)[model.judged[0][rows]]
             return Predictions(model.name, f"{model.description}, members chosen on other images", judged)
         recorded = unpack_classes(model.trial.result.predicted) if model.trial.result is not None else []

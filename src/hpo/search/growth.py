@@ -22,7 +22,7 @@ from optuna.distributions import check_distribution_compatibility
 from optuna.trial import FrozenTrial
 
 from hpo.errors import SpecError
-from hpo.records import FailureKind, TrialResult, TrialState
+from hpo.records import FINAL, FailureKind, TrialResult, TrialState
 from hpo.search.stages import distribution, encode
 from hpo.spec.grid import holds
 from hpo.spec.space import Choice, Float, Int, Space
@@ -94,7 +94,8 @@ class Growth:
     def harmless(self) -> bool:
         """Whether there are no trials, or only ends of ranges have changed and no trial is lost by it."""
         known = set(self.before.get("outside", []))
-        return not self.trials or (all(plain for _, plain in self._differences()) and self.outside <= known)
+        plain = all(plain for _, plain in self._differences()) and self.outside <= known
+        return not self.trials or (plain and not any(map(pauses_of, self.trials)))
 
     def _differences(self) -> Iterator[tuple[str, bool]]:
         new = self.spec.search.space
@@ -152,6 +153,11 @@ class Growth:
 
     def write(self, storage: Storage) -> dict[str, Any]:
         """Change what waits in the storage, and return the entries of the record. Raises SpecError where trials run."""
+        if any(stage_of(trial) == FINAL for trial in self.trials):
+            raise SpecError(
+                f"{self.spec.name}: its final trainings have begun, and its space cannot change.",
+                "Start a new generation with --fresh",
+            )
         if any(map(pauses_of, self.trials)):
             raise SpecError(
                 f"{self.spec.name}: trials are paused, and their space cannot change.",

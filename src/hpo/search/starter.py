@@ -57,7 +57,7 @@ class Starter:
             return self._continue(promoted, worker)
         if spent:
             # Final trainings follow once the last result is in.
-            self.blocked = self._waits and counts.running > 0
+            self.blocked = self._waits and self._supervised(index)
             return None
         step = self.progress.current(index)
         if step is None:
@@ -76,6 +76,11 @@ class Starter:
         seed = parameters.get("training.seed", self._spec.training.seed)
         seed = self._spec.seed_of(attrs.ordinal) if seed is None else seed
         return self._sign(trial, replace(attrs, parameters=parameters, seed=seed), worker)
+
+    def _supervised(self, index: TrialIndex) -> bool:
+        """Whether a trial runs that a supervisor will end; a program of the user's own may never tell its."""
+        running = (trial for trial in index.open.values() if state_of(trial) is TrialState.RUNNING)
+        return any(attrs_of(trial).lease != ASKED for trial in running)
 
     def _continue(self, paused: FrozenTrial, worker: str) -> tuple[Trial, TrialAttrs]:
         """Start a paused trial again, in this order: after a kill between two steps it is paused, or reaped as that."""
@@ -98,6 +103,8 @@ class Starter:
         # Its parameters are there: nothing is to be sampled.
         sampler = optuna.samplers.RandomSampler(seed=0)
         study = self.view(attrs.stage, sampled=False).study(sampler=sampler, pruner=self.pruner)
+        if self._storage.shared:  # its last heartbeat is old, and others would take it for abandoned
+            self._storage.database.record_heartbeat(trial_id_of(begun))
         return self._sign(Trial(study, trial_id_of(begun)), attrs, worker)
 
     def _begin(self, step: Step, index: TrialIndex) -> Trial:

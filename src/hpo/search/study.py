@@ -239,16 +239,15 @@ class Study:
         successive halving are recorded: Optuna has no place for them.
         """
         trial = self._running[number]
-        if self._spec.search.objectives:
-            if not self._prunes or trial.user_attrs[START]["stage"] == FINAL or not isinstance(value, Sequence):
-                return False
-            return self._pareto.prune(trial.storage, self._id, trial_id_of(trial), epoch, value)
+        prunes = self._prunes and trial.user_attrs[START]["stage"] != FINAL
         try:
+            if self._spec.search.objectives:
+                known = prunes and isinstance(value, Sequence)
+                return known and self._pareto.prune(trial.storage, self._id, trial_id_of(trial), epoch, value)
             trial.report(value, epoch)
+            return prunes and bool(trial.should_prune())
         except optuna.exceptions.UpdateFinishedTrialError:  # another supervisor has finished it, see tell
             return True
-        stage = trial.user_attrs[START]["stage"]
-        return stage != FINAL and self._prunes and bool(trial.should_prune())
 
     def tell(self, result: TrialResult, *, died: bool = False) -> TrialResult:
         """End a trial of this handle, and return the result as it was recorded.
@@ -340,12 +339,16 @@ class Study:
         return len({attrs_of(trial).lease for trial in self._index().open.values()})
 
     @_guarded
-    def claim_end(self) -> bool:
-        """Claim to summarise the study; True if all trials have ended and no other supervisor has claimed it."""
+    def claim_end(self, *, early: bool = False) -> bool:
+        """Claim to summarise the study; True if all trials have ended and no other supervisor has claimed it.
+
+        early: the search has ended before its budget was spent, and trials that wait will not be trained.
+        """
 
         def claim() -> bool:
             trials = self._trials()
-            ended = all(trial.state.is_finished() for trial in trials)
+            waits = optuna.trial.TrialState.WAITING
+            ended = all(trial.state.is_finished() or (early and trial.state == waits) for trial in trials)
             claimed = self._attribute(CLAIM) == len(trials)
             if ended and not claimed:
                 self._storage.database.set_study_user_attr(self._id, CLAIM, len(trials))

@@ -96,7 +96,7 @@ class Storage:
         meanwhile is for pruners, which are not called while a candidate is asked for.
         """
         unfinished = {trial_id_of(trial): trial for trial in index.open.values()}
-        turned = self._turned(study_id, index, unfinished) if self.pauses and index.trials else set()
+        turned = self._turned(study_id, index, unfinished) if (self.pauses or index.paused) and index.trials else set()
         if not self._asking or not index.trials:
             return read_trials(self.database, study_id, ids=unfinished.keys() | turned, after=index.read_up_to)
         states = self._states(study_id, unfinished, index.latest)

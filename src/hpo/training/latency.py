@@ -17,7 +17,7 @@ def latency_ms(net: nn.Module, data: TrialData, *, repeats: int = 30) -> float:
     net.eval()
     image = input_of(data)(data.images[data.train[:1]])
     seconds = []
-    with torch.inference_mode():
+    with torch.no_grad():
         for _ in range(3 + repeats):  # the first three warm up
             started = time.perf_counter()
             net(image).sum().item()

@@ -108,21 +108,23 @@ def _by_objective(new: ModelReference, champion: ModelVersion, old: ModelReferen
     new.kept("it is to be promoted")
     # Of the networks: temperature and views of a program were chosen on these images.
     ours, theirs = _network_score(new, objective), champion.scores.get(objective)
-    if old is not None:
-        theirs = _network_score(old, objective)
+    if old is not None and (found := _network_score(old, objective)) is not None:
+        theirs = found
     wanted = f"a better {objective}"
     if _is_ensemble(new) and (ours := _judged_score(new, objective)) is None:
         return _not_judged(wanted)
     if ours is None or theirs is None:
         return Verdict("beats the champion", False, f"only one of the two has a {objective}; {why}", wanted)
     better = ours > theirs if direction_of(objective) == "maximize" else ours < theirs
-    found = f"{objective} {ours:.4f} against {theirs:.4f} of version {champion.version}, without an interval: {why}"
-    return Verdict("beats the champion", better, found, wanted)
+    shown = f"{objective} {ours:.4f} against {theirs:.4f} of version {champion.version}, without an interval: {why}"
+    return Verdict("beats the champion", better, shown, wanted)
 
 
 def _network_score(entrant: ModelReference, objective: str) -> float | None:
     result = entrant.trial.result
-    return result.scores.get(objective, result.value) if result is not None else None
+    if result is None:
+        return None
+    return result.scores.get(objective, result.value if entrant.spec.search.objective == objective else None)
 
 
 def _is_ensemble(entrant: ModelReference) -> bool:
