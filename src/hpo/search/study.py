@@ -242,8 +242,9 @@ class Study:
         prunes = self._prunes and trial.user_attrs[START]["stage"] != FINAL
         try:
             if self._spec.search.objectives:
-                known = prunes and isinstance(value, Sequence)
-                return known and self._pareto.prune(trial.storage, self._id, trial_id_of(trial), epoch, value)
+                if not prunes or not isinstance(value, Sequence):
+                    return False
+                return self._pareto.prune(trial.storage, self._id, trial_id_of(trial), epoch, value)
             trial.report(value, epoch)
             return prunes and bool(trial.should_prune())
         except optuna.exceptions.UpdateFinishedTrialError:  # another supervisor has finished it, see tell
