@@ -96,7 +96,8 @@ def judge(folder: Path, phase: str, seen: Seen, budget: int) -> Findings:
             findings.add("models or versions too many or too few", f"{folder}: no version")
         check(home, read_study(home, "short"), seen, findings, budget=budget)
         if phase == "promote":
-            from hpo.tracking.registry import champions, resolve
+            from hpo.tracking.champions import champions
+            from hpo.tracking.registry import resolve
 
             version = resolve(home, "short@champion")
             if "test_accuracy" not in version.scores or champions(home, "short")[-1].version != version.version:

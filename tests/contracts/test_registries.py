@@ -14,9 +14,10 @@ from hpo.errors import ModelError
 from hpo.home import Home
 from hpo.predict import load_model
 from hpo.records import ModelVersion
+from hpo.tracking.champions import champions, record_champion
 from hpo.tracking.ledger import Opening, announce_opening, complete_opening, openings
 from hpo.tracking.reader import read_tracking
-from hpo.tracking.registry import champions, fetch, record_champion, resolve, set_alias, versions
+from hpo.tracking.registry import fetch, resolve, set_alias, versions
 from hpo.tracking.store import connect
 from hpo.tracking.tracker import Tracker
 from tracked_store import Register, Store, Tracked

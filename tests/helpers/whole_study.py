@@ -13,8 +13,8 @@ import yaml
 
 from hpo.home import Home
 from hpo.records import StudyResult
+from hpo.tracking.champions import champions
 from hpo.tracking.ledger import openings
-from hpo.tracking.registry import champions
 from hpo.tracking.store import connect
 
 _IDS = ("model_id", "model_uuid", "run_id")

@@ -36,9 +36,10 @@ from hpo.report.statistics import Interval
 from hpo.search.study import Study
 from hpo.spec.load import load_study, parse_study
 from hpo.storage.optuna_storage import read_study
+from hpo.tracking.champions import outlasts
 from hpo.tracking.registry import fetch, resolve, set_alias
 from hpo.tracking.store import connect
-from hpo.tracking.tracker import Tracker, outlasts
+from hpo.tracking.tracker import Tracker
 
 QUICK = {
     "training.precision": "float32",

@@ -21,8 +21,9 @@ from hpo.jobs.transfer import export_study, import_study
 from hpo.records import TrialResult, TrialState
 from hpo.search.lifecycle import open_study
 from hpo.storage.optuna_storage import read_study
+from hpo.tracking.champions import champions, record_champion
 from hpo.tracking.ledger import announce_opening, complete_opening, image_digests, name_images
-from hpo.tracking.registry import champions, record_champion, resolve, set_alias
+from hpo.tracking.registry import resolve, set_alias
 from hpo.tracking.store import connect
 from hpo.tracking.tracker import Tracker
 from kept_study import go_on, kept_spec, left, stored

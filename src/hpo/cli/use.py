@@ -121,7 +121,8 @@ def models(
 ) -> None:
     """List registered models with versions, aliases and scores; for one model, also its champions and their reasons."""
     from hpo.home import Home
-    from hpo.tracking.registry import champions, versions
+    from hpo.tracking.champions import champions
+    from hpo.tracking.registry import versions
 
     place = Home.find(home)
     found = versions(place, name)

@@ -15,8 +15,9 @@ from hpo.jobs.shared.model_reference import ModelReference, find_model
 from hpo.jobs.shared.test_set_access import measure, test_scores
 from hpo.records import ModelVersion
 from hpo.spec.load import parse_study
+from hpo.tracking.champions import record_champion
 from hpo.tracking.ledger import Opening, openings
-from hpo.tracking.registry import record_champion, resolve, set_alias, versions
+from hpo.tracking.registry import resolve, set_alias, versions
 from hpo.tracking.transfer.import_runs import copy_version
 
 

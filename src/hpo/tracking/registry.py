@@ -1,14 +1,11 @@
-"""The model registry: versions of models and their aliases, names resolved to versions, the record of champions."""
+"""The model registry: versions of models and their aliases, and names resolved to versions."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 from hpo.database import reading
@@ -19,7 +16,6 @@ from hpo.records import ModelVersion
 from hpo.relocation import local_path
 from hpo.tracking.models import is_whole
 from hpo.tracking.run_metrics import score_name, stored_name
-from hpo.tracking.runs import user
 from hpo.tracking.store import connect, database_address, exists, is_missing, is_server, pages, translate_errors
 
 ORIGIN = "hpo.copied_from"  # tag of a version that came from another store
@@ -29,10 +25,6 @@ _SCORE = "score."  # tags of a version that hold its scores: score.valid_accurac
 _DESCRIPTION = 4990  # characters
 _CARD = "hpo.card"  # tag of a version whose description is a card: its digest
 _NOTE = re.compile(r"Trial [0-9]+ of .*To use it: `hpo predict [^`]*`", re.DOTALL)  # as runs.version_note writes it
-CHAMPION = "hpo.champion."  # tags of a registered model, one for each change of its champion
-_TERM = re.compile(
-    r"version (?P<version>[0-9]+) since (?P<since>\S+) by (?P<who>.*?)(?P<forced>, forced)?: (?P<why>.*)", re.DOTALL
-)
 _MODEL = re.compile(r"(?P<name>[^/@:]+)(?:@(?P<alias>[^/@:]+)|/(?P<version>[0-9]+))?")
 
 
@@ -133,11 +125,10 @@ def register(
                 await_creation_for=0,  # it is ready at once, and MLflow would print that it waits
             )
         aliases = client.get_registered_model(name).aliases
-        if not challenger:
-            pass
-        elif str(aliases.get("champion")) != str(version.version):
+        champion = str(aliases.get("champion")) == str(version.version)
+        if challenger and not champion:
             client.set_registered_model_alias(name, "challenger", version.version)
-        elif "challenger" in aliases:
+        elif challenger and "challenger" in aliases:
             client.delete_registered_model_alias(name, "challenger")
     return _version(home, name, int(version.version))
 
@@ -265,88 +256,6 @@ def _location(home: Home, version: ModelVersion) -> str:
     if not rows:
         raise ModelError(f"{version.model_uri} is gone.", "List what there is: hpo models")
     return str(rows[0][0])
-
-
-@dataclass(frozen=True)
-class ChampionTerm:
-    """The time of a version as champion. since and until are ISO 8601 in UTC; until is None for the champion of today.
-
-    why is the reason of its promotion and who the user that promoted it. forced: it was promoted against a gate.
-    """
-
-    version: int
-    since: str
-    why: str
-    who: str
-    forced: bool = False
-    until: str | None = None
-
-
-@translate_errors
-def record_champion(home: Home, name: str, version: int, *, why: str, forced: bool = False) -> ChampionTerm:
-    """Record that a version becomes champion now. Call it before the alias moves, so that no change goes unrecorded."""
-    since = datetime.now(UTC).isoformat(timespec="microseconds")
-    term = ChampionTerm(version, since, why[:2000], user(), forced)
-    tag = CHAMPION + "".join(filter(str.isdigit, since[:26]))
-    connect(home).set_registered_model_tag(name, tag, _term_text(term))
-    return term
-
-
-@translate_errors
-def champions(home: Home, name: str) -> list[ChampionTerm]:
-    """The champions of a model, oldest first. A version recorded twice in a row is one term."""
-    tags = _model_tags(home, name)
-    return _merge_repeats([_read_term(tags[tag]) for tag in sorted(tags) if tag.startswith(CHAMPION)])
-
-
-def _term_text(term: ChampionTerm) -> str:
-    """The beginning of a term as the text of a tag, which people read in the registry."""
-    forced = ", forced" if term.forced else ""
-    return f"version {term.version} since {term.since} by {term.who}{forced}: {term.why}"
-
-
-def _read_term(text: str) -> ChampionTerm:
-    """The term of a tag; earlier versions wrote it as JSON. Raises ValueError."""
-    if text.startswith("{"):
-        return ChampionTerm(**json.loads(text))
-    match = _TERM.fullmatch(text)
-    if match is None:
-        raise ValueError(f"not the record of a champion: {text!r}")
-    return ChampionTerm(int(match["version"]), match["since"], match["why"], match["who"], bool(match["forced"]))
-
-
-def _model_tags(home: Home, name: str) -> dict[str, str]:
-    """The tags of a registered model; none where there is no such model."""
-    if is_server(home.tracking_uri):
-        found = pages(connect(home).search_registered_models, filter_string=f"name = '{name}'")
-        return {tag: text for model in found for tag, text in model.tags.items()}
-    with reading(home.tracking_uri) as reader:
-        if reader is None or "registered_model_tags" not in reader.tables():
-            return {}
-        return dict(reader.rows("SELECT key, value FROM registered_model_tags WHERE name = :name", name=name))
-
-
-def renumber_champions(tags: Mapping[str, str], numbers: Mapping[int, int]) -> dict[str, str]:
-    """The tags of a registered model with the versions of its champions renumbered; 0: a version that is gone."""
-    kept = all(before == now for before, now in numbers.items())
-
-    def renumbered(text: str) -> str:
-        term = _read_term(text)
-        number = numbers.get(term.version, term.version if kept else 0)
-        return text if number == term.version else _term_text(replace(term, version=number))
-
-    return {name: renumbered(text) if name.startswith(CHAMPION) else text for name, text in tags.items()}
-
-
-def _merge_repeats(changes: Sequence[ChampionTerm]) -> list[ChampionTerm]:
-    terms: list[ChampionTerm] = []
-    for change in changes:
-        if terms and terms[-1].version == change.version:
-            continue
-        if terms:
-            terms[-1] = replace(terms[-1], until=change.since)
-        terms.append(change)
-    return terms
 
 
 def _logged(home: Home, model_id: str) -> ModelVersion:

@@ -234,6 +234,13 @@ def log(
         waiting = {kind: items[len(now[kind]) :] for kind, items in waiting.items()}
 
 
+def unlogged(client: Any, run: Any, metrics: Sequence[Any]) -> list[Any]:
+    """Those of the metrics that a run has not, at their step."""
+    histories = {name: client.get_metric_history(run.info.run_id, name) for name in {each.key for each in metrics}}
+    logged = {(name, point.step) for name, history in histories.items() for point in history}
+    return [metric for metric in metrics if (metric.key, metric.step) not in logged]
+
+
 def find_parent(client: Any, study: StudyResult, *, deleted: bool = False) -> Any | None:
     """The Run of a study's generation, the oldest if several were made; None where it has none.
 

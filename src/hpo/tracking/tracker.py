@@ -12,21 +12,10 @@ from hpo.errors import ModelError, SpecError, StoreError
 from hpo.events import StudyProfiled
 from hpo.home import Home
 from hpo.locks import lock
-from hpo.records import (
-    ENSEMBLE,
-    FINAL,
-    Candidate,
-    DataCard,
-    Epoch,
-    ModelVersion,
-    SplitCard,
-    StudyResult,
-    Trial,
-    TrialResult,
-    TrialState,
-)
+from hpo.records import Candidate, DataCard, Epoch, ModelVersion, SplitCard, StudyResult, Trial, TrialResult, TrialState
 from hpo.spec.study import Setup, StudySpec
 from hpo.tracking import models, registry, runs
+from hpo.tracking.champions import ensemble_stays
 from hpo.tracking.reader import trial_runs
 from hpo.tracking.run_metrics import epoch_metrics, metrics_at, result_metrics, scores_of, study_metrics
 from hpo.tracking.store import connect, pages, translate_errors
@@ -104,7 +93,7 @@ class Tracker:
     def log_missing(self, result: TrialResult) -> None:
         """Add those epochs of a trial that its run has not."""
         run = self._client.get_run(self._run_id(result.number))
-        metrics = self._unlogged(run, epoch_metrics(result.epochs, result.ended or time.time()))
+        metrics = runs.unlogged(self._client, run, epoch_metrics(result.epochs, result.ended or time.time()))
         runs.log(self._client, run.info.run_id, metrics=metrics)
 
     @translate_errors
@@ -187,17 +176,8 @@ class Tracker:
             scores=scores_of(run.data.metrics) | runs.program_scores(self._client, run.info.run_id),
             description=runs.version_note(study, run),
             question=str(study.spec.get("question", "")),
-            challenger=not self._ensemble_stays(study, number),
+            challenger=not ensemble_stays(self.home, study, number),
         )
-
-    def _ensemble_stays(self, study: StudyResult, number: int) -> bool:
-        """Whether the challenger, else the champion, is an ensemble of this study that a trial does not replace."""
-        trials = {trial.number: trial for trial in study.trials}
-        by_alias = {alias: each for each in registry.versions(self.home, study.name) for alias in each.aliases}
-        now = by_alias.get("challenger", by_alias.get("champion"))
-        if now is None or (now.study, now.origin) != (study.title, "") or not {number, now.trial} <= trials.keys():
-            return False
-        return outlasts(study, trials[now.trial], trials[number])
 
     @translate_errors
     def close_study(self, study: StudyResult, *, status: str, summary: str, figures: Sequence[Path] = ()) -> None:
@@ -396,7 +376,7 @@ class Tracker:
         else:
             if not run.data.params or not run.inputs.dataset_inputs:  # killed between making it and describing it
                 self._describe(trial.candidate, _setup_of(trial, spec))
-            metrics = self._unlogged(run, metrics)
+            metrics = runs.unlogged(self._client, run, metrics)
         self._end(result, metrics, ended=ended)
 
     def _mend_paused(self, trial: Trial, spec: StudySpec, run: Any | None) -> None:
@@ -404,27 +384,6 @@ class Tracker:
             self._start(trial.candidate, _setup_of(trial, spec), worker=trial.worker, started=trial.started)
         if trial.result is not None and (run is None or run.status != runs.PAUSED):
             self.pause_trial(trial.result)
-
-    def _unlogged(self, run: Any, metrics: Sequence[Any]) -> list[Any]:
-        """Those of the metrics that the run has not, at their step."""
-        histories = {name: self._client.get_metric_history(run.info.run_id, name) for name in {m.key for m in metrics}}
-        logged = {(name, point.step) for name, history in histories.items() for point in history}
-        return [metric for metric in metrics if (metric.key, metric.step) not in logged]
-
-
-def outlasts(study: StudyResult, ensemble: Trial, trial: Trial) -> bool:
-    """Whether an ensemble stays the model of its study beside this trial.
-
-    It was made knowing all trials before it. A newer one of the search must be better; a newer final training was asked
-    for, perhaps to learn from the ensemble, and is the model.
-    """
-    if ensemble.candidate.stage != ENSEMBLE or trial.candidate.stage == ENSEMBLE:
-        return False
-    newer, values = trial.number > ensemble.number, (trial.value, ensemble.value)
-    if None in values or not newer or trial.candidate.stage == FINAL:
-        return not newer
-    sign = 1.0 if study.direction == "maximize" else -1.0
-    return sign * (trial.value or 0.0) <= sign * (ensemble.value or 0.0)
 
 
 def _setup_of(trial: Trial, spec: StudySpec) -> Setup | None:

@@ -18,7 +18,8 @@ from hpo.home import Home
 from hpo.jobs.promote import copy_champion, find_store
 from hpo.predict import load_model
 from hpo.records import ModelVersion
-from hpo.tracking.registry import champions, fetch, set_alias, versions
+from hpo.tracking.champions import champions
+from hpo.tracking.registry import fetch, set_alias, versions
 from hpo.tracking.store import connect
 from hpo.tracking.tracker import Tracker
 from hpo.tracking.transfer import import_runs

@@ -16,7 +16,7 @@ from hpo.errors import shown_address
 from hpo.home import Home
 from hpo.locks import lock
 from hpo.records import ModelVersion, StudyResult
-from hpo.tracking import ledger, registry, runs
+from hpo.tracking import champions, ledger, registry, runs
 from hpo.tracking.ledger import Opening, add_openings
 from hpo.tracking.models import delete_model, is_whole
 from hpo.tracking.run_metrics import metrics_at
@@ -242,14 +242,14 @@ def _set_aliases(
     wanted = {alias: numbers[number] for alias, number in model["aliases"].items() if number in numbers}
     now = {alias: int(number) for alias, number in registered.aliases.items()}
     moved = {alias for alias, number in wanted.items() if move or now.get(alias, number if alone else 0) == number}
-    tags = registry.renumber_champions(model["tags"], numbers)
+    tags = champions.renumber_champions(model["tags"], numbers)
     if "champion" not in moved and not (alone and "champion" not in now):
-        tags = {key: value for key, value in tags.items() if not key.startswith(registry.CHAMPION)}
+        tags = {key: value for key, value in tags.items() if not key.startswith(champions.CHAMPION)}
     for key, value in tags.items():
         if key not in registered.tags:
             client.set_registered_model_tag(name, key, value)
-    if "champion" in moved and (terms := registry.champions(home, name)) and terms[-1].version != wanted["champion"]:
-        registry.record_champion(home, name, wanted["champion"], why="imported, and its alias moved by --move-aliases")
+    if "champion" in moved and (terms := champions.champions(home, name)) and terms[-1].version != wanted["champion"]:
+        champions.record_champion(home, name, wanted["champion"], why="imported, and its alias moved by --move-aliases")
     for alias in sorted(wanted.keys() - moved):
         kept = f"stays at version {now[alias]}" if alias in now else "is not set"
         added.notes.append(
