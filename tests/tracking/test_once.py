@@ -228,3 +228,18 @@ def test_a_call_that_is_wrong_is_not_taken_for_an_outage(home: Home) -> None:
     with pytest.raises(StoreError) as refused:
         ask(home)
     assert not isinstance(refused.value, StoreAwayError)
+
+
+@pytest.mark.parametrize("before", ["none", "deleted"])
+def test_two_processes_that_look_for_one_experiment_at_once_find_one(
+    before: str, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = store.connect(home)
+    if before == "deleted":
+        client.delete_experiment(client.create_experiment("tiny"))
+    look, stale = client.get_experiment_by_name, [client.get_experiment_by_name("tiny")]
+    first = runs.experiment(client, home, "tiny")
+    monkeypatch.setattr(client, "get_experiment_by_name", lambda name: stale.pop() if stale else look(name))
+    assert runs.experiment(client, home, "tiny") == first
+    assert not stale
+    assert look("tiny").lifecycle_stage == "active"

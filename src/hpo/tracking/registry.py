@@ -16,7 +16,16 @@ from hpo.records import ModelVersion
 from hpo.relocation import local_path
 from hpo.tracking.models import is_whole
 from hpo.tracking.run_metrics import score_name, stored_name
-from hpo.tracking.store import connect, database_address, exists, is_missing, is_server, pages, translate_errors
+from hpo.tracking.store import (
+    connect,
+    database_address,
+    exists,
+    is_missing,
+    is_server,
+    pages,
+    passing_over,
+    translate_errors,
+)
 
 ORIGIN = "hpo.copied_from"  # tag of a version that came from another store
 COPY_OF = "hpo.moved_from"  # tag of a copied run or logged model: the id of the original
@@ -97,8 +106,6 @@ def register(
     The champion does not become a challenger: then there is none. challenger=False leaves aliases as they are.
     description is of the version, question of all of its versions. Raises ModelError where the model is not whole.
     """
-    from mlflow.exceptions import MlflowException
-
     client = connect(home)
     model_id = model_uri.removeprefix("models:/")
     # The location itself: MLflow would look models:/m-<id> up in the tracking URI of the process, not of this client.
@@ -110,11 +117,8 @@ def register(
         if known:
             version = known[0]
         else:
-            try:
+            with passing_over("RESOURCE_ALREADY_EXISTS"):
                 client.create_registered_model(name, description=question or None)
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
             version = client.create_model_version(
                 name,
                 source,

@@ -18,7 +18,7 @@ from hpo.home import Home
 from hpo.metrics import label_of
 from hpo.records import ENSEMBLE, Candidate, DataCard, StudyResult, TrialResult, TrialState
 from hpo.tracking.run_metrics import OBJECTIVE
-from hpo.tracking.store import connect, is_missing, pages, translate_errors
+from hpo.tracking.store import connect, is_missing, pages, passing_over, translate_errors
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -263,9 +263,12 @@ def experiment(client: Any, home: Home, name: str) -> str:
     if found is None:
         # Without a location, an embedded store would write to the current working directory.
         location = (home.artifacts / name).as_uri() if home.embedded else None
-        return str(client.create_experiment(name, artifact_location=location))
+        with passing_over("RESOURCE_ALREADY_EXISTS"):
+            client.create_experiment(name, artifact_location=location)
+        found = client.get_experiment_by_name(name)
     if found.lifecycle_stage == "deleted":
-        client.restore_experiment(found.experiment_id)
+        with passing_over("RESOURCE_DOES_NOT_EXIST"):  # among the deleted ones
+            client.restore_experiment(found.experiment_id)
     return str(found.experiment_id)
 
 

@@ -103,6 +103,18 @@ def connect(home: Home) -> Any:
         return client
 
 
+@contextmanager
+def passing_over(error_code: str) -> Iterator[None]:
+    """Pass over MLflow's refusal to make or restore what another process has made or restored a moment ago."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != error_code:
+            raise
+
+
 def database_address(home: Home) -> str:
     """The address of a tracking database in which places are named where they are now, after a move of the home.
 

@@ -20,7 +20,7 @@ from hpo.tracking import champions, ledger, registry, runs
 from hpo.tracking.ledger import Opening, add_openings
 from hpo.tracking.models import delete_model, is_whole
 from hpo.tracking.run_metrics import metrics_at
-from hpo.tracking.store import connect, load_mlflow, pages, translate_errors
+from hpo.tracking.store import connect, pages, passing_over, translate_errors
 from hpo.tracking.transfer.export_runs import COPIED, URI, TrackedStudy, logged_models
 
 _INCOMPLETE = "hpo.moving"  # tag of a version whose other tags are not yet written
@@ -197,14 +197,9 @@ def _register(
 
     Returns number in the file -> MLflow's version here. Numbers stay if few are to be used up for that.
     """
-    from mlflow.exceptions import MlflowException
-
     name = model["name"]
-    try:
+    with passing_over("RESOURCE_ALREADY_EXISTS"):
         client.create_registered_model(name, description=model["description"] or None)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
     known = {each.source: each for each in pages(client.search_model_versions, filter_string=f"name = '{name}'")}
     here: dict[int, Any] = {}
     highest = max((version["number"] for version in model["versions"]), default=0)
@@ -332,15 +327,9 @@ def _find_copy(target: Home, name: str, digest: str) -> int | None:
 @translate_errors
 def _add_copy(target: Home, name: str, folder: Path, tags: Mapping[str, str], origin: Any) -> int:
     """Log and register the model in folder, with a run that has the parameters and scores of its original run."""
-    load_mlflow()
-    from mlflow.exceptions import MlflowException
-
     client = connect(target)
-    try:
+    with passing_over("RESOURCE_ALREADY_EXISTS"):
         client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
     place = runs.experiment(client, target, name)
     run_id = client.create_run(place, tags={runs.KIND: "copy", **tags}, run_name=f"{name}, copied").info.run_id
     logged = None
