@@ -80,7 +80,7 @@ def judge(folder: Path, phase: str, seen: Seen, budget: int) -> Findings:
     """Look at a home with the study `short` after its last life: plain sqlite3, Optuna and MLflow, then check."""
     import optuna
 
-    from hpo.storage.optuna_storage import read_study
+    from hpo.storage.reader import read_study
 
     home, findings = Home.at(folder), Findings()
     for name in ("optuna.db", "mlflow.db"):

@@ -40,7 +40,7 @@ from hpo.records import TrialResult, TrialState
 from hpo.search.lifecycle import open_study
 from hpo.spec.load import parse_study
 from hpo.spec.study import StudySpec
-from hpo.storage.optuna_storage import read_study
+from hpo.storage.reader import read_study
 from postgres import PASSWORD, Server, server
 
 FORK = multiprocessing.get_context("fork")

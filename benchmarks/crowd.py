@@ -27,7 +27,7 @@ import yaml
 from agreement import Findings, check
 from hpo.home import Home
 from hpo.records import TrialState
-from hpo.storage.optuna_storage import list_studies
+from hpo.storage.reader import read_snapshots
 from lives import members
 
 WRITERS = ("first", "first", "second", "third", "fourth")
@@ -185,7 +185,7 @@ def crowd(folder: Path, *, trials: int, seconds: float | None = None) -> Finding
     for reader in readers:
         reader.join()
     home = Home.find(folder)
-    found = list_studies(home)
+    found = [each.study for each in read_snapshots(home)]
     if sorted(study.title for study in found) != sorted(set(WRITERS)):
         findings.add("runs that ended badly", f"studies {[study.title for study in found]}")
     for study in found:

@@ -62,7 +62,7 @@ def measure(name: str, path: str | None, minutes: float, home: Path, *, test: bo
     from hpo.jobs.compare import compare
     from hpo.jobs.ensemble import ensemble
     from hpo.spec.load import load_study
-    from hpo.storage.optuna_storage import read_study
+    from hpo.storage.reader import read_study
     from hpo.tracking.registry import fetch, resolve
     from hpo.tracking.tracker import Tracker
 

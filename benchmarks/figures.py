@@ -18,7 +18,7 @@ from hpo.execute.workers.job_process import draw_study, draw_trial
 from hpo.home import Home
 from hpo.jobs.report import write_report
 from hpo.relocation import local_path
-from hpo.storage.optuna_storage import read_study
+from hpo.storage.reader import read_study
 from hpo.tracking.runs import TRIAL, children, find_parent
 from hpo.tracking.store import connect
 

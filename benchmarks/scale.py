@@ -69,7 +69,7 @@ def command(*words: str, home: Path) -> tuple[float, float]:
 
 def go_on(folder: Path, count: int) -> tuple[float, float, float]:
     """Seconds of a run of 10 more trials to its first trial, from its last to the end, and of CPU in all."""
-    from hpo.storage.optuna_storage import read_study
+    from hpo.storage.reader import read_study
 
     home, file = Home.find(folder).create(), folder / "grown.yaml"
     spec = spec_of("grown", sampler="tpe", trials=1)

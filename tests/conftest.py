@@ -52,7 +52,10 @@ def _prepare_digits(folder: Path) -> None:
 def digits_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for HPO_DATA in which the digits lie prepared."""
     digits = shared(tmp_path_factory, "digits", _prepare_digits)
-    return Path(shutil.copytree(digits / "data", tmp_path_factory.mktemp("digits") / "cache"))
+    cache = Path(shutil.copytree(digits / "data", tmp_path_factory.mktemp("digits") / "cache"))
+    # To trace a network anew takes seconds.
+    (cache / "programs").symlink_to(shared(tmp_path_factory, "programs", lambda folder: None), True)
+    return cache
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from hpo.cli.app import app
 from hpo.home import Home
 from hpo.records import TrialState
-from hpo.storage.optuna_storage import read_study
+from hpo.storage.reader import read_study
 
 QUICK = ["--set", "training.epochs=3", "--set", "search.pruner=none", "--set", "search.sampler=random"]
 HPO = [sys.executable, "-m", "hpo"]

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from hpo.cli.app import app
 from hpo.home import Home
 from hpo.records import StudyResult
-from hpo.storage.optuna_storage import read_study
+from hpo.storage.reader import read_study
 from hpo.tracking import runs
 from hpo.tracking.store import connect
 from hpo.tracking.ui import runs_address

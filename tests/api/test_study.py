@@ -15,7 +15,7 @@ import hpo
 from hpo.api.study import Study
 from hpo.errors import HpoError, ModelError, StoreError
 from hpo.home import Home
-from hpo.storage.optuna_storage import read_study
+from hpo.storage.reader import read_study
 from made_studies import random_study, staged_study, two_objectives
 
 

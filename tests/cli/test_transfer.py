@@ -14,7 +14,7 @@ from hpo.home import Home
 from hpo.records import TrialResult, TrialState
 from hpo.search.lifecycle import open_study
 from hpo.spec.load import parse_study
-from hpo.storage.optuna_storage import read_study
+from hpo.storage.reader import read_study
 
 
 @pytest.fixture

@@ -22,8 +22,7 @@ from hpo.spec.load import parse_study
 from hpo.spec.study import StudySpec
 from hpo.storage import transfer
 from hpo.storage.optuna_private import trial_id_of
-from hpo.storage.optuna_storage import list_studies, read_study
-from hpo.storage.reader import read_snapshots
+from hpo.storage.reader import read_snapshots, read_study
 from hpo.storage.trial_attrs import RESULT
 
 FORK = multiprocessing.get_context("fork")
@@ -87,7 +86,7 @@ def test_supervisors_started_at_once_on_nothing_spend_the_budget_exactly_and_no_
     for process in crowd:
         process.join(120)
     assert [process.exitcode for process in crowd] == [0] * 6
-    assert [study.title for study in list_studies(store)] == ["study"]
+    assert [found.study.title for found in read_snapshots(store)] == ["study"]
     trials = read_study(store, "study").trials
     assert sorted(trial.candidate.ordinal for trial in trials) == list(range(budget))
     assert {trial.state for trial in trials} == {TrialState.COMPLETE}

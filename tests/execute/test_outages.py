@@ -21,7 +21,7 @@ import pytest
 
 from hpo.home import Home
 from hpo.records import TrialState
-from hpo.storage.optuna_storage import read_study
+from hpo.storage.reader import read_study
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 

@@ -17,7 +17,7 @@ from agreement import Findings, check
 from crowd import Life, crowd
 from hpo.home import Home
 from hpo.records import TrialState
-from hpo.storage.optuna_storage import read_study
+from hpo.storage.reader import read_study
 
 pytestmark = pytest.mark.long
 HPO = [sys.executable, "-m", "hpo"]

@@ -15,8 +15,7 @@ from hpo.records import TrialState
 from hpo.search.lifecycle import open_study, reap
 from hpo.search.study import Study
 from hpo.spec.load import parse_study
-from hpo.storage.optuna_storage import read_study
-from hpo.storage.reader import read_snapshots
+from hpo.storage.reader import read_snapshots, read_study
 
 STUDY = {
     "name": "own",

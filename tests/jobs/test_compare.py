@@ -19,7 +19,7 @@ from hpo.home import Home
 from hpo.jobs.compare import compare, write_comparison
 from hpo.jobs.shared.model_reference import find_model
 from hpo.spec.load import parse_study
-from hpo.storage.optuna_storage import read_study
+from hpo.storage.reader import read_study
 from hpo.tracking.ledger import openings
 
 DIGITS = [str(digit) for digit in range(10)]

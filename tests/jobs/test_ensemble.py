@@ -35,7 +35,7 @@ from hpo.report.ensembles import Gain
 from hpo.report.statistics import Interval
 from hpo.search.study import Study
 from hpo.spec.load import load_study, parse_study
-from hpo.storage.optuna_storage import read_study
+from hpo.storage.reader import read_study
 from hpo.tracking.champions import outlasts
 from hpo.tracking.registry import fetch, resolve, set_alias
 from hpo.tracking.store import connect

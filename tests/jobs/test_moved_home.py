@@ -32,7 +32,7 @@ from hpo.jobs.transfer import export_study, import_study
 from hpo.predict import load_model
 from hpo.relocation import relocate
 from hpo.spec.load import load_study
-from hpo.storage.optuna_storage import read_study
+from hpo.storage.reader import read_study
 from hpo.tracking.models import delete_artifacts
 from hpo.tracking.registry import fetch, resolve, set_alias, versions
 from hpo.tracking.store import connect

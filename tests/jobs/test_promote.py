@@ -26,7 +26,7 @@ from hpo.records import FINAL
 from hpo.spec.load import load_study
 from hpo.spec.outcome import PromoteSpec
 from hpo.spec.study import StudySpec
-from hpo.storage.optuna_storage import read_study
+from hpo.storage.reader import read_study
 from hpo.tracking.champions import champions
 from hpo.tracking.ledger import openings
 from hpo.tracking.registry import set_alias, versions

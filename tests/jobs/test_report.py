@@ -15,7 +15,7 @@ from hpo.errors import HpoError, StoreError
 from hpo.home import Home
 from hpo.jobs.promote import promote
 from hpo.jobs.report import explain_mistakes, gather, write_report
-from hpo.storage.optuna_storage import read_study
+from hpo.storage.reader import read_study
 from hpo.tracking.ledger import openings
 
 

@@ -17,7 +17,7 @@ from hpo.home import Home
 from hpo.jobs.rerun import Agreement, compare_epochs, rerun
 from hpo.records import Epoch, TrialState
 from hpo.spec.load import load_study
-from hpo.storage.optuna_storage import read_study
+from hpo.storage.reader import read_study
 from no_pictures import draw_nothing
 
 

@@ -20,7 +20,7 @@ from hpo.jobs.stop import stop_study
 from hpo.jobs.transfer import export_study, import_study
 from hpo.records import TrialResult, TrialState
 from hpo.search.lifecycle import open_study
-from hpo.storage.optuna_storage import read_study
+from hpo.storage.reader import read_study
 from hpo.tracking.champions import champions, record_champion
 from hpo.tracking.ledger import announce_opening, complete_opening, image_digests, name_images
 from hpo.tracking.registry import resolve, set_alias

@@ -19,7 +19,7 @@ import pytest
 
 from hpo.home import Home
 from hpo.predict import load_model
-from hpo.storage.optuna_storage import read_study
+from hpo.storage.reader import read_study
 from whole_study import whole
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]

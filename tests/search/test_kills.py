@@ -17,7 +17,7 @@ from hpo.database import server_address
 from hpo.records import FINAL, TrialResult, TrialState
 from hpo.search import results
 from hpo.search.lifecycle import open_study
-from hpo.storage.optuna_storage import read_study
+from hpo.storage.reader import read_study
 from hpo.storage.trial_attrs import key_of
 from staged import STAGES, worth
 

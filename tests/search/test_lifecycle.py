@@ -12,7 +12,7 @@ from formula import run_all
 from hpo.errors import SpecError, StoreError
 from hpo.records import FailureKind, TrialResult, TrialState
 from hpo.search.lifecycle import open_study
-from hpo.storage.optuna_storage import read_study
+from hpo.storage.reader import read_study
 
 
 def test_what_has_not_begun_cannot_be_joined(home, make_spec):

@@ -13,8 +13,7 @@ import pytest
 from formula import objective, train
 from hpo.home import Home
 from hpo.search.lifecycle import open_study
-from hpo.storage.optuna_storage import read_study
-from hpo.storage.reader import list_trials
+from hpo.storage.reader import list_trials, read_study
 from hpo.storage.trial_index import BEST, LATEST, MOST, OTHERS, EndedTrials
 from many_trials import CONDITIONAL, GRID, SPACE, make_study
 from search_fixtures import specify

@@ -10,7 +10,7 @@ from formula import FINITE, FINITE_CELLS, NUMERIC, run_all, train
 from hpo.errors import SpecError
 from hpo.records import TrialResult, TrialState
 from hpo.search.lifecycle import open_study
-from hpo.storage.optuna_storage import read_study
+from hpo.storage.reader import read_study
 from hpo.storage.trial_attrs import key_of
 
 FORK = multiprocessing.get_context("fork")

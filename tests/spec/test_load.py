@@ -47,6 +47,12 @@ def test_every_study_that_ships_is_valid_and_found_from_any_folder(name, tmp_pat
     assert load_study(name).name == name
 
 
+@pytest.mark.parametrize("before", [[], ["final={set: {training.epochs: 9}, seeds: 2}"], ["final=null"]], ids=str)
+def test_an_override_reaches_a_setting_of_final_trainings(study, before):
+    final = load_study(study, overrides=[*before, "final.set.training.epochs=60"]).final
+    assert (final.set, final.seeds) == ({"training.epochs": 60}, 2 if "seeds" in str(before) else 1)
+
+
 def test_overrides_reach_any_place_and_are_validated(study):
     spec = load_study(study, overrides=["training.epochs=5", "search.space.training.optimizer.lr.float=[0.01, 0.1]"])
     assert spec.training.epochs == 5

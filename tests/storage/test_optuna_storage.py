@@ -13,7 +13,7 @@ from formula import train
 from hpo.errors import StoreError
 from hpo.search.lifecycle import open_study
 from hpo.storage import optuna_storage, retry
-from hpo.storage.optuna_storage import list_studies, read_study
+from hpo.storage.reader import read_snapshots, read_study
 
 
 def test_reading_asks_as_many_queries_for_many_trials_as_for_few(home, make_spec):
@@ -48,7 +48,7 @@ def test_reading_where_nothing_ran_makes_no_files_and_says_what_to_run(bare_home
     with pytest.raises(StoreError, match="no study 'digits-mlp'") as caught:
         read_study(bare_home, "digits-mlp")
     assert "hpo run digits-mlp" in caught.value.hint
-    assert list_studies(bare_home) == []
+    assert read_snapshots(bare_home) == []
     assert not bare_home.root.exists()
 
 
@@ -56,7 +56,7 @@ def test_absent_study_error_names_those_there_are(home, make_spec):
     open_study(home, make_spec(), data_digest="d").close()
     with pytest.raises(StoreError, match=r"known: study\)"):
         read_study(home, "studi")
-    assert [found.title for found in list_studies(home)] == ["study"]
+    assert [found.study.title for found in read_snapshots(home)] == ["study"]
 
 
 def test_file_that_is_no_database_is_one_clear_error(home, make_spec):
@@ -72,7 +72,7 @@ def test_storage_of_another_optuna_is_one_clear_error(home, make_spec):
     with sqlite3.connect(home.root / "optuna.db") as database:
         database.execute("UPDATE alembic_version SET version_num = 'v0.9.0.a'")
     with pytest.raises(StoreError, match="no longer compatible") as caught:
-        read_study(home, "study")
+        open_study(home, make_spec(), data_digest="d")
     assert "hpo store upgrade" in caught.value.hint
 
 

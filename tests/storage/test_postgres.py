@@ -20,8 +20,8 @@ from hpo.locks import lock
 from hpo.records import TrialResult, TrialState
 from hpo.search.lifecycle import open_study, reap
 from hpo.storage import liveness, retry
-from hpo.storage.optuna_storage import open_storage, read_study
-from hpo.storage.reader import read_snapshots
+from hpo.storage.optuna_storage import open_storage
+from hpo.storage.reader import read_snapshots, read_study
 
 FORK = multiprocessing.get_context("fork")
 

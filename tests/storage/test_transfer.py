@@ -13,8 +13,7 @@ from hpo.home import Home
 from hpo.records import TrialResult, TrialState
 from hpo.search.lifecycle import open_study
 from hpo.storage import transfer as moving
-from hpo.storage.optuna_storage import read_study
-from hpo.storage.reader import read_snapshots
+from hpo.storage.reader import read_snapshots, read_study
 from hpo.storage.transfer import Relation
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +21,13 @@ from hpo.locks import ensemble_lock, lock
 from hpo.records import ENSEMBLE, FINAL, DataCard, ModelVersion, StudyResult, Trial, TrialResult, TrialState
 from hpo.report.ensembles import Gain, Limits, Pool, estimate_gain, select
 from hpo.search.constraints import highest_allowed
-from hpo.search.study import Study
 from hpo.spec.outcome import EnsembleSpec
 from hpo.spec.study import Setup, StudySpec
 from hpo.tracking.models import NET, SETUP
 from hpo.tracking.tracker import Tracker
+
+if TYPE_CHECKING:
+    from hpo.search.study import Study
 
 _MOST_CANDIDATES = 50
 _FEWEST_IMAGES = 20  # of a validation part that is divided into halves

@@ -11,6 +11,7 @@ from hpo.jobs.export_model import export_model
 from hpo.jobs.report import gather
 from hpo.records import ModelVersion
 from hpo.report.card import model_card
+from hpo.storage.reader import read_study
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,6 @@ def write_card(
     repository OWNER/NAME to upload that folder to, private where it is new. licence is that of the model. Raises
     HpoError where there is no such model or study, where the folder exists, and where the Hub refuses.
     """
-    from hpo.storage.optuna_storage import read_study
     from hpo.tracking.registry import describe, resolve
 
     if push and out is None:

@@ -38,6 +38,7 @@ from hpo.search.study import Study
 from hpo.spec.load import parse_study
 from hpo.spec.outcome import EnsembleSpec
 from hpo.spec.study import StudySpec
+from hpo.storage.reader import read_study
 from hpo.tracking.tracker import Tracker
 
 
@@ -76,8 +77,6 @@ def ensemble(
     place of probabilities. The version is of the study's registered model, as challenger. dry_run only tells what it
     would gain. Nothing is trained, and the test part stays closed. Raises HpoError.
     """
-    from hpo.storage.optuna_storage import read_study
-
     place = Home.find(home)
     relocate(place)  # before the handle of the study: while somebody has one, a moved home keeps its old addresses
     record = read_study(place, study)
@@ -204,7 +203,6 @@ def _of_other(
     study's validation or test part.
     """
     from hpo.data.overview import shared_rows
-    from hpo.storage.optuna_storage import read_study
 
     study, card, images = own
     other = read_study(home, name)

@@ -15,6 +15,7 @@ from hpo.jobs.shared.model_reference import ModelReference, find_model
 from hpo.jobs.shared.test_set_access import measure, test_scores
 from hpo.records import ModelVersion
 from hpo.spec.load import parse_study
+from hpo.storage.reader import read_study
 from hpo.tracking.champions import record_champion
 from hpo.tracking.ledger import Opening, openings
 from hpo.tracking.registry import resolve, set_alias, versions
@@ -59,7 +60,6 @@ def promote(study: str, *, home: str | Path | None = None, force: bool = False, 
     damaged line.
     """
     from hpo.predict import load_model
-    from hpo.storage.optuna_storage import read_study
 
     place = Home.find(home)
     record = read_study(place, study)
@@ -166,8 +166,6 @@ def find_store(to: str | Path, home: Home) -> Home:
 
 def _openings(home: Home, version: ModelVersion) -> list[Opening]:
     """The openings that measured it; none where its study is gone."""
-    from hpo.storage.optuna_storage import read_study
-
     with contextlib.suppress(HpoError):
         study = read_study(home, version.generation) if not version.origin else None
         return [each for each in openings(home, study) if each.trial == version.trial] if study else []

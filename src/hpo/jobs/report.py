@@ -23,10 +23,12 @@ from hpo.report.figures.images import confident_mistakes
 from hpo.report.study_page import Answers, Findings, Opening, Samples, shown_trial, study_page
 from hpo.spec.load import parse_study
 from hpo.spec.study import StudySpec
+from hpo.storage.reader import read_study
 from hpo.tracking.ledger import openings
+from hpo.tracking.reader import run_file, study_run, trial_runs
 from hpo.tracking.registry import resolve, versions
-from hpo.tracking.runs import TRIAL, artifact, children, find_parent
-from hpo.tracking.store import connect, exists, translate_errors
+from hpo.tracking.runs import TRIAL
+from hpo.tracking.store import translate_errors
 
 _SAMPLES = 6  # images of each class
 _PIXELS = 50_000_000  # at most, for mean and deviation: half a second
@@ -48,8 +50,6 @@ def write_report(
     second measure of importance; each takes seconds. The test part is never opened. Raises StoreError if there is no
     such study and HpoError if the file cannot be written; other missing parts are listed on the page.
     """
-    from hpo.storage.optuna_storage import read_study
-
     place = Home.find(home)
     record = read_study(place, study)
     path = Path(out or place.reports / f"{record.title}.html").expanduser().absolute()
@@ -86,7 +86,6 @@ def explain_mistakes(
     study's report shows. Raises ModelError if its validation predictions or the images are gone.
     """
     from hpo.data.overview import to_png
-    from hpo.storage.optuna_storage import read_study
 
     place = home if isinstance(home, Home) else Home.find(home)
     version = resolve(place, model)
@@ -191,27 +190,24 @@ def _tracked(home: Home, study: StudyResult) -> _Tracked:
         for look in openings(home, study)
     )
     found = _Tracked(openings=looks)
-    if not exists(home):
-        return found
     model = next((each for each in versions(home, study.name) if each.study == study.title and not each.origin), None)
-    client = connect(home)
-    parent = find_parent(client, study)
+    parent = study_run(home, study)
     if parent is None:
         return replace(found, model=model)
     shown = shown_trial(study, model)
     with tempfile.TemporaryDirectory() as folder:
-        file = artifact(client, parent.info.run_id, "data.json", folder)
+        file = run_file(home, parent, "data.json", folder)
         data, split = _cards(json.loads(file.read_text(encoding="utf-8"))) if file else (None, None)
         answers, decided = None, {}
-        for run in children(client, parent, f"tags.`{TRIAL}` = '{shown.number}'") if shown else ():
-            file = artifact(client, run.info.run_id, "report/validation.npz", folder)
-            if file is not None:
+        number = str(shown.number) if shown else ""
+        for run in (each for each in trial_runs(home, parent) if each.tags.get(TRIAL) == number):
+            if file := run_file(home, run, "report/validation.npz", folder):
                 with np.load(file, allow_pickle=False) as arrays:
                     answers = dict(arrays)
-            if file := artifact(client, run.info.run_id, "report/answers.json", folder):
+            if file := run_file(home, run, "report/answers.json", folder):
                 decided = json.loads(file.read_text(encoding="utf-8"))
     found = replace(found, answers=answers, decided=decided)
-    return replace(found, model=model, data=data, split=split, versions=_versions(parent.data.tags))
+    return replace(found, model=model, data=data, split=split, versions=_versions(parent.tags))
 
 
 def _cards(stored: Mapping[str, Any]) -> tuple[DataCard, SplitCard]:

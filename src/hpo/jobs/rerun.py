@@ -20,6 +20,7 @@ from hpo.jobs.shared.model_reference import ModelReference, find_trial, study_da
 from hpo.records import ENSEMBLE, Epoch, StudyResult, Trial, TrialResult, TrialState, unpack_classes
 from hpo.spec.load import parse_study
 from hpo.spec.study import Setup, StudySpec
+from hpo.storage.reader import read_study
 
 if TYPE_CHECKING:
     from hpo.training.stack import Stacks
@@ -151,8 +152,6 @@ def _trained(asked: str, place: Home, *, trust: bool) -> tuple[StudyResult, Stud
         raise HpoError(
             f"{asked}: {what}.", f"Write STUDY#NUMBER: {'#'.join(version.groups() if version else ('digits-mlp', '3'))}"
         )
-    from hpo.storage.optuna_storage import read_study
-
     study = read_study(place, match[1])
     spec = with_model(parse_study(study.spec, trust=trust), place, trust=trust)
     trial = find_trial(study, match[2], (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAILED))

@@ -16,6 +16,7 @@ from hpo.jobs.shared.archive import Archive, damaged, reading, writing
 from hpo.locks import locked
 from hpo.records import StudyResult, TrialState
 from hpo.report.text import counted
+from hpo.storage.reader import read_study
 from hpo.tracking.ledger import parse_opening
 from hpo.tracking.store import check_reachable
 
@@ -210,8 +211,6 @@ def import_study(file: str | Path, *, home: str | Path | None = None, move_alias
 
 
 def _not_exported(home: Home, title: str, side: TrackedStudy) -> Iterable[str]:
-    from hpo.storage.optuna_storage import read_study
-
     for version in (side.registered or {"versions": ()})["versions"]:
         if not version["model"]:
             yield f"not exported: registered version {version['number']}, which has no logged model"

@@ -22,7 +22,8 @@ from hpo.errors import HpoError, ModelError, TrainingError
 from hpo.models.basic import OneLogit, build_cnn, build_convnet, build_mlp, build_resnet
 from hpo.models.calibration import Calibrated
 from hpo.models.ensemble import Ensemble, build_ensemble
-from hpo.models.safe_loader import check_program, load_program, read_config
+from hpo.models.program_file import architecture_of, export_to
+from hpo.models.safe_loader import load_program, read_config
 from hpo.models.transfer import build_transfer
 from hpo.models.views import View, Views
 from hpo.spec.load import small_text
@@ -288,11 +289,14 @@ def export_program(folder: Path) -> Path:
 
     Raises ModelError where the network does what no program may that load_program loads.
     """
-    program = traced(*load_trained(folder))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.export.save(program, folder / PROGRAM)
-    check_program(folder / PROGRAM)
+    net, config = load_trained(folder)
+    export_to(
+        folder / PROGRAM,
+        whole_program(net, config),
+        lambda: traced(net, config),
+        architecture=architecture_of(_setup(folder / SETUP), config),
+        image_shape=config["image_shape"],
+    )
     return folder / PROGRAM
 
 
@@ -315,12 +319,6 @@ class TrainedNet:
             pieces = (images[start : start + 64] for start in range(0, len(images), 64))
             found: NDArray[np.float32] = torch.cat([self._whole(torch.from_numpy(np.array(p))) for p in pieces]).numpy()
         return found
-
-
-def warm_up_exports() -> None:
-    """Import torch's compiler, most of which its first use imports."""
-    sizes = ({0: torch.export.Dim("batch", min=1)},)
-    torch.export.export(nn.Linear(1, 1).eval(), (torch.zeros(2, 1),), dynamic_shapes=sizes)
 
 
 def whole_program(net: nn.Module, config: Mapping[str, Any]) -> nn.Module:

@@ -25,14 +25,16 @@ class Calibrated(nn.Module):
 
     def __init__(self, program: nn.Module, temperature: float) -> None:
         super().__init__()
-        self.program, self.temperature = program, temperature
+        self.program = program
+        self.temperature: Tensor  # a buffer, so that the graph does not depend on it
+        self.register_buffer("temperature", torch.tensor(temperature))
 
     def forward(self, images: Tensor) -> Tensor:
         """Images as the program takes them -> calibrated probabilities (n, classes)."""
         return at_temperature(self.program(images), self.temperature)
 
 
-def at_temperature(probabilities: Tensor, temperature: float) -> Tensor:
+def at_temperature(probabilities: Tensor, temperature: float | Tensor) -> Tensor:
     """Probabilities (n, classes) -> p^(1 / T), normalised; T > 1 makes them less sure, T < 1 surer."""
     return (probabilities.clamp_min(_LEAST).log() / temperature).softmax(1)
 

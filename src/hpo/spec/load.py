@@ -22,6 +22,7 @@ from hpo.spec.own_code import check_file, check_stored
 from hpo.spec.study import StudySpec, means_null, set_place
 
 _TAGS = (*FAMILIES, "own", "float", "int", "choice", "root")  # in pydantic's places, and not in a file
+_DOTTED = (("search", "space"), ("final", "set"))  # places whose keys are places
 _MOST_FAULTS = 10  # that one message tells
 _MOST_BYTES, _MOST_VALUES = 1_000_000, 50_000  # of a study file: a hundred times what the longest has
 
@@ -233,19 +234,28 @@ def _parse_override(text: str) -> tuple[str, Any]:
         raise SpecError(f"--set {text}: the value is not readable as YAML.", "Quote it.") from None
 
 
+def _mapping_at(tree: dict[str, Any], key: str) -> dict[str, Any]:
+    """The mapping under a key, which is put there where something else is."""
+    if not isinstance(tree.get(key), dict):
+        tree[key] = {}
+    found: dict[str, Any] = tree[key]
+    return found
+
+
 def _override(tree: dict[str, Any], place: str, value: Any) -> None:
-    """Like set_place, but the keys of a search space are dotted themselves."""
-    search = tree.get("search")
-    space = search.get("space") if isinstance(search, dict) else None
-    if not place.startswith("search.space.") or not isinstance(space, dict):
+    """Like set_place, but the keys of a search space, and of the settings of final trainings, are dotted themselves."""
+    above, key = next((each for each in _DOTTED if place.startswith(".".join((*each, "")))), (place, ""))
+    if not key:
         set_place(tree, place, value)
         return
-    rest = place.removeprefix("search.space.")
-    inside = [key for key in space if rest.startswith(f"{key}.")]
-    if inside and isinstance(space[inside[0]], dict):
-        set_place(space[inside[0]], rest.removeprefix(f"{inside[0]}."), value)
+    outer = _mapping_at(tree, above)
+    entries = _mapping_at(outer, key)
+    rest = place.removeprefix(f"{above}.{key}.")
+    inside = [entry for entry in entries if rest.startswith(f"{entry}.")]
+    if inside and isinstance(entries[inside[0]], dict):
+        set_place(entries[inside[0]], rest.removeprefix(f"{inside[0]}."), value)
     else:
-        space[rest] = value
+        entries[rest] = value
 
 
 def _explain(

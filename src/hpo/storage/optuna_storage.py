@@ -7,9 +7,8 @@ import math
 import re
 import sqlite3
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, TypeVar
 
 import optuna
@@ -21,15 +20,13 @@ from optuna.trial import FrozenTrial
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
-from hpo.database import SERVER_ARGUMENTS, reading, sqlite_address
+from hpo.database import SERVER_ARGUMENTS, reading
 from hpo.errors import StoreError
 from hpo.home import Home
 from hpo.locks import hold, lock
-from hpo.records import StudyResult, Trial
-from hpo.relocation import readable_copy
+from hpo.records import Trial
 from hpo.storage import liveness
 from hpo.storage.optuna_private import create_trial, read_trials, set_param, trial_id_of
-from hpo.storage.reader import no_study, to_result
 from hpo.storage.retry import Retrying, shown_url, store_errors
 from hpo.storage.trial_attrs import PAUSE, STUDY, attrs_of, pauses_of, to_trial
 from hpo.storage.trial_index import TrialIndex
@@ -257,11 +254,6 @@ class _Connection(sqlite3.Connection):
         self.execute("PRAGMA synchronous=NORMAL")
 
 
-def _open_copy(home: Home, file: Path) -> Storage:
-    with store_errors(home):
-        return Storage(home, Retrying(RDBStorage(sqlite_address(file))))
-
-
 def open_storage(home: Home) -> Storage:
     """Open the study storage; it is created if there is none, by one process at a time. Raises StoreError."""
     if home.storage_url == home.tracking_uri:
@@ -321,40 +313,3 @@ def generations(storage: Storage, name: str) -> dict[int, str]:
     """Generation -> title of every study of that name."""
     matches = map(re.compile(rf"{re.escape(name)}(?:~(\d+))?").fullmatch, storage.studies())
     return {int(match[1] or 1): match.string for match in matches if match}
-
-
-def read_study(home: Home, name: str) -> StudyResult:
-    """The newest generation of a study, or the one of a title such as name~2; name~1 is the first. Read-only.
-
-    Raises StoreError where there is no such study.
-    """
-    with _reading(home) as storage:
-        studies = storage.studies() if storage else {}
-        titles = generations(storage, name) if storage else {}
-        title = titles[max(titles)] if titles else name.removesuffix("~1")
-        if storage is None or title not in studies:
-            raise no_study(name, shown_url(home), studies)
-        number, record = studies[title]
-        return to_result(record, storage.records(number))
-
-
-def list_studies(home: Home) -> list[StudyResult]:
-    """Every generation of every study in the storage, oldest first; none where there is no storage yet."""
-    with _reading(home) as storage:
-        studies = storage.studies().values() if storage else ()
-        results = [to_result(record, storage.records(number)) for number, record in studies if storage]
-    return sorted(results, key=lambda result: result.created)
-
-
-@contextmanager
-def _reading(home: Home) -> Iterator[Storage | None]:
-    if not home.shared and not Path(shown_url(home)).exists():
-        yield None
-        return
-    copy = None if home.shared else readable_copy(home, "optuna.db")
-    storage = open_storage(home) if copy is None else _open_copy(home, copy)
-    try:
-        with store_errors(home):
-            yield storage
-    finally:
-        storage.close()

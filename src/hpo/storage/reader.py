@@ -92,6 +92,11 @@ def count_trials(home: Home) -> str:
     return f"{studies} {'study' if studies == 1 else 'studies'}, {trials} {'trial' if trials == 1 else 'trials'}"
 
 
+def read_study(home: Home, name: str) -> StudyResult:
+    """A study with all that its trials recorded, by a name as list_trials takes it. Raises StoreError."""
+    return list_trials(home, name, whole=True)
+
+
 def list_trials(home: Home, name: str, *, whole: bool = False) -> StudyResult:
     """A study, its newest generation or that of a title (name~1 is the first), with short results or whole ones.
 

@@ -22,8 +22,9 @@ from hpo.errors import StoreError
 from hpo.home import Home
 from hpo.locks import lock, locked
 from hpo.records import ModelVersion, StudyResult
-from hpo.tracking.runs import KIND, artifact, find_parent, user
-from hpo.tracking.store import connect, exists, pages, translate_errors
+from hpo.tracking.reader import Run, parent_runs, run_file
+from hpo.tracking.runs import find_parent, study_tags, user
+from hpo.tracking.store import connect, translate_errors
 
 LEDGER = "openings.jsonl"
 SET_ASIDE = "openings.damaged.jsonl"
@@ -136,9 +137,9 @@ def openings(home: Home, study: StudyResult) -> list[Opening]:
     Raises StoreError, also for a damaged line, as all that read the ledger do.
     """
     found = [opening for _, opening in _read(home.root / LEDGER)]
-    if exists(home):
-        parent = find_parent(connect(home), study)
-        found += _tagged(parent) if parent else []
+    wanted = study_tags(study).items()
+    for run in parent_runs(home):
+        found += _tagged(run) if wanted <= run.tags.items() else []
     return [each for each in _merged(found) if (each.study, each.created) == (study.title, study.created)]
 
 
@@ -146,9 +147,8 @@ def openings(home: Home, study: StudyResult) -> list[Opening]:
 def every_opening(home: Home, *, cache: Path | None = None) -> tuple[list[Opening], list[Opening]]:
     """The openings by all studies of the home and its store, oldest first, and those that only the cache knows."""
     found = [opening for _, opening in _read(home.root / LEDGER)]
-    if exists(home):
-        for run in _parents(connect(home)):
-            found += _tagged(run)
+    for run in parent_runs(home):
+        found += _tagged(run)
     own = _merged(found)
     keys = {opening.key for opening in own}
     others = [opening for _, opening in _read(cache / LEDGER)] if cache else []
@@ -208,12 +208,11 @@ def image_digests(home: Home, images: str, *, cache: Path | None = None) -> froz
         with contextlib.suppress(OSError):
             if (found := _pieces(_digest_file(folder, images).read_bytes(), images)) is not None:
                 return found
-    client = connect(home) if exists(home) else None
-    for run in _parents(client) if client is not None else ():
+    for run in parent_runs(home):
         if any(images in (opening.images, opening.trained) for opening in _tagged(run)):
             with tempfile.TemporaryDirectory() as scratch:
                 name = f"{_FOLDER}/{_digest_file(home.root, images).name}"
-                file = artifact(client, run.info.run_id, name, scratch)
+                file = run_file(home, run, name, scratch)
                 if file is not None and (found := _pieces(file.read_bytes(), images)) is not None:
                     return found
     return None
@@ -250,21 +249,12 @@ def count_set_aside(folder: Path) -> int:
     return 0
 
 
-def _parents(client: Any) -> Iterator[Any]:
-    """The runs in the store that can have openings: of all studies, and of copied versions."""
-    known = [each.experiment_id for each in pages(client.search_experiments, max_results=1000)]
-    for first in range(0, len(known), 100):
-        ids = known[first : first + 100]
-        wanted = f"tags.`{KIND}` != 'trial'"
-        yield from pages(client.search_runs, experiment_ids=ids, filter_string=wanted, max_results=1000)
-
-
-def _tagged(run: Any) -> list[Opening]:
+def _tagged(run: Run) -> list[Opening]:
     found = []
-    for name, what in _tag_openings(run.data.tags):
+    for name, what in _tag_openings(run.tags):
         if isinstance(what, str):
             raise StoreError(
-                f"run {run.info.run_id} in MLflow: its tag {name} {what}, so an opening would go uncounted.",
+                f"run {run.id} in MLflow: its tag {name} {what}, so an opening would go uncounted.",
                 "Have it replaced from the ledger: hpo doctor --fix",
             )
         found.append(what)

@@ -7,13 +7,16 @@ deleted models. A server is read by its client.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from hpo.database import Reader, reading
 from hpo.home import Home
-from hpo.tracking.runs import PARENT, children
-from hpo.tracking.store import connect, is_server, pages, translate_errors
+from hpo.records import StudyResult
+from hpo.relocation import local_path
+from hpo.tracking.runs import KIND, PARENT, artifact, children, study_tags
+from hpo.tracking.store import connect, database_address, exists, is_server, pages, translate_errors
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Run:
-    """A run with the tags that hpo uses. status is RUNNING, FINISHED, FAILED or KILLED."""
+    """A run with the tags that hpo uses, of a study's run all tags. status is RUNNING, FINISHED, FAILED or KILLED."""
 
     id: str
     experiment: str
@@ -90,25 +93,66 @@ def read_tracking(home: Home) -> TrackingSnapshot | None:
 
 
 @translate_errors
-def trial_runs(home: Home, parent: Any) -> list[Run]:
-    """The runs of a study's trials that are not deleted, newest first; parent is the study's mlflow Run."""
+def parent_runs(home: Home) -> list[Run]:
+    """The runs of studies and of copied versions that are not deleted, with all their tags. Raises StoreError."""
     if is_server(home.tracking_uri):
-        return [_run(run) for run in children(connect(home), parent)]
-    with reading(home.tracking_uri) as reader:
-        found = _runs(reader, parent.info.experiment_id) if reader is not None else ()
-        return [run for run in found if run.tags.get(PARENT) == parent.info.run_id and not run.deleted]
+        client = connect(home)
+        found: list[Run] = []
+        known = [each.experiment_id for each in pages(client.search_experiments, max_results=1000)]
+        for first in range(0, len(known), 100):
+            ids, wanted = known[first : first + 100], f"tags.`{KIND}` != 'trial'"
+            every = pages(client.search_runs, experiment_ids=ids, filter_string=wanted, max_results=1000)
+            found += [replace(as_run(run), tags=run.data.tags) for run in every]
+        return found
+    if not exists(home):
+        return []
+    with reading(database_address(home)) as reader:
+        if reader is None or "tags" not in reader.tables():
+            return []
+        return [run for run in _runs(reader, parents=True) if not run.deleted]
 
 
-def _runs(reader: Reader, experiment: str | None = None) -> Iterator[Run]:
-    """The runs of an experiment, or all runs, newest first."""
+def study_run(home: Home, study: StudyResult) -> Run | None:
+    """The run of a study's generation, the oldest if several were made; None where it has none. Raises StoreError."""
+    found = [run for run in parent_runs(home) if study_tags(study).items() <= run.tags.items()]
+    return found[-1] if found else None
+
+
+@translate_errors
+def trial_runs(home: Home, parent: Run) -> list[Run]:
+    """The runs of a study's trials that are not deleted, newest first; parent is the study's run."""
+    if is_server(home.tracking_uri):
+        client = connect(home)
+        return [as_run(run) for run in children(client, client.get_run(parent.id))]
+    with reading(database_address(home)) as reader:
+        found = _runs(reader, parent.experiment) if reader is not None else ()
+        return [run for run in found if run.tags.get(PARENT) == parent.id and not run.deleted]
+
+
+@translate_errors
+def run_file(home: Home, run: Run, path: str, folder: str) -> Path | None:
+    """A file of a run, where it lies in an embedded store, else a copy in folder; None where the run has none."""
+    place = local_path(run.location) if home.embedded else None
+    if place is None:
+        return artifact(connect(home), run.id, path, folder)
+    file = home.check_inside(place / path)
+    return file if file.is_file() else None
+
+
+def _runs(reader: Reader, experiment: str | None = None, *, parents: bool = False) -> Iterator[Run]:
+    """The runs of an experiment, or all runs, newest first. parents: without those of trials, with every tag."""
     chosen = "r.experiment_id = :experiment" if experiment is not None else "1 = 1"
-    values = {"experiment": int(experiment)} if experiment is not None else {}
+    values: dict[str, Any] = {"experiment": int(experiment)} if experiment is not None else {}
+    ours, names = " AND (t.key LIKE 'hpo.%' OR t.key LIKE 'mlflow.hpo.%' OR t.key = :parent)", {"parent": PARENT}
+    if parents:
+        chosen += " AND r.run_uuid IN (SELECT run_uuid FROM tags WHERE key = :kind AND value != 'trial')"
+        values, ours, names = values | {"kind": KIND}, "", {}
     tags: dict[str, dict[str, str]] = {}
     query = (
         "SELECT t.run_uuid, t.key, t.value FROM tags t JOIN runs r ON r.run_uuid = t.run_uuid "  # noqa: S608
-        f"WHERE {chosen} AND (t.key LIKE 'hpo.%' OR t.key LIKE 'mlflow.hpo.%' OR t.key = :parent)"
+        f"WHERE {chosen}{ours}"
     )
-    for run, key, value in reader.rows(query, **values, parent=PARENT):
+    for run, key, value in reader.rows(query, **values, **names):
         tags.setdefault(run, {})[key] = value
     query = (
         "SELECT r.run_uuid, r.experiment_id, r.status, r.artifact_uri, r.lifecycle_stage FROM runs r "  # noqa: S608
@@ -150,7 +194,7 @@ def _from_server(home: Home) -> TrackingSnapshot:
     runs: list[Run] = []
     models: list[Model] = []
     for experiment in experiments:
-        runs += map(_run, pages(client.search_runs, experiment_ids=[experiment.id], run_view_type=3))
+        runs += map(as_run, pages(client.search_runs, experiment_ids=[experiment.id], run_view_type=3))
         models += [
             Model(each.model_id, each.experiment_id, each.artifact_location, False, each.source_run_id or "")
             for each in pages(client.search_logged_models, experiment_ids=[experiment.id])
@@ -172,7 +216,8 @@ def _version(
     return Version(name, int(number), location or "", run or "", tuple(sorted(aliases.get((name, int(number)), ()))))
 
 
-def _run(run: Any) -> Run:
+def as_run(run: Any) -> Run:
+    """An mlflow Run as a record."""
     tags = {
         name: text for name, text in run.data.tags.items() if name.startswith(("hpo.", "mlflow.hpo.")) or name == PARENT
     }

@@ -16,7 +16,7 @@ from hpo.records import Candidate, DataCard, Epoch, ModelVersion, SplitCard, Stu
 from hpo.spec.study import Setup, StudySpec
 from hpo.tracking import models, registry, runs
 from hpo.tracking.champions import ensemble_stays
-from hpo.tracking.reader import trial_runs
+from hpo.tracking.reader import as_run, trial_runs
 from hpo.tracking.run_metrics import epoch_metrics, metrics_at, result_metrics, scores_of, study_metrics
 from hpo.tracking.store import connect, pages, translate_errors
 
@@ -221,7 +221,7 @@ class Tracker:
         MLflow stays deleted: it can be restored, and a second one would hide that.
         """
         deleted = self.deleted_runs(study)
-        found = {int(run.tags[runs.TRIAL]): run for run in trial_runs(self.home, self._parent_of(study))}
+        found = {int(run.tags[runs.TRIAL]): run for run in trial_runs(self.home, as_run(self._parent_of(study)))}
         self._runs.update({number: run.id for number, run in found.items()})
         ended: dict[str, str] = {}
         for trial in study.trials:
@@ -259,7 +259,7 @@ class Tracker:
             int(run.data.tags[runs.TRIAL]): run.info.run_id for run in runs.children(self._client, parent, deleted=True)
         }
         if found:
-            for run in trial_runs(self.home, parent):
+            for run in trial_runs(self.home, as_run(parent)):
                 found.pop(int(run.tags[runs.TRIAL]), None)
         return found
 

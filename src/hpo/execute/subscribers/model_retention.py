@@ -80,7 +80,7 @@ class ModelRetention(Subscriber):
             case TrialStarted(candidate) if candidate.stage == FINAL:
                 self._running_finals.add(candidate.number)
             case EpochEnded() if not self._imports and self._jobs and self._spec.keep.count:
-                self._imports = self._jobs.submit(warm_up, exports=True)
+                self._imports = self._jobs.submit(warm_up)
             case TrialEnded(result):
                 self.add(result, final=result.number in self._running_finals)
             case SearchEnded(study, reason, trials_of_others):

@@ -94,7 +94,7 @@ class Tracking(Subscriber):
                 submit(tracker.reconcile, study, self._spec, leave=trials_of_others)
             case EpochEnded() if self._drawing is not None and not self._warm:
                 self._warm = True
-                self._drawing.submit(warm_up, exports=False)
+                self._drawing.submit(warm_up)
             case SearchEnded(study, _, trials_of_others, True):
                 if self._drawing is not None and study.best is not None:
                     self._drawn = self._drawing.submit(draw_study, study, self._figures)

@@ -220,8 +220,8 @@ def draw_study(study: StudyResult, folder: Path) -> list[Path]:
     return _draw(figures, folder, study.title)
 
 
-def warm_up(*, exports: bool) -> None:
-    """Import what pictures need, and exports, while others train; the jobs that follow give way to the training.
+def warm_up() -> None:
+    """Import what pictures need, while others train; the jobs that follow give way to the training.
 
     The imports do not: they take seconds once, and in a short study all that follows would wait for them.
     """
@@ -230,12 +230,6 @@ def warm_up(*, exports: bool) -> None:
     from hpo.report.figures import classifier, images, pairs, space, study  # noqa: F401
 
     matplotlib.figure.Figure().add_subplot()
-    if exports:
-        from hpo.models import warm_up_exports
-        from hpo.training.device import use_threads
-
-        use_threads(1)
-        warm_up_exports()
     if hasattr(os, "nice"):
         os.nice(5)
 

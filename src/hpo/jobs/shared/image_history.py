@@ -18,6 +18,7 @@ from hpo.report.text import times
 from hpo.spec.load import parse_study
 from hpo.spec.models import TransferSpec
 from hpo.spec.study import Setup
+from hpo.storage.reader import read_study
 from hpo.tracking.ledger import Opening, count_set_aside, every_opening, image_digests, set_digest
 
 
@@ -170,7 +171,6 @@ def _base_training(home: Home, uri: str) -> tuple[str, DataCard, list[str]]:
     from hpo.data.prepare import prepared
     from hpo.jobs.shared.model_reference import find_trial, study_data
     from hpo.records import TrialState
-    from hpo.storage.optuna_storage import read_study
     from hpo.tracking.registry import resolve
 
     version = resolve(home, uri)
@@ -190,8 +190,6 @@ def _bases(setup: Setup) -> list[str]:
 
 def _dated(home: Home, opening: Opening) -> Opening:
     """An opening of an earlier version of hpo with the data digest of its study, if that is in the storage."""
-    from hpo.storage.optuna_storage import read_study
-
     if not opening.data:
         with contextlib.suppress(HpoError):
             title = opening.study if "~" in opening.study else f"{opening.study}~1"

@@ -16,6 +16,7 @@ from hpo.records import ENSEMBLE, FINAL, DataCard, ModelVersion, StudyResult, Tr
 from hpo.report.statistics import Ints
 from hpo.spec.load import parse_study
 from hpo.spec.study import Setup, StudySpec
+from hpo.storage.reader import read_study
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,6 @@ def find_model(home: Home, asked: str, *, trust: bool = False) -> ModelReference
 
     Raises HpoError if there is none or its data is unavailable.
     """
-    from hpo.storage.optuna_storage import read_study
     from hpo.tracking.registry import resolve
 
     name, mark, number = asked.partition("#")
