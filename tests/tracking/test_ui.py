@@ -97,7 +97,10 @@ def test_the_ui_takes_its_server_along_and_ends_without_a_traceback(number: int,
         child = int(shown.stdout.readline())
         assert is_alive(child)
         shown.send_signal(number)
-        _, told = shown.communicate(timeout=60)
+        try:
+            _, told = shown.communicate(timeout=60)
+        finally:
+            shown.kill()
     assert (shown.returncode, told) == (0, "")
     assert await_end(child)
 

@@ -41,8 +41,8 @@ def export_to(
     no program may that load_program loads.
     """
     kept = cache_folder() / "programs" / f"{architecture}.pt2" if architecture else None
-    if kept is not None and kept.is_file():
-        with contextlib.suppress(Exception):  # it is damaged
+    if kept is not None:
+        with contextlib.suppress(Exception):  # it is not there, or damaged
             _rewrite(kept, file, weights=whole.state_dict())
             if _agrees(file, whole, image_shape):
                 return
