@@ -143,9 +143,12 @@ class _ProgramElsewhere:
     def __init__(self, file: Path) -> None:
         """Begin to load it; wait() ends that."""
         self._file = file
+        self._begin()
+
+    def _begin(self) -> None:
         script = Path(__file__).parent / "models" / "safe_loader.py"
         self._process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-I", str(script), str(file.absolute())],
+            [sys.executable, "-I", str(script), str(self._file.absolute())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -159,6 +162,9 @@ class _ProgramElsewhere:
 
     def predict(self, levels: np.ndarray) -> np.ndarray:
         """Levels (n, height, width, channels) uint8 -> what the program answers, float32; n >= 0."""
+        if self._process.poll() is not None:  # images before these were too much for it
+            self._begin()
+            self.wait()
         pipe: Any = self._process.stdin
         with contextlib.suppress(BrokenPipeError):  # its answer, or the lack of one, tells why
             pipe.write(json.dumps(levels.shape).encode() + b"\n")

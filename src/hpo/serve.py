@@ -90,7 +90,10 @@ def application(model: Classifier, *, title: str, address: str, host: str) -> Fa
         return HTMLResponse(page)
 
     async def image(request: Request) -> JSONResponse:
-        row = await asyncio.to_thread(scored.classify, await request.body())
+        try:
+            row = await asyncio.to_thread(scored.classify, await request.body())
+        except HpoError as error:
+            return JSONResponse({"error": f"{error.message} {error.hint}"}, 500)
         return JSONResponse(row, 422 if "error" in row else 200)
 
     # Annotations are text in this module, and FastAPI would look for them among its globals.

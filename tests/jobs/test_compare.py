@@ -230,6 +230,14 @@ def test_what_cannot_be_compared_leaves_the_test_part_closed(home):
     assert not (home.root / "openings.jsonl").exists()
 
 
+def test_models_without_a_test_image_in_common_leave_it_closed(home, monkeypatch):
+    digests = iter([[b"one"], [b"other"]])
+    monkeypatch.setattr("hpo.data.test_set.digests_of_test", lambda card: next(digests))
+    with pytest.raises(DataError, match="no image is in the test part of all: ten has 1"):
+        compare(["ten", "wide"], test=True)
+    assert not (home.root / "openings.jsonl").exists()
+
+
 def test_the_command_prints_json_and_writes_figure_and_table(home, tmp_path):
     out = tmp_path / "out"
     done = CliRunner().invoke(app, ["compare", "ten", "parity", "--binarise", "--json", "--out", str(out)])

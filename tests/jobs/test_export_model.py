@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from hpo.errors import HpoError, ModelError
+from hpo.errors import HpoError, ModelError, StoreError
 from hpo.home import Home
 from hpo.jobs import export_model as exporting
 from hpo.jobs.card import write_card
@@ -83,6 +83,7 @@ def test_a_card_is_from_the_record_and_on_the_version(place: Path, tmp_path: Pat
     for part in ("## Use", "## Data", "## How it was made", "## Scores", "## Limits", "## Licence", "CC BY 4.0"):
         assert part in text
     assert "The test part has not been opened for this model" in text
+    assert 'load_model("models:/digits-mlp/1")' in text
     assert "| validation accuracy |" in text
     assert (tmp_path / "hub" / "README.md").read_text() == card.text
     assert (tmp_path / "hub" / "MLmodel").is_file()
@@ -106,6 +107,16 @@ def test_what_is_written_for_others_names_no_folder_of_this_machine(place: Path,
         if file.name in ("MLmodel", "setup.json"):
             assert '"/' not in (text := file.read_text())
             assert ": /" not in text
+
+
+def test_a_card_is_not_written_where_openings_may_be_missing(place: Path) -> None:
+    ledger = Home.at(place).root / "openings.jsonl"
+    ledger.write_text("damaged\n")
+    try:
+        with pytest.raises(StoreError, match="an opening of the test part would go uncounted"):
+            write_card("digits-mlp/1", home=place)
+    finally:
+        ledger.unlink()
 
 
 def test_a_description_that_a_person_wrote_stays(place: Path) -> None:

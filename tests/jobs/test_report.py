@@ -17,6 +17,8 @@ from hpo.jobs.promote import promote
 from hpo.jobs.report import explain_mistakes, gather, write_report
 from hpo.storage.reader import read_study
 from hpo.tracking.ledger import openings
+from hpo.tracking.registry import resolve
+from hpo.tracking.tracker import Tracker
 
 
 @pytest.fixture
@@ -118,6 +120,19 @@ def test_unknown_study_and_unwritable_file_are_told(project: Path) -> None:
     (project / "file").touch()
     with pytest.raises(HpoError, match="cannot be written"):
         write_report("digits-mlp", home=project, out=project / "file" / "page.html")
+
+
+def test_mistakes_are_those_of_the_model_that_is_named(project: Path) -> None:
+    home = Home.find(project)
+    study = read_study(home, "digits-mlp")
+    other = next(trial for trial in study.trials if trial.number != gather(home, study).shown.number)
+    kept = resolve(home, Tracker(home).kept_models(study)[other.number])
+    findings = gather(home, study, model=kept)
+    assert findings.shown.number == other.number
+    rows = explain_mistakes(kept.model_uri, folder=project / "pictures", methods=["gradient"], home=project)
+    for row, mistake in zip(rows, findings.answers.mistakes, strict=True):
+        assert row.predicted == findings.class_names[mistake.predicted]
+        assert row.probability == pytest.approx(max(mistake.probabilities), abs=1e-4)
 
 
 def test_the_surest_mistakes_are_explained_by_name(project: Path) -> None:

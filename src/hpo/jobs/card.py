@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from hpo.errors import HpoError, ModelError
@@ -12,6 +12,7 @@ from hpo.jobs.report import gather
 from hpo.records import ModelVersion
 from hpo.report.card import model_card
 from hpo.storage.reader import read_study
+from hpo.tracking.ledger import openings
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,9 @@ def write_card(
     version = resolve(place, model)
     if version.origin:
         raise ModelError(f"{model}: it was copied from {version.origin}, which has its study.", "Write the card there.")
-    findings = replace(gather(place, read_study(place, version.generation)), model=version)
+    study = read_study(place, version.generation)
+    openings(place, study)  # a ledger that cannot be read would be one without openings
+    findings = gather(place, study, model=version)
     text = model_card(findings, licence=licence)
     folder = ""
     if out is not None:

@@ -152,8 +152,11 @@ def _on_validation(home: Home, models: Sequence[ModelReference], classes: _Class
 def _on_test(home: Home, models: Sequence[ModelReference], classes: _Classes, seed: int) -> Comparison:
     """The comparison on the sealed test part. Everything that can fail is done before it is opened."""
     from hpo.data.overview import Part
+    from hpo.data.test_set import digests_of_test
     from hpo.tracking.ledger import openings
 
+    digests = [digests_of_test(model.card) for model in models]  # known since the data was prepared
+    _check_shared(len(set.intersection(*map(set, digests))), models, list(map(len, digests)), "test")
     loaded = [_load(home, model) for model in models]
     # Also for a model that was measured before: its result on each image is new information.
     measured = [
@@ -251,19 +254,25 @@ def _shared(models: Sequence[ModelReference], parts: Sequence[Part], name: str) 
     from hpo.data.overview import shared_rows
 
     rows = shared_rows([part.images for part in parts])
-    sizes = "; ".join(
-        f"{model.name} has {len(part.labels):,} ({model.card.name}, {split_text(model.setup.split)})"
-        for model, part in zip(models, parts, strict=True)
-    )
-    if not len(rows[0]):
-        raise DataError(
-            f"no image is in the {name} part of all: {sizes}.",
-            "An image that one of them was trained on would favour it. Compare studies of one data set and split"
-            + (", or on the test part: --test" if name == "validation" else "."),
-        )
+    sizes = _check_shared(len(rows[0]), models, [len(part.labels) for part in parts], name)
     if all(len(part.labels) == len(rows[0]) for part in parts):
         return rows, []
     return rows, [f"Only the {len(rows[0]):,} images that are in the {name} part of all count: {sizes}."]
+
+
+def _check_shared(count: int, models: Sequence[ModelReference], sizes: Sequence[int], name: str) -> str:
+    """The sizes of the models' parts in words. Raises DataError where they have no image in common."""
+    told = "; ".join(
+        f"{model.name} has {size:,} ({model.card.name}, {split_text(model.setup.split)})"
+        for model, size in zip(models, sizes, strict=True)
+    )
+    if not count:
+        raise DataError(
+            f"no image is in the {name} part of all: {told}.",
+            "An image that one of them was trained on would favour it. Compare studies of one data set and split"
+            + (", or on the test part: --test" if name == "validation" else "."),
+        )
+    return told
 
 
 def _labels(

@@ -211,7 +211,7 @@ class _Draft:
         images, labels, parts = open_development(self.card, SplitSpec(**self.tree["split"]))
         self.turns: dict[str, Any] = {}
         if not self.card.several_labels:
-            plain, turned = symmetries(images[parts["train"]], labels[parts["train"]], seed=0)
+            plain, turned = symmetries(images, labels, parts["train"], seed=0)
             chance = 1 / len(self.card.class_names)
             kept = {name: (value - chance) / max(plain - chance, 1e-9) for name, value in turned.items()}
             told = ", ".join(f"{name} {value:.2f}" for name, value in turned.items())

@@ -67,7 +67,10 @@ def _with_saliency(findings: Findings, home: Home) -> Findings:
     missing = list(findings.missing)
     pictures: tuple[bytes, ...] = ()
     with _noting(missing, "the mistakes could not be explained"), tempfile.TemporaryDirectory() as scratch:
-        rows = explain_mistakes(findings.study.name, folder=Path(scratch), home=home)
+        if findings.model is None:
+            raise ModelError("no model of this study is registered.", f"hpo run {findings.study.name}")
+        model = f"{findings.model.name}/{findings.model.version}"
+        rows = explain_mistakes(model, folder=Path(scratch), home=home)
         pictures = tuple(Path(row.picture).read_bytes() for row in rows)
     return replace(findings, saliency=pictures, missing=tuple(missing))
 
@@ -82,16 +85,15 @@ def explain_mistakes(
 ) -> list[Explained]:
     """Explain the most confident mistakes of the model on validation images, five at most.
 
-    Pictures are named by their order and true class; the wrong class is explained. The model must be the one that its
-    study's report shows. Raises ModelError if its validation predictions or the images are gone.
+    Pictures are named by their order and true class; the wrong class is explained. Raises ModelError if the model's
+    validation predictions or the images are gone.
     """
     from hpo.data.overview import to_png
 
     place = home if isinstance(home, Home) else Home.find(home)
     version = resolve(place, model)
-    findings = gather(place, read_study(place, version.generation))
-    answers, shown = findings.answers, findings.shown
-    if answers is None or not answers.images or shown is None or shown.number != version.trial:
+    answers = (findings := gather(place, read_study(place, version.generation), model=version)).answers
+    if answers is None or not answers.images:
         raise ModelError(
             f"{model}: its validation predictions, or the images, are not available.",
             f"Use the study's newest model, on a machine with its data: {version.name}",
@@ -108,15 +110,18 @@ def explain_mistakes(
     return [replace(row, file=Path(row.file).stem) for row in rows]
 
 
-def gather(home: Home, study: StudyResult, *, fanova: bool = False) -> Findings:
-    """The findings of a study from storage, tracking, ledger and prepared data."""
+def gather(home: Home, study: StudyResult, *, model: ModelVersion | None = None, fanova: bool = False) -> Findings:
+    """The findings of a study from storage, tracking, ledger and prepared data.
+
+    They are of the given model, a version or a kept trial of this generation, by default of its newest version.
+    """
     from hpo.search.importance import importances
 
     spec = parse_study(study.spec, trust=True)  # nothing of it is imported
     missing: list[str] = list(_unfinished(study, spec))
     tracked = _Tracked()
     with _noting(missing, "the tracking store could not be read"):
-        tracked = _tracked(home, study)
+        tracked = _tracked(home, study, model)
     data = _prepared(tracked.data, study.data_digest)
     findings = Findings(
         study=study,
@@ -184,13 +189,14 @@ def _noting(missing: list[str], what: str) -> Iterator[None]:
 
 
 @translate_errors
-def _tracked(home: Home, study: StudyResult) -> _Tracked:
+def _tracked(home: Home, study: StudyResult, model: ModelVersion | None) -> _Tracked:
     looks = tuple(
         Opening(datetime.fromisoformat(look.when), look.version, look.trial, look.scores, look.purpose)
         for look in openings(home, study)
     )
     found = _Tracked(openings=looks)
-    model = next((each for each in versions(home, study.name) if each.study == study.title and not each.origin), None)
+    own = (each for each in versions(home, study.name) if each.study == study.title and not each.origin)
+    model = model or next(own, None)
     parent = study_run(home, study)
     if parent is None:
         return replace(found, model=model)

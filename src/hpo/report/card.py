@@ -84,13 +84,14 @@ def _sections(findings: Findings, licence: str) -> Iterator[str]:
 
 
 def _use(findings: Findings) -> str:
-    name = findings.model.name if findings.model is not None else findings.study.name
+    model = findings.model
+    reference = f"models:/{model.name}/{model.version}" if model is not None and model.version else "FOLDER"
     return f"""## Use
 
 ```python
 import mlflow
 
-model = mlflow.pyfunc.load_model("models:/{name}@champion")  # or the folder of this card
+model = mlflow.pyfunc.load_model("{reference}")  # or the folder of this card
 table = model.predict(images)  # uint8 (n, height, width, channels) -> a column of probabilities for each class
 ```
 
