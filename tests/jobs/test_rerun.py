@@ -47,8 +47,13 @@ def home(tmp_path_factory, digits_cache):
 
 
 def _stores(home):
+    # SQLite makes an empty log and its index, -wal and -shm, for whoever reads.
     files = [
-        path for path in (home / "mlruns").rglob("*") if path.is_file() and not path.name.endswith(("-shm", ".lock"))
+        path
+        for path in (home / "mlruns").rglob("*")
+        if path.is_file()
+        and not path.name.endswith(("-shm", ".lock"))
+        and (path.stat().st_size or not path.name.endswith("-wal"))
     ]
     return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
