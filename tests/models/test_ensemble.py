@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -78,8 +79,10 @@ def test_a_soup_has_the_mean_of_the_weights_and_leaves_other_architectures_out(t
     soup = Soup(folders)
     assert soup.alike == (0, 2)
     first, _, second = (load_trained(folder)[0].state_dict() for folder in folders)
-    soup.save((0, 2), tmp_path / "soup")
-    mixed, _ = load_trained(tmp_path / "soup")
+    soup.save((0, 2), ("s#0", "s#2"), tmp_path / "soup")
+    mixed, config = load_trained(tmp_path / "soup")
+    setup = json.loads((folders[0] / "setup.json").read_text())
+    assert config["averaged"] == [{"trial": name, "setup": setup} for name in ("s#0", "s#2")]
     for name, tensor in mixed.state_dict().items():
         if tensor.is_floating_point():
             torch.testing.assert_close(tensor, (first[name] + second[name]) / 2)

@@ -32,7 +32,7 @@ class Soup:
     """
 
     def __init__(self, folders: Sequence[Path]) -> None:
-        self._folder = folders[0]
+        self._folders = folders
         self._net, config = load_trained(folders[0])
         self._config = undecided(config)
         self._states: dict[int, dict[str, Tensor]] = {}
@@ -60,13 +60,21 @@ class Soup:
             self._known[key] = torch.cat(found).numpy()
         return self._known[key]
 
-    def save(self, chosen: Sequence[int], target: Path) -> None:
-        """Write the average to target, as save_trained does of one network."""
+    def save(self, chosen: Sequence[int], names: Sequence[str], target: Path) -> None:
+        """Write the average to target, as save_trained does of one network.
+
+        names say which trials are averaged; config.json names them with their setups, of which setup.json is one.
+        """
         target.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.contiguous() for name, tensor in self._average(chosen).items()}
         save_file(state, target / WEIGHTS)
-        (target / CONFIG).write_text(json.dumps(self._config, indent=1), encoding="utf-8")
-        shutil.copyfile(self._folder / SETUP, target / SETUP)
+        averaged = [
+            {"trial": name, "setup": json.loads(small_text(self._folders[position] / SETUP))}
+            for position, name in zip(chosen, names, strict=True)
+        ]
+        config = self._config | {"averaged": averaged}
+        (target / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+        shutil.copyfile(self._folders[0] / SETUP, target / SETUP)
 
     def _average(self, chosen: Sequence[int]) -> dict[str, Tensor]:
         states = [self._states[position] for position in chosen]
