@@ -16,9 +16,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from hpo.cli.app import app
+from hpo.data import overview
+from hpo.data.test_set import digests_of_test
 from hpo.errors import DataError, HpoError
 from hpo.events import Notice, StudyEnded
 from hpo.execute import ensemble as ensemble_module
+from hpo.execute.bases import study_data
 from hpo.execute.ensemble import Proposal, kept_trials, validation_images
 from hpo.execute.run_study import run_study
 from hpo.home import Home
@@ -27,7 +30,8 @@ from hpo.jobs.ensemble import ensemble, register_ensemble
 from hpo.jobs.evaluate import evaluate
 from hpo.jobs.promote import promote
 from hpo.jobs.rerun import rerun
-from hpo.jobs.shared.model_reference import find_model, study_data
+from hpo.jobs.shared.image_history import base_verdict
+from hpo.jobs.shared.model_reference import find_model
 from hpo.locks import is_locked
 from hpo.models.safe_loader import Program
 from hpo.records import ENSEMBLE, FINAL, Candidate, StudyResult, Trial, TrialResult, TrialState, pack_classes
@@ -346,7 +350,7 @@ def test_a_study_that_asks_for_an_ensemble_registers_it_at_the_end_of_its_run_an
     assert len(trial.result.members) <= 4
 
 
-def test_a_final_training_learns_from_an_ensemble_and_joins_the_race(home):
+def test_a_final_training_learns_from_an_ensemble_and_joins_the_race(home, monkeypatch):
     made = ensemble("digits-mlp")
     taught = load_study(
         "digits-mlp", overrides={**QUICK, "final.seeds": 1, "final.teacher": f"digits-mlp/{made.version.version}"}
@@ -357,6 +361,15 @@ def test_a_final_training_learns_from_an_ensemble_and_joins_the_race(home):
     setup = find_model(home, f"digits-mlp#{trial.number}").setup
     assert setup.training.teacher.startswith("models:/m-")
     assert rerun(f"digits-mlp#{trial.number}").agreement == "equal"
+    # A later run without the teacher writes the record again; the files of the model still tell of it.
+    plain = load_study("digits-mlp", overrides={**QUICK, "final.seeds": 2})
+    run_study(plain, trials=6, workers=0, home=home.root.parent)
+    model = find_model(home, f"digits-mlp#{trial.number}")
+    assert model.setup.training.teacher is None
+    assert [verdict.passed for verdict in base_verdict(home, model)] == [True]
+    seen = digests_of_test(model.card)
+    monkeypatch.setattr(overview, "development_digests", lambda _: frozenset(seen))
+    assert [verdict.passed for verdict in base_verdict(home, model)] == [False]
 
 
 def test_weights_are_averaged_only_where_validation_images_say_so(home):

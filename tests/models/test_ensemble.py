@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from hpo.errors import ModelError
 from hpo.models import build_model, export_program, load_trained, save_ensemble, save_trained
 from hpo.models.ensemble import Ensemble
 from hpo.models.safe_loader import Program
-from hpo.models.soup import Soup
+from hpo.models.soup import Soup, graph_settings
 from hpo.spec.study import Setup
 
 SHAPE, CLASSES = (8, 8, 1), 3
@@ -26,15 +27,13 @@ def _data(mean: float = 0.3, *, several: bool = False, names: str = "abc") -> Tr
     return TrialData(images, labels, rows[:2], rows[2:], tuple(names), (mean,), (0.25,))
 
 
-def _saved(folder: Path, seed: int, data: TrialData, *, hidden: int = 16) -> Path:
-    setup = Setup.model_validate(
-        {
-            "data": {"name": "digits"},
-            "split": {"kind": "holdout"},
-            "model": {"kind": "mlp", "hidden": hidden, "batch_norm": True},
-            "training": {"epochs": 1},
-        }
-    )
+def _setup(**model: object) -> Setup:
+    parts = {"data": {"name": "digits"}, "split": {"kind": "holdout"}, "training": {"epochs": 1}}
+    return Setup.model_validate({**parts, "model": model})
+
+
+def _saved(folder: Path, seed: int, data: TrialData, **model: object) -> Path:
+    setup = _setup(**{"kind": "mlp", "hidden": 16, "batch_norm": True, **model})
     save_trained(build_model(setup.model, image_shape=SHAPE, classes=CLASSES, seed=seed).eval(), setup, data, folder)
     export_program(folder)
     return folder
@@ -80,8 +79,10 @@ def test_a_soup_has_the_mean_of_the_weights_and_leaves_other_architectures_out(t
     soup = Soup(folders)
     assert soup.alike == (0, 2)
     first, _, second = (load_trained(folder)[0].state_dict() for folder in folders)
-    soup.save((0, 2), tmp_path / "soup")
-    mixed, _ = load_trained(tmp_path / "soup")
+    soup.save((0, 2), ("s#0", "s#2"), tmp_path / "soup")
+    mixed, config = load_trained(tmp_path / "soup")
+    setup = json.loads((folders[0] / "setup.json").read_text())
+    assert config["averaged"] == [{"trial": name, "setup": setup} for name in ("s#0", "s#2")]
     for name, tensor in mixed.state_dict().items():
         if tensor.is_floating_point():
             torch.testing.assert_close(tensor, (first[name] + second[name]) / 2)
@@ -90,6 +91,37 @@ def test_a_soup_has_the_mean_of_the_weights_and_leaves_other_architectures_out(t
     np.testing.assert_allclose(
         Program(folders[0] / "net.pt2").predict(images), soup.probabilities((0,), images), atol=1e-6
     )
+
+
+MLP, CNN = {"kind": "mlp", "hidden": 16}, {"kind": "cnn", "filters": 4}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "alike"),
+    [
+        ({**MLP, "activation": "relu"}, {**MLP, "activation": "tanh"}, (0,)),
+        ({**CNN, "pool_type": "max"}, {**CNN, "pool_type": "average"}, (0,)),
+        ({**MLP, "dropout": 0.1}, {**MLP, "dropout": 0.4}, (0, 1)),  # a rate of dropout is nothing to the answers
+    ],
+)
+def test_networks_with_weights_of_equal_shapes_and_another_graph_are_left_out_of_a_soup(tmp_path, first, second, alike):
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder, model in zip(folders, (first, second), strict=True):
+        setup = _setup(**model)
+        net = build_model(setup.model, image_shape=SHAPE, classes=CLASSES, seed=0)
+        save_trained(net, setup, _data(), folder)
+    shapes = [{name: each.shape for name, each in load_trained(one)[0].state_dict().items()} for one in folders]
+    assert shapes[0] == shapes[1]
+    assert Soup(folders).alike == alike
+
+
+def test_settings_that_only_training_reads_leave_an_architecture_as_it_is():
+    backbone = {"kind": "torchvision", "name": "resnet18"}
+    one = _setup(**backbone, freeze="all", unfreeze_epoch=3, views=2, dropout=0.1)
+    assert graph_settings(one) == graph_settings(_setup(**backbone))
+    assert graph_settings(one) != graph_settings(_setup(**backbone, levels="all"))
+    residual = _setup(kind="resnet", zero_init=True)
+    assert graph_settings(residual) == graph_settings(_setup(kind="resnet"))
 
 
 def test_an_ensemble_of_certain_networks_has_finite_logits():

@@ -123,6 +123,22 @@ def test_the_schedule_ends_with_the_last_batch_of_growing_data(digits, schedule)
     assert epochs[-1].learning_rate < 0.01 * spec.optimizer.lr
 
 
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [
+        (ScheduleSpec(name="step", step_epochs=3, gamma=0.1), [1, 1, 1, 0.1, 0.1, 0.1]),
+        (ScheduleSpec(name="exponential", gamma=0.5), [1, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32]),
+    ],
+)
+def test_schedules_that_count_epochs_count_those_of_growing_data(digits, schedule, factors):
+    spec = TrainingSpec(epochs=6, data_growth=0.2, batch_size=10, checkpoint=1, schedule=schedule)
+    states = {}
+    epochs, _ = _train(digits, spec, save=lambda epoch, state: states.update({epoch.number: copy.deepcopy(state)}))
+    assert [epoch.learning_rate / spec.optimizer.lr for epoch in epochs] == pytest.approx(factors)
+    again, _ = _train(digits, spec, resume=states[3])
+    assert again == epochs[3:]
+
+
 def test_a_training_with_growing_data_resumes_bit_for_bit(digits):
     spec = TrainingSpec(
         epochs=6,

@@ -162,14 +162,14 @@ def test_networks_of_one_size_refuse_growing_images(model):
 
 def test_a_cosine_returns_to_its_highest_rate_at_each_restart():
     spec = ScheduleSpec(name="cosine", restarts=2, period_growth=2.0)
-    factors = [learning_rate_factor(spec, step=step, steps=70, steps_per_epoch=10) for step in range(70)]
+    factors = [learning_rate_factor(spec, step=step, steps=70, epoch=step // 10) for step in range(70)]
     highest = [step for step, factor in enumerate(factors) if factor > 0.999]
     assert highest == [0, 10, 11, 30, 31] or highest == [0, 10, 30]
     assert all(factors[step - 1] < 0.03 for step in (10, 30))
     assert factors[-1] < 0.01
     plain = ScheduleSpec(name="cosine")
     expected = [0.5 * (1 + np.cos(np.pi * step / 70)) for step in range(70)]
-    found = [learning_rate_factor(plain, step=step, steps=70, steps_per_epoch=10) for step in range(70)]
+    found = [learning_rate_factor(plain, step=step, steps=70, epoch=step // 10) for step in range(70)]
     np.testing.assert_allclose(found, expected, atol=1e-12)
 
 

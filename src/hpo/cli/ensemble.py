@@ -86,6 +86,8 @@ def ensemble(
             ("size", f"{count}, {made.parameters:,} parameters"),
         ]
     )
+    if made.unknown:
+        output.print_warning(f"Its members may have seen test images: {made.unknown}")
     if made.version is not None:
         version = made.version
         output.print_message(f"{version.name}: version {version.version} is the ensemble, trial {version.trial}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,22 @@ def duplicates(
     if "valid" in by_part:
         across = {("train", "valid"): found_in(by_part["valid"], by_part["train"]), **across}
     return within, across
+
+
+def development_digests(card: DataCard) -> frozenset[bytes]:
+    """The pixel digests of the images that a study on these data trains and chooses on."""
+    file = Path(card.folder) / "development_images.npy"
+    try:
+        return frozenset(pixel_digests(np.load(file, mmap_mode="r", allow_pickle=False)))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: the prepared data cannot be read: {error}.", "Run the study again.") from None
+
+
+def count_test_images(card: DataCard, seen: Mapping[str, Collection[bytes]]) -> dict[str, int]:
+    """How many test images are among each of these sets of digests. Only the numbers leave; this is no opening."""
+    names = {f"seen {name}": name for name in seen}  # "test" is a name that duplicates_of_test gives itself
+    counts = duplicates_of_test(card, {key: list(seen[name]) for key, name in names.items()})
+    return {name: counts[key] for key, name in names.items()}
 
 
 def near_duplicates(card: DataCard, split: SplitSpec) -> dict[tuple[str, str], int]:

@@ -11,6 +11,7 @@ from hpo.execute.ensemble import (
     Call,
     EnsembleContext,
     KeptTrial,
+    Made,
     ValidationImages,
     candidates,
     kept_trials,
@@ -87,7 +88,7 @@ def close_with_ensemble(study: Study, context: EnsembleContext) -> EnsembleOfRun
         return EnsembleOfRun(line)
     if len(proposal.members) < 2 or proposal.gain.lead.value <= 0:
         return EnsembleOfRun(f"{line}; not made")
-    return EnsembleOfRun(line, make_ensemble(proposal, study, context))
+    return _made(line, make_ensemble(proposal, study, context))
 
 
 def _soup(
@@ -102,4 +103,8 @@ def _soup(
     line = f"weights of {count} of {len(kept)} kept models averaged: {soup.gain}"
     if count < 2 or soup.gain.lead.value <= 0:
         return EnsembleOfRun(f"{line}; not made")
-    return EnsembleOfRun(line, make_soup(soup, study, context))
+    return _made(line, make_soup(soup, study, context))
+
+
+def _made(line: str, made: Made) -> EnsembleOfRun:
+    return EnsembleOfRun(f"{line}; {made.unknown}" if made.unknown else line, made.version)

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from hpo.data.split import rows_of
 from hpo.execute.base_model import check_setup
-from hpo.execute.finals import final_split
+from hpo.execute.bases import Trained, check_bases, trained_in
+from hpo.execute.finals import ensemble_setup, final_split
 from hpo.execute.workdir import pictures_folder
 from hpo.execute.workers.ensemble_jobs import finish_ensemble, measure_latency
 from hpo.home import remove
@@ -22,7 +23,7 @@ from hpo.records import ENSEMBLE, FINAL, DataCard, ModelVersion, StudyResult, Tr
 from hpo.report.ensembles import Gain, Limits, Pool, estimate_gain, select
 from hpo.search.constraints import highest_allowed
 from hpo.spec.outcome import EnsembleSpec
-from hpo.spec.study import Setup, StudySpec
+from hpo.spec.study import StudySpec
 from hpo.tracking.models import NET, SETUP
 from hpo.tracking.tracker import Tracker
 
@@ -80,11 +81,6 @@ class Proposal:
     def named(self) -> dict[str, int]:
         """Name of each member -> how often it counts."""
         return dict(zip((member.name for member in self.members), self.counts, strict=True))
-
-
-def ensemble_setup(spec: StudySpec, data: DataCard) -> Setup:
-    """The setup that stands for an ensemble of a study: its split is that of the members."""
-    return spec.setup.model_copy(update={"split": final_split(spec, data)})
 
 
 def validation_images(spec: StudySpec, data: DataCard) -> ValidationImages:
@@ -181,24 +177,44 @@ class EnsembleContext:
         measured: list[float] = self.compute(measure_latency, self.model_folders(kept, folder))
         return measured
 
+    def check_bases(self, trained: Sequence[Trained]) -> str:
+        """Members that could not be compared with their base; see hpo.execute.bases. Raises DataError."""
+        unknown: str = self.track(check_bases, self.tracker.home, trained, self.data)
+        return unknown
 
-def make_ensemble(proposal: Proposal, study: Study, context: EnsembleContext) -> ModelVersion:
-    """Make the program of an ensemble, record it as a trial of the study, log and register it; returns the version.
+
+@dataclass(frozen=True)
+class Made:
+    """The version of an ensemble or soup. unknown names members that were not compared with their base, and why."""
+
+    version: ModelVersion
+    unknown: str = ""
+
+
+def make_ensemble(proposal: Proposal, study: Study, context: EnsembleContext) -> Made:
+    """Make the program of an ensemble, record it as a trial of the study, log and register it.
 
     One that the study has with the same members is registered again. If the process is killed once it is recorded, the
-    next run of the study logs its model, and the next hpo ensemble registers it. Raises HpoError.
+    next run of the study logs its model, and the next hpo ensemble registers it. Raises HpoError, also where a member
+    builds on a model that has seen test images.
     """
     with lock(context.tracker.home, ensemble_lock(study.title)):
         if (known := _known(study, proposal.named, "probabilities", context, proposal.gain.judged)) is not None:
-            return known
+            return Made(known)
     scratch = pictures_folder(context.work, study) / "ensemble"
     parameters = sum(each.result.parameter_count for each in proposal.members)
     result = empty_result(proposal.members, scratch, parameters=parameters, average="probabilities")
-    names = (each.name for each in proposal.members)
+    folders = context.model_folders(proposal.members, scratch.parent)
+    trained = [
+        replace(each, name=member.name)
+        for member, folder in zip(proposal.members, folders, strict=True)
+        for each in trained_in(folder)
+    ]
+    unknown = context.check_bases(trained)
     left = context.compute(
         finish_ensemble,
         replace(result, members=proposal.named, judged=proposal.gain.judged),
-        list(zip(names, proposal.counts, context.model_folders(proposal.members, scratch.parent), strict=True)),
+        list(zip((each.name for each in proposal.members), proposal.counts, folders, strict=True)),
         proposal.images.rows,
         proposal.images.labels,
         proposal.probabilities,
@@ -206,7 +222,7 @@ def make_ensemble(proposal: Proposal, study: Study, context: EnsembleContext) ->
         context.data,
         study.spec.predict,
     )
-    return record(left, study, context)
+    return Made(record(left, study, context), unknown)
 
 
 def empty_result(members: Sequence[KeptTrial], folder: Path, *, parameters: int, average: str) -> TrialResult:

@@ -12,7 +12,7 @@ import numpy as np
 
 from hpo.data.split import rows_of, split_card
 from hpo.errors import DataError
-from hpo.records import FINAL, DataCard, StudyResult, Trial, unpack_classes
+from hpo.records import ENSEMBLE, FINAL, DataCard, StudyResult, Trial, unpack_classes
 from hpo.report.statistics import Interval, paired_bootstrap
 from hpo.spec.study import FinalSpec, Setup, SplitSpec, StudySpec
 
@@ -46,6 +46,21 @@ def final_setup(spec: StudySpec, study: StudyResult, parameters: Mapping[str, An
         split = setup.split.model_copy(update={"kind": "none"})
         return setup.model_copy(update={"training": training, "split": split})
     return setup.model_copy(update={"split": final_split(spec, data)})
+
+
+def ensemble_setup(spec: StudySpec, data: DataCard) -> Setup:
+    """The setup that stands for an ensemble of a study: its split is that of the members."""
+    return spec.setup.model_copy(update={"split": final_split(spec, data)})
+
+
+def setup_of_trial(spec: StudySpec, study: StudyResult, trial: Trial, *, data: DataCard) -> Setup:
+    """The setup of a trial of any stage, by the record of its study, which may have changed since it was trained."""
+    parameters = trial.candidate.parameters
+    if trial.candidate.stage == ENSEMBLE:
+        return ensemble_setup(spec, data)
+    if trial.candidate.stage == FINAL:
+        return final_setup(spec, study, parameters, data=data)
+    return spec.with_values(parameters)
 
 
 def final_split(spec: StudySpec, data: DataCard) -> SplitSpec:

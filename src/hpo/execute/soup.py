@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from hpo.errors import HpoError
-from hpo.execute.ensemble import EnsembleContext, KeptTrial, ValidationImages, empty_result, ensemble_setup, record
+from hpo.execute.bases import trained_in
+from hpo.execute.ensemble import EnsembleContext, KeptTrial, Made, ValidationImages, empty_result, record
+from hpo.execute.finals import ensemble_setup
 from hpo.execute.workdir import pictures_folder
 from hpo.execute.workers.ensemble_jobs import build_soup
-from hpo.records import ModelVersion, TrialResult
+from hpo.records import TrialResult
 from hpo.report.ensembles import Gain, Limits, Pool
 from hpo.search.study import Study
 
@@ -52,6 +55,7 @@ def choose_soup(
     )
 
 
-def make_soup(soup: Soup, study: Study, context: EnsembleContext) -> ModelVersion:
+def make_soup(soup: Soup, study: Study, context: EnsembleContext) -> Made:
     """Record a soup as a trial of the study, log and register it; as make_ensemble does."""
-    return record(soup.result, study, context)
+    unknown = context.check_bases(trained_in(Path(soup.result.folder)))
+    return Made(record(soup.result, study, context), unknown)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from hpo.errors import DataError, HpoError, SpecError
+from hpo.execute.bases import study_data
 from hpo.execute.ensemble import (
     EnsembleContext,
     KeptTrial,
@@ -28,8 +29,7 @@ from hpo.execute.ensemble import (
 from hpo.execute.soup import choose_soup, make_soup
 from hpo.execute.workdir import pictures_folder, sweep
 from hpo.home import Home, remove
-from hpo.jobs.shared.image_history import base_overlaps, count_seen
-from hpo.jobs.shared.model_reference import ModelReference, study_data
+from hpo.jobs.shared.image_history import count_seen
 from hpo.records import DataCard, ModelVersion, StudyResult
 from hpo.relocation import relocate
 from hpo.report.ensembles import Gain, Limits
@@ -47,7 +47,8 @@ class EnsembleMade:
     """An ensemble of a study (its title): its members with how often each counts, best first, and what it gains.
 
     candidates is the number of trials that it was chosen from; parameters is the sum over members. version is None
-    where it was not made: dry, or a single trial is better than any ensemble.
+    where it was not made: dry, or a single trial is better than any ensemble. unknown names members that were not
+    compared with the model that they build on, and why.
     """
 
     study: str
@@ -56,6 +57,7 @@ class EnsembleMade:
     parameters: int
     gain: Gain
     version: ModelVersion | None
+    unknown: str = ""
 
 
 def ensemble(
@@ -103,9 +105,8 @@ def ensemble(
         made = EnsembleMade(record.title, proposal.named, len(kept), size, proposal.gain, None)
         if dry_run or len(proposal.members) < 2:
             return made
-        for each in proposal.members:
-            _check_base(place, each, card, trust=trust)
-        return replace(made, version=make_ensemble(proposal, handle, context))
+        done = make_ensemble(proposal, handle, context)
+        return replace(made, version=done.version, unknown=done.unknown)
 
 
 def _too_few(title: str, kept: int, images: int) -> HpoError:
@@ -138,7 +139,8 @@ def _soup(
     made = EnsembleMade(study.title, soup.result.members, len(kept), size, soup.gain, None)
     if dry_run or not soup.result.members:
         return made
-    return replace(made, version=make_soup(soup, study, context))
+    done = make_soup(soup, study, context)
+    return replace(made, version=done.version, unknown=done.unknown)
 
 
 @contextlib.contextmanager
@@ -158,7 +160,7 @@ def _context(home: Home, title: str, card: DataCard, *, trust: bool) -> Iterator
 def register_ensemble(home: Home, proposal: Proposal, title: str, card: DataCard) -> ModelVersion:
     """Make an ensemble a version of the study with this title; see make_ensemble."""
     with _context(home, title, card, trust=False) as (handle, context):
-        return make_ensemble(proposal, handle, context)
+        return make_ensemble(proposal, handle, context).version
 
 
 def _call(function: Any, *arguments: Any, **options: Any) -> Any:
@@ -235,16 +237,3 @@ def _of_other(
     if not np.array_equal(theirs.labels[order], images.labels):
         raise DataError(f"{name}: its labels differ from those of {study.name}.", "Take studies on the same labels.")
     return [replace(each, probabilities=each.probabilities[order]) for each in _kept(tracker, other, theirs, folder)]
-
-
-def _check_base(home: Home, member: KeptTrial, card: DataCard, *, trust: bool) -> None:
-    """Refuse a member that was transferred from a model which has seen test images. Raises DataError."""
-    spec = parse_study(member.study.spec, trust=trust)
-    reference = ModelReference(member.name, member.study, spec, member.trial, card, None)
-    found, _ = base_overlaps(home, reference)
-    if found:
-        shown = "; ".join(f"{each.count:,} in {each.name}" for each in found)
-        raise DataError(
-            f"{member.name}: its base has seen {shown} of the {card.test_count:,} test images.",
-            "Make the ensemble of a study without that base.",
-        )

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from hpo.errors import HpoError, StoreError
 from hpo.events import TrialEnded
 from hpo.execute.base_model import with_model
+from hpo.execute.bases import study_data
 from hpo.execute.workers.task import Task, Training, train_task
 from hpo.home import Home
-from hpo.jobs.shared.model_reference import ModelReference, find_trial, study_data
+from hpo.jobs.shared.model_reference import ModelReference, find_trial
 from hpo.records import ENSEMBLE, Epoch, StudyResult, Trial, TrialResult, TrialState, unpack_classes
 from hpo.spec.load import parse_study
 from hpo.spec.study import Setup, StudySpec

@@ -142,9 +142,9 @@ class _Training:
         self._transfer = transfer_of(net)
         self._loss_of = Loss(spec, data)
         self._subset = GrowingSubset(data, spec, seed=seed)
-        self._steps, self._steps_per_epoch = self._subset.batches(spec.epochs), -(-len(data.train) // spec.batch_size)
+        self._steps = self._subset.batches(spec.epochs)
         self._stopping = EarlyStopping(spec, validates=len(data.valid) > 0, until=until)
-        self._step = 0
+        self._step, self._epoch = 0, 0  # done
         self._sides: tuple[int, int] | None = None  # to which the images of this epoch are shrunk
         self._captured: StepGraph | None = None
         # All that learns. The position in the schedule follows from the epoch.
@@ -162,6 +162,7 @@ class _Training:
             # Subnormal numbers make a step a hundred times slower and mean nothing here. This is a state of the thread,
             # and the receiver of the epoch may need them.
             torch.set_flush_denormal(True)
+            self._epoch = number - 1  # not from the step: epochs of growing data differ in batches
             measured, rate = self._train_epoch(number)
             if len(self._data.valid) and self._ranks.leads:
                 measured |= self._evaluate()
@@ -280,9 +281,7 @@ class _Training:
     def _set_rate(self) -> float:
         """Set the learning rate of the next step; without the scales of layer_decay it is returned."""
         spec = self._spec
-        factor = learning_rate_factor(
-            spec.schedule, step=self._step, steps=self._steps, steps_per_epoch=self._steps_per_epoch
-        )
+        factor = learning_rate_factor(spec.schedule, step=self._step, steps=self._steps, epoch=self._epoch)
         self._step += 1
         rate = spec.optimizer.lr * factor
         for group in self._optimizer.param_groups:

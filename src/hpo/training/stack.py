@@ -292,7 +292,7 @@ class Stack:
         for member in members:
             steps = member.spec.epochs * steps_per_epoch
             factor = learning_rate_factor(
-                member.spec.schedule, step=member.step, steps=steps, steps_per_epoch=steps_per_epoch
+                member.spec.schedule, step=member.step, steps=steps, epoch=member.step // steps_per_epoch
             )
             member.step += 1
             member.group["lr"] = member.spec.optimizer.lr * factor

@@ -85,7 +85,7 @@ def build_soup(
         return result, gain
     places = alike[chosen].tolist()
     shutil.rmtree(result.folder, ignore_errors=True)
-    soup.save(places, Path(result.folder))
+    soup.save(places, [members[place][0] for place in places], Path(result.folder))
     left = leave_scored(
         replace(result, members={members[place][0]: 1 for place in places}, judged=gain.judged),
         rows=rows,

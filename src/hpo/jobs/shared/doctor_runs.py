@@ -140,7 +140,7 @@ def _project(home: Home, title: str) -> None:
     spec, tracker = parse_study(study.spec, trust=True), Tracker(home)
     if runs.find_parent(connect(home), study) is None:
         from hpo.data.split import split_card
-        from hpo.jobs.shared.model_reference import study_data
+        from hpo.execute.bases import study_data
 
         data = study_data(study, spec)
         tracker.open_study(study, spec, data, split_card(data, spec.split))

@@ -5,29 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-
-import numpy as np
 
 from hpo.errors import HpoError
+from hpo.execute.bases import Overlap, overlaps, trained_of
 from hpo.home import Home
 from hpo.jobs.shared.gates import Verdict
 from hpo.jobs.shared.model_reference import ModelReference
 from hpo.records import DataCard, StudyResult
 from hpo.report.text import times
-from hpo.spec.load import parse_study
-from hpo.spec.models import TransferSpec
-from hpo.spec.study import Setup
 from hpo.storage.reader import read_study
 from hpo.tracking.ledger import Opening, count_set_aside, every_opening, image_digests, set_digest
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """How many images of a test part are also in something else, of which `name` tells."""
-
-    name: str
-    count: int
 
 
 @dataclass(frozen=True)
@@ -82,6 +69,7 @@ def image_history(home: Home, model: ModelReference) -> ImageHistory:
 
 def study_history(home: Home, study: StudyResult, card: DataCard) -> ImageHistory:
     """The history of the test images of a study's data, without the bases of its models. Raises HpoError."""
+    from hpo.data.overview import development_digests
     from hpo.data.test_set import digests_of_test, ledger_folder
 
     cache = ledger_folder(card)
@@ -128,64 +116,22 @@ def study_history(home: Home, study: StudyResult, card: DataCard) -> ImageHistor
 
 
 def base_overlaps(home: Home, model: ModelReference) -> tuple[list[Overlap], str]:
-    """Of each model that this one was transferred from, directly or not, how many test images its study has seen.
+    """Of each model that this one builds on, directly or not, how many test images its study has seen; see overlaps.
 
-    Bases that have seen none are left out. The text tells which base could not be compared, and why; "" where all were.
-    Raises HpoError.
+    What it builds on its own files say, and where none are kept, the record of its study. Raises HpoError.
     """
-    from hpo.data.test_set import digests_of_test
-
-    waiting = _bases(model.setup)
-    if not waiting:
-        return [], ""
-    digests = digests_of_test(model.card)
-    found: list[Overlap] = []
-    seen: set[str] = set()
-    while waiting:
-        uri = waiting.pop()
-        if uri in seen:
-            continue
-        seen.add(uri)
-        try:
-            name, card, following = _base_training(home, uri)
-        except HpoError as error:
-            return found, f"the training of its base {uri} is not at hand: {error.message}"
-        count = _found(digests, development_digests(card)) if card.image_shape == model.card.image_shape else 0
-        found += [Overlap(name, count)] if count else []
-        waiting += following
-    return found, ""
+    return overlaps(home, trained_of(home, model.version, lambda: model.setup), model.card)
 
 
 def base_verdict(home: Home, model: ModelReference) -> Iterator[Verdict]:
-    """The gate of a model that was transferred from others: they have seen no test image. Nothing for other models."""
-    if not _bases(model.setup):
+    """The gate of a model that builds on others: they have seen no test image. Nothing for other models."""
+    trained = trained_of(home, model.version, lambda: model.setup)
+    if not any(each.bases for each in trained):
         return
-    found, unknown = base_overlaps(home, model)
+    found, unknown = overlaps(home, trained, model.card)
     seen = "; ".join(f"{each.count:,} of {model.card.test_count:,} test images in {each.name}" for each in found)
     measured = "; ".join(filter(None, [seen, unknown])) or "0 test images among the development images of its base"
     yield Verdict("base has not seen the test part", not found, measured, "0 test images")
-
-
-def _base_training(home: Home, uri: str) -> tuple[str, DataCard, list[str]]:
-    """Name, data and bases of a logged model."""
-    from hpo.data.prepare import prepared
-    from hpo.jobs.shared.model_reference import find_trial, study_data
-    from hpo.records import TrialState
-    from hpo.tracking.registry import resolve
-
-    version = resolve(home, uri)
-    study = read_study(home, version.generation)
-    spec = parse_study(study.spec, trust=True)  # nothing of it is imported
-    trial = find_trial(study, str(version.trial), (TrialState.COMPLETE,))
-    card = prepared(study.data_digest) or study_data(study, spec)
-    name = f"trial {trial.number} of {study.title}"
-    return name, card, _bases(ModelReference(name, study, spec, trial, card, version).setup)
-
-
-def _bases(setup: Setup) -> list[str]:
-    """The models that a training starts from and learns from."""
-    base = setup.model.from_model if isinstance(setup.model, TransferSpec) else None
-    return [uri for uri in (base, setup.training.teacher) if uri]
 
 
 def _dated(home: Home, opening: Opening) -> Opening:
@@ -214,6 +160,7 @@ def _trained(
     home: Home, known: Sequence[tuple[Opening, str]], card: DataCard, digests: Sequence[bytes]
 ) -> tuple[tuple[Overlap, ...], tuple[str, ...]]:
     """Test images among the training images of models that were measured before, on other data, and unknown models."""
+    from hpo.data.overview import development_digests
     from hpo.data.prepare import prepared
     from hpo.data.test_set import ledger_folder
 
@@ -235,21 +182,9 @@ def _trained(
 
 def count_seen(card: DataCard, by: DataCard) -> int:
     """How many of the test images of card are among the development images of by."""
-    from hpo.data.test_set import digests_of_test
+    from hpo.data.overview import count_test_images, development_digests
 
-    return _found(digests_of_test(card), development_digests(by))
-
-
-def development_digests(card: DataCard) -> frozenset[bytes]:
-    """The pixel digests of the images that a study on these data trains and chooses on."""
-    from hpo.data.duplicates import pixel_digests
-    from hpo.errors import DataError
-
-    file = Path(card.folder) / "development_images.npy"
-    try:
-        return frozenset(pixel_digests(np.load(file, mmap_mode="r", allow_pickle=False)))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file}: the prepared data cannot be read: {error}.", "Run the study again.") from None
+    return count_test_images(card, {"by": development_digests(by)})["by"]
 
 
 def _found(digests: Sequence[bytes], others: Collection[bytes]) -> int:

@@ -8,11 +8,11 @@ from functools import cached_property
 
 import numpy as np
 
-from hpo.errors import DataError, ModelError, StoreError
-from hpo.execute.ensemble import ensemble_setup
-from hpo.execute.finals import final_setup, race
+from hpo.errors import ModelError, StoreError
+from hpo.execute.bases import study_data
+from hpo.execute.finals import race, setup_of_trial
 from hpo.home import Home
-from hpo.records import ENSEMBLE, FINAL, DataCard, ModelVersion, StudyResult, Trial, TrialState, unpack_classes
+from hpo.records import DataCard, ModelVersion, StudyResult, Trial, TrialState, unpack_classes
 from hpo.report.statistics import Ints
 from hpo.spec.load import parse_study
 from hpo.spec.study import Setup, StudySpec
@@ -42,13 +42,8 @@ class ModelReference:
 
     @cached_property
     def setup(self) -> Setup:
-        """The settings of its training."""
-        parameters = self.trial.candidate.parameters
-        if self.trial.candidate.stage == ENSEMBLE:
-            return ensemble_setup(self.spec, self.card)
-        if self.trial.candidate.stage == FINAL:
-            return final_setup(self.spec, self.study, parameters, data=self.card)
-        return self.spec.with_values(parameters)
+        """The settings of its training, by the record of its study."""
+        return setup_of_trial(self.spec, self.study, self.trial, data=self.card)
 
     @property
     def judged(self) -> list[Ints]:
@@ -123,16 +118,3 @@ def _version(home: Home, study: StudyResult, trial: Trial) -> ModelVersion | Non
             return version
     uri = Tracker(home).kept_models(study).get(trial.number) if exists(home) else None
     return resolve(home, uri) if uri else None
-
-
-def study_data(study: StudyResult, spec: StudySpec) -> DataCard:
-    """The prepared data of a study. Raises DataError where it is gone or is not what the study was made with."""
-    from hpo.data.prepare import prepare
-
-    card = prepare(spec.data, spec.split)
-    if card.digest != study.data_digest:
-        raise DataError(
-            f"{card.source}: its digest {card.digest} is not {study.data_digest}, which {study.title} was made with.",
-            "Bring back the file that the study was run on.",
-        )
-    return card

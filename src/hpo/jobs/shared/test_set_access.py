@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hpo.home import Home
-from hpo.jobs.shared.image_history import development_digests
 from hpo.tracking.ledger import Opening, announce_opening, complete_opening, name_images, openings
 from hpo.tracking.registry import add_scores
 
@@ -34,6 +33,7 @@ def open_sealed(home: Home, entrant: ModelReference, model: Classifier, *, purpo
 
     purpose is the command that asks. Raises DataError, StoreError.
     """
+    from hpo.data.overview import development_digests
     from hpo.data.test_set import digests_of_test, ledger_folder, open_test
 
     version, number = entrant.kept("the test part asks for it"), entrant.trial.number
