@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
+import hpo.data.prepare as room
 from blobs import NAMES, blob, png, write_blobs
 from hpo.data.prepare import prepare
 from hpo.errors import DataError
@@ -167,3 +168,39 @@ def test_remarks_beside_class_folders_do_not_become_classes(tmp_path):
     assert (card.class_names, card.warnings) == (NAMES, ())
     write_table(photos / "who.csv", [(n, "ab"[i % 2]) for i, n in enumerate(names)], head=("file", "photographer"))
     assert "column file of who.csv names the images, too" in card_of(photos, tmp_path).warnings[0]
+
+
+@pytest.mark.parametrize("files", [["optuna.db", "work/x.jpg"], ["artifacts/x.jpg", "work/x", "locks/x"]])
+def test_stores_next_to_a_table_are_no_part_of_its_data(tmp_path, monkeypatch, files):
+    place = ham(tmp_path / "ham")
+    first = card_of(place, tmp_path, **table(place))
+    for name in (*(f"mlruns/{file}" for file in files), "studies/ham.yaml"):
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text("x")
+    monkeypatch.delattr(room, "gather")  # nothing is read again
+    assert card_of(place, tmp_path, **table(place)) == first
+
+
+def test_a_file_that_vanishes_while_the_folder_is_listed_is_no_error(tmp_path, monkeypatch):
+    place = ham(tmp_path / "ham")
+    card = card_of(place, tmp_path, **table(place))
+    listed = room.list_files
+
+    def vanishing(folder):
+        found = listed(folder)
+        (place / "labels.csv-journal").unlink(missing_ok=True)
+        return found
+
+    (place / "labels.csv-journal").write_text("x")
+    monkeypatch.setattr(room, "list_files", vanishing)
+    assert card_of(place, tmp_path, **table(place)) == card
+
+
+def test_stores_among_class_folders_are_no_class_and_a_folder_that_is_only_called_so_is_one(tmp_path):
+    photos = write_blobs(tmp_path / "photos", png)
+    (photos / "mlruns").mkdir()
+    (photos / "mlruns" / "mlflow.db").write_text("x")
+    assert card_of(photos, tmp_path).files == {"seen": 40, "used": 40}
+    (photos / "mlruns" / "mlflow.db").rename(photos / "mlruns" / "notes.txt")
+    with pytest.raises(DataError, match="mlruns: no image in this class folder"):
+        card_of(photos, tmp_path)

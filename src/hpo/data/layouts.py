@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from hpo.data.image_files import AnyFile
 from hpo.errors import DataError
+from hpo.home import is_store
 
 PART_NAMES: Mapping[str, str] = {
     "train": "train",
@@ -74,7 +75,10 @@ def is_junk(name: str, *, folder: bool) -> bool:
 
 
 def list_files(place: AnyFile) -> Listing:
-    """All files below a folder, or below a folder of a zip archive, in the order of their names; links are followed."""
+    """All files below a folder, or below a folder of a zip archive, in the order of their names; links are followed.
+
+    The stores of hpo are not looked into: `hpo run labels.csv` keeps them next to the images, and they change.
+    """
     found = Listing()
     walked = _walk_zip(place) if isinstance(place, zipfile.Path) else _walk(place)
     for path, file in walked:
@@ -95,6 +99,7 @@ def _walk(place: Path) -> Iterator[tuple[PurePosixPath, Path | None]]:
     for folder, folders, names in os.walk(place, followlinks=True):
         here = Path(folder)
         below = PurePosixPath(here.relative_to(place).as_posix())
+        folders[:] = [name for name in folders if not is_store(here / name)]
         links = [name for name in folders if (here / name).is_symlink()]
         if links:
             above = {os.path.realpath(place / parent) for parent in (below, *below.parents)}
