@@ -136,6 +136,15 @@ Settings = Annotated[
         autocompletion=complete_setting,
     ),
 ]
+DataSettings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="PLACE=VALUE",
+        help="What the data are, where the images do not say: data.label='([a-z]+)_[0-9]+'",
+        autocompletion=complete_setting,
+    ),
+]
 Trials = Annotated[
     int | None,
     typer.Option(

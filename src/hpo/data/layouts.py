@@ -20,6 +20,7 @@ PART_NAMES: Mapping[str, str] = {
     "val": "valid",
     "valid": "valid",
     "validation": "valid",
+    "dev": "valid",
     "test": "test",
     "testing": "test",
 }
@@ -218,7 +219,8 @@ def _by_names(
         return []
     raise DataError(
         f"{place}: holds no class folders: {len(items):,} images lie side by side, such as {items[0][0].path}.",
-        "Put each class into a folder of its own. A table of classes: --set data.name=table --set data.path=FILE.csv. "
+        "Put each class into a folder of its own. A table of classes: hpo run FILE.csv, or --set data.name=table "
+        "--set data.path=FILE.csv. "
         "Names such as cat_12.jpg: --set data.label='([a-z]+)_[0-9]+'",
     )
 
@@ -245,7 +247,7 @@ def _refuse_wrapper(place: AnyFile, found: Sequence[Labelled]) -> None:
         top = tops.pop()
         raise DataError(
             f"{place}: holds one folder, {top}, which holds {first_ten(below)}.",
-            f"Are those the classes or parts? --set data.path={place / top}",
+            f"Are those the classes or parts? hpo run {place / top}, or --set data.path={place / top}",
         )
 
 

@@ -109,7 +109,7 @@ def label_by_table(
     _refuse(
         [f"{value!r} ({count:,} rows)" for value, count in strange.items()],
         f"{origin}: column {part} has {{}} values that are no part",
-        "Write train, valid (or val, validation) and test.",
+        "Write train, valid (or val, validation, dev) and test, or leave those rows out.",
     )
     return list(chosen.values()), unlabelled - chosen.keys()
 
