@@ -114,6 +114,17 @@ class Home:
         return self
 
 
+def is_store(folder: Path) -> bool:
+    """Whether a folder is the `mlruns` of a home: it has a database, or the folders of one whose stores are on servers.
+
+    MLflow's own `mlruns`, and a folder that is only called so, are not.
+    """
+    if folder.name != "mlruns":
+        return False
+    databases = any((folder / name).is_file() for name in ("optuna.db", "mlflow.db"))
+    return databases or all((folder / name).is_dir() for name in ("artifacts", "work", "locks"))
+
+
 def check_inside(folder: Path, path: Path) -> Path:
     """The path, which is about to be written or deleted. Raises StoreError where it is not below the folder.
 

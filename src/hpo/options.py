@@ -17,6 +17,12 @@ def _shown(number: float) -> str:
     return f"{number}" if abs(number) < 10**20 else f"{str(number)[:10]}..."
 
 
+def check_minutes(minutes: float | None) -> None:
+    """Refuse a budget that is no time, or endless; None is none. Raises HpoError."""
+    if minutes is not None and not 0 < minutes <= _MOST["trials"]:
+        raise HpoError(f"--minutes {minutes:g}: is no number of minutes.", "For example: --minutes 10")
+
+
 def _option(default: Any, **metadata: Any) -> Any:
     """A field with its default.
 
@@ -78,8 +84,7 @@ class RunOptions:
             number, most = getattr(self, name), _MOST[name]
             if number is not None and not least <= number <= most:
                 raise error(f"--{name} {_shown(number)}: is not between {least} and {most:,}.", hint)
-        if self.minutes is not None and not 0 < self.minutes <= _MOST["trials"]:
-            raise HpoError(f"--minutes {self.minutes:g}: is no number of minutes.", "For example: --minutes 10")
+        check_minutes(self.minutes)
         if self.fresh and self.extend:
             raise HpoError("--fresh and --extend: a new study has no trials to keep.", "Leave one of them out.")
         gpus = self.gpus_per_trial

@@ -12,11 +12,12 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from hpo.data.prepare import prepare
-from hpo.data.survey import describe_source, symmetries
+from hpo.data.survey import describe_source, sides_of, symmetries
 from hpo.errors import DataError, HpoError, SpecError
 from hpo.jobs import new_study as writing
 from hpo.jobs.new_study import default_file, new_study, same_source, source_of, study_text
 from hpo.jobs.shared.new_parts import in_folds, scratch_model
+from hpo.jobs.shared.new_source import refuse_among_images
 from hpo.jobs.shared.presets import PRESETS, fill_from_scratch, fill_frozen, usable
 from hpo.records import DataCard
 from hpo.spec.load import load_study
@@ -148,6 +149,107 @@ def test_a_table_is_known_by_its_columns(folder: Path) -> None:
     table.write_text("a,b\nu,v\n")
     with pytest.raises(DataError, match="names of images"):
         describe_source(table)
+
+
+def table_of(place: Path, head: str, cells: list[str]) -> Path:
+    """A table of 12 images in two classes; cells are those of the columns after image and label."""
+    as_folder(place / "images", np.random.default_rng(0).integers(0, 256, (12, 8, 8), np.uint8), np.arange(12) % 2)
+    rows = [f"{number}.png,{'ab'[number % 2]},{cell}" for number, cell in enumerate(cells)]
+    (place / "labels.csv").write_text("\n".join([f"image,dx,{head}", *rows]))
+    return place / "labels.csv"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Patient ID", "patient id", "subject-id", "pid", "PatientID", "Subject", "participant_id", "MRN", "lesion.id"],
+)
+def test_a_group_is_known_however_its_column_is_written(folder: Path, name: str) -> None:
+    table = table_of(folder / "t", f"lesion,{name}" if name != "lesion.id" else "x,lesion.id", ["1,2"] * 12)
+    assert describe_source(table)[0]["group"] == name
+    assert "group" not in describe_source(table, {"group": None})[0]
+
+
+@pytest.mark.parametrize("odd", ["dev2", "", "unused"])
+def test_parts_with_one_odd_value_are_refused_by_name_and_not_drawn_again(folder: Path, odd: str) -> None:
+    parts = ["train"] * 6 + ["test"] * 5
+    table = table_of(folder / "t", "fold", [*parts, odd])
+    with pytest.raises(DataError, match=f"column fold has 1 values that are no part: '{odd}'") as told:
+        new_study(table)
+    assert "leave those rows out" in str(told.value.hint)
+    assert not Path("studies").exists()
+    assert describe_source(table_of(folder / "u", "fold", [*parts, "dev"]))[0]["part"] == "fold"
+    classes = table_of(folder / "v", "label", [*parts, odd or "tram"])  # of vehicles and of stones, perhaps
+    assert describe_source(classes)[0]["label"] == "label"
+
+
+def test_a_study_that_would_be_a_class_is_refused_with_the_place_to_run_it_from(
+    folder: Path, digits: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = as_folder(folder / "my photos", digits[0][:40], digits[1][:40])
+    before = sorted(photos.rglob("*"))
+    monkeypatch.chdir(photos)
+    with pytest.raises(HpoError, match="the study file would be among the images") as told:
+        new_study(".")
+    assert told.value.hint == "Run it from outside: cd .. && hpo new 'my photos'"
+    monkeypatch.chdir(photos / "class 0")
+    with pytest.raises(HpoError, match="would be among") as told:
+        new_study("..", file=Path("x.yaml"))
+    assert "cd ../.. && " in str(told.value.hint)
+    monkeypatch.chdir(folder)
+    with pytest.raises(HpoError, match="would be among") as told:
+        new_study(photos, file=photos / "x.yaml")
+    assert "--out FILE" in str(told.value.hint)
+    with pytest.raises(HpoError, match="hpo's records would be among") as told:
+        refuse_among_images(photos, file=Path("studies/x.yaml"), home=photos / "mlruns", command="run")
+    assert "--home DIR" in str(told.value.hint)
+    assert sorted(photos.rglob("*")) == before
+
+
+def test_settings_of_the_data_go_before_what_the_images_are(
+    folder: Path, digits: tuple[np.ndarray, np.ndarray]
+) -> None:
+    photos = folder / "flat"
+    photos.mkdir()
+    for number, (image, label) in enumerate(zip(digits[0][:300], digits[1][:300], strict=True)):
+        Image.fromarray(image).resize((12, 12)).save(photos / f"c{label}_{number}.png")
+    given: dict[str, Any] = {"preset": "quick", "minutes": 1, "weights": ["none"], "device": "cpu", "workers": 1}
+    with pytest.raises(DataError, match="no class folders"):
+        new_study(photos, **given)
+    made = new_study(photos, settings=["data.label='c([0-9])_'", "data.size=8"], **given)
+    data = load_study(made.file).data
+    assert (data.label, data.size, len(made.data.class_names)) == ("c([0-9])_", 8, 10)
+
+
+def test_a_few_images_of_another_size_are_noticed_before_they_are_read(folder: Path) -> None:
+    for number in range(620):
+        side = 12 if number == 303 else 8
+        (folder / "p" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        Image.new("L", (side, side), number % 256).save(folder / "p" / "ab"[number % 2] / f"{number:03}.png")
+    assert set(sides_of(folder / "p")[0]) == {(8, 8), (12, 12)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["data.size=big"], "--set: data.size: input should be a valid integer"),
+        (["data.sise=8"], "--set: data.sise: unknown key"),
+        (["data.path=elsewhere"], r"--set data\.path=.*elsewhere: the images are those of"),
+        (["data.name=npz"], "--set data.name=npz: the images are those of"),
+        (["training.epochs=5"], "hpo new takes settings of data only"),
+        (["data.size=16"], "--size 8 and data.size=16: differ"),
+        (["size"], "not of the form place=value"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(folder: Path, settings: list[str], message: str) -> None:
+    (folder / "p").mkdir()
+    with pytest.raises(SpecError, match=message):
+        new_study(folder / "p", size=8, settings=settings)
+
+
+@pytest.mark.parametrize("minutes", [0, -5, float("inf"), float("nan")])
+def test_minutes_that_are_no_time_are_refused(folder: Path, minutes: float) -> None:
+    with pytest.raises(HpoError, match=r"--minutes .*: is no number of minutes"):
+        new_study("absent", minutes=minutes)
 
 
 def test_groups_of_an_npz_stay_together(folder: Path, digits: tuple[np.ndarray, np.ndarray]) -> None:

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hpo.cli import output
-from hpo.cli.options import AsJson, Debug, DeviceName, Minutes, PresetName, Weights, Workers, outside_stores
+from hpo.cli.options import (
+    AsJson,
+    DataSettings,
+    Debug,
+    DeviceName,
+    Minutes,
+    PresetName,
+    Weights,
+    Workers,
+    outside_stores,
+)
 from hpo.options import RunOptions
 from hpo.report.text import duration
 
@@ -44,6 +54,7 @@ def new(
     size: Annotated[
         int | None, typer.Option(metavar="N", min=1, max=1024, help="Side of the images.", show_default="by the files")
     ] = None,
+    settings: DataSettings = None,
     weights: Weights = None,
     workers: Workers = None,
     device: DeviceName = "auto",
@@ -63,6 +74,7 @@ def new(
         preset=preset,
         minutes=minutes,
         size=size,
+        settings=settings or (),
         weights=weights or (),
         device=device,
         workers=workers,
@@ -100,16 +112,21 @@ def study_for(
     Raises HpoError where a file of that name is about other images.
     """
     from hpo.errors import HpoError
+    from hpo.home import Home
     from hpo.jobs.new_study import default_file, new_study, same_source
-    from hpo.jobs.shared.presets import PRESETS
+    from hpo.jobs.shared.new_source import data_settings, refuse_among_images
+    from hpo.jobs.shared.presets import budget_of
 
     began, file = time.monotonic(), default_file(source)
-    minutes = options.minutes or PRESETS[preset].minutes
-    if not file.exists():
+    minutes = budget_of(preset, options.minutes)[1]
+    refuse_among_images(source, file=file, home=Home.find(options.home).root, command="run")
+    written = not file.exists()
+    if written:
         made = new_study(
             source,
             preset=preset,
             minutes=minutes,
+            settings=data_settings(options.settings),
             weights=weights or (),
             device=options.device,
             workers=options.workers or None,
@@ -122,5 +139,8 @@ def study_for(
         )
     elif tell:
         output.print_message(f"{file} is there already; delete it to have it written again.")
-    most = 60 * minutes * _LONGER - (time.monotonic() - began)
-    return file.stem, replace(options, minutes=None, timeout=options.timeout or max(most, 10.0))
+    # A study that is resumed was planned for minutes that the printed command does not repeat: nothing ends it early.
+    # SLURM ends its jobs itself.
+    limited = (written or options.minutes is not None) and options.engine != "slurm"
+    most = max(60 * minutes * _LONGER - (time.monotonic() - began), 10.0) if limited else None
+    return file.stem, replace(options, minutes=None, timeout=options.timeout or most)

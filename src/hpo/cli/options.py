@@ -92,10 +92,13 @@ def read_stack(text: str) -> int | None:
 
 def outside_stores(file: Path | None) -> Path | None:
     """The file that an option names for output, which would replace what is there: none of a home's own."""
-    above = file.expanduser().resolve().parents if file else ()
+    if file is None:
+        return None
+    from hpo.home import is_store
+
+    above = file.expanduser().resolve().parents
     for folder in above:
-        kept = folder.name == "mlruns" and any((folder / name).is_file() for name in ("optuna.db", "mlflow.db"))
-        if kept and folder / "reports" not in above:
+        if is_store(folder) and folder / "reports" not in above:
             raise typer.BadParameter(f"{file}: is among the files that hpo keeps there. Write to another folder.")
     return file
 
@@ -130,6 +133,15 @@ Settings = Annotated[
         "--set",
         metavar="PLACE=VALUE",
         help="Override an entry of the study file: training.epochs=5",
+        autocompletion=complete_setting,
+    ),
+]
+DataSettings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="PLACE=VALUE",
+        help="What the data are, where the images do not say: data.label='([a-z]+)_[0-9]+'",
         autocompletion=complete_setting,
     ),
 ]

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from hpo.data.image_files import AnyFile
 from hpo.errors import DataError
+from hpo.home import is_store
 
 PART_NAMES: Mapping[str, str] = {
     "train": "train",
@@ -19,6 +20,7 @@ PART_NAMES: Mapping[str, str] = {
     "val": "valid",
     "valid": "valid",
     "validation": "valid",
+    "dev": "valid",
     "test": "test",
     "testing": "test",
 }
@@ -74,7 +76,10 @@ def is_junk(name: str, *, folder: bool) -> bool:
 
 
 def list_files(place: AnyFile) -> Listing:
-    """All files below a folder, or below a folder of a zip archive, in the order of their names; links are followed."""
+    """All files below a folder, or below a folder of a zip archive, in the order of their names; links are followed.
+
+    The stores of hpo are not looked into: `hpo run labels.csv` keeps them next to the images, and they change.
+    """
     found = Listing()
     walked = _walk_zip(place) if isinstance(place, zipfile.Path) else _walk(place)
     for path, file in walked:
@@ -95,6 +100,7 @@ def _walk(place: Path) -> Iterator[tuple[PurePosixPath, Path | None]]:
     for folder, folders, names in os.walk(place, followlinks=True):
         here = Path(folder)
         below = PurePosixPath(here.relative_to(place).as_posix())
+        folders[:] = [name for name in folders if not is_store(here / name)]
         links = [name for name in folders if (here / name).is_symlink()]
         if links:
             above = {os.path.realpath(place / parent) for parent in (below, *below.parents)}
@@ -213,7 +219,8 @@ def _by_names(
         return []
     raise DataError(
         f"{place}: holds no class folders: {len(items):,} images lie side by side, such as {items[0][0].path}.",
-        "Put each class into a folder of its own. A table of classes: --set data.name=table --set data.path=FILE.csv. "
+        "Put each class into a folder of its own. A table of classes: hpo run FILE.csv, or --set data.name=table "
+        "--set data.path=FILE.csv. "
         "Names such as cat_12.jpg: --set data.label='([a-z]+)_[0-9]+'",
     )
 
@@ -240,7 +247,7 @@ def _refuse_wrapper(place: AnyFile, found: Sequence[Labelled]) -> None:
         top = tops.pop()
         raise DataError(
             f"{place}: holds one folder, {top}, which holds {first_ten(below)}.",
-            f"Are those the classes or parts? --set data.path={place / top}",
+            f"Are those the classes or parts? hpo run {place / top}, or --set data.path={place / top}",
         )
 
 

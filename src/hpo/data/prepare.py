@@ -115,12 +115,22 @@ def _request(data: DataSpec, split: SplitSpec) -> str:
         # A table names files anywhere below its folder.
         folder = place.parent if data.name == "table" else place
         found = [item.file for item in list_files(folder).files] if folder.is_dir() else [place]
-        stats = {str(path): path.stat() for path in found if isinstance(path, Path)}
-        # The time of the last change, which nobody sets, tells of other content under the same size and time.
-        files = sorted((path, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for path, each in stats.items())
+        files = sorted(each for path in found if isinstance(path, Path) and (each := _version(path, data)))
     asked = [_FORMAT, data.model_dump(mode="json"), files]
     asked += [split.test_share, split.seed, split.group, split.near_duplicates]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
+
+
+def _version(path: Path, data: DataSpec) -> tuple[str, int, int, int] | None:
+    """What changes with a file's content; None where the file is gone by now, or is no part of the data."""
+    if data.name == "table" and path.suffix.lower() in (".yaml", ".yml"):
+        return None  # the study file, which hpo new writes next to a table
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    # The time of the last change, which nobody sets, tells of other content under the same size and time.
+    return str(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _indexed(entry: Path) -> DataCard | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,13 @@ from hpo.data.tables import ENDINGS, IMAGE_COLUMNS, LABEL_COLUMNS, read_table
 from hpo.errors import DataError
 
 _FILES = 300  # whose headers are read, spread over the data set
-_GROUP = re.compile(
-    r"(patient|subject|lesion|slide|plant|video|group|case|specimen|animal)s?(_?(id|nr|no|number))?", re.I
+_KEY = r"(s|id|ids|uid|nr|no|num|number|key|code|name)?"
+# Coarse ones first: a patient has several lesions. Compared with names without spaces and signs: "Patient ID".
+_GROUPS = (
+    re.compile(
+        rf"(id)?(patient|subject|participant|person|individual|donor|animal){_KEY}|pid|ptid|mrn|patid|subj(id)?"
+    ),
+    re.compile(rf"(id)?(lesion|slide|plant|video|group|case|specimen){_KEY}"),
 )
 _LABEL = re.compile(r"(labels?|class(es)?|dx|diagnosis|category|species|target|y)", re.I)
 _MOST_ROWS = 1500  # of each side of the comparison of symmetries
@@ -30,21 +35,30 @@ def is_source(path: Path) -> bool:
     return path.is_dir() or (path.is_file() and path.suffix.lower() in (".npz", *ENDINGS))
 
 
-def describe_source(path: Path) -> tuple[dict[str, Any], str | None]:
-    """The data part of a study for a folder, an npz or a table, without its path, and what split.group may be.
-
-    Raises DataError for anything else, and for a table whose columns are not recognised.
-    """
+def kind_of(path: Path) -> str:
+    """data.name of a folder, an npz or a table. Raises DataError for anything else."""
     if path.is_dir():
-        return {"name": "folder"}, None
+        return "folder"
     if path.is_file() and path.suffix.lower() == ".npz":
-        return {"name": "npz"}, _npz_group(path)
+        return "npz"
     if path.is_file() and path.suffix.lower() in ENDINGS:
-        return _describe_table(path)
+        return "table"
     raise DataError(
         f"{path}: neither a folder of images, nor an npz file, nor a table ({', '.join(ENDINGS)}).",
         "Give one of these; docs/own-data.md shows how they look.",
     )
+
+
+def describe_source(path: Path, given: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], str | None]:
+    """The data part of a study for a folder, an npz or a table, without its path, and what split.group may be.
+
+    given are entries of it that are known, None for a column that shall not be used. Raises DataError for anything
+    else, and for a table whose columns are not recognised.
+    """
+    kind = kind_of(path)
+    if kind == "table":
+        return _describe_table(path, given or {}), None
+    return {"name": kind}, _npz_group(path) if kind == "npz" else None
 
 
 def _npz_group(path: Path) -> str | None:
@@ -55,25 +69,29 @@ def _npz_group(path: Path) -> str | None:
         return None
 
 
-def _describe_table(path: Path) -> tuple[dict[str, Any], str | None]:
-    table = read_table(path)
+def _describe_table(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    whole = read_table(path)
+    taken = [given.get(entry) for entry in ("image", "label", "group", "part")]
+    table = {name: cells for name, cells in whole.items() if name not in taken}
     names = {key for item in list_files(path.parent).files for key in (str(item.path), item.path.name, item.path.stem)}
-    image = _first(table, IMAGE_COLUMNS) or next((name for name, cells in table.items() if _named(cells, names)), None)
-    part = next((name for name, cells in table.items() if name != image and _are_parts(cells)), None)
-    group = next((name for name in table if name not in (image, part) and _GROUP.fullmatch(name)), None)
+    image = given.get("image") or _first(table, IMAGE_COLUMNS)
+    image = image or next((name for name, cells in table.items() if _named(cells, names)), None)
+    part = given["part"] if "part" in given else _part_column(table, image)
+    group = given["group"] if "group" in given else _group_column(name for name in table if name not in (image, part))
     rest = {name: cells for name, cells in table.items() if name not in (image, part, group)}
-    label = _first(rest, LABEL_COLUMNS) or next((name for name in rest if _LABEL.fullmatch(name)), None)
+    label = given.get("label") or _first(rest, LABEL_COLUMNS)
+    label = label or next((name for name in rest if _LABEL.fullmatch(name)), None)
     if label is None:
         few = [name for name, cells in rest.items() if 1 < len({*cells} - {""}) <= max(2, len(cells) // 10)]
         label = few[0] if len(few) == 1 else None
     if image is None or label is None:
-        lacking = "names of images" if image is None else "classes"
+        lacking, entry = ("names of images", "image") if image is None else ("classes", "label")
         raise DataError(
-            f"{path}: no column is recognised as the {lacking} (it has: {', '.join(table)}).",
-            f"Rename the column to {'image' if image is None else 'label'}, or write the study file: docs/own-data.md",
+            f"{path}: no column is recognised as the {lacking} (it has: {', '.join(whole)}).",
+            f"Say which it is: --set data.{entry}=COLUMN",
         )
     columns = {"image": image, "label": label, "group": group, "part": part}
-    return {"name": "table", **{key: name for key, name in columns.items() if name}}, None
+    return {"name": "table", **{key: name for key, name in columns.items() if name}}
 
 
 def _first(table: Mapping[str, Any], usual: Sequence[str]) -> str | None:
@@ -85,27 +103,45 @@ def _named(cells: Sequence[str], names: set[str]) -> bool:
     return all(cell and (cell in names or Path(cell).name in names) for cell in cells[:20])
 
 
-def _are_parts(cells: Sequence[str]) -> bool:
-    found = {cell.lower() for cell in cells}
-    return len(found) > 1 and found <= PART_NAMES.keys()
+def _part_column(table: Mapping[str, Sequence[str]], image: str | None) -> str | None:
+    """The column of the official parts: all its values are parts, or train and another part are among them.
+
+    Reading the latter names its odd values and refuses them: without the column, official test images would train.
+    """
+    found = {name: {cell.lower() for cell in cells} for name, cells in table.items() if name != image}
+    for name, values in found.items():
+        if len(values) > 1 and values <= PART_NAMES.keys():
+            return name
+    for name, values in found.items():
+        parts = {PART_NAMES[value] for value in values & PART_NAMES.keys()}
+        if name not in LABEL_COLUMNS and "train" in parts and len(parts) > 1:
+            return name
+    return None
+
+
+def _group_column(names: Iterable[str]) -> str | None:
+    plain = {name: re.sub(r"[\W_]+", "", name).lower() for name in names}
+    return next((name for pattern in _GROUPS for name in plain if pattern.fullmatch(plain[name])), None)
 
 
 def sides_of(path: Path) -> tuple[list[tuple[int, int]], int]:
-    """(width, height) of up to 300 image files below a folder, spread over it, and the number of all files.
+    """(width, height) of image files below a folder, and the number of all files.
 
-    Files that are no images are skipped.
+    Those are 300 spread over it if they are of several sizes; if of one size, all: one other among them is one too many
+    for images that are not resized. Files that are no images are skipped.
     """
     files = [item.file for item in list_files(path).files]
     step = max(1, len(files) // _FILES)
 
-    def found() -> Iterator[tuple[int, int]]:
-        for file in files[::step]:
+    def found(every: int) -> Iterator[tuple[int, int]]:
+        for file in files[::every]:
             try:
                 yield read_sides(file)
             except (NotAnImageError, DataError):  # preparing the data names the broken ones
                 continue
 
-    return list(found()), len(files)
+    sides = list(found(step))
+    return list(found(1)) if step > 1 and same_size(sides) else sides, len(files)
 
 
 def most_common_side(sides: Sequence[tuple[int, int]]) -> int:

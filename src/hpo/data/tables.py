@@ -66,22 +66,24 @@ def label_by_table(
     """The images that the rows name, with class, part and group; and the files of rows without a class.
 
     Names are paths below the table's folder, or names of files anywhere below it, with or without their ending. stem is
-    put before them. Raises DataError where a column is missing, where files are missing or ambiguous, and where rows
-    contradict each other.
+    put before them. _Files says what becomes of names whose folders are other ones. Raises DataError where a column is
+    missing, where files are missing or ambiguous, and where rows contradict each other.
     """
     image = _column(table, columns.image, IMAGE_COLUMNS, "image", origin)
     label = _column(table, columns.label, LABEL_COLUMNS, "label", origin)
     group = _column(table, columns.group, (), "group", origin) if columns.group else None
     part = _column(table, columns.part, (), "part", origin) if columns.part else None
-    by_name, unlabelled = _Files(files, stem), set[PurePosixPath]()
+    by_name, unlabelled = _Files(files, stem, table[image]), set[PurePosixPath]()
     chosen: dict[PurePosixPath, Labelled] = {}
-    missing, ambiguous, differing, ungrouped, strange = [], [], [], [], Counter[str]()
+    missing, ambiguous, claimed, differing, ungrouped, strange = [], [], [], [], [], Counter[str]()
     for row, name in enumerate(table[image]):
         matches = by_name.find(name)
         if not matches:
             missing.append(name)
         elif len(matches) > 1:
             ambiguous.append(f"{name} ({matches[0].path}, {matches[1].path})")
+        elif other := by_name.claimed(name, matches[0]):
+            claimed.append(f"{other} and {name} ({matches[0].path})")
         elif not table[label][row]:
             unlabelled.add(matches[0].path)
         else:
@@ -97,7 +99,8 @@ def label_by_table(
             earlier = chosen.setdefault(found.path, found)
             if (earlier.label, earlier.part, earlier.group) != (found.label, found.part, found.group):
                 differing.append(name)
-    _refuse(missing, f"{origin}: column {image} names {{}} files that are not there", "Correct the names, or the path.")
+    _refuse(missing, f"{origin}: column {image} names {{}} files that are not there", by_name.hint)
+    _refuse(claimed, f"{origin}: {{}} times one file is there for names in different folders", by_name.hint)
     _refuse(
         ambiguous, f"{origin}: {{}} names stand for several files", "Write the path below the table's folder instead."
     )
@@ -106,7 +109,7 @@ def label_by_table(
     _refuse(
         [f"{value!r} ({count:,} rows)" for value, count in strange.items()],
         f"{origin}: column {part} has {{}} values that are no part",
-        "Write train, valid (or val, validation) and test.",
+        "Write train, valid (or val, validation, dev) and test, or leave those rows out.",
     )
     return list(chosen.values()), unlabelled - chosen.keys()
 
@@ -125,30 +128,78 @@ def _column(table: Table, name: str | None, usual: Sequence[str], field: str, or
 
 
 class _Files:
-    """Files by path, by name, and by both without their endings."""
+    """Files by path, by name, and by both without their endings.
 
-    def __init__(self, files: Sequence[Found], stem: str) -> None:
+    names are all cells of the table. Those with folders are one kind: paths below the table's folder if one of them is
+    found so, else paths whose first folders differ from those on this disk, by as many as the best of them needs; names
+    of files only where no folder of theirs is there. So a missing file is missing: no file of the same name in another
+    folder is taken for it.
+    """
+
+    def __init__(self, files: Sequence[Found], stem: str, names: Sequence[str]) -> None:
         self._stem = PurePosixPath(stem)
-        self._by: dict[str, list[Found]] = {}
+        self._whole: dict[str, list[Found]] = {}  # by path
+        self._ends: dict[str, list[Found]] = {}  # by the last parts of the path, however many
         tops = sorted({item.path.parts[0] for item in files if len(item.path.parts) > 1})
         self._parts = parts_of(tops)
         for item in files:
-            keys = {str(item.path), item.path.name, str(item.path.with_suffix("")), item.path.stem}
-            for key in keys:
-                self._by.setdefault(key, []).append(item)
+            for path in {item.path, item.path.with_suffix("")}:
+                self._whole.setdefault(str(path), []).append(item)
+                for start in range(len(path.parts)):
+                    self._ends.setdefault("/".join(path.parts[start:]), []).append(item)
+        self._claims: dict[PurePosixPath, str] = {}
+        paths = {path for name in names if len((path := _path(name)).parts) > 1}
+        self._by, self._dropped = self._folders(paths)
+        self.hint = "Correct the names, or the path."
+        if paths and self._dropped is not None:
+            self.hint += " Files of the same name in other folders are not taken for them."
+
+    def _folders(self, paths: set[PurePosixPath]) -> tuple[dict[str, list[Found]], int | None]:
+        """How names with folders are looked up: among whole paths or their ends, and without how many first folders.
+
+        None: without any folder.
+        """
+        most = max((len(path.parts) for path in paths), default=0) - 1
+        for by in (self._whole, self._ends):
+            for dropped in range(most):
+                rests = (path.parts[dropped:] for path in paths if len(path.parts) > dropped + 1)
+                if any(key in by for rest in rests for key in self._keys(rest)):
+                    return by, dropped
+        return self._ends, None
+
+    def _keys(self, parts: Sequence[str]) -> tuple[str, ...]:
+        plain = PurePosixPath(*parts)
+        return str(self._stem / plain), str(plain)
 
     def find(self, name: str) -> list[Found]:
-        """The file that a cell names: by its path, else by its name; several where that is not clear."""
-        wanted = PurePosixPath(name.replace("\\", "/"))
-        for key in (str(self._stem / wanted), str(wanted), wanted.name):
-            if name and (found := self._by.get(key)):
+        """The file that a cell names; several where that is not clear."""
+        wanted = _path(name)
+        below = len(wanted.parts) > 1
+        if below and self._dropped is not None:
+            by, keys = self._by, self._keys(wanted.parts[self._dropped :] or (wanted.name,))
+        else:
+            by, keys = self._ends, (*self._keys(wanted.parts), wanted.name)
+        for key in keys:
+            if name and (found := by.get(key)):
                 exact = [item for item in found if str(item.path) == key]
                 return exact or found
         return []
 
+    def claimed(self, name: str, item: Found) -> str | None:
+        """The name, in another folder, that stood for this file before; None where none did."""
+        if len(_path(name).parts) < 2:
+            return None
+        earlier = self._claims.setdefault(item.path, name)
+        return earlier if _path(earlier).parent != _path(name).parent else None
+
     def part(self, item: Found) -> str | None:
         """The part whose folder a file lies in; train where the folders are no parts."""
         return self._parts.get(item.path.parts[0], None if self._parts else "train")
+
+
+def _path(name: str) -> PurePosixPath:
+    """A cell as a path: tables of Windows have backslashes."""
+    return PurePosixPath(name.replace("\\", "/"))
 
 
 def metadata_files(listing: Listing) -> list[Found]:

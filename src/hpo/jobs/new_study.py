@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hpo.data.duplicates import refuse_shared
 from hpo.data.survey import describe_source, is_source, most_common_side, same_size, sides_of, symmetries
 from hpo.errors import HpoError, SpecError
 from hpo.execute.process import cores
-from hpo.jobs.shared.presets import PRESETS, Fill, Preset, fill_from_scratch, fill_frozen
+from hpo.jobs.shared.new_source import given_data, refuse_among_images, refuse_other_settings
+from hpo.jobs.shared.presets import Fill, Preset, budget_of, fill_from_scratch, fill_frozen
+from hpo.jobs.shared.study_text import Decision, study_text
 from hpo.records import DataCard
 from hpo.report.text import counted, duration
 from hpo.spec.files import SHIPPED, study_files
@@ -32,15 +32,6 @@ _RATIO = 5.0  # of the largest to the smallest class, from which on classes coun
 _NEAR = 0.01  # share of a part that looks like images of another part
 _SYMMETRIC = 0.75  # of the accuracy above chance is left where a data set is symmetric under a change
 _HEAD_EPOCHS = 25
-
-
-@dataclass(frozen=True)
-class Decision:
-    """One choice of a new study, and the reason."""
-
-    subject: str
-    choice: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -87,18 +78,19 @@ def new_study(
     preset: str = "good",
     minutes: float | None = None,
     size: int | None = None,
+    settings: Sequence[str] = (),
     weights: Sequence[str] = (),
     device: str = "auto",
     workers: int | None = None,
 ) -> NewStudy:
     """Look at a folder, npz or table of images, and write a study that fits into so many minutes on this machine.
 
-    preset is a key of PRESETS, whose minutes are the default. weights are texts NAME=FILE of pretrained networks, or
+    preset is a key of PRESETS, whose minutes are the default. settings are texts such as data.size=64, which go before
+    what the images are; all of them are about the data. weights are texts NAME=FILE of pretrained networks, or
     "none" to use none; by default those whose weights are in the caches are used. Raises HpoError for data that no
-    study could use, and where the file exists.
+    study could use, where the file exists, and where it would be among the images.
     """
-    if preset not in PRESETS:
-        raise SpecError(f"--preset {preset}: is unknown.", f"Choose one of: {', '.join(PRESETS)}.")
+    plan, minutes = budget_of(preset, minutes)
     path, file = Path(source).expanduser(), file or default_file(Path(source))
     if file.suffix not in (".yaml", ".yml"):
         raise SpecError(f"{file}: is not a study file.", "Give a name that ends in .yaml")
@@ -106,8 +98,9 @@ def new_study(
         raise SpecError(f"{file}: {file.stem!r} is no name of a study.", "Take up to 100 of A-Z a-z 0-9 . _ - only.")
     if file.exists():
         raise HpoError(f"{file}: exists already.", f"Run it: hpo run {file.stem}. Or write another one: --out FILE")
-    plan, minutes = PRESETS[preset], minutes or PRESETS[preset].minutes
-    draft = _Draft(path, file, size)
+    refuse_among_images(path, file=file)
+    refuse_other_settings(settings, path)
+    draft = _Draft(path, file, size, settings)
     draft.look()
     draft.fill(plan, minutes, weights=weights, device=device, workers=workers)
     draft.write(f"preset {preset}, {minutes:g} minute{'' if minutes == 1 else 's'}")
@@ -117,8 +110,8 @@ def new_study(
 class _Draft:
     """A study that is being made: the tree of its file, and the reasons of its parts."""
 
-    def __init__(self, path: Path, file: Path, size: int | None) -> None:
-        self.path, self.file, self._size = path.absolute(), file, size
+    def __init__(self, path: Path, file: Path, size: int | None, settings: Sequence[str] = ()) -> None:
+        self.path, self.file, self._size, self._settings = path.absolute(), file, size, settings
         self.tree: dict[str, Any] = {}
         self.decisions: list[Decision] = []
         self.fitted: Fill | None = None
@@ -129,8 +122,13 @@ class _Draft:
 
     def look(self) -> None:
         """Choose data, split, objective and augmentation by what the images are."""
-        data, group = describe_source(self.path)
-        data = {"name": data.pop("name"), "path": str(self.path), **data, **self._sized()}
+        given = given_data(self.path, self._settings)
+        described, group = describe_source(self.path, given)
+        data = {key: value for key, value in {**given, **described, **given}.items() if value is not None}
+        if self._size and data.get("size", self._size) != self._size:
+            raise SpecError(f"--size {self._size} and data.size={data['size']}: differ.", "Leave one of them out.")
+        self._size = self._size or data.get("size")
+        data |= self._sized()
         split: dict[str, Any] = {"kind": "holdout", **({"group": group} if group else {})}
         self.card = self._prepared(data, split)
         refuse_shared(self.card)
@@ -145,7 +143,9 @@ class _Draft:
         """data.size, where files of several sizes, or larger ones than are trained on, need one."""
         if self.path.suffix.lower() == ".npz" and self.path.is_file():
             if self._size:
-                raise SpecError(f"--size {self._size}: {self.path} has images of one size.", "Leave --size out.")
+                raise SpecError(
+                    f"data.size {self._size}: {self.path} has images of one size.", "Leave --size, or data.size, out."
+                )
             return {}
         if self._size:
             return {"size": self._size}
@@ -347,47 +347,6 @@ def _short(path: Path, folder: Path) -> str:
     """A path relative to a folder where that does not go far up, else absolute."""
     relative = os.path.relpath(path, folder)
     return relative if relative.count("..") <= 2 else str(path)
-
-
-_ABOUT = {
-    "data": ("size",),
-    "split": ("validation", "groups", "near-duplicates"),
-    "model": ("network",),
-    "training": ("augmentation",),
-    "search": ("objective", "search"),
-    "final": ("final",),
-}
-_FLAT = ("data", "split", "final")
-
-
-def study_text(tree: dict[str, Any], decisions: Sequence[Decision], title: str) -> str:
-    """The text of a study file, with the reason of each part above it."""
-    lines = [f"# Written by hpo new ({title}); change what you know better.", "question: Which class is an image of?"]
-    for part in ("data", "split", "task", "model", "training", "search", "final"):
-        if part not in tree:
-            continue
-        told = [each for each in decisions if each.subject in _ABOUT.get(part, ())]
-        lines += [f"# {each.subject}: {each.choice}: {each.reason}" for each in told]
-        value = tree[part]
-        if part in _FLAT or not isinstance(value, dict):
-            lines.append(f"{part}: {_flow(value)}")
-            continue
-        lines.append(f"{part}:")
-        for key, item in value.items():
-            deep = part == "search" and key in ("space", "start")
-            lines += [f"  {key}:", *_below(item)] if deep else [f"  {key}: {_flow(item)}"]
-    return "\n".join([*lines, ""])
-
-
-def _below(item: Any) -> list[str]:
-    if isinstance(item, dict):
-        return [f"    {key}: {_flow(value)}" for key, value in item.items()]
-    return [f"    - {_flow(value)}" for value in item]
-
-
-def _flow(value: Any) -> str:
-    text: str = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6, allow_unicode=True)
-    return text.removesuffix("...\n").strip().replace("{'on':", "{on:")  # YAML 1.1 would take it for true
 
 
 def same_source(file: Path, source: Path) -> bool:

@@ -221,15 +221,21 @@ def _anchor_paths(tree: dict[str, Any], folder: Path) -> None:
             part[key] = str((folder / Path(part[key]).expanduser()).absolute())
 
 
-def _parse_override(text: str) -> tuple[str, Any]:
+def split_override(text: str) -> tuple[str, str]:
+    """The place and the value in a text such as training.epochs=5. Raises SpecError."""
     place, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", place.strip()):
         raise SpecError(f"--set {text}: not of the form place=value.", "Write for example: --set training.epochs=5")
+    return place.strip(), value
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    place, value = split_override(text)
     try:
         loader = StudyLoader(value)
         node = loader.get_single_node()
         _check_size(node)
-        return place.strip(), loader.construct_document(node) if node is not None else None
+        return place, loader.construct_document(node) if node is not None else None
     except (yaml.YAMLError, RecursionError, ValueError):
         raise SpecError(f"--set {text}: the value is not readable as YAML.", "Quote it.") from None
 

@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hpo.errors import SpecError
+from hpo.options import check_minutes
+
 _USED = 0.8  # of the time: a trial that is cut off at the end is lost, and two trainings at once are slower than one
 _START = 25.0  # seconds that processes, the first export and the registration take
 _PRUNED = 0.6  # of the epochs of a trial are trained, on average, where successive halving ends every second one early
@@ -36,6 +39,14 @@ PRESETS: Mapping[str, Preset] = {
     "good": Preset(minutes=10, epochs=(10, 40), trials=4, widths=(16, 24, 32, 48), backbones=2, views=3),
     "best": Preset(minutes=60, epochs=(20, 80), trials=8, widths=(24, 32, 48, 64, 96), backbones=4, views=5),
 }
+
+
+def budget_of(preset: str, minutes: float | None) -> tuple[Preset, float]:
+    """A preset by its name, and the minutes, by default its own. Raises HpoError for values that are neither."""
+    if preset not in PRESETS:
+        raise SpecError(f"--preset {preset}: is unknown.", f"Choose one of: {', '.join(PRESETS)}.")
+    check_minutes(minutes)
+    return PRESETS[preset], PRESETS[preset].minutes if minutes is None else minutes
 
 
 @dataclass(frozen=True)
