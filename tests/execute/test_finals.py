@@ -79,6 +79,21 @@ def test_a_race_ends_with_a_winner_or_an_honest_tie(card, errors, tie):
     assert outcome.lead.value == pytest.approx((errors[1] - errors[0]) / 200)
 
 
+@pytest.mark.parametrize(
+    ("second", "final"),
+    [((), {"on": "all"}), ((), {}), ([0, 1], {}), ([], {"split": SplitSpec(kind="none")})],
+    ids=["all", "missing", "other images", "none"],
+)
+def test_answers_that_do_not_fit_the_images_leave_a_race_without_an_interval(card, second, final):
+    # As after a resumed search that found a better candidate, which then was trained on everything, too.
+    spec = _spec(**final).model_copy(update={"split": SplitSpec()})
+    first = () if final else _predictions(10, 1)
+    trials = [_trial(0, 0.1, 0.7, stage=FINAL, predicted=second), _trial(1, 0.2, 0.9, stage=FINAL, predicted=first)]
+    outcome = race(spec, _study(*trials), data=card)
+    assert (outcome.winner.number, outcome.lead, outcome.tie) == (1, None, False)
+    assert "and 2 finalists by their mean objective" in str(outcome)
+
+
 def test_without_final_trainings_there_is_no_race():
     assert race(_spec(), _study(_trial(0, 0.1, 0.5)), data=CARD) is None
 

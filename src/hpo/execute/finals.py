@@ -71,8 +71,8 @@ def check_final(spec: StudySpec, data: DataCard) -> None:
 class Race:
     """The outcome of the finals. ranking holds each finalist's trials, best mean first.
 
-    lead is the difference in validation accuracy, first minus second, with its 95 % interval; None without a second or
-    without validation images. tie: the interval holds 0.
+    lead is the difference in validation accuracy, first minus second, with its 95 % interval; None without a second, or
+    where one of both has no recorded answers to exactly the validation images. tie: the interval holds 0.
     """
 
     winner: Trial
@@ -119,16 +119,22 @@ def race(spec: StudySpec, study: StudyResult, *, data: DataCard) -> Race | None:
     ranking = tuple(
         tuple(sorted(group, key=lambda trial: -worth([trial]))) for group in sorted(groups, key=worth)[::-1]
     )
-    lead = None
-    if len(ranking) > 1 and not data.several_labels:  # several labels an image: means decide, without an interval
-        labels = np.load(Path(data.folder) / "development_labels.npy")
-        _, rows = rows_of(data, final_split(spec, data), labels)
-        first, second = (_correct(trials, labels[rows]) for trials in ranking[:2])
-        lead = paired_bootstrap(first, second, seed=spec.seed)
+    lead = _lead(spec, ranking, data=data) if len(ranking) > 1 else None
     return Race(ranking[0][0], ranking, lead)
 
 
-def _correct(trials: Sequence[Trial], labels: np.ndarray) -> Any:
-    """(n,) mean correctness of the trials on each validation image, in [0, 1]."""
-    predicted = [unpack_classes(trial.result.predicted) for trial in trials if trial.result is not None]
-    return np.mean([np.array(classes) == labels for classes in predicted], axis=0)
+def _lead(spec: StudySpec, ranking: Sequence[Sequence[Trial]], *, data: DataCard) -> Interval | None:
+    """See Race."""
+    if data.several_labels:  # several labels an image: means decide, without an interval
+        return None
+    groups = [
+        [unpack_classes(trial.result.predicted if trial.result else "") for trial in each] for each in ranking[:2]
+    ]
+    if not all(classes for group in groups for classes in group):  # trained on all images a trial has no answers
+        return None
+    labels = np.load(Path(data.folder) / "development_labels.npy")
+    _, rows = rows_of(data, final_split(spec, data), labels)
+    if any(len(classes) != len(rows) for group in groups for classes in group):  # to the images of another split
+        return None
+    first, second = (np.mean([np.array(classes) == labels[rows] for classes in group], axis=0) for group in groups)
+    return paired_bootstrap(first, second, seed=spec.seed)
