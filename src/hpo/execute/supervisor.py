@@ -33,6 +33,7 @@ from hpo.records import (
 from hpo.report.text import counted
 from hpo.search.constraints import most_parameters, needs_latency
 from hpo.search.pruners import report_values
+from hpo.search.results import misfit
 from hpo.search.study import Study
 from hpo.spec.automatic import prunes
 from hpo.spec.study import Setup, StudySpec
@@ -218,11 +219,7 @@ class Supervisor:
             setup = self._setup(candidate)
         except SpecError as error:
             self._events.emit(TrialStarted(candidate, worker, None, time.time()))
-            # As with too many parameters: no failure, and samplers learn to leave it alone.
-            misfit = TrialResult(
-                candidate.number, TrialState.PRUNED, reason=str(error), feasible=False, ended=time.time()
-            )
-            self._emit_ended(self._study.tell(misfit), final=final)
+            self._emit_ended(self._study.tell(misfit(candidate.number, error)), final=final)
             return
         task = Task(
             number=candidate.number,

@@ -159,6 +159,12 @@ def final_result(spec: StudySpec, result: TrialResult, *, final: bool = False, d
     return result
 
 
+def misfit(number: int, error: Exception) -> TrialResult:
+    """The result of a candidate whose values do not fit together, which samplers then learn to leave alone."""
+    # As with too many parameters: no failure.
+    return TrialResult(number, TrialState.PRUNED, reason=str(error), feasible=False, ended=time.time())
+
+
 def _objective_values(spec: StudySpec, result: TrialResult) -> list[float | None]:
     """One value for each objective."""
     if not spec.search.objectives:
