@@ -12,9 +12,10 @@ import numpy as np
 
 from hpo.data.split import rows_of, split_card
 from hpo.errors import DataError
-from hpo.records import FINAL, DataCard, StudyResult, Trial, unpack_classes
+from hpo.records import FINAL, Candidate, DataCard, StudyResult, Trial, unpack_classes
 from hpo.report.statistics import Interval, paired_bootstrap
 from hpo.spec.study import FinalSpec, Setup, SplitSpec, StudySpec
+from hpo.storage.trial_attrs import final_key, key_of
 
 # Offsets of the seeds of finals: larger than those of any search trial, so that no seed repeats.
 _FRESH = 1_000_000_000
@@ -34,8 +35,15 @@ def finalists(spec: StudySpec, study: StudyResult) -> list[tuple[Mapping[str, An
     return [(trial.candidate.parameters, seed) for trial in ranked[: spec.final.finalists] for seed in seeds]
 
 
+def with_final(spec: StudySpec, candidate: Candidate) -> StudySpec:
+    """The spec with the settings of `final` that a final training was begun with; its own where none were recorded."""
+    if candidate.final is None:
+        return spec
+    return spec.model_copy(update={"final": FinalSpec.model_validate(candidate.final)})
+
+
 def final_setup(spec: StudySpec, study: StudyResult, parameters: Mapping[str, Any], *, data: DataCard) -> Setup:
-    """The setup of a final training: the candidate's, with what `final` changes."""
+    """The setup of a final training: the candidate's, with what `final` changes; of a recorded one see with_final."""
     final = spec.final or FinalSpec()
     teacher = {"training.teacher": final.teacher} if final.teacher else {}
     setup = spec.with_values(parameters, fixed={**final.set, **teacher})
@@ -101,26 +109,40 @@ class Race:
 def race(spec: StudySpec, study: StudyResult, *, data: DataCard) -> Race | None:
     """Rank the finalists by their mean objective over seeds; None where no final training is complete.
 
-    The winner is the best training of the best finalist. Images and seeds are paired: a finalist's correctness on an
-    image is its mean over seeds, and images are drawn again 10,000 times.
+    A candidate that was trained with several settings of `final` is several finalists; those that other images judge
+    than the spec's take part only where there are no others. The winner is the best training of the best finalist.
+    Images and seeds are paired: a finalist's correctness on an image is its mean over seeds, and images are drawn again
+    10,000 times.
     """
     done = [trial for trial in study.trials if trial.candidate.stage == FINAL and trial.state == "complete"]
     if not done:
         return None
-    groups: list[list[Trial]] = []
+    done = [trial for trial in done if _judges(spec, trial, data) == _judges(spec, None, data)] or done
+    settings = (spec.final or FinalSpec()).settings
+    groups: dict[tuple[str, str], list[Trial]] = {}
     for trial in done:
-        same = [group for group in groups if group[0].candidate.parameters == trial.candidate.parameters]
-        same[0].append(trial) if same else groups.append([trial])
+        candidate = trial.candidate
+        key = key_of(candidate.parameters), final_key(settings if candidate.final is None else candidate.final)
+        groups.setdefault(key, []).append(trial)
     sign = 1.0 if study.direction == "maximize" else -1.0
 
     def worth(trials: Sequence[Trial]) -> float:
         return fmean(sign * (trial.value or 0.0) for trial in trials)
 
+    def rank(key: tuple[str, str]) -> tuple[float, bool]:
+        return worth(groups[key]), key[1] == final_key(settings)
+
     ranking = tuple(
-        tuple(sorted(group, key=lambda trial: -worth([trial]))) for group in sorted(groups, key=worth)[::-1]
+        tuple(sorted(groups[key], key=lambda trial: -worth([trial]))) for key in sorted(groups, key=rank)[::-1]
     )
     lead = _lead(spec, ranking, data=data) if len(ranking) > 1 else None
     return Race(ranking[0][0], ranking, lead)
+
+
+def _judges(spec: StudySpec, trial: Trial | None, data: DataCard) -> Any:
+    """What the value of a final training, or of one as the spec has them, comes from: a split, or the search."""
+    spec = with_final(spec, trial.candidate) if trial is not None else spec
+    return "search" if spec.final is not None and spec.final.on == "all" else final_split(spec, data).model_dump()
 
 
 def _lead(spec: StudySpec, ranking: Sequence[Sequence[Trial]], *, data: DataCard) -> Interval | None:
@@ -132,8 +154,11 @@ def _lead(spec: StudySpec, ranking: Sequence[Sequence[Trial]], *, data: DataCard
     ]
     if not all(classes for group in groups for classes in group):  # trained on all images a trial has no answers
         return None
+    one, other = (_judges(spec, trials[0], data) for trials in ranking[:2])
+    if one != other:
+        return None
     labels = np.load(Path(data.folder) / "development_labels.npy")
-    _, rows = rows_of(data, final_split(spec, data), labels)
+    _, rows = rows_of(data, final_split(with_final(spec, ranking[0][0].candidate), data), labels)
     if any(len(classes) != len(rows) for group in groups for classes in group):  # to the images of another split
         return None
     first, second = (np.mean([np.array(classes) == labels[rows] for classes in group], axis=0) for group in groups)

@@ -14,7 +14,7 @@ from hpo.errors import NO_SPACE, HpoError, SpecError, StoreError
 from hpo.events import EpochEnded, Notice, TrialEnded, TrialPaused, TrialsReaped, TrialStarted
 from hpo.execute.engines.base import Engine, Message, WorkerLost
 from hpo.execute.enough import Enough
-from hpo.execute.finals import final_setup, finalists
+from hpo.execute.finals import final_setup, finalists, with_final
 from hpo.execute.pauses import Pauses, is_known
 from hpo.execute.process import RunEnd
 from hpo.execute.progress import Progress
@@ -257,7 +257,8 @@ class Supervisor:
 
     def _setup(self, candidate: Candidate) -> Setup:
         if candidate.stage == FINAL:
-            return final_setup(self._spec, self._study.result(), candidate.parameters, data=self._data)
+            spec = with_final(self._spec, candidate)
+            return final_setup(spec, self._study.result(), candidate.parameters, data=self._data)
         return self._spec.with_values(candidate.parameters)
 
     def _found_by_search(self, candidate: Candidate) -> float | None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hpo.errors import HpoError, StoreError
 from hpo.events import TrialEnded
 from hpo.execute.base_model import with_model
+from hpo.execute.finals import with_final
 from hpo.execute.workers.task import Task, Training, train_task
 from hpo.home import Home
 from hpo.jobs.shared.model_reference import ModelReference, find_trial, study_data
@@ -153,8 +154,9 @@ def _trained(asked: str, place: Home, *, trust: bool) -> tuple[StudyResult, Stud
             f"{asked}: {what}.", f"Write STUDY#NUMBER: {'#'.join(version.groups() if version else ('digits-mlp', '3'))}"
         )
     study = read_study(place, match[1])
-    spec = with_model(parse_study(study.spec, trust=trust), place, trust=trust)
     trial = find_trial(study, match[2], (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAILED))
+    # A final training may have had another teacher than the spec has now, and its files are needed, too.
+    spec = with_model(with_final(parse_study(study.spec, trust=trust), trial.candidate), place, trust=trust)
     before = trial.result or TrialResult(trial.number, trial.state)
     if trial.candidate.stage == ENSEMBLE:
         names = ", ".join(before.members)

@@ -10,7 +10,7 @@ import numpy as np
 
 from hpo.errors import DataError, ModelError, StoreError
 from hpo.execute.ensemble import ensemble_setup
-from hpo.execute.finals import final_setup, race
+from hpo.execute.finals import final_setup, race, with_final
 from hpo.home import Home
 from hpo.records import ENSEMBLE, FINAL, DataCard, ModelVersion, StudyResult, Trial, TrialState, unpack_classes
 from hpo.report.statistics import Ints
@@ -43,12 +43,13 @@ class ModelReference:
     @cached_property
     def setup(self) -> Setup:
         """The settings of its training."""
-        parameters = self.trial.candidate.parameters
-        if self.trial.candidate.stage == ENSEMBLE:
+        candidate = self.trial.candidate
+        if candidate.stage == ENSEMBLE:
             return ensemble_setup(self.spec, self.card)
-        if self.trial.candidate.stage == FINAL:
-            return final_setup(self.spec, self.study, parameters, data=self.card)
-        return self.spec.with_values(parameters)
+        if candidate.stage == FINAL:
+            spec = with_final(self.spec, candidate)
+            return final_setup(spec, self.study, candidate.parameters, data=self.card)
+        return self.spec.with_values(candidate.parameters)
 
     @property
     def judged(self) -> list[Ints]:
