@@ -18,6 +18,7 @@ from hpo.execute.finals import with_final
 from hpo.execute.workers.task import Task, Training, train_task
 from hpo.home import Home
 from hpo.jobs.shared.model_reference import ModelReference, find_trial, study_data
+from hpo.metrics import direction_of
 from hpo.records import ENSEMBLE, Epoch, StudyResult, Trial, TrialResult, TrialState, unpack_classes
 from hpo.spec.load import parse_study
 from hpo.spec.study import Setup, StudySpec
@@ -120,7 +121,7 @@ def rerun(
     count = int(before.settings.get("threads", "1"))
     with tempfile.TemporaryDirectory() as folder, threads(count):
         ranks = int(before.settings.get("ranks", "1"))
-        task = Task(trial.number, setup, trial.candidate.seed, card, folder, ranks=ranks)
+        task = Task(trial.number, setup, trial.candidate.seed, card, folder, until=_until(setup, before), ranks=ranks)
         training = train_task(task, name, _stacks(before))
         result = _follow(training, before, study.objective, tolerance, checks, watch or _ignore)
     images, changed = _answers(before, result)
@@ -164,6 +165,23 @@ def _trained(asked: str, place: Home, *, trust: bool) -> tuple[StudyResult, Stud
     if before.state is not TrialState.FAILED and not before.epochs:
         raise StoreError(f"{asked}: it was not trained: {before.reason}.", "Train that one again.")
     return study, spec, trial, before
+
+
+def _until(setup: Setup, before: TrialResult) -> float | None:
+    """A value of its monitor that ends the training where search.until ended it; None where that did not.
+
+    Patience ends none at its best epoch, so one that ended early there had reached the limit of then, which may be
+    another one now.
+    """
+    monitor = setup.training.monitor
+    scores = [epoch.scores.get(monitor, math.nan) for epoch in before.epochs]
+    if before.state is not TrialState.COMPLETE or setup.split.kind == "kfold" or len(scores) >= setup.training.epochs:
+        return None
+    sign = 1.0 if direction_of(monitor) == "maximize" else -1.0
+    *earlier, last = (sign * score for score in scores)
+    best = max(earlier, default=-math.inf)
+    # Halfway: on a GPU the same training may end a little below.
+    return sign * (best + last) / 2 if last > best else None
 
 
 def _ignore(check: EpochCheck) -> None:
