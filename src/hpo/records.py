@@ -121,7 +121,8 @@ class Candidate:
 
     number is Optuna's; ordinal is the place in the study's own sequence, which a retried candidate keeps. parameters
     maps dotted paths of the spec to values. seed in [0, 2**31) drives initialisation, data order and dropout. deaths
-    counts the tries so far whose process died.
+    counts the tries so far whose process died. final: of a final training, its settings (FinalSpec.settings); None
+    where they were not recorded, and for other trials.
     """
 
     number: int
@@ -131,6 +132,7 @@ class Candidate:
     attempt: int = 1
     stage: str | None = None
     deaths: int = 0
+    final: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from formula_study import CARD, formula_spec
-from hpo.execute.finals import final_setup, finalists, race
+from hpo.execute.finals import final_setup, finalists, race, with_final
 from hpo.records import FINAL, Candidate, StudyResult, Trial, TrialResult, TrialState, pack_classes, unpack_classes
 from hpo.report.statistics import paired_bootstrap
 from hpo.spec.study import FinalSpec, SplitSpec
@@ -14,9 +14,10 @@ def _spec(**final):
     return formula_spec().model_copy(update={"final": FinalSpec(**final)})
 
 
-def _trial(number, dropout, value, *, stage=None, seed=0, predicted=(), best_epoch=2):
+def _trial(number, dropout, value, *, stage=None, seed=0, predicted=(), best_epoch=2, final=None):
     result = TrialResult(number, TrialState.COMPLETE, value, best_epoch, predicted=pack_classes(predicted))
-    return Trial(Candidate(number, number, {"model.dropout": dropout}, seed, stage=stage), TrialState.COMPLETE, result)
+    candidate = Candidate(number, number, {"model.dropout": dropout}, seed, stage=stage, final=final)
+    return Trial(candidate, TrialState.COMPLETE, result)
 
 
 def _study(*trials):
@@ -77,6 +78,59 @@ def test_a_race_ends_with_a_winner_or_an_honest_tie(card, errors, tie):
     assert outcome.tie is tie
     assert ("tie" in str(outcome)) is tie
     assert outcome.lead.value == pytest.approx((errors[1] - errors[0]) / 200)
+
+
+@pytest.mark.parametrize(
+    ("second", "final"),
+    [((), {"on": "all"}), ((), {}), ([0, 1], {}), ([], {"split": SplitSpec(kind="none")})],
+    ids=["all", "missing", "other images", "none"],
+)
+def test_answers_that_do_not_fit_the_images_leave_a_race_without_an_interval(card, second, final):
+    # As after a resumed search that found a better candidate, which then was trained on everything, too.
+    spec = _spec(**final).model_copy(update={"split": SplitSpec()})
+    first = () if final else _predictions(10, 1)
+    trials = [_trial(0, 0.1, 0.7, stage=FINAL, predicted=second), _trial(1, 0.2, 0.9, stage=FINAL, predicted=first)]
+    outcome = race(spec, _study(*trials), data=card)
+    assert (outcome.winner.number, outcome.lead, outcome.tie) == (1, None, False)
+    assert "and 2 finalists by their mean objective" in str(outcome)
+
+
+def test_one_candidate_with_two_settings_of_final_is_two_finalists(card):
+    spec = _spec(set={"training.epochs": 200}).model_copy(update={"split": SplitSpec()})
+    trials = [
+        _trial(number, 0.1, 1 - errors / 200, stage=FINAL, predicted=_predictions(errors, number), final=final)
+        for number, (errors, final) in enumerate(
+            [(30, {"set": {"training.epochs": 60}}), (10, spec.final.settings), (11, None), (12, spec.final.settings)]
+        )
+    ]
+    outcome = race(spec, _study(*trials), data=card)
+    assert [[trial.number for trial in group] for group in outcome.ranking] == [[1, 2, 3], [0]]
+    assert outcome.lead.value == pytest.approx(0.095)
+
+
+def test_finals_that_other_images_judge_are_not_compared_with_those_of_the_spec(card):
+    spec = _spec(on="all").model_copy(update={"split": SplitSpec()})
+    trials = [
+        _trial(0, 0.1, 0.99, stage=FINAL, predicted=_predictions(2, 0), final={}),
+        _trial(1, 0.1, 0.9, stage=FINAL, final=spec.final.settings),
+        _trial(2, 0.1, 0.9, stage=FINAL, final={"on": "all", "set": {"training.patience": 1}}),
+    ]
+    outcome = race(spec, _study(*trials), data=card)
+    assert (outcome.winner.number, outcome.lead, len(outcome.ranking)) == (1, None, 2)
+    assert race(spec, _study(trials[0]), data=card).winner.number == 0
+
+
+def test_other_settings_of_final_are_other_trainings_and_each_keeps_its_own(run_formula):
+    plain = formula_spec(trials=2)
+    for epochs, expected in ((5, [5]), (5, [5]), (7, [5, 7]), (5, [5, 7])):
+        spec = plain.model_copy(update={"final": FinalSpec(set={"training.epochs": epochs})})
+        run = run_formula(spec)
+        finals = [trial for trial in run.trials if trial.candidate.stage == FINAL]
+        assert [len(trial.result.epochs) for trial in finals] == expected
+        for trial in finals:
+            then = with_final(spec, trial.candidate)
+            setup = final_setup(then, run.study.result(), trial.candidate.parameters, data=CARD)
+            assert setup.training.epochs == len(trial.result.epochs)
 
 
 def test_without_final_trainings_there_is_no_race():

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
 
 import hpo
 from hpo.cli.app import app
-from hpo.errors import SpecError, StoreError
+from hpo.data.prepare import prepare
+from hpo.errors import DataError, SpecError, StoreError
+from hpo.execute.budget import as_fitted
 from hpo.home import Home
 from hpo.records import TrialState
 from hpo.search.lifecycle import open_study, reap
@@ -184,3 +187,61 @@ def test_a_study_of_stages_is_asked_to_its_end(place):
             study.tell(candidate.number, 0.5)
             told += 1
     assert told == 22
+
+
+def test_candidates_whose_values_do_not_fit_together_are_infeasible_and_the_next_follows(place):
+    space = {
+        "training.loss": {"choice": ["cross_entropy", "focal"]},
+        "training.label_smoothing": {"choice": [0.0, 0.1]},
+    }
+    search = {**STUDY["search"], "sampler": "grid", "pruner": "none", "space": space}
+    asked = []
+    for _ in range(2):  # closed in between: what is not told is tried again, and an infeasible one is not
+        with hpo.ask_tell({**STUDY, "search": search}, home=place) as study:
+            while len(asked) < 2 and (candidate := study.ask()) is not None:
+                asked.append(candidate.parameters)
+                study.tell(candidate.number, 0.5)
+    with hpo.ask_tell("own", home=place) as study:
+        while (candidate := study.ask()) is not None:
+            asked.append(candidate.parameters)
+            study.tell(candidate.number, 0.5)
+    assert len(asked) == 3
+    assert {"training.loss": "focal", "training.label_smoothing": 0.1} not in asked
+    trials = read_study(Home.find(place), "own").trials
+    (odd,) = [trial for trial in trials if trial.state is TrialState.PRUNED]
+    assert (len(trials), odd.result.feasible) == (4, False)
+    assert "label_smoothing=0.1 does not fit" in odd.result.reason
+
+
+def test_a_program_and_runs_take_turns_on_a_study_that_was_fitted_and_starts_from_a_model(place, monkeypatch):
+    home, seen = Home.find(place).create(), []
+    record = {"settings": {"training.epochs": [9, 4], "search.trials": [4, 2]}, "text": ""}
+    digest = prepare(parse_study(STUDY).data, parse_study(STUDY).split).digest
+
+    def fetched(spec, home, *, trust):
+        seen.append(trust)
+        return spec.model_copy(update={"training": spec.training.model_copy(update={"teacher": "models:/m-1"})})
+
+    monkeypatch.setattr("hpo.execute.base_model.with_model", fetched)
+    begun = as_fitted(fetched(parse_study(STUDY), home, trust=False), record, trials=True)
+    open_study(
+        home, begun, data_digest=digest, class_names=[str(digit) for digit in range(10)], budget=2, fitted=record
+    ).close()
+    given = {**STUDY, "training": {"epochs": 9, "teacher": "own@challenger"}}
+    with hpo.ask_tell(given, home=place, trust=True) as study:
+        asked = study.ask()
+        study.tell(asked.number, 0.5)
+        study.tell(study.ask().number, 0.5)
+        assert study.ask() is None, "the fitted number of trials"
+    assert (asked.settings["training.epochs"], asked.settings["training.teacher"]) == (4, "models:/m-1")
+    assert seen == [False, True]
+    assert read_study(home, "own").fitted == record
+
+
+def test_a_program_begins_no_study_on_parts_that_share_images(place, monkeypatch):
+    spec = parse_study(STUDY)
+    card = replace(prepare(spec.data, spec.split), shared=("train", "test"))
+    monkeypatch.setattr("hpo.data.prepare.prepare", lambda *_: card)
+    with pytest.raises(DataError):
+        hpo.ask_tell(STUDY, home=place)
+    assert read_snapshots(Home.find(place)) == []

@@ -84,6 +84,15 @@ def test_the_command_prints_one_table_and_the_next_command(place, weights):
     assert {row["head"] for row in rows} == {"linear", "small"}
 
 
+@pytest.mark.parametrize("out", ["missing/study.yaml", "file/study.yaml"])
+def test_a_study_file_without_its_folder_is_refused_before_anything_is_measured(place, monkeypatch, out):
+    (place / "file").touch()
+    monkeypatch.setattr("hpo.jobs.probe._Bench.measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(HpoError, match="there is no such folder") as caught:
+        probe("digits", backbones=["timm:test_resnet"], sizes=[32], out=out)
+    assert "--out FILE" in caught.value.hint
+
+
 @pytest.mark.parametrize("text", ["resnet18", "keras:resnet18", "timm:"])
 def test_what_is_no_backbone_is_refused_with_an_example(place, text):
     with pytest.raises(SpecError, match="KIND:NAME"):

@@ -127,6 +127,16 @@ def test_the_command_ends_with_1_where_they_differ(home, monkeypatch):
     assert CliRunner().invoke(app, [*asked, "--tolerance", "0.1"]).exit_code == 0
 
 
+@pytest.mark.parametrize("until", [0.2, 0.9])
+def test_a_trial_that_search_until_ended_repeats(home, tmp_path, until):
+    settings = {"training.epochs": 30, "keep.models": "none", "search.pruner": "none", "search.until": until}
+    study = run_study(load_study("digits-mlp", overrides=settings), trials=1, workers=0, home=tmp_path)
+    (trial,) = study.trials
+    assert len(trial.result.epochs) < 30
+    found = rerun("digits-mlp#0", home=tmp_path)
+    assert (found.agreement, len(found.epochs)) == (Agreement.EQUAL, len(trial.result.epochs))
+
+
 def test_an_epoch_that_one_training_lacks_differs():
     scores = {"valid_accuracy": 0.5, "train_loss": math.nan}
     epoch = Epoch(1, scores, 0.1, 1.0)

@@ -10,9 +10,9 @@ from pydantic import ValidationError
 
 from formula import FINITE, MIXED, NUMERIC, objective, run_in_pieces, run_whole, sequence
 from hpo.errors import SpecError
-from hpo.records import TrialState
+from hpo.records import TrialResult, TrialState
 from hpo.search.lifecycle import open_study
-from hpo.search.priors import prior_share
+from hpo.search.priors import prior_share, prior_values
 from hpo.search.stages import from_unit, make_stage, to_unit
 from hpo.spec.automatic import chosen_pruner, chosen_sampler
 from hpo.spec.load import parse_study
@@ -120,6 +120,25 @@ def test_a_bad_prior_costs_little_at_the_end(home, make_spec):
     good = run_whole(home, make_spec("mfgp", space=NUMERIC), 24).best.value
     bad = run_whole(other(home), with_priors(make_spec, 1e-4, "high"), 24).best.value
     assert bad > 0.9 * good
+
+
+@pytest.mark.parametrize(("first", "trusted"), [("valid_accuracy", True), ("valid_loss", False)])
+def test_of_several_objectives_the_first_judges_the_priors(home, make_spec, monkeypatch, first, trusted):
+    shares = []
+
+    def draw(stage, trials, *, maximize, seed):
+        shares.append(prior_share(stage, trials, maximize=maximize))
+        return prior_values(stage, trials, maximize=maximize, seed=seed)
+
+    monkeypatch.setattr("hpo.search.samplers.prior_values", draw)
+    space = {**NUMERIC, LR: {**NUMERIC[LR], "prior": {"value": 0.01, "confidence": "high"}}}
+    study = open_study(home, make_spec(space=space, objectives=[first, "parameters"]), data_digest="d")
+    while candidate := study.ask(budget=24, worker="w"):
+        # Best, or with a loss worst, where the prior is.
+        scores = {first: objective(candidate.parameters), "parameters": 100.0 * candidate.number}
+        study.tell(TrialResult(candidate.number, TrialState.COMPLETE, scores=scores))
+    study.close()
+    assert shares[-1] > 0.4 if trusted else shares[-1] < 0.1
 
 
 def test_a_study_with_priors_resumes_exactly(home, make_spec):

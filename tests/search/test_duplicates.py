@@ -105,6 +105,18 @@ def test_rejecting_search_never_repeats_a_candidate_and_ends_when_all_are_tried(
     assert len(result.trials) == len(set(keys(result))) == FINITE_CELLS
 
 
+def test_rejecting_search_with_priors_repeats_nothing_and_ends_when_all_are_tried(home, make_spec):
+    prior = {"value": "sgd", "confidence": "high"}
+    space = {**FINITE, "training.optimizer.name": {**FINITE["training.optimizer.name"], "prior": prior}}
+    space["model.hidden"] = {**FINITE["model.hidden"], "prior": {"value": 32, "confidence": "high"}}
+    study = open_study(home, make_spec("random", space=space, duplicates="reject"), data_digest="d")
+    run_all(study, worth=lambda values: float(values["model.hidden"] == 32))
+    assert study.exhausted
+    result = study.result()
+    study.close()
+    assert len(result.trials) == len(set(keys(result))) == FINITE_CELLS
+
+
 @pytest.mark.slow
 def test_rejecting_search_in_pieces_tries_the_same_candidates_as_in_one_go(home, make_spec):
     spec = make_spec("tpe", space=FINITE, duplicates="reject")

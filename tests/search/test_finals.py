@@ -88,6 +88,55 @@ def test_enqueueing_finals_again_adds_only_what_is_missing(home, make_spec, monk
     assert asked == wanted
 
 
+WANTED = [({"model.dropout": 0.1}, 7)]
+
+
+def told_finals(home, spec, wanted=WANTED):
+    """The settings of the final trainings that are handed out now; each is told."""
+    study, handed = open_study(home, spec, data_digest="d"), []
+    study.enqueue_finals(wanted)
+    while candidate := study.ask_final(worker="w"):
+        handed.append(candidate.final)
+        study.tell(TrialResult(candidate.number, TrialState.COMPLETE, 0.5, 1))
+    study.close()
+    return handed
+
+
+def test_other_settings_of_final_are_enqueued_and_those_that_were_trained_are_not(home, make_spec):
+    long, longer = {"set": {"training.epochs": 60}}, {"set": {"training.epochs": 200}}
+    every = {"on": "all", "split": {"kind": "holdout"}}
+    for final in (long, longer, every, {"split": {"kind": "holdout", "seed": 1}}, {"teacher": "models:/m-1"}):
+        handed = told_finals(home, make_spec(final={**final, "seeds": 2}))
+        assert handed == [{"on": "all"} if final is every else final]
+    for final in (long, {**long, "finalists": 2}, {"on": "all"}, {"set": {**long["set"], "training.checkpoint": 5}}):
+        assert told_finals(home, make_spec(final=final)) == []
+
+
+def test_a_final_that_waits_with_earlier_settings_ends_and_can_be_asked_for_again(home, make_spec):
+    short, long = ({"set": {"training.epochs": epochs}} for epochs in (10, 200))
+    study = open_study(home, make_spec(final=long), data_digest="d")
+    study.enqueue_finals(WANTED)
+    study.tell(TrialResult(study.ask_final(worker="w").number, TrialState.STOPPED))
+    study.close()
+    assert told_finals(home, make_spec(final=short)) == [short]
+    assert told_finals(home, make_spec(final=long)) == [long]
+    study = open_study(home, make_spec(final=long), data_digest="d")
+    states = [trial.state for trial in study.result().trials]
+    assert states == [TrialState.STOPPED, TrialState.STOPPED, TrialState.COMPLETE, TrialState.COMPLETE]
+    study.close()
+
+
+def test_a_final_without_recorded_settings_has_those_of_the_spec(home, make_spec):
+    # Earlier versions recorded none.
+    plain = open_study(home, make_spec(), data_digest="d")
+    plain.enqueue_finals(WANTED)
+    plain.tell(TrialResult(plain.ask_final(worker="w").number, TrialState.COMPLETE, 0.5, 1))
+    plain.enqueue_finals([(WANTED[0][0], 8)])
+    plain.close()
+    final = {"set": {"training.epochs": 60}}
+    assert told_finals(home, make_spec(final=final), [*WANTED, (WANTED[0][0], 8)]) == [final]
+
+
 def test_search_never_hands_out_finals_nor_finals_the_search(home, make_spec):
     study = open_study(home, make_spec(), data_digest="d")
     study.enqueue_finals([({"model.dropout": 0.1}, 7)])

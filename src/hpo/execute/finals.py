@@ -12,9 +12,10 @@ import numpy as np
 
 from hpo.data.split import rows_of, split_card
 from hpo.errors import DataError
-from hpo.records import ENSEMBLE, FINAL, DataCard, StudyResult, Trial, unpack_classes
+from hpo.records import ENSEMBLE, FINAL, Candidate, DataCard, StudyResult, Trial, unpack_classes
 from hpo.report.statistics import Interval, paired_bootstrap
 from hpo.spec.study import FinalSpec, Setup, SplitSpec, StudySpec
+from hpo.storage.trial_attrs import final_key, key_of
 
 # Offsets of the seeds of finals: larger than those of any search trial, so that no seed repeats.
 _FRESH = 1_000_000_000
@@ -34,8 +35,15 @@ def finalists(spec: StudySpec, study: StudyResult) -> list[tuple[Mapping[str, An
     return [(trial.candidate.parameters, seed) for trial in ranked[: spec.final.finalists] for seed in seeds]
 
 
+def with_final(spec: StudySpec, candidate: Candidate) -> StudySpec:
+    """The spec with the settings of `final` that a final training was begun with; its own where none were recorded."""
+    if candidate.final is None:
+        return spec
+    return spec.model_copy(update={"final": FinalSpec.model_validate(candidate.final)})
+
+
 def final_setup(spec: StudySpec, study: StudyResult, parameters: Mapping[str, Any], *, data: DataCard) -> Setup:
-    """The setup of a final training: the candidate's, with what `final` changes."""
+    """The setup of a final training: the candidate's, with what `final` changes; of a recorded one see with_final."""
     final = spec.final or FinalSpec()
     teacher = {"training.teacher": final.teacher} if final.teacher else {}
     setup = spec.with_values(parameters, fixed={**final.set, **teacher})
@@ -59,7 +67,7 @@ def setup_of_trial(spec: StudySpec, study: StudyResult, trial: Trial, *, data: D
     if trial.candidate.stage == ENSEMBLE:
         return ensemble_setup(spec, data)
     if trial.candidate.stage == FINAL:
-        return final_setup(spec, study, parameters, data=data)
+        return final_setup(with_final(spec, trial.candidate), study, parameters, data=data)
     return spec.with_values(parameters)
 
 
@@ -86,8 +94,8 @@ def check_final(spec: StudySpec, data: DataCard) -> None:
 class Race:
     """The outcome of the finals. ranking holds each finalist's trials, best mean first.
 
-    lead is the difference in validation accuracy, first minus second, with its 95 % interval; None without a second or
-    without validation images. tie: the interval holds 0.
+    lead is the difference in validation accuracy, first minus second, with its 95 % interval; None without a second, or
+    where one of both has no recorded answers to exactly the validation images. tie: the interval holds 0.
     """
 
     winner: Trial
@@ -116,34 +124,57 @@ class Race:
 def race(spec: StudySpec, study: StudyResult, *, data: DataCard) -> Race | None:
     """Rank the finalists by their mean objective over seeds; None where no final training is complete.
 
-    The winner is the best training of the best finalist. Images and seeds are paired: a finalist's correctness on an
-    image is its mean over seeds, and images are drawn again 10,000 times.
+    A candidate that was trained with several settings of `final` is several finalists; those that other images judge
+    than the spec's take part only where there are no others. The winner is the best training of the best finalist.
+    Images and seeds are paired: a finalist's correctness on an image is its mean over seeds, and images are drawn again
+    10,000 times.
     """
     done = [trial for trial in study.trials if trial.candidate.stage == FINAL and trial.state == "complete"]
     if not done:
         return None
-    groups: list[list[Trial]] = []
+    done = [trial for trial in done if _judges(spec, trial, data) == _judges(spec, None, data)] or done
+    settings = (spec.final or FinalSpec()).settings
+    groups: dict[tuple[str, str], list[Trial]] = {}
     for trial in done:
-        same = [group for group in groups if group[0].candidate.parameters == trial.candidate.parameters]
-        same[0].append(trial) if same else groups.append([trial])
+        candidate = trial.candidate
+        key = key_of(candidate.parameters), final_key(settings if candidate.final is None else candidate.final)
+        groups.setdefault(key, []).append(trial)
     sign = 1.0 if study.direction == "maximize" else -1.0
 
     def worth(trials: Sequence[Trial]) -> float:
         return fmean(sign * (trial.value or 0.0) for trial in trials)
 
+    def rank(key: tuple[str, str]) -> tuple[float, bool]:
+        return worth(groups[key]), key[1] == final_key(settings)
+
     ranking = tuple(
-        tuple(sorted(group, key=lambda trial: -worth([trial]))) for group in sorted(groups, key=worth)[::-1]
+        tuple(sorted(groups[key], key=lambda trial: -worth([trial]))) for key in sorted(groups, key=rank)[::-1]
     )
-    lead = None
-    if len(ranking) > 1 and not data.several_labels:  # several labels an image: means decide, without an interval
-        labels = np.load(Path(data.folder) / "development_labels.npy")
-        _, rows = rows_of(data, final_split(spec, data), labels)
-        first, second = (_correct(trials, labels[rows]) for trials in ranking[:2])
-        lead = paired_bootstrap(first, second, seed=spec.seed)
+    lead = _lead(spec, ranking, data=data) if len(ranking) > 1 else None
     return Race(ranking[0][0], ranking, lead)
 
 
-def _correct(trials: Sequence[Trial], labels: np.ndarray) -> Any:
-    """(n,) mean correctness of the trials on each validation image, in [0, 1]."""
-    predicted = [unpack_classes(trial.result.predicted) for trial in trials if trial.result is not None]
-    return np.mean([np.array(classes) == labels for classes in predicted], axis=0)
+def _judges(spec: StudySpec, trial: Trial | None, data: DataCard) -> Any:
+    """What the value of a final training, or of one as the spec has them, comes from: a split, or the search."""
+    spec = with_final(spec, trial.candidate) if trial is not None else spec
+    return "search" if spec.final is not None and spec.final.on == "all" else final_split(spec, data).model_dump()
+
+
+def _lead(spec: StudySpec, ranking: Sequence[Sequence[Trial]], *, data: DataCard) -> Interval | None:
+    """See Race."""
+    if data.several_labels:  # several labels an image: means decide, without an interval
+        return None
+    groups = [
+        [unpack_classes(trial.result.predicted if trial.result else "") for trial in each] for each in ranking[:2]
+    ]
+    if not all(classes for group in groups for classes in group):  # trained on all images a trial has no answers
+        return None
+    one, other = (_judges(spec, trials[0], data) for trials in ranking[:2])
+    if one != other:
+        return None
+    labels = np.load(Path(data.folder) / "development_labels.npy")
+    _, rows = rows_of(data, final_split(with_final(spec, ranking[0][0].candidate), data), labels)
+    if any(len(classes) != len(rows) for group in groups for classes in group):  # to the images of another split
+        return None
+    first, second = (np.mean([np.array(classes) == labels[rows] for classes in group], axis=0) for group in groups)
+    return paired_bootstrap(first, second, seed=spec.seed)

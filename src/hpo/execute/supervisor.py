@@ -14,7 +14,7 @@ from hpo.errors import NO_SPACE, HpoError, SpecError, StoreError
 from hpo.events import EpochEnded, Notice, TrialEnded, TrialPaused, TrialsReaped, TrialStarted
 from hpo.execute.engines.base import Engine, Message, WorkerLost
 from hpo.execute.enough import Enough
-from hpo.execute.finals import final_setup, finalists
+from hpo.execute.finals import final_setup, finalists, with_final
 from hpo.execute.pauses import Pauses, is_known
 from hpo.execute.process import RunEnd
 from hpo.execute.progress import Progress
@@ -33,6 +33,7 @@ from hpo.records import (
 from hpo.report.text import counted
 from hpo.search.constraints import most_parameters, needs_latency
 from hpo.search.pruners import report_values
+from hpo.search.results import misfit
 from hpo.search.study import Study
 from hpo.spec.automatic import prunes
 from hpo.spec.study import Setup, StudySpec
@@ -218,11 +219,7 @@ class Supervisor:
             setup = self._setup(candidate)
         except SpecError as error:
             self._events.emit(TrialStarted(candidate, worker, None, time.time()))
-            # As with too many parameters: no failure, and samplers learn to leave it alone.
-            misfit = TrialResult(
-                candidate.number, TrialState.PRUNED, reason=str(error), feasible=False, ended=time.time()
-            )
-            self._emit_ended(self._study.tell(misfit), final=final)
+            self._emit_ended(self._study.tell(misfit(candidate.number, error)), final=final)
             return
         task = Task(
             number=candidate.number,
@@ -260,7 +257,8 @@ class Supervisor:
 
     def _setup(self, candidate: Candidate) -> Setup:
         if candidate.stage == FINAL:
-            return final_setup(self._spec, self._study.result(), candidate.parameters, data=self._data)
+            spec = with_final(self._spec, candidate)
+            return final_setup(spec, self._study.result(), candidate.parameters, data=self._data)
         return self._spec.with_values(candidate.parameters)
 
     def _found_by_search(self, candidate: Candidate) -> float | None:

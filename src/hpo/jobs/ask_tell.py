@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 from hpo.errors import SpecError, StoreError
 from hpo.home import Home
-from hpo.records import Epoch, FailureKind, TrialResult, TrialState
+from hpo.records import Candidate, Epoch, FailureKind, TrialResult, TrialState
 from hpo.spec.load import load_study
 from hpo.spec.study import StudySpec
-from hpo.storage.reader import read_snapshots
+from hpo.storage.reader import find_study, read_snapshots
 
 Outcome = Literal["complete", "pruned", "failed", "stopped"]
 
@@ -66,17 +66,29 @@ class AskTell:
         return str(self._study.result().exact)
 
     def ask(self) -> Asked | None:
-        """The next candidate; None where the budget is spent, the space is, or running trials must end first."""
+        """The next candidate; None where the budget is spent, the space is, or running trials must end first.
+
+        One whose values do not fit together is recorded as pruned and infeasible, as in a run; the next one follows.
+        """
+        from hpo.search.results import misfit
+
+        while (candidate := self._next()) is not None:
+            try:
+                settings = self._study.spec.with_values(candidate.parameters).flat()
+            except SpecError as error:
+                self._end(misfit(candidate.number, error))
+                continue
+            return Asked(candidate.number, candidate.parameters, candidate.seed, candidate.stage, settings)
+        return None
+
+    def _next(self) -> Candidate | None:
         budget = self._study.budget if self._trials is None else self._trials
         self._study.reap()
-        candidate = self._study.ask(budget=budget, worker="a program")
+        candidate: Candidate | None = self._study.ask(budget=budget, worker="a program")
         if candidate is None and self._study.shared:
             self._study.listen()  # only now is a process on another machine known to be dead
             candidate = self._study.ask(budget=budget, worker="a program") if self._study.reap() else None
-        if candidate is None:
-            return None
-        settings = self._study.spec.with_values(candidate.parameters).flat()
-        return Asked(candidate.number, candidate.parameters, candidate.seed, candidate.stage, settings)
+        return candidate
 
     def report(self, number: int, epoch: int, value: float | Sequence[float]) -> bool:
         """Record the objective after an epoch, counted from 1; True: the pruner ends the trial, tell it as pruned.
@@ -122,12 +134,16 @@ class AskTell:
             failure=FailureKind.EXCEPTION if state == "failed" else None,
             ended=time.time(),
         )
+        return self._end(result)
+
+    def _end(self, result: TrialResult) -> TrialResult:
+        """Tell a result; close records it in MLflow. Where the storage refuses, it is kept on disk."""
         try:
             recorded: TrialResult = self._study.tell(result)
         except StoreError:
-            self._kept.add(number)
+            self._kept.add(result.number)
             raise
-        self._kept.discard(number)
+        self._kept.discard(result.number)
         self._told = True
         return recorded
 
@@ -191,7 +207,7 @@ def ask_tell(
         else:
             spec = study if isinstance(study, StudySpec) else load_study(study, trust=trust)
             _check(spec)
-            handle = _open(place, spec, trials)
+            handle = _open(place, spec, trials, trust=trust)
             cleanup.callback(handle.close)
         _check(handle.spec)
         handle.reap()
@@ -213,14 +229,23 @@ def _begun(home: Home, name: str) -> str | None:
     return max(found, key=lambda one: one.generation).title if found else None
 
 
-def _open(home: Home, spec: StudySpec, trials: int | None) -> Any:
+def _open(home: Home, spec: StudySpec, trials: int | None, *, trust: bool) -> Any:
+    """Start or continue a study as a run would: both may take turns on one."""
     from hpo.data.prepare import prepare
     from hpo.data.split import split_card
+    from hpo.execute.base_model import with_model
+    from hpo.execute.budget import as_fitted
+    from hpo.execute.run_study import refuse_new
     from hpo.search.lifecycle import open_study
     from hpo.search.stages import budget_of
     from hpo.tracking.tracker import Tracker
 
+    spec = with_model(spec, home, trust=trust)
+    if (known := find_study(home, spec.name)) is not None:
+        spec = as_fitted(spec, known.fitted, trials=trials is None)
+
     card = prepare(spec.data, spec.split)
+    refuse_new(home, spec, card, fresh=False)
     handle = open_study(
         home,
         spec,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -99,6 +100,10 @@ def probe(
     file = Path(out or f"{Path(name).stem.replace(':', '-')}-probe.yaml").absolute()
     if file.exists():
         raise HpoError(f"{file}: is there already.", "Name another file: --out FILE")
+    if not file.parent.is_dir():  # now, and not after all the measuring
+        raise HpoError(f"{file.parent}: there is no such folder.", "Make it, or name another file: --out FILE")
+    if not os.access(file.parent, os.W_OK):
+        raise HpoError(f"{file.parent}: no file can be written there.", "Name another file: --out FILE")
     named = [_read(text) for text in backbones] or _at_hand()
     data, split = find_data(name, path=path, size=size, trust=trust)
     split = split or SplitSpec()

@@ -15,9 +15,11 @@ from hpo.errors import HpoError, StoreError
 from hpo.events import TrialEnded
 from hpo.execute.base_model import with_model
 from hpo.execute.bases import study_data
+from hpo.execute.finals import with_final
 from hpo.execute.workers.task import Task, Training, train_task
 from hpo.home import Home
 from hpo.jobs.shared.model_reference import ModelReference, find_trial
+from hpo.metrics import direction_of
 from hpo.records import ENSEMBLE, Epoch, StudyResult, Trial, TrialResult, TrialState, unpack_classes
 from hpo.spec.load import parse_study
 from hpo.spec.study import Setup, StudySpec
@@ -120,7 +122,7 @@ def rerun(
     count = int(before.settings.get("threads", "1"))
     with tempfile.TemporaryDirectory() as folder, threads(count):
         ranks = int(before.settings.get("ranks", "1"))
-        task = Task(trial.number, setup, trial.candidate.seed, card, folder, ranks=ranks)
+        task = Task(trial.number, setup, trial.candidate.seed, card, folder, until=_until(setup, before), ranks=ranks)
         training = train_task(task, name, _stacks(before))
         result = _follow(training, before, study.objective, tolerance, checks, watch or _ignore)
     images, changed = _answers(before, result)
@@ -154,8 +156,9 @@ def _trained(asked: str, place: Home, *, trust: bool) -> tuple[StudyResult, Stud
             f"{asked}: {what}.", f"Write STUDY#NUMBER: {'#'.join(version.groups() if version else ('digits-mlp', '3'))}"
         )
     study = read_study(place, match[1])
-    spec = with_model(parse_study(study.spec, trust=trust), place, trust=trust)
     trial = find_trial(study, match[2], (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAILED))
+    # A final training may have had another teacher than the spec has now, and its files are needed, too.
+    spec = with_model(with_final(parse_study(study.spec, trust=trust), trial.candidate), place, trust=trust)
     before = trial.result or TrialResult(trial.number, trial.state)
     if trial.candidate.stage == ENSEMBLE:
         names = ", ".join(before.members)
@@ -163,6 +166,23 @@ def _trained(asked: str, place: Home, *, trust: bool) -> tuple[StudyResult, Stud
     if before.state is not TrialState.FAILED and not before.epochs:
         raise StoreError(f"{asked}: it was not trained: {before.reason}.", "Train that one again.")
     return study, spec, trial, before
+
+
+def _until(setup: Setup, before: TrialResult) -> float | None:
+    """A value of its monitor that ends the training where search.until ended it; None where that did not.
+
+    Patience ends none at its best epoch, so one that ended early there had reached the limit of then, which may be
+    another one now.
+    """
+    monitor = setup.training.monitor
+    scores = [epoch.scores.get(monitor, math.nan) for epoch in before.epochs]
+    if before.state is not TrialState.COMPLETE or setup.split.kind == "kfold" or len(scores) >= setup.training.epochs:
+        return None
+    sign = 1.0 if direction_of(monitor) == "maximize" else -1.0
+    *earlier, last = (sign * score for score in scores)
+    best = max(earlier, default=-math.inf)
+    # Halfway: on a GPU the same training may end a little below.
+    return sign * (best + last) / 2 if last > best else None
 
 
 def _ignore(check: EpochCheck) -> None:

@@ -28,7 +28,7 @@ _LEAST = 3  # trials before a prior is judged
 def prior_values(stage: Stage, trials: Sequence[FrozenTrial], *, maximize: bool, seed: int) -> dict[str, Any]:
     """Values of the parameters with a prior, drawn from it; {} where the sampler is to choose them.
 
-    trials are those of the stage that have ended.
+    trials are those of the stage that have ended. maximize: the first objective is to be large.
     """
     parts = {path: part for path, part in stage.space.items() if part.prior is not None}
     chance = random.Random(seed)  # noqa: S311
@@ -60,19 +60,22 @@ def prior_share(stage: Stage, trials: Sequence[FrozenTrial], *, maximize: bool) 
 
 
 def _best_first(trials: Sequence[FrozenTrial], *, maximize: bool) -> list[FrozenTrial]:
-    """Complete trials before pruned ones, those that were pruned later first; each by value. Others are left out."""
+    """Complete trials before pruned ones, those that were pruned later first; each by value. Others are left out.
+
+    With several objectives the first is the value.
+    """
     sign = -1.0 if maximize else 1.0
 
     def key(trial: FrozenTrial) -> tuple[float, float, int]:
         complete = trial.state is TrialState.COMPLETE
-        return -math.inf if complete else -(trial.last_step or 0), sign * trial.value, trial.number
+        return -math.inf if complete else -(trial.last_step or 0), sign * trial.values[0], trial.number
 
     known = [
         trial
         for trial in trials
         if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
-        and trial.value is not None
-        and math.isfinite(trial.value)
+        and trial.values
+        and math.isfinite(trial.values[0])
         and all(amount <= 0 for amount in trial.constraints.values())
     ]
     return sorted(known, key=key)

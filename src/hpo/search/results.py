@@ -23,6 +23,7 @@ from hpo.storage.trial_attrs import (
     START,
     TrialAttrs,
     attrs_of,
+    final_key,
     key_of,
     plain_attrs,
     result_of,
@@ -100,17 +101,33 @@ class Finisher:
         self._storage.create_trial(self._id, template(optuna.trial.TrialState.WAITING, attrs, fixed or {}, notes or {}))
 
     def enqueue_finals(self, candidates: Sequence[tuple[Mapping[str, Any], int]]) -> None:
-        """Enqueue final trainings with these (parameters, seed), except those that were enqueued before."""
-        finals = [attrs_of(trial) for trial in self._storage.every_trial(self._id) if stage_of(trial) == FINAL]
-        enqueued = {(key_of(attrs.parameters or {}), attrs.seed) for attrs in finals}
-        ordinal = sum(attrs.retry_of is None for attrs in finals)
+        """Enqueue final trainings with these (parameters, seed) and the spec's settings, unless they were before.
+
+        Those that wait with other settings end: nobody asks for them any more.
+        """
+        settings = self._spec.final.settings if self._spec.final else None
+        finals = [trial for trial in self._storage.every_trial(self._id) if stage_of(trial) == FINAL]
+        ordinal = sum(attrs_of(trial).retry_of is None for trial in finals)
+        enqueued = set()
+        for trial in finals:
+            attrs, state = attrs_of(trial), state_of(trial)
+            alike = attrs.final is None or final_key(attrs.final) == final_key(settings or {})
+            if state is TrialState.WAITING and not alike:
+                self._drop(trial, "it waited, and `final` has other settings now")
+            elif alike and state is not TrialState.STOPPED:  # what was interrupted waits again, or was dropped
+                enqueued.add((key_of(attrs.parameters or {}), attrs.seed))
         for parameters, seed in candidates:
             if (key_of(parameters), seed) not in enqueued:
                 enqueued.add((key_of(parameters), seed))
-                self.enqueue(
-                    TrialAttrs(ordinal, stage=FINAL, seed=seed, parameters=dict(parameters), lease=self._lease)
-                )
+                attrs = TrialAttrs(ordinal, stage=FINAL, seed=seed, parameters=dict(parameters), final=settings)
+                self.enqueue(replace(attrs, lease=self._lease))
                 ordinal += 1
+
+    def _drop(self, trial: FrozenTrial, reason: str) -> None:
+        """End a trial that waits, without another try."""
+        result = TrialResult(trial.number, TrialState.STOPPED, reason=reason, failure=FailureKind.INTERRUPTED)
+        self._storage.database.set_trial_user_attr(trial_id_of(trial), RESULT, result.to_json())
+        self._storage.end_trial(trial, optuna.trial.TrialState.FAIL, None)
 
     def add(self, stage: str, result: TrialResult) -> TrialResult:
         """Create a trial of a stage after the search and end it with this result, which gets its number."""
@@ -157,6 +174,12 @@ def final_result(spec: StudySpec, result: TrialResult, *, final: bool = False, d
         reason = f"interrupted {deaths} times: its process died each time; the last time: {result.reason}"
         return replace(result, state=TrialState.FAILED, reason=reason, failure=FailureKind.WORKER_DIED)
     return result
+
+
+def misfit(number: int, error: Exception) -> TrialResult:
+    """The result of a candidate whose values do not fit together, which samplers then learn to leave alone."""
+    # As with too many parameters: no failure.
+    return TrialResult(number, TrialState.PRUNED, reason=str(error), feasible=False, ended=time.time())
 
 
 def _objective_values(spec: StudySpec, result: TrialResult) -> list[float | None]:

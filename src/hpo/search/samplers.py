@@ -17,6 +17,7 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial
 
 from hpo.errors import SpecError
+from hpo.search.constraints import aims
 from hpo.search.mfgp import MultiFidelityGp
 from hpo.search.priors import prior_values
 from hpo.search.stages import (
@@ -164,7 +165,7 @@ class StageSampler(optuna.samplers.BaseSampler):  # type: ignore[misc]
         cells = math.prod(parameter.count() for _, parameter in self._parameters)
         self._finite = cells < math.inf
         self._build = sampler_entry(stage.spec.search.sampler).build
-        self._maximize = stage.spec.search.better == "maximize" and not stage.spec.search.objectives
+        self._maximize = aims(stage.spec)[0][1] == "maximize"
         self._guided = any(part.prior for _, part in self._parameters)
         self._rejects = stage.spec.search.duplicates == "reject"
         # To train no candidate twice, the sampler must know when there is no other.
@@ -225,8 +226,9 @@ class StageSampler(optuna.samplers.BaseSampler):  # type: ignore[misc]
         if self._build is None:
             cell = self.free_cell(fixed) or self.free_cell() or self._cells[ordinal % len(self._cells)][1]
             return self._encoded(cell)
+        given = fixed
         if self._guided:
-            fixed = {**self._from_priors(ordinal), **fixed}
+            fixed = {**self._from_priors(ordinal), **given}
         drawn = self._draw(study, trial, self._build(self._stage, self._seed_of(ordinal), ordinal), fixed)
         if self._rejects or self._finite:
             running = self._running(but=ordinal)
@@ -234,7 +236,10 @@ class StageSampler(optuna.samplers.BaseSampler):  # type: ignore[misc]
             random_sampler = optuna.samplers.RandomSampler(seed=self._seed_of(ordinal))
             redrawn = (self._draw(study, trial, random_sampler, fixed) for _ in range(_REDRAWS))
             new = next((new for new in chain([drawn], redrawn) if not self._is_taken(new, ordinal, running)), None)
-            drawn = new or (self.free_cell(fixed) if self._rejects else None) or drawn
+            if new is None and self._rejects:
+                # All with these values of the priors may have been tried; a prior is no reason to repeat one.
+                new = self.free_cell(fixed) or self.free_cell(given)
+            drawn = new or drawn
         return self._encoded(drawn)
 
     def sample_independent(self, study: Any, trial: FrozenTrial, param_name: str, param_distribution: Any) -> Any:

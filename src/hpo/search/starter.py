@@ -142,4 +142,7 @@ class Starter:
         if not counts.waiting:
             return None
         trial = self._pop(FINAL, optuna.samplers.RandomSampler(seed=0))
-        return self._sign(trial, TrialAttrs(**trial.user_attrs[START]), worker)
+        attrs = TrialAttrs(**trial.user_attrs[START])
+        if attrs.final is None and self._spec.final is not None:  # enqueued by an earlier version
+            attrs = replace(attrs, final=self._spec.final.settings)
+        return self._sign(trial, attrs, worker)

@@ -123,6 +123,12 @@ class FinalSpec(Part):
     finalists: Positive = 1
     """How many of the best race each other. Means over seeds decide, by a paired bootstrap over the same images."""
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides how a candidate is trained, as JSON types without defaults; model_validate takes it back."""
+        unused = {"seeds", "finalists", *(["split"] if self.on == "all" else [])}
+        return self.model_dump(mode="json", exclude_defaults=True, exclude=unused)
+
 
 class StudySpec(Part):
     """One study: everything that decides its trials."""

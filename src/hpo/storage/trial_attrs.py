@@ -41,6 +41,12 @@ def key_of(values: Mapping[str, Any]) -> str:
     return json.dumps({path: _rounded(value) for path, value in values.items()}, sort_keys=True)
 
 
+def final_key(settings: Mapping[str, Any]) -> str:
+    """A text that is equal for final trainings with equal settings; how often one is saved makes no difference."""
+    changed = {path: value for path, value in settings.get("set", {}).items() if path != "training.checkpoint"}
+    return key_of({**settings, "set": changed})
+
+
 def _rounded(value: Any) -> Any:
     return float(f"{value:.12g}") if isinstance(value, float) else value
 
@@ -51,6 +57,7 @@ class TrialAttrs:
 
     retry_of is the number of the interrupted or failed trial that this one repeats. deaths counts the earlier attempts
     whose process died. parameters is None until they are drawn. lease names the supervisor that owns the trial.
+    final is that of Candidate.
     """
 
     ordinal: int
@@ -62,14 +69,20 @@ class TrialAttrs:
     parameters: Mapping[str, Any] | None = None
     worker: str = ""
     lease: str = ""
+    final: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types."""
-        return asdict(self)
+        plain = asdict(self)
+        if self.final is None:  # what earlier versions do not know is only where it is needed
+            del plain["final"]
+        return plain
 
     def candidate(self, number: int) -> Candidate:
         """The candidate of the trial with this number."""
-        return Candidate(number, self.ordinal, self.parameters or {}, self.seed, self.attempt, self.stage, self.deaths)
+        return Candidate(
+            number, self.ordinal, self.parameters or {}, self.seed, self.attempt, self.stage, self.deaths, self.final
+        )
 
 
 def plain_attrs(result: TrialResult) -> dict[str, str | float]:

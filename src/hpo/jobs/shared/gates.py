@@ -220,7 +220,7 @@ def _seeds(entrant: ModelReference) -> list[Trial]:
     mine = entrant.trial.candidate
     if mine.stage != FINAL:
         return [entrant.trial]
-    finals = entrant.study.ranked(FINAL)
+    finals = [trial for trial in entrant.study.ranked(FINAL) if trial.candidate.final == mine.final]
     return [trial for trial in finals if trial.candidate.parameters == mine.parameters] or [entrant.trial]
 
 
