@@ -1,14 +1,16 @@
 """--minutes: trials and epochs are fitted to the time by a measured speed, recorded, and kept on resuming."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from formula_study import formula, formula_spec, measure_slowly
 from hpo.events import EpochEnded, Notice, StudyOpened
 from hpo.execute.budget import Pace, as_fitted, fit, measure_pace
-from hpo.execute.run_study import run_study
+from hpo.execute.run_study import _fit, run_study, with_options
 from hpo.execute.supervisor import Supervisor
+from hpo.home import Home
 from hpo.options import RunOptions
 from hpo.records import FINAL, EndReason, TrialState
 from hpo.spec.load import load_study
@@ -104,6 +106,31 @@ def test_the_search_hands_out_nothing_once_the_time_is_needed_for_the_final_trai
     assert run.reason.orderly
     assert [trial.candidate.stage for trial in run.trials] == [None, None, FINAL, FINAL]
     assert {trial.state for trial in run.trials} == {TrialState.COMPLETE}
+
+
+@pytest.mark.parametrize("sampler", ["random", "grid"])
+def test_what_was_fitted_with_trials_is_compared_with_the_number_in_the_file(tmp_path, monkeypatch, sampler):
+    space = {"model.dropout": {"choice": [0.0, 0.1, 0.2]}}
+    written, asked = spec_of(trials=50, sampler=sampler, space=space), RunOptions(minutes=17, trials=30)
+    monkeypatch.setattr("hpo.execute.run_study.await_job", lambda *_: SECOND)
+    plan = SimpleNamespace(devices=("cpu",), threads=1)
+    run = SimpleNamespace(
+        spec=with_options(written, asked),
+        written=50,
+        options=asked,
+        home=Home.at(tmp_path),
+        join="",
+        deadline=time.monotonic() + 1020,
+        factory=SimpleNamespace(plan=lambda *_, **__: plan),
+        jobs=SimpleNamespace(submit=lambda *_: None),
+        events=SimpleNamespace(emit=None),
+        end=None,
+        notify=lambda _: None,
+    )
+    spec, fitted = _fit(run, SimpleNamespace(data=None, devices=()))
+    assert spec.search.trials == 30
+    resumed = as_fitted(written, fitted.to_json(), trials=True)
+    assert resumed.search.trials == (30 if sampler == "random" else 50), "a grid keeps its number"
 
 
 @pytest.fixture

@@ -286,13 +286,16 @@ def test_images_are_counted_over_generations_and_a_damaged_ledger_refuses(home: 
 
 
 def test_a_base_that_has_seen_test_images_refuses_unless_forced(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hpo.jobs.shared import image_history
+    from hpo.data import overview
+    from hpo.execute import bases
 
     # The training of the base is the study itself here, whose development images stand in for the test images.
     new = _entrants(home)[0]
-    monkeypatch.setattr(image_history, "_bases", lambda setup: ["models:/m-1"])
-    monkeypatch.setattr(image_history, "_base_training", lambda *_: ("trial 0 of base", new.card, []))
-    monkeypatch.setattr(image_history, "_found", lambda digests, others: 7)
+    monkeypatch.setattr(bases.Trained, "bases", ["models:/m-1"])
+    monkeypatch.setattr(
+        bases, "_base_trainings", lambda *_: iter([("trial 0 of base", new.card, bases.Trained("", {}))])
+    )
+    monkeypatch.setattr(overview, "count_test_images", lambda card, seen: dict.fromkeys(seen, 7))
     stand(home, champion=None, challenger=2)
     refused = promote("digits-mlp")
     assert refused.refused

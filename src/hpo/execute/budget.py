@@ -117,7 +117,7 @@ def fit(
     done trials have ended. begun: trials exist, and their epochs stay. most: the trials that the user allows. The
     number of trials of a grid or of stages stays, and so do epochs that are searched.
     """
-    whole = bool(spec.search.stages) or spec.search.sampler.name == "grid"
+    whole = not fits_trials(spec)
     planned = total_trials(spec) if whole else most or spec.search.trials
     least = max(1, (planned if whole else min(planned, _LEAST)) - done)
     usable = max(1.0, seconds * _USED - _START - pace.features / workers)
@@ -134,6 +134,19 @@ def fit(
     expected = pace.features / workers + one * max(trials - done, 0) / workers + closing
     text = _told(spec, used, pace, trials=trials, workers=workers, expected=expected, closing=closing, kept=kept)
     return Fitted(settings, closing + _one(used, pace), text)
+
+
+def fits_trials(spec: StudySpec) -> bool:
+    """Whether the number of trials is fitted: that of stages and of a grid stays."""
+    return not spec.search.stages and spec.search.sampler.name != "grid"
+
+
+def as_written(spec: StudySpec, trials: int) -> StudySpec:
+    """The spec with its file's number of trials in place of --trials, where that number is fitted.
+
+    A later run compares what was fitted with the file.
+    """
+    return with_place(spec, "search.trials", trials) if fits_trials(spec) else spec
 
 
 def _told(

@@ -17,7 +17,7 @@ from hpo.data.duplicates import refuse_shared
 from hpo.errors import HpoError, SpecError, StoreError
 from hpo.events import Notice, SearchEnded, StudyEnded, StudyOpened, WinnerChosen
 from hpo.execute.base_model import with_model
-from hpo.execute.budget import Fitted, as_fitted, fit, measure_pace
+from hpo.execute.budget import Fitted, as_fitted, as_written, fit, measure_pace
 from hpo.execute.closing_ensemble import EnsembleOfRun, close_with_ensemble, context_of_run
 from hpo.execute.engines import engine_factory
 from hpo.execute.engines.base import EngineFactory, StudyWork, WorkerPlan
@@ -52,14 +52,15 @@ _STOP, _SHARED_STOP = 2.0, 10.0  # seconds between checks for hpo stop
 class _Run:
     """The parts of a run that exist before its study is open.
 
-    join is the title of a study to take part in, or ""; deadline a time.monotonic() value or inf.
+    join is the title of a study to take part in, or "". written is the file's number of trials.
     """
 
     spec: StudySpec
+    written: int
     options: RunOptions
     home: Home
     join: str
-    deadline: float
+    deadline: float  # a time.monotonic() value or inf
     end: RunEnd
     events: Events
     factory: EngineFactory
@@ -134,7 +135,7 @@ def _start(
     home = Home.find(options.home).create()
     moved = relocate(home)
     check_reachable(home)  # an outage later on is waited for; at the start it is more likely a wrong address
-    spec = with_model(with_options(spec, options), home)
+    written, spec = spec.search.trials, with_model(with_options(spec, options), home)
     end = cleanup.enter_context(interruptible(deadline))
     tracker, queue = tracker_of(home, cleanup.callback), TrackingQueue(end=end)
     cleanup.callback(queue.close, timeout=QUICK_TIMEOUT)
@@ -144,7 +145,7 @@ def _start(
     events = Events([Watcher(watch)] if watch else [])
     if moved:
         events.emit(Notice(moved))
-    return _Run(spec, options, home, join, deadline, end, events, factory, jobs, drawing, queue, tracker)
+    return _Run(spec, written, options, home, join, deadline, end, events, factory, jobs, drawing, queue, tracker)
 
 
 def _open_study(run: _Run, cleanup: contextlib.ExitStack) -> _OpenStudy:
@@ -194,6 +195,7 @@ def _fit(run: _Run, prepared: Prepared) -> tuple[StudySpec, Fitted | None]:
     record = known.fitted if known else {}
     if options.minutes is None:
         return as_fitted(spec, record, trials=options.trials is None), None
+    spec = as_written(spec, run.written)
     begun = as_fitted(spec, record, trials=False)
     plan = run.factory.plan(prepared.devices, most=sys.maxsize)
     job = run.jobs.submit(measure_pace, begun, prepared.data, plan.devices[0], plan.threads)
