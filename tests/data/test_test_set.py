@@ -105,7 +105,7 @@ def test_one_function_opens_the_test_part_and_it_writes_the_ledger() -> None:
     writers = {file for file, names in _importers("hpo.tracking.ledger").items() if "announce_opening" in names}
     assert writers == {"jobs/shared/test_set_access.py"}
     assert _importers("hpo.jobs.shared.test_set_access") == {
-        "jobs/compare.py": {"open_sealed"},
+        "jobs/compare.py": {"open_sealed", "count_test_images"},
         "jobs/evaluate.py": {"measure"},
         "jobs/promote.py": {"measure", "test_scores"},
     }

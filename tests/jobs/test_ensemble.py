@@ -361,11 +361,11 @@ def test_a_final_training_learns_from_an_ensemble_and_joins_the_race(home, monke
     setup = find_model(home, f"digits-mlp#{trial.number}").setup
     assert setup.training.teacher.startswith("models:/m-")
     assert rerun(f"digits-mlp#{trial.number}").agreement == "equal"
-    # A later run without the teacher writes the record again; the files of the model still tell of it.
+    # A later run without the teacher writes the record of the study again; that of the training still tells of it.
     plain = load_study("digits-mlp", overrides={**QUICK, "final.seeds": 2})
     run_study(plain, trials=6, workers=0, home=home.root.parent)
     model = find_model(home, f"digits-mlp#{trial.number}")
-    assert model.setup.training.teacher is None
+    assert model.setup.training.teacher == setup.training.teacher
     assert [verdict.passed for verdict in base_verdict(home, model)] == [True]
     seen = digests_of_test(model.card)
     monkeypatch.setattr(overview, "development_digests", lambda _: frozenset(seen))

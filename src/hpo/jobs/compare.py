@@ -14,7 +14,7 @@ from hpo.errors import DataError, HpoError
 from hpo.home import Home
 from hpo.jobs.shared.image_history import image_history
 from hpo.jobs.shared.model_reference import ModelReference, find_model
-from hpo.jobs.shared.test_set_access import open_sealed
+from hpo.jobs.shared.test_set_access import count_test_images, open_sealed
 from hpo.records import unpack_classes
 from hpo.report.comparison import Comparison, Predictions, compare_predictions
 from hpo.report.statistics import Floats, Ints, binarise_probabilities, group_matrix
@@ -152,11 +152,10 @@ def _on_validation(home: Home, models: Sequence[ModelReference], classes: _Class
 def _on_test(home: Home, models: Sequence[ModelReference], classes: _Classes, seed: int) -> Comparison:
     """The comparison on the sealed test part. Everything that can fail is done before it is opened."""
     from hpo.data.overview import Part
-    from hpo.data.test_set import digests_of_test
     from hpo.tracking.ledger import openings
 
-    digests = [digests_of_test(model.card) for model in models]  # known since the data was prepared
-    _check_shared(len(set.intersection(*map(set, digests))), models, list(map(len, digests)), "test")
+    sizes, common = count_test_images(models)
+    _check_shared(common, models, sizes, "test")
     loaded = [_load(home, model) for model in models]
     # Also for a model that was measured before: its result on each image is new information.
     measured = [

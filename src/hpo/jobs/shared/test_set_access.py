@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,6 +44,17 @@ def open_sealed(home: Home, entrant: ModelReference, model: Classifier, *, purpo
     further = [*entrant.setup.training.scores, entrant.setup.training.monitor]
     measured = open_test(entrant.card, model.predict_levels, further=further)
     return measured, complete_opening(home, entrant.study, opening, measured.scores, cache=cache)
+
+
+def count_test_images(entrants: Sequence[ModelReference]) -> tuple[list[int], int]:
+    """How many test images each model has, and how many of them all have. Only the numbers leave; this is no opening.
+
+    Raises DataError.
+    """
+    from hpo.data.test_set import digests_of_test
+
+    digests = [digests_of_test(entrant.card) for entrant in entrants]
+    return list(map(len, digests)), len(set.intersection(*map(set, digests)))
 
 
 def measure(home: Home, entrant: ModelReference, *, purpose: str) -> Measurement:
