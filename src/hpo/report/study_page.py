@@ -382,12 +382,13 @@ def _figure(
 
 def _drawing(figure: Figure, label: str, *, photo: bool, transparent: bool) -> str:
     """A figure as SVG, which is sharp at any size, or with photographs as PNG at twice the size."""
-    from hpo.report.figures import svg_text
+    from hpo.report.figures import save_png, svg_text
 
     wide = f"--wide:{round(figure.get_figwidth() * 96)}px"
     if photo:
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=160)
+        figure.set_dpi(160)
+        save_png(figure, buffer)
         return f'<div style="{wide}">{picture(buffer.getvalue(), label)}</div>'
     named = f'<svg role="img" aria-label="{escape(label)}" style="{wide}"'
     return svg_text(figure, transparent=transparent).replace("<svg", named, 1)

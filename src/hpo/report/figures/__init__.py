@@ -109,14 +109,18 @@ def mark_trials(artist: Artist, numbers: Sequence[int]) -> None:
 def svg_text(figure: Figure, *, transparent: bool) -> str:
     """A figure as an <svg> element for the inside of a page; `data-trials` are the numbers given to mark_trials.
 
-    The same figure gives the same text: no date, and ids that follow from the content.
+    The same figure gives the same text: no date, and ids that follow from the content. Figure.savefig would draw it
+    twice.
     """
     import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     buffer = io.BytesIO()
+    for patch in (figure.patch, *(panel.patch for panel in figure.axes)) if transparent else ():
+        patch.set(facecolor="none", edgecolor="none")
     # Ids of figures of one page must differ, for what a hidden figure defines is not drawn.
     with mpl.rc_context({"svg.hashsalt": "hpo narrow" if is_narrow() else "hpo"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=transparent)
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
     text = buffer.getvalue().decode("utf-8")
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r' id="trials-([\d-]*)"', r' data-trials="\1"', text)
