@@ -7,6 +7,7 @@ import signal
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -246,6 +247,26 @@ def test_a_program_of_others_runs_elsewhere_and_its_death_is_an_error_once(
         with pytest.raises(ModelError, match=r"has ended its process: signal SIGSEGV\."):
             again.predict_proba(images)
     np.testing.assert_array_equal(again.predict_proba(images), model.predict_proba(images))  # by another process
+
+
+def test_a_model_of_a_server_is_loaded_again_too_and_leaves_nothing(
+    model: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders: list[Path] = []
+
+    def fetched(home: object, version: object, folder: Path) -> Path:
+        folders.append(folder)
+        return Path(shutil.copytree(model.uri, folder / "model"))
+
+    monkeypatch.setattr("hpo.predict.fetch", fetched)
+    monkeypatch.setattr("hpo.predict.resolve", lambda *_: SimpleNamespace(foreign=True, model_uri="models:/x/1"))
+    images = np.zeros((2, *SHAPE), np.uint8)
+    again = load_model("x", home=tmp_path)
+    again._model._process.kill()
+    again._model._process.wait()
+    np.testing.assert_array_equal(again.predict_proba(images), model.predict_proba(images))
+    del again
+    assert not folders[0].exists()
 
 
 def test_a_program_that_is_refused_is_told_from_its_process(model: Classifier, tmp_path: Path) -> None:

@@ -104,10 +104,13 @@ def load_model(model: AnyPath, *, home: AnyPath | Home | None = None, allow_pick
         raise ModelError(f"{model}: there is no file MLmodel in it.", "Give a model's folder, or a name: hpo models")
     home = home if isinstance(home, Home) else Home.find(home)
     version = resolve(home, model)
-    with tempfile.TemporaryDirectory() as folder:
-        fetched = fetch(home, version, Path(folder))
+    with contextlib.ExitStack() as files:
+        fetched = fetch(home, version, Path(files.enter_context(tempfile.TemporaryDirectory())))
         own = home.embedded and not version.foreign and fetched.resolve().is_relative_to(home.artifacts.resolve())
-        return _load(fetched, version.model_uri, allow_pickle, own=own)
+        loaded = _load(fetched, version.model_uri, allow_pickle, own=own)
+        if isinstance(loaded._model, _ProgramElsewhere):  # another process may have to load it again
+            weakref.finalize(loaded._model, files.pop_all().close)
+        return loaded
 
 
 def _load(folder: Path, uri: str, allow_pickle: bool, *, own: bool) -> Classifier:

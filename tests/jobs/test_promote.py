@@ -150,6 +150,13 @@ def test_seeds_of_the_race_speak_for_a_candidate(home: Home) -> None:
     new, old = _entrants(home)
     assert new.trial.candidate.stage == FINAL
     assert (len(gates._seeds(new)), len(gates._seeds(old))) == (2, 1)
+    # As after an update between the two: an earlier version recorded no settings, which were those of the spec.
+    trials = [
+        replace(each, candidate=replace(each.candidate, final=None)) if each.number == new.trial.number else each
+        for each in new.study.trials
+    ]
+    assert sum(each.candidate.final is not None for each in trials if each.candidate.stage == FINAL) == 1
+    assert len(gates._seeds(replace(new, study=replace(new.study, trials=tuple(trials))))) == 2
 
 
 def test_images_that_the_champion_was_trained_on_do_not_count(home: Home) -> None:

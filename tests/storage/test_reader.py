@@ -13,8 +13,9 @@ from formula import run_all, train
 from hpo.errors import StoreError
 from hpo.records import TrialResult, TrialState
 from hpo.search.lifecycle import ask_to_stop, open_study, reap
+from hpo.storage import reader
 from hpo.storage.liveness import holders
-from hpo.storage.reader import read_snapshots
+from hpo.storage.reader import read_snapshots, read_study
 
 
 def test_looking_says_what_optuna_says(home, make_spec):
@@ -36,6 +37,23 @@ def test_looking_says_what_optuna_says(home, make_spec):
     assert [[t.state for t in one.study.trials] for one in brief] == [[t.state for t in r.trials] for r in known]
     study.close()
     other.close()
+
+
+def test_a_trial_that_ends_while_it_is_read_is_not_complete_without_its_result(home, make_spec, monkeypatch):
+    study = open_study(home, make_spec(), data_digest="d")
+    running, read = [study.ask(budget=9, worker="w")], reader._attributes
+
+    def read_and_end(*arguments, **options):
+        found = read(*arguments, **options)
+        if running:
+            train(study, running.pop())
+        return found
+
+    monkeypatch.setattr(reader, "_attributes", read_and_end)
+    (during,), (after,) = (read_study(home, "study").trials for _ in range(2))
+    assert (during.state, after.state) == (TrialState.RUNNING, TrialState.COMPLETE)
+    assert after.result is not None
+    study.close()
 
 
 def test_the_living_and_the_dead_are_told_apart(home, make_spec):

@@ -133,25 +133,28 @@ def race(spec: StudySpec, study: StudyResult, *, data: DataCard) -> Race | None:
     if not done:
         return None
     done = [trial for trial in done if _judges(spec, trial, data) == _judges(spec, None, data)] or done
-    settings = (spec.final or FinalSpec()).settings
     groups: dict[tuple[str, str], list[Trial]] = {}
     for trial in done:
-        candidate = trial.candidate
-        key = key_of(candidate.parameters), final_key(settings if candidate.final is None else candidate.final)
-        groups.setdefault(key, []).append(trial)
+        groups.setdefault(finalist_key(spec, trial.candidate), []).append(trial)
     sign = 1.0 if study.direction == "maximize" else -1.0
 
     def worth(trials: Sequence[Trial]) -> float:
         return fmean(sign * (trial.value or 0.0) for trial in trials)
 
     def rank(key: tuple[str, str]) -> tuple[float, bool]:
-        return worth(groups[key]), key[1] == final_key(settings)
+        return worth(groups[key]), key[1] == final_key((spec.final or FinalSpec()).settings)
 
     ranking = tuple(
         tuple(sorted(groups[key], key=lambda trial: -worth([trial]))) for key in sorted(groups, key=rank)[::-1]
     )
     lead = _lead(spec, ranking, data=data) if len(ranking) > 1 else None
     return Race(ranking[0][0], ranking, lead)
+
+
+def finalist_key(spec: StudySpec, candidate: Candidate) -> tuple[str, str]:
+    """What the final trainings of one finalist have in common: parameters, and settings of `final`."""
+    settings = (spec.final or FinalSpec()).settings if candidate.final is None else candidate.final
+    return key_of(candidate.parameters), final_key(settings)
 
 
 def _judges(spec: StudySpec, trial: Trial | None, data: DataCard) -> Any:

@@ -27,7 +27,6 @@ from hpo.storage.reader import read_study
 from hpo.tracking.ledger import openings
 from hpo.tracking.reader import run_file, study_run, trial_runs
 from hpo.tracking.registry import resolve, versions
-from hpo.tracking.runs import TRIAL
 from hpo.tracking.store import translate_errors
 
 _SAMPLES = 6  # images of each class
@@ -205,8 +204,7 @@ def _tracked(home: Home, study: StudyResult, model: ModelVersion | None) -> _Tra
         file = run_file(home, parent, "data.json", folder)
         data, split = _cards(json.loads(file.read_text(encoding="utf-8"))) if file else (None, None)
         answers, decided = None, {}
-        number = str(shown.number) if shown else ""
-        for run in (each for each in trial_runs(home, parent) if each.tags.get(TRIAL) == number):
+        for run in trial_runs(home, parent, number=shown.number) if shown else ():
             if file := run_file(home, run, "report/validation.npz", folder):
                 with np.load(file, allow_pickle=False) as arrays:
                     answers = dict(arrays)

@@ -111,9 +111,9 @@ def list_trials(home: Home, name: str, *, whole: bool = False) -> StudyResult:
         if reader is None or title not in studies:
             raise no_study(name, sqlite_file(home.storage_url) or shown_address(home.storage_url), studies)
         study_id, record = studies[title]
+        rows = trial_rows(reader, study_id)  # first: a result is written before the state that tells of it
         results = _attributes(reader, study_id, RESULT, without=() if whole else ("epochs", "predicted"))
         starts, pauses = (_attributes(reader, study_id, key) for key in (START, PAUSE))
-        rows = trial_rows(reader, study_id)
         trials = [read_trial(row, *(found.get(row[0]) for found in (starts, results, pauses))) for row in rows]
         return to_result(record, trials)
 

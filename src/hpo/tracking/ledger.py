@@ -22,8 +22,8 @@ from hpo.errors import StoreError
 from hpo.home import Home
 from hpo.locks import lock, locked
 from hpo.records import ModelVersion, StudyResult
-from hpo.tracking.reader import Run, parent_runs, run_file
-from hpo.tracking.runs import find_parent, study_tags, user
+from hpo.tracking.reader import Run, parent_runs, run_file, study_run
+from hpo.tracking.runs import find_parent, user
 from hpo.tracking.store import connect, translate_errors
 
 LEDGER = "openings.jsonl"
@@ -137,9 +137,8 @@ def openings(home: Home, study: StudyResult) -> list[Opening]:
     Raises StoreError, also for a damaged line, as all that read the ledger do.
     """
     found = [opening for _, opening in _read(home.root / LEDGER)]
-    wanted = study_tags(study).items()
-    for run in parent_runs(home):
-        found += _tagged(run) if wanted <= run.tags.items() else []
+    run = study_run(home, study)
+    found += _tagged(run) if run is not None else []
     return [each for each in _merged(found) if (each.study, each.created) == (study.title, study.created)]
 
 

@@ -15,7 +15,7 @@ from hpo.database import Reader, reading
 from hpo.home import Home
 from hpo.records import StudyResult
 from hpo.relocation import local_path
-from hpo.tracking.runs import KIND, PARENT, artifact, children, study_tags
+from hpo.tracking.runs import KIND, PARENT, TRIAL, artifact, children, find_parent, study_tags
 from hpo.tracking.store import connect, database_address, exists, is_server, pages, translate_errors
 
 
@@ -112,21 +112,27 @@ def parent_runs(home: Home) -> list[Run]:
         return [run for run in _runs(reader, parents=True) if not run.deleted]
 
 
+@translate_errors
 def study_run(home: Home, study: StudyResult) -> Run | None:
     """The run of a study's generation, the oldest if several were made; None where it has none. Raises StoreError."""
+    if is_server(home.tracking_uri):
+        parent = find_parent(connect(home), study)
+        return replace(as_run(parent), tags=parent.data.tags) if parent is not None else None
     found = [run for run in parent_runs(home) if study_tags(study).items() <= run.tags.items()]
     return found[-1] if found else None
 
 
 @translate_errors
-def trial_runs(home: Home, parent: Run) -> list[Run]:
-    """The runs of a study's trials that are not deleted, newest first; parent is the study's run."""
+def trial_runs(home: Home, parent: Run, *, number: int | None = None) -> list[Run]:
+    """The runs of a study's trials, or of one, that are not deleted, newest first; parent is the study's run."""
     if is_server(home.tracking_uri):
         client = connect(home)
-        return [as_run(run) for run in children(client, client.get_run(parent.id))]
+        wanted = f"tags.`{TRIAL}` = '{number}'" if number is not None else ""
+        return [as_run(run) for run in children(client, client.get_run(parent.id), wanted)]
     with reading(database_address(home)) as reader:
         found = _runs(reader, parent.experiment) if reader is not None else ()
-        return [run for run in found if run.tags.get(PARENT) == parent.id and not run.deleted]
+        own = [run for run in found if run.tags.get(PARENT) == parent.id and not run.deleted]
+    return [run for run in own if number is None or run.tags.get(TRIAL) == str(number)]
 
 
 @translate_errors

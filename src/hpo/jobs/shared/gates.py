@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpo.errors import HpoError
+from hpo.execute.finals import finalist_key
 from hpo.home import Home
 from hpo.jobs.shared.model_reference import ModelReference
 from hpo.metrics import METRICS, direction_of, find_metric, name_of
@@ -220,8 +221,8 @@ def _seeds(entrant: ModelReference) -> list[Trial]:
     mine = entrant.trial.candidate
     if mine.stage != FINAL:
         return [entrant.trial]
-    finals = [trial for trial in entrant.study.ranked(FINAL) if trial.candidate.final == mine.final]
-    return [trial for trial in finals if trial.candidate.parameters == mine.parameters] or [entrant.trial]
+    key, finals = finalist_key(entrant.spec, mine), entrant.study.ranked(FINAL)
+    return [trial for trial in finals if finalist_key(entrant.spec, trial.candidate) == key] or [entrant.trial]
 
 
 def _recorded(trial: Trial) -> Ints:
