@@ -132,6 +132,22 @@ def test_a_checkpoint_that_a_killed_process_left_of_a_finished_trial_is_deleted(
     assert list(folder.iterdir()) == [other]
 
 
+def test_the_checkpoint_of_a_candidate_that_is_not_tried_again_is_deleted(run_formula, tmp_path):
+    from hpo.execute.workdir import checkpoint_file, drop_finished
+
+    study = run_formula(formula_spec(), trials=2).study.result()
+    first, second = (dataclasses.replace(trial, state=TrialState.STOPPED) for trial in study.trials)
+    retry = dataclasses.replace(
+        second, state=TrialState.WAITING, candidate=dataclasses.replace(second.candidate, number=2, attempt=2)
+    )
+    files = [checkpoint_file(tmp_path, trial.candidate) for trial in (first, second)]
+    files[0].parent.mkdir()
+    for file in files:
+        file.touch()
+    drop_finished(tmp_path, dataclasses.replace(study, trials=(first, second, retry)))
+    assert [*files[0].parent.iterdir()] == [files[1]]
+
+
 def test_the_part_of_a_checkpoint_that_a_killed_attempt_left_goes_when_the_next_attempt_ends(tmp_path):
     from hpo.execute.workdir import WorkdirCleanup, checkpoint_file
 

@@ -23,13 +23,15 @@ def checkpoint_file(work: Path, candidate: Candidate) -> Path:
 def drop_finished(work: Path, study: StudyResult) -> None:
     """Delete the checkpoints of finished candidates, and the parts that a killed process was writing.
 
-    They remain where a process was killed between the end of a trial and the removal of its checkpoint.
+    They remain where a process was killed between the end of a trial and the removal of its checkpoint. A candidate
+    whose newest attempt was stopped is not tried again, as a final training with settings of before: a retry would have
+    been enqueued first.
     """
     if not (work / "checkpoints").is_dir():
         return
     last = {checkpoint_file(work, trial.candidate): trial for trial in study.trials}
     for file, trial in last.items():
-        if trial.state.finished:
+        if trial.state.finished or trial.state is TrialState.STOPPED:
             _drop(work, file)
 
 
