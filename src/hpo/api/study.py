@@ -28,10 +28,10 @@ def open_study(name: str, *, home: str | Path | Home | None = None) -> Study:
 
     name is a study's, or a title such as name~1 for its first generation. Raises StoreError where there is none.
     """
-    from hpo.storage.reader import list_trials
+    from hpo.storage.reader import read_study
 
     place = home if isinstance(home, Home) else Home.find(home)
-    return Study.of(list_trials(place, name, whole=True), place)
+    return Study.of(read_study(place, name), place)
 
 
 @dataclass(frozen=True, repr=False)

@@ -84,8 +84,8 @@ def close_with_ensemble(study: Study, context: EnsembleContext) -> EnsembleOfRun
     if proposal is None:
         return EnsembleOfRun()
     line = f"{len(proposal.members)} of {len(kept)} kept models together: {proposal.gain}"
-    if asked is None:
-        return EnsembleOfRun(line)
+    if asked is None:  # one model alone is no ensemble
+        return EnsembleOfRun(line if len(proposal.members) > 1 else "")
     if len(proposal.members) < 2 or proposal.gain.lead.value <= 0:
         return EnsembleOfRun(f"{line}; not made")
     return _made(line, make_ensemble(proposal, study, context))
