@@ -61,6 +61,30 @@ def test_final_trainings_are_in_the_budget():
     assert "final training 3 min 20 s" in finals.text
 
 
+def test_final_trainings_shrink_where_they_do_not_fit_beside_the_search():
+    final = FinalSpec(set={"training.epochs": 200})
+    # 320 s * 0.85 - 20 s = 252 s: ten trials of 10 s leave 152 s.
+    fitted = fit(spec_of(final=final), SECOND, seconds=320, workers=1, most=10)
+    assert fitted.settings == {"final.set.training.epochs": (200, 152), "search.trials": (50, 10)}
+    assert "final.set.training.epochs 152 in place of 200" in fitted.text
+    assert fitted.closing == 162.0
+    # 150 s: 60 % of them for the final training, and ten trials of 6 s in the rest.
+    short = fit(spec_of(final=final), SECOND, seconds=200, workers=1, most=10)
+    assert short.settings == {
+        "training.epochs": (10, 6),
+        "final.set.training.epochs": (200, 90),
+        "search.trials": (50, 10),
+    }
+    # 31 s: 18 s of them.
+    assert fit(spec_of(final=final), SECOND, seconds=60, workers=1, most=10).closing == 18.0 + 3.0
+    begun = fit(spec_of(final=final), SECOND, seconds=200, workers=1, most=10, begun=True)
+    assert "final.set.training.epochs" not in begun.settings, "a resumed study's final trainings stay what they were"
+    record = short.to_json()
+    assert as_fitted(spec_of(final=final), record, trials=True).final.set == {"training.epochs": 90}
+    assert as_fitted(spec_of(), record, trials=True).final is None
+    assert as_fitted(spec_of(final=FinalSpec()), record, trials=True).final.set == {}
+
+
 def test_searched_epochs_and_the_cells_of_a_grid_stay():
     space = {"training.epochs": {"int": [10, 30]}, "model.dropout": {"float": [0.0, 0.9]}}
     searched = fit(spec_of(space=space), SECOND, seconds=60, workers=1, most=None)

@@ -28,9 +28,11 @@ _SHORTEST = 0.25  # of the epochs of the study file
 _MOST = 1000  # trials
 _SAMPLES = 4  # candidates whose speed is measured
 _PRUNED = 0.6  # of the epochs are trained, by pruners without rungs
+_CLOSING = 0.6  # of the time, at most, for final trainings, where they do not fit beside the search
 _LATE = 2.0  # times as many epochs as successive halving trains of many trials, for it promotes the first ones
 _RUNGS = ("successive_halving", "hyperband")
 EPOCHS = "training.epochs"
+FINAL_EPOCHS = f"final.set.{EPOCHS}"
 
 
 @dataclass(frozen=True)
@@ -121,11 +123,14 @@ def fit(
     planned = total_trials(spec) if whole else most or spec.search.trials
     least = max(1, (planned if whole else min(planned, _LEAST)) - done)
     usable = max(1.0, seconds * _USED - _START - pace.features / workers)
-    used, kept = spec, "they are searched" if EPOCHS in spec.search.whole_space else "it has begun" if begun else ""
-    if not kept and (need := _needed(spec, pace, least, workers)) > usable:
-        epochs = max(1, math.ceil(spec.training.epochs * _SHORTEST), int(spec.training.epochs * usable / need))
-        used = _shortened(spec, epochs)
-        kept = "" if used is not spec else "others do not fit the study"
+    wanted = _one(spec, pace) * _share(spec) * least / workers
+    used = spec if begun else _final_shortened(spec, pace, workers, usable=usable, search=wanted)
+    kept = "they are searched" if EPOCHS in spec.search.whole_space else "it has begun" if begun else ""
+    if not kept and wanted + _final(used, pace, workers) > usable:
+        before = used
+        share = _left(used, pace, workers, usable=usable, search=wanted)
+        used = _shortened(used, max(_shortest(used), int(used.training.epochs * share)))
+        kept = "" if used is not before else "others do not fit the study"
     closing = _final(used, pace, workers)
     one = _one(used, pace) * _share(used)
     trials = max(1, int((usable - closing) * workers / one))
@@ -163,7 +168,8 @@ def _told(
     epochs, planned = int(_mean_epochs(used)), total_trials(spec)
     words = [f"{counted(trials, 'trial')} of {epochs} epochs"]
     words += [f"the file has {planned} of {int(_mean_epochs(spec))}"] * ((trials, used) != (planned, spec))
-    words += [f"{path} {after} in place of {before}" for path, (before, after) in _changes(spec, used).items()][1:]
+    changed = {path: pair for path, pair in _changes(spec, used).items() if path != EPOCHS}
+    words += [f"{path} {after} in place of {before}" for path, (before, after) in changed.items()]
     words += [f"the epochs stay: {kept}"] * bool(kept)
     words.append(f"an epoch takes {pace.epoch:.2g} s here (mean of {counted(len(pace.epochs), 'candidate')})")
     words += [f"the pruner leaves about {_share(used):.0%} of the epochs"] * (_share(used) < 1)
@@ -173,20 +179,25 @@ def _told(
 
 
 def _changes(spec: StudySpec, used: StudySpec) -> dict[str, tuple[Any, Any]]:
-    places = (EPOCHS, "search.pruner.min_epochs", "search.pruner.warmup_epochs")
+    places = (EPOCHS, FINAL_EPOCHS, "search.pruner.min_epochs", "search.pruner.warmup_epochs")
     pairs = {path: (_at(spec, path), _at(used, path)) for path in places}
     return {path: pair for path, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _at(spec: StudySpec, path: str) -> Any:
-    part: Any = spec
-    for key in path.split("."):
-        part = getattr(part, key)
-    return part
+def _at(part: Any, path: str) -> Any:
+    """The value at a dotted path; a mapping's keys are paths, and None is a part that is not there."""
+    if part is None or not path:
+        return part
+    if isinstance(part, Mapping):
+        return part.get(path)
+    key, _, rest = path.partition(".")
+    return _at(getattr(part, key), rest)
 
 
 def with_place(part: Any, path: str, value: Any) -> Any:
     """A part of a spec with another value at a dotted path, not validated again; what was not given stays so."""
+    if isinstance(part, Mapping):
+        return {**part, path: value}
     key, _, rest = path.partition(".")
     return part.model_copy(update={key: with_place(getattr(part, key), rest, value) if rest else value})
 
@@ -200,6 +211,29 @@ def as_fitted(spec: StudySpec, record: Mapping[str, Any], *, trials: bool) -> St
         if (trials or path != "search.trials") and _at(spec, path) == before:
             spec = with_place(spec, path, after)
     return spec
+
+
+def _shortest(spec: StudySpec) -> int:
+    """The epochs of the shortest training that is worth while."""
+    return max(1, math.ceil(spec.training.epochs * _SHORTEST))
+
+
+def _final_shortened(spec: StudySpec, pace: Pace, workers: int, *, usable: float, search: float) -> StudySpec:
+    """The spec with fewer epochs of its final trainings, where they have their own and do not fit beside the search."""
+    closing, epochs = _final(spec, pace, workers), _at(spec, FINAL_EPOCHS)
+    if epochs is None or search + closing <= usable:
+        return spec
+    share = max(_CLOSING * usable, usable - search) / closing
+    fewer = max(_shortest(spec), int(epochs * share))
+    return with_place(spec, FINAL_EPOCHS, fewer) if fewer < epochs else spec
+
+
+def _left(spec: StudySpec, pace: Pace, workers: int, *, usable: float, search: float) -> float:
+    """The share of their epochs that trials have time for; final trainings without epochs of their own shrink too."""
+    closing = _final(spec, pace, workers)
+    if _at(spec, FINAL_EPOCHS) is None:
+        return usable / (search + closing)
+    return (usable - closing) / search
 
 
 def _shortened(spec: StudySpec, epochs: int) -> StudySpec:
@@ -234,11 +268,7 @@ def _final(spec: StudySpec, pace: Pace, workers: int) -> float:
         return 0.0
     epochs = spec.final.set.get(EPOCHS, _mean_epochs(spec))
     more = 1.25 if spec.final.on == "all" else 1.0  # the validation images train, too
-    return math.ceil(spec.final.finalists * spec.final.seeds / workers) * pace.epoch * float(epochs) * more
-
-
-def _needed(spec: StudySpec, pace: Pace, trials: int, workers: int) -> float:
-    return _one(spec, pace) * _share(spec) * trials / workers + _final(spec, pace, workers)
+    return math.ceil(spec.final.trainings / workers) * pace.epoch * float(epochs) * more
 
 
 def _share(spec: StudySpec) -> float:

@@ -21,7 +21,7 @@ from hpo.execute.budget import Fitted, as_fitted, as_written, fit, measure_pace
 from hpo.execute.closing_ensemble import EnsembleOfRun, close_with_ensemble, context_of_run
 from hpo.execute.engines import engine_factory
 from hpo.execute.engines.base import EngineFactory, StudyWork, WorkerPlan
-from hpo.execute.finals import check_final, finalists, race
+from hpo.execute.finals import check_final, race
 from hpo.execute.process import RunEnd, interruptible, process_context, start_fork_server
 from hpo.execute.stack_size import StackSize, largest_stack
 from hpo.execute.subscribers import Emit, Events, Subscriber, Watch, Watcher
@@ -218,7 +218,7 @@ def _fit(run: _Run, prepared: Prepared) -> tuple[StudySpec, Fitted | None]:
 def _choose_workers(run: _Run, opened: _OpenStudy) -> tuple[WorkerPlan, StackSize]:
     """The workers, and the number of trainings that each does at once."""
     spec, options, prepared = opened.spec, run.options, opened.prepared
-    left = max(1, opened.study.budget - opened.finished, len(finalists(spec, opened.before)))
+    left = max(1, opened.study.budget - opened.finished, spec.final.trainings if spec.final else 0)
     plan = run.factory.plan(prepared.devices, most=left)
     # A profile could not divide the time of a shared computation among its trainings.
     if plan.ranks > 1:

@@ -66,7 +66,7 @@ def check_study(
     folds = spec.split.folds if spec.split.kind == "kfold" else 1
     epochs = count * folds * spec.training.epochs
     if spec.final is not None:
-        epochs += spec.final.finalists * spec.final.seeds * spec.final.set.get("training.epochs", spec.training.epochs)
+        epochs += spec.final.trainings * spec.final.set.get("training.epochs", spec.training.epochs)
     return CheckReport(
         data=card,
         split=split,

@@ -124,6 +124,11 @@ class FinalSpec(Part):
     """How many of the best race each other. Means over seeds decide, by a paired bootstrap over the same images."""
 
     @property
+    def trainings(self) -> int:
+        """How many there are, at most."""
+        return self.finalists * self.seeds
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What decides how a candidate is trained, as JSON types without defaults; model_validate takes it back."""
         unused = {"seeds", "finalists", *(["split"] if self.on == "all" else [])}
