@@ -63,6 +63,40 @@ def test_auto_follows_from_space_objectives_and_epochs(make_spec, changes, sampl
     assert chosen_pruner(spec)[1]
 
 
+@pytest.mark.parametrize(
+    ("schedule", "space", "rung"),
+    [
+        ({"name": "constant"}, NUMERIC, 2),
+        ({"name": "one_cycle"}, NUMERIC, 15),
+        ({"name": "cosine", "warmup": 0.1}, NUMERIC, 5),
+        ({"name": "cosine"}, {**NUMERIC, "training.schedule.name": {"choice": ["cosine", "one_cycle"]}}, 15),
+    ],
+)
+def test_no_trial_is_pruned_while_its_learning_rate_rises(schedule, space, rung):
+    training = {"epochs": 50, "schedule": schedule}
+    pruner, reason = chosen_pruner(plain_study(training=training, space=space))
+    assert pruner.min_epochs == rung
+    assert ("once the learning rate has risen" in reason) == (rung > 2)
+    asked, _ = chosen_pruner(plain_study(training=training, space=space, pruner={"name": "auto", "min_epochs": 3}))
+    assert (asked.name, asked.min_epochs, asked.reduction_factor) == ("successive_halving", 3, 3)
+
+
+def test_a_study_that_an_earlier_rule_began_keeps_its_rungs(home):
+    spec = plain_study(training={"epochs": 50, "schedule": {"name": "one_cycle"}})
+    open_study(home, spec, data_digest="d").close()
+    storage = open_storage(home)
+    number, record = storage.studies()["study"]
+    assert record["chosen"]["pruner"]["min_epochs"] == 15
+    record["chosen"]["pruner"] = {"name": "successive_halving", "reason": "of an earlier version"}
+    storage.database.set_study_user_attr(number, "hpo.study", record)
+    storage.close()
+    for _ in range(2):
+        resumed = open_study(home, spec, data_digest="d")
+        resumed.close()
+        assert chosen_pruner(resumed.spec)[0].min_epochs == 2
+        assert record_of(home)["chosen"]["pruner"]["min_epochs"] == 2
+
+
 def test_every_cell_of_a_grid_is_trained_to_its_end_by_default(make_spec):
     assert chosen_pruner(make_spec("grid", "auto", FINITE, epochs=50))[0].name == "none"
 
@@ -73,9 +107,10 @@ def test_names_in_the_study_file_stay(make_spec):
     assert chosen_pruner(spec) == (spec.search.pruner, "")
 
 
-def plain_study(**search):
+def plain_study(*, training=None, **search):
     search = {"space": NUMERIC, **search}
-    return parse_study({"name": "study", "data": {"name": "digits"}, "model": {"kind": "mlp"}, "search": search})
+    parts = {"data": {"name": "digits"}, "model": {"kind": "mlp"}, "training": training or {}}
+    return parse_study({"name": "study", **parts, "search": search})
 
 
 def test_a_study_that_began_with_another_default_keeps_its_sampler_and_pruner(home):

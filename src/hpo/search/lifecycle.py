@@ -22,7 +22,7 @@ from hpo.search.pruners import build_pruner
 from hpo.search.samplers import SAMPLERS, check_own, sampler_entry
 from hpo.search.stages import check_stages, distribution
 from hpo.search.study import Study
-from hpo.spec.automatic import chosen_pruner, chosen_sampler
+from hpo.spec.automatic import as_begun, chosen_pruner, chosen_sampler
 from hpo.spec.load import parse_study
 from hpo.spec.own_code import content_changes, content_of, library_changes, with_digests
 from hpo.spec.search import PrunerSpec, SamplerSpec, WarmStart
@@ -115,7 +115,7 @@ def _enter_study(
     generation = next((number for number, title in titles.items() if title == join), generation)
     title = spec.name if generation == 1 else f"{spec.name}~{generation}"
     study_id, before = storage.studies()[titles[generation]] if generation in titles else (-1, None)
-    spec = spec.resumed_as(before["spec"]) if before else spec
+    spec = as_begun(spec.resumed_as(before["spec"]), before) if before else spec
     record = {**_record(spec, generation, data_digest, content), "budget": budget}
     if fitted := before.get("fitted") if before and fitted is None else fitted:
         record["fitted"] = fitted
@@ -177,9 +177,10 @@ def _record(spec: StudySpec, generation: int, data_digest: str, content: Mapping
     }
 
 
-def _chosen(choice: tuple[SamplerSpec | PrunerSpec, str]) -> dict[str, str]:
+def _chosen(choice: tuple[SamplerSpec | PrunerSpec, str]) -> dict[str, Any]:
     part, reason = choice
-    return {"name": part.name, "reason": reason}
+    rung = {"min_epochs": part.min_epochs} if isinstance(part, PrunerSpec) else {}
+    return {"name": part.name, "reason": reason, **rung}
 
 
 def _check_search(spec: StudySpec) -> None:

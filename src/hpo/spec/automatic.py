@@ -6,9 +6,13 @@ more of them goes on as it began. docs/samplers.md has the measurements behind t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from hpo.spec.search import PrunerSpec, SamplerSpec
 from hpo.spec.space import Choice, Float, Int
 from hpo.spec.study import StudySpec
+from hpo.spec.training import ScheduleSpec
 
 _MOST_DIMENSIONS = 30  # of a Gaussian process; an option counts as one
 _LEAST_EPOCHS = 6  # of a training: with fewer, the first rung is hardly cheaper than the whole
@@ -54,9 +58,33 @@ def chosen_pruner(spec: StudySpec) -> tuple[PrunerSpec, str]:
     epochs = longest_training(spec)
     if reason := _unpruned(spec, epochs):
         return part.model_copy(update={"name": "none"}), reason
-    rung = max(1, round(epochs / _FIRST_RUNG))
+    rising = int(_rising(spec) * epochs)
+    rung = part.min_epochs if "min_epochs" in part.model_fields_set else max(1, round(epochs / _FIRST_RUNG), rising)
     reason = f"poor trials show within {epochs} epochs; one in three continues from epoch {rung}, {3 * rung}, ..."
+    reason += ", once the learning rate has risen" * (rung == rising)
     return part.model_copy(update={"name": "successive_halving", "min_epochs": rung, "reduction_factor": 3}), reason
+
+
+def _rising(spec: StudySpec) -> float:
+    """The share of a training in which the learning rate climbs: before its end, trials tell little of each other."""
+    searched = any(path.startswith("training.schedule") for path, _ in spec.search.whole_space.items())
+    return max(spec.training.schedule.rising, ScheduleSpec(name="one_cycle").rising if searched else 0.0)
+
+
+def as_begun(spec: StudySpec, record: Mapping[str, Any]) -> StudySpec:
+    """The spec with the first rung of the record of a study that began with `pruner: auto`, maybe by an earlier rule.
+
+    A trial is compared with those that reached the same rung, so rungs stay.
+    """
+    part, _ = chosen_pruner(spec)
+    then = record.get("chosen", {}).get("pruner", {})
+    if spec.search.pruner.name != "auto" or not part.name == then.get("name") == "successive_halving":
+        return spec
+    rung = then.get("min_epochs", max(1, round(longest_training(spec) / _FIRST_RUNG)))
+    if rung == part.min_epochs:
+        return spec
+    pruner = spec.search.pruner.model_copy(update={"min_epochs": rung})
+    return spec.model_copy(update={"search": spec.search.model_copy(update={"pruner": pruner})})
 
 
 def _unpruned(spec: StudySpec, epochs: int) -> str:

@@ -63,7 +63,7 @@ class PrunerSpec(Part):
     warmup_epochs: Count = 0
     """median, curve: no pruning in these first epochs."""
     min_epochs: Positive = 1
-    """successive_halving, hyperband: epochs of the first rung."""
+    """successive_halving, hyperband: epochs of the first rung. auto: the same, chosen from the epochs if not given."""
     reduction_factor: Annotated[int, Field(ge=2, le=MOST)] = 3
     """successive_halving, hyperband: one in this many is promoted to the next rung."""
     patience: Positive = 5

@@ -62,6 +62,11 @@ class ScheduleSpec(Part):
     period_growth: Annotated[float, Field(ge=1.0, le=10.0)] = 1.0
     """restarts: the length of each period in units of that of the one before."""
 
+    @property
+    def rising(self) -> float:
+        """Share of all batches in which the rate climbs."""
+        return (self.warmup or 0.3) if self.name == "one_cycle" else self.warmup
+
 
 class AugmentSpec(Part):
     """Random changes of the training images, batch by batch, on the device; 0 and false are off.

@@ -314,8 +314,7 @@ SCHEDULES: dict[str, Callable[[ScheduleSpec, float, int], float]] = {
 
 def learning_rate_factor(spec: ScheduleSpec, *, step: int, steps: int, epoch: int) -> float:
     """The factor, in [0, 1], of the learning rate in batch `step` of `steps`, of epoch `epoch`; both counted from 0."""
-    warmup = (spec.warmup or 0.3) if spec.name == "one_cycle" else spec.warmup
-    rising = round(warmup * steps)
+    rising = round(spec.rising * steps)
     if step < rising:
         return (step + 1) / rising
     return SCHEDULES[spec.name](spec, (step - rising) / max(1, steps - rising), epoch)
