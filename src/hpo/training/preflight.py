@@ -31,7 +31,7 @@ from hpo.training.batches import augmenter
 from hpo.training.device import free_memory
 from hpo.training.device import threads as computing_on
 from hpo.training.features import cached_views, forward
-from hpo.training.loop import train
+from hpo.training.loop import predict_logits, train
 from hpo.training.optimizers import check_optimizer
 from hpo.training.stack_layers import UnstackableError, key_of
 from hpo.training.stack_speed import FULL, shared_seconds, step_seconds
@@ -143,7 +143,7 @@ def _rehearse(setup: Setup, card: DataCard, device_name: str, seed: int) -> tupl
     steps = min(4, -(-len(data.train) // spec.batch_size))
     # Rows are spread over the part, because the first rows of a sorted file may be of one class.
     some = torch.linspace(0, len(data.train) - 1, min(len(data.train), steps * spec.batch_size)).long()
-    few = replace(data, train=data.train[some.to(data.train.device)], valid=data.valid[:1024])
+    few = replace(data, train=data.train[some.to(data.train.device)], valid=data.valid[:0])
     transfer, features_seconds = transfer_of(net), 0.0
     if transfer is not None and (views := cached_views(setup)) is not None:
         few, seconds = _seen(transfer, few, views)
@@ -152,6 +152,7 @@ def _rehearse(setup: Setup, card: DataCard, device_name: str, seed: int) -> tupl
     try:
         precision = spec.precision if spec.precision != "auto" else measured_precision(net, few, spec.batch_size)
         epochs = list(train(net, few, once, seed=seed, precision=precision))
+        valid_seconds = _validation_seconds(net, few, data.valid, precision, spec.micro_batch)
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
@@ -164,9 +165,21 @@ def _rehearse(setup: Setup, card: DataCard, device_name: str, seed: int) -> tupl
         precision=precision,
         batch_seconds=step_seconds,
         features_seconds=features_seconds,
-        epoch_seconds=step_seconds * -(-len(data.train) // spec.batch_size),
+        epoch_seconds=step_seconds * -(-len(data.train) // spec.batch_size) + valid_seconds,
     )
     return speed, whole, data
+
+
+def _validation_seconds(
+    net: nn.Module, data: TrialData, rows: Tensor, precision: str, micro_batch: int | None
+) -> float:
+    """Seconds of a pass through the validation images in these rows, from some of them."""
+    some = rows[:1024]
+    if not len(some):
+        return 0.0
+    started = time.perf_counter()
+    predict_logits(net, data, some, precision=precision, micro_batch=micro_batch)
+    return (time.perf_counter() - started) * len(rows) / len(some)
 
 
 def _seen(net: Transfer, few: TrialData, views: int) -> tuple[TrialData, float]:
