@@ -11,8 +11,8 @@ from torchvision import models
 
 from hpo.data.cache import models_folder
 from hpo.errors import DataError, SpecError, TrainingError
-from hpo.models import build_model, export_program, parameter_count, save_trained
-from hpo.models.backbones import build_backbone, quick, stages
+from hpo.models import answers, build_model, export_program, parameter_count, save_trained
+from hpo.models.backbones import Backbone, build_backbone, quick, stages
 from hpo.models.transfer import transfer_of
 from hpo.spec.models import (
     CnnSpec,
@@ -24,8 +24,9 @@ from hpo.spec.models import (
     TorchvisionSpec,
     TransferSpec,
 )
+from hpo.spec.outcome import PredictSpec
 from hpo.spec.study import DataSpec, Setup, SplitSpec
-from hpo.spec.training import OptimizerSpec, TrainingSpec
+from hpo.spec.training import AugmentSpec, OptimizerSpec, TrainingSpec
 from hpo.tracking.models import save_model
 from hpo.training.loop import predict_logits, train
 from hpo.training.optimizers import build_optimizer, by_depth
@@ -256,3 +257,38 @@ def test_weights_of_another_network_are_refused(files, net):
 def test_images_of_four_channels_are_refused(files):
     with pytest.raises(TrainingError, match="4 channels"):
         _build(_spec(files), shape=(8, 8, 4))
+
+
+def test_networks_on_one_frozen_backbone_share_its_features_when_their_views_are_chosen(
+    files, pixels, tmp_path, monkeypatch
+):
+    file = tmp_path / "images.npy"
+    np.save(file, pixels.images.numpy())
+    augment = AugmentSpec(flip_horizontal=True, rotate90=True)
+    setup = Setup(
+        data=DataSpec(name="digits"),
+        split=SplitSpec(),
+        model=_spec(files, freeze="all"),
+        training=TrainingSpec(augment=augment),
+    )
+    decided, seen = [], []
+    real = Backbone.forward
+    monkeypatch.setattr(Backbone, "forward", lambda body, images: (seen.append(len(images)), real(body, images))[1])
+    answers._MEMORY.begin(None)
+    for number, (seed, remembers) in enumerate([(0, True), (1, True), (1, False)]):
+        if not remembers:
+            monkeypatch.setattr(answers, "_MOST_BYTES", 0)
+            answers._MEMORY.begin(None)
+        folder = tmp_path / str(number)
+        net = _build(setup.model, seed)
+        save_trained(net.eval(), setup, pixels, folder)
+        rows, labels = np.arange(200), pixels.labels[:200].numpy()
+        raw = predict_logits(net, pixels, torch.arange(200), precision="float32").softmax(1).detach().numpy()
+        np.savez(folder / "validation.npz", rows=rows, labels=labels, probabilities=raw)
+        seen.clear()
+        record = answers.decide_answers(folder, folder / "validation.npz", file, PredictSpec(views="auto"))
+        decided.append(([each["loss"] for each in record["views"]["tried"]], sum(count for count in seen if count > 1)))
+    first, second, alone = decided
+    assert first[1] == alone[1] == 200 * 8 + 2, "eight symmetries; two black images measure the features"
+    assert second[1] == 2
+    assert second[0] == alone[0] != first[0]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 
 from hpo.metrics import confusion_matrix, scores
 from hpo.models import CONFIG, SETUP, load_trained, whole_program
+from hpo.models.backbones import Backbone
 from hpo.models.calibration import at_temperature, calibration_of
 from hpo.models.safe_loader import read_config
+from hpo.models.transfer import Transfer
 from hpo.models.views import PLAIN, View, candidates, choose
 from hpo.spec.load import small_text
 from hpo.spec.outcome import PredictSpec
@@ -27,6 +30,8 @@ from hpo.spec.study import Setup
 
 ANSWERS = "answers.json"  # what was decided, and by which figures
 _BATCH = 128
+_MAPS = 8  # images whose maps stay in the processor's cache
+_MOST_BYTES = 1_000_000_000
 _REPEATS = 15
 _LEAST = 1e-30  # probability
 
@@ -53,8 +58,10 @@ def decide_answers(folder: Path, validation: Path, images: Path, spec: PredictSp
         augment = Setup.model_validate_json(small_text(folder / SETUP)).training.augment
         net, _ = load_trained(folder)
         pixels = np.load(images, mmap_mode="r", allow_pickle=False)
-        answer = _Answers(whole_program(net, config), pixels, found["rows"])
-        if (chosen := choose(answer, labels, candidates(augment, config["image_shape"]))) is not None:
+        with _remembering(net, images, found["rows"]) as memory:
+            answer = _Answers(whole_program(net, config), pixels, found["rows"], memory)
+            chosen = choose(answer, labels, candidates(augment, config["image_shape"]))
+        if chosen is not None:
             choice, averaged, judged = chosen
             found["judged"] = judged.argmax(1).numpy()
             record["views"] = choice.record() | {"latency_ms": latencies(net, config, choice.views)}
@@ -90,21 +97,79 @@ def undecided(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name not in ("views", "temperature")}
 
 
+class _Memory:
+    """Features of images by frozen bodies, for all networks that this process decides for.
+
+    batch names the images that are computed now; features are kept while their data, and no more than _MOST_BYTES.
+    """
+
+    def __init__(self) -> None:
+        self.batch: tuple[View, int] = (PLAIN, 0)
+        self._data: object = None
+        self._features: dict[tuple[str, View, int], Tensor] = {}
+
+    def begin(self, data: object) -> None:
+        """Forget the features of other data."""
+        if data != self._data:
+            self._data = data
+            self._features.clear()
+
+    def features(self, digest: str, body: nn.Module, images: Tensor) -> Tensor:
+        """The features of the batch by the body with this digest."""
+        key = digest, *self.batch
+        if (known := self._features.get(key)) is not None:
+            return known
+        found: Tensor = torch.cat([body(few) for few in torch.split(images, _MAPS)])
+        if sum(each.nbytes for each in self._features.values()) + found.nbytes < _MOST_BYTES:
+            self._features[key] = found
+        return found
+
+
+_MEMORY = _Memory()
+
+
+class _Remembered(nn.Module):
+    """A frozen body that computes each batch once."""
+
+    def __init__(self, body: Backbone, memory: _Memory) -> None:
+        super().__init__()
+        self.body, self._digest, self._memory = body, body.digest, memory
+
+    def forward(self, images: Tensor) -> Tensor:
+        """As the body does."""
+        return self._memory.features(self._digest, self.body, images)
+
+
+@contextmanager
+def _remembering(net: nn.Module, images: Path, rows: NDArray[np.int64]) -> Iterator[_Memory]:
+    """Within it, frozen bodies of the network remember their features of these images."""
+    _MEMORY.begin((images, rows.tobytes()))
+    places = [(each, place) for each in net.modules() if isinstance(each, Transfer) for place in each.frozen_bodies]
+    bodies = [part.bodies[place] for part, place in places]
+    for (part, place), body in zip(places, bodies, strict=True):
+        if isinstance(body, Backbone):
+            part.bodies[place] = _Remembered(body, _MEMORY).eval()
+    try:
+        yield _MEMORY
+    finally:
+        for (part, place), body in zip(places, bodies, strict=True):
+            part.bodies[place] = body
+
+
 class _Answers:
     """The probabilities of a program for some images under a view."""
 
-    def __init__(self, program: nn.Module, images: NDArray[np.uint8], rows: NDArray[np.int64]) -> None:
-        self._program, self._images, self._rows = program, images, rows
+    def __init__(self, program: nn.Module, images: NDArray[np.uint8], rows: NDArray[np.int64], memory: _Memory) -> None:
+        self._program, self._images, self._rows, self._memory = program, images, rows, memory
 
     def __call__(self, view: View) -> Tensor:
-        starts = range(0, len(self._rows), _BATCH)
+        parts = []
         with torch.inference_mode():
-            return torch.cat(
-                [
-                    self._program(view(torch.from_numpy(self._images[self._rows[start : start + _BATCH]])))
-                    for start in starts
-                ]
-            )
+            for start in range(0, len(self._rows), _BATCH):
+                self._memory.batch = view, start
+                pixels = torch.from_numpy(self._images[self._rows[start : start + _BATCH]])
+                parts.append(self._program(view(pixels)))
+        return torch.cat(parts)
 
 
 def latencies(net: nn.Module, config: Mapping[str, Any], views: tuple[View, ...]) -> dict[str, float]:

@@ -41,6 +41,11 @@ class Transfer(nn.Module):
             part.eval()
         return self
 
+    @property
+    def frozen_bodies(self) -> list[int]:
+        """The places of the bodies that are frozen as a whole."""
+        return [place for place, body in enumerate(self.bodies) if any(body is part for part in self._frozen)]
+
     def begin_epoch(self, number: int) -> None:
         """Let everything train from unfreeze_epoch on."""
         if self.unfreeze_epoch is not None and number >= self.unfreeze_epoch:
