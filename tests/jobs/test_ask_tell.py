@@ -74,6 +74,9 @@ def test_a_search_by_a_program_of_ones_own(place):
         ("2", "pruned"),
         ("3", "pruned"),
     ]
+    (parent,) = client.search_runs(experiments, "tags.`hpo.kind` = 'study'")
+    assert (parent.info.status, parent.data.tags["hpo.best_trial"]) == ("FINISHED", "0")
+    assert "0.9" in parent.data.tags["mlflow.note.content"]
 
 
 def test_a_trial_that_was_not_told_is_tried_again(place):

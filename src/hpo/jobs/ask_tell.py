@@ -174,11 +174,15 @@ class AskTell:
 
     def _record(self) -> None:
         """A store that is unavailable costs nothing: the next close, or hpo run, writes what is missing."""
+        from hpo.report.summary import study_summary
         from hpo.tracking.tracker import Tracker
 
-        study = self._study.result()
+        study, tracker = self._study.result(), Tracker(self._home)
+        budget = self._study.budget if self._trials is None else self._trials
         try:
-            Tracker(self._home).reconcile(study, self._study.spec, leave=self._study.trials_of_others())
+            tracker.reconcile(study, self._study.spec, leave=self._study.trials_of_others())
+            if len(study.counted) >= budget and all(trial.state.finished for trial in study.counted):
+                tracker.close_study(study, status="FINISHED", summary=study_summary(study, winner=None))
         except StoreError as error:
             logging.getLogger("hpo").warning("%s is not in MLflow yet: %s", study.title, error.message)
 
