@@ -53,6 +53,28 @@ def test_a_search_ends_once_its_best_trial_is_as_good_as_was_asked_for(run_formu
     assert [trial.value for trial in further.trials] == values, "the study goes on without it"
 
 
+@pytest.mark.parametrize("final", [None, FinalSpec()])
+def test_failed_trials_are_tried_again_after_an_early_end(run_formula, final):
+    def failing(task, device):
+        if task.number < 2:
+            yield TrialEnded(TrialResult(task.number, TrialState.FAILED, reason="it fails"))
+        else:
+            yield from formula(task, device)
+
+    spec = formula_spec(until=-1.0).model_copy(update={"final": final})
+    first = run_formula(spec, trainer=failing).trials
+    failed, complete = [(None, TrialState.FAILED)] * 2, (None, TrialState.COMPLETE)
+    after = [(FINAL, TrialState.COMPLETE)] * (final is not None)
+    assert [(trial.candidate.stage, trial.state) for trial in first] == [*failed, complete, *after]
+    assert len(run_formula(spec).trials) == len(first), "a resumed study stays ended"
+    again = run_formula(spec, retry_failed=True)
+    assert again.reason is EndReason.REACHED
+    retried = [trial for trial in again.trials[len(first) :] if trial.candidate.stage is None]
+    assert [trial.state for trial in retried] == [TrialState.COMPLETE] * 2
+    assert [trial.candidate.parameters for trial in retried] == [trial.candidate.parameters for trial in first[:2]]
+    assert len(run_formula(spec, retry_failed=True).trials) == len(again.trials)
+
+
 @pytest.mark.parametrize(("better", "until"), [("maximize", -1.0), ("minimize", 2.0)])
 def test_final_trainings_follow_a_search_that_has_reached_its_aim(run_formula, better, until):
     objective = {"maximize": "valid_accuracy", "minimize": "valid_loss"}[better]

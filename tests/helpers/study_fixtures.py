@@ -44,6 +44,7 @@ def run_formula(tmp_path: Path):
         interrupted=None,
         profile=False,
         subscribers=None,
+        retry_failed=False,
     ):
         spec = spec or formula_spec()
         for earlier in studies:
@@ -51,6 +52,7 @@ def run_formula(tmp_path: Path):
         study = open_study(Home.find(tmp_path).create(), spec, data_digest=CARD.digest)
         studies.append(study)
         study.reap()
+        retried = retry_failed and study.retry_failed() > 0
         seen: list[Event] = []
         end = RunEnd(deadline)
         end.interrupted = interrupted or end.interrupted
@@ -73,6 +75,7 @@ def run_formula(tmp_path: Path):
             budget=trials or spec.search.trials,
             end=end,
             profile=profile,
+            retried=retried,
         )
         try:
             reason = supervisor.run()

@@ -88,6 +88,7 @@ class _OpenStudy:
     prepared: Prepared
     work: Path
     search_until: float = math.inf
+    retried: bool = False  # failed candidates wait to be tried again
 
     @property
     def finished(self) -> int:
@@ -156,7 +157,6 @@ def _open_study(run: _Run, cleanup: contextlib.ExitStack) -> _OpenStudy:
 
     open_storage(run.home).close()  # a new one is made while the fork server, which the next line waits for, starts
     job = run.jobs.submit(prepare, spec, run.factory.device)
-
     cleanup.callback(run.factory.close)
     run.factory.connect()
     prepared: Prepared = await_job(job, run.jobs, run.events.emit, run.end)
@@ -178,14 +178,13 @@ def _open_study(run: _Run, cleanup: contextlib.ExitStack) -> _OpenStudy:
     cleanup.callback(study.close)
     run.end.watch_stop(partial(_stop_asked, study), every=_SHARED_STOP if study.shared else _STOP)
     study.reap()
-    if options.retry_failed:
-        study.retry_failed()
+    retried = options.retry_failed and study.retry_failed() > 0
     trials_of_others, before = frozenset(study.trials_of_others()), study.result()
     work = run.home.work / before.title
     sweep(work, study)
     # The last trials and the final trainings must fit in; without those, what runs at the deadline is taken up again.
     search_until = fitted.search_until(run.deadline) if fitted and spec.final is not None else math.inf
-    return _OpenStudy(study.spec, study, before, trials_of_others, prepared, work, search_until)
+    return _OpenStudy(study.spec, study, before, trials_of_others, prepared, work, search_until, retried)
 
 
 def _fit(run: _Run, prepared: Prepared) -> tuple[StudySpec, Fitted | None]:
@@ -308,6 +307,7 @@ def _supervise(
         profile=run.options.profile,
         ranks=plan.ranks,
         search_until=opened.search_until,
+        retried=opened.retried,
     ).run()
 
 

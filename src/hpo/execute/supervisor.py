@@ -65,6 +65,7 @@ class Supervisor:
 
     budget is the study's total number of trials. work is the study's folder of work in progress. ranks is that of Task.
     search_until is when the search hands out its last candidate, a time.monotonic() value: final trainings follow.
+    retried: failed candidates wait, which are tried again also where the search has ended before its budget was spent.
     Every result is in Optuna's storage before its event is emitted.
     """
 
@@ -82,6 +83,7 @@ class Supervisor:
         profile: bool = False,
         ranks: int = 1,
         search_until: float = math.inf,
+        retried: bool = False,
     ) -> None:
         self._spec = spec
         self._study = study
@@ -93,7 +95,7 @@ class Supervisor:
         self._end = end
         self._profile = profile
         self._ranks = ranks
-        self._search_until = search_until
+        self._search_until, self._retried = search_until, retried
         self._prunes = prunes(spec)
         self._pauses = Pauses(spec, study, work)
         self._running: dict[int, _RunningTrial] = {}  # by slot
@@ -118,6 +120,10 @@ class Supervisor:
 
     def _search(self) -> EndReason:
         ask = partial(self._study.ask, budget=self._budget, resumable=self._pauses.has_checkpoint)
+        if self._retried and self._fulfilled():
+            self._may_reach = False
+            self._run_phase(partial(ask, budget=len(self._study.result().counted)))
+            self._may_reach = True
         reason = self._run_phase(ask)
         late = self._late and self._end.reason() is None
         if reason.completed or late:
