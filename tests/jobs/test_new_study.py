@@ -151,6 +151,20 @@ def test_a_table_is_known_by_its_columns(folder: Path) -> None:
         describe_source(table)
 
 
+def test_groups_and_parts_of_a_hugging_face_folder_are_known_by_its_metadata(folder: Path) -> None:
+    place = folder / "photos"
+    as_folder(place / "images", np.random.default_rng(0).integers(0, 256, (6, 8, 8), np.uint8), np.arange(6) % 2)
+    files = sorted(file.relative_to(place) for file in place.rglob("*.png"))
+    rows = [f"{file},{'ab'[row % 2]},p{row // 2},{'train' if row > 1 else 'test'},x" for row, file in enumerate(files)]
+    (place / "metadata.csv").write_text("\n".join(["file_name,label,Patient ID,split,note", *rows]))
+    assert describe_source(place) == ({"name": "folder", "group": "Patient ID", "part": "split"}, None)
+    assert describe_source(place, {"group": None})[0] == {"name": "folder", "part": "split"}
+    card = prepare(DataSpec(path=str(place), **describe_source(place)[0]), SplitSpec(kind="holdout", share=0.4))
+    assert (card.groups, card.test_count) == (3, 2)
+    (place / "metadata.csv").write_text("file_name,note\n0.png,x")
+    assert describe_source(place) == ({"name": "folder"}, None), "remarks are no classes"
+
+
 def table_of(place: Path, head: str, cells: list[str]) -> Path:
     """A table of 12 images in two classes; cells are those of the columns after image and label."""
     as_folder(place / "images", np.random.default_rng(0).integers(0, 256, (12, 8, 8), np.uint8), np.arange(12) % 2)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from hpo.data.image_files import NotAnImageError, read_sides
 from hpo.data.layouts import PART_NAMES, list_files
-from hpo.data.tables import ENDINGS, IMAGE_COLUMNS, LABEL_COLUMNS, read_table
+from hpo.data.tables import ENDINGS, IMAGE_COLUMNS, LABEL_COLUMNS, metadata_files, read_table
 from hpo.errors import DataError
 
 _FILES = 300  # whose headers are read, spread over the data set
@@ -58,7 +58,9 @@ def describe_source(path: Path, given: Mapping[str, Any] | None = None) -> tuple
     kind = kind_of(path)
     if kind == "table":
         return _describe_table(path, given or {}), None
-    return {"name": kind}, _npz_group(path) if kind == "npz" else None
+    if kind == "folder":
+        return {"name": kind, **_describe_metadata(path, given or {})}, None
+    return {"name": kind}, _npz_group(path)
 
 
 def _npz_group(path: Path) -> str | None:
@@ -67,6 +69,24 @@ def _npz_group(path: Path) -> str | None:
             return "groups" if any(key in ("groups", "train_groups") for key in file.files) else None
     except (OSError, ValueError, EOFError):  # reading it will tell
         return None
+
+
+def _describe_metadata(path: Path, given: Mapping[str, Any]) -> dict[str, str]:
+    """The columns of groups and parts in the metadata of a Hugging Face image folder; none where there is none.
+
+    They are those that all tables have; tables in folders of parts say these parts by where they lie.
+    """
+    files = metadata_files(list_files(path))
+    tables = [read_table(path / item.path) for item in files]
+    image, label = given.get("image") or "file_name", given.get("label") or "label"
+    if not tables or not all({image, label} <= table.keys() for table in tables):
+        return {}
+    whole = {name: cells for name, cells in tables[0].items() if all(name in table for table in tables)}
+    table = {name: cells for name, cells in whole.items() if name not in (image, label)}
+    one = len(files[0].path.parts) == 1
+    part = given["part"] if "part" in given else _part_column(table, image) if one else None
+    group = given["group"] if "group" in given else _group_column(name for name in table if name != part)
+    return {key: name for key, name in (("group", group), ("part", part)) if name}
 
 
 def _describe_table(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
