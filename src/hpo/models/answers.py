@@ -30,7 +30,7 @@ from hpo.spec.study import Setup
 
 ANSWERS = "answers.json"  # what was decided, and by which figures
 _BATCH = 128
-_MAPS = 8  # images whose maps stay in the processor's cache
+_MAPS = 8  # the same of a network with a backbone, whose maps then stay in the processor's cache
 _MOST_BYTES = 1_000_000_000
 _REPEATS = 15
 _LEAST = 1e-30  # probability
@@ -59,7 +59,8 @@ def decide_answers(folder: Path, validation: Path, images: Path, spec: PredictSp
         net, _ = load_trained(folder)
         pixels = np.load(images, mmap_mode="r", allow_pickle=False)
         with _remembering(net, images, found["rows"]) as memory:
-            answer = _Answers(whole_program(net, config), pixels, found["rows"], memory)
+            batch = _MAPS if any(isinstance(each, Transfer) for each in net.modules()) else _BATCH
+            answer = _Answers(whole_program(net, config), pixels, found["rows"], memory, batch)
             chosen = choose(answer, labels, candidates(augment, config["image_shape"]))
         if chosen is not None:
             choice, averaged, judged = chosen
@@ -119,7 +120,7 @@ class _Memory:
         key = digest, *self.batch
         if (known := self._features.get(key)) is not None:
             return known
-        found: Tensor = torch.cat([body(few) for few in torch.split(images, _MAPS)])
+        found: Tensor = body(images)
         if sum(each.nbytes for each in self._features.values()) + found.nbytes < _MOST_BYTES:
             self._features[key] = found
         return found
@@ -159,15 +160,17 @@ def _remembering(net: nn.Module, images: Path, rows: NDArray[np.int64]) -> Itera
 class _Answers:
     """The probabilities of a program for some images under a view."""
 
-    def __init__(self, program: nn.Module, images: NDArray[np.uint8], rows: NDArray[np.int64], memory: _Memory) -> None:
-        self._program, self._images, self._rows, self._memory = program, images, rows, memory
+    def __init__(
+        self, program: nn.Module, images: NDArray[np.uint8], rows: NDArray[np.int64], memory: _Memory, batch: int
+    ) -> None:
+        self._program, self._images, self._rows, self._memory, self._batch = program, images, rows, memory, batch
 
     def __call__(self, view: View) -> Tensor:
         parts = []
         with torch.inference_mode():
-            for start in range(0, len(self._rows), _BATCH):
+            for start in range(0, len(self._rows), self._batch):
                 self._memory.batch = view, start
-                pixels = torch.from_numpy(self._images[self._rows[start : start + _BATCH]])
+                pixels = torch.from_numpy(self._images[self._rows[start : start + self._batch]])
                 parts.append(self._program(view(pixels)))
         return torch.cat(parts)
 
