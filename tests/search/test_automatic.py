@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from formula import FINITE, MIXED, NUMERIC, objective, run_in_pieces, run_whole, sequence
 from hpo.errors import SpecError
 from hpo.records import TrialResult, TrialState
-from hpo.search.lifecycle import open_study
+from hpo.search.lifecycle import open_study, opened
 from hpo.search.priors import prior_share, prior_values
 from hpo.search.stages import from_unit, make_stage, to_unit
 from hpo.spec.automatic import chosen_pruner, chosen_sampler
@@ -95,6 +95,16 @@ def test_a_study_that_an_earlier_rule_began_keeps_its_rungs(home):
         resumed.close()
         assert chosen_pruner(resumed.spec)[0].min_epochs == 2
         assert record_of(home)["chosen"]["pruner"]["min_epochs"] == 2
+    with opened(home, "study") as study:
+        assert chosen_pruner(study.spec)[0].min_epochs == 2
+
+
+def test_the_spec_of_a_record_has_the_rungs_of_the_file(home):
+    spec = plain_study(training={"epochs": 50, "schedule": {"name": "one_cycle"}})
+    open_study(home, spec, data_digest="d").close()
+    assert chosen_pruner(parse_study(record_of(home)["spec"]))[0].min_epochs == 15
+    with opened(home, "study") as study:
+        assert chosen_pruner(study.spec)[0].min_epochs == 15
 
 
 def test_every_cell_of_a_grid_is_trained_to_its_end_by_default(make_spec):

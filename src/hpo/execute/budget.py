@@ -241,7 +241,9 @@ def _shortened(spec: StudySpec, epochs: int) -> StudySpec:
     share, pruner = epochs / spec.training.epochs, spec.search.pruner
     used: StudySpec = with_place(spec, EPOCHS, epochs)
     if pruner.name in _RUNGS:
-        used = with_place(used, "search.pruner.min_epochs", max(1, round(share * pruner.min_epochs)))
+        before = pruner.min_epochs or 1
+        rung = max(1, round(share * before))
+        used = with_place(used, "search.pruner.min_epochs", rung) if rung != before else used
     elif pruner.warmup_epochs:
         used = with_place(used, "search.pruner.warmup_epochs", round(share * pruner.warmup_epochs))
     try:
@@ -281,7 +283,7 @@ def _share(spec: StudySpec) -> float:
 
 def _halved(pruner: PrunerSpec, epochs: float) -> float:
     """The share that successive halving trains of many trials: one in `factor` goes on from each rung."""
-    rung, share, reached, trained = float(pruner.min_epochs), 1.0, 0.0, 0.0
+    rung, share, reached, trained = float(pruner.min_epochs or 1), 1.0, 0.0, 0.0
     while rung < epochs:
         trained += share * (rung - reached)
         rung, share, reached = rung * pruner.reduction_factor, share / pruner.reduction_factor, rung

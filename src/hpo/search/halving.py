@@ -61,7 +61,7 @@ class ParetoHalving:
 
     def __init__(self, spec: StudySpec) -> None:
         part, _ = chosen_pruner(spec)
-        self._first, self._factor, self._signs = part.min_epochs, part.reduction_factor, signs_of(spec)
+        self._first, self._factor, self._signs = part.min_epochs or 1, part.reduction_factor, signs_of(spec)
 
     def prune(self, view: StageView, study_id: int, trial_id: int, step: int, values: Sequence[float]) -> bool:
         """Whether to end the trial after this step (counted from 1), where it has one value for each objective.

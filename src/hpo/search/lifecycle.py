@@ -179,7 +179,7 @@ def _record(spec: StudySpec, generation: int, data_digest: str, content: Mapping
 
 def _chosen(choice: tuple[SamplerSpec | PrunerSpec, str]) -> dict[str, Any]:
     part, reason = choice
-    rung = {"min_epochs": part.min_epochs} if isinstance(part, PrunerSpec) else {}
+    rung = {"min_epochs": part.min_epochs or 1} if isinstance(part, PrunerSpec) else {}
     return {"name": part.name, "reason": reason, **rung}
 
 
@@ -330,7 +330,8 @@ def opened(home: Home, title: str) -> Iterator[Study]:
     try:
         with store_errors(home):
             record = storage.studies()[title][1]
-        study = Study(home, parse_study(record["spec"], trust=True), storage, title, new_lease(home, title))
+        spec = as_begun(parse_study(record["spec"], trust=True), record)
+        study = Study(home, spec, storage, title, new_lease(home, title))
     except BaseException:
         storage.close()
         raise

@@ -164,13 +164,15 @@ class CurvePruner(optuna.pruners.BasePruner):  # type: ignore[misc]
 def _hyperband(spec: StudySpec) -> Any:
     most, part = longest_training(spec), spec.search.pruner
     return OrdinalHyperband(
-        min_resource=min(part.min_epochs, most), max_resource=most, reduction_factor=part.reduction_factor
+        min_resource=min(part.min_epochs or 1, most), max_resource=most, reduction_factor=part.reduction_factor
     )
 
 
 def _halving(spec: StudySpec) -> Any:
     part = spec.search.pruner
-    return optuna.pruners.SuccessiveHalvingPruner(min_resource=part.min_epochs, reduction_factor=part.reduction_factor)
+    return optuna.pruners.SuccessiveHalvingPruner(
+        min_resource=part.min_epochs or 1, reduction_factor=part.reduction_factor
+    )
 
 
 def _median(spec: StudySpec) -> Any:

@@ -59,7 +59,7 @@ def chosen_pruner(spec: StudySpec) -> tuple[PrunerSpec, str]:
     if reason := _unpruned(spec, epochs):
         return part.model_copy(update={"name": "none"}), reason
     rising = int(_rising(spec) * epochs)
-    rung = part.min_epochs if "min_epochs" in part.model_fields_set else max(1, round(epochs / _FIRST_RUNG), rising)
+    rung = part.min_epochs or max(1, round(epochs / _FIRST_RUNG), rising)
     reason = f"poor trials show within {epochs} epochs; one in three continues from epoch {rung}, {3 * rung}, ..."
     reason += ", once the learning rate has risen" * (rung == rising)
     return part.model_copy(update={"name": "successive_halving", "min_epochs": rung, "reduction_factor": 3}), reason

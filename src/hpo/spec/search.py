@@ -62,8 +62,8 @@ class PrunerSpec(Part):
     """median, curve: finished trials before any is pruned; wilcoxon: epochs before one is."""
     warmup_epochs: Count = 0
     """median, curve: no pruning in these first epochs."""
-    min_epochs: Positive = 1
-    """successive_halving, hyperband: epochs of the first rung. auto: the same, chosen from the epochs if not given."""
+    min_epochs: Positive | None = None
+    """successive_halving, hyperband: epochs of the first rung; null: 1. auto: the same; null: chosen."""
     reduction_factor: Annotated[int, Field(ge=2, le=MOST)] = 3
     """successive_halving, hyperband: one in this many is promoted to the next rung."""
     patience: Positive = 5
