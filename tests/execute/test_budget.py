@@ -45,6 +45,10 @@ def test_epochs_and_the_first_rung_shrink_where_the_time_is_short():
     short = fit(halving, SECOND, seconds=85, workers=1, most=None).settings
     assert short["training.epochs"][1] < 40
     assert short["search.pruner.min_epochs"] == (8, round(8 * short["training.epochs"][1] / 40))
+    for pruner, rung in (("auto", None), ({"name": "auto", "min_epochs": 8}, 8), ("successive_halving", None)):
+        short = fit(spec_of(epochs=40, pruner=pruner), SECOND, seconds=60, workers=1, most=None).settings
+        share = short["training.epochs"][1] / 40
+        assert short.get("search.pruner.min_epochs") == (rung and (rung, round(share * rung)))
 
 
 def test_no_training_becomes_shorter_than_a_quarter():

@@ -240,10 +240,9 @@ def _shortened(spec: StudySpec, epochs: int) -> StudySpec:
     """The spec with fewer epochs, and its pruner's first rung or warmup in proportion; itself where that is refused."""
     share, pruner = epochs / spec.training.epochs, spec.search.pruner
     used: StudySpec = with_place(spec, EPOCHS, epochs)
-    if pruner.name in _RUNGS:
-        before = pruner.min_epochs or 1
-        rung = max(1, round(share * before))
-        used = with_place(used, "search.pruner.min_epochs", rung) if rung != before else used
+    if pruner.name in (*_RUNGS, "auto"):  # auto without a rung of its own chooses it from the epochs
+        if pruner.min_epochs is not None:
+            used = with_place(used, "search.pruner.min_epochs", max(1, round(share * pruner.min_epochs)))
     elif pruner.warmup_epochs:
         used = with_place(used, "search.pruner.warmup_epochs", round(share * pruner.warmup_epochs))
     try:

@@ -390,10 +390,9 @@ def _validated(spec: StudySpec, values: Mapping[str, Any], where: str) -> Setup:
 
 def _fits(spec: StudySpec, values: Mapping[str, Any]) -> bool:
     try:
-        _filled(spec, values)
+        return _filled(spec, values) is not None
     except ValueError:
         return False
-    return True
 
 
 def means_null(value: Any) -> bool:
