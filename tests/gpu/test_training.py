@@ -53,6 +53,12 @@ def test_each_family_learns_what_it_learns_on_the_cpu(device, kind, precision):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_growing_images_teach_what_they_teach_on_the_cpu(device, precision):
+    model = {"kind": "convnet", "depth": 2, "width": 6, "head": "global"}
+    _agrees(model, device, precision, first_size=0.5, epochs=3)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", TRAININGS)
 def test_each_way_to_train_learns_what_it_learns_on_the_cpu(device, name, precision):
     options = TRAININGS[name]
@@ -84,7 +90,7 @@ def _moved(data, device):
     return replace(data, **{name: getattr(data, name).to(there) for name in ("images", "labels", "train", "valid")})
 
 
-@pytest.mark.parametrize("name", ["optimizer-adamw", "optimizer-rmsprop", "augment-all", "ema", "clip", "focal"])
+@pytest.mark.parametrize("name", ["optimizer-adamw", "optimizer-timm/muon", "augment-all", "ema", "clip", "focal"])
 def test_no_step_waits_for_the_gpu(cuda, name):
     def waits(**options):
         with warnings.catch_warnings(record=True) as seen:

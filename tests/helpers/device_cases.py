@@ -21,7 +21,7 @@ SIDE, CLASSES, TRAIN, VALID = 16, 4, 100, 40
 FAMILIES: dict[str, dict[str, Any]] = {
     "mlp": {"hidden": [24, 16], "dropout": 0.2, "batch_norm": True},
     "cnn": {"filters": 6, "batch_norm": True, "dropout": 0.2},
-    "convnet": {"depth": 2, "width": 6, "dropout": 0.1, "dense": [12]},
+    "convnet": {"depth": 2, "width": 6, "dropout": 0.1, "dense": [12], "whiten": 2},
     "resnet": {"blocks": 2, "width": 6, "dense": [12], "shortcut_batch_norm": True},
     "torchvision": {"name": SQUEEZE["name"], "weights": "none", "input_size": 32},
     "timm": {"name": TINY["name"], "weights": "none", "input_size": 32},
@@ -46,6 +46,7 @@ _ON = dict.fromkeys(FLIPS, True) | {name: _AMOUNTS.get(name, 0.2) for name in (*
 
 TRAININGS: dict[str, dict[str, Any]] = {
     **{f"optimizer-{name}": {"optimizer": {"name": name, "momentum": 0.5}} for name in OPTIMIZERS},
+    **{f"optimizer-timm/{name}": {"optimizer": {"name": f"timm/{name}"}} for name in ("muon", "lion", "lamb")},
     **{f"schedule-{name}": {"schedule": {"name": name, "warmup": 0.2, "step_epochs": 1}} for name in SCHEDULES},
     **{f"augment-{name}": {"augment": {name: value}} for name, value in _ON.items()},
     "augment-all": {"augment": _ON},
