@@ -1,8 +1,9 @@
 """Compare an ensemble of a study's trials with its best member: score, time and size, on up to five data sets.
 
-For each data set a shipped study runs for the given minutes in a folder of its own. `hpo ensemble` then chooses among
-the trials that keep their model. The difference on validation images is the estimate that `hpo ensemble` prints: on
-images that chose neither. With --test both models are also measured on the sealed test part, each once.
+For each data set a shipped study runs for the given minutes in a folder of its own, or a study that has run is taken
+(--study). `hpo ensemble` then chooses among the trials that keep their model. The difference on validation images is
+the estimate that `hpo ensemble` prints: on images that chose neither. With --test both models are also measured on the
+sealed test part, each once.
 
 Times are CPU times of the exported programs on one thread, on an idle machine the time that passes: one image, and 256
 images at once, medians of rounds in which all programs take turns. `sum` divides the time of the ensemble for 256
@@ -45,8 +46,8 @@ CASES: Mapping[str, Case] = {
 class Row(NamedTuple):
     """The results on one data set."""
 
-    data: str
-    trials: int
+    study: str
+    trials: int  # that keep a model
     members: int
     valid: Any  # Gain
     test: Any  # an Interval, or None
@@ -58,27 +59,40 @@ class Row(NamedTuple):
 def measure(name: str, path: str | None, minutes: float, home: Path, *, test: bool) -> Row | None:
     """Run the study of a data set, make its ensemble, and compare it with its best member."""
     from hpo.execute.run_study import run_study
-    from hpo.home import Home
-    from hpo.jobs.compare import compare
-    from hpo.jobs.ensemble import ensemble
     from hpo.spec.load import load_study
-    from hpo.storage.reader import read_study
-    from hpo.tracking.registry import fetch, resolve
-    from hpo.tracking.tracker import Tracker
 
     case = CASES[name]
     overrides = {**case.overrides, **({"data.path": path} if path else {}), "keep.figures": "none"}
     spec = load_study(case.study, overrides=overrides)
-    study = run_study(spec, trials=1000, timeout=60 * minutes, home=home, keep_models="best:20")
-    made = ensemble(study.name, home=home)
+    run_study(spec, trials=1000, timeout=60 * minutes, home=home, keep_models="best:20")
+    return judge(spec.name, home, test=test)
+
+
+def judge(title: str, home: Path, *, test: bool) -> Row | None:
+    """Make the ensemble of a study that has run, and compare it with its best member."""
+    from hpo.errors import HpoError
+    from hpo.execute.ensemble import candidates
+    from hpo.home import Home
+    from hpo.jobs.compare import compare
+    from hpo.jobs.ensemble import ensemble
+    from hpo.storage.reader import read_study
+    from hpo.tracking.registry import fetch, resolve
+    from hpo.tracking.tracker import Tracker
+
+    try:
+        made = ensemble(title, home=home)
+    except HpoError as error:
+        print(f"{title}: {error}")
+        return None
     if made.version is None:
-        print(f"{name}: no ensemble is better than one trial")
+        print(f"{title}: no ensemble is better than one trial: {made.gain}")
         return None
     place = Home.find(home)
-    kept = Tracker(place).kept_models(read_study(place, study.name))
+    study = read_study(place, title)
+    kept = Tracker(place).kept_models(study)
     folders = [fetch(place, made.version, home)]
     folders += [fetch(place, resolve(place, kept[int(each.partition("#")[2])]), home) for each in made.members]
-    best = next(trial for trial in study.ranked() if trial.number in kept)
+    best = next(trial for trial in candidates(study) if trial.number in kept)
     folders.append(fetch(place, resolve(place, kept[best.number]), home))
     one, many = times(folders, 1), times(folders, 256)
     sizes = [sum(file.stat().st_size for file in (folder / "artifacts").iterdir()) / 1e6 for folder in folders]
@@ -87,8 +101,8 @@ def measure(name: str, path: str | None, minutes: float, home: Path, *, test: bo
         names = [f"{study.name}#{best.number}", f"{study.name}/{made.version.version}"]
         lead = compare(names, test=True, home=home).contestants[1].differences["accuracy"]
     return Row(
-        data=name,
-        trials=len(study.ranked()),
+        study=title,
+        trials=made.candidates,
         members=len(made.members),
         valid=made.gain,
         test=lead,
@@ -117,14 +131,14 @@ def times(folders: list[Path], count: int, *, rounds: int = 30) -> list[float]:
 def show(rows: list[Row], minutes: float) -> str:
     """The table in Markdown."""
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-    head = ["data", "trials", "members", "validation, points", "test, points", "ms an image", "ms, best", "sum"]
+    head = ["study", "trials", "members", "validation, points", "test, points", "ms an image", "ms, best", "sum"]
     head += ["MB", "MB, best"]
     lines = [f"{machine}, {minutes:g} minutes a study, one thread for times.", ""]
     lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in rows:
         cells = [_points(row.valid.lead), _points(row.test) if row.test else "not opened"]
         cells += [f"{each:.2f}" for each in (*row.milliseconds, row.share)] + [f"{each:.1f}" for each in row.megabytes]
-        lines.append(f"| {row.data} | {row.trials} | {row.members} | {' | '.join(cells)} |")
+        lines.append(f"| {row.study} | {row.trials} | {row.members} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -134,7 +148,8 @@ def _points(lead: Any) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", nargs="+", choices=sorted(CASES), default=sorted(CASES))
+    parser.add_argument("--data", nargs="*", choices=sorted(CASES), default=sorted(CASES))
+    parser.add_argument("--study", nargs="*", default=[], metavar="HOME:STUDY", help="Studies that have run.")
     parser.add_argument("--path", action="append", default=[], metavar="NAME=PATH", help="A local copy of a data set.")
     parser.add_argument("--minutes", type=float, default=5.0, help="For the study of each data set.")
     parser.add_argument("--test", action="store_true", help="Open the sealed test part of each, once for each model.")
@@ -152,7 +167,11 @@ def main() -> None:
             home.mkdir(parents=True, exist_ok=True)
             row = measure(name, paths.get(name), given.minutes, home, test=given.test)
             rows += [row] if row is not None else []
-            print(show(rows, given.minutes), flush=True)
+        for each in given.study:
+            place, _, title = each.rpartition(":")
+            row = judge(title, Path(place), test=given.test)
+            rows += [row] if row is not None else []
+        print(show(rows, given.minutes), flush=True)
 
 
 if __name__ == "__main__":

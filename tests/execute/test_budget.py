@@ -207,7 +207,9 @@ def test_the_speed_of_real_candidates_is_measured(digits_cache, monkeypatch):
 
     monkeypatch.setenv("HPO_DATA", str(digits_cache))
     spec = load_study("digits-mlp")
-    pace = measure_pace(spec, prepare(spec.data, spec.split), "cpu", 1)
+    data = prepare(spec.data, spec.split)
+    assert len(measure_pace(spec, data, "cpu", 1, seconds=0.0).epochs) == 1, "no time for more than one"
+    pace = measure_pace(spec, data, "cpu", 1, seconds=6e4)
     assert len(pace.epochs) == 4
     assert 0 < pace.epoch < 60
     assert pace.features == 0

@@ -80,6 +80,19 @@ def test_a_race_ends_with_a_winner_or_an_honest_tie(card, errors, tie):
     assert outcome.lead.value == pytest.approx((errors[1] - errors[0]) / 200)
 
 
+def test_a_finalist_with_the_better_objective_and_fewer_hits_is_no_tie(card):
+    spec = _spec(finalists=2, seeds=1).model_copy(update={"split": SplitSpec()})
+    trials = [
+        _trial(0, 0.1, 0.9, stage=FINAL, predicted=_predictions(80, 1)),
+        _trial(1, 0.2, 0.8, stage=FINAL, predicted=_predictions(10, 2)),
+    ]
+    outcome = race(spec, _study(*trials), data=card)
+    assert outcome.winner.number == 0
+    assert outcome.lead.high < 0
+    assert not outcome.tie
+    assert "a better objective, yet a loss by -35.00 points" in str(outcome)
+
+
 @pytest.mark.parametrize(
     ("second", "final"),
     [((), {"on": "all"}), ((), {}), ([0, 1], {}), ([], {"split": SplitSpec(kind="none")})],

@@ -24,6 +24,8 @@ from hpo.execute import ensemble as ensemble_module
 from hpo.execute.bases import study_data
 from hpo.execute.ensemble import Proposal, kept_trials, validation_images
 from hpo.execute.run_study import run_study
+from hpo.execute.workers import ensemble_jobs
+from hpo.execute.workers.job_process import finish_trial
 from hpo.home import Home
 from hpo.jobs.compare import compare
 from hpo.jobs.ensemble import ensemble, register_ensemble
@@ -39,6 +41,7 @@ from hpo.report.ensembles import Gain
 from hpo.report.statistics import Interval
 from hpo.search.study import Study
 from hpo.spec.load import load_study, parse_study
+from hpo.spec.outcome import PredictSpec
 from hpo.storage.reader import read_study
 from hpo.tracking.champions import outlasts
 from hpo.tracking.registry import fetch, resolve, set_alias
@@ -212,9 +215,9 @@ def test_an_ensemble_is_recorded_by_one_supervisor_at_a_time(home, monkeypatch):
     """A second one that has computed the same ensemble meanwhile takes that of the first."""
     add, finish, made = Study.add, ensemble_module.finish_ensemble, []
 
-    def locked_add(self: Study, *given: object) -> object:
+    def locked_add(self: Study, *given: object, **named: object) -> object:
         assert is_locked(home.locks / "digits-mlp.ensemble.lock")
-        return add(self, *given)
+        return add(self, *given, **named)
 
     def overtaken(*given: object) -> object:
         result = finish(*given)
@@ -318,9 +321,52 @@ def test_limits_of_the_command_are_kept(home):
     assert len(json.loads(done.output)["members"]) <= 3
 
 
+def _edited(monkeypatch, **changes: object) -> None:
+    """From now on studies are opened with a spec that differs in these parts."""
+    opened = Study.spec.fget
+    monkeypatch.setattr(Study, "spec", property(lambda self: opened(self).model_copy(update=changes)))
+
+
+def test_an_ensemble_beyond_a_limit_of_the_study_is_not_made(home, monkeypatch):
+    """Its own score is known only once it is made: neither a trial nor a version is left."""
+    limited = load_study("digits-mlp", overrides={**QUICK, "search.constraints": ["valid_loss <= 0"]})
+    _edited(monkeypatch, search=limited.search)
+    with pytest.raises(HpoError, match=r"beyond a limit of the study: valid_loss <= 0 \(it has 0\."):
+        ensemble("digits-mlp")
+    assert not read_study(home, "digits-mlp").ranked(ENSEMBLE)
+
+
+def test_an_ensemble_keeps_the_split_whose_images_judge_it(home):
+    made = ensemble("digits-mlp")
+    model = find_model(home, f"digits-mlp/{made.version.version}")
+    edited = load_study("digits-mlp", overrides={**QUICK, "final.split": {"kind": "holdout", "seed": 5}})
+    later = replace(model, spec=edited)
+    assert later.setup.split == model.setup.split
+    assert later.setup.split.seed != 5
+
+
+def test_views_of_an_ensemble_keep_within_its_latency(home, monkeypatch):
+    """They are chosen after the members, whose times alone were within the limit."""
+    asked = []
+
+    def finish(left, data, predict):
+        asked.append(predict.views)
+        return finish_trial(left, data, predict)
+
+    monkeypatch.setattr(ensemble_jobs, "finish_trial", finish)
+    times = iter([[0.1] * 10, [40.0], [4.0]])
+    monkeypatch.setattr(ensemble_module, "measure_latency", lambda folders: next(times)[: len(folders)])
+    monkeypatch.setattr(ensemble_jobs, "measure_latency", lambda folders: next(times))
+    _edited(monkeypatch, predict=PredictSpec(views="auto"))
+    made = ensemble("digits-mlp", latency_ms=5.0)
+    assert asked == ["auto", "off"]
+    assert find_model(home, f"digits-mlp/{made.version.version}").trial.result.scores["latency_ms"] == 4.0
+
+
 def test_trials_of_several_studies_on_the_same_images_are_members_of_one(home):
     told = ensemble("digits-cnn", ["digits-mlp"], dry_run=True)
     assert told.candidates == 2 + 8
+    assert ensemble("digits-cnn", ["digits-mlp", "digits-mlp", "digits-cnn"], dry_run=True) == told
     done = CliRunner().invoke(app, ["ensemble", "digits-cnn", "--from", "digits-mlp", "--json", "--dry-run"])
     assert json.loads(done.output)["members"] == told.members
 
@@ -389,8 +435,9 @@ def test_weights_are_averaged_only_where_validation_images_say_so(home):
     assert made.members == told.members
     study = read_study(home, "digits-mlp")
     if made.version is None:
-        assert not made.members
+        assert not made.members or made.gain.lead.value <= 0
         return
+    assert made.gain.lead.value > 0
     (trial,) = study.ranked(ENSEMBLE)
     assert trial.value >= study.best.value
     assert trial.result.parameter_count == study.best.result.parameter_count

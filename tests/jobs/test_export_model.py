@@ -132,6 +132,25 @@ def test_a_description_that_a_person_wrote_stays(place: Path) -> None:
     assert write_card("digits-mlp/1", home=place).described
 
 
+def test_a_card_names_the_members_of_an_ensemble_and_looks_at_the_test_part_before_it() -> None:
+    from page_findings import findings, look, model, trial
+
+    settings = {"average": "probabilities"}
+    for offset, words in ((-60, "once in this study, after the choice"), (60, "1 of them before this model was made")):
+        made = trial(
+            2,
+            stage="ensemble",
+            parameters={},
+            members={"tiny#1": 3, "tiny#0": 1},
+            settings=settings,
+            ended=look().when.timestamp() + offset,
+        )
+        text = model_card(findings(trial(0), trial(1), made, model=model(2), openings=(look(1, 2),)))
+        assert "- this model: trial 2, the mean of the probabilities of tiny#1 (3 times), tiny#0, which were" in text
+        assert "2 trained networks together" in text
+        assert words.replace("once", "1 time") in text
+
+
 def test_a_card_says_which_sampler_and_pruner_auto_stands_for() -> None:
     from dataclasses import replace
 

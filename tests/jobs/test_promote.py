@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hpo.cli.app import app
+from hpo.data.overview import validation_part
 from hpo.errors import ModelError
 from hpo.execute.run_study import run_study
 from hpo.home import Home
@@ -29,7 +30,10 @@ from hpo.spec.study import StudySpec
 from hpo.storage.reader import read_study
 from hpo.tracking.champions import champions
 from hpo.tracking.ledger import openings
-from hpo.tracking.registry import set_alias, versions
+from hpo.tracking.registry import resolve, set_alias, versions
+from hpo.tracking.runs import PREDICTIONS, validation_predictions
+from hpo.tracking.store import connect
+from hpo.tracking.tracker import Tracker
 
 QUICK = {
     "training.precision": "float32",
@@ -159,8 +163,37 @@ def test_seeds_of_the_race_speak_for_a_candidate(home: Home) -> None:
     assert len(gates._seeds(replace(new, study=replace(new.study, trials=tuple(trials))))) == 2
 
 
+def test_seeds_of_a_race_speak_for_a_candidate_whose_views_were_chosen_too(home: Home, tmp_path: Path) -> None:
+    """Not the luckiest of them alone: each by the views that other images chose."""
+    new, old = _entrants(home)
+    uris = Tracker(home).kept_models(new.study)
+    part = validation_part(new.card, new.setup.split)
+    for index, trial in enumerate(gates._seeds(new)):
+        run = resolve(home, uris[trial.number]).run_id
+        found = validation_predictions(home, run)
+        assert found is not None
+        judged = np.full(len(part.labels), index)
+        np.savez(tmp_path / Path(PREDICTIONS).name, **found, judged=judged)
+        connect(home).log_artifact(run, tmp_path / Path(PREDICTIONS).name, str(Path(PREDICTIONS).parent))
+    answers = gates._predicted_classes(home, new, part, new.card.class_names)
+    assert sorted(answers[:, 0].tolist()) == [0, 1]
+    assert (answers == answers[:, :1]).all()
+    verdict = gates.beats_champion(home, new, old.kept(""), old, "")
+    assert "seeds: 2 against 1" in verdict.measured
+
+
+def test_the_score_of_several_objectives_is_the_first_that_is_no_cost(home: Home) -> None:
+    new, old = _entrants(home)
+    aims = [{"score": "parameters"}, {"score": "valid_macro_f1"}]
+    spec = load_study("digits-mlp", overrides={**QUICK, "search.objectives": aims})
+    verdict = gates.beats_champion(home, replace(new, spec=spec), old.kept(""), old, "")
+    assert "points of macro F1" in verdict.measured
+    result = replace(new.trial.result, scores={}, value=50_000.0)
+    cheap = replace(new, spec=spec, trial=replace(new.trial, result=result))
+    assert gates._network_score(cheap, "valid_macro_f1") is None
+
+
 def test_images_that_the_champion_was_trained_on_do_not_count(home: Home) -> None:
-    from hpo.data.overview import validation_part
     from hpo.data.split import indices
 
     new, old = _entrants(home)
@@ -197,9 +230,19 @@ def test_a_model_that_answers_otherwise_than_its_trial_is_refused(home: Home, mo
     promotion = promote("digits-mlp")
     assert promotion.refused
     # The limit of float32, 0.0001, by the temperature of the program.
-    limit = r"reloads: same predictions after reload \(largest difference 0\.001; limit 0\.000[1-9]\d*\)"
+    limit = r"reloads: same predictions after reload \(largest difference 0\.001; limit 0\.000[1-9]\d*, 288 beyond it\)"
     assert re.match(limit, promotion.reason)
     assert not (home.root / "openings.jsonl").exists()
+
+
+@pytest.mark.parametrize(("images", "passed"), [(17, True), (18, False)])
+def test_few_images_between_two_classes_may_lie_further_in_coarse_numbers(images: int, passed: bool) -> None:
+    theirs = np.full((1712, 2), 0.5) + [0.06, -0.06]
+    ours = theirs.copy()
+    ours[:images] += [-0.07, 0.07]
+    verdict = gates.parity_verdict(ours, theirs, kind="bfloat16", several=False, origin="")
+    assert verdict.passed is passed
+    assert f"{images} beyond it" in verdict.measured
 
 
 def test_other_classes_or_another_order_of_them_is_another_signature(home: Home) -> None:

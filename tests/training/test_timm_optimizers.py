@@ -8,7 +8,9 @@ from torch import nn
 
 from digits_fixtures import digits, digits_card, few  # noqa: F401
 from hpo.errors import SpecError
+from hpo.execute.workers.job_process import _check_optimizers
 from hpo.models import build_model
+from hpo.spec.load import load_study
 from hpo.spec.models import CnnSpec
 from hpo.spec.training import OptimizerSpec, TrainingSpec
 from hpo.training import step_graph
@@ -73,6 +75,26 @@ def test_muon_leaves_the_classifier_to_adamw():
 def test_what_cannot_be_made_is_refused_with_the_reason(name, options, message):
     with pytest.raises(SpecError) as caught:
         check_optimizer(OptimizerSpec(name=f"timm/{name}", options=options))
+    assert message in f"{caught.value} {caught.value.hint}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"final.set": {"training.optimizer.name": "timm/nonsense"}}, "nonsense"),
+        (
+            {
+                "training.optimizer": {"name": "timm/muon", "lr": 1e-3, "options": {"ns_steps": 4}},
+                "search.space": {"training.optimizer.name": {"choice": ["timm/muon", "timm/lion"]}},
+            },
+            "'ns_steps'",
+        ),
+    ],
+    ids=["of the final training", "with the options of another one"],
+)
+def test_a_run_ends_before_its_first_trial_where_an_optimizer_cannot_be_made(overrides, message):
+    with pytest.raises(SpecError) as caught:
+        _check_optimizers(load_study("digits-mlp", overrides=overrides))
     assert message in f"{caught.value} {caught.value.hint}"
 
 

@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -21,12 +21,16 @@ from hpo.spec.search import PrunerSpec
 from hpo.spec.space import Choice
 from hpo.spec.study import Setup, StudySpec
 
+if TYPE_CHECKING:
+    from hpo.training.preflight import Speed
+
 _USED = 0.85  # of the time: trainings beside each other are slower than the measured one
 _START = 20.0  # seconds that processes, exports and the registration take
 _LEAST = 10  # trials that a search should have, before each of them is made shorter
 _SHORTEST = 0.25  # of the epochs of the study file
 _MOST = 1000  # trials
 _SAMPLES = 4  # candidates whose speed is measured
+_MEASURING = 0.03  # of the time, after which no further one is
 _PRUNED = 0.6  # of the epochs are trained, by pruners without rungs
 _CLOSING = 0.6  # of the time, at most, for final trainings, where they do not fit beside the search
 _LATE = 2.0  # times as many epochs as successive halving trains of many trials, for it promotes the first ones
@@ -73,15 +77,21 @@ class Fitted:
         return {"settings": {path: list(pair) for path, pair in self.settings.items()}, "text": self.text}
 
 
-def measure_pace(spec: StudySpec, card: DataCard, device: str, threads: int) -> Pace:
-    """The speed of some candidates of the space, on so many threads. Raises HpoError where none can be trained."""
+def measure_pace(spec: StudySpec, card: DataCard, device: str, threads: int, seconds: float) -> Pace:
+    """The speed of some candidates of the space, on so many threads, for a study that has this many seconds.
+
+    Raises HpoError where none can be trained.
+    """
     from hpo.training.device import free_memory
     from hpo.training.preflight import measure_speed
     from hpo.training.trial import trial_data
 
-    speeds, problem = [], "no candidate of the space can be made"
+    began, problem = time.monotonic(), "no candidate of the space can be made"
+    speeds: list[Speed] = []
     try:
         for setup in _some(spec):
+            if speeds and time.monotonic() - began > _MEASURING * seconds:
+                break
             try:
                 speeds.append(measure_speed(setup, card, device_name=device, seed=0, threads=threads))
             except (HpoError, RuntimeError, MemoryError) as error:  # a candidate may fail; others tell the speed

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpo.data.split import rows_of
+from hpo.errors import HpoError
 from hpo.execute.base_model import check_setup
 from hpo.execute.bases import Trained, check_bases, trained_in
 from hpo.execute.finals import ensemble_setup, final_split
@@ -21,7 +22,7 @@ from hpo.home import remove
 from hpo.locks import ensemble_lock, lock
 from hpo.records import ENSEMBLE, FINAL, DataCard, ModelVersion, StudyResult, Trial, TrialResult, TrialState
 from hpo.report.ensembles import Gain, Limits, Pool, estimate_gain, select
-from hpo.search.constraints import highest_allowed
+from hpo.search.constraints import highest_allowed, parse_constraint, violations
 from hpo.spec.outcome import EnsembleSpec
 from hpo.spec.study import StudySpec
 from hpo.tracking.models import NET, SETUP
@@ -68,7 +69,8 @@ class ValidationImages:
 class Proposal:
     """An ensemble that can be made: its members, best first, how often each counts, and what it gains.
 
-    probabilities are the mean of the members', (n, classes) float32, on the validation images.
+    probabilities are the mean of the members', (n, classes) float32, on the validation images. latency_ms is the most
+    that its program may take for an image.
     """
 
     members: tuple[KeptTrial, ...]
@@ -76,6 +78,7 @@ class Proposal:
     gain: Gain
     images: ValidationImages
     probabilities: NDArray[np.float32]
+    latency_ms: float = math.inf
 
     @property
     def named(self) -> dict[str, int]:
@@ -144,6 +147,7 @@ def propose(
         gain,
         images,
         pool.mean(counts),
+        limits.latency_ms,
     )
 
 
@@ -221,6 +225,7 @@ def make_ensemble(proposal: Proposal, study: Study, context: EnsembleContext) ->
         ensemble_setup(study.spec, context.data),
         context.data,
         study.spec.predict,
+        proposal.latency_ms,
     )
     return Made(record(left, study, context), unknown)
 
@@ -245,14 +250,24 @@ def empty_result(members: Sequence[KeptTrial], folder: Path, *, parameters: int,
 def record(result: TrialResult, study: Study, context: EnsembleContext) -> ModelVersion:
     """Record a finished ensemble, whose files are in result.folder, as a trial; log and register its model.
 
-    One supervisor at a time: of two that have made the same ensemble, the second finds that of the first.
+    One supervisor at a time: of two that have made the same ensemble, the second finds that of the first. Raises
+    HpoError where it breaks a limit of the study.
     """
+    if broken := [text for text, over in violations(study.spec, result.scores).items() if over > 0]:
+        words = ", ".join(
+            f"{text} (it has {result.scores.get(parse_constraint(text).name, math.nan):.4g})" for text in broken
+        )
+        raise HpoError(
+            f"{study.title}: an ensemble of {len(result.members)} is beyond a limit of the study: {words}.",
+            f"Take fewer or smaller members: hpo ensemble {study.title} --members 2 --parameters N",
+        )
     with lock(context.tracker.home, ensemble_lock(study.title)):
         if (known := _known(study, result.members, result.settings["average"], context, result.judged)) is not None:
             return known
         lost = next(iter(_same(study.result(), result.members, result.settings["average"], result.judged)), None)
         # The record names a folder: until the model is logged, the files are there, for the next run if need be.
-        number = lost.number if lost else study.add(ENSEMBLE, replace(result, folder="ensemble")).number
+        split = {"split": final_split(study.spec, context.data).model_dump(mode="json")}
+        number = lost.number if lost else study.add(ENSEMBLE, replace(result, folder="ensemble"), final=split).number
         remove(context.work, context.work / str(number), ignore_errors=True)
         Path(result.folder).rename(context.work / str(number))
         return _log(number, study, context)

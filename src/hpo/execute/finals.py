@@ -65,7 +65,9 @@ def setup_of_trial(spec: StudySpec, study: StudyResult, trial: Trial, *, data: D
     """The setup of a trial of any stage, by the record of its study, which may have changed since it was trained."""
     parameters = trial.candidate.parameters
     if trial.candidate.stage == ENSEMBLE:
-        return ensemble_setup(spec, data)
+        kept = (trial.candidate.final or {}).get("split")
+        setup = ensemble_setup(spec, data)
+        return setup.model_copy(update={"split": SplitSpec.model_validate(kept)}) if kept else setup
     if trial.candidate.stage == FINAL:
         return final_setup(with_final(spec, trial.candidate), study, parameters, data=data)
     return spec.with_values(parameters)
@@ -105,7 +107,7 @@ class Race:
     @property
     def tie(self) -> bool:
         """True if chance explains the lead."""
-        return self.lead is not None and self.lead.low <= 0
+        return self.lead is not None and self.lead.low <= 0 <= self.lead.high
 
     def __str__(self) -> str:
         first = self.ranking[0]
@@ -113,7 +115,7 @@ class Race:
             others = f", the best of {len(first)} seeds" if len(first) > 1 else ""
             others += f" and {len(self.ranking)} finalists by their mean objective" if len(self.ranking) > 1 else ""
             return f"final: trial {self.winner.number}, the search's best trained again{others}, is the model."
-        verdict = "a tie" if self.tie else "a win"
+        verdict = "a tie" if self.tie else "a win" if self.lead.value > 0 else "a better objective, yet a loss"
         return (
             f"final: {verdict} by {100 * self.lead.value:.2f} points of validation accuracy "
             f"(95 % interval {100 * self.lead.low:.2f} to {100 * self.lead.high:.2f}) between the first two of "

@@ -197,7 +197,7 @@ def _fit(run: _Run, prepared: Prepared) -> tuple[StudySpec, Fitted | None]:
     spec = as_written(spec, run.written)
     begun = as_fitted(spec, record, trials=False)
     plan = run.factory.plan(prepared.devices, most=sys.maxsize)
-    job = run.jobs.submit(measure_pace, begun, prepared.data, plan.devices[0], plan.threads)
+    job = run.jobs.submit(measure_pace, begun, prepared.data, plan.devices[0], plan.threads, 60 * options.minutes)
     pace = await_job(job, run.jobs, run.events.emit, run.end)
     fitted = fit(
         begun,

@@ -94,6 +94,7 @@ def ensemble(
             own = record, card, images
             kept += _of_other(place, other, own, context.tracker, scratch / f"other-{index}", trust=trust)
         if others:
+            kept = list({each.name: each for each in kept}.values())  # a study may be named twice
             kept.sort(key=lambda each: _loss(each, images))
         if asked.average == "weights":
             return _soup(kept, images, limits, handle, context, dry_run=dry_run)
@@ -137,7 +138,7 @@ def _soup(
         )
     size = soup.result.parameter_count
     made = EnsembleMade(study.title, soup.result.members, len(kept), size, soup.gain, None)
-    if dry_run or not soup.result.members:
+    if dry_run or not soup.result.members or soup.gain.lead.value <= 0:
         return made
     done = make_soup(soup, study, context)
     return replace(made, version=done.version, unknown=done.unknown)

@@ -45,7 +45,7 @@ except ImportError:  # beside a logged model, where there is no hpo
             self.message, self.hint = message, hint
 
 
-_CHUNK_IMAGES = 64  # bounds memory; larger chunks are not faster on a CPU
+_CHUNK_IMAGES, _CHUNK_PIXELS = (8, 64), 50_000  # bound memory; larger chunks are not faster on a CPU
 # Bytes of a config.json, and of what a program says of itself: far more than the longest that is known.
 _LONGEST_CONFIG, _LONGEST_GRAPH = 20_000_000, 100_000_000
 _TOLERANCE = 1e-3  # of probabilities in float32 or less, and of their sums
@@ -289,12 +289,13 @@ class Program:
 
         Raises ModelError where the program does not accept them.
         """
+        chunk = int(np.clip(_CHUNK_PIXELS // max(1, math.prod(images.shape[1:3])), *_CHUNK_IMAGES))
         try:
             with torch.inference_mode():
                 # A copy, because torch wants memory that may be written.
                 chunks = [
-                    self._net(torch.from_numpy(np.array(images[start : start + _CHUNK_IMAGES], order="C")))
-                    for start in range(0, len(images) or 1, _CHUNK_IMAGES)
+                    self._net(torch.from_numpy(np.array(images[start : start + chunk], order="C")))
+                    for start in range(0, len(images) or 1, chunk)
                 ]
                 found: NDArray[np.float32] = torch.cat(chunks).numpy()
         except Exception as error:

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 import yaml
 
 from hpo.metrics import label_of
+from hpo.records import FINAL
 from hpo.report.answer import intervals_of, last_opening, own_scores
 from hpo.report.text import counted, listed, split_text, without_folders
 from hpo.spec.automatic import chosen_pruner, chosen_sampler
 
 if TYPE_CHECKING:
+    from hpo.records import Trial, TrialResult
     from hpo.report.statistics import Interval
     from hpo.report.study_page import Findings
 
@@ -121,17 +123,33 @@ def _protocol(findings: Findings) -> str:
     study, spec, shown = findings.study, findings.spec, findings.shown
     network = getattr(spec.model, "name", "") or spec.model.kind
     if shown is not None and shown.result is not None:
+        several = len(shown.result.members) if _averages(shown.result) == "probabilities" else 0
+        network += f", {several} trained networks together" * bool(several)
         network += f", {shown.result.parameter_count:,} parameters"
     trials, names = counted(len(study.counted), "trial"), (chosen_sampler(spec)[0].name, chosen_pruner(spec)[0].name)
     lines = ["## How it was made", "", f"- network: {network}"]
     lines.append(f"- search: {trials} of {names[0]}, pruner {names[1]}, by {study.objective}")
     if shown is not None:
-        values = ", ".join(f"{path} {value}" for path, value in shown.candidate.parameters.items())
-        final = ", a final training of the search's best" if shown.candidate.stage == "final" else ""
-        lines.append(f"- this model: trial {shown.number}{final}; {values}")
+        lines.append(f"- this model: trial {shown.number}{_origin(shown)}")
     versions = ", ".join(f"{name} {version}" for name, version in findings.versions.items())
     lines += [f"- software: {versions}"] if versions else []
     return "\n".join(lines)
+
+
+def _averages(result: TrialResult) -> str:
+    """What of its members an ensemble averages: probabilities or weights; "" for a network that was trained."""
+    return result.settings.get("average", "probabilities") if result.members else ""
+
+
+def _origin(shown: Trial) -> str:
+    """How the trial of the model came to be, after its number."""
+    if shown.result is not None and (average := _averages(shown.result)):
+        members = listed(
+            f"{name} ({count} times)" if count > 1 else name for name, count in shown.result.members.items()
+        )
+        return f", the mean of the {average} of {members}, which were chosen by the validation images"
+    final = ", a final training of the search's best" if shown.candidate.stage == FINAL else ""
+    return f"{final}; {', '.join(f'{path} {value}' for path, value in shown.candidate.parameters.items())}"
 
 
 def _scores(findings: Findings) -> str:
@@ -150,8 +168,10 @@ def _scores(findings: Findings) -> str:
         )
         lines.append("therefore too high as an estimate.")
     else:
-        count = len(findings.openings)
-        lines.append(f"The test part was opened {counted(count, 'time')} in this study, after the choice was made.")
+        made = findings.shown.result.ended if findings.shown is not None and findings.shown.result is not None else 0.0
+        earlier = sum(each.when.timestamp() < made for each in findings.openings)
+        when = f"{earlier} of them before this model was made" if earlier else "after the choice was made"
+        lines.append(f"The test part was opened {counted(len(findings.openings), 'time')} in this study, {when}.")
         lines += [f"- {sentence}" for sentence in findings.test_history]
     return "\n".join(lines)
 

@@ -45,6 +45,10 @@ def result(findings: Findings) -> str:
         return "<p>There is no complete trial yet, and so no result.</p>"
     study, opened, intervals = findings.study, last_opening(findings), intervals_of(findings)
     name = {FINAL: "final training", ENSEMBLE: "ensemble"}.get(shown.candidate.stage or "", "best trial")
+    if shown.result.members:
+        average = shown.result.settings.get("average", "probabilities")
+        members = text.listed(f"{name} x {count}" for name, count in shown.result.members.items())
+        name = f"mean of the {average} of {escape(members)}, which were chosen by the validation images"
     always = [name for name, metric in METRICS.items() if not metric.on_request]
     further = [name_of(score) for score in shown.result.scores if score.startswith("valid_") and metric_of(score)]
     # Losses last.

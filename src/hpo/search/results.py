@@ -129,10 +129,13 @@ class Finisher:
         self._storage.database.set_trial_user_attr(trial_id_of(trial), RESULT, result.to_json())
         self._storage.end_trial(trial, optuna.trial.TrialState.FAIL, None)
 
-    def add(self, stage: str, result: TrialResult) -> TrialResult:
-        """Create a trial of a stage after the search and end it with this result, which gets its number."""
+    def add(self, stage: str, result: TrialResult, final: Mapping[str, Any]) -> TrialResult:
+        """Create a trial of a stage after the search and end it with this result, which gets its number.
+
+        final is what the record keeps of the study's `final`: the split whose validation images judge it.
+        """
         ordinal = sum(stage_of(trial) == stage for trial in self._storage.every_trial(self._id))
-        attrs = TrialAttrs(ordinal, stage=stage, parameters={}, lease=self._lease)
+        attrs = TrialAttrs(ordinal, stage=stage, parameters={}, lease=self._lease, final=final)
         trial = self._storage.create_trial(self._id, template(optuna.trial.TrialState.RUNNING, attrs, {}))
         return self.finish(trial, replace(result, number=trial.number))
 

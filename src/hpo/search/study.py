@@ -219,9 +219,9 @@ class Study:
         return attrs.candidate(trial.number)
 
     @_guarded
-    def add(self, stage: str, result: TrialResult) -> TrialResult:
-        """Record a complete trial of a stage after the search that no worker trained; the result with its number."""
-        return self._storage.transact(partial(self._finisher.add, stage, result), lock=self._lock)
+    def add(self, stage: str, result: TrialResult, *, final: Mapping[str, Any]) -> TrialResult:
+        """Record a complete trial of no worker, judged as `final` (see FinalSpec) says; the result with its number."""
+        return self._storage.transact(partial(self._finisher.add, stage, result, final), lock=self._lock)
 
     @_guarded
     def retry_failed(self) -> int:

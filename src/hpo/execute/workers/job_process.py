@@ -170,10 +170,9 @@ def _check_optimizers(spec: StudySpec) -> None:
     """Raise SpecError where the study names an optimizer that timm does not have."""
     asked = spec.training.optimizer
     names = spec.search.whole_space.root.get("training.optimizer.name")
-    named = [
-        asked,
-        *(asked.model_copy(update={"name": name, "options": {}}) for name in (names.ends() if names else ())),
-    ]
+    named = [asked, *(asked.model_copy(update={"name": name}) for name in (names.ends() if names else ()))]
+    if spec.final is not None:
+        named.append(spec.with_values({}, fixed=spec.final.set).training.optimizer)
     if any(each.of_timm for each in named):
         from hpo.training.optimizers import check_optimizer
 
