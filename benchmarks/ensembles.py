@@ -5,8 +5,8 @@ For each data set a shipped study runs for the given minutes in a folder of its 
 the estimate that `hpo ensemble` prints: on images that chose neither. With --test both models are also measured on the
 sealed test part, each once.
 
-Times are CPU times of the exported programs on one thread, on an idle machine the time that passes: one image, and 256
-images at once, medians of rounds in which all programs take turns. `sum` divides the time of the ensemble for 256
+Times are CPU times of the exported programs on one thread, on an idle machine the time that passes: one image, and 64
+images at once, medians of rounds in which all programs take turns. `sum` divides the time of the ensemble for 64
 images by the sum of its members' times.
 """
 
@@ -52,7 +52,7 @@ class Row(NamedTuple):
     valid: Any  # Gain
     test: Any  # an Interval, or None
     milliseconds: tuple[float, float]  # an image: ensemble, best member
-    share: float  # of the sum of the members' times, 256 images
+    share: float  # of the sum of the members' times, 64 images
     megabytes: tuple[float, float]
 
 
@@ -94,7 +94,7 @@ def judge(title: str, home: Path, *, test: bool) -> Row | None:
     folders += [fetch(place, resolve(place, kept[int(each.partition("#")[2])]), home) for each in made.members]
     best = next(trial for trial in candidates(study) if trial.number in kept)
     folders.append(fetch(place, resolve(place, kept[best.number]), home))
-    one, many = times(folders, 1), times(folders, 256)
+    one, many = times(folders, 1), times(folders, 64, rounds=5)
     sizes = [sum(file.stat().st_size for file in (folder / "artifacts").iterdir()) / 1e6 for folder in folders]
     lead = None
     if test:
