@@ -167,11 +167,12 @@ def main() -> None:
             home.mkdir(parents=True, exist_ok=True)
             row = measure(name, paths.get(name), given.minutes, home, test=given.test)
             rows += [row] if row is not None else []
+            print(show(rows, given.minutes), flush=True)
         for each in given.study:
             place, _, title = each.rpartition(":")
             row = judge(title, Path(place), test=given.test)
             rows += [row] if row is not None else []
-        print(show(rows, given.minutes), flush=True)
+            print(show(rows, given.minutes), flush=True)
 
 
 if __name__ == "__main__":

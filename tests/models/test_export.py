@@ -10,10 +10,11 @@ import torch
 from hpo.models import CONFIG, PROGRAM, WEIGHTS, build_model, export_program, load_trained, save_trained
 from hpo.models.safe_loader import Program, read_config
 from hpo.models.views import View, candidates
-from hpo.spec.models import CnnSpec, MlpSpec
+from hpo.spec.models import CnnSpec, MlpSpec, TimmSpec
 from hpo.spec.study import DataSpec, Setup, SplitSpec
 from hpo.spec.training import AugmentSpec, TrainingSpec
 from hpo.training.loop import predict_logits
+from small_nets import TINY
 
 MODELS = [MlpSpec(kind="mlp", hidden=16, batch_norm=True, dropout=0.5), CnnSpec(kind="cnn", filters=4, dropout=0.5)]
 
@@ -29,6 +30,20 @@ def test_the_program_takes_raw_images_and_agrees_with_the_network(model, digits,
     assert images.dtype == torch.uint8
     np.testing.assert_allclose(program(images).detach(), expected, atol=1e-5)
     np.testing.assert_allclose(program(images[:1]).detach(), expected[:1], atol=1e-5)
+
+
+def test_a_logged_network_with_a_backbone_is_loaded_from_its_program(digits, tmp_path):
+    """Its program names the mean and deviation of the backbone's pixels, which are no weights."""
+    model = TimmSpec(kind="timm", name=TINY["name"], weights="none", input_size=32)
+    setup = Setup(data=DataSpec(name="digits"), split=SplitSpec(), model=model, training=TrainingSpec())
+    net = build_model(model, image_shape=(8, 8, 1), classes=10, seed=3).eval()
+    save_trained(net, setup, digits, tmp_path)
+    export_program(tmp_path)
+    (tmp_path / WEIGHTS).unlink()
+    again, _ = load_trained(tmp_path)
+    images = torch.rand(3, 1, 8, 8)
+    with torch.inference_mode():
+        torch.testing.assert_close(again(images), net(images))
 
 
 def test_what_is_left_on_disk_is_the_whole_network_and_holds_no_pickle(digits, tmp_path):

@@ -97,7 +97,7 @@ def load_trained(folder: Path, *, weights: bool = True) -> tuple[nn.Module, dict
     else:
         net = _fresh(setup, config)
     if weights:
-        net.load_state_dict(_weights(folder))
+        net.load_state_dict(_weights(folder, net))
     return net.eval(), config
 
 
@@ -126,14 +126,17 @@ def _setup(file: Path) -> Setup:
         raise ModelError(f"{file}: damaged or missing: {reason}.", "Restore it from a copy.") from None
 
 
-def _weights(folder: Path) -> dict[str, Tensor]:
+def _weights(folder: Path, net: nn.Module) -> dict[str, Tensor]:
     if (folder / WEIGHTS).is_file():
         weights: dict[str, Tensor] = load_file(folder / WEIGHTS)
         return weights
     state = load_program(folder / PROGRAM).state_dict
     # Around the network there may be a program of several views, and a calibrated one.
     named = {name: name.removeprefix("program.").removeprefix("program.") for name in state}
-    return {plain[4:]: state[name] for name, plain in named.items() if plain.startswith("net.")}
+    found = {plain[4:]: state[name] for name, plain in named.items() if plain.startswith("net.")}
+    # A program also names buffers that the network makes by itself, such as the mean of a backbone's pixels.
+    made = {name for name, _ in net.named_buffers()} - net.state_dict().keys()
+    return {name: weight for name, weight in found.items() if name not in made}
 
 
 def parameter_count(net: nn.Module, *, trainable: bool = True) -> int:
