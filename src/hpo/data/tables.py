@@ -55,7 +55,9 @@ def read_table(file: Path) -> Table:
 
 def _text(cell: Any) -> str:
     """A cell as text: whole numbers without .0, nothing for what is missing."""
-    if cell is None or (isinstance(cell, float) and cell != cell):
+    import pandas
+
+    if pandas.api.types.is_scalar(cell) and pandas.isna(cell):  # None, NaN, NaT, and NA of nullable columns
         return ""
     return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell).strip()
 
