@@ -166,6 +166,26 @@ def test_missing_cells_of_nullable_columns_are_missing_and_no_class_or_group(tmp
         card_of(place, tmp_path, **asked)
 
 
+def test_images_outside_the_folders_of_the_parts_are_named(tmp_path):
+    place = tmp_path / "scans"
+    write_blobs(place / "train", png)
+    write_blobs(place / "test", png, count=5, first=100)
+    (place / "extra").mkdir()
+    for number in range(12):
+        png(blob(0, 900 + number), place / "extra" / f"{number:02}.png")
+    files = sorted(path for path in place.rglob("*.png"))
+    rows = [(str(path.relative_to(place)), "round" if "round" in path.parts else "long", "", "") for path in files]
+    write_table(place / "labels.csv", rows)
+    with pytest.raises(
+        DataError, match=r"12 images lie outside the folders .*: extra/00\.png, .* and 2 more\."
+    ) as told:
+        card_of(place, tmp_path, **table(place))
+    assert "test, train: extra" in told.value.message
+    assert "None" not in told.value.message
+    write_table(place / "labels.csv", [row for row in rows if not row[0].startswith("extra")])
+    assert card_of(place, tmp_path, **table(place)).test_count == 10
+
+
 def test_labels_that_are_numbers_are_ordered_as_numbers(tmp_path):
     place = ham(tmp_path / "ham")
     write_table(place / "labels.csv", [(f"ISIC_{n:04}", str(n % 11), "", "") for n in range(40)])
