@@ -11,9 +11,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -160,6 +162,36 @@ def test_an_image_is_dropped_on_the_page_and_its_class_shown(address: str, photo
         browser.close()
     assert faults == []
     assert {urlsplit(url).hostname for url in elsewhere if not url.startswith("blob:")} == {"127.0.0.1"}
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: apt-get install chromium")
+def test_an_answer_of_several_labels_has_no_one_percentage(photo: Path, finished: Path) -> None:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="the Python package playwright is not installed")
+    import uvicorn
+
+    from hpo.serve import application
+
+    model = replace(load_model("digits-mlp", home=finished), several_labels=True)
+    (expected,) = predict_files(model, [photo])
+    port = free_port()
+    app = application(model, title="t", address=f"http://127.0.0.1:{port}/", host="127.0.0.1")
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        wait_for(f"http://127.0.0.1:{port}/ping", seconds=60)
+        with sync_api.sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+            page = browser.new_page()
+            page.goto(f"http://127.0.0.1:{port}/")
+            page.set_input_files("#file", str(photo))
+            page.wait_for_function("document.getElementById('rows').rows.length > 0", timeout=60_000)
+            assert page.inner_text("#answer") == expected["class"]
+            assert page.inner_text("#rows tr:first-child td.number").endswith(" %")
+            browser.close()
+    finally:
+        server.should_exit = True
+        thread.join(30)
 
 
 def _noise() -> bytes:

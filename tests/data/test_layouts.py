@@ -210,6 +210,52 @@ def test_folders_that_all_hold_the_same_folders_are_warned_of(tmp_path):
     assert "fold1, fold2 all hold the folders long, round: are those the classes?" in card.warnings[0]
 
 
+@pytest.mark.parametrize(
+    ("training", "other", "named"),
+    [("training_set", "test_set", "test_set"), ("train", "eval", "eval"), ("train2017", "val-2017", "val-2017"),
+     ("Trainset", "images_test", "images_test"), ("train-data", "Evaluation data", "Evaluation data")],
+)  # fmt: skip
+def test_parts_with_names_that_are_not_known_are_refused_and_never_become_classes(tmp_path, training, other, named):
+    write_blobs(tmp_path / "photos" / training, png)
+    write_blobs(tmp_path / "photos" / other, png, count=5, first=100)
+    with pytest.raises(DataError, match=f"{training}, {named} read like parts of a data set") as caught:
+        card_of(tmp_path / "photos", tmp_path)
+    assert "rename them train, val and test" in caught.value.hint
+    # What the hint says, for classes that are called so:
+    assert card_of(tmp_path / "photos", tmp_path, label="^([^/]+)/").class_names == tuple(sorted((training, other)))
+    (tmp_path / "photos" / training).rename(tmp_path / "photos" / "train")
+    (tmp_path / "photos" / other).rename(tmp_path / "photos" / "test")
+    card = card_of(tmp_path / "photos", tmp_path)
+    assert (card.class_names, card.test_count) == (NAMES, 10)
+
+
+def test_a_test_folder_of_kaggle_with_a_number_is_refused(tmp_path):
+    place = kaggle(tmp_path / "photos")
+    (place / "test").rename(place / "test1")
+    with pytest.raises(DataError, match="train, test1 read like parts of a data set"):
+        card_of(place, tmp_path)
+
+
+@pytest.mark.parametrize("other", ["unlabeled", "meta", "samples"])
+def test_images_beside_a_training_folder_with_classes_do_not_become_a_class(tmp_path, other):
+    write_blobs(tmp_path / "photos" / "train", png)
+    (tmp_path / "photos" / other).mkdir()
+    png(blob(0, 500), tmp_path / "photos" / other / "1.jpg")
+    with pytest.raises(DataError, match=f"train holds folders of images, such as long, but {other} none"):
+        card_of(tmp_path / "photos", tmp_path)
+    shutil.rmtree(tmp_path / "photos" / other)
+    assert card_of(tmp_path / "photos", tmp_path).class_names == NAMES
+
+
+@pytest.mark.parametrize("name", ["training", "train", "Train 2", "test", "eval"])
+def test_a_class_with_the_name_of_a_part_beside_others_is_a_class(tmp_path, name):
+    photos = write_blobs(tmp_path / "photos", png)
+    (photos / "round").rename(photos / name)
+    (photos / name / "2024").mkdir()
+    png(blob(1, 700), photos / name / "2024" / "1.png")
+    assert card_of(photos, tmp_path).class_names == tuple(sorted((name, "long")))
+
+
 def test_a_zip_archive_of_eurosat_keeps_the_account_of_its_files(tmp_path):
     for label, name in enumerate(("Forest", "River")):
         for number in range(10):

@@ -134,6 +134,58 @@ def test_rows_without_a_class_and_files_without_a_row_are_counted(tmp_path):
     }
 
 
+def test_missing_cells_of_nullable_columns_are_missing_and_no_class_or_group(tmp_path):
+    import pandas
+
+    place = ham(tmp_path / "ham")
+    number = list(range(40))
+    frame = pandas.DataFrame(
+        {
+            "image_id": pandas.array([f"ISIC_{n:04}" for n in number], "string"),
+            "dx": pandas.array([None if n >= 36 else n // 2 % 2 for n in number], "Int64"),
+            "patient": pandas.array([n // 2 for n in number], "Int64"),
+            "part": pandas.array([("train", "val")[n // 2 % 5 == 3] for n in number], "string"),
+            "weight": pandas.array([None if n % 2 else n / 2 for n in number], "Float64"),
+        }
+    )
+    frame.to_parquet(place / "labels.parquet")
+    assert str(pandas.read_parquet(place / "labels.parquet")["dx"].dtype) == "Int64"
+    asked = {**table(place, "labels.parquet"), "part": "part", "group": "patient"}
+    card = card_of(place, tmp_path, **asked)
+    assert card.class_names == ("0", "1")
+    assert card.files["without a class in the table"] == 4
+    assert card.groups == 18
+    frame["part"] = pandas.array([None if n == 7 else "train" for n in number], "string")
+    frame.to_parquet(place / "labels.parquet")
+    with pytest.raises(DataError, match=r"values that are no part: '' \(1 rows\)"):
+        card_of(place, tmp_path, **asked)
+    frame["part"] = pandas.array(["train"] * 40, "string")
+    frame["patient"] = pandas.array([None if n < 3 else n // 2 for n in number], "Int64")
+    frame.to_parquet(place / "labels.parquet")
+    with pytest.raises(DataError, match="3 images have no patient: ISIC_0000, ISIC_0001, ISIC_0002"):
+        card_of(place, tmp_path, **asked)
+
+
+def test_images_outside_the_folders_of_the_parts_are_named(tmp_path):
+    place = tmp_path / "scans"
+    write_blobs(place / "train", png)
+    write_blobs(place / "test", png, count=5, first=100)
+    (place / "extra").mkdir()
+    for number in range(12):
+        png(blob(0, 900 + number), place / "extra" / f"{number:02}.png")
+    files = sorted(path for path in place.rglob("*.png"))
+    rows = [(str(path.relative_to(place)), "round" if "round" in path.parts else "long", "", "") for path in files]
+    write_table(place / "labels.csv", rows)
+    with pytest.raises(
+        DataError, match=r"12 images lie outside the folders .*: extra/00\.png, .* and 2 more\."
+    ) as told:
+        card_of(place, tmp_path, **table(place))
+    assert "test, train: extra" in told.value.message
+    assert "None" not in told.value.message
+    write_table(place / "labels.csv", [row for row in rows if not row[0].startswith("extra")])
+    assert card_of(place, tmp_path, **table(place)).test_count == 10
+
+
 def test_labels_that_are_numbers_are_ordered_as_numbers(tmp_path):
     place = ham(tmp_path / "ham")
     write_table(place / "labels.csv", [(f"ISIC_{n:04}", str(n % 11), "", "") for n in range(40)])

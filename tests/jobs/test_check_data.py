@@ -76,6 +76,19 @@ def test_the_preparation_of_a_run_says_what_was_read(study, monkeypatch):
         assert any(CONSTANT in text for text in said)
 
 
+def test_clusters_of_near_duplicates_are_told_as_such_and_declared_groups_as_groups(study):
+    clusters = "clusters of near-duplicates 41 with single images, each in one part"
+    for setting, told in (("split.near_duplicates=together", clusters), ("split.group=(.*)", "groups 41, each in one")):
+        result = CliRunner().invoke(app, ["check", study, "--device", "cpu", "--set", setting])
+        assert result.exit_code == 0, result.output
+        assert told in " ".join(result.stdout.split())
+    file = Path("studies/mine.yaml")
+    file.write_text(file.read_text().replace("{kind: holdout}", "{kind: holdout, near_duplicates: together}"))
+    result = CliRunner().invoke(app, ["data", "show", study, "--out", "page.html"])
+    assert clusters in " ".join(result.stdout.split())
+    assert "clusters of near-duplicates" in Path("page.html").read_text(encoding="utf-8")
+
+
 def test_a_report_says_what_was_read(study):
     from hpo.data.prepare import prepare
     from hpo.report.page import origin_rows

@@ -112,6 +112,37 @@ def test_a_running_study_is_not_started_again_and_the_log_of_a_run_is_kept(
         assert "running already" in as_client(mcp, server, talk)
 
 
+@pytest.mark.timeout(300)
+def test_the_studies_of_the_home_are_seen_and_run_wherever_the_server_is_started(mcp: Any, tmp_path: Path) -> None:
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    (project / "studies").mkdir(parents=True)
+    (elsewhere / "studies").mkdir(parents=True)
+    space = "{{trials: 1, space: {{model.hidden: {{int: [4, 8]}}}}}}"
+    study = f"data: {{{{name: npz, path: ../{{0}}.npz}}}}\nmodel: {{{{kind: mlp}}}}\nsearch: {space}\n"
+    (project / "studies" / "mine.yaml").write_text("question: Mine?\n" + study.format("gone"))
+    (elsewhere / "studies" / "theirs.yaml").write_text(study.format("other"))
+    environment = {key: value for key, value in os.environ.items() if key != "HPO_HOME"}
+    environment["HPO_DATA"] = str(tmp_path / "cache")
+
+    async def talk(client: Any) -> str:
+        found = await ask(client, "available_studies")
+        assert found["mine"] == "Mine?"
+        assert "theirs" not in found
+        answer = await client.call_tool("run_study", {"study": "mine"})
+        if answer.is_error:  # it ended at once
+            return str(answer.content[0].text)
+        log = Path(json.loads(answer.content[0].text)["log"])
+        end = time.monotonic() + 200
+        while time.monotonic() < end and "gone.npz" not in log.read_text():
+            await asyncio.sleep(0.2)
+        return log.read_text()
+
+    words = ["-m", "hpo", "mcp", "--allow-run", "--home", "../project"]
+    server = mcp.StdioServerParameters(command=sys.executable, args=words, env=environment, cwd=elsewhere)
+    assert "gone.npz" in as_client(mcp, server, talk)
+    assert not (elsewhere / "mlruns").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_command_speaks_the_protocol_starts_a_study_with_permission_and_shows_its_figures(

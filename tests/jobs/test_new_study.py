@@ -294,6 +294,28 @@ def test_symmetries_are_those_of_the_images(digits: tuple[np.ndarray, np.ndarray
     assert min(turned.values()) > 0.95 * plain
 
 
+def test_a_large_symmetric_class_does_not_hide_that_the_others_are_not(folder: Path) -> None:
+    """90 % squares, 5 % arrows to the left, 5 % to the right: mirrored, an arrow is one of the other class."""
+    generator, count = np.random.default_rng(0), 1000
+    labels = np.repeat([0, 1, 2], [900, 50, 50])
+    images = generator.integers(0, 30, (count, 12, 12, 1))
+    images[labels == 0, 3:9, 3:9] += 180
+    for offset in range(6):  # a triangle, whose point is at the left
+        images[labels == 1, 6 - offset : 6 + offset, 3 + offset] += 180
+    right = np.flatnonzero(labels == 2)
+    for offset in range(6):
+        images[right, 6 - offset : 6 + offset, 8 - offset] += 180
+    order = generator.permutation(count)
+    np.savez(folder / "arrows.npz", train_images=images[order].astype(np.uint8), train_labels=labels[order])
+    plain, turned = symmetries(images[order].astype(np.uint8), labels[order], np.arange(count), seed=0)
+    assert plain == 1.0
+    assert turned["flip_horizontal"] == pytest.approx(1 / 3)  # the squares
+    assert turned["flip_vertical"] == 1.0
+    made = new_study("arrows.npz", preset="quick", minutes=1, weights=["none"], device="cpu", workers=1)
+    (augmentation,) = [each for each in made.decisions if each.subject == "augmentation"]
+    assert augmentation.choice == "flip_vertical"
+
+
 def test_the_widest_network_that_trains_long_enough_is_taken_and_the_time_is_filled() -> None:
     preset = PRESETS["good"]
     for cost in (0.001, 0.01, 0.1, 1.0):

@@ -26,7 +26,7 @@ from hpo.cli.options import (
     study_name,
 )
 from hpo.cli.windows import open_browser
-from hpo.report.text import duration, parameter_names, ranges_of
+from hpo.report.text import declares_groups, duration, groups_row, parameter_names, ranges_of
 
 if TYPE_CHECKING:
     from hpo.home import Home
@@ -95,7 +95,7 @@ def check(
             *([("files", data.accounting)] if data.accounting else []),
             ("images", f"{size}, {data.pixel_ranges or 'uint8 0 to 255'}"),
             ("classes", f"{len(data.class_names)}: {', '.join(data.class_names)}"),
-            *([("groups", f"{data.groups:,}, each in one part")] if data.groups else []),
+            *groups_row(data, declared=declares_groups(spec.data, spec.split)),
             *((part, f"{count:,} images{_range(split.shares.get(part))}") for part, count in split.counts.items()),
             ("near-duplicates", report.near_duplicates),
             ("network", f"{report.parameter_count:,} parameters, {output.show_bytes(report.model_bytes)} as a model"),

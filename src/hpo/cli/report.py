@@ -191,6 +191,8 @@ def show(
 
 
 def _print(facts: DataFacts) -> None:
+    from hpo.report.text import groups_row
+
     data, totals = facts.data, facts.totals
     rows = [
         [name, *(f"{counts[label]:,}" for counts in facts.counts.values())]
@@ -207,7 +209,7 @@ def _print(facts: DataFacts) -> None:
             *([("files", data.accounting)] if data.accounting else []),
             ("pixels", data.pixel_ranges or "uint8 0 to 255"),
             ("split", facts.split),
-            *([("groups", f"{data.groups:,}, each in one part")] if data.groups else []),
+            *groups_row(data, declared=facts.groups_declared),
             ("mean", ", ".join(f"{value:.4f}" for value in facts.mean)),
             ("deviation", ", ".join(f"{value:.4f}" for value in facts.std)),
             ("repeated", repeated),

@@ -24,6 +24,8 @@ PART_NAMES: Mapping[str, str] = {
     "test": "test",
     "testing": "test",
 }
+_EVALUATION = ("eval", "evaluation")  # validation or test: the data's author knows
+_AROUND_PARTS = frozenset(("data", "folder", "image", "images", "img", "imgs", "part", "photos", "pictures", "split"))
 IMAGE_ENDINGS = frozenset(
     (
         *(".avif", ".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
@@ -153,6 +155,8 @@ def label_by_folders(listing: Listing, *, place: AnyFile, label: str | None, ima
             listing.skipped["outside the folders of the parts"] += 1
     if label is not None:
         return [each for part, items in inside.items() for each in _by_pattern(items, part, label)]
+    if not parts:
+        _refuse_unclear_parts(place, images)
     found: list[Labelled] = []
     for part, items in inside.items():
         flat = bool(items) and all(len(rest) == 1 for _, rest in items)
@@ -164,6 +168,42 @@ def label_by_folders(listing: Listing, *, place: AnyFile, label: str | None, ima
         found = _parts_below_classes(found)
         _refuse_wrapper(place, found)
     return found
+
+
+def _plain_part(folder: str) -> str:
+    """The name of the part that a folder's name has in it, such as training of training_set; "" where it has none."""
+    plain = re.sub(r"[\W\d_]+", " ", folder.lower())
+    words = re.sub(r"(?:data)?sets?\b", " ", plain).split()
+    names = [word for word in words if word not in _AROUND_PARTS]
+    return names[0] if len(names) == 1 and names[0] in (*PART_NAMES, *_EVALUATION) else ""
+
+
+def _refuse_unclear_parts(place: AnyFile, images: Sequence[Found]) -> None:
+    """Refuse folders that would become classes and read like the parts of a data set: their test images would train."""
+    inner: dict[str, set[str]] = {}  # the folders with images in each folder; "" for images directly in it
+    for item in images:
+        if len(item.path.parts) > 1:
+            inner.setdefault(item.path.parts[0], set()).add(item.path.parts[1] if len(item.path.parts) > 2 else "")
+    named = {folder: part for folder in inner if (part := _plain_part(folder))}
+    training = [folder for folder, part in named.items() if PART_NAMES.get(part) == "train"]
+    others = [folder for folder in named if folder not in training]
+    # Classes in the folder train, and beside it images that nobody has sorted: unlabeled, samples, meta.
+    sorted_ones = [folder for folder in training if len(inner[folder] - {""}) > 1]
+    unsorted = [folder for folder in inner if inner[folder] == {""}]
+    if training and others:
+        why = f"the folders {first_ten([*training, *others])} read like parts of a data set, and would become classes"
+    elif sorted_ones and unsorted:
+        why = (
+            f"the folder {sorted_ones[0]} holds folders of images, such as {min(inner[sorted_ones[0]] - {''})}, but "
+            f"{first_ten(unsorted)} none, so {sorted_ones[0]} reads like a part of a data set, and would become a class"
+        )
+    else:
+        return
+    raise DataError(
+        f"{place}: {why}.",
+        "If they are parts: rename them train, val and test, and move all other folders away. If they are classes: "
+        "--set data.label='^([^/]+)/'",
+    )
 
 
 def _by_pattern(items: Sequence[tuple[Found, tuple[str, ...]]], part: str, label: str) -> Iterator[Labelled]:

@@ -55,7 +55,9 @@ def read_table(file: Path) -> Table:
 
 def _text(cell: Any) -> str:
     """A cell as text: whole numbers without .0, nothing for what is missing."""
-    if cell is None or (isinstance(cell, float) and cell != cell):
+    import pandas
+
+    if pandas.api.types.is_scalar(cell) and pandas.isna(cell):  # None, NaN, NaT, and NA of nullable columns
         return ""
     return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell).strip()
 
@@ -75,7 +77,8 @@ def label_by_table(
     part = _column(table, columns.part, (), "part", origin) if columns.part else None
     by_name, unlabelled = _Files(files, stem, table[image]), set[PurePosixPath]()
     chosen: dict[PurePosixPath, Labelled] = {}
-    missing, ambiguous, claimed, differing, ungrouped, strange = [], [], [], [], [], Counter[str]()
+    missing, ambiguous, claimed, differing, ungrouped, outside = [], [], [], [], [], list[str]()
+    strange = Counter[str]()
     for row, name in enumerate(table[image]):
         matches = by_name.find(name)
         if not matches:
@@ -90,7 +93,10 @@ def label_by_table(
             # Without a column, the part is the folder train, valid or test that the file lies in.
             own = PART_NAMES.get(table[part][row].lower()) if part else by_name.part(matches[0])
             if own is None:
-                strange[table[part][row] if part else ""] += 1
+                if part:
+                    strange[table[part][row]] += 1
+                else:
+                    outside.append(str(matches[0].path))
                 continue
             grouped = table[group][row] if group else ""
             found = Labelled(matches[0].file, matches[0].path, table[label][row], own, grouped)
@@ -106,12 +112,24 @@ def label_by_table(
     )
     _refuse(differing, f"{origin}: {{}} images are in several rows that differ", "Leave one row for each image.")
     _refuse(ungrouped, f"{origin}: {{}} images have no {group}", "Fill the column, or leave those rows out.")
+    _refuse_parts(strange, outside, origin, part, by_name.parts)
+    return list(chosen.values()), unlabelled - chosen.keys()
+
+
+def _refuse_parts(
+    strange: Counter[str], outside: Sequence[str], origin: str, part: str | None, folders: Mapping[str, str]
+) -> None:
+    """Refuse images of no part: by what their column says, or by where they lie."""
     _refuse(
         [f"{value!r} ({count:,} rows)" for value, count in strange.items()],
         f"{origin}: column {part} has {{}} values that are no part",
         "Write train, valid (or val, validation, dev) and test, or leave those rows out.",
     )
-    return list(chosen.values()), unlabelled - chosen.keys()
+    _refuse(
+        outside,
+        f"{origin}: {{}} images lie outside the folders {', '.join(folders)}",
+        "Move them into these folders, leave their rows out, or name a column of parts: --set data.part=COLUMN",
+    )
 
 
 def _refuse(names: Sequence[str], words: str, hint: str) -> None:
@@ -141,7 +159,7 @@ class _Files:
         self._whole: dict[str, list[Found]] = {}  # by path
         self._ends: dict[str, list[Found]] = {}  # by the last parts of the path, however many
         tops = sorted({item.path.parts[0] for item in files if len(item.path.parts) > 1})
-        self._parts = parts_of(tops)
+        self.parts = parts_of(tops)
         for item in files:
             for path in {item.path, item.path.with_suffix("")}:
                 self._whole.setdefault(str(path), []).append(item)
@@ -194,7 +212,7 @@ class _Files:
 
     def part(self, item: Found) -> str | None:
         """The part whose folder a file lies in; train where the folders are no parts."""
-        return self._parts.get(item.path.parts[0], None if self._parts else "train")
+        return self.parts.get(item.path.parts[0], None if self.parts else "train")
 
 
 def _path(name: str) -> PurePosixPath:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hpo.errors import DataError, HpoError
 from hpo.report.page import DataFacts, data_page
-from hpo.report.text import split_text
+from hpo.report.text import declares_groups, split_text
 from hpo.spec.files import study_files
 from hpo.spec.load import load_study
 from hpo.spec.study import DataSpec, SplitSpec
@@ -94,6 +94,7 @@ def explore_data(
         contradictions=tuple(tuple((row, class_text(labels[row], names)) for row in rows) for rows in groups),
         samples={name: tuple(rows) for name, rows in zip(names, samples, strict=True)},
         near_duplicates=near_words(card, split),
+        groups_declared=declares_groups(data, split),
     )
     return facts, to_pngs(pixels, facts.pictured)
 

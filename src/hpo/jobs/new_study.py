@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hpo.data.duplicates import refuse_shared
 from hpo.data.survey import describe_source, is_source, most_common_side, same_size, sides_of, symmetries
-from hpo.errors import HpoError, SpecError
+from hpo.errors import DataError, HpoError, SpecError
 from hpo.execute.process import cores
 from hpo.jobs.shared.new_source import given_data, refuse_among_images, refuse_other_settings
 from hpo.jobs.shared.presets import Fill, Preset, budget_of, fill_from_scratch, fill_frozen
@@ -114,6 +114,7 @@ class _Draft:
         self.path, self.file, self._size, self._settings = path.absolute(), file, size, settings
         self.tree: dict[str, Any] = {}
         self.decisions: list[Decision] = []
+        self.warnings: list[str] = []
         self.fitted: Fill | None = None
 
     def decide(self, subject: str, choice: str, reason: str) -> None:
@@ -179,11 +180,29 @@ class _Draft:
         near = near_duplicates(card, SplitSpec(**split))
         parts = {"valid": card.development_count * split.get("share", 0.1), "test": card.test_count}
         if not card.groups and any(count > _NEAR * parts[later] for (_, later), count in near.items()):
-            split["near_duplicates"] = "together"
-            reason = f"{sum(near.values()):,} images of one part look nearly like images of another"
-            self.decide("near-duplicates", "kept in one part", reason)
-            self.card = self._prepared(data, split)
+            split = self._together(data, split, near)
         return split
+
+    def _together(
+        self, data: dict[str, Any], split: dict[str, Any], near: Mapping[tuple[str, str], int]
+    ) -> dict[str, Any]:
+        """The split with near-duplicates in one part; as it is where parts that the data came with divide them."""
+        together = {**split, "near_duplicates": "together"}
+        try:
+            self.card = self._prepared(data, together)
+        except DataError:  # the same images are fine without: parts that are not drawn here share near-duplicates
+            counts = ", ".join(
+                f"{count:,} of {later} in {earlier}" for (earlier, later), count in near.items() if count
+            )
+            self.decide("near-duplicates", "counted", f"{counts}; no image of parts that the data came with is moved")
+            self.warnings.append(
+                f"images look nearly like images of another part ({counts}), and the data came with these parts: "
+                "scores may be too high"
+            )
+            return split
+        reason = f"{sum(near.values()):,} images of one part look nearly like images of another"
+        self.decide("near-duplicates", "kept in one part", reason)
+        return together
 
     def _balance(self) -> None:
         from hpo.data.split import split_card
@@ -216,7 +235,7 @@ class _Draft:
             kept = {name: (value - chance) / max(plain - chance, 1e-9) for name, value in turned.items()}
             told = ", ".join(f"{name} {value:.2f}" for name, value in turned.items())
             self.turns = {name: True for name, share in kept.items() if plain > chance and share >= _SYMMETRIC}
-            reason = f"nearest neighbours recognise {plain:.2f} of the training images, and changed by {told}"
+            reason = f"nearest neighbours recognise {plain:.2f} of a class of training images, and changed by {told}"
             self.decide("augmentation", ", ".join(self.turns) or "no flips", reason)
 
     def fill(self, preset: Preset, minutes: float, *, weights: Sequence[str], device: str, workers: int | None) -> None:
@@ -337,7 +356,7 @@ class _Draft:
     def study(self, minutes: float) -> NewStudy:
         """What was written."""
         fill = self.fitted or Fill(None, 0, 0, 0.0)
-        told = tuple(self.card.warnings)
+        told = (*self.card.warnings, *self.warnings)
         return NewStudy(
             self.file.stem, self.file, self.card, tuple(self.decisions), told, fill.trials, fill.seconds, minutes
         )

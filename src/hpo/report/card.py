@@ -10,7 +10,7 @@ import yaml
 from hpo.metrics import label_of
 from hpo.records import FINAL
 from hpo.report.answer import intervals_of, last_opening, own_scores
-from hpo.report.text import counted, listed, split_text, without_folders
+from hpo.report.text import counted, declares_groups, groups_row, listed, split_text, without_folders
 from hpo.spec.automatic import chosen_pruner, chosen_sampler
 
 if TYPE_CHECKING:
@@ -94,17 +94,26 @@ def _use(findings: Findings) -> str:
 import mlflow
 
 model = mlflow.pyfunc.load_model("{reference}")  # or the folder of this card
-table = model.predict(images)  # uint8 (n, height, width, channels) -> a column of probabilities for each class
+table = model.predict(images)  # {_input(findings)} -> a column of probabilities for each class
 ```
 
 Classes, in the order of the columns: {listed(findings.class_names)}."""
+
+
+def _input(findings: Findings) -> str:
+    """What the model takes, as its signature says it: the kind of the training images' pixels where there is one."""
+    shape = "(n, height, width, channels)"
+    if findings.data is None:
+        return shape
+    kinds = list(findings.data.ranges)
+    return f"{kinds[0] if len(kinds) == 1 else 'uint8'} {shape}"
 
 
 def _data(findings: Findings) -> str:
     data, lines = findings.data, ["## Data", ""]
     if data is None:
         return "\n".join([*lines, f"The record of the data ({findings.study.data_digest}) is not here."])
-    lines += [f"- source: {without_folders(data.source) if data.source else data.name}"]
+    lines += [f"- source: {without_folders(data.source, data.source) if data.source else data.name}"]
     lines += [f"- digest of pixels and labels: `{data.digest}`", f"- parts: {split_text(findings.spec.split)}"]
     if findings.split is not None:
         lines += [f"- {part}: {count:,} images" for part, count in findings.split.counts.items()]
@@ -112,9 +121,10 @@ def _data(findings: Findings) -> str:
         shares = findings.split.shares.get("train", ())
         lines += [f"| {_cell(name)} | {share:.1%} |" for name, share in zip(data.class_names, shares, strict=False)]
         lines.append("")
-    lines += [f"- groups that no two parts share: {data.groups:,}"] if data.groups else []
+    declared = declares_groups(findings.spec.data, findings.spec.split)
+    lines += [f"- {label}: {text}" for label, text in groups_row(data, declared=declared)]
     lines += [f"- near-duplicates: {findings.near_duplicates}"] if findings.near_duplicates else []
-    lines += [f"- note: {warning}" for warning in data.warnings]
+    lines += [f"- note: {without_folders(warning, data.source)}" for warning in data.warnings]
     lines += [f"- citation: {data.citation}"] if data.citation else []
     return "\n".join(lines)
 
@@ -154,19 +164,22 @@ def _origin(shown: Trial) -> str:
 
 def _scores(findings: Findings) -> str:
     scores, intervals, opened = own_scores(findings), intervals_of(findings), last_opening(findings)
-    lines = ["## Scores", "", "| part | score | value | 95 % interval |", "|---|---|---|---|"]
+    lines: list[str] = []
     for part in ("test", "valid"):
         for score in _SCORES:
             name = f"{part}_{score}"
             if name in scores:
                 told = _interval(intervals.get(name))
                 lines.append(f"| {part} | {label_of(name)} | {scores[name]:.4f} | {told} |")
-    lines.append("")
-    if opened is None:
+    heads = ["| part | score | value | 95 % interval |", "|---|---|---|---|"]
+    lines = ["## Scores", "", *([*heads, *lines, ""] if lines else []), *_searched(findings)]
+    if opened is None and any(name.startswith("valid_") for name in scores):
         lines.append(
             "The test part has not been opened for this model. It was chosen by the validation scores, which are"
         )
         lines.append("therefore too high as an estimate.")
+    elif opened is None:
+        lines.append("The test part has not been opened for this model.")
     else:
         made = findings.shown.result.ended if findings.shown is not None and findings.shown.result is not None else 0.0
         earlier = sum(each.when.timestamp() < made for each in findings.openings)
@@ -176,18 +189,38 @@ def _scores(findings: Findings) -> str:
     return "\n".join(lines)
 
 
+def _searched(findings: Findings) -> Iterator[str]:
+    """For a final training on all images: why it has no validation scores, and those of the search that chose it."""
+    shown = findings.shown
+    final = shown is not None and shown.candidate.stage == FINAL
+    if shown is None or not final or any(name.startswith("valid_") for name in own_scores(findings)):
+        return
+    told = "This model was trained on the validation images too, so it has no validation scores of its own."
+    same = [each for each in findings.study.ranked() if each.candidate.parameters == shown.candidate.parameters]
+    scores = same[0].result.scores if same and same[0].result is not None else {}
+    found = [
+        f"{label_of(f'valid_{each}')} {scores[f'valid_{each}']:.4f}" for each in _SCORES if f"valid_{each}" in scores
+    ]
+    if found:
+        told += f" The best trial of the search with the same parameters, trial {same[0].number}, has {listed(found)}."
+        told += " They chose these parameters, and are therefore too high as an estimate."
+    yield told
+    yield ""
+
+
 def _interval(interval: Interval | None) -> str:
     return f"{interval.low:.4f} to {interval.high:.4f}" if interval is not None else "-"
 
 
 def _limits(findings: Findings) -> str:
     lines = ["## Limits", ""]
-    lines.append("- It gives every image one of its classes, also images of something else.")
+    given = "a probability for each of its labels" if _several(findings) else "one of its classes"
+    lines.append(f"- It gives every image {given}, also images of something else.")
     lines.append("- Scores hold for images like those above; other cameras, places or populations were not measured.")
     if findings.split is not None and (shares := findings.split.shares.get("train")) and not _several(findings):
         ratio = max(shares) / max(min(shares), 1e-9)
         lines += [f"- The largest class has {ratio:.1f} times the images of the smallest."] if ratio > 2 else []
-    if findings.data is not None and not findings.data.groups:
+    if findings.data is not None and not declares_groups(findings.spec.data, findings.spec.split):
         lines.append("- No groups (patients, places, devices) were declared, so one may be in two parts.")
     worst = _worst(findings)
     lines += [f"- On validation images, the class that is recognised least is {worst}."] if worst else []

@@ -9,7 +9,7 @@ from html import escape as _escape
 
 from hpo.errors import clean
 from hpo.records import DataCard
-from hpo.report.text import counted, listed, without_folders
+from hpo.report.text import counted, groups_row, listed, without_folders
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --dim: #59636e; --line: #d5dae0; --paper: #ffffff; --tint: #f4f6f8;
@@ -155,7 +155,7 @@ class DataFacts:
     number of images of the second part that are also in the first. contradictions are groups of development images
     with the same pixels and different labels, as (row, class name). samples maps a class to rows of random training
     images. split describes how train and validation were divided, near_duplicates how many images of a later part look
-    nearly like one of an earlier part.
+    nearly like one of an earlier part. groups_declared is declares_groups of the study.
     """
 
     data: DataCard
@@ -168,6 +168,7 @@ class DataFacts:
     contradictions: tuple[tuple[tuple[int, str], ...], ...]
     samples: Mapping[str, tuple[int, ...]]
     near_duplicates: str = ""
+    groups_declared: bool = False
 
     @property
     def totals(self) -> dict[str, int]:
@@ -194,17 +195,18 @@ def data_page(facts: DataFacts, pictures: Mapping[int, bytes]) -> str:
     return page(f"Data set {facts.data.name}", sections)
 
 
-def origin_rows(card: DataCard, near_duplicates: str) -> list[tuple[str, object]]:
+def origin_rows(card: DataCard, near_duplicates: str, *, groups_declared: bool = False) -> list[tuple[str, object]]:
     """Labels and values of a data set's images, files, source, licence and digest, and what is doubtful about them."""
     height, width, channels = card.image_shape
+    source = without_folders(card.source, card.source)
     return [
         ("size", f"{width} x {height} pixels, {counted(channels, 'channel')}"),
         *([("files", card.accounting)] if card.accounting else []),
         *([("pixels", card.pixel_ranges)] if card.pixel_ranges else []),
-        *([("groups", f"{card.groups:,}, each in one part")] if card.groups else []),
+        *groups_row(card, declared=groups_declared),
         *([("near-duplicates", near_duplicates)] if near_duplicates else []),
-        *(("warning", without_folders(warning)) for warning in card.warnings),
-        ("source", f"{without_folders(card.source)} ({'the' if card.official else 'not the'} publisher's file)"),
+        *(("warning", without_folders(warning, card.source)) for warning in card.warnings),
+        ("source", f"{source} ({'the' if card.official else 'not the'} publisher's file)"),
         ("licence", card.licence or "not stated"),
         ("citation", card.citation or "not stated"),
         ("digest", Html(f"<code>{escape(card.digest)}</code>")),
@@ -228,7 +230,7 @@ def _overview(facts: DataFacts) -> str:
         ("split", facts.split),
         ("classes", len(facts.data.class_names)),
     ]
-    return table((), [*rows, *origin_rows(facts.data, facts.near_duplicates)])
+    return table((), [*rows, *origin_rows(facts.data, facts.near_duplicates, groups_declared=facts.groups_declared)])
 
 
 def _classes(facts: DataFacts) -> str:

@@ -147,7 +147,9 @@ def data(findings: Findings, shares_figure: str) -> str:
     card = findings.data
     if card is None:
         return f"<p>Data set {escape(findings.spec.data.name)}, digest <code>{findings.study.data_digest}</code>.</p>"
-    parts: list[str] = [table((), [("data set", card.name), *origin_rows(card, findings.near_duplicates)])]
+    declared = text.declares_groups(findings.spec.data, findings.spec.split)
+    rows = origin_rows(card, findings.near_duplicates, groups_declared=declared)
+    parts: list[str] = [table((), [("data set", card.name), *rows])]
     if findings.split is not None:
         counts = findings.split.counts
         shares = {part: each for part, each in findings.split.shares.items() if counts.get(part)}

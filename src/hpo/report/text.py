@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from hpo.metrics import label_of
 
 if TYPE_CHECKING:
-    from hpo.records import StudyResult, Trial
+    from hpo.records import DataCard, StudyResult, Trial
     from hpo.spec.space import Choice, Float, Int
-    from hpo.spec.study import SplitSpec
+    from hpo.spec.study import DataSpec, SplitSpec
 
 _LABEL = 24  # letters of a name
 _VAGUE = ("size",)  # endings of a path that say nothing alone
@@ -24,8 +24,15 @@ _BY = {"stratified": "with equal class shares, at random", "random": "at random"
 _FOLDERS = re.compile(r"""(?<![\w/:.~-])(?:~|[A-Za-z]:)?[\\/](?:[^\\/\s'":]+[\\/])+(?=[^\\/\s])""")
 
 
-def without_folders(text: str) -> str:
-    """The text with the name alone of each file of an absolute path: pages travel, and folders are of one machine."""
+def without_folders(text: str, source: str = "") -> str:
+    """The text with the name alone of each file of an absolute path: pages travel, and folders are of one machine.
+
+    source is a path that the text may name. Its folders may have spaces; in prose nobody can tell where such a path
+    ends.
+    """
+    folders = re.match(r"(?:~|[A-Za-z]:)?[\\/].*[\\/](?=[^\\/])", source)
+    if folders:
+        text = re.sub(rf"(?<![\w/:.~-]){re.escape(folders.group())}", "", text)
     return _FOLDERS.sub("", text)
 
 
@@ -170,6 +177,20 @@ def range_text(parameter: Float | Int | Choice) -> str:
 def condition_text(when: Mapping[str, Any]) -> str:
     """The condition under which a parameter is used."""
     return " and ".join(f"{path} is {listed(want) if isinstance(want, list) else want}" for path, want in when.items())
+
+
+def declares_groups(data: DataSpec, split: SplitSpec) -> bool:
+    """Whether a study says which images must not be divided. Without, a card's groups are clusters that were found."""
+    return bool(split.group or data.group)
+
+
+def groups_row(card: DataCard, *, declared: bool) -> list[tuple[str, str]]:
+    """Label and text of the groups that no two parts share; empty where there are none. See declares_groups."""
+    if not card.groups:
+        return []
+    if declared:
+        return [("groups", f"{card.groups:,}, each in one part")]
+    return [("clusters of near-duplicates", f"{card.groups:,} with single images, each in one part")]
 
 
 def split_text(split: SplitSpec) -> str:

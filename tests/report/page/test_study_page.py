@@ -204,6 +204,17 @@ def test_a_page_has_the_names_of_files_and_no_folders_of_a_machine(given: str, s
     assert without_folders(given) == shown
 
 
+def test_folders_with_spaces_are_left_out_where_the_path_is_known_and_prose_is_not_cut() -> None:
+    source = "/home/anna lee/x/labels.csv"
+    assert without_folders(source, source) == "labels.csv"
+    assert without_folders(f"column a of {source} and and/or", source) == "column a of labels.csv and and/or"
+    assert without_folders("/home/anna lee/x/long/1.png: broken", source) == "long/1.png: broken"
+    assert without_folders("C:\\a b\\mine.npz is odd", "C:\\a b\\mine.npz") == "mine.npz is odd"
+    assert without_folders("see train/a/b.npz", "/a/b.npz") == "see train/a/b.npz"
+    assert without_folders("https://x.org/a/b.npz", "https://x.org/a/b.npz") == "https://x.org/a/b.npz"
+    assert without_folders("/mine.npz has 4/5", "/mine.npz") == "/mine.npz has 4/5"
+
+
 def test_no_part_of_the_page_names_a_folder_of_the_machine() -> None:
     card = replace(told.data(), source="/home/ann/images/mine.npz", warnings=("/home/ann/images/mine.npz has groups",))
     about = told.spec(data={"name": "npz", "path": "/home/ann/images/mine.npz"})
