@@ -305,7 +305,8 @@ def export_program(folder: Path) -> Path:
 
 def save_weights(source: Path, folder: Path) -> None:
     """Write the weights of a trained or logged network, in the folder source, to folder as safetensors."""
-    state = {name: tensor.detach().contiguous().clone() for name, tensor in _weights(source).items()}
+    net, _ = load_trained(source)
+    state = {name: tensor.detach().contiguous().clone() for name, tensor in net.state_dict().items()}
     save_file(state, folder / WEIGHTS)
 
 
