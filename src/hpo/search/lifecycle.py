@@ -138,7 +138,10 @@ def _enter_study(
         record |= {key: before[key] for key in ("grown", "outside") if key in before}
         if growth is not None and growth.changes:
             notes.append(f"The search space has changed: {growth}.")
-            record |= growth.write(storage) if extend else {}
+            if extend:
+                record |= growth.write(storage)
+            elif "grown" in record:  # trials count again if the space comes back to them
+                record["outside"] = sorted(growth.outside)
         record |= {"created": before["created"], "start": before.get("start", [])}
         told = before.get("enough", {})
         if told.items() >= enough_key(spec).items():
