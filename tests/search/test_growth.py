@@ -2,14 +2,16 @@
 
 import json
 import sqlite3
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import optuna
 import pytest
 
 from formula import run_all, sequence, train
-from hpo.errors import SpecError
+from hpo.errors import SpecError, StoreError
 from hpo.home import Home
+from hpo.locks import ask_lock, lock
 from hpo.records import TrialResult, TrialState
 from hpo.search.lifecycle import open_study
 from hpo.spec.study import set_place
@@ -212,6 +214,30 @@ def test_no_space_changes_under_a_running_trial(study_of, make_spec):
     study.tell(TrialResult(candidate.number, TrialState.COMPLETE, 0.5))
     study.close()
     study_of(make_spec("random", space=SECOND), extend=True).close()
+
+
+def test_who_had_the_study_open_hands_out_no_candidate_of_the_space_before_it_grew(study_of, make_spec, home):
+    one = study_of(make_spec("random", space={"model.hidden": {"choice": [32, 64]}}))
+    train(one, one.ask(budget=9, worker="w"), worth=worth)
+    other = study_of(make_spec("random", space={"model.hidden": {"choice": [64, 128]}}), extend=True)
+    with pytest.raises(StoreError, match="study: its space has grown meanwhile") as caught:
+        one.ask(budget=9, worker="w")
+    assert "hpo run study" in caught.value.hint
+    run_all(other, 9, worth=worth)
+    result = other.result()
+    assert {trial.candidate.parameters["model.hidden"] for trial in result.counted} == {64, 128}
+    one.close()
+    other.close()
+
+
+def test_a_space_grows_only_while_nobody_asks(study_of, make_spec, home):
+    study_of(make_spec("random", space=FIRST)).close()
+    with ThreadPoolExecutor() as pool:
+        with lock(home, ask_lock("study")):
+            growing = pool.submit(study_of, make_spec("random", space=SECOND), extend=True)
+            with pytest.raises(TimeoutError):
+                growing.result(1.5)
+        growing.result(20).close()
 
 
 def test_no_space_changes_once_final_trainings_have_begun(study_of, make_spec):

@@ -254,6 +254,11 @@ def _named(space: Space, values: Mapping[str, Any], labels: Mapping[str, str]) -
     return {labels.get(path, path): encode(space[path], value) for path, value in values.items()}
 
 
+def times_grown(record: Mapping[str, Any]) -> int:
+    """How often the space of a study has grown."""
+    return len(record.get("grown", []))
+
+
 def seen_as(spec: StudySpec, record: Mapping[str, Any]) -> Callable[[FrozenTrial], FrozenTrial | None]:
     """How samplers and pruners see an ended trial of a study that has grown: None is not at all."""
     grown: list[dict[str, Any]] = record["grown"]
