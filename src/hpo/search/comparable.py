@@ -11,8 +11,12 @@ from optuna.trial import FrozenTrial
 from hpo.errors import SpecError
 from hpo.search.stages import distribution
 from hpo.spec.own_code import content_changes, with_digests
-from hpo.spec.space import Choice, Float, Int
+from hpo.spec.space import Choice, Float, Int, Space
 from hpo.spec.study import StudySpec
+from hpo.storage.optuna_private import RUNG
+from hpo.storage.trial_attrs import stage_of
+
+_ONLY_ENDS = "Only the ends of a range may change when a study is resumed: start a new generation with --fresh."
 
 
 def check_same(before: Mapping[str, Any], now: Mapping[str, Any], *, apart: frozenset[str]) -> None:
@@ -53,8 +57,52 @@ def check_space(spec: StudySpec, trials: list[FrozenTrial]) -> None:
         except ValueError:
             raise SpecError(
                 f"{spec.name}: {path}: was {tried[label]}, is now {distribution(parameter)}.",
-                "Only the ends of a range may change when a study is resumed: start a new generation with --fresh.",
+                _ONLY_ENDS,
             ) from None
+
+
+def check_rungs(spec: StudySpec, before: Mapping[str, Any], trials: list[FrozenTrial]) -> None:
+    """Raise SpecError where the rungs of several objectives have moved: their values at other epochs are not stored."""
+    part, then = spec.search.pruner, before["spec"]["search"]["pruner"]
+    if not spec.search.objectives or not part.name == then["name"] == "successive_halving":
+        return
+    old = then.get("min_epochs") or 1, then.get("reduction_factor", part.reduction_factor)
+    new = part.min_epochs or 1, part.reduction_factor
+    if old != new and any(key.startswith(RUNG) for trial in trials for key in trial.system_attrs):
+        raise SpecError(
+            f"{spec.name}: search.pruner: the rungs of several objectives cannot move once trials have reached one: "
+            f"min_epochs {old[0]} -> {new[0]}, reduction_factor {old[1]} -> {new[1]}.",
+            "Restore them, or start a new generation with --fresh.",
+        )
+
+
+def check_stages_same(spec: StudySpec, before: Mapping[str, Any], trials: list[FrozenTrial]) -> None:
+    """Raise SpecError where a stage that has trials has other parameters or conditions: its trials lack those."""
+    search = before["spec"]["search"]
+    old: dict[str | None, Any] = {None: search.get("space", {})}
+    old |= {stage["name"]: stage["space"] for stage in search.get("stages", [])}
+    new: dict[str | None, Space] = {None: spec.search.space}
+    new |= {stage.name: stage.space for stage in spec.search.stages}
+    begun = {stage_of(trial) for trial in trials} & old.keys()
+    for stage in [stage for stage in old if stage in begun]:
+        place = "search.space" if stage is None else f"search.stages.{stage}"
+        ways = [_conditions(Space.model_validate(old[stage])), _conditions(new.get(stage, Space()))]
+        for path in [path for path in {**ways[0], **ways[1]} if ways[0].get(path) != ways[1].get(path)]:
+            raise SpecError(
+                f"{spec.name}: {place}.{path}: {_told(ways[0], path, 'was')}, {_told(ways[1], path, 'is')} now, and "
+                f"trials of {'this space' if stage is None else 'this stage'} exist.",
+                _ONLY_ENDS,
+            )
+
+
+def _conditions(space: Space) -> dict[str, Any]:
+    return {path: part.when for path, part in space.items()}
+
+
+def _told(conditions: Mapping[str, Any], path: str, verb: str) -> str:
+    if path not in conditions:
+        return f"{verb} not searched"
+    return f"{verb} searched {f'when {conditions[path]}' if conditions[path] else 'always'}"
 
 
 def _labelled(spec: StudySpec) -> Iterator[tuple[str, str, Float | Int | Choice]]:

@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.records import Epoch, best_of
 from hpo.search.constraints import aims
+from hpo.search.halving import Halving
 from hpo.search.samplers import called
 from hpo.spec.automatic import chosen_pruner, longest_training
 from hpo.spec.own_code import load_function
@@ -163,16 +164,18 @@ class CurvePruner(optuna.pruners.BasePruner):  # type: ignore[misc]
 
 def _hyperband(spec: StudySpec) -> Any:
     most, part = longest_training(spec), spec.search.pruner
+    first, factor = min(part.min_epochs or 1, most), part.reduction_factor
     return OrdinalHyperband(
-        min_resource=min(part.min_epochs or 1, most), max_resource=most, reduction_factor=part.reduction_factor
+        lambda bracket: Halving(first=first * factor**bracket, factor=factor),
+        min_resource=first,
+        max_resource=most,
+        reduction_factor=factor,
     )
 
 
 def _halving(spec: StudySpec) -> Any:
     part = spec.search.pruner
-    return optuna.pruners.SuccessiveHalvingPruner(
-        min_resource=part.min_epochs or 1, reduction_factor=part.reduction_factor
-    )
+    return Halving(first=part.min_epochs or 1, factor=part.reduction_factor)
 
 
 def _median(spec: StudySpec) -> Any:
