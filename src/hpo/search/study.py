@@ -31,7 +31,7 @@ from hpo.storage.optuna_private import trial_id_of
 from hpo.storage.optuna_storage import Storage
 from hpo.storage.reader import to_result
 from hpo.storage.retry import store_errors
-from hpo.storage.trial_attrs import ASKED, CLAIM, START, STOP, STUDY, TrialAttrs, attrs_of, result_of
+from hpo.storage.trial_attrs import ASKED, CLAIM, START, STOP, STUDY, TrialAttrs, attrs_of, pauses_of, result_of
 from hpo.storage.trial_index import TrialIndex
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -274,10 +274,14 @@ class Study:
     def _tell(self, result: TrialResult, *, died: bool) -> TrialResult:
         trial_id = trial_id_of(self._running[result.number])
         database = self._storage.database
-        lock = self._lock if result.state is TrialState.STOPPED else ""
+        lock = self._lock if result.state in (TrialState.STOPPED, TrialState.PAUSED) else ""
 
         def finish() -> TrialResult:
-            return self._finisher.finish(database.get_trial(trial_id), result, died=died)
+            trial = database.get_trial(trial_id)
+            if attrs_of(trial).lease != self._lease.name or pauses_of(trial):
+                # Paused already, by a call of which the server's answer was lost, and perhaps continued elsewhere.
+                return result_of(trial) or result
+            return self._finisher.finish(trial, result, died=died)
 
         try:
             result = self._storage.transact(finish, lock=lock)
