@@ -11,7 +11,7 @@ from hpo.errors import SpecError
 from hpo.records import TrialResult, TrialState
 from hpo.search.halving import Halving, rung_values
 from hpo.search.lifecycle import open_study
-from hpo.search.pruners import CurvePruner, build_pruner, chance_to_beat, running_best, score_and_gain
+from hpo.search.pruners import CurvePruner, build_pruner, chance_to_beat, pruner_warnings, running_best, score_and_gain
 
 EPOCHS = 10
 
@@ -221,3 +221,17 @@ def test_rungs_of_several_objectives_stay(home, make_spec):
     with pytest.raises(SpecError, match="min_epochs 5 -> 1, reduction_factor 3 -> 3") as caught:
         open_study(home, _halving(make_spec, 1, objectives=aims), data_digest="d")
     assert "--fresh" in caught.value.hint
+
+
+@pytest.mark.parametrize(("folds", "given", "ended"), [(5, None, 4), (5, 5, 5), (3, None, None)])
+def test_whole_folds_end_a_trial_once_their_number_allows(make_spec, folds, given, ended):
+    """All folds are worse: after n of them p is 1 / 2 ** n."""
+    spec = make_spec(space=NUMERIC)
+    pruner = spec.search.pruner.model_copy(update={"name": "wilcoxon", "startup_trials": given})
+    split = spec.split.model_copy(update={"kind": "kfold", "folds": folds})
+    search = spec.search.model_copy(update={"pruner": pruner})
+    spec = type(spec).model_validate(spec.model_copy(update={"split": split, "search": search}).model_dump())
+    study = optuna.create_study(direction="maximize", pruner=build_pruner(spec))
+    assert _verdict(study, np.linspace(0.8, 0.9, folds)) is None
+    assert _verdict(study, np.linspace(0.5, 0.55, folds)) == ended
+    assert bool(pruner_warnings(spec)) == (ended is None or ended == folds)
