@@ -36,6 +36,11 @@ def lock(home: Home, name: str) -> Iterator[None]:
         yield
 
 
+def ask_lock(title: str) -> str:
+    """The name of the lock under which candidates of the study with this title are handed out."""
+    return f"{title}.ask"
+
+
 def ensemble_lock(title: str) -> str:
     """The name of the lock under which an ensemble of the study with this title is recorded."""
     return f"{title}.ensemble"

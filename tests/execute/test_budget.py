@@ -1,8 +1,11 @@
 """--minutes: trials and epochs are fitted to the time by a measured speed, recorded, and kept on resuming."""
 
+import re
 import time
 from types import SimpleNamespace
 
+import numpy as np
+import optuna
 import pytest
 
 from formula_study import formula, formula_spec, measure_slowly
@@ -13,6 +16,7 @@ from hpo.execute.supervisor import Supervisor
 from hpo.home import Home
 from hpo.options import RunOptions
 from hpo.records import FINAL, EndReason, TrialState
+from hpo.search.pruners import build_pruner
 from hpo.spec.load import load_study
 from hpo.spec.study import FinalSpec
 from no_pictures import draw_nothing
@@ -54,6 +58,27 @@ def test_epochs_and_the_first_rung_shrink_where_the_time_is_short():
 def test_no_training_becomes_shorter_than_a_quarter():
     fitted = fit(spec_of(epochs=20), SECOND, seconds=40, workers=1, most=None)
     assert fitted.settings == {"training.epochs": (20, 5), "search.trials": (50, 2)}
+
+
+def test_rungs_that_count_on_from_fold_to_fold_leave_what_the_pruner_leaves():
+    spec = spec_of(epochs=50, pruner={"name": "successive_halving", "min_epochs": 5})
+    spec = spec.model_copy(update={"split": spec.split.model_copy(update={"kind": "kfold", "folds": 3})})
+    study = optuna.create_study(pruner=build_pruner(spec), direction="maximize")
+    trained, trials = 0, 60
+    for level in np.random.default_rng(0).random(trials):
+        trial = study.ask()
+        for step in range(1, 151):
+            trial.report(level, step)
+            if trial.should_prune():
+                break
+        trained += step
+        study.tell(trial, level)
+    share = trained / (trials * 150)
+    text = fit(spec, SECOND, seconds=10200, workers=1, most=None).text
+    told = int(re.search(r"leaves about (\d+)% of the epochs", text)[1]) / 100
+    # (5 + 10 / 3 + 30 / 9 + 90 / 27 + 15 / 81) / 150 of many trials, twice that of few: a fifth.
+    assert told == 0.2
+    assert share == pytest.approx(told, rel=0.5)
 
 
 def test_final_trainings_are_in_the_budget():

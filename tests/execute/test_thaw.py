@@ -265,6 +265,24 @@ def test_another_supervisor_leaves_paused_trials_alone_until_nothing_runs(home, 
     one.close()
 
 
+def test_a_pause_that_is_told_twice_does_not_stop_who_continues_the_trial(home, make_thawing):
+    one, other = (open_study(home, make_thawing(), data_digest="d") for _ in range(2))
+    number = one.ask(budget=9, worker="w").number
+    one.report(number, 1, 0.5)
+    pause = TrialResult(number, TrialState.PAUSED, 0.5, 1, pauses=1)
+    held = one._running[number]
+    for _ in range(2):  # the storage's answer was lost, and the call is repeated
+        one._running[number] = held
+        assert one.tell(pause).state is TrialState.PAUSED
+    assert other.ask(budget=9, worker="w", resumable=lambda _: True).number == number
+    one._running[number] = held
+    one.tell(pause)
+    assert other.result().trials[number].state is TrialState.RUNNING
+    assert one.ask(budget=9, worker="w", resumable=lambda _: True).number != number
+    for study in (one, other):
+        study.close()
+
+
 @pytest.fixture
 def make_thawing():
     def make(**search):

@@ -46,6 +46,16 @@ def place(tmp_path, monkeypatch, digits_cache):
     return tmp_path
 
 
+def test_more_trials_than_the_file_has_are_those_of_the_next_process_too(place):
+    with hpo.ask_tell(STUDY, home=place, trials=7) as study:
+        for _ in range(2):
+            study.tell(study.ask().number, 0.5)
+    with hpo.ask_tell("own", home=place) as study:
+        while (candidate := study.ask()) is not None:
+            study.tell(candidate.number, 0.5)
+    assert len(read_study(Home.find(place), "own").trials) == 7
+
+
 def test_a_search_by_a_program_of_ones_own(place):
     asked, verdicts = [], []
     with hpo.ask_tell(STUDY, home=place) as study:

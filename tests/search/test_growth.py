@@ -1,11 +1,17 @@
 """A study that grows: no trial is lost, those that fit count on, and the same candidates follow after interruptions."""
 
+import json
+import sqlite3
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
 import optuna
 import pytest
 
 from formula import run_all, sequence, train
-from hpo.errors import SpecError
+from hpo.errors import SpecError, StoreError
 from hpo.home import Home
+from hpo.locks import ask_lock, lock
 from hpo.records import TrialResult, TrialState
 from hpo.search.lifecycle import open_study
 from hpo.spec.study import set_place
@@ -29,6 +35,7 @@ THIRD = {
     "model.hidden": {"choice": [32, 64, [64, 32], 128]},
     "model.dropout": {"float": [0.0, 0.5]},
 }
+DROPOUT = {"model.dropout": {"float": [0.0, 0.5]}}
 SLOW = [("tpe", "median"), ("random", "hyperband"), ("cmaes", "none")]
 SGD = {"training.optimizer.name": "sgd", "training.optimizer.momentum": 0.0}
 
@@ -209,6 +216,30 @@ def test_no_space_changes_under_a_running_trial(study_of, make_spec):
     study_of(make_spec("random", space=SECOND), extend=True).close()
 
 
+def test_who_had_the_study_open_hands_out_no_candidate_of_the_space_before_it_grew(study_of, make_spec, home):
+    one = study_of(make_spec("random", space={"model.hidden": {"choice": [32, 64]}}))
+    train(one, one.ask(budget=9, worker="w"), worth=worth)
+    other = study_of(make_spec("random", space={"model.hidden": {"choice": [64, 128]}}), extend=True)
+    with pytest.raises(StoreError, match="study: its space has grown meanwhile") as caught:
+        one.ask(budget=9, worker="w")
+    assert "hpo run study" in caught.value.hint
+    run_all(other, 9, worth=worth)
+    result = other.result()
+    assert {trial.candidate.parameters["model.hidden"] for trial in result.counted} == {64, 128}
+    one.close()
+    other.close()
+
+
+def test_a_space_grows_only_while_nobody_asks(study_of, make_spec, home):
+    study_of(make_spec("random", space=FIRST)).close()
+    with ThreadPoolExecutor() as pool:
+        with lock(home, ask_lock("study")):
+            growing = pool.submit(study_of, make_spec("random", space=SECOND), extend=True)
+            with pytest.raises(TimeoutError):
+                growing.result(1.5)
+        growing.result(20).close()
+
+
 def test_no_space_changes_once_final_trainings_have_begun(study_of, make_spec):
     study = study_of(make_spec("random", space=FIRST))
     run_all(study, 2, worth=worth)
@@ -276,3 +307,57 @@ def test_a_new_meaning_of_values_cannot_be_grown_into(study_of, make_spec):
     }
     with pytest.raises(SpecError, match="other settings"):
         study_of(make_spec("random", space=per), extend=True)
+
+
+def test_an_interrupted_candidate_is_not_handed_out_beyond_a_narrower_range(study_of, make_spec):
+    study = study_of(make_spec("random", space=DROPOUT))
+    candidates = [study.ask(budget=6, worker="w") for _ in range(6)]
+    dropouts = sorted(candidate.parameters["model.dropout"] for candidate in candidates)
+    end = (dropouts[-2] + dropouts[-1]) / 2
+    for candidate in candidates:
+        if candidate.parameters["model.dropout"] < end:
+            train(study, candidate, worth=worth)
+        else:
+            study.tell(TrialResult(candidate.number, TrialState.STOPPED))
+    study.close()
+    narrow = make_spec("random", space={"model.dropout": {"float": [0.0, end]}})
+    with pytest.raises(SpecError, match="of those that have not ended 1 are not in it"):
+        study_of(narrow)
+    result, _ = run(study_of, narrow, 6, extend=True)
+    assert len(result.counted) == 6
+    assert max(trial.candidate.parameters["model.dropout"] for trial in result.counted) <= end
+
+
+def test_trials_count_again_once_the_space_comes_back_to_them_without_extend(study_of, make_spec):
+    wide = make_spec("random", space=DROPOUT)
+    run(study_of, wide, 8)
+    study = study_of(make_spec("random", space={"model.dropout": {"float": [0.25, 0.5]}}), extend=True)
+    fit = study.counted()
+    study.close()
+    assert 0 < fit < 8
+    study = study_of(wide)
+    assert "8 of 8 trials are in the new space and count" in study.notes[0]
+    assert study.counted() == len(study.result().counted) == 8
+    study.close()
+
+
+@pytest.mark.parametrize("old", ["null", "absent"])
+def test_a_new_parameter_has_the_value_that_it_had_null_included(study_of, make_spec, home, old):
+    """Null is what training.patience had, by the study file or by the default of a record without it."""
+    spec = make_spec("random", space=DROPOUT)
+    assert spec.training.patience is None
+    run(study_of, spec, 3)
+    if old == "absent":
+        with closing(sqlite3.connect(home.storage_url.removeprefix("sqlite:///"))) as database:
+            [(text,)] = database.execute("SELECT value_json FROM study_user_attributes WHERE key = 'hpo.study'")
+            record = json.loads(text)
+            del record["spec"]["training"]["patience"]
+            database.execute(
+                "UPDATE study_user_attributes SET value_json = ? WHERE key = 'hpo.study'", (json.dumps(record),)
+            )
+            database.commit()
+    grown = make_spec("random", space={**DROPOUT, "training.patience": {"int": [3, 5]}})
+    study = study_of(fixed_to(grown, {"training.patience": 5}), extend=True)
+    assert "training.patience is new, and was None" in study.notes[0]
+    assert study.counted() == 0
+    study.close()

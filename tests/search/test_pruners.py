@@ -1,13 +1,17 @@
 """Learning curves: who is ended early because of how others went on."""
 
+import math
+
 import numpy as np
 import optuna
 import pytest
 
 from formula import NUMERIC, objective, run_all
+from hpo.errors import SpecError
 from hpo.records import TrialResult, TrialState
+from hpo.search.halving import Halving, rung_values
 from hpo.search.lifecycle import open_study
-from hpo.search.pruners import CurvePruner, chance_to_beat, running_best, score_and_gain
+from hpo.search.pruners import CurvePruner, build_pruner, chance_to_beat, pruner_warnings, running_best, score_and_gain
 
 EPOCHS = 10
 
@@ -143,3 +147,91 @@ def test_a_search_with_the_curve_pruner_keeps_its_best(home, make_spec):
     assert results["curve"].count(TrialState.PRUNED) > 10
     assert results["curve"].best.candidate.parameters == results["none"].best.candidate.parameters
     assert results["curve"].best.value == objective(results["none"].best.candidate.parameters)
+
+
+def _told(study, value, epochs):
+    """Train a candidate whose score rises to value, and whether it was pruned."""
+    candidate = study.ask(budget=99, worker="w")
+    for epoch in range(1, epochs + 1):
+        if study.report(candidate.number, epoch, value * epoch / epochs):
+            study.tell(TrialResult(candidate.number, TrialState.PRUNED, value * epoch / epochs, epoch))
+            return epoch
+    study.tell(TrialResult(candidate.number, TrialState.COMPLETE, value, epochs))
+    return None
+
+
+def _halving(make_spec, first, name="successive_halving", factor=3, **search):
+    spec = make_spec(space=NUMERIC, **search)
+    part = spec.search.pruner.model_copy(update={"name": name, "min_epochs": first, "reduction_factor": factor})
+    return spec.model_copy(update={"search": spec.search.model_copy(update={"pruner": part})})
+
+
+def test_rungs_that_have_moved_compare_trials_at_the_same_epoch(home, make_spec):
+    study = open_study(home, _halving(make_spec, 6), data_digest="d")
+    assert [_told(study, value, EPOCHS) for value in (0.5, 0.1, 0.2, 0.6, 0.3, 0.1)] == [None, 6, 6, None, 6, 6]
+    study.close()
+    study = open_study(home, _halving(make_spec, 1), data_digest="d")
+    # After the first epoch the others had a tenth of their values: of seven trials two go on, of eight still two.
+    assert [_told(study, value, EPOCHS) for value in (0.9, 0.55)] == [None, 1]
+    assert _told(study, 0.95, EPOCHS) is None
+    study.close()
+
+
+@pytest.mark.parametrize(("name", "direction"), [("successive_halving", "maximize"), ("hyperband", "minimize")])
+def test_our_halving_prunes_as_that_of_optuna(home, make_spec, name, direction):
+    """300 trials with noisy curves, the same for both; ties included."""
+    theirs = optuna.pruners.SuccessiveHalvingPruner(min_resource=2, reduction_factor=3)
+    if name == "hyperband":
+        theirs = optuna.pruners.HyperbandPruner(min_resource=2, max_resource=20, reduction_factor=3)
+        ours = build_pruner(_halving(make_spec, 2, name, epochs=20))
+    else:
+        ours = Halving(first=2, factor=3)
+    curves = np.random.default_rng(0).integers(0, 40, (300, 20)).astype(float)
+    ends = []
+    for pruner in (theirs, ours):
+        study = optuna.create_study(study_name="same", direction=direction, pruner=pruner)
+        ends.append([_verdict(study, curve) for curve in curves])
+    assert ends[0] == ends[1]
+    assert len(set(ends[0])) > 3
+
+
+def _verdict(study, curve):
+    trial = study.ask()
+    for epoch, value in enumerate(curve, 1):
+        trial.report(value, epoch)
+        if trial.should_prune():
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            return epoch
+    study.tell(trial, curve[-1])
+    return None
+
+
+def test_the_value_at_a_rung_is_the_first_one_from_there_on():
+    assert rung_values({1: 0.1, 2: math.nan, 5: 0.5, 6: 0.6}, first=1, factor=2) == {1: 0.1, 4: 0.5}
+    assert rung_values({}, first=1, factor=3) == {}
+
+
+def test_rungs_of_several_objectives_stay(home, make_spec):
+    aims = ["valid_accuracy", "parameters"]
+    study = open_study(home, _halving(make_spec, 6, objectives=aims), data_digest="d")
+    open_study(home, _halving(make_spec, 5, objectives=aims), data_digest="d").close()
+    candidate = study.ask(budget=9, worker="w")
+    study.report(candidate.number, 6, (0.5, 100.0))
+    study.close()
+    with pytest.raises(SpecError, match="min_epochs 5 -> 1, reduction_factor 3 -> 3") as caught:
+        open_study(home, _halving(make_spec, 1, objectives=aims), data_digest="d")
+    assert "--fresh" in caught.value.hint
+
+
+@pytest.mark.parametrize(("folds", "given", "ended"), [(5, None, 4), (5, 5, 5), (3, None, None)])
+def test_whole_folds_end_a_trial_once_their_number_allows(make_spec, folds, given, ended):
+    """All folds are worse: after n of them p is 1 / 2 ** n."""
+    spec = make_spec(space=NUMERIC)
+    pruner = spec.search.pruner.model_copy(update={"name": "wilcoxon", "startup_trials": given})
+    split = spec.split.model_copy(update={"kind": "kfold", "folds": folds})
+    search = spec.search.model_copy(update={"pruner": pruner})
+    spec = type(spec).model_validate(spec.model_copy(update={"split": split, "search": search}).model_dump())
+    study = optuna.create_study(direction="maximize", pruner=build_pruner(spec))
+    assert _verdict(study, np.linspace(0.8, 0.9, folds)) is None
+    assert _verdict(study, np.linspace(0.5, 0.55, folds)) == ended
+    assert bool(pruner_warnings(spec)) == (ended is None or ended == folds)

@@ -54,6 +54,42 @@ def test_stages_run_in_order_and_build_on_the_best_before_them(home, staged):
         assert abs(math.log10(ratio)) <= 0.75 + 1e-9
 
 
+@pytest.mark.parametrize(
+    ("space", "said"),
+    [
+        (
+            {**SIZES, "model.dropout": {"float": [0.0, 0.5]}},
+            "model.dropout: was not searched, is searched always",
+        ),
+        ({"model.dropout": {"float": [0.0, 0.5]}}, "neurons.model.hidden: was searched always, is not searched"),
+        ({"model.hidden": {**SIZES["model.hidden"], "when": {"model.kind": "mlp"}}}, "is searched when"),
+    ],
+)
+def test_what_a_stage_with_trials_varies_stays(home, make_spec, space, said):
+    first = {"name": "neurons", "space": SIZES, "trials": 4}
+    study = open_study(home, make_spec("random", space={}, stages=[first, STAGES[1]]), data_digest="d")
+    train(study, study.ask(budget=99, worker="w"), worth=worth)
+    study.close()
+    with pytest.raises(SpecError, match=said) as caught:
+        open_study(home, make_spec("random", space={}, stages=[{**first, "space": space}, STAGES[1]]), data_digest="d")
+    assert "--fresh" in caught.value.hint
+    # A stage without trials is free to change.
+    open_study(home, make_spec("random", space={}, stages=[first, STAGES[2]]), data_digest="d").close()
+
+
+def test_a_space_with_trials_does_not_turn_into_stages_nor_back(home, make_spec, staged):
+    study = open_study(home, make_spec("random", space=SIZES), data_digest="d")
+    train(study, study.ask(budget=99, worker="w"), worth=worth)
+    study.close()
+    with pytest.raises(SpecError, match=r"search.space.model.hidden: was searched always, is not searched now"):
+        open_study(home, staged, data_digest="d")
+    study = open_study(home, staged, data_digest="d", fresh=True)
+    train(study, study.ask(budget=99, worker="w"), worth=worth)
+    study.close()
+    with pytest.raises(SpecError, match=r"search.stages.neurons.model.hidden: was searched always, is not"):
+        open_study(home, make_spec("random", space=SIZES), data_digest="d")
+
+
 @pytest.mark.slow
 def test_staged_search_in_pieces_tries_the_same_candidates_as_in_one_go(home, make_spec):
     epochs = 4

@@ -34,6 +34,8 @@ def test_every_private_part_of_optuna_is_there_and_takes_what_we_pass():
 def _instance(owner: type) -> object:
     if owner is optuna.trial.FrozenTrial:
         return optuna.trial.create_trial(value=0.0)
+    if owner is optuna.pruners.HyperbandPruner:
+        return owner()
     assert owner is optuna.trial.Trial
     return optuna.create_study().ask()
 

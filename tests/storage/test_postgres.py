@@ -341,3 +341,22 @@ def test_left_result_is_told_though_the_first_try_broke_off(make_home, make_spec
     assert (trial.state, trial.value) == (TrialState.COMPLETE, 0.75)
     assert study.reap() == []
     study.close()
+
+
+def test_a_paused_trial_is_promoted_by_what_trials_elsewhere_have_reported_until_now(make_home, make_spec):
+    spec = make_spec(pruner="successive_halving", thaw=True)
+    pruner = spec.search.pruner.model_copy(update={"name": "successive_halving", "min_epochs": 1})
+    spec = spec.model_copy(update={"search": spec.search.model_copy(update={"pruner": pruner})})
+    one, other = (open_study(make_home(name), spec, data_digest="d") for name in ("one", "other"))
+    best, paused, *others = (one.ask(budget=6, worker="w").number for _ in range(6))
+    assert not one.report(best, 1, 0.9)
+    assert one.report(paused, 1, 0.5)
+    one.tell(TrialResult(paused, TrialState.PAUSED, 0.5, 1, pauses=1))
+    assert other.ask(budget=6, worker="w", resumable=lambda _: True) is None, "one of two continues"
+    for number in others:
+        one.report(number, 1, 0.1)
+    again = other.ask(budget=6, worker="w", resumable=lambda _: True)
+    assert again is not None, "two of six continue"
+    assert again.number == paused
+    for study in (one, other):
+        study.close()

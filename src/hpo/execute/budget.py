@@ -270,7 +270,11 @@ def _mean_epochs(spec: StudySpec) -> float:
 
 def _one(spec: StudySpec, pace: Pace) -> float:
     """Seconds of a whole trial."""
-    return pace.epoch * _mean_epochs(spec) * (spec.split.folds if spec.split.kind == "kfold" else 1)
+    return pace.epoch * _mean_epochs(spec) * _folds(spec)
+
+
+def _folds(spec: StudySpec) -> int:
+    return spec.split.folds if spec.split.kind == "kfold" else 1
 
 
 def _final(spec: StudySpec, pace: Pace, workers: int) -> float:
@@ -287,7 +291,10 @@ def _share(spec: StudySpec) -> float:
     pruner, _ = chosen_pruner(spec)
     if pruner.name == "none":
         return 1.0
-    return min(1.0, _LATE * _halved(pruner, _mean_epochs(spec))) if pruner.name in _RUNGS else _PRUNED
+    if pruner.name not in _RUNGS:
+        return _PRUNED
+    # Their rungs count on from fold to fold.
+    return min(1.0, _LATE * _halved(pruner, _mean_epochs(spec) * _folds(spec)))
 
 
 def _halved(pruner: PrunerSpec, epochs: float) -> float:

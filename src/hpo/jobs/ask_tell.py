@@ -239,12 +239,13 @@ def _open(home: Home, spec: StudySpec, trials: int | None, *, trust: bool) -> An
     from hpo.data.split import split_card
     from hpo.execute.base_model import with_model
     from hpo.execute.budget import as_fitted
-    from hpo.execute.run_study import refuse_new
+    from hpo.execute.run_study import refuse_new, with_options
+    from hpo.options import RunOptions
     from hpo.search.lifecycle import open_study
     from hpo.search.stages import budget_of
     from hpo.tracking.tracker import Tracker
 
-    spec = with_model(spec, home, trust=trust)
+    spec = with_model(with_options(spec, RunOptions(trials=trials)), home, trust=trust)
     if (known := find_study(home, spec.name)) is not None:
         spec = as_fitted(spec, known.fitted, trials=trials is None)
 

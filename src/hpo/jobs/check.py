@@ -107,7 +107,9 @@ def _warnings(spec: StudySpec, card: DataCard, split: SplitCard) -> list[str]:
     size = spec.search.space.size(spec.fixed())
     if size is not None and spec.search.trials > size:
         found.append(f"search.trials {spec.search.trials} exceeds the {size} different candidates of the space")
-    return found
+    from hpo.search.pruners import pruner_warnings
+
+    return [*found, *pruner_warnings(spec)]
 
 
 def preview_study(spec: StudySpec, path: Path, *, images: int = 8, copies: int = 7) -> Path:

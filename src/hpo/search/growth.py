@@ -20,13 +20,14 @@ from typing import Any
 import optuna
 from optuna.distributions import check_distribution_compatibility
 from optuna.trial import FrozenTrial
+from pydantic import ValidationError
 
 from hpo.errors import SpecError
 from hpo.records import FINAL, FailureKind, TrialResult, TrialState
 from hpo.search.stages import distribution, encode
 from hpo.spec.grid import holds
 from hpo.spec.space import Choice, Float, Int, Space
-from hpo.spec.study import StudySpec
+from hpo.spec.study import Setup, StudySpec
 from hpo.storage.optuna_private import FIXED, trial_id_of
 from hpo.storage.optuna_storage import Storage
 from hpo.storage.trial_attrs import RESULT, START, attrs_of, held_of, key_of, pauses_of, stage_of, state_of
@@ -67,6 +68,13 @@ def place(tree: Mapping[str, Any], path: str) -> Any:
     return found
 
 
+def has_place(tree: Mapping[str, Any], path: str) -> bool:
+    """Whether a mapping of mappings has a dotted path, be it null there."""
+    stem, _, last = path.rpartition(".")
+    holder = place(tree, stem) if stem else tree
+    return isinstance(holder, Mapping) and last in holder
+
+
 @dataclass(frozen=True)
 class Growth:
     """How a space differs from that of the study's record, before; trials are all that it has."""
@@ -92,10 +100,20 @@ class Growth:
 
     @cached_property
     def harmless(self) -> bool:
-        """Whether there are no trials, or only ends of ranges have changed and no trial is lost by it."""
+        """Whether there are no trials, or only ends of ranges have changed and no trial is lost by it.
+
+        Nor is one that runs or was interrupted, which would be tried again with its values of before.
+        """
         known = set(self.before.get("outside", []))
         plain = all(plain for _, plain in self._differences()) and self.outside <= known
-        return not self.trials or (plain and not any(map(pauses_of, self.trials)))
+        return not self.trials or (plain and not self._stranded and not any(map(pauses_of, self.trials)))
+
+    @cached_property
+    def _stranded(self) -> list[FrozenTrial]:
+        """The trials of the search that have not ended, and whose values are not in the space."""
+        begun = [trial for trial in self.trials if stage_of(trial) is None and not trial.state.is_finished()]
+        drawn = [trial for trial in begun if attrs_of(trial).parameters is not None]
+        return [trial for trial in drawn if self._fitting.values(parameters_of(trial, self._grown)) is None]
 
     def _differences(self) -> Iterator[tuple[str, bool]]:
         new = self.spec.search.space
@@ -112,10 +130,21 @@ class Growth:
     @cached_property
     def _held(self) -> dict[str, Any]:
         """What parameters that are new were fixed to."""
-        default, file = self.spec.setup.model_dump(mode="json"), self.before["spec"]
         new = [path for path, _ in self.spec.search.space.items() if path not in self.old]
-        # A setting that is younger than the record had its default.
-        return {path: place(default if place(file, path) is None else file, path) for path in new}
+        return {path: self._was(path) for path in new}
+
+    def _was(self, path: str) -> Any:
+        """What the study file had at a path, which may be null."""
+        if has_place(self.before["spec"], path):
+            return place(self.before["spec"], path)
+        # A setting that is younger than the record had its default, and the new file may set another value.
+        plain = self.spec.setup.model_dump(mode="json")
+        stem, _, last = path.rpartition(".")
+        place(plain, stem).pop(last, None)
+        try:
+            return place(Setup.model_validate(plain).model_dump(mode="json"), path)
+        except ValidationError:  # what must be given has no default
+            return place(self.spec.setup.model_dump(mode="json"), path)
 
     @cached_property
     def _grown(self) -> list[dict[str, Any]]:
@@ -141,14 +170,18 @@ class Growth:
     @cached_property
     def outside(self) -> frozenset[int]:
         """The numbers of ended trials that are not in the space."""
-        fitting = Fitting(self.spec)
         return frozenset(
-            trial.number for trial in self._ended if fitting.values(parameters_of(trial, self._grown)) is None
+            trial.number for trial in self._ended if self._fitting.values(parameters_of(trial, self._grown)) is None
         )
 
+    @cached_property
+    def _fitting(self) -> Fitting:
+        return Fitting(self.spec)
+
     def __str__(self) -> str:
-        count, fit = len(self._ended), len(self._ended) - len(self.outside)
+        count, fit, others = len(self._ended), len(self._ended) - len(self.outside), len(self._stranded)
         which = f"{fit} of {count} trials are in the new space and count" if count else "no trial has ended yet"
+        which += f"; of those that have not ended {others} are not in it and will not be tried again" * bool(others)
         return f"{'; '.join(self.changes)}. {which}"
 
     def write(self, storage: Storage) -> dict[str, Any]:
@@ -168,7 +201,7 @@ class Growth:
                 f"{self.spec.name}: trials are running, and their space cannot change.",
                 f"End them first: hpo stop {self.spec.name}",
             )
-        fitting, labels = Fitting(self.spec), self._grown[-1]["labels"]
+        fitting, labels = self._fitting, self._grown[-1]["labels"]
         for trial in self.trials:
             if trial.state == optuna.trial.TrialState.WAITING and stage_of(trial) is None:
                 values = fitting.values(parameters_of(trial, self._grown))
@@ -219,6 +252,11 @@ def parameters_of(trial: FrozenTrial, grown: list[dict[str, Any]]) -> dict[str, 
 
 def _named(space: Space, values: Mapping[str, Any], labels: Mapping[str, str]) -> dict[str, Any]:
     return {labels.get(path, path): encode(space[path], value) for path, value in values.items()}
+
+
+def times_grown(record: Mapping[str, Any]) -> int:
+    """How often the space of a study has grown."""
+    return len(record.get("grown", []))
 
 
 def seen_as(spec: StudySpec, record: Mapping[str, Any]) -> Callable[[FrozenTrial], FrozenTrial | None]:

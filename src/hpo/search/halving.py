@@ -1,12 +1,15 @@
-"""Successive halving for several objectives: which trials of a rung are the best."""
+"""Successive halving: the rungs that a trial has reached, and which trials of a rung are the best."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+import optuna
 from numpy.typing import NDArray
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial
 
 from hpo.search.constraints import aims
 from hpo.spec.automatic import chosen_pruner
@@ -51,6 +54,54 @@ def _spread(rows: NDArray[np.intp], places: Floats) -> list[int]:
 def signs_of(spec: StudySpec) -> Floats:
     """(objectives,): -1 where more is better, so that the products with values are costs."""
     return np.array([-1.0 if direction == "maximize" else 1.0 for _, direction in aims(spec)])
+
+
+def rung_values(reported: Mapping[int, float], *, first: int, factor: int) -> dict[int, float]:
+    """Step of a rung -> the value of a trial there, from step (counted from 1) -> value.
+
+    That is its first report from there on, as Optuna has it; a rung where that is NaN is left out.
+    """
+    last, found, rung = max(reported, default=0), {}, first
+    while rung <= last:
+        step = rung if rung in reported else min(step for step in reported if step >= rung)
+        if not math.isnan(reported[step]):
+            found[rung] = reported[step]
+        rung *= factor
+    return found
+
+
+class Halving(optuna.pruners.BasePruner):  # type: ignore[misc]
+    """Asynchronous successive halving, for one objective: by the rule of Optuna's pruner, from the values at each rung.
+
+    Optuna's notes a value with the index of its rung, and would compare values of different epochs once a study is
+    resumed with another first rung or factor. Rungs are at the steps first, first * factor, ...; steps count from 1.
+    """
+
+    def __init__(self, *, first: int, factor: int) -> None:
+        self._first, self._factor = first, factor
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        """Whether to end the trial now."""
+        last, reported = trial.last_step or 0, trial.intermediate_values
+        before = max((step for step in reported if step < last), default=0)
+        due, rung = [], self._first
+        while rung <= last:
+            due += [rung] * (rung > before)
+            rung *= self._factor
+        if not due:
+            return False
+        if math.isnan(reported[last]):
+            return True
+        sign = 1.0 if study.direction is StudyDirection.MAXIMIZE else -1.0
+        others = [other for other in study.get_trials(deepcopy=False) if other.number != trial.number]
+        reached = [rung_values(each.intermediate_values, first=self._first, factor=self._factor) for each in others]
+        competing = ([sign * each[rung] for each in reached if rung in each] for rung in due)
+        return not all(self._continues(sign * reported[last], values) for values in competing)
+
+    def _continues(self, own: float, others: Sequence[float]) -> bool:
+        """Whether it is among the best n // factor of the n trials of a rung, or the best; more is better."""
+        better = sum(other > own for other in others)
+        return better < max(1, (len(others) + 1) // self._factor)
 
 
 class ParetoHalving:

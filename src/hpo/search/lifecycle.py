@@ -8,25 +8,24 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from optuna.distributions import check_distribution_compatibility
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 
 from hpo.errors import SpecError, StoreError
 from hpo.home import Home
-from hpo.locks import ensemble_lock, lock
+from hpo.locks import ask_lock, ensemble_lock, lock
+from hpo.search.comparable import check_rungs, check_same, check_space, check_stages_same
 from hpo.search.constraints import aims, parse_constraint
 from hpo.search.enough import enough_key
 from hpo.search.growth import Growth
 from hpo.search.pruners import build_pruner
 from hpo.search.samplers import SAMPLERS, check_own, sampler_entry
-from hpo.search.stages import check_stages, distribution
+from hpo.search.stages import check_stages
 from hpo.search.study import Study
 from hpo.spec.automatic import as_begun, chosen_pruner, chosen_sampler
 from hpo.spec.load import parse_study
-from hpo.spec.own_code import content_changes, content_of, library_changes, with_digests
+from hpo.spec.own_code import content_of, library_changes
 from hpo.spec.search import PrunerSpec, SamplerSpec, WarmStart
-from hpo.spec.space import Choice, Float, Int
 from hpo.spec.study import StudySpec
 from hpo.storage import outbox
 from hpo.storage.foreign import foreign_trials
@@ -114,19 +113,56 @@ def _enter_study(
     generation = max(titles, default=0) + (fresh or not titles)
     generation = next((number for number, title in titles.items() if title == join), generation)
     title = spec.name if generation == 1 else f"{spec.name}~{generation}"
-    study_id, before = storage.studies()[titles[generation]] if generation in titles else (-1, None)
+    write = partial(
+        _write_record,
+        storage,
+        spec,
+        title,
+        titles.get(generation),
+        generation=generation,
+        data_digest=data_digest,
+        budget=budget,
+        join=join,
+        fitted=fitted,
+        extend=extend,
+        content=content,
+    )
+    # While a space grows, nobody else hands out a candidate of the old one.
+    notes, spec = storage.transact(write, lock=ask_lock(title)) if extend else write()
+    return title, notes, spec
+
+
+def _write_record(
+    storage: Storage,
+    spec: StudySpec,
+    title: str,
+    begun: str | None,
+    *,
+    generation: int,
+    data_digest: str,
+    budget: int | None,
+    join: str,
+    fitted: Mapping[str, Any] | None,
+    extend: bool,
+    content: Mapping[str, Any],
+) -> tuple[list[str], StudySpec]:
+    """Write the record of the study of this title, and return notes and spec; begun: the title where it has begun."""
+    study_id, before = storage.studies()[begun] if begun is not None else (-1, None)
     spec = as_begun(spec.resumed_as(before["spec"]), before) if before else spec
     record = {**_record(spec, generation, data_digest, content), "budget": budget}
     if fitted := before.get("fitted") if before and fitted is None else fitted:
         record["fitted"] = fitted
     notes: list[str] = []
     if before is not None:
-        growth = _growth(spec, before, storage.every_trial(study_id))
-        _check_same(before, record, apart=growth.apart if growth else frozenset())
+        trials = storage.every_trial(study_id)
+        growth = _growth(spec, before, trials)
+        check_rungs(spec, before, trials)
+        check_same(before, record, apart=growth.apart if growth else frozenset())
         if libraries := library_changes(before.get("content", {}), content):
             notes.append(f"Earlier trials ran with other libraries and may differ in the last digits: {libraries}.")
         if growth is None:
-            _check_space(spec, storage.every_trial(study_id))
+            check_stages_same(spec, before, trials)
+            check_space(spec, trials)
         elif growth.changes and not growth.harmless and not (extend and not join):
             way = "" if join else f"Go on with those: hpo run {spec.name} --extend. "
             raise SpecError(
@@ -134,11 +170,14 @@ def _enter_study(
                 f"{way}Restore the space, or start a new generation with --fresh.",
             )
         if join:
-            return title, notes, spec
+            return notes, spec
         record |= {key: before[key] for key in ("grown", "outside") if key in before}
         if growth is not None and growth.changes:
             notes.append(f"The search space has changed: {growth}.")
-            record |= growth.write(storage) if extend else {}
+            if extend:
+                record |= growth.write(storage)
+            elif "grown" in record:  # trials count again if the space comes back to them
+                record["outside"] = sorted(growth.outside)
         record |= {"created": before["created"], "start": before.get("start", [])}
         told = before.get("enough", {})
         if told.items() >= enough_key(spec).items():
@@ -153,7 +192,7 @@ def _enter_study(
     # As study.set_metric_names of Optuna does; a study of an earlier version gets its names when it is resumed.
     storage.database.set_study_system_attr(study_id, METRIC_NAMES, [score for score, _ in aims(spec)])
     storage.database.set_study_user_attr(study_id, STUDY, record)
-    return title, notes, spec
+    return notes, spec
 
 
 def _record(spec: StudySpec, generation: int, data_digest: str, content: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,57 +251,6 @@ def _end_dead_trials(home: Home, storage: Storage, name: str) -> None:
         titles = generations(storage, name)
     if titles:
         reap(home, titles[max(titles)])
-
-
-def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], *, apart: frozenset[str]) -> None:
-    """Raise SpecError where settings differ; those of the paths apart may."""
-    contents = before.get("content", {}), now["content"]
-    # Records of earlier versions have no fingerprints of files: their paths are compared.
-    files = [content["files"] for content in contents] if all("files" in content for content in contents) else [{}, {}]
-    old, new = (
-        dict(_flat({**with_digests(record["identity"], known), "data digest": record["data_digest"]}))
-        for record, known in zip((before, now), files, strict=True)
-    )
-    absent = object()
-    paths = [path for path in {**old, **new} if old.get(path, absent) != new.get(path, absent)]
-    paths = [path for path in paths if not any(f"{path}.".startswith(f"{free}.") for free in apart)]
-    changes = [f"{path}: {old.get(path, 'absent')} -> {new.get(path, 'absent')}" for path in paths]
-    changes += content_changes(*contents)
-    if changes:
-        raise SpecError(
-            f"{now['name']}: its trials used other settings and would not be comparable: {', '.join(changes)}.",
-            "Restore these settings, or start a new generation with --fresh.",
-        )
-
-
-def _flat(tree: Mapping[str, Any], stem: str = "") -> Any:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{stem}{key}.")
-        else:
-            yield f"{stem}{key}", value
-
-
-def _check_space(spec: StudySpec, trials: list[FrozenTrial]) -> None:
-    """Raise SpecError where a parameter has changed its kind, or a choice its options: Optuna cannot resume then."""
-    tried: dict[str, Any] = {label: way for trial in trials for label, way in trial.distributions.items()}
-    for label, path, parameter in _labelled(spec):
-        try:
-            check_distribution_compatibility(tried.get(label, distribution(parameter)), distribution(parameter))
-        except ValueError:
-            raise SpecError(
-                f"{spec.name}: {path}: was {tried[label]}, is now {distribution(parameter)}.",
-                "Only the ends of a range may change when a study is resumed: start a new generation with --fresh.",
-            ) from None
-
-
-def _labelled(spec: StudySpec) -> Iterator[tuple[str, str, Float | Int | Choice]]:
-    """(name in Optuna's storage, path in the study file, parameter) of each parameter."""
-    for path, parameter in spec.search.space.items():
-        yield path, f"search.space.{path}", parameter
-    for stage in spec.search.stages:
-        for path, parameter in stage.space.items():
-            yield f"{stage.name}/{path}", f"search.stages.{stage.name}.{path}", parameter
 
 
 def _warm_starts(spec: StudySpec, storage: Storage) -> tuple[list[dict[str, Any]], list[str]]:
@@ -366,5 +354,5 @@ def drop_locks(home: Home, titles: set[str]) -> None:
     with lock(home, "studies"):
         clean_leases(home.locks)
         for title in titles:
-            for name in (f"{title}.ask", ensemble_lock(title)):
+            for name in (ask_lock(title), ensemble_lock(title)):
                 (home.locks / f"{name}.lock").unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.records import Epoch, best_of
 from hpo.search.constraints import aims
+from hpo.search.halving import Halving
 from hpo.search.samplers import called
 from hpo.spec.automatic import chosen_pruner, longest_training
 from hpo.spec.own_code import load_function
@@ -26,6 +27,7 @@ from hpo.storage.trial_attrs import RESULT
 Floats = NDArray[np.float64]
 
 _LEAST = 3  # finished trials; with fewer, a line through them says nothing
+_STARTUP, _FOLDS = 5, 2  # startup_trials where it is not given; of whole folds
 _PRIOR = 1.0  # weight of "nothing is known of the slopes", in trials
 
 
@@ -163,32 +165,55 @@ class CurvePruner(optuna.pruners.BasePruner):  # type: ignore[misc]
 
 def _hyperband(spec: StudySpec) -> Any:
     most, part = longest_training(spec), spec.search.pruner
+    first, factor = min(part.min_epochs or 1, most), part.reduction_factor
     return OrdinalHyperband(
-        min_resource=min(part.min_epochs or 1, most), max_resource=most, reduction_factor=part.reduction_factor
+        lambda bracket: Halving(first=first * factor**bracket, factor=factor),
+        min_resource=first,
+        max_resource=most,
+        reduction_factor=factor,
     )
 
 
 def _halving(spec: StudySpec) -> Any:
     part = spec.search.pruner
-    return optuna.pruners.SuccessiveHalvingPruner(
-        min_resource=part.min_epochs or 1, reduction_factor=part.reduction_factor
-    )
+    return Halving(first=part.min_epochs or 1, factor=part.reduction_factor)
 
 
 def _median(spec: StudySpec) -> Any:
     part = spec.search.pruner
     # Optuna's steps count from 0, epochs from 1.
-    return optuna.pruners.MedianPruner(n_startup_trials=part.startup_trials, n_warmup_steps=part.warmup_epochs + 1)
+    return optuna.pruners.MedianPruner(n_startup_trials=_startup(part), n_warmup_steps=part.warmup_epochs + 1)
 
 
 def _wilcoxon(spec: StudySpec) -> Any:
     part = spec.search.pruner
-    return optuna.pruners.WilcoxonPruner(p_threshold=part.p_threshold, n_startup_steps=part.startup_trials)
+    steps = _startup(part, default=_FOLDS if spec.split.kind == "kfold" else _STARTUP)
+    return optuna.pruners.WilcoxonPruner(p_threshold=part.p_threshold, n_startup_steps=steps)
+
+
+def pruner_warnings(spec: StudySpec) -> list[str]:
+    """A text where the pruner can never end a trial before its last fold."""
+    part, split = spec.search.pruner, spec.split
+    if part.name != "wilcoxon" or split.kind != "kfold":
+        return []
+    before, steps = split.folds - 1, _startup(part, default=_FOLDS)
+    least = 0.5**before  # every fold is worse than that of the best trial
+    if before >= max(2, steps) and least < part.p_threshold:
+        return []
+    text = (
+        f"search.pruner: wilcoxon ends no trial before the last of {split.folds} folds: after {before} its p is "
+        f"{least:g} at least (p_threshold {part.p_threshold:g}, startup_trials {steps})"
+    )
+    return [text]
+
+
+def _startup(part: PrunerSpec, *, default: int = _STARTUP) -> int:
+    return default if part.startup_trials is None else part.startup_trials
 
 
 def _curve(spec: StudySpec) -> Any:
     part = spec.search.pruner
-    return CurvePruner(startup_trials=part.startup_trials, warmup_epochs=part.warmup_epochs, threshold=part.p_threshold)
+    return CurvePruner(startup_trials=_startup(part), warmup_epochs=part.warmup_epochs, threshold=part.p_threshold)
 
 
 def _none(spec: StudySpec) -> Any:  # noqa: ARG001

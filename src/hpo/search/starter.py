@@ -11,6 +11,7 @@ from optuna.trial import FrozenTrial, Trial
 
 from hpo.errors import StoreError
 from hpo.records import FINAL, Candidate, TrialResult, TrialState
+from hpo.search.growth import times_grown
 from hpo.search.pruners import build_pruner
 from hpo.search.results import template
 from hpo.search.samplers import StageProgress, StageSampler, Step
@@ -20,20 +21,31 @@ from hpo.spec.study import StudySpec
 from hpo.storage.optuna_private import trial_id_of
 from hpo.storage.optuna_storage import Storage
 from hpo.storage.stage_view import StageView
-from hpo.storage.trial_attrs import ASKED, PAUSE, RESULT, START, TrialAttrs, attrs_of, result_of, state_of
+from hpo.storage.trial_attrs import (
+    ASKED,
+    PAUSE,
+    RESULT,
+    START,
+    STUDY,
+    TrialAttrs,
+    attrs_of,
+    key_of,
+    result_of,
+    state_of,
+)
 from hpo.storage.trial_index import TrialIndex
 
 
 class Starter:
     """Starts the trials of one study (study_id is Optuna's) in the name of the supervisor with this lease.
 
-    Its caller holds the lock of the study. waits: a supervisor stays while trials of others run. exhausted and blocked
-    are those of Study, after the last call. continued holds the trials that were paused and run again, by number, with
-    the result that they had when they were paused.
+    Its caller holds the lock of the study. waits: a supervisor stays while trials of others run. grown: how often the
+    space had grown when the study was opened. exhausted and blocked are those of Study, after the last call. continued
+    holds the trials that were paused and run again, by number, with the result that they had when they were paused.
     """
 
     def __init__(
-        self, spec: StudySpec, storage: Storage, study_id: int, *, title: str, lease: str, waits: bool
+        self, spec: StudySpec, storage: Storage, study_id: int, *, title: str, lease: str, waits: bool, grown: int
     ) -> None:
         self.exhausted = self.blocked = False
         self.continued: dict[int, TrialResult] = {}
@@ -41,14 +53,22 @@ class Starter:
         self.progress = StageProgress(spec, storage, study_id)
         self.paused = PausedTrials(spec)
         self._spec, self._storage, self._id = spec, storage, study_id
-        self._title, self._lease, self._waits = title, lease, waits
+        self._title, self._lease, self._waits, self._grown = title, lease, waits, grown
 
     def view(self, stage: str | None, *, sampled: bool) -> StageView:
         """The trials of a stage as samplers and pruners see them."""
         return StageView(self._storage, self._title, self._id, stage, sampled=sampled)
 
     def next(self, budget: int, worker: str, resumable: Callable[[Candidate], bool]) -> tuple[Trial, TrialAttrs] | None:
-        """The trial of the next candidate and its record; None where there is none now, see Study.ask."""
+        """The trial of the next candidate and its record; None where there is none now, see Study.ask.
+
+        Raises StoreError where another supervisor has changed the space meanwhile.
+        """
+        if times_grown(self._storage.database.get_study_user_attrs(self._id).get(STUDY, {})) != self._grown:
+            raise StoreError(
+                f"{self._title}: its space has grown meanwhile.",
+                f"Start this run again: hpo run {self._title.partition('~')[0]}",
+            )
         index = self._storage.index(self._id)
         counts = self.progress.count(index)
         self.exhausted = self.blocked = False
@@ -76,6 +96,14 @@ class Starter:
         seed = parameters.get("training.seed", self._spec.training.seed)
         seed = self._spec.seed_of(attrs.ordinal) if seed is None else seed
         return self._sign(trial, replace(attrs, parameters=parameters, seed=seed), worker)
+
+    def earlier(self, candidate: Candidate) -> TrialResult | None:
+        """The result of an earlier trial that the candidate reuses, if the spec says so."""
+        if self._spec.search.duplicates != "reuse" or candidate.number in self.continued:
+            return None
+        same = self._storage.index(self._id).ended(candidate.stage).with_key(key_of(candidate.parameters))
+        complete = [trial for trial in same if state_of(trial) is TrialState.COMPLETE]
+        return result_of(min(complete, key=lambda trial: trial.number)) if complete else None
 
     def _supervised(self, index: TrialIndex) -> bool:
         """Whether a trial runs that a supervisor will end; a program of the user's own may never tell its."""

@@ -15,9 +15,10 @@ from optuna.trial import FrozenTrial, Trial
 
 from hpo.errors import StoreError
 from hpo.home import Home
+from hpo.locks import ask_lock
 from hpo.records import FINAL, Candidate, FailureKind, StudyResult, TrialResult, TrialState
 from hpo.search.enough import Verdict
-from hpo.search.growth import seen_as
+from hpo.search.growth import seen_as, times_grown
 from hpo.search.halving import ParetoHalving
 from hpo.search.results import Finisher
 from hpo.search.stages import total_trials
@@ -30,7 +31,7 @@ from hpo.storage.optuna_private import trial_id_of
 from hpo.storage.optuna_storage import Storage
 from hpo.storage.reader import to_result
 from hpo.storage.retry import store_errors
-from hpo.storage.trial_attrs import ASKED, CLAIM, START, STOP, STUDY, TrialAttrs, attrs_of, key_of, result_of, state_of
+from hpo.storage.trial_attrs import ASKED, CLAIM, START, STOP, STUDY, TrialAttrs, attrs_of, pauses_of, result_of
 from hpo.storage.trial_index import TrialIndex
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -64,7 +65,8 @@ class Study:
         self._storage = storage
         self._lease = lease
         self._id: int = storage.database.get_study_id_from_name(title)
-        if (record := self._attribute(STUDY)) and "grown" in record:
+        record = self._attribute(STUDY) or {}
+        if grown := times_grown(record):
             storage.show(self._id, seen_as(spec, record))
         self._prunes = prunes(spec)
         self._pareto = ParetoHalving(spec)
@@ -75,7 +77,7 @@ class Study:
         self.shared = storage.shared
         # On other machines trials end with their machine: a supervisor must remain to try them again.
         waits = self.shared or spec.final is not None
-        self._starter = Starter(spec, storage, self._id, title=title, lease=lease.name, waits=waits)
+        self._starter = Starter(spec, storage, self._id, title=title, lease=lease.name, waits=waits, grown=grown)
         self.verdict = Verdict(home, spec, storage, self._id, self._starter.progress)
         self._liveness = Liveness(
             storage, self._id, lease, lambda: [trial_id_of(trial) for trial in list(self._running.values())]
@@ -130,7 +132,7 @@ class Study:
         """
         while True:
             candidate = self._hand_out(partial(self._starter.next, budget, worker, resumable))
-            earlier = self._earlier(candidate) if candidate else None
+            earlier = self._starter.earlier(candidate) if candidate else None
             if candidate is None or earlier is None:
                 return candidate
             reason = f"same candidate as trial {earlier.number}"
@@ -272,10 +274,14 @@ class Study:
     def _tell(self, result: TrialResult, *, died: bool) -> TrialResult:
         trial_id = trial_id_of(self._running[result.number])
         database = self._storage.database
-        lock = self._lock if result.state is TrialState.STOPPED else ""
+        lock = self._lock if result.state in (TrialState.STOPPED, TrialState.PAUSED) else ""
 
         def finish() -> TrialResult:
-            return self._finisher.finish(database.get_trial(trial_id), result, died=died)
+            trial = database.get_trial(trial_id)
+            if attrs_of(trial).lease != self._lease.name or pauses_of(trial):
+                # Paused already, by a call of which the server's answer was lost, and perhaps continued elsewhere.
+                return result_of(trial) or result
+            return self._finisher.finish(trial, result, died=died)
 
         try:
             result = self._storage.transact(finish, lock=lock)
@@ -379,7 +385,7 @@ class Study:
 
     @property
     def _lock(self) -> str:
-        return f"{self.title}.ask"
+        return ask_lock(self.title)
 
     def _trials(self) -> list[FrozenTrial]:
         return self._storage.every_trial(self._id)
@@ -390,11 +396,3 @@ class Study:
     def _abandoned(self) -> list[FrozenTrial]:
         """The running trials of supervisors that are dead."""
         return self._liveness.abandoned(self._index().open.values(), mine=self._running)
-
-    def _earlier(self, candidate: Candidate) -> TrialResult | None:
-        """The result of an earlier trial that the candidate reuses, if the spec says so."""
-        if self._spec.search.duplicates != "reuse" or candidate.number in self._starter.continued:
-            return None
-        same = self._index().ended(candidate.stage).with_key(key_of(candidate.parameters))
-        complete = [trial for trial in same if state_of(trial) is TrialState.COMPLETE]
-        return result_of(min(complete, key=lambda trial: trial.number)) if complete else None

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from optuna.trial import FrozenTrial
 
 from hpo.records import Candidate
-from hpo.search.halving import Floats, best_first, signs_of
+from hpo.search.halving import Floats, best_first, rung_values, signs_of
 from hpo.search.stages import stage_names
 from hpo.spec.automatic import chosen_pruner
 from hpo.spec.study import StudySpec
@@ -29,42 +29,49 @@ class _Place(NamedTuple):
 
 
 class Rungs:
-    """The rungs that the trials of one stage have reached, with their values there, as Optuna's pruner has noted them.
+    """The rungs that the trials of one stage have reached; values(trial) maps each to its values there.
 
     The rule is that of the pruner, which a trial meets again if it is repeated: the best n // factor of the n trials of
     a rung continue, and one at least. Of equal ones the earlier is better.
     """
 
-    def __init__(self, trials: Iterable[FrozenTrial], *, factor: int, signs: Floats) -> None:
-        self._factor = factor
+    def __init__(
+        self,
+        trials: Iterable[FrozenTrial],
+        *,
+        factor: int,
+        signs: Floats,
+        values: Callable[[FrozenTrial], Mapping[int, tuple[float, ...]]],
+    ) -> None:
+        self._factor, self._values = factor, values
         reached: defaultdict[int, list[tuple[int, tuple[float, ...]]]] = defaultdict(list)
         for trial in sorted(trials, key=lambda trial: trial.number):
-            for rung, values in _values(trial).items():
-                reached[rung].append((trial.number, values))
+            for rung, found in values(trial).items():
+                reached[rung].append((trial.number, found))
         self._ranks: dict[int, dict[int, int]] = {}
-        for rung, found in reached.items():
-            order = best_first(np.array([values for _, values in found]) * signs)
-            self._ranks[rung] = {found[row][0]: rank for rank, row in enumerate(order)}
+        for rung, each in reached.items():
+            order = best_first(np.array([found for _, found in each]) * signs)
+            self._ranks[rung] = {each[row][0]: rank for rank, row in enumerate(order)}
 
     def promoted(self, paused: Iterable[FrozenTrial]) -> list[FrozenTrial]:
         """Those of the paused trials that may continue, in this order: the highest rung first, and its best first."""
-        found = [(self._place(trial), trial) for trial in paused if _values(trial)]
-        fit = [(place, trial) for place, trial in found if place.rank < max(1, place.of // self._factor)]
+        found = [(self._place(trial), trial) for trial in paused]
+        fit = [(place, trial) for place, trial in found if place.rank < max(1, place.of // self._factor) and place.of]
         return [trial for _, trial in sorted(fit, key=lambda pair: (-pair[0].rung, pair[0].rank))]
 
     def worst_first(self, paused: Iterable[FrozenTrial]) -> Sequence[FrozenTrial]:
         """The paused trials, those of the lowest rung first, and of these the worst."""
-        found = [(self._place(trial) if _values(trial) else _Place(-1, 0, 0), trial) for trial in paused]
+        found = [(self._place(trial), trial) for trial in paused]
         return [trial for _, trial in sorted(found, key=lambda pair: (pair[0].rung, -pair[0].rank, pair[1].number))]
 
     def _place(self, trial: FrozenTrial) -> _Place:
-        rung = max(_values(trial))
-        ranks = self._ranks[rung]
-        return _Place(rung, ranks[trial.number], len(ranks))
+        rung = max(self._values(trial), default=-1)
+        ranks = self._ranks.get(rung, {})
+        return _Place(rung, ranks.get(trial.number, 0), len(ranks))
 
 
-def _values(trial: FrozenTrial) -> dict[int, tuple[float, ...]]:
-    """Rung -> value of the trial there, one for each objective."""
+def _noted(trial: FrozenTrial) -> dict[int, tuple[float, ...]]:
+    """Rung -> values of the trial there, one for each of several objectives, as ParetoHalving has noted them."""
     found = {match: value for key, value in trial.system_attrs.items() if (match := _RUNG.fullmatch(key))}
     return {int(match[1]): tuple(np.atleast_1d(value).astype(float)) for match, value in found.items()}
 
@@ -75,7 +82,12 @@ class PausedTrials:
     def __init__(self, spec: StudySpec) -> None:
         self._stages = stage_names(spec)
         self._thaws = spec.search.thaw is not None
-        self._factor = chosen_pruner(spec)[0].reduction_factor
+        part, _ = chosen_pruner(spec)
+        self._several, self._first, self._factor = (
+            bool(spec.search.objectives),
+            part.min_epochs or 1,
+            part.reduction_factor,
+        )
         self._signs = signs_of(spec)
 
     def promoted(self, index: TrialIndex, resumable: Callable[[Candidate], bool]) -> FrozenTrial | None:
@@ -94,7 +106,11 @@ class PausedTrials:
 
     def _rungs(self, index: TrialIndex, stage: str | None) -> Rungs:
         trials = [*index.ended(stage).visible, *index.unfinished(stage)]
-        return Rungs(trials, factor=self._factor, signs=self._signs)
+        return Rungs(trials, factor=self._factor, signs=self._signs, values=_noted if self._several else self._reported)
+
+    def _reported(self, trial: FrozenTrial) -> dict[int, tuple[float, ...]]:
+        found = rung_values(trial.intermediate_values, first=self._first, factor=self._factor)
+        return {rung: (value,) for rung, value in found.items()}
 
 
 def _of(index: TrialIndex, stage: str | None) -> list[FrozenTrial]:

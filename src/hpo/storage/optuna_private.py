@@ -6,7 +6,7 @@ PRIVATE_PARTS lists them. tests/storage/test_optuna_private.py names those that 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,8 @@ PRIVATE_PARTS: tuple[tuple[Any, str, tuple[str, ...] | None], ...] = (
     ),
     (_multi_objective, "_fast_non_domination_rank", ("loss_values", "n_below")),
     (optuna.pruners.HyperbandPruner, "_get_bracket_id", ("study", "trial")),
+    (optuna.pruners.HyperbandPruner, "_pruners", None),
+    (optuna.pruners.HyperbandPruner, "_trial_allocation_budgets", None),
     (optuna.samplers.QMCSampler, "_find_sample_id", ("study", "search_space")),
     (FrozenTrial, "_trial_id", None),
     (optuna.trial.Trial, "_trial_id", None),
@@ -37,8 +39,8 @@ PRIVATE_PARTS: tuple[tuple[Any, str, tuple[str, ...] | None], ...] = (
 
 # Key of a study's system attributes: the name of each objective, which Optuna's plots and its dashboard show.
 METRIC_NAMES = "study:metric_names"
-# Keys of a trial's system attributes: values that were set before sampling; what successive halving noted at a rung,
-# without its number; the violation of a constraint, without its text.
+# Keys of a trial's system attributes: values that were set before sampling; what successive halving of several
+# objectives noted at a rung, without its number; the violation of a constraint, without its text.
 FIXED, RUNG, CONSTRAINT = "fixed_params", "completed_rung_", "constraints:"
 
 
@@ -88,14 +90,16 @@ def domination_ranks(costs: NDArray[np.float64], *, least: int) -> NDArray[np.in
 class OrdinalHyperband(optuna.pruners.HyperbandPruner):  # type: ignore[misc]
     """Hyperband whose brackets follow the trial's ordinal in the study, from the first trial on.
 
-    Optuna's follow the trial's number, which counts interrupted trials too.
+    Optuna's follow the trial's number, which counts interrupted trials too. halving(bracket) is the pruner within one.
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, halving: Callable[[int], optuna.pruners.BasePruner], **options: Any) -> None:
         super().__init__(**options)
         # Optuna creates the brackets at the first call of prune, and samples without them until then.
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(), pruner=self)
         self.prune(study, optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING))
+        brackets = len(self._trial_allocation_budgets)
+        self._pruners: list[Any] = [halving(bracket) for bracket in range(brackets)]
 
     def _get_bracket_id(self, study: Any, trial: FrozenTrial) -> int:
         return int(super()._get_bracket_id(study, at_ordinal(trial)))

@@ -90,11 +90,12 @@ class Storage:
         """The trials that may have changed. While a candidate is asked for on a server: new ones, or of another state.
 
         Hundreds of supervisors have hundreds of trials running, of which a sampler needs nothing else. What they report
-        meanwhile is for pruners, which are not called while a candidate is asked for.
+        meanwhile is for pruners, which are not called while a candidate is asked for; but it decides which paused trial
+        is promoted.
         """
         unfinished = {trial_id_of(trial): trial for trial in index.open.values()}
         turned = self._turned(study_id, index, unfinished) if (self.pauses or index.paused) and index.trials else set()
-        if not self._asking or not index.trials:
+        if not self._asking or self.pauses or not index.trials:
             return read_trials(self.database, study_id, ids=unfinished.keys() | turned, after=index.read_up_to)
         states = self._states(study_id, unfinished, index.latest)
         # A trial of our own was last read before its parameters were drawn.
