@@ -138,7 +138,7 @@ def _judged(run: Run, net: torch.nn.Module, data: TrialData, setup: Setup) -> Ru
     errors = calibration.error if calibration else (0.0, 0.0)
     if found is None:
         return replace(run, errors=errors)
-    choice, _ = found
+    choice = found[0]
     return replace(run, views=choice.accuracy.value, chosen=len(choice.views), errors=errors)
 
 

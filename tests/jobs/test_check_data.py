@@ -77,7 +77,7 @@ def test_the_preparation_of_a_run_says_what_was_read(study, monkeypatch):
 
 
 def test_clusters_of_near_duplicates_are_told_as_such_and_declared_groups_as_groups(study):
-    clusters = "clusters of near-duplicates 41 with single images, each in one part"
+    clusters = "clusters of near-duplicates 41, a single image counted as one; none is divided"
     for setting, told in (("split.near_duplicates=together", clusters), ("split.group=(.*)", "groups 41, each in one")):
         result = CliRunner().invoke(app, ["check", study, "--device", "cpu", "--set", setting])
         assert result.exit_code == 0, result.output

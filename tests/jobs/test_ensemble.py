@@ -22,7 +22,7 @@ from hpo.errors import DataError, HpoError
 from hpo.events import Notice, StudyEnded
 from hpo.execute import ensemble as ensemble_module
 from hpo.execute.bases import study_data
-from hpo.execute.ensemble import Proposal, kept_trials, validation_images
+from hpo.execute.ensemble import Proposal, kept_trials, limits_of, validation_images
 from hpo.execute.run_study import run_study
 from hpo.execute.workers import ensemble_jobs
 from hpo.execute.workers.job_process import finish_trial
@@ -41,7 +41,7 @@ from hpo.report.ensembles import Gain
 from hpo.report.statistics import Interval
 from hpo.search.study import Study
 from hpo.spec.load import load_study, parse_study
-from hpo.spec.outcome import PredictSpec
+from hpo.spec.outcome import EnsembleSpec, PredictSpec
 from hpo.storage.reader import read_study
 from hpo.tracking.champions import outlasts
 from hpo.tracking.registry import fetch, resolve, set_alias
@@ -334,6 +334,12 @@ def test_an_ensemble_beyond_a_limit_of_the_study_is_not_made(home, monkeypatch):
     with pytest.raises(HpoError, match=r"beyond a limit of the study: valid_loss <= 0 \(it has 0\."):
         ensemble("digits-mlp")
     assert not read_study(home, "digits-mlp").ranked(ENSEMBLE)
+
+
+@pytest.mark.parametrize(("asked", "most"), [(5000, 1000), (500, 500), (None, 1000)])
+def test_options_only_tighten_the_constraints_of_the_study(asked, most):
+    spec = load_study("digits-mlp", overrides={"search.constraints": ["parameters <= 1000"]})
+    assert limits_of(spec, EnsembleSpec(parameters=asked)).parameters == most
 
 
 def test_an_ensemble_keeps_the_split_whose_images_judge_it(home):

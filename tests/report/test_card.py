@@ -31,7 +31,7 @@ def test_declared_groups_are_told_as_groups(place: str) -> None:
 def test_clusters_of_near_duplicates_are_no_declared_groups() -> None:
     about = told.spec(split={"kind": "holdout", "near_duplicates": "together"})
     text = card(told.trial(0), about=about, data={"groups": 940})
-    assert "- clusters of near-duplicates: 940 with single images, each in one part" in text
+    assert "- clusters of near-duplicates: 940, a single image counted as one; none is divided" in text
     assert "groups:" not in text
     assert NO_GROUPS in text
     rows = dict(origin_rows(replace(told.data(), groups=940), "", groups_declared=False))

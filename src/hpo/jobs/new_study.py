@@ -235,7 +235,7 @@ class _Draft:
             kept = {name: (value - chance) / max(plain - chance, 1e-9) for name, value in turned.items()}
             told = ", ".join(f"{name} {value:.2f}" for name, value in turned.items())
             self.turns = {name: True for name, share in kept.items() if plain > chance and share >= _SYMMETRIC}
-            reason = f"nearest neighbours recognise {plain:.2f} of a class of training images, and changed by {told}"
+            reason = f"nearest neighbours recognise {plain:.2f} (mean over the classes), and changed by {told}"
             self.decide("augmentation", ", ".join(self.turns) or "no flips", reason)
 
     def fill(self, preset: Preset, minutes: float, *, weights: Sequence[str], device: str, workers: int | None) -> None:

@@ -190,7 +190,7 @@ def groups_row(card: DataCard, *, declared: bool) -> list[tuple[str, str]]:
         return []
     if declared:
         return [("groups", f"{card.groups:,}, each in one part")]
-    return [("clusters of near-duplicates", f"{card.groups:,} with single images, each in one part")]
+    return [("clusters of near-duplicates", f"{card.groups:,}, a single image counted as one; none is divided")]
 
 
 def split_text(split: SplitSpec) -> str:

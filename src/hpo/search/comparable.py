@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from optuna.distributions import check_distribution_compatibility
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from hpo.errors import SpecError
 from hpo.search.stages import distribution
@@ -83,7 +83,7 @@ def check_stages_same(spec: StudySpec, before: Mapping[str, Any], trials: list[F
     old |= {stage["name"]: stage["space"] for stage in search.get("stages", [])}
     new: dict[str | None, Space] = {None: spec.search.space}
     new |= {stage.name: stage.space for stage in spec.search.stages}
-    begun = {stage_of(trial) for trial in trials} & old.keys()
+    begun = {stage_of(trial) for trial in trials if trial.state is not TrialState.FAIL} & old.keys()
     for stage in [stage for stage in old if stage in begun]:
         place = "search.space" if stage is None else f"search.stages.{stage}"
         ways = [_conditions(Space.model_validate(old[stage])), _conditions(new.get(stage, Space()))]

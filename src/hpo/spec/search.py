@@ -59,7 +59,7 @@ class PrunerSpec(Part):
     """auto: chosen from the epochs and the objectives. package.module:function: called with `options`; it returns a
     pruner of Optuna."""
     startup_trials: Count | None = None
-    """median, curve: finished trials before any is pruned; wilcoxon: epochs or folds at least. null: 5, 2 folds."""
+    """median, curve: finished trials before any is pruned; wilcoxon: epochs, or folds. null: 5, or 2 folds."""
     warmup_epochs: Count = 0
     """median, curve: no pruning in these first epochs."""
     min_epochs: Positive | None = None

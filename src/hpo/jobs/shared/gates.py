@@ -190,8 +190,8 @@ def _predicted_classes(home: Home, entrant: ModelReference, part: Part, class_na
     if split.kind not in ("none", "kfold"):
         own = validation_part(entrant.card, split)
         shared, rows = shared_rows([part.images, own.images])
-        # What a trial records are the answers of its network, which stand where no other images judged its views.
-        found = judged or [_recorded(trial) for trial in _seeds(entrant)]
+        # What a trial records are the answers of its network, without the views that its program may have.
+        found = judged or ([] if _may_have_views(entrant, len(own.labels)) else list(map(_recorded, _seeds(entrant))))
         recorded = [each for each in found if len(each) == len(own.labels)]
     if recorded and len(shared) == len(part.labels):
         predicted = np.empty((len(recorded), len(part.labels)), np.int64)
@@ -208,8 +208,7 @@ def _predicted_classes(home: Home, entrant: ModelReference, part: Part, class_na
 def _judged(home: Home, entrant: ModelReference) -> list[Ints]:
     """The classes (n,) of the entrant's validation images where they have chosen its members, or its views.
 
-    Each image's are by members, or views, that other images chose; one array for each seed of a race. None where a
-    seed has none.
+    Each image's are by members, or views, that other images chose; one array for each seed of a race that has them.
     """
     from hpo.tracking.registry import resolve
     from hpo.tracking.runs import validation_predictions
@@ -222,7 +221,16 @@ def _judged(home: Home, entrant: ModelReference) -> list[Ints]:
         uris = Tracker(home).kept_models(entrant.study)
         runs |= {each.number: resolve(home, uris[each.number]).run_id for each in seeds if each.number in uris}
     found = [validation_predictions(home, runs.get(each.number, "")) or {} for each in seeds]
-    return [each["judged"] for each in found] if all("judged" in each for each in found) else []
+    return [each["judged"] for each in found if "judged" in each]
+
+
+def _may_have_views(entrant: ModelReference, images: int) -> bool:
+    """Whether a model without a judgement by other images may average views: one of an earlier version may."""
+    from hpo.models.calibration import FEWEST
+    from hpo.models.views import candidates
+
+    choices = candidates(entrant.setup.training.augment, entrant.card.image_shape)
+    return entrant.spec.predict.views == "auto" and images >= FEWEST and bool(choices)
 
 
 def _seeds(entrant: ModelReference) -> list[Trial]:
@@ -269,16 +277,16 @@ def parity_verdict(
     """
     if ours.shape != theirs.shape:
         return Verdict("reloads", False, f"{ours.shape[1]} classes", f"{theirs.shape[1]} classes, {origin}")
-    distances, differing = np.sort(np.abs(ours - theirs).max(1))[::-1], _differing(ours, theirs, several=several)
+    distances, differing = np.abs(ours - theirs).max(1), _differing(ours, theirs, several=several)
     most, share = _PARITY[kind]
     most *= max(1.0, 1 / temperature)  # below 1 it enlarges what logits differ by
-    allowed, beyond = int(share * len(ours)), int((distances > most).sum())
+    allowed, beyond = int(share * len(ours)), int((~(distances <= most)).sum())
     outcome = f"{differing} of {len(ours):,} predictions differ" if differing else "same predictions"
     further = f", {beyond} beyond it" if beyond else ""
     return Verdict(
         "reloads",
         beyond <= allowed and differing <= allowed,
-        f"{outcome} {after} (largest difference {distances[0]:.1g}; limit {most:.3g}{further})",
+        f"{outcome} {after} (largest difference {distances.max():.1g}; limit {most:.3g}{further})",
         f"{f'at most {allowed} other' if allowed else 'same'} predictions, trained in {kind}",
     )
 
