@@ -1,5 +1,7 @@
 """A study is written for a folder, an npz or a table, fits its budget, and says why it is as it is."""
 
+# ruff: noqa: F811 - fixtures that are imported
+
 from __future__ import annotations
 
 import gzip
@@ -9,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from hpo.data.prepare import prepare
 from hpo.data.survey import describe_source, sides_of, symmetries
@@ -22,31 +23,8 @@ from hpo.jobs.shared.presets import PRESETS, fill_from_scratch, fill_frozen, usa
 from hpo.records import DataCard
 from hpo.spec.load import load_study
 from hpo.spec.study import DataSpec, SplitSpec
+from scans import as_folder, digits, folder  # noqa: F401
 from small_nets import SQUEEZE, weights_file
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HPO_DATA", str(tmp_path / "cache"))
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-    return tmp_path
-
-
-@pytest.fixture(scope="module")
-def digits() -> tuple[np.ndarray, np.ndarray]:
-    found = load_digits()
-    return (found.images * (255 / 16)).round().astype(np.uint8), found.target
-
-
-def as_folder(place: Path, images: np.ndarray, labels: np.ndarray, *, side: int = 8) -> Path:
-    """A folder a class, each image a PNG."""
-    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-        target = place / f"class {label}"
-        target.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).resize((side, side)).save(target / f"{number}.png")
-    return place
 
 
 def test_a_folder_becomes_a_study_that_can_be_read(folder: Path, digits: tuple[np.ndarray, np.ndarray]) -> None:
