@@ -235,13 +235,19 @@ def run(asked: argparse.Namespace) -> None:
     import search_quality_systems
 
     make: Callable[..., Any] = search_quality_systems.SYSTEMS[asked.system]
+    tasks = [task_of(name, asked.data) for name in asked.tasks]
+    scales = [scale_of(task) for task in tasks]
+    label = asked.label or asked.system
+    lines = asked.out.read_text().splitlines() if asked.out.exists() else []
+    done = {tuple(json.loads(line)[key] for key in ("system", "task", "workers", "seed")) for line in lines}
     with asked.out.open("a") as out:
-        for name in asked.tasks:
-            task = task_of(name, asked.data)
-            full, worst, top = scale_of(task)
-            for workers in asked.workers:
-                total = TRAININGS * full * max(1, workers // 4)
-                for seed in range(asked.first, asked.first + asked.seeds):
+        # Seeds outermost: what is there when it is cut off has all tasks.
+        for seed in range(asked.first, asked.first + asked.seeds):
+            for task, (full, worst, top) in zip(tasks, scales, strict=True):
+                for workers in asked.workers:
+                    if (label, task.name, workers, seed) in done:
+                        continue
+                    total = TRAININGS * full * max(1, workers // 4)
                     began = time.perf_counter()
                     system = make(task, seed=seed, workers=workers)
                     try:
@@ -249,7 +255,7 @@ def run(asked: argparse.Namespace) -> None:
                     finally:
                         system.close()
                     line = {
-                        "system": asked.label or asked.system,
+                        "system": label,
                         "task": task.name,
                         "workers": workers,
                         "seed": seed,
@@ -261,8 +267,7 @@ def run(asked: argparse.Namespace) -> None:
                     out.write(json.dumps(line) + "\n")
                     out.flush()
                     print(
-                        f"{line['system']}, {task.name}, {workers} workers, seed {seed}: {line['wall']:.1f} s",
-                        file=sys.stderr,
+                        f"{label}, {task.name}, {workers} workers, seed {seed}: {line['wall']:.1f} s", file=sys.stderr
                     )
 
 
@@ -319,14 +324,20 @@ def table(asked: argparse.Namespace) -> None:
             regret = np.clip((tops - best) / (tops - worst), 0, 1)
             ranks = rankdata(-best, axis=0)
             print(f"\n{workers} workers, {title}: {len(part)} tasks, {seeds} seeds\n")
-            print("| search | mean rank at 25 % | 50 % | 100 % | anytime | regret at 25 % | 50 % | 100 % |")
-            print("|---|---|---|---|---|---|---|---|")
+            print(
+                "| search | rank at 25 % | 50 % | 100 % | anytime | regret at 25 % | 50 % | 100 % | random's end at |"
+            )
+            print("|---|---|---|---|---|---|---|---|---|")
+            # The first place at which a search has what random search has at the end of the same budget, or 1.
+            reached = best >= best[names.index("random"), ..., -1:] if "random" in names else best > np.inf
+            shares = np.where(reached.any(-1), GRID[reached.argmax(-1)], 1.0)
             places = [int(np.searchsorted(GRID, share)) for share in SHARES]
             for row in np.argsort(ranks[..., places].mean((1, 2, 3))):
                 rng = np.random.default_rng(0)
                 cells = [interval(ranks[row, ..., place], rng) for place in places]
                 cells.append(interval(ranks[row].mean(-1), rng))
                 cells += [interval(regret[row, ..., place], rng) for place in places]
+                cells.append(interval(shares[row], rng))
                 print(f"| {names[row]} | {' | '.join(cells)} |")
 
 

@@ -274,3 +274,31 @@ def test_own_models_that_hang_in_training_or_export_end_with_the_timeout_and_res
     (ended,) = [event for event in events if isinstance(event, StudyEnded)][1:]
     assert ended.reason is EndReason.BUDGET
     assert ended.model is not None
+
+
+@pytest.mark.slow
+def test_a_timeout_while_views_are_chosen_keeps_the_model_without_them(tmp_path, monkeypatch):
+    # 16 views of three batches, a second each, are begun before the deadline.
+    monkeypatch.setattr(process, "_GRACE", 60.0)
+    spec = parse_study(
+        {
+            "name": "slow",
+            "data": {"name": "digits"},
+            "split": {"kind": "holdout"},
+            "model": {"kind": "troubled_nets:slow_answers", "options": {"train": False}},
+            "training": {
+                "epochs": 1,
+                "precision": "float32",
+                "augment": {"flip_horizontal": True, "flip_vertical": True, "rotate90": True, "crop": 1},
+            },
+            "search": {"trials": 2, "sampler": "grid", "space": {"model.options.train": {"choice": [False, True]}}},
+            "predict": {"views": "auto"},
+        },
+        trust=True,
+    )
+    events: list = []
+    run_study(spec, timeout=30.0, workers=2, home=tmp_path, watch=events.append)
+    notices = [event.text for event in events if isinstance(event, Notice)]
+    assert "trial 0: views of its images were not chosen: the time of the run was over" in notices
+    assert not [text for text in notices if "not saved yet" in text]
+    assert [file.name for file in (tmp_path / "mlruns" / "artifacts").rglob("*.pt2")]

@@ -152,3 +152,21 @@ def hanging(*, image_shape, classes, mark, train):
         time.sleep(600)
     hangs = train and there
     return Crashing(_dense(image_shape, classes), "hang" if hangs else "never")
+
+
+class Slow(nn.Module):
+    """Takes a second for each batch of images."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, images):
+        time.sleep(1)
+        return self.net(images)
+
+
+def slow_answers(*, image_shape, classes, train):
+    """Slow in the process that exports; where train is set, it hangs in training."""
+    net = _dense(image_shape, classes)
+    return Slow(net) if job_process._progress is not None else Crashing(net, "hang" if train else "never")

@@ -36,15 +36,21 @@ _REPEATS = 15
 _LEAST = 1e-30  # probability
 
 
-def decide_answers(folder: Path, validation: Path, images: Path, spec: PredictSpec) -> dict[str, Any]:
+class _TimeOverError(Exception):
+    """Views are not chosen to the end."""
+
+
+def decide_answers(
+    folder: Path, validation: Path, images: Path, spec: PredictSpec, *, hurry: Callable[[], bool] = lambda: False
+) -> dict[str, Any]:
     """Decide for the network that save_trained left in folder; returns the record that is written next to it.
 
     validation is the npz of its trial, with rows, labels and probabilities; there need be none. images is the npy of
     the development images that rows counts. Views and temperature go into config.json, from where export_program takes
     them, and into the npz the probabilities of the program so made, those of the network alone as `raw`, and the
     temperature. Where views are averaged, the record has scores and confusion of the program, and `judged` are the
-    classes (n,), each image's by the views that the other half of the images has chosen. May be called again. Raises
-    ModelError for a damaged folder.
+    classes (n,), each image's by the views that the other half of the images has chosen. May be called again. Once
+    hurry() is true, no views are chosen, which the record says. Raises ModelError for a damaged folder.
     """
     if not validation.is_file():
         return {}
@@ -60,8 +66,11 @@ def decide_answers(folder: Path, validation: Path, images: Path, spec: PredictSp
         pixels = np.load(images, mmap_mode="r", allow_pickle=False)
         with _remembering(net, images, found["rows"]) as memory:
             batch = _MAPS if any(isinstance(each, Transfer) for each in net.modules()) else _BATCH
-            answer = _Answers(whole_program(net, config), pixels, found["rows"], memory, batch)
-            chosen = choose(answer, labels, candidates(augment, config["image_shape"]))
+            answer = _Answers(whole_program(net, config), pixels, found["rows"], memory, batch, hurry)
+            try:
+                chosen = choose(answer, labels, candidates(augment, config["image_shape"]))
+            except _TimeOverError:
+                chosen, record["views_not_chosen"] = None, "the time of the run was over"
         if chosen is not None:
             choice, averaged, judged = chosen
             found["judged"] = judged.argmax(1).numpy()
@@ -161,14 +170,23 @@ class _Answers:
     """The probabilities of a program for some images under a view."""
 
     def __init__(
-        self, program: nn.Module, images: NDArray[np.uint8], rows: NDArray[np.int64], memory: _Memory, batch: int
+        self,
+        program: nn.Module,
+        images: NDArray[np.uint8],
+        rows: NDArray[np.int64],
+        memory: _Memory,
+        batch: int,
+        hurry: Callable[[], bool],
     ) -> None:
         self._program, self._images, self._rows, self._memory, self._batch = program, images, rows, memory, batch
+        self._hurry = hurry
 
     def __call__(self, view: View) -> Tensor:
         parts = []
         with torch.inference_mode():
             for start in range(0, len(self._rows), self._batch):
+                if self._hurry():
+                    raise _TimeOverError
                 self._memory.batch = view, start
                 pixels = torch.from_numpy(self._images[self._rows[start : start + self._batch]])
                 parts.append(self._program(view(pixels)))

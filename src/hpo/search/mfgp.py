@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import optuna
@@ -26,12 +26,13 @@ from hpo.spec.automatic import longest_training
 from hpo.spec.grid import holds
 from hpo.spec.space import Choice, Float, Int
 from hpo.storage.optuna_private import OrdinalQmc
-from hpo.storage.trial_attrs import attrs_of
+from hpo.storage.trial_attrs import attrs_of, ordinal_of
+from hpo.storage.trial_index import LATEST, MOST
 
 Floats = NDArray[np.float64]
 
 _RUNGS = 3  # scores after 1, 3, 9, ... epochs, and the last one, enter the model
-_MOST = 250  # scores in the model: the best half, and a sample of the others
+_SCORES = 250  # scores in the model: the best half, and a sample of the others
 _REFIT = 1.15  # length scales are learned again when there are 15 % more trials, from those before
 _CANDIDATES = 400  # among which the expected improvement is maximised: half at random, half near the best trials
 _BEST = 5  # trials near which candidates are drawn
@@ -99,6 +100,14 @@ class Places:
         return np.column_stack(columns).astype(float)
 
 
+class Observation(NamedTuple):
+    """A trial with a score: its ordinal, places, and share of the epochs on a log scale -> score, higher is better."""
+
+    ordinal: int
+    places: list[float]
+    curve: Mapping[float, float]
+
+
 class MultiFidelityGp(optuna.samplers.BaseSampler):  # type: ignore[misc]
     """The sampler of one candidate; seed decides all its draws."""
 
@@ -106,13 +115,14 @@ class MultiFidelityGp(optuna.samplers.BaseSampler):  # type: ignore[misc]
         self._stage = stage
         self._seed = seed
         self._places = Places(stage)
+        self._named = [(path, part, stage.label(path)) for path, part in self._places.parameters]
         folds = stage.spec.split.folds if stage.spec.split.kind == "kfold" else 1
         self._steps = max(2, longest_training(stage.spec) * folds)
         self._random = optuna.samplers.RandomSampler(seed=seed)
 
     def infer_relative_search_space(self, study: Any, trial: FrozenTrial) -> dict[str, BaseDistribution]:  # noqa: ARG002
         """Every parameter."""
-        return {self._stage.label(path): distribution(part) for path, part in self._places.parameters}
+        return {name: distribution(part) for _, part, name in self._named}
 
     def sample_independent(self, study: Any, trial: FrozenTrial, param_name: str, param_distribution: Any) -> Any:
         """A random value."""
@@ -121,7 +131,7 @@ class MultiFidelityGp(optuna.samplers.BaseSampler):  # type: ignore[misc]
     def sample_relative(self, study: Any, trial: FrozenTrial, search_space: Any) -> dict[str, Any]:
         """Name -> encoded value; points of a Sobol sequence for the first trials."""
         others = [other for other in study.get_trials(deepcopy=False) if other.number != trial.number]
-        others.sort(key=lambda other: (attrs_of(other).ordinal, other.number))
+        others.sort(key=lambda other: (ordinal_of(other), other.number))
         ordinal = attrs_of(trial).ordinal
         known = self._observations(study, others)
         if len(known) < max(2, self._stage.spec.search.sampler.startup_trials):
@@ -139,17 +149,16 @@ class MultiFidelityGp(optuna.samplers.BaseSampler):  # type: ignore[misc]
     def _parameters_of(self, trial: FrozenTrial) -> dict[str, Any]:
         if not trial.state.is_finished():
             return dict(attrs_of(trial).parameters or {})
-        named = ((path, part, self._stage.label(path)) for path, part in self._places.parameters)
-        return {path: decode(part, trial.params[name]) for path, part, name in named if name in trial.params}
+        params = trial.params
+        return {path: decode(part, params[name]) for path, part, name in self._named if name in params}
 
-    def _observations(self, study: Any, trials: Sequence[FrozenTrial]) -> list[tuple[list[float], dict[float, float]]]:
-        """(places, share of the epochs on a log scale -> score, higher is better) of each trial with a score."""
+    def _observations(self, study: Any, trials: Sequence[FrozenTrial]) -> list[Observation]:
         sign = 1.0 if study.direction == StudyDirection.MAXIMIZE else -1.0
         found = []
         for trial in trials:
             curve = self._curve(trial, sign)
             if curve:
-                found.append((self._places.of(self._parameters_of(trial)), curve))
+                found.append(Observation(ordinal_of(trial), self._places.of(self._parameters_of(trial)), curve))
         return found
 
     def _curve(self, trial: FrozenTrial, sign: float) -> dict[float, float]:
@@ -183,25 +192,29 @@ class MultiFidelityGp(optuna.samplers.BaseSampler):  # type: ignore[misc]
 
 def propose(
     places: Places,
-    known: Sequence[tuple[list[float], Mapping[float, float]]],
+    known: Sequence[Observation],
     running: Sequence[Mapping[str, Any]],
     rng: np.random.Generator,
 ) -> Floats:
     """The places of the candidate with the largest expected improvement.
 
-    known are (places, share of the epochs -> score, higher is better) of the trials; running are the values of those
-    without a score, which are taken to end as the model forecasts.
+    known are in the order of their ordinals; running are the values of the trials without a score, which are taken to
+    end as the model forecasts.
     """
-    points = places.features(np.array([row for row, _ in known]))
-    owners = np.array([owner for owner, (_, curve) in enumerate(known) for _ in curve])
-    shares = np.array([share for _, curve in known for share in curve])
-    scores = np.array([score for _, curve in known for score in curve.values()])
-    early = owners < _REFIT ** math.floor(math.log(len(known)) / math.log(_REFIT) + 1e-9)
+    points = places.features(np.array([each.places for each in known]))
+    owners = np.array([owner for owner, each in enumerate(known) for _ in each.curve])
+    shares = np.array([share for each in known for share in each.curve])
+    scores = np.array([score for each in known for score in each.curve.values()])
+    # Of a long study a sample is known, of which the latest trials change each time.
+    ordinals = np.array([each.ordinal for each in known])[owners]
+    lasting = ordinals[-1] + 1 if ordinals[-1] < MOST else ordinals[-1] + 1 - LATEST
+    early = ordinals < _REFIT ** math.floor(math.log(lasting) / math.log(_REFIT) + 1e-9)
+    early |= owners < 2
     lengths = fit(np.column_stack([points[owners], shares])[early], normal_ranks(scores[early]))
     scores = normal_ranks(scores)
-    if len(scores) > _MOST:
+    if len(scores) > _SCORES:
         order = np.argsort(-scores, kind="stable")
-        kept = np.concatenate([order[: _MOST // 2], rng.permutation(order[_MOST // 2 :])[: _MOST // 2]])
+        kept = np.concatenate([order[: _SCORES // 2], rng.permutation(order[_SCORES // 2 :])[: _SCORES // 2]])
         owners, shares, scores = owners[kept], shares[kept], scores[kept]
     inputs = np.column_stack([points[owners], shares])
     model = GaussianProcess(inputs, scores, lengths)
@@ -210,7 +223,7 @@ def propose(
         forecast, _ = model(pending)
         model = GaussianProcess(np.vstack([inputs, pending]), np.concatenate([scores, forecast]), lengths)
     best = list(dict.fromkeys(owners[np.argsort(-scores, kind="stable")]))[:_BEST]
-    centres = np.array([known[owner][0] for owner in rng.choice(best, _CANDIDATES // 2)])
+    centres = np.array([known[owner].places for owner in rng.choice(best, _CANDIDATES // 2)])
     candidates = np.vstack([places.draw(rng, _CANDIDATES // 2), places.near(rng, centres)])
     mean, deviation = model(_at_end(places.features(candidates)))
     tried, _ = model(_at_end(points))

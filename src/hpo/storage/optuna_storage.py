@@ -51,6 +51,7 @@ class Storage:
         self.pauses = False
         self._home = home
         self._asking = False
+        self._read: set[int] | None = None  # for the candidate that is asked for, from a file
         self._directions: dict[int, list[StudyDirection]] = {}
         self._indexes: dict[int, TrialIndex] = {}
         self._seen: dict[int, Callable[[FrozenTrial], FrozenTrial | None]] = {}
@@ -63,6 +64,10 @@ class Storage:
             maximize = [way is StudyDirection.MAXIMIZE for way in self.directions(study_id)]
             self._indexes[study_id] = TrialIndex(maximize, self._seen.get(study_id, lambda trial: trial))
         index = self._indexes[study_id]
+        if self._read is not None:
+            if study_id in self._read:
+                return index
+            self._read.add(study_id)
         trials = self._changed(study_id, index)
         index.update(trials)
         settled = [trial_id_of(trial) for trial in trials if trial.state.is_finished() or pauses_of(trial)]
@@ -191,15 +196,17 @@ class Storage:
     def transact_ask(self, study_id: int, step: Callable[[], T], *, lock: str) -> T:
         """Like transact, for a step that asks for a candidate: it reads little of the trials that run elsewhere.
 
-        On a server most of that is read before the lock is taken, because other supervisors wait for the lock.
+        On a server most of that is read before the lock is taken, because other supervisors wait for the lock. From a
+        file trials are read once: what others report meanwhile counts for the next candidate.
         """
         self._asking = self.shared
+        self._read = None if self.shared else set()
         try:
             if self.shared:
                 self.transact(lambda: self.index(study_id))
             return self.transact(step, lock=lock)
         finally:
-            self._asking = False
+            self._asking, self._read = False, None
 
     def create_trial(self, study_id: int, template: FrozenTrial) -> FrozenTrial:
         """Create a trial with the contents of the template and return it; not to be changed."""

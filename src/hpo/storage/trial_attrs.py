@@ -120,6 +120,12 @@ def stage_of(trial: FrozenTrial) -> str | None:
     return stage
 
 
+def ordinal_of(trial: FrozenTrial) -> int:
+    """The trial's place among the candidates of the study, without parsing its whole record."""
+    ordinal: int = trial.user_attrs.get(START, {}).get("ordinal", trial.number)
+    return ordinal
+
+
 def retry_of(trial: FrozenTrial) -> int | None:
     """The number of the trial that this one repeats, without parsing its whole record."""
     original: int | None = trial.user_attrs.get(START, {}).get("retry_of")

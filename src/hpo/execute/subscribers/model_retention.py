@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 from collections.abc import Collection
 from concurrent.futures import Future
@@ -19,7 +20,7 @@ from hpo.execute.subscribers.tracking import store_timeout
 from hpo.execute.tracking_queue import TrackingQueue
 from hpo.execute.workers.job_process import Job, JobProcess, draw_trial, finish_trial, warm_up
 from hpo.home import remove
-from hpo.records import AFTER_SEARCH, FINAL, DataCard, StudyResult, Trial, TrialResult, TrialState
+from hpo.records import AFTER_SEARCH, FINAL, DataCard, EndReason, StudyResult, Trial, TrialResult, TrialState
 from hpo.report.text import counted
 from hpo.spec.study import StudySpec
 from hpo.tracking.runs import FIGURES
@@ -53,6 +54,7 @@ class ModelRetention(Subscriber):
         self._jobs = jobs
         self._spec = spec
         self._work = work
+        self._hurry = work / f".hurry-{os.getpid()}"  # there: exports leave out what takes long
         self._data = data
         self._emit = emit
         self._end = end or RunEnd()
@@ -88,6 +90,7 @@ class ModelRetention(Subscriber):
                 self._export(wait=True)
                 self._queue.wait(timeout=store_timeout(reason), notify=lambda text: self._emit(Notice(text)))
                 self.collect(wait=True)
+                self._hurry.unlink(missing_ok=True)
                 self._begin_drawing()
             case WinnerChosen():
                 self.draw()
@@ -182,6 +185,8 @@ class ModelRetention(Subscriber):
         if not self._told_of_end and not job.done():
             self._told_of_end = True
             self._emit(Notice(f"stopping: saving {_models(len(self._pending))}; Ctrl-C again ends now"))
+            if self._end.reason() is EndReason.TIMEOUT:
+                self._hurry.touch()
         return self._end.await_done(job)
 
     def _export(self, *, wait: bool) -> None:
@@ -194,7 +199,7 @@ class ModelRetention(Subscriber):
             for number in best_first if wait else [min(self._waiting)]:
                 self._undrawn[number] = self._waiting.pop(number)
                 self._pending[number] = self._jobs.submit(
-                    finish_trial, self._undrawn[number], self._data, self._spec.predict
+                    finish_trial, self._undrawn[number], self._data, self._spec.predict, self._hurry
                 )
 
     def _begin_drawing(self) -> None:

@@ -233,10 +233,10 @@ def warm_up() -> None:
         os.nice(5)
 
 
-def finish_trial(result: TrialResult, data: DataCard, spec: PredictSpec) -> Path:
+def finish_trial(result: TrialResult, data: DataCard, spec: PredictSpec, hurry: Path) -> Path:
     """Turn what a complete trial left in its folder into a program, with tables next to it, and return the folder.
 
-    The program answers as spec says.
+    The program answers as spec says; once the file `hurry` is there, no views are chosen for it.
     """
     from hpo.models import export_program
     from hpo.models.answers import decide_answers
@@ -247,7 +247,9 @@ def finish_trial(result: TrialResult, data: DataCard, spec: PredictSpec) -> Path
     use_threads(1)
     folder = Path(result.folder)
     images = Path(data.folder) / "development_images.npy"
-    decided = decide_answers(folder, folder / _VALIDATION, images, spec)
+    decided = decide_answers(folder, folder / _VALIDATION, images, spec, hurry=hurry.is_file)
+    if "views_not_chosen" in decided:
+        _notify(f"trial {result.number}: views of its images were not chosen: {decided['views_not_chosen']}", 0, 0)
     export_program(folder)
     if (result := of_program(result, decided)).confusion:
         report, table = classification_report(result.confusion, data.class_names)
