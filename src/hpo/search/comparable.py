@@ -13,7 +13,6 @@ from hpo.search.stages import distribution
 from hpo.spec.own_code import content_changes, with_digests
 from hpo.spec.space import Choice, Float, Int, Space
 from hpo.spec.study import StudySpec
-from hpo.storage.optuna_private import RUNG
 from hpo.storage.trial_attrs import stage_of
 
 _ONLY_ENDS = "Only the ends of a range may change when a study is resumed: start a new generation with --fresh."
@@ -59,21 +58,6 @@ def check_space(spec: StudySpec, trials: list[FrozenTrial]) -> None:
                 f"{spec.name}: {path}: was {tried[label]}, is now {distribution(parameter)}.",
                 _ONLY_ENDS,
             ) from None
-
-
-def check_rungs(spec: StudySpec, before: Mapping[str, Any], trials: list[FrozenTrial]) -> None:
-    """Raise SpecError where the rungs of several objectives have moved: their values at other epochs are not stored."""
-    part, then = spec.search.pruner, before["spec"]["search"]["pruner"]
-    if not spec.search.objectives or not part.name == then["name"] == "successive_halving":
-        return
-    old = then.get("min_epochs") or 1, then.get("reduction_factor", part.reduction_factor)
-    new = part.min_epochs or 1, part.reduction_factor
-    if old != new and any(key.startswith(RUNG) for trial in trials for key in trial.system_attrs):
-        raise SpecError(
-            f"{spec.name}: search.pruner: the rungs of several objectives cannot move once trials have reached one: "
-            f"min_epochs {old[0]} -> {new[0]}, reduction_factor {old[1]} -> {new[1]}.",
-            "Restore them, or start a new generation with --fresh.",
-        )
 
 
 def check_stages_same(spec: StudySpec, before: Mapping[str, Any], trials: list[FrozenTrial]) -> None:

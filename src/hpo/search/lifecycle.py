@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial
 from hpo.errors import SpecError, StoreError
 from hpo.home import Home
 from hpo.locks import ask_lock, ensemble_lock, lock
-from hpo.search.comparable import check_rungs, check_same, check_space, check_stages_same
+from hpo.search.comparable import check_same, check_space, check_stages_same
 from hpo.search.constraints import aims, parse_constraint
 from hpo.search.enough import enough_key
 from hpo.search.growth import Growth
@@ -156,7 +156,6 @@ def _write_record(
     if before is not None:
         trials = storage.every_trial(study_id)
         growth = _growth(spec, before, trials)
-        check_rungs(spec, before, trials)
         check_same(before, record, apart=growth.apart if growth else frozenset())
         if libraries := library_changes(before.get("content", {}), content):
             notes.append(f"Earlier trials ran with other libraries and may differ in the last digits: {libraries}.")
