@@ -7,7 +7,6 @@ import optuna
 import pytest
 
 from formula import NUMERIC, objective, run_all
-from hpo.errors import SpecError
 from hpo.records import TrialResult, TrialState
 from hpo.search.halving import Halving, rung_values
 from hpo.search.lifecycle import open_study

@@ -68,6 +68,14 @@ def check_stages_same(spec: StudySpec, before: Mapping[str, Any], trials: list[F
     new: dict[str | None, Space] = {None: spec.search.space}
     new |= {stage.name: stage.space for stage in spec.search.stages}
     begun = {stage_of(trial) for trial in trials if trial.state is not TrialState.FAIL} & old.keys()
+    if begun and bool(search.get("stages")) != bool(spec.search.stages):
+        place, other = ("search.space", "search.stages") if spec.search.stages else ("search.stages", "search.space")
+        raise SpecError(
+            f"{spec.name}: {place} has become {other}, and trials exist. A stage counts, compares and passes on only "
+            "trials that varied its own parameters from its own start, so these would count in neither.",
+            f"Restore {place}, or start a new generation that tries the best of these trials first: write "
+            f"search.start_from: {{study: {spec.name}, best: 5}}, then hpo run {spec.name} --fresh",
+        )
     for stage in [stage for stage in old if stage in begun]:
         place = "search.space" if stage is None else f"search.stages.{stage}"
         ways = [_conditions(Space.model_validate(old[stage])), _conditions(new.get(stage, Space()))]
