@@ -37,9 +37,9 @@ from hpo.storage.retry import store_errors
 from hpo.storage.trial_attrs import STOP, STUDY, key_of
 
 
-def new_lease(home: Home, title: str) -> Lease:
-    """A lease for a supervisor of this study."""
-    return Lease(home.locks, shared=home.shared, title=title)
+def new_lease(home: Home, title: str, *, thaws: bool = False) -> Lease:
+    """A lease for a supervisor of this study; thaws: its search may continue paused trials."""
+    return Lease(home.locks, shared=home.shared, title=title, thaws=thaws)
 
 
 def open_study(
@@ -83,7 +83,8 @@ def open_study(
         with store_errors(home):
             title, notes, spec = storage.transact(enter, lock="studies")
             clean_leases(home.locks)
-            return Study(home, spec, storage, title, new_lease(home, title), notes)
+            lease = new_lease(home, title, thaws=spec.search.thaw is not None)
+            return Study(home, spec, storage, title, lease, notes)
     except BaseException:
         storage.close()
         raise
