@@ -220,7 +220,7 @@ def test_who_had_the_study_open_hands_out_no_candidate_of_the_space_before_it_gr
     one = study_of(make_spec("random", space={"model.hidden": {"choice": [32, 64]}}))
     train(one, one.ask(budget=9, worker="w"), worth=worth)
     other = study_of(make_spec("random", space={"model.hidden": {"choice": [64, 128]}}), extend=True)
-    with pytest.raises(StoreError, match="study: its space has grown meanwhile") as caught:
+    with pytest.raises(StoreError, match="study: its space has changed meanwhile") as caught:
         one.ask(budget=9, worker="w")
     assert "hpo run study" in caught.value.hint
     run_all(other, 9, worth=worth)
@@ -235,14 +235,27 @@ def test_who_had_the_study_open_neither_trains_its_best_nor_finds_enough_once_th
     train(one, one.ask(budget=9, worker="w"), worth=worth)
     best = one.result().best.candidate.parameters
     other = study_of(make_spec("random", space=SECOND, final={}, enough={"gain": 0.1}), extend=True)
-    with pytest.raises(StoreError, match="its space has grown meanwhile"):
+    with pytest.raises(StoreError, match="its space has changed meanwhile"):
         one.enqueue_finals([(best, 1)])
-    with pytest.raises(StoreError, match="its space has grown meanwhile"):
+    with pytest.raises(StoreError, match="its space has changed meanwhile"):
         one.verdict.conclude("enough for the smaller space")
     assert other.ask_final(worker="w") is None
     assert other.result().enough == ""
     one.close()
     other.close()
+
+
+def test_who_had_the_study_open_draws_nothing_beyond_a_range_that_was_narrowed_meanwhile(study_of, make_spec):
+    def spec(low, high):
+        return make_spec("random", space={"model.dropout": {"float": [low, high]}})
+
+    one = study_of(spec(0.0, 0.9))
+    study_of(spec(0.0, 0.95)).close()
+    train(one, one.ask(budget=9, worker="w"), worth=worth)  # a wider range takes its trials
+    study_of(spec(0.0, 0.0001 + one.result().trials[0].candidate.parameters["model.dropout"])).close()
+    with pytest.raises(StoreError, match="its space has changed meanwhile"):
+        one.ask(budget=9, worker="w")
+    one.close()
 
 
 def test_what_is_enough_for_another_limit_ends_no_search(study_of, make_spec):

@@ -56,6 +56,7 @@ def test_a_trial_continues_if_it_is_among_the_best_third_of_its_rung(home, make_
     for values, _ in course:
         trial = study.ask(budget=99, worker="w")
         pruned = study.report(trial.number, 1, values)
+        assert study.report(trial.number, 1, values) is pruned, "reported again"
         seen.append(pruned)
         state = TrialState.PRUNED if pruned else TrialState.COMPLETE
         scores = dict(zip(("valid_accuracy", "parameters"), values, strict=True))

@@ -156,7 +156,7 @@ class Verdict:
         return (gain, best, len(ended.visible)) if gain is not None else None
 
     def conclude(self, text: str) -> None:
-        """Record why search.enough ends the search. Raises StoreError where the space has grown meanwhile."""
+        """Record why search.enough ends the search. Raises StoreError where the space has changed meanwhile."""
 
         def write() -> None:
             self._starter.check_space()

@@ -12,7 +12,7 @@ count, since they are not in the space of now.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -257,6 +257,19 @@ def _named(space: Space, values: Mapping[str, Any], labels: Mapping[str, str]) -
 def times_grown(record: Mapping[str, Any]) -> int:
     """How often the space of a study has grown."""
     return len(record.get("grown", []))
+
+
+def narrowed_since(spec: StudySpec, record: Mapping[str, Any]) -> bool:
+    """Whether the record has a narrower range than a study that is run: narrower ranges need no growth."""
+    own, now = (_ends(search) for search in (spec.search.model_dump(mode="json"), record["spec"]["search"]))
+    return any(now[place][0] > ends[0] or now[place][1] < ends[1] for place, ends in own.items() if place in now)
+
+
+def _ends(search: Mapping[str, Any]) -> dict[tuple[str, str], Sequence[float]]:
+    """(stage or "", path) -> the ends of each range of a stored search."""
+    spaces = {"": search.get("space", {}), **{stage["name"]: stage["space"] for stage in search.get("stages", [])}}
+    parts = ((name, path, part) for name, space in spaces.items() for path, part in space.items())
+    return {(name, path): part[kind] for name, path, part in parts for kind in ("float", "int") if kind in part}
 
 
 def seen_as(spec: StudySpec, record: Mapping[str, Any]) -> Callable[[FrozenTrial], FrozenTrial | None]:

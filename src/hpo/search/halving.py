@@ -128,9 +128,10 @@ class ParetoHalving:
     def prune(self, view: StageView, study_id: int, trial_id: int, step: int, values: Sequence[float]) -> bool:
         """Whether to end the trial after this step (counted from 1), where it has one value for each objective.
 
-        Its values at a rung are noted in the storage.
+        Its values at a rung are noted in the storage. A step that is reported again is judged again.
         """
-        before = max(noted_values(view.get_trial_system_attrs(trial_id)), default=0)
+        noted = noted_values(view.get_trial_system_attrs(trial_id))
+        before = max((rung for rung in noted if rung < step), default=0)
         for rung in rungs_within(before, step, first=self._first, factor=self._factor):
             if not all(map(math.isfinite, values)):
                 return True

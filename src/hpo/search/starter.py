@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, Trial
 
 from hpo.errors import StoreError
 from hpo.records import FINAL, Candidate, TrialResult, TrialState
-from hpo.search.growth import in_ranges, times_grown
+from hpo.search.growth import in_ranges, narrowed_since, times_grown
 from hpo.search.pruners import build_pruner
 from hpo.search.results import template
 from hpo.search.samplers import StageProgress, StageSampler, Step
@@ -65,9 +65,10 @@ class Starter:
 
     def check_space(self) -> None:
         """Raise StoreError where another supervisor has changed the space since the study was opened."""
-        if times_grown(self._storage.database.get_study_user_attrs(self._id).get(STUDY, {})) != self._grown:
+        record = self._storage.database.get_study_user_attrs(self._id).get(STUDY, {})
+        if times_grown(record) != self._grown or narrowed_since(self._spec, record):
             raise StoreError(
-                f"{self._title}: its space has grown meanwhile.",
+                f"{self._title}: its space has changed meanwhile.",
                 f"Start this run again: hpo run {self._title.partition('~')[0]}",
             )
 
