@@ -138,6 +138,19 @@ def test_candidates_to_try_first_that_are_added_later_are_not_passed_over_in_sil
     study.close()
 
 
+def test_a_candidate_to_try_first_is_tried_although_the_one_before_it_has_left_the_space(home, make_spec):
+    sizes = {"model.hidden": {"choice": [32, 64]}, DROP: {"float": [0.0, 0.5]}}
+    start = [{"model.hidden": 64}, {"model.hidden": 32, DROP: 0.25}]
+    study = open_study(home, make_spec(space=sizes, start=start), data_digest="d")
+    train(study, study.ask(budget=9, worker="w"))
+    study.close()
+    others = {**sizes, "model.hidden": {"choice": [32, 128]}}
+    study = open_study(home, make_spec(space=others, start=start), data_digest="d", extend=True)
+    assert study.ask(budget=9, worker="w").parameters == start[1]
+    assert study.ask(budget=9, worker="w").parameters not in start
+    study.close()
+
+
 def test_start_from_an_absent_study_names_those_there_are(home, make_spec):
     open_study(home, make_spec(name="other"), data_digest="d").close()
     with pytest.raises(SpecError, match=r"no study 'othr' has run here \(known: other\)"):

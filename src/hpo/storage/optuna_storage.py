@@ -239,7 +239,7 @@ class Storage:
         )
         values = {"study": study_id, "start": START, "pause": PAUSE}
         rows = self.database.transact(lambda session: session.execute(query, values).all())
-        return [row[0] for row in rows if chosen(json.loads(row[1])["lease"])]
+        return [row[0] for row in rows if chosen(json.loads(row[1]).get("lease", ""))]
 
     def silent(self, study_id: int) -> set[int]:
         """The numbers of running trials without a heartbeat for GRACE_SECONDS, by the server's clock.
