@@ -17,7 +17,7 @@ from hpo.events import EpochEnded, TrialEnded, TrialPaused, TrialStarted
 from hpo.execute.engines.in_process import InProcess
 from hpo.execute.workers.task import Task
 from hpo.records import Epoch, TrialResult, TrialState
-from hpo.search.lifecycle import open_study
+from hpo.search.lifecycle import open_study, opened
 from hpo.spec.load import parse_study
 from no_pictures import draw_nothing
 
@@ -253,7 +253,7 @@ def test_another_supervisor_leaves_paused_trials_alone_until_nothing_runs(home, 
     one.tell(TrialResult(paused.number, TrialState.PAUSED, 0.5, 1, (epoch,), epoch.scores, pauses=1))
     assert other.reap() == []
     assert other.counted() == 2
-    assert other.end_paused() == [], "a trial of another supervisor runs"
+    assert other.end_search() == [], "a trial of another supervisor runs"
     again = other.ask(budget=9, worker="w", resumable=lambda _: True)
     assert again.number == paused.number, "the best of its rung: a free worker of any supervisor continues it"
     assert other.before_pause(paused.number).epochs == (epoch,)
@@ -263,6 +263,36 @@ def test_another_supervisor_leaves_paused_trials_alone_until_nothing_runs(home, 
     assert one.reap() == [paused.number], "now it runs, and its supervisor has died"
     assert one.result().trials[paused.number].state is TrialState.STOPPED
     one.close()
+
+
+def paused_by(study):
+    """The number of a trial that this supervisor has paused after its first epoch."""
+    number = study.ask(budget=9, worker="w").number
+    study.report(number, 1, 0.5)
+    study.tell(TrialResult(number, TrialState.PAUSED, 0.5, 1, pauses=1))
+    return number
+
+
+@pytest.mark.parametrize("other_ends_first", [True, False])
+def test_paused_trials_end_with_the_last_run_that_can_continue_them(home, make_thawing, other_ends_first):
+    one, other = (open_study(home, make_thawing(), data_digest="d") for _ in range(2))
+    number = paused_by(one)
+    first, last = (other, one) if other_ends_first else (one, other)
+    assert first.end_search() == [], "another living run may have a larger budget"
+    assert last.result().trials[number].state is TrialState.PAUSED
+    assert [(result.number, result.state) for result in last.end_search()] == [(number, TrialState.PRUNED)]
+    assert first.end_search() == []
+    for study in (one, other):
+        study.close()
+
+
+def test_paused_trials_of_a_run_that_is_gone_end_and_a_job_that_has_the_study_open_keeps_none(home, make_thawing):
+    one, last = (open_study(home, make_thawing(), data_digest="d") for _ in range(2))
+    number = paused_by(one)
+    one.close()
+    with opened(home, "study"):  # such as hpo ensemble: it searches nothing
+        assert [result.number for result in last.end_search()] == [number]
+    last.close()
 
 
 def test_a_pause_that_is_told_twice_does_not_stop_who_continues_the_trial(home, make_thawing):

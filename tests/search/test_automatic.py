@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import replace
 
@@ -12,7 +13,9 @@ from formula import FINITE, MIXED, NUMERIC, objective, run_in_pieces, run_whole,
 from hpo.errors import SpecError
 from hpo.records import TrialResult, TrialState
 from hpo.search.lifecycle import open_study, opened
+from hpo.search.mfgp import MultiFidelityGp
 from hpo.search.priors import prior_share, prior_values
+from hpo.search.results import misfit
 from hpo.search.stages import from_unit, make_stage, to_unit
 from hpo.spec.automatic import chosen_pruner, chosen_sampler
 from hpo.spec.load import parse_study
@@ -291,3 +294,42 @@ def test_mfgp_learns_from_pruned_trials(home, make_spec):
     assert result.count(TrialState.PRUNED) > 5
     values = [objective(trial.candidate.parameters) for trial in result.trials]
     assert sum(values[12:]) / 12 > sum(values[:5]) / 5
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_mfgp_leaves_alone_what_was_refused_or_failed(home, make_spec, fails):
+    """The best is at the edge of what can be trained: without a lesson all candidates were proposed beyond it."""
+    study = open_study(home, make_spec("mfgp", space=NUMERIC, startup=5), data_digest="d")
+    refused = []
+    for _ in range(24):
+        candidate = study.ask(budget=99, worker="w")
+        dropout = candidate.parameters["model.dropout"]
+        refused.append(dropout < 0.25)
+        result = TrialResult(candidate.number, TrialState.COMPLETE, 1 - dropout)
+        if refused[-1]:
+            error = ValueError("the network is larger than the image")
+            failed = TrialResult(candidate.number, TrialState.FAILED, reason=str(error))
+            result = failed if fails else misfit(candidate.number, error)
+        study.tell(result)
+    study.close()
+    assert sum(refused[8:]) < 8
+
+
+def test_mfgp_forgets_a_failure_once_the_candidate_was_tried_again(home, make_spec):
+    study = open_study(home, make_spec("mfgp", space=NUMERIC, startup=2), data_digest="d")
+    number = study.ask(budget=99, worker="w").number
+    study.tell(TrialResult(number, TrialState.FAILED, reason="the disk was full"))
+    assert _observed(study) == [{1.0: -math.inf}]
+    assert study.retry_failed() == 1
+    again = study.ask(budget=99, worker="w").number
+    study.tell(TrialResult(again, TrialState.COMPLETE, 0.9))
+    assert _observed(study) == [{1.0: 0.9}]
+    study.close()
+
+
+def _observed(study):
+    """The scores that the model learns from."""
+    stage = study._starter.progress.current(study._index()).stage
+    seen = study._starter.sampler_view(stage).study(sampler=None, pruner=None)
+    trials = seen.get_trials(deepcopy=False)
+    return [curve for _, curve in MultiFidelityGp(stage, seed=0)._observations(seen, trials)]

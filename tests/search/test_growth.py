@@ -220,7 +220,7 @@ def test_who_had_the_study_open_hands_out_no_candidate_of_the_space_before_it_gr
     one = study_of(make_spec("random", space={"model.hidden": {"choice": [32, 64]}}))
     train(one, one.ask(budget=9, worker="w"), worth=worth)
     other = study_of(make_spec("random", space={"model.hidden": {"choice": [64, 128]}}), extend=True)
-    with pytest.raises(StoreError, match="study: its space has grown meanwhile") as caught:
+    with pytest.raises(StoreError, match="study: its space has changed meanwhile") as caught:
         one.ask(budget=9, worker="w")
     assert "hpo run study" in caught.value.hint
     run_all(other, 9, worth=worth)
@@ -228,6 +228,75 @@ def test_who_had_the_study_open_hands_out_no_candidate_of_the_space_before_it_gr
     assert {trial.candidate.parameters["model.hidden"] for trial in result.counted} == {64, 128}
     one.close()
     other.close()
+
+
+def test_who_had_the_study_open_neither_trains_its_best_nor_finds_enough_once_the_space_has_grown(study_of, make_spec):
+    one = study_of(make_spec("random", space=FIRST, final={}, enough={"gain": 0.1}))
+    train(one, one.ask(budget=9, worker="w"), worth=worth)
+    best = one.result().best.candidate.parameters
+    other = study_of(make_spec("random", space=SECOND, final={}, enough={"gain": 0.1}), extend=True)
+    with pytest.raises(StoreError, match="its space has changed meanwhile"):
+        one.enqueue_finals([(best, 1)])
+    with pytest.raises(StoreError, match="its space has changed meanwhile"):
+        one.verdict.conclude("enough for the smaller space")
+    assert other.ask_final(worker="w") is None
+    assert other.result().enough == ""
+    one.close()
+    other.close()
+
+
+def test_who_had_the_study_open_draws_nothing_beyond_a_range_that_was_narrowed_meanwhile(study_of, make_spec):
+    def spec(low, high):
+        return make_spec("random", space={"model.dropout": {"float": [low, high]}})
+
+    one = study_of(spec(0.0, 0.9))
+    study_of(spec(0.0, 0.95)).close()
+    train(one, one.ask(budget=9, worker="w"), worth=worth)  # a wider range takes its trials
+    study_of(spec(0.0, 0.0001 + one.result().trials[0].candidate.parameters["model.dropout"])).close()
+    with pytest.raises(StoreError, match="its space has changed meanwhile"):
+        one.ask(budget=9, worker="w")
+    one.close()
+
+
+def test_what_is_enough_for_another_limit_ends_no_search(study_of, make_spec):
+    loose, tight = (study_of(make_spec(space=FIRST, enough={"gain": gain})) for gain in (0.1, 0.01))
+    loose.verdict.conclude("at most 0.05")
+    assert (loose.verdict.told, tight.verdict.told) == ("at most 0.05", "")
+    loose.close()
+    tight.close()
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_a_range_whose_ends_have_moved_is_modelled_with_the_trials_of_before(study_of, make_spec, staged):
+    def spec(high):
+        space = {"model.dropout": {"float": [0.0, 0.5]}, "training.optimizer.lr": {"float": [1e-3, high], "log": True}}
+        if staged:
+            return make_spec("gp", space={}, stages=[{"name": "only", "space": space, "trials": 20}])
+        return make_spec("gp", space=space)
+
+    run(study_of, spec(0.1), 4)
+    study = study_of(spec(0.2))
+    train(study, study.ask(budget=9, worker="w"), worth=worth)
+    stage = study._starter.progress.current(study._index()).stage
+    trials = study._starter.sampler_view(stage).study(sampler=None, pruner=None).get_trials(deepcopy=False)
+    together = optuna.search_space.intersection_search_space(trials)
+    assert set(together) == {stage.label("model.dropout"), stage.label("training.optimizer.lr")}
+    assert len(trials) == 5
+    study.close()
+
+
+def test_a_stage_learns_nothing_of_what_its_narrower_range_has_no_more(study_of, make_spec):
+    def spec(high):
+        space = {"model.dropout": {"float": [0.0, high]}}
+        return make_spec("gp", space={}, stages=[{"name": "only", "space": space, "trials": 20}])
+
+    before, _ = run(study_of, spec(0.9), 8)
+    inside = [trial.number for trial in before.trials if trial.candidate.parameters["model.dropout"] <= 0.5]
+    assert 0 < len(inside) < 8
+    study = study_of(spec(0.5))
+    stage = study._starter.progress.current(study._index()).stage
+    assert [trial.number for trial in study._starter.sampler_view(stage).get_all_trials(study._id)] == inside
+    study.close()
 
 
 def test_a_space_grows_only_while_nobody_asks(study_of, make_spec, home):

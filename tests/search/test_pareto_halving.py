@@ -16,9 +16,10 @@ TWO = {
 }
 
 
-def halving(make_spec, **search):
+def halving(make_spec, first=1, factor=3, **search):
     spec = make_spec(**TWO, **search)
-    part = spec.search.pruner.model_copy(update={"name": "successive_halving", "min_epochs": 1, "reduction_factor": 3})
+    changes = {"name": "successive_halving", "min_epochs": first, "reduction_factor": factor}
+    part = spec.search.pruner.model_copy(update=changes)
     return spec.model_copy(update={"search": spec.search.model_copy(update={"pruner": part})})
 
 
@@ -55,6 +56,7 @@ def test_a_trial_continues_if_it_is_among_the_best_third_of_its_rung(home, make_
     for values, _ in course:
         trial = study.ask(budget=99, worker="w")
         pruned = study.report(trial.number, 1, values)
+        assert study.report(trial.number, 1, values) is pruned, "reported again"
         seen.append(pruned)
         state = TrialState.PRUNED if pruned else TrialState.COMPLETE
         scores = dict(zip(("valid_accuracy", "parameters"), values, strict=True))
@@ -81,6 +83,35 @@ def test_without_a_pruner_several_objectives_are_never_pruned(home, make_spec):
         trial = study.ask(budget=99, worker="w")
         assert study.report(trial.number, 1, (accuracy, 10.0)) is False
     study.close()
+
+
+def trained(study, curve):
+    """The epoch in which the pruner ends a trial of this curve of accuracies; None where it does not."""
+    number = study.ask(budget=99, worker="w").number
+    ends = (epoch for epoch, value in enumerate(curve, 1) if study.report(number, epoch, (value, 10.0)))
+    end = next(ends, None)
+    scores = {"valid_accuracy": curve[(end or len(curve)) - 1], "parameters": 10.0}
+    study.tell(TrialResult(number, TrialState.PRUNED if end else TrialState.COMPLETE, scores=scores))
+    return end
+
+
+@pytest.mark.parametrize("off_between", [False, True])
+def test_rungs_that_have_moved_compare_trials_at_the_same_epoch(home, make_spec, off_between):
+    def resumed(spec, *curves):
+        study = open_study(home, spec, data_digest="d")
+        ends = [trained(study, curve) for curve in curves]
+        study.close()
+        return ends
+
+    rising = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+    late = [0.11, 0.21, 0.31, 0.41, 0.51, 0.2, 0.2, 0.2, 0.2]
+    assert resumed(halving(make_spec, 6), rising, late) == [None, 6]
+    if off_between:
+        assert resumed(make_spec(**TWO), rising) == [None]
+    # At epoch 1 nobody had a rung. By its index the first one of then had 0.6, of epoch 6.
+    assert resumed(halving(make_spec, 1, 6), late) == [6]
+    # What had a rung at the same epoch is compared with, although it was another rung then.
+    assert resumed(halving(make_spec, 2), [0.9, 0.9, 0.9, 0.9, 0.9, 0.5, 0.9, 0.9, 0.9]) == [6]
 
 
 def test_another_pruner_is_refused(make_spec):

@@ -7,7 +7,6 @@ import optuna
 import pytest
 
 from formula import NUMERIC, objective, run_all
-from hpo.errors import SpecError
 from hpo.records import TrialResult, TrialState
 from hpo.search.halving import Halving, rung_values
 from hpo.search.lifecycle import open_study
@@ -209,18 +208,6 @@ def _verdict(study, curve):
 def test_the_value_at_a_rung_is_the_first_one_from_there_on():
     assert rung_values({1: 0.1, 2: math.nan, 5: 0.5, 6: 0.6}, first=1, factor=2) == {1: 0.1, 4: 0.5}
     assert rung_values({}, first=1, factor=3) == {}
-
-
-def test_rungs_of_several_objectives_stay(home, make_spec):
-    aims = ["valid_accuracy", "parameters"]
-    study = open_study(home, _halving(make_spec, 6, objectives=aims), data_digest="d")
-    open_study(home, _halving(make_spec, 5, objectives=aims), data_digest="d").close()
-    candidate = study.ask(budget=9, worker="w")
-    study.report(candidate.number, 6, (0.5, 100.0))
-    study.close()
-    with pytest.raises(SpecError, match="min_epochs 5 -> 1, reduction_factor 3 -> 3") as caught:
-        open_study(home, _halving(make_spec, 1, objectives=aims), data_digest="d")
-    assert "--fresh" in caught.value.hint
 
 
 @pytest.mark.parametrize(("folds", "given", "ended"), [(5, None, 4), (5, 5, 5), (3, None, None)])

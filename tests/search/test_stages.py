@@ -12,7 +12,9 @@ from hpo.errors import SpecError
 from hpo.records import Candidate, StudyResult, Trial, TrialResult, TrialState
 from hpo.search.lifecycle import open_study
 from hpo.search.stages import narrowed, stage_warnings, total_trials
+from hpo.spec.search import WarmStart
 from hpo.spec.space import Space
+from hpo.storage.reader import read_study
 from staged import RATE, SIZES, STAGES, worth
 
 
@@ -81,12 +83,17 @@ def test_a_space_with_trials_does_not_turn_into_stages_nor_back(home, make_spec,
     study = open_study(home, make_spec("random", space=SIZES), data_digest="d")
     train(study, study.ask(budget=99, worker="w"), worth=worth)
     study.close()
-    with pytest.raises(SpecError, match=r"search.space.model.hidden: was searched always, is not searched now"):
+    with pytest.raises(SpecError, match=r"search.space has become search.stages, and trials exist") as caught:
         open_study(home, staged, data_digest="d")
-    study = open_study(home, staged, data_digest="d", fresh=True)
-    train(study, study.ask(budget=99, worker="w"), worth=worth)
+    assert "search.start_from: {study: study, best: 5}, then hpo run study --fresh" in caught.value.hint
+    (earlier,) = read_study(home, "study").trials
+    started = staged.search.model_copy(update={"start_from": WarmStart(study="study", best=5)})
+    study = open_study(home, staged.model_copy(update={"search": started}), data_digest="d", fresh=True)
+    first = study.ask(budget=99, worker="w")
+    assert first.parameters == earlier.candidate.parameters, "what the message advises carries the trials over"
+    train(study, first, worth=worth)
     study.close()
-    with pytest.raises(SpecError, match=r"search.stages.neurons.model.hidden: was searched always, is not"):
+    with pytest.raises(SpecError, match=r"search.stages has become search.space, and trials exist"):
         open_study(home, make_spec("random", space=SIZES), data_digest="d")
 
 

@@ -115,6 +115,42 @@ def test_study_starts_from_the_best_of_another_where_they_fit(home, make_spec):
     assert again == [given, first, second]
 
 
+def test_values_that_are_drawn_per_another_place_there_but_not_here_are_left_to_the_sampler(home, make_spec):
+    space = {LR: {"float": [0.01, 0.1]}, DROP: MIXED[DROP]}
+    relative = {**space, LR: {**space[LR], "per": "training.batch_size", "reference": 256}}
+    other = open_study(home, make_spec("random", name="other", space=relative), data_digest="d")
+    train(other, other.ask(budget=1, worker="w"))
+    (best,) = [trial.candidate.parameters for trial in other.result().ranked()]
+    other.close()
+    study = open_study(home, make_spec("qmc", space=space, start_from={"study": "other"}), data_digest="d")
+    first = study.ask(budget=9, worker="w").parameters
+    assert first[DROP] == best[DROP]
+    assert first[LR] != best[LR], "with batches of 128 that study used half of it"
+    told = f"start_from other: {LR} is drawn per training.batch_size, reference 256.0 there, not here, "
+    assert study.notes == [told + "and is left to the sampler."]
+    study.close()
+
+
+def test_candidates_to_try_first_that_are_added_later_are_not_passed_over_in_silence(home, make_spec):
+    open_study(home, make_spec(space=NUMERIC, start=[{LR: 0.05}]), data_digest="d").close()
+    study = open_study(home, make_spec(space=NUMERIC, start=[{LR: 0.05}, {LR: 0.02}]), data_digest="d")
+    assert study.notes == ["search.start has changed, and counts only when a study begins: --fresh begins one."]
+    study.close()
+
+
+def test_a_candidate_to_try_first_is_tried_although_the_one_before_it_has_left_the_space(home, make_spec):
+    sizes = {"model.hidden": {"choice": [32, 64]}, DROP: {"float": [0.0, 0.5]}}
+    start = [{"model.hidden": 64}, {"model.hidden": 32, DROP: 0.25}]
+    study = open_study(home, make_spec(space=sizes, start=start), data_digest="d")
+    train(study, study.ask(budget=9, worker="w"))
+    study.close()
+    others = {**sizes, "model.hidden": {"choice": [32, 128]}}
+    study = open_study(home, make_spec(space=others, start=start), data_digest="d", extend=True)
+    assert study.ask(budget=9, worker="w").parameters == start[1]
+    assert study.ask(budget=9, worker="w").parameters not in start
+    study.close()
+
+
 def test_start_from_an_absent_study_names_those_there_are(home, make_spec):
     open_study(home, make_spec(name="other"), data_digest="d").close()
     with pytest.raises(SpecError, match=r"no study 'othr' has run here \(known: other\)"):

@@ -360,3 +360,21 @@ def test_a_paused_trial_is_promoted_by_what_trials_elsewhere_have_reported_until
     assert again.number == paused
     for study in (one, other):
         study.close()
+
+
+@pytest.mark.slow
+def test_paused_trials_end_once_no_machine_that_has_their_checkpoint_lives(make_home, make_spec, impatient):
+    """A run that has nothing to train is known by the heartbeats of what was paused on its machine."""
+    spec = make_spec(pruner="successive_halving", thaw=True)
+    one, other = (open_study(make_home(name), spec, data_digest="d") for name in ("one", "other"))
+    number = one.ask(budget=6, worker="w").number
+    one.tell(TrialResult(number, TrialState.PAUSED, 0.5, 1, pauses=1))
+    time.sleep(7)  # longer than the grace
+    assert other.end_search() == []
+    one.close()
+    successor = open_study(make_home("one"), spec, data_digest="d")  # begun again on that machine
+    time.sleep(7)
+    assert other.end_search() == []
+    successor.close()
+    assert _wait(lambda: [result.number for result in other.end_search()] == [number])
+    other.close()

@@ -127,7 +127,7 @@ class Supervisor:
         reason = self._run_phase(ask)
         late = self._late and self._end.reason() is None
         if reason.completed or late:
-            for result in self._study.end_paused():
+            for result in self._study.end_search():
                 self._emit_ended(result, final=False)
         chosen = finalists(self._spec, self._study.result()) if reason.completed or late else []
         self._may_reach = False

@@ -13,7 +13,6 @@ from hpo.search.stages import distribution
 from hpo.spec.own_code import content_changes, with_digests
 from hpo.spec.space import Choice, Float, Int, Space
 from hpo.spec.study import StudySpec
-from hpo.storage.optuna_private import RUNG
 from hpo.storage.trial_attrs import stage_of
 
 _ONLY_ENDS = "Only the ends of a range may change when a study is resumed: start a new generation with --fresh."
@@ -61,21 +60,6 @@ def check_space(spec: StudySpec, trials: list[FrozenTrial]) -> None:
             ) from None
 
 
-def check_rungs(spec: StudySpec, before: Mapping[str, Any], trials: list[FrozenTrial]) -> None:
-    """Raise SpecError where the rungs of several objectives have moved: their values at other epochs are not stored."""
-    part, then = spec.search.pruner, before["spec"]["search"]["pruner"]
-    if not spec.search.objectives or not part.name == then["name"] == "successive_halving":
-        return
-    old = then.get("min_epochs") or 1, then.get("reduction_factor", part.reduction_factor)
-    new = part.min_epochs or 1, part.reduction_factor
-    if old != new and any(key.startswith(RUNG) for trial in trials for key in trial.system_attrs):
-        raise SpecError(
-            f"{spec.name}: search.pruner: the rungs of several objectives cannot move once trials have reached one: "
-            f"min_epochs {old[0]} -> {new[0]}, reduction_factor {old[1]} -> {new[1]}.",
-            "Restore them, or start a new generation with --fresh.",
-        )
-
-
 def check_stages_same(spec: StudySpec, before: Mapping[str, Any], trials: list[FrozenTrial]) -> None:
     """Raise SpecError where a stage that has trials has other parameters or conditions: its trials lack those."""
     search = before["spec"]["search"]
@@ -84,6 +68,14 @@ def check_stages_same(spec: StudySpec, before: Mapping[str, Any], trials: list[F
     new: dict[str | None, Space] = {None: spec.search.space}
     new |= {stage.name: stage.space for stage in spec.search.stages}
     begun = {stage_of(trial) for trial in trials if trial.state is not TrialState.FAIL} & old.keys()
+    if begun and bool(search.get("stages")) != bool(spec.search.stages):
+        place, other = ("search.space", "search.stages") if spec.search.stages else ("search.stages", "search.space")
+        raise SpecError(
+            f"{spec.name}: {place} has become {other}, and trials exist. A stage counts, compares and passes on only "
+            "trials that varied its own parameters from its own start, so these would count in neither.",
+            f"Restore {place}, or start a new generation that tries the best of these trials first: write "
+            f"search.start_from: {{study: {spec.name}, best: 5}}, then hpo run {spec.name} --fresh",
+        )
     for stage in [stage for stage in old if stage in begun]:
         place = "search.space" if stage is None else f"search.stages.{stage}"
         ways = [_conditions(Space.model_validate(old[stage])), _conditions(new.get(stage, Space()))]

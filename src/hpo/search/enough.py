@@ -20,8 +20,8 @@ from hpo.records import TrialResult
 from hpo.search.gaussian_process import GaussianProcess, fit
 from hpo.search.mfgp import Places
 from hpo.search.pruners import running_best
-from hpo.search.samplers import StageProgress
 from hpo.search.stages import Stage, decode
+from hpo.search.starter import Starter
 from hpo.spec.study import StudySpec
 from hpo.storage.optuna_storage import Storage
 from hpo.storage.retry import store_errors
@@ -127,14 +127,18 @@ def _regret_bound(places: Places, rows: Floats, scores: Floats, count: int, seed
 class Verdict:
     """Whether a study has found enough, in its storage; study_id is Optuna's. All raise StoreError as Study does."""
 
-    def __init__(self, home: Home, spec: StudySpec, storage: Storage, study_id: int, progress: StageProgress) -> None:
-        self._home, self._spec, self._storage, self._id, self._progress = home, spec, storage, study_id, progress
+    def __init__(self, home: Home, spec: StudySpec, storage: Storage, study_id: int, starter: Starter) -> None:
+        self._home, self._spec, self._storage, self._id, self._starter = home, spec, storage, study_id, starter
 
     @property
     def told(self) -> str:
-        """Why search.enough has ended the search, in a sentence; "" where it has not."""
+        """Why search.enough has ended the search, in a sentence; "" where it has not.
+
+        A supervisor with another setting or space of the study may have found enough for those.
+        """
         with store_errors(self._home):
-            return str(self._record().get("enough", {}).get("text", ""))
+            told = self._record().get("enough", {})
+            return str(told["text"]) if told.items() >= enough_key(self._spec).items() else ""
 
     def gain_left(self) -> tuple[float, TrialResult, int] | None:
         """(how much the best trial can still be beaten by, its result, the trials that ended).
@@ -145,16 +149,17 @@ class Verdict:
             index = self._storage.index(self._id)
             ended = index.ended(None)
             best = result_of(ended.best) if ended.best is not None and due(len(ended.visible)) else None
-            step = self._progress.current(index) if best is not None else None
+            step = self._starter.progress.current(index) if best is not None else None
         if best is None or step is None:
             return None
         gain = gain_left(step.stage, ended.sample(), maximize=self._spec.search.better == "maximize")
         return (gain, best, len(ended.visible)) if gain is not None else None
 
     def conclude(self, text: str) -> None:
-        """Record why search.enough ends the search."""
+        """Record why search.enough ends the search. Raises StoreError where the space has changed meanwhile."""
 
         def write() -> None:
+            self._starter.check_space()
             record = {**self._record(), "enough": {"text": text, **enough_key(self._spec)}}
             self._storage.database.set_study_user_attr(self._id, STUDY, record)
 

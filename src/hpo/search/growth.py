@@ -12,7 +12,7 @@ count, since they are not in the space of now.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -24,7 +24,7 @@ from pydantic import ValidationError
 
 from hpo.errors import SpecError
 from hpo.records import FINAL, FailureKind, TrialResult, TrialState
-from hpo.search.stages import distribution, encode
+from hpo.search.stages import Stage, distribution, encode
 from hpo.spec.grid import holds
 from hpo.spec.space import Choice, Float, Int, Space
 from hpo.spec.study import Setup, StudySpec
@@ -259,6 +259,19 @@ def times_grown(record: Mapping[str, Any]) -> int:
     return len(record.get("grown", []))
 
 
+def narrowed_since(spec: StudySpec, record: Mapping[str, Any]) -> bool:
+    """Whether the record has a narrower range than a study that is run: narrower ranges need no growth."""
+    own, now = (_ends(search) for search in (spec.search.model_dump(mode="json"), record["spec"]["search"]))
+    return any(now[place][0] > ends[0] or now[place][1] < ends[1] for place, ends in own.items() if place in now)
+
+
+def _ends(search: Mapping[str, Any]) -> dict[tuple[str, str], Sequence[float]]:
+    """(stage or "", path) -> the ends of each range of a stored search."""
+    spaces = {"": search.get("space", {}), **{stage["name"]: stage["space"] for stage in search.get("stages", [])}}
+    parts = ((name, path, part) for name, space in spaces.items() for path, part in space.items())
+    return {(name, path): part[kind] for name, path, part in parts for kind in ("float", "int") if kind in part}
+
+
 def seen_as(spec: StudySpec, record: Mapping[str, Any]) -> Callable[[FrozenTrial], FrozenTrial | None]:
     """How samplers and pruners see an ended trial of a study that has grown: None is not at all."""
     grown: list[dict[str, Any]] = record["grown"]
@@ -278,8 +291,39 @@ def seen_as(spec: StudySpec, record: Mapping[str, Any]) -> Callable[[FrozenTrial
         other.params = _named(space, values, labels)
         other.distributions = {labels.get(path, path): distribution(space[path]) for path in values}
         other.user_attrs = {**trial.user_attrs, START: replace(attrs, parameters=values).to_json()}
-        notes = {key: note for key, note in trial.system_attrs.items() if not key.startswith(_OPTIMIZER)}
-        other.system_attrs = {**notes, FIXED: dict(other.params)}
+        other.system_attrs = {**_without_optimizer(trial), FIXED: dict(other.params)}
         return other
 
     return seen
+
+
+def in_ranges(stage: Stage) -> Callable[[FrozenTrial], FrozenTrial | None]:
+    """How the sampler of a stage sees a trial: as one of the ranges of now; None, not at all, where it is outside.
+
+    Their ends may change without growth, and Optuna's samplers model together only what all trials have drawn from one
+    range: they would draw others at random from then on.
+    """
+    ranges = {
+        stage.label(path): (part, distribution(part))
+        for path, part in stage.space.items()
+        if not isinstance(part, Choice)
+    }
+
+    def seen(trial: FrozenTrial) -> FrozenTrial | None:
+        moved = {
+            name: ranges[name] for name, way in trial.distributions.items() if ranges.get(name, (0, way))[1] != way
+        }
+        if not moved:
+            return trial
+        if not all(part.takes(trial.params[name]) for name, (part, _) in moved.items()):
+            return None
+        other = copy.copy(trial)
+        other.distributions = {**trial.distributions, **{name: now for name, (_, now) in moved.items()}}
+        other.system_attrs = _without_optimizer(trial)
+        return other
+
+    return seen
+
+
+def _without_optimizer(trial: FrozenTrial) -> dict[str, Any]:
+    return {key: note for key, note in trial.system_attrs.items() if not key.startswith(_OPTIMIZER)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import optuna
@@ -56,17 +57,30 @@ def signs_of(spec: StudySpec) -> Floats:
     return np.array([-1.0 if direction == "maximize" else 1.0 for _, direction in aims(spec)])
 
 
+def rungs_within(before: int, last: int, *, first: int, factor: int) -> list[int]:
+    """The steps of the rungs after one step, up to another: first, first * factor, ..."""
+    found, rung = [], first
+    while rung <= last:
+        found += [rung] * (rung > before)
+        rung *= factor
+    return found
+
+
+def noted_values(notes: Mapping[str, Any]) -> dict[int, tuple[float, ...]]:
+    """Step of a rung -> the values that ParetoHalving has noted there in the system attributes of a trial."""
+    return {int(key.removeprefix(RUNG)): tuple(value) for key, value in notes.items() if key.startswith(RUNG)}
+
+
 def rung_values(reported: Mapping[int, float], *, first: int, factor: int) -> dict[int, float]:
     """Step of a rung -> the value of a trial there, from step (counted from 1) -> value.
 
     That is its first report from there on, as Optuna has it; a rung where that is NaN is left out.
     """
-    last, found, rung = max(reported, default=0), {}, first
-    while rung <= last:
+    found = {}
+    for rung in rungs_within(0, max(reported, default=0), first=first, factor=factor):
         step = rung if rung in reported else min(step for step in reported if step >= rung)
         if not math.isnan(reported[step]):
             found[rung] = reported[step]
-        rung *= factor
     return found
 
 
@@ -84,11 +98,7 @@ class Halving(optuna.pruners.BasePruner):  # type: ignore[misc]
         """Whether to end the trial now."""
         last, reported = trial.last_step or 0, trial.intermediate_values
         before = max((step for step in reported if step < last), default=0)
-        due, rung = [], self._first
-        while rung <= last:
-            due += [rung] * (rung > before)
-            rung *= self._factor
-        if not due:
+        if not (due := rungs_within(before, last, first=self._first, factor=self._factor)):
             return False
         if math.isnan(reported[last]):
             return True
@@ -105,9 +115,10 @@ class Halving(optuna.pruners.BasePruner):  # type: ignore[misc]
 
 
 class ParetoHalving:
-    """Successive halving with the rungs of Optuna's pruner, which takes one objective only.
+    """Successive halving for several objectives, with the rungs of Halving.
 
-    A trial that reaches a rung continues if it is among the best n // factor of the n trials there, or the best.
+    A trial that reaches a rung continues if it is among the best n // factor of the n trials there, or the best. It is
+    compared with the trials that had this rung: Optuna has no place for what others had at that step.
     """
 
     def __init__(self, spec: StudySpec) -> None:
@@ -117,10 +128,11 @@ class ParetoHalving:
     def prune(self, view: StageView, study_id: int, trial_id: int, step: int, values: Sequence[float]) -> bool:
         """Whether to end the trial after this step (counted from 1), where it has one value for each objective.
 
-        Its values at a rung are noted in the storage, where Optuna's pruner notes one.
+        Its values at a rung are noted in the storage. A step that is reported again is judged again.
         """
-        rung = sum(key.startswith(RUNG) for key in view.get_trial_system_attrs(trial_id))
-        while step >= self._first * self._factor**rung:
+        noted = noted_values(view.get_trial_system_attrs(trial_id))
+        before = max((rung for rung in noted if rung < step), default=0)
+        for rung in rungs_within(before, step, first=self._first, factor=self._factor):
             if not all(map(math.isfinite, values)):
                 return True
             note = f"{RUNG}{rung}"
@@ -130,5 +142,4 @@ class ParetoHalving:
             costs = np.array([*(other.system_attrs[note] for other in others), list(values)]) * self._signs
             if best_first(costs).index(len(others)) >= max(1, len(costs) // self._factor):
                 return True
-            rung += 1
         return False

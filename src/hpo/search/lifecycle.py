@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial
 from hpo.errors import SpecError, StoreError
 from hpo.home import Home
 from hpo.locks import ask_lock, ensemble_lock, lock
-from hpo.search.comparable import check_rungs, check_same, check_space, check_stages_same
+from hpo.search.comparable import check_same, check_space, check_stages_same
 from hpo.search.constraints import aims, parse_constraint
 from hpo.search.enough import enough_key
 from hpo.search.growth import Growth
@@ -37,9 +37,9 @@ from hpo.storage.retry import store_errors
 from hpo.storage.trial_attrs import STOP, STUDY, key_of
 
 
-def new_lease(home: Home, title: str) -> Lease:
-    """A lease for a supervisor of this study."""
-    return Lease(home.locks, shared=home.shared, title=title)
+def new_lease(home: Home, title: str, *, thaws: bool = False) -> Lease:
+    """A lease for a supervisor of this study; thaws: its search may continue paused trials."""
+    return Lease(home.locks, shared=home.shared, title=title, thaws=thaws)
 
 
 def open_study(
@@ -83,7 +83,8 @@ def open_study(
         with store_errors(home):
             title, notes, spec = storage.transact(enter, lock="studies")
             clean_leases(home.locks)
-            return Study(home, spec, storage, title, new_lease(home, title), notes)
+            lease = new_lease(home, title, thaws=spec.search.thaw is not None)
+            return Study(home, spec, storage, title, lease, notes)
     except BaseException:
         storage.close()
         raise
@@ -156,7 +157,6 @@ def _write_record(
     if before is not None:
         trials = storage.every_trial(study_id)
         growth = _growth(spec, before, trials)
-        check_rungs(spec, before, trials)
         check_same(before, record, apart=growth.apart if growth else frozenset())
         if libraries := library_changes(before.get("content", {}), content):
             notes.append(f"Earlier trials ran with other libraries and may differ in the last digits: {libraries}.")
@@ -178,6 +178,7 @@ def _write_record(
                 record |= growth.write(storage)
             elif "grown" in record:  # trials count again if the space comes back to them
                 record["outside"] = sorted(growth.outside)
+        notes += _late_starts(before["spec"]["search"], record["spec"]["search"])
         record |= {"created": before["created"], "start": before.get("start", [])}
         told = before.get("enough", {})
         if told.items() >= enough_key(spec).items():
@@ -193,6 +194,12 @@ def _write_record(
     storage.database.set_study_system_attr(study_id, METRIC_NAMES, [score for score, _ in aims(spec)])
     storage.database.set_study_user_attr(study_id, STUDY, record)
     return notes, spec
+
+
+def _late_starts(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A note where the candidates to try first have changed; both are the search of a stored spec."""
+    changed = [f"search.{key}" for key in ("start", "start_from") if before.get(key, now[key]) != now[key]]
+    return [f"{path} has changed, and counts only when a study begins: --fresh begins one." for path in changed]
 
 
 def _record(spec: StudySpec, generation: int, data_digest: str, content: Mapping[str, Any]) -> dict[str, Any]:
@@ -274,7 +281,13 @@ def _best_of_other_study(spec: StudySpec, storage: Storage) -> tuple[list[dict[s
     wanted, space = spec.search.start_from, spec.search.whole_space
     if wanted is None:
         return [], []
-    ranked = _best_of_foreign(wanted) if wanted.storage is not None else _best_of_own(spec, wanted.study, storage)
+    apart: dict[str, Any] = {}
+    if wanted.storage is not None:
+        ranked = _best_of_foreign(wanted)
+    else:
+        ranked, theirs = _best_of_own(spec, wanted.study, storage)
+        ours = spec.identity().get("per", {})
+        apart = {path: theirs.get(path) for path in {**ours, **theirs} if ours.get(path) != theirs.get(path)}
     title = wanted.study
     different: dict[str, Mapping[str, Any]] = {}
     for parameters in ranked:
@@ -282,19 +295,28 @@ def _best_of_other_study(spec: StudySpec, storage: Storage) -> tuple[list[dict[s
     best, notes = [], []
     for parameters in list(different.values())[: wanted.best]:
         shared = {path: value for path, value in parameters.items() if path in space}
-        best.append({path: value for path, value in shared.items() if space[path].takes(value)})
+        same = {path: value for path, value in shared.items() if path not in apart}
+        best.append({path: value for path, value in same.items() if space[path].takes(value)})
         notes += [
             f"start_from {title}: {path}={value!r} is not in this space and is left to the sampler."
-            for path, value in shared.items()
+            for path, value in same.items()
             if path not in best[-1]
         ]
+    notes += [
+        f"start_from {title}: {path} is drawn {'per {}, reference {}'.format(*per) if per else 'as it is'} there, "
+        "not here, and is left to the sampler."
+        for path, per in apart.items()
+        if any(path in parameters for parameters in different.values())
+    ]
     if not any(best):
         notes.append(f"start_from {title}: it has no complete trial with a path that this space varies.")
     return [values for values in best if values], notes
 
 
-def _best_of_own(spec: StudySpec, name: str, storage: Storage) -> list[Mapping[str, Any]]:
-    """The parameters of the complete trials of a study of this storage, best first."""
+def _best_of_own(
+    spec: StudySpec, name: str, storage: Storage
+) -> tuple[list[Mapping[str, Any]], Mapping[str, list[Any]]]:
+    """The parameters of the complete trials of a study of this storage, best first, and what they are drawn `per`."""
     studies, titles = storage.studies(), generations(storage, name)
     title = titles[max(titles)] if titles else name
     if title not in studies:
@@ -303,7 +325,8 @@ def _best_of_own(spec: StudySpec, name: str, storage: Storage) -> list[Mapping[s
             "Run it first, correct the name, or leave start_from out.",
         )
     study_id, record = studies[title]
-    return [trial.candidate.parameters for trial in to_result(record, storage.records(study_id)).ranked()]
+    ranked = to_result(record, storage.records(study_id)).ranked()
+    return [trial.candidate.parameters for trial in ranked], record["identity"].get("per", {})
 
 
 def _best_of_foreign(wanted: WarmStart) -> list[Mapping[str, Any]]:

@@ -155,16 +155,21 @@ class MultiFidelityGp(optuna.samplers.BaseSampler):  # type: ignore[misc]
     def _observations(self, study: Any, trials: Sequence[FrozenTrial]) -> list[Observation]:
         sign = 1.0 if study.direction == StudyDirection.MAXIMIZE else -1.0
         found = []
+        scored = {attrs_of(trial).ordinal for trial in trials if trial.state is not TrialState.FAIL}
         for trial in trials:
+            if trial.state is TrialState.FAIL and attrs_of(trial).ordinal in scored:
+                continue  # it was tried again
             curve = self._curve(trial, sign)
             if curve:
                 found.append(Observation(ordinal_of(trial), self._places.of(self._parameters_of(trial)), curve))
         return found
 
     def _curve(self, trial: FrozenTrial, sign: float) -> dict[float, float]:
-        if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING):
+        if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING, TrialState.FAIL):
             return {}
-        if any(amount > 0 for amount in trial.constraints.values()):
+        # What failed, or was refused before its first epoch, is as bad as can be: without that it was proposed again.
+        refused = trial.state is TrialState.PRUNED and not any(map(math.isfinite, trial.intermediate_values.values()))
+        if trial.state is TrialState.FAIL or refused or any(amount > 0 for amount in trial.constraints.values()):
             return {1.0: -math.inf}
         curve: dict[float, float] = {}
         best, rung, last = -math.inf, 1, 0

@@ -70,6 +70,8 @@ class Finisher:
                 # As trial.set_constraint of Optuna does; there is no Optuna trial where its process died.
                 database.set_trial_system_attr(trial_id, f"{CONSTRAINT}{text}", min(amount, _UNBOUNDED))
         if result.state is TrialState.PAUSED:
+            if self._storage.shared:  # a short training has none, and others are to know when its supervisor dies
+                database.record_heartbeat(trial_id)
             database.set_trial_user_attr(trial_id, PAUSE, result.pauses)
             return result
         values = _objective_values(self._spec, result) if result.state is TrialState.COMPLETE else None
@@ -183,6 +185,13 @@ def misfit(number: int, error: Exception) -> TrialResult:
     """The result of a candidate whose values do not fit together, which samplers then learn to leave alone."""
     # As with too many parameters: no failure.
     return TrialResult(number, TrialState.PRUNED, reason=str(error), feasible=False, ended=time.time())
+
+
+def reused(earlier: TrialResult, number: int) -> TrialResult:
+    """The result of the trial of this number, whose candidate an earlier trial had."""
+    reason = f"same candidate as trial {earlier.number}"
+    new = replace(earlier, number=number, epochs=(), seconds=0.0, folder="", reason=reason, traceback="")
+    return replace(new, ended=time.time())
 
 
 def _objective_values(spec: StudySpec, result: TrialResult) -> list[float | None]:

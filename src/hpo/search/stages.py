@@ -336,8 +336,14 @@ def _priors(space: Space) -> dict[str, Any]:
 
 
 def _first(space: Space, warm: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The values of each candidate that fit the space, without duplicates."""
-    parts = [
-        {path: value for path, value in values.items() if path in space and space[path].takes(value)} for values in warm
-    ]
-    return list({key_of(part): part for part in parts if part}.values())
+    """The values of each candidate that fit the space, without duplicates.
+
+    A candidate that no longer fits a space that has changed keeps its place: those after it count their trials.
+    """
+    found: list[Mapping[str, Any]] = []
+    for values in warm:
+        own = {path: value for path, value in values.items() if path in space}
+        part = {path: value for path, value in own.items() if space[path].takes(value)}
+        if own and not (part and key_of(part) in map(key_of, found)):
+            found.append(part)
+    return found

@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, Trial
 
 from hpo.errors import StoreError
 from hpo.records import FINAL, Candidate, TrialResult, TrialState
-from hpo.search.growth import times_grown
+from hpo.search.growth import in_ranges, narrowed_since, times_grown
 from hpo.search.pruners import build_pruner
 from hpo.search.results import template
 from hpo.search.samplers import StageProgress, StageSampler, Step
@@ -56,19 +56,25 @@ class Starter:
         self._title, self._lease, self._waits, self._grown = title, lease, waits, grown
 
     def view(self, stage: str | None, *, sampled: bool) -> StageView:
-        """The trials of a stage as samplers and pruners see them."""
+        """The trials of a stage as pruners see them."""
         return StageView(self._storage, self._title, self._id, stage, sampled=sampled)
 
-    def next(self, budget: int, worker: str, resumable: Callable[[Candidate], bool]) -> tuple[Trial, TrialAttrs] | None:
-        """The trial of the next candidate and its record; None where there is none now, see Study.ask.
+    def sampler_view(self, stage: Stage) -> StageView:
+        """The trials of a stage as its sampler sees them."""
+        return StageView(self._storage, self._title, self._id, stage.name, sampled=True, seen=in_ranges(stage))
 
-        Raises StoreError where another supervisor has changed the space meanwhile.
-        """
-        if times_grown(self._storage.database.get_study_user_attrs(self._id).get(STUDY, {})) != self._grown:
+    def check_space(self) -> None:
+        """Raise StoreError where another supervisor has changed the space since the study was opened."""
+        record = self._storage.database.get_study_user_attrs(self._id).get(STUDY, {})
+        if times_grown(record) != self._grown or narrowed_since(self._spec, record):
             raise StoreError(
-                f"{self._title}: its space has grown meanwhile.",
+                f"{self._title}: its space has changed meanwhile.",
                 f"Start this run again: hpo run {self._title.partition('~')[0]}",
             )
+
+    def next(self, budget: int, worker: str, resumable: Callable[[Candidate], bool]) -> tuple[Trial, TrialAttrs] | None:
+        """The trial of the next candidate and its record; None where there is none now, see Study.ask."""
+        self.check_space()
         index = self._storage.index(self._id)
         counts = self.progress.count(index)
         self.exhausted = self.blocked = False
@@ -89,7 +95,7 @@ class Starter:
             self.exhausted = step.last
             self.blocked = not step.last or self._waits or sampler.undrawn > 0
             return None
-        trial = self._pop(stage.name, sampler) if own.waiting else self._begin(step, index)
+        trial = self._pop(self.sampler_view(stage), sampler) if own.waiting else self._begin(step, index)
         stored = trial.user_attrs.get(START)
         attrs = TrialAttrs(**stored) if stored else TrialAttrs(ordinal=index.first_tries(before=trial.number))
         parameters = stage.parameters(self._suggest(trial, stage, sampler))
@@ -143,13 +149,13 @@ class Starter:
         if not step.sampler.accepts(values):
             values = {}
         fixed = {stage.label(path): encode(stage.space[path], value) for path, value in values.items()}
-        view = self.view(stage.name, sampled=True)
+        view = self.sampler_view(stage)
         study = view.study(sampler=step.sampler, pruner=self.pruner)
         return view.begin_trial(study, template(optuna.trial.TrialState.RUNNING, attrs, fixed))
 
-    def _pop(self, stage: str | None, sampler: Any) -> Trial:
-        """Start the stage's first waiting trial; there must be one."""
-        return self.view(stage, sampled=True).study(sampler=sampler, pruner=self.pruner).ask()
+    def _pop(self, view: StageView, sampler: Any) -> Trial:
+        """Start the first waiting trial of a stage; there must be one."""
+        return view.study(sampler=sampler, pruner=self.pruner).ask()
 
     def _suggest(self, trial: Trial, stage: Stage, sampler: StageSampler) -> dict[str, Any]:
         values: dict[str, Any] = {}
@@ -169,7 +175,7 @@ class Starter:
         self.blocked = not counts.waiting and counts.running > 0
         if not counts.waiting:
             return None
-        trial = self._pop(FINAL, optuna.samplers.RandomSampler(seed=0))
+        trial = self._pop(self.view(FINAL, sampled=True), optuna.samplers.RandomSampler(seed=0))
         attrs = TrialAttrs(**trial.user_attrs[START])
         if attrs.final is None and self._spec.final is not None:  # enqueued by an earlier version
             attrs = replace(attrs, final=self._spec.final.settings)

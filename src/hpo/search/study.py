@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, Trial
@@ -20,7 +17,7 @@ from hpo.records import FINAL, Candidate, FailureKind, StudyResult, TrialResult,
 from hpo.search.enough import Verdict
 from hpo.search.growth import seen_as, times_grown
 from hpo.search.halving import ParetoHalving
-from hpo.search.results import Finisher
+from hpo.search.results import Finisher, reused
 from hpo.search.stages import total_trials
 from hpo.search.starter import Starter
 from hpo.spec.automatic import prunes
@@ -30,22 +27,9 @@ from hpo.storage.liveness import Lease, Liveness, clean_leases
 from hpo.storage.optuna_private import trial_id_of
 from hpo.storage.optuna_storage import Storage
 from hpo.storage.reader import to_result
-from hpo.storage.retry import store_errors
+from hpo.storage.retry import guarded
 from hpo.storage.trial_attrs import ASKED, CLAIM, START, STOP, STUDY, TrialAttrs, attrs_of, pauses_of, result_of
 from hpo.storage.trial_index import TrialIndex
-
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def _guarded(method: Method) -> Method:
-    """Turn faults of the storage into StoreError."""
-
-    @functools.wraps(method)
-    def guarded(self: Study, *args: Any, **options: Any) -> Any:
-        with store_errors(self._home):
-            return method(self, *args, **options)
-
-    return cast("Method", guarded)
 
 
 class Study:
@@ -78,13 +62,13 @@ class Study:
         # On other machines trials end with their machine: a supervisor must remain to try them again.
         waits = self.shared or spec.final is not None
         self._starter = Starter(spec, storage, self._id, title=title, lease=lease.name, waits=waits, grown=grown)
-        self.verdict = Verdict(home, spec, storage, self._id, self._starter.progress)
+        self.verdict = Verdict(home, spec, storage, self._id, self._starter)
         self._liveness = Liveness(
             storage, self._id, lease, lambda: [trial_id_of(trial) for trial in list(self._running.values())]
         )
         self._finisher = Finisher(spec, storage, self._id, lease=lease.name)
 
-    @_guarded
+    @guarded
     def reap(self) -> list[int]:
         """Finish the running trials of dead supervisors and return their numbers; result() has their new states.
 
@@ -119,7 +103,7 @@ class Study:
         ended = {trial.number for trial in trials if trial.state.is_finished()}
         return numbers, pending.keys() & {*numbers, *ended}
 
-    @_guarded
+    @guarded
     def ask(
         self, *, budget: int, worker: str, resumable: Callable[[Candidate], bool] = lambda _: False
     ) -> Candidate | None:
@@ -135,17 +119,7 @@ class Study:
             earlier = self._starter.earlier(candidate) if candidate else None
             if candidate is None or earlier is None:
                 return candidate
-            reason = f"same candidate as trial {earlier.number}"
-            result = replace(
-                earlier,
-                number=candidate.number,
-                epochs=(),
-                seconds=0.0,
-                folder="",
-                reason=reason,
-                traceback="",
-                ended=time.time(),
-            )
+            result = reused(earlier, candidate.number)
             self.tell(result)
             self._reused.append((candidate, result))
 
@@ -162,48 +136,71 @@ class Study:
         """The numbers of the running trials of this handle."""
         return sorted(self._running)
 
-    @_guarded
+    @guarded
     def take_over(self, number: int) -> None:
         """Take a trial that was handed over. Raises StoreError where there is none of that number."""
         take = partial(self._starter.take_over, self.title, number)
         self._running[number] = self._storage.transact(take, lock=self._lock)
 
-    @_guarded
+    @guarded
     def hand_over(self, number: int) -> None:
         """Leave a trial to a program of the user's own, which may end: nobody reaps it, and take_over continues it."""
         trial = self._running.pop(number)
         trial.set_user_attr(START, {**trial.user_attrs[START], "lease": ASKED})
 
-    @_guarded
+    @guarded
     def reported(self, number: int) -> dict[int, float]:
         """Epoch -> the objective, of a running trial of this handle."""
         return dict(self._storage.database.get_trial(trial_id_of(self._running[number])).intermediate_values)
 
-    @_guarded
+    @guarded
     def worst_paused(self) -> list[Candidate]:
         """The paused trials, those that are least likely to be promoted first."""
         index = self._index()
         return [attrs_of(trial).candidate(trial.number) for trial in self._starter.paused.worst_first(index)]
 
-    @_guarded
-    def end_paused(self, numbers: Collection[int] | None = None) -> list[TrialResult]:
-        """End these paused trials as pruned; without numbers, all of them, unless a trial of the search still runs."""
+    @guarded
+    def end_paused(self, numbers: Collection[int]) -> list[TrialResult]:
+        """End these paused trials as pruned."""
+        return self._storage.transact(partial(self._end_paused, numbers), lock=self._lock)
+
+    def _end_paused(self, numbers: Collection[int]) -> list[TrialResult]:
+        chosen = [trial for number, trial in sorted(self._index().paused.items()) if number in numbers]
+        return [self._finisher.end_paused(trial) for trial in chosen]
+
+    @guarded
+    def end_search(self) -> list[TrialResult]:
+        """This supervisor continues no paused trial any more: end those that no other one can, as pruned.
+
+        None ends while a trial of the search runs; who runs it ends them. Takes half a minute where the server has
+        paused trials of other machines and this handle has just been opened.
+        """
 
         def end() -> list[TrialResult]:
+            self._lease.end_search()
             index = self._index()
-            if numbers is None and self._starter.progress.count(index).running:
+            if self._starter.progress.count(index).running:
                 return []
-            chosen = [trial for number, trial in sorted(index.paused.items()) if numbers is None or number in numbers]
-            return [self._finisher.end_paused(trial) for trial in chosen]
+            return self._end_paused(self._liveness.given_up(index.paused.values()))
 
-        return self._storage.transact(end, lock=self._lock) if self._index().paused else []
+        if self._liveness.has_far(self._index().paused.values()):
+            self.listen()
+        return self._storage.transact(end, lock=self._lock)
 
-    @_guarded
+    @guarded
     def enqueue_finals(self, candidates: Sequence[tuple[Mapping[str, Any], int]]) -> None:
-        """Enqueue final trainings with these (parameters, seed), except those that were enqueued before."""
-        self._storage.transact(partial(self._finisher.enqueue_finals, candidates), lock=self._lock)
+        """Enqueue final trainings with these (parameters, seed), except those that were enqueued before.
 
-    @_guarded
+        Raises StoreError where another supervisor has changed the space: they are the best of the one before.
+        """
+
+        def enqueue() -> None:
+            self._starter.check_space()
+            self._finisher.enqueue_finals(candidates)
+
+        self._storage.transact(enqueue, lock=self._lock)
+
+    @guarded
     def ask_final(self, *, worker: str) -> Candidate | None:
         """The next final training, interrupted ones included; None where none waits."""
         return self._hand_out(partial(self._starter.next_final, worker))
@@ -220,12 +217,12 @@ class Study:
         self._running[trial.number] = trial
         return attrs.candidate(trial.number)
 
-    @_guarded
+    @guarded
     def add(self, stage: str, result: TrialResult, *, final: Mapping[str, Any]) -> TrialResult:
         """Record a complete trial of no worker, judged as `final` (see FinalSpec) says; the result with its number."""
         return self._storage.transact(partial(self._finisher.add, stage, result, final), lock=self._lock)
 
-    @_guarded
+    @guarded
     def retry_failed(self) -> int:
         """Enqueue every failed candidate again, of search and final trainings; returns their number.
 
@@ -233,7 +230,7 @@ class Study:
         """
         return self._storage.transact(self._finisher.retry_failed, lock=self._lock)
 
-    @_guarded
+    @guarded
     def report(self, number: int, epoch: int, value: float | Sequence[float]) -> bool:
         """Record the objective after an epoch (counted from 1; NaN and infinity allowed); True: prune the trial now.
 
@@ -270,7 +267,7 @@ class Study:
         """Keep a result on disk: the first reap after this handle is closed stores it. Does not use the storage."""
         outbox.put(self._home, self.title, result)
 
-    @_guarded
+    @guarded
     def _tell(self, result: TrialResult, *, died: bool) -> TrialResult:
         trial_id = trial_id_of(self._running[result.number])
         database = self._storage.database
@@ -291,7 +288,7 @@ class Study:
         self._starter.continued.pop(result.number, None)
         return result
 
-    @_guarded
+    @guarded
     def trials_of_others(self) -> set[int]:
         """The numbers of trials that another living supervisor is responsible for: it writes them to MLflow itself.
 
@@ -323,18 +320,18 @@ class Study:
         """The lease of this handle."""
         return self._lease
 
-    @_guarded
+    @guarded
     def result(self) -> StudyResult:
         """The study with all its trials, as stored now."""
         return to_result(self._attribute(STUDY), self._storage.records(self._id))
 
-    @_guarded
+    @guarded
     def counted(self) -> int:
         """The number of trials that count against the budget: finished, running and waiting ones of the search."""
         return self._starter.progress.count(self._index()).total
 
     @property
-    @_guarded
+    @guarded
     def budget(self) -> int:
         """The total number of trials that the study was last run for."""
         budget = self._attribute(STUDY).get("budget")
@@ -345,7 +342,7 @@ class Study:
         """The number of supervisors with running trials, as last read from the storage."""
         return len({attrs_of(trial).lease for trial in self._index().open.values()})
 
-    @_guarded
+    @guarded
     def claim_end(self, *, early: bool = False) -> bool:
         """Claim to summarise the study; True if all trials have ended and no other supervisor has claimed it.
 
@@ -363,7 +360,7 @@ class Study:
 
         return self._storage.transact(claim, lock=self._lock)
 
-    @_guarded
+    @guarded
     def stop_asked(self) -> bool:
         """Whether `hpo stop` has been called since this handle was opened; earlier calls do not count."""
         return self._last_stop() != self._stop

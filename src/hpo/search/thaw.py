@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -11,15 +10,12 @@ import numpy as np
 from optuna.trial import FrozenTrial
 
 from hpo.records import Candidate
-from hpo.search.halving import Floats, best_first, rung_values, signs_of
+from hpo.search.halving import Floats, best_first, noted_values, rung_values, rungs_within, signs_of
 from hpo.search.stages import stage_names
 from hpo.spec.automatic import chosen_pruner
 from hpo.spec.study import StudySpec
-from hpo.storage.optuna_private import RUNG
 from hpo.storage.trial_attrs import attrs_of, stage_of
 from hpo.storage.trial_index import TrialIndex
-
-_RUNG = re.compile(rf"{RUNG}(\d+)")
 
 
 class _Place(NamedTuple):
@@ -70,12 +66,6 @@ class Rungs:
         return _Place(rung, ranks.get(trial.number, 0), len(ranks))
 
 
-def _noted(trial: FrozenTrial) -> dict[int, tuple[float, ...]]:
-    """Rung -> values of the trial there, one for each of several objectives, as ParetoHalving has noted them."""
-    found = {match: value for key, value in trial.system_attrs.items() if (match := _RUNG.fullmatch(key))}
-    return {int(match[1]): tuple(np.atleast_1d(value).astype(float)) for match, value in found.items()}
-
-
 class PausedTrials:
     """The paused trials of a study: which of them continues, and which are the worst."""
 
@@ -106,7 +96,13 @@ class PausedTrials:
 
     def _rungs(self, index: TrialIndex, stage: str | None) -> Rungs:
         trials = [*index.ended(stage).visible, *index.unfinished(stage)]
-        return Rungs(trials, factor=self._factor, signs=self._signs, values=_noted if self._several else self._reported)
+        values = self._noted if self._several else self._reported
+        return Rungs(trials, factor=self._factor, signs=self._signs, values=values)
+
+    def _noted(self, trial: FrozenTrial) -> dict[int, tuple[float, ...]]:
+        noted = noted_values(trial.system_attrs)
+        rungs = rungs_within(0, max(noted, default=0), first=self._first, factor=self._factor)
+        return {rung: noted[rung] for rung in rungs if rung in noted}  # others were rungs before these moved
 
     def _reported(self, trial: FrozenTrial) -> dict[int, tuple[float, ...]]:
         found = rung_values(trial.intermediate_values, first=self._first, factor=self._factor)

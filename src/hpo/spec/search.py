@@ -263,8 +263,8 @@ class SearchSpec(Part):
 
     @property
     def better(self) -> Literal["maximize", "minimize"]:
-        """The direction in which the objective improves."""
-        return self.direction or direction_of(self.objective)
+        """The direction in which the value of a trial improves: the objective, or the first of several."""
+        return self.objectives[0].better if self.objectives else self.direction or direction_of(self.objective)
 
     @property
     def requested_scores(self) -> list[str]:

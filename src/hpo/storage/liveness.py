@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Container, Iterable
 from contextlib import AbstractContextManager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +44,8 @@ _FOLDER_ID = "id"  # a file that tells a folder of locks from one at the same pa
 class Holder:
     """The holder of a lease: a supervisor of the study `title`, process pid on host since then (epoch seconds).
 
-    pid and since are 0 on another machine: the storage has only the name of the lease.
+    pid and since are 0 on another machine: the storage has only the name of the lease. thaws: its search may continue
+    paused trials.
     """
 
     lease: str
@@ -52,6 +53,7 @@ class Holder:
     host: str = ""
     pid: int = 0
     since: float = 0.0
+    thaws: bool = False
 
 
 class Lease:
@@ -62,7 +64,7 @@ class Lease:
     be checked from here.
     """
 
-    def __init__(self, folder: Path, *, shared: bool, title: str = "") -> None:
+    def __init__(self, folder: Path, *, shared: bool, title: str = "", thaws: bool = False) -> None:
         self._folder = folder
         self._path = folder / f"lease-{uuid.uuid4().hex}.lock"
         self._lock = FileLock(self._path, timeout=0, thread_local=False)
@@ -71,10 +73,30 @@ class Lease:
                 (folder / _FOLDER_ID).write_text(uuid.uuid4().hex, encoding="ascii")
             self._lock.acquire()
         self.name = f"{_location(folder)}|{self._path.name}" if shared else self._path.name
+        self._holder = Holder(self.name, title, socket.gethostname(), os.getpid(), time.time(), thaws)
+        self._introduce()
+
+    def _introduce(self) -> None:
         # In a file of its own: probing a lock empties the lock's file.
-        holder = Holder(self.name, title, socket.gethostname(), os.getpid(), time.time())
-        with suppress(OSError):  # only hpo status has less to show
-            self._path.with_suffix(".json").write_text(json.dumps(asdict(holder)), encoding="utf-8")
+        with suppress(OSError):  # hpo status has less to show, and others may end trials that it has paused
+            self._path.with_suffix(".json").write_text(json.dumps(asdict(self._holder)), encoding="utf-8")
+
+    @property
+    def thaws(self) -> bool:
+        """Whether the holder's search may continue paused trials."""
+        return self._holder.thaws
+
+    def end_search(self) -> None:
+        """Tell others that the holder continues no paused trial any more."""
+        self._holder = replace(self._holder, thaws=False)
+        self._introduce()
+
+    def other_thaws(self) -> bool:
+        """Whether another supervisor of the study, in this folder, may continue paused trials."""
+        return any(
+            each.thaws and each.title == self._holder.title and each.lease != self.name
+            for each in holders(self._folder)
+        )
 
     @property
     def stem(self) -> str:
@@ -195,7 +217,13 @@ class Liveness:
 
     def __init__(self, storage: Storage, study_id: int, lease: Lease, running: Callable[[], Collection[int]]) -> None:
         self._storage, self._id, self._lease = storage, study_id, lease
-        self._heartbeat = Heartbeat(storage, running) if storage.shared else None
+
+        def beating() -> list[int]:
+            # The checkpoints of trials that were paused here, by whatever run, are in reach of this one only.
+            paused = storage.paused(study_id, lease.is_near) if lease.thaws else []
+            return [*running(), *paused]
+
+        self._heartbeat = Heartbeat(storage, beating) if storage.shared else None
 
     def abandoned(self, trials: Iterable[FrozenTrial], *, mine: Container[int]) -> list[FrozenTrial]:
         """The running trials of dead supervisors; those of this supervisor whose numbers are not in `mine`, too."""
@@ -212,6 +240,22 @@ class Liveness:
             return not self._lease.is_held(lease) if self._lease.is_near(lease) else trial.number in silent
 
         return [trial for trial in trials if is_abandoned(trial)]
+
+    def has_far(self, trials: Iterable[FrozenTrial]) -> bool:
+        """Whether one of the trials is of another machine or folder."""
+        return not all(self._lease.is_near(attrs_of(trial).lease) for trial in trials)
+
+    def given_up(self, paused: Iterable[FrozenTrial]) -> list[int]:
+        """The numbers of the paused trials that no other living supervisor can continue: their checkpoints are near it.
+
+        Trials that were paused elsewhere have heartbeats of those that can.
+        """
+        elsewhere, silent = self._lease.other_thaws(), self._silent()
+        return [
+            trial.number
+            for trial in paused
+            if (not elsewhere if self._lease.is_near(attrs_of(trial).lease) else trial.number in silent)
+        ]
 
     def trials_of_others(self, trials: Iterable[FrozenTrial]) -> set[int]:
         """The numbers of the trials that another living supervisor is responsible for, see Study.trials_of_others."""

@@ -40,8 +40,8 @@ PRIVATE_PARTS: tuple[tuple[Any, str, tuple[str, ...] | None], ...] = (
 # Key of a study's system attributes: the name of each objective, which Optuna's plots and its dashboard show.
 METRIC_NAMES = "study:metric_names"
 # Keys of a trial's system attributes: values that were set before sampling; what successive halving of several
-# objectives noted at a rung, without its number; the violation of a constraint, without its text.
-FIXED, RUNG, CONSTRAINT = "fixed_params", "completed_rung_", "constraints:"
+# objectives noted at a rung, without its step; the violation of a constraint, without its text.
+FIXED, RUNG, CONSTRAINT = "fixed_params", "rung_at_step_", "constraints:"
 
 
 def trial_id_of(trial: FrozenTrial | optuna.trial.Trial) -> int:

@@ -28,7 +28,7 @@ from hpo.records import Trial
 from hpo.storage import liveness
 from hpo.storage.optuna_private import create_trial, read_trials, set_param, trial_id_of
 from hpo.storage.retry import Retrying, shown_url, store_errors
-from hpo.storage.trial_attrs import PAUSE, STUDY, attrs_of, pauses_of, to_trial
+from hpo.storage.trial_attrs import PAUSE, START, STUDY, attrs_of, pauses_of, to_trial
 from hpo.storage.trial_index import TrialIndex
 
 T = TypeVar("T")
@@ -235,6 +235,18 @@ class Storage:
         self.database.transact(lambda session: session.execute(text("SELECT 1")))
         for trial_id in trial_ids:
             self.database.record_heartbeat(trial_id)
+
+    def paused(self, study_id: int, chosen: Callable[[str], bool]) -> list[int]:
+        """Optuna's ids of the paused trials of a study whose leases are chosen, without the index of this object."""
+        query = text(
+            "SELECT t.trial_id, s.value_json FROM trials t "
+            "JOIN trial_user_attributes s ON s.trial_id = t.trial_id AND s.key = :start "
+            "JOIN trial_user_attributes p ON p.trial_id = t.trial_id AND p.key = :pause "
+            "WHERE t.study_id = :study AND t.state = 'RUNNING' AND p.value_json <> '0'"
+        )
+        values = {"study": study_id, "start": START, "pause": PAUSE}
+        rows = self.database.transact(lambda session: session.execute(query, values).all())
+        return [row[0] for row in rows if chosen(json.loads(row[1]).get("lease", ""))]
 
     def silent(self, study_id: int) -> set[int]:
         """The numbers of running trials without a heartbeat for GRACE_SECONDS, by the server's clock.

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from optuna.exceptions import OptunaError, StorageInternalError
 from sqlalchemy.engine import make_url
@@ -24,6 +24,7 @@ RETRY_SECONDS = 60.0  # from the first fault to the last try
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 8.0
 
 T = TypeVar("T")
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class Retrying:
@@ -140,6 +141,17 @@ def store_errors(home: Home) -> Iterator[None]:
         text = str(getattr(cause, "orig", None) or cause).splitlines()[0].rstrip(".")
         hint = hint_of(text) or "Check the database, then run again."
         raise StoreError(f"{shown_url(home)}: the study storage refuses: {text}.", hint) from error
+
+
+def guarded(method: Method) -> Method:
+    """A method that turns faults of the storage into StoreError; its object has a _home."""
+
+    @functools.wraps(method)
+    def called(self: Any, *args: Any, **options: Any) -> Any:
+        with store_errors(self._home):
+            return method(self, *args, **options)
+
+    return cast("Method", called)
 
 
 def shown_url(home: Home) -> str:

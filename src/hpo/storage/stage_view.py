@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import optuna
@@ -25,12 +26,22 @@ class StageView(BaseStorage):  # type: ignore[misc]
     """One stage of one study in the form of an Optuna storage: the trials that samplers and pruners may see.
 
     These are the trials of the stage that were not interrupted; a retry is seen in place of an interrupted trial.
-    sampled: only a sample of a long stage is seen, see EndedTrials.sample.
+    sampled: only a sample of a long stage is seen, see EndedTrials.sample. seen is how each trial is seen; None: not at
+    all.
     """
 
-    def __init__(self, storage: Storage, title: str, study_id: int, stage: str | None, *, sampled: bool) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        title: str,
+        study_id: int,
+        stage: str | None,
+        *,
+        sampled: bool,
+        seen: Callable[[FrozenTrial], FrozenTrial | None] = lambda trial: trial,
+    ) -> None:
         self.storage = storage
-        self._title, self._id, self._stage, self._sampled = title, study_id, stage, sampled
+        self._title, self._id, self._stage, self._sampled, self._seen = title, study_id, stage, sampled, seen
         self._created: FrozenTrial | None = None
         self._notes: dict[int, dict[str, Any]] = {}  # system attributes by Optuna's id of the trial
 
@@ -53,6 +64,7 @@ class StageView(BaseStorage):  # type: ignore[misc]
         trials = [*(ended.sample() if self._sampled else ended.visible), *index.unfinished(self._stage)]
         if states is not None:
             trials = [trial for trial in trials if trial.state in states]
+        trials = [seen for trial in trials if (seen := self._seen(trial)) is not None]
         trials.sort(key=lambda trial: trial.number)
         return copy.deepcopy(trials) if deepcopy else trials
 

@@ -9,6 +9,7 @@ import pytest
 from formula_study import CARD, RecordedTracker, formula_spec
 from hpo.events import Notice
 from hpo.execute.process import RunEnd
+from hpo.execute.progress import Progress
 from hpo.execute.subscribers.model_retention import ModelRetention
 from hpo.execute.tracking_queue import TrackingQueue
 from hpo.execute.workers.job_process import draw_trial
@@ -34,8 +35,8 @@ class _Exports:
         return future
 
 
-def _retention(models, work, *, figures="best:10", exports=None, events=None, end=None):
-    spec = formula_spec().model_copy(update={"keep": KeepSpec(models=models, figures=figures)})
+def _retention(models, work, *, figures="best:10", exports=None, events=None, end=None, **search):
+    spec = formula_spec(**search).model_copy(update={"keep": KeepSpec(models=models, figures=figures)})
     tracker, queue = RecordedTracker(), TrackingQueue()
     retention = ModelRetention(
         tracker,
@@ -72,6 +73,24 @@ def test_the_policy_decides_which_models_are_left(models, left, tmp_path):
     assert len(kept) == len(set(kept))
     assert set(kept) - set(dropped) == left
     assert not list(tmp_path.iterdir()), "no trial leaves files behind"
+
+
+def test_of_several_objectives_the_first_decides_in_its_direction(tmp_path):
+    aims = ["parameters", "valid_accuracy"]  # fewer are better
+    retention, tracker, queue = _retention("best:2", tmp_path, objectives=aims)
+    for number, value in enumerate([500.0, 600.0, 100.0, 900.0]):
+        retention.add(_complete(number, value, tmp_path / str(number)))
+    retention.collect(wait=True)
+    queue.close()
+    kept, dropped = ({number for call, number in tracker.calls if call == what} for what in ("keep", "drop"))
+    assert kept - dropped == {0, 2}
+    spec = formula_spec(objectives=aims, until=200)
+    progress = Progress(spec, StudyResult("formula", 1, "minimize", "parameters", ()))
+    assert [(progress.note(value), progress.reached) for value in (500.0, 600.0, 100.0)] == [
+        (True, False),
+        (False, False),
+        (True, True),
+    ]
 
 
 @pytest.mark.parametrize(("figures", "left"), [("best:1", {3}), ("all", {0, 1, 2, 3}), ("none", set())])
