@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import io
+import itertools
 import json
 import os
 import shutil
@@ -136,12 +137,13 @@ def test_it_answers_at_the_address_that_it_was_given(finished: Path) -> None:
 def test_an_image_is_dropped_on_the_page_and_its_class_shown(address: str, photo: Path, finished: Path) -> None:
     sync_api = pytest.importorskip("playwright.sync_api", reason="the Python package playwright is not installed")
     (expected,) = predict_files(load_model("digits-mlp", home=finished), [photo])
-    elsewhere, faults = [], []
+    elsewhere, faults, missing = [], [], []
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 400, "height": 800})
         page.on("request", lambda request: elsewhere.append(request.url))
         page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("response", lambda answer: missing.append(answer.url) if answer.status == 404 else None)
         page.goto(address)
         page.evaluate(
             """bytes => {
@@ -156,11 +158,14 @@ def test_an_image_is_dropped_on_the_page_and_its_class_shown(address: str, photo
         assert page.inner_text("#answer").startswith(f"{expected['class']} (")
         assert page.locator("#rows tr").count() == 10
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        boxes = [page.locator(each).bounding_box() for each in ("h1", "h1 + p", "#drop", "#shown", "#answer", "#rows")]
+        for upper, lower in itertools.pairwise(filter(None, boxes)):
+            assert upper["y"] + upper["height"] <= lower["y"], "the parts of the page lie below each other"
         page.set_input_files("#file", files=[{"name": "x.png", "mimeType": "image/png", "buffer": _noise()}])
         page.wait_for_function("document.getElementById('answer').className == 'error'", timeout=60_000)
         assert "not an image" in page.inner_text("#answer")
         browser.close()
-    assert faults == []
+    assert faults == missing == []
     assert {urlsplit(url).hostname for url in elsewhere if not url.startswith("blob:")} == {"127.0.0.1"}
 
 

@@ -235,6 +235,7 @@ def test_first_promotion_has_no_champion_to_compare_with(monkeypatch: pytest.Mon
     monkeypatch.setattr("hpo.jobs.promote.promote", lambda name, **options: told)
     text = runner.invoke(app, ["promote", "digits-mlp"]).stdout
     assert "now champion: there was no champion before" in text
+    assert text.endswith("Serve it, with a page to drop an image on: hpo serve digits-mlp\n")
     assert table(text)[1] == ["test", "part", "version", "7"]
 
 
@@ -249,6 +250,7 @@ def test_a_refusal_names_the_gate_shows_no_test_score_and_exits_with_1(monkeypat
     assert "test_accuracy" not in done.stdout
     assert "opened never" not in done.stdout
     assert "hpo promote digits-mlp --force" in done.stdout
+    assert "hpo serve" not in done.stdout
     assert runner.invoke(app, ["promote", "digits-mlp", "--json"]).exit_code == 1
 
 

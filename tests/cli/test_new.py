@@ -33,8 +33,8 @@ def calls(project: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]
         (project / "studies" / "photos.yaml").write_text(STUDY)
         seen.append(given)
 
-    def run_study(spec: Any, options: RunOptions, *, watch: Any) -> None:
-        seen.append({"spec": spec, "options": options})
+    def run_study(spec: Any, options: RunOptions, *, closing: float, watch: Any) -> None:
+        seen.append({"spec": spec, "options": options, "closing": closing})
 
     monkeypatch.setattr("hpo.jobs.new_study.new_study", new_study)
     monkeypatch.setattr("hpo.execute.run_study.run_study", run_study)
@@ -58,6 +58,13 @@ def test_the_command_that_resumes_gives_the_run_no_budget_of_its_own(calls: list
     assert again is not None
     assert 60 * 20 < again < 60 * 25
     assert timeout("--timeout 90") == 90
+    assert calls[-1]["closing"] == 0
+
+
+def test_a_slow_search_of_own_images_leaves_time_for_the_final_training(calls: list[dict[str, Any]]) -> None:
+    """All was planned to take 0.8 of the minutes, and the run ends at 1.25 of them."""
+    runner.invoke(app, ["run", "photos", "--quiet", "--minutes", "60"])
+    assert calls[-1]["closing"] == pytest.approx(0.45 * 3600)
 
 
 def test_settings_of_the_data_reach_the_study_that_is_written(calls: list[dict[str, Any]]) -> None:

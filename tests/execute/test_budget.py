@@ -1,5 +1,6 @@
 """--minutes: trials and epochs are fitted to the time by a measured speed, recorded, and kept on resuming."""
 
+import math
 import re
 import time
 from types import SimpleNamespace
@@ -9,8 +10,9 @@ import optuna
 import pytest
 
 from formula_study import formula, formula_spec, measure_slowly
+from hpo.errors import HpoError
 from hpo.events import EpochEnded, Notice, StudyOpened
-from hpo.execute.budget import Pace, as_fitted, fit, measure_pace
+from hpo.execute.budget import Pace, as_fitted, end_of_search, fit, measure_pace
 from hpo.execute.run_study import _fit, run_study, with_options
 from hpo.execute.supervisor import Supervisor
 from hpo.home import Home
@@ -161,6 +163,13 @@ def test_the_search_hands_out_nothing_once_the_time_is_needed_for_the_final_trai
     assert {trial.state for trial in run.trials} == {TrialState.COMPLETE}
 
 
+def test_the_search_ends_so_long_before_the_run_but_has_half_of_the_time():
+    now = time.monotonic()
+    assert end_of_search(now + 100, 30) == pytest.approx(now + 70, abs=1)
+    assert end_of_search(now + 100, 90) == pytest.approx(now + 50, abs=1)
+    assert end_of_search(float("inf"), 0.0) == float("inf")
+
+
 @pytest.mark.parametrize("sampler", ["random", "grid"])
 def test_what_was_fitted_with_trials_is_compared_with_the_number_in_the_file(tmp_path, monkeypatch, sampler):
     space = {"model.dropout": {"choice": [0.0, 0.1, 0.2]}}
@@ -194,12 +203,11 @@ def digits(tmp_path, monkeypatch, digits_cache):
     monkeypatch.setattr("hpo.execute.subscribers.tracking.draw_study", draw_nothing)
     monkeypatch.setattr("hpo.execute.run_study.measure_pace", measure_slowly)
 
-    def run(**options):
-        spec = load_study(
-            "digits-mlp", overrides={"training.epochs": 8, "keep.models": "none", "search.pruner": "none"}
-        )
-        events = []
-        study = run_study(spec, RunOptions(workers=0, home=tmp_path, **options), watch=events.append)
+    def run(closing=0.0, overrides=None, **options):
+        changes = {"training.epochs": 8, "keep.models": "none", "search.pruner": "none", **(overrides or {})}
+        spec, events = load_study("digits-mlp", overrides=changes), []
+        named = RunOptions(workers=0, home=tmp_path, **options)
+        study = run_study(spec, named, closing=closing, watch=events.append)
         return study, events
 
     return run
@@ -238,3 +246,19 @@ def test_the_speed_of_real_candidates_is_measured(digits_cache, monkeypatch):
     assert len(pace.epochs) == 4
     assert 0 < pace.epoch < 60
     assert pace.features == 0
+
+
+@pytest.mark.slow
+def test_a_timeout_leaves_its_closing_to_the_final_training(digits, monkeypatch):
+    seen = []
+
+    def supervisor(*given, search_until, **named):
+        seen.append(search_until - time.monotonic())
+        raise HpoError("enough is seen.", "")
+
+    monkeypatch.setattr("hpo.execute.run_study.Supervisor", supervisor)
+    for final in (None, {}):
+        with pytest.raises(HpoError, match="enough is seen"):
+            digits(timeout=1000, closing=400, overrides={"final": final})
+    assert seen[0] == math.inf, "what runs at the end of the time is tried again"
+    assert 400 < seen[1] < 600

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -167,3 +172,77 @@ def test_a_card_says_which_sampler_and_pruner_auto_stands_for() -> None:
 def test_nothing_is_uploaded_without_a_folder(place: Path) -> None:
     with pytest.raises(HpoError, match="--push a/b"):
         write_card("digits-mlp", push="a/b", home=place)
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """The part of the Hub's HTTP interface that an upload of small files asks for."""
+
+    def do_GET(self) -> None:
+        self._answer({})
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        hub: Any = self.server
+        if self.path == "/api/repos/create":
+            hub.created.append(json.loads(body))
+            self._answer({"url": f"{hub.address}/me/digits"})
+        elif self.path == "/api/models/me/digits/preupload/main":
+            paths = [each["path"] for each in json.loads(body)["files"]]
+            same = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
+            self._answer({"files": [{"path": path, **same} for path in paths]})
+        elif self.path == "/api/models/me/digits/commit/main":
+            lines = [json.loads(line)["value"] for line in body.splitlines()]
+            hub.files |= {each["path"]: base64.b64decode(each["content"]) for each in lines if "path" in each}
+            self._answer({"commitOid": "a" * 40, "commitUrl": f"{hub.address}/me/digits/commit/a"})
+        else:
+            self._answer({})
+
+    def _answer(self, plain: dict[str, Any]) -> None:
+        hub: Any = self.server
+        content = json.dumps({"error": "no such token"} if hub.refuses else plain).encode()
+        self.send_response(401 if hub.refuses else 200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        """Print nothing."""
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A server that stands for the Hub: what it was asked to create, and the files that it was given."""
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    server.address, server.created, server.files = f"http://127.0.0.1:{server.server_port}", [], {}
+    server.refuses = False
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.address)
+    monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_the_folder_is_pushed_to_the_hub_whose_own_reader_reads_the_card(place: Path, tmp_path: Path, hub: Any) -> None:
+    from huggingface_hub import ModelCard
+
+    card = write_card("digits-mlp", licence="MIT", out=tmp_path / "hub", push="me/digits", home=place)
+    assert card.address == f"{hub.address}/me/digits"
+    assert [each["visibility"] for each in hub.created] == ["private"]
+    files = {path.relative_to(tmp_path / "hub").as_posix(): path for path in (tmp_path / "hub").rglob("*")}
+    written = {name: path.read_bytes() for name, path in files.items() if path.is_file()}
+    assert hub.files == written
+    (tmp_path / "README.md").write_bytes(hub.files["README.md"])
+    read = ModelCard.load(tmp_path / "README.md")
+    assert (read.data.license, read.data.pipeline_tag) == ("mit", "image-classification")
+    scores = {each.metric_type: each.metric_value for each in read.data.eval_results}
+    assert scores["accuracy"] > 0.2
+    assert {each.dataset_name for each in read.data.eval_results} == {"digits"}
+    hub.refuses = True
+    with pytest.raises(HpoError, match="--push me/digits: the Hub refuses: ") as caught:
+        write_card("digits-mlp", out=tmp_path / "again", push="me/digits", home=place)
+    assert "hf upload me/digits" in caught.value.hint
+    assert (tmp_path / "again" / "README.md").is_file()

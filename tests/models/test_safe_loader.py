@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -276,6 +277,66 @@ def test_an_unchanged_copy_is_loaded_and_answers_as_before(program: Path, tmp_pa
     np.testing.assert_array_equal(Program(file).predict(images), Program(program).predict(images))
     assert Program(program).predict(images).shape == (70, 4)
     assert Program(program).predict(images[:0]).shape == (0, 4)
+
+
+def _pickle(content: bytes) -> bytes:
+    return pickle.dumps(content)
+
+
+DAMAGED: dict[str, Callable[[bytes], bytes]] = {
+    "another magic number": lambda content: b"MZ\x90\x00" + content[4:],
+    "a script before it": lambda content: b"#!/bin/sh\n" + content,
+    "a pickle": _pickle,
+    "half of it": lambda content: content[: len(content) // 2],
+    "nothing": lambda content: b"",
+}
+
+
+@pytest.mark.parametrize("change", DAMAGED.values(), ids=DAMAGED)
+def test_a_file_that_is_no_program_is_refused(program: Path, tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
+    (tmp_path / PROGRAM).write_bytes(change(program.read_bytes()))
+    with pytest.raises(ModelError, match="the exported program cannot be read"):
+        load_program(tmp_path / PROGRAM)
+
+
+def _sizes(entry: dict[str, Any]) -> None:
+    entry["sizes"] = [{"as_int": 10**9}] * 2
+
+
+def _offset(entry: dict[str, Any]) -> None:
+    entry["storage_offset"] = {"as_int": 10**6}
+
+
+def _strides(entry: dict[str, Any]) -> None:
+    entry["strides"] = [{"as_int": 10**6}] * 2
+
+
+@pytest.mark.parametrize("change", [_sizes, _offset, _strides])
+def test_weights_that_reach_beyond_their_file_are_refused(
+    program: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None]
+) -> None:
+    def beyond(entries: dict[str, bytes], trap: Path) -> None:
+        config = json.loads(entries[WEIGHTS])
+        for entry in config["config"].values():
+            if len(entry["tensor_meta"]["sizes"]) == 2:
+                change(entry["tensor_meta"])
+        entries[WEIGHTS] = json.dumps(config).encode()
+
+    with pytest.raises(ModelError, match="the exported program cannot be read"):
+        Program(changed(program, tmp_path, beyond)[0])
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="there are no such devices here")
+@pytest.mark.parametrize("name", [PROGRAM, "config.json"])
+def test_a_file_without_an_end_is_refused_unread(tmp_path: Path, name: str) -> None:
+    """Reading it would hang, or fill the memory."""
+    read = load_program if name == PROGRAM else read_config
+    for place in ("pipe", "device"):
+        (tmp_path / place).mkdir()
+        file = tmp_path / place / name
+        os.mkfifo(file) if place == "pipe" else file.symlink_to("/dev/full")
+        with pytest.raises(ModelError, match="it is no ordinary file"):
+            read(file)
 
 
 def test_a_bomb_is_not_unpacked(program: Path, tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ from hpo.report.text import duration
 if TYPE_CHECKING:
     from hpo.jobs.new_study import NewStudy
 
-_LONGER = 1.25  # than the budget: from then on the run is ended, with the final training undone
+_LONGER = 1.25  # than the budget: from then on the run is ended
+_CLOSING = 0.45  # of the budget, for the final training: a search that is slower than planned ends before
 
 
 def new(
@@ -106,10 +107,11 @@ def _print(made: NewStudy) -> None:
 
 def study_for(
     source: Path, options: RunOptions, *, preset: str, weights: list[str] | None, tell: bool
-) -> tuple[str, RunOptions]:
-    """The study of images of the user's own, written unless it is there, and the options that run it in its budget.
+) -> tuple[str, RunOptions, float]:
+    """The study of images of the user's own, written unless it is there, and what runs it in its budget.
 
-    Raises HpoError where a file of that name is about other images.
+    That is the options, and the seconds of their timeout that are left to final trainings. Raises HpoError where a file
+    of that name is about other images.
     """
     from hpo.errors import HpoError
     from hpo.home import Home
@@ -143,4 +145,5 @@ def study_for(
     # SLURM ends its jobs itself.
     limited = (written or options.minutes is not None) and options.engine != "slurm"
     most = max(60 * minutes * _LONGER - (time.monotonic() - began), 10.0) if limited else None
-    return file.stem, replace(options, minutes=None, timeout=options.timeout or most)
+    closing = 60 * minutes * _CLOSING if limited and options.timeout is None else 0.0
+    return file.stem, replace(options, minutes=None, timeout=options.timeout or most), closing

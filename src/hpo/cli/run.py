@@ -95,14 +95,14 @@ def run(
     same command resumes it. If all trials of a study are done, ask for more: --trials N.
     """
     options = RunOptions.pick(locals())
-    study, options = _own_images(study, options, preset=preset, weights=weights, tell=not (as_json or quiet))
-    start(study, options, as_json=as_json, quiet=quiet, debug=debug)
+    study, options, closing = _own_images(study, options, preset=preset, weights=weights, tell=not (as_json or quiet))
+    start(study, options, closing=closing, as_json=as_json, quiet=quiet, debug=debug)
 
 
 def _own_images(
     study: str, options: RunOptions, *, preset: str, weights: list[str] | None, tell: bool
-) -> tuple[str, RunOptions]:
-    """The study to run, and its options; where images of the user's own are given, a study is written for them."""
+) -> tuple[str, RunOptions, float]:
+    """The study to run, its options, and closing of run_study; where images of one's own are given, it is written."""
     if not study.endswith((".yaml", ".yml")) and Path(study).expanduser().exists():
         from hpo.execute.process import start_fork_server
 
@@ -116,10 +116,10 @@ def _own_images(
         from hpo.errors import HpoError
 
         raise HpoError(f"--weights: is for images of your own, and {study} is a study.", "--set model.weights=FILE")
-    return study, options
+    return study, options, 0.0
 
 
-def start(study: str, options: RunOptions, *, as_json: bool, quiet: bool, debug: bool) -> None:
+def start(study: str, options: RunOptions, *, closing: float = 0.0, as_json: bool, quiet: bool, debug: bool) -> None:
     """Run a study with these options, here or on a scheduler's jobs."""
     from hpo.execute.process import start_fork_server
 
@@ -144,7 +144,7 @@ def start(study: str, options: RunOptions, *, as_json: bool, quiet: bool, debug:
         # Imported inside, because it takes a moment in which the terminal should not look dead.
         from hpo.execute.run_study import run_study
 
-        run_study(spec, options, watch=watch)
+        run_study(spec, options, closing=closing, watch=watch)
     raise typer.Exit(watch.exit_code)
 
 

@@ -23,6 +23,7 @@ from hpo.cli.options import (
     Model,
     Study,
     Trust,
+    home_flag,
     outside_stores,
     study_name,
 )
@@ -83,6 +84,10 @@ def promote(
     output.print_message(output.show_openings(new.study or study_name(study), promotion.openings))
     for sentence in promotion.history:
         output.print_message(sentence)
+    if promotion.promoted:
+        output.print_message(
+            f"Serve it, with a page to drop an image on: hpo serve {shlex.quote(new.name)}{home_flag(home)}"
+        )
     if promotion.refused:
         output.print_message(f"Promote it anyway, which is recorded: hpo promote {shlex.quote(study)} --force")
         raise typer.Exit(1)

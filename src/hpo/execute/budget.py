@@ -64,17 +64,17 @@ class Fitted:
     closing: float = 0.0
     text: str = ""
 
-    def search_until(self, deadline: float) -> float:
-        """When the search hands out its last candidate, for a final training to end in time; half the time at least.
-
-        Both are time.monotonic() values.
-        """
-        now = time.monotonic()
-        return max(deadline - self.closing, (now + deadline) / 2)
-
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types, of what a resumed study needs."""
         return {"settings": {path: list(pair) for path, pair in self.settings.items()}, "text": self.text}
+
+
+def end_of_search(deadline: float, closing: float) -> float:
+    """When the search hands out its last candidate, for a final training to end in time; half the time at least.
+
+    closing is in seconds; the others are time.monotonic() values.
+    """
+    return max(deadline - closing, (time.monotonic() + deadline) / 2)
 
 
 def measure_pace(spec: StudySpec, card: DataCard, device: str, threads: int, seconds: float) -> Pace:

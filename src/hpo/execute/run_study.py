@@ -17,7 +17,7 @@ from hpo.data.duplicates import refuse_shared
 from hpo.errors import HpoError, SpecError, StoreError
 from hpo.events import Notice, SearchEnded, StudyEnded, StudyOpened, WinnerChosen
 from hpo.execute.base_model import with_model
-from hpo.execute.budget import Fitted, as_fitted, as_written, fit, measure_pace
+from hpo.execute.budget import Fitted, as_fitted, as_written, end_of_search, fit, measure_pace
 from hpo.execute.closing_ensemble import EnsembleOfRun, close_with_ensemble, context_of_run
 from hpo.execute.engines import engine_factory
 from hpo.execute.engines.base import EngineFactory, StudyWork, WorkerPlan
@@ -102,20 +102,20 @@ def run_study(
     *,
     join: str = "",
     watch: Watch | None = None,
+    closing: float = 0.0,
     **named: Any,
 ) -> StudyResult:
     """Run or resume a study until it has `trials` trials in all, and register its best model as challenger.
 
-    named are fields of RunOptions, such as trials=20 and workers=2; they may be given instead of options, or replace
-    some of them. watch is called with every event. With join the run takes part in a study that exists already, up to
-    the budget of its record, which stays as it is; of all runs that take part, one writes the summary. Ctrl-C ends the
-    run cleanly: running trials are recorded as stopped, and the next run tries them again. Raises HpoError for whatever
-    the user can fix.
+    named are fields of RunOptions, such as trials=20, in place of options or of some of them. watch is called with
+    every event. With join the run takes part in a study that exists already, up to the budget of its record; of all
+    runs that take part, one writes the summary. closing: the seconds of options.timeout that final trainings have.
+    Ctrl-C ends the run cleanly: the next run tries running trials again. Raises HpoError for what the user can fix.
     """
     options = replace(options or RunOptions(), **named)
     with contextlib.ExitStack() as cleanup:
         run = _start(spec, options, join=join, watch=watch, cleanup=cleanup)
-        opened = _open_study(run, cleanup)
+        opened = _open_study(run, closing, cleanup)
         plan, stack = _choose_workers(run, opened)
         tracking = _subscribe(run, opened, cleanup)
         _emit_opening(run, opened, plan, stack)
@@ -149,7 +149,7 @@ def _start(
     return _Run(spec, written, options, home, join, deadline, end, events, factory, jobs, drawing, queue, tracker)
 
 
-def _open_study(run: _Run, cleanup: contextlib.ExitStack) -> _OpenStudy:
+def _open_study(run: _Run, closing: float, cleanup: contextlib.ExitStack) -> _OpenStudy:
     """Prepare the data, open the study, finish what dead runs have left, and clean the folder of work."""
     spec, options = run.spec, run.options
     from hpo.search.lifecycle import open_study
@@ -183,7 +183,7 @@ def _open_study(run: _Run, cleanup: contextlib.ExitStack) -> _OpenStudy:
     work = run.home.work / before.title
     sweep(work, study)
     # The last trials and the final trainings must fit in; without those, what runs at the deadline is taken up again.
-    search_until = fitted.search_until(run.deadline) if fitted and spec.final is not None else math.inf
+    search_until = end_of_search(run.deadline, fitted.closing if fitted else closing) if spec.final else math.inf
     return _OpenStudy(study.spec, study, before, trials_of_others, prepared, work, search_until, retried)
 
 

@@ -23,7 +23,7 @@ from hpo.models.basic import OneLogit, build_cnn, build_convnet, build_mlp, buil
 from hpo.models.calibration import Calibrated
 from hpo.models.ensemble import Ensemble, build_ensemble
 from hpo.models.program_file import architecture_of, export_to
-from hpo.models.safe_loader import load_program, read_config
+from hpo.models.safe_loader import load_program, pieces, read_config
 from hpo.models.transfer import build_transfer
 from hpo.models.views import View, Views
 from hpo.spec.load import small_text
@@ -318,10 +318,10 @@ class TrainedNet:
         self._whole = whole_program(net, config)
 
     def predict(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Images (n, height, width, channels) uint8 -> probabilities (n, classes) float32; n >= 1."""
+        """Images (n, height, width, channels) uint8 -> probabilities (n, classes) float32; n >= 0."""
         with torch.inference_mode():
-            pieces = (images[start : start + 64] for start in range(0, len(images), 64))
-            found: NDArray[np.float32] = torch.cat([self._whole(torch.from_numpy(np.array(p))) for p in pieces]).numpy()
+            chunks = [self._whole(torch.from_numpy(np.array(piece))) for piece in pieces(images)]
+            found: NDArray[np.float32] = torch.cat(chunks).numpy()
         return found
 
 

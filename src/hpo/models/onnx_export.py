@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpo.errors import HpoError
+from hpo.models.safe_loader import pieces
 
 MODEL = "model.onnx"
-_CHUNK_IMAGES = 64  # as of hpo.models.safe_loader: bounds memory
 _NEEDED = ("onnx", "onnxruntime", "onnxscript")
 
 
@@ -106,8 +106,7 @@ class OnnxProgram:
         return found
 
     def predict(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Images (n, height, width, channels) uint8 -> probabilities (n, classes) float32; n >= 1."""
-        pieces = (images[start : start + _CHUNK_IMAGES] for start in range(0, len(images), _CHUNK_IMAGES))
-        found = [self._session.run(["probabilities"], {"images": piece})[0] for piece in pieces]
+        """Images (n, height, width, channels) uint8 -> probabilities (n, classes) float32; n >= 0."""
+        found = [self._session.run(["probabilities"], {"images": piece})[0] for piece in pieces(images)]
         answers: NDArray[np.float32] = np.concatenate(found).astype(np.float32, copy=False)
         return answers

@@ -154,7 +154,7 @@ def _operator_fault(node: Mapping[str, Any]) -> str | None:
 def check_program(file: Path) -> None:
     """Raise ModelError where a .pt2 file is missing or damaged, or loading or running it would do more than compute."""
     try:
-        found = next(_unsafe(file), None)
+        found = next(_unsafe(_ordinary(file)), None)
     except Exception as error:  # noqa: BLE001 - a damaged archive fails in many ways
         raise _damaged(file, error) from None
     if found:
@@ -183,7 +183,7 @@ def read_config(file: Path) -> dict[str, Any]:
     What else is in it stays as it is. Raises ModelError where it is missing or damaged.
     """
     try:
-        if file.stat().st_size > _LONGEST_CONFIG:
+        if _ordinary(file).stat().st_size > _LONGEST_CONFIG:
             raise ValueError(f"it has more than {_LONGEST_CONFIG:,} bytes")
         config = json.loads(file.read_text(encoding="utf-8"))
         height, width, channels = map(int, config["image_shape"])
@@ -205,6 +205,13 @@ def read_config(file: Path) -> dict[str, Any]:
         return {**config, "image_shape": [height, width, channels], "class_names": names}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ModelError(f"{file}: damaged or missing: {error}.", "Restore it from a copy.") from None
+
+
+def _ordinary(file: Path) -> Path:
+    """The file, if it has an end: a folder of others may hold a pipe, or a link to a device, which have none."""
+    if file.exists() and not file.is_file():
+        raise ValueError("it is no ordinary file")
+    return file
 
 
 def _numbers(name: str, values: Sequence[Any]) -> tuple[float, ...]:
@@ -276,6 +283,12 @@ def _suspicious(tree: Any, key: str) -> Iterator[str]:
             yield from _suspicious(item, name)
 
 
+def pieces(images: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """Images (n, height, width, channels) in turn, so few at a time that a network's memory is bounded; n >= 0."""
+    count = int(np.clip(_CHUNK_PIXELS // max(1, math.prod(images.shape[1:3])), *_CHUNK_IMAGES))
+    return (images[start : start + count] for start in range(0, len(images) or 1, count))
+
+
 class Program:
     """A loaded exported program, on the CPU."""
 
@@ -289,14 +302,10 @@ class Program:
 
         Raises ModelError where the program does not accept them.
         """
-        chunk = int(np.clip(_CHUNK_PIXELS // max(1, math.prod(images.shape[1:3])), *_CHUNK_IMAGES))
         try:
             with torch.inference_mode():
                 # A copy, because torch wants memory that may be written.
-                chunks = [
-                    self._net(torch.from_numpy(np.array(images[start : start + chunk], order="C")))
-                    for start in range(0, len(images) or 1, chunk)
-                ]
+                chunks = [self._net(torch.from_numpy(np.array(piece, order="C"))) for piece in pieces(images)]
                 found: NDArray[np.float32] = torch.cat(chunks).numpy()
         except Exception as error:
             raise ModelError(
