@@ -233,7 +233,7 @@ def warm_up() -> None:
         os.nice(5)
 
 
-def finish_trial(result: TrialResult, data: DataCard, spec: PredictSpec, hurry: Path) -> Path:
+def finish_trial(result: TrialResult, data: DataCard, spec: PredictSpec, hurry: Path | None = None) -> Path:
     """Turn what a complete trial left in its folder into a program, with tables next to it, and return the folder.
 
     The program answers as spec says; once the file `hurry` is there, no views are chosen for it.
@@ -247,7 +247,8 @@ def finish_trial(result: TrialResult, data: DataCard, spec: PredictSpec, hurry: 
     use_threads(1)
     folder = Path(result.folder)
     images = Path(data.folder) / "development_images.npy"
-    decided = decide_answers(folder, folder / _VALIDATION, images, spec, hurry=hurry.is_file)
+    hurries = hurry.is_file if hurry else lambda: False
+    decided = decide_answers(folder, folder / _VALIDATION, images, spec, hurry=hurries)
     if "views_not_chosen" in decided:
         _notify(f"trial {result.number}: views of its images were not chosen: {decided['views_not_chosen']}", 0, 0)
     export_program(folder)
