@@ -332,4 +332,4 @@ def _observed(study):
     stage = study._starter.progress.current(study._index()).stage
     seen = study._starter.sampler_view(stage).study(sampler=None, pruner=None)
     trials = seen.get_trials(deepcopy=False)
-    return [curve for _, curve in MultiFidelityGp(stage, seed=0)._observations(seen, trials)]
+    return [each.curve for each in MultiFidelityGp(stage, seed=0)._observations(seen, trials)]

@@ -132,7 +132,7 @@ class MultiFidelityGp(optuna.samplers.BaseSampler):  # type: ignore[misc]
         """Name -> encoded value; points of a Sobol sequence for the first trials."""
         others = [other for other in study.get_trials(deepcopy=False) if other.number != trial.number]
         others.sort(key=lambda other: (ordinal_of(other), other.number))
-        ordinal = attrs_of(trial).ordinal
+        ordinal = ordinal_of(trial)
         known = self._observations(study, others)
         if len(known) < max(2, self._stage.spec.search.sampler.startup_trials):
             design = OrdinalQmc(seed=self._stage.spec.seed, ordinal=ordinal, ranges=search_space)
@@ -155,9 +155,9 @@ class MultiFidelityGp(optuna.samplers.BaseSampler):  # type: ignore[misc]
     def _observations(self, study: Any, trials: Sequence[FrozenTrial]) -> list[Observation]:
         sign = 1.0 if study.direction == StudyDirection.MAXIMIZE else -1.0
         found = []
-        scored = {attrs_of(trial).ordinal for trial in trials if trial.state is not TrialState.FAIL}
+        scored = {ordinal_of(trial) for trial in trials if trial.state is not TrialState.FAIL}
         for trial in trials:
-            if trial.state is TrialState.FAIL and attrs_of(trial).ordinal in scored:
+            if trial.state is TrialState.FAIL and ordinal_of(trial) in scored:
                 continue  # it was tried again
             curve = self._curve(trial, sign)
             if curve:
