@@ -271,7 +271,7 @@ class _Draft:
         return measure_speed(spec.setup, self.card, device_name=self.device, seed=0, threads=1)
 
     def _from_scratch(self, preset: Preset, minutes: float, why: str) -> None:
-        from hpo.jobs.shared.new_parts import scratch_model, scratch_parts
+        from hpo.jobs.shared.new_parts import scratch_models, scratch_parts
 
         if min(self.card.image_shape[:2]) > _SCRATCH_SIDE and self.tree["data"]["name"] != "npz" and not self._size:
             self.tree["data"]["size"] = _SCRATCH_SIDE
@@ -281,13 +281,15 @@ class _Draft:
         side = min(self.card.image_shape[:2])
         self.tree |= scratch_parts(self.card, self.turns, self.tree["search"]["objective"])
 
-        def seconds(width: int) -> float:
-            self.tree["model"] = scratch_model(side, width)
+        def seconds(network: dict[str, Any]) -> float:
+            self.tree["model"] = network
             return float(self._speed().epoch_seconds)
 
-        fill = fill_from_scratch(preset, minutes, self.workers, seconds, preset.widths)
-        self.tree["model"] = scratch_model(side, fill.choice)
-        self.decide("network", f"convnet, {fill.choice} filters at first", f"from scratch: {why}")
+        networks = scratch_models(side, preset.widths)
+        fill = fill_from_scratch(preset, minutes, self.workers, seconds, networks)
+        self.tree["model"] = fill.choice
+        kind = f"{fill.choice['filters'][0]} filters at first" if "filters" in fill.choice else "fully connected"
+        self.decide("network", f"{fill.choice['kind']}, {kind}", f"from scratch: {why}")
         self._finish(fill)
 
     def _frozen(self, preset: Preset, minutes: float, bodies: list[Any]) -> None:
@@ -329,12 +331,14 @@ class _Draft:
         pruner = {"name": "successive_halving", "min_epochs": max(1, fill.epochs // 4), "reduction_factor": 2}
         self.tree["search"] |= {"trials": fill.trials, "sampler": {"name": "tpe", "startup_trials": 6}}
         self.tree["search"] |= {"pruner": pruner} if prunes else {}
-        self.tree["final"] = {"on": "all"}
+        self.tree["final"] = {"on": "all", **({"set": {"training.epochs": fill.last}} if fill.last else {})}
         views = f", {counted(fill.views, 'augmented view')} of each image" if fill.views else ""
         words = f"{counted(fill.trials, 'trial')} of {fill.epochs} epochs{views}"
         reason = f"measured speed: about {duration(fill.seconds)} on {counted(self.workers, 'worker')}"
         self.decide("search", words, reason)
-        self.decide("final", "the best again, on train and validation together", "more images, no choice left to make")
+        longer = f"for {fill.last} epochs, " if fill.last else ""
+        choice = f"the best again, {longer}on train and validation together"
+        self.decide("final", choice, "more images, no choice left to make")
 
     def write(self, title: str) -> None:
         """Write the file, and read it again as every command does."""

@@ -35,6 +35,17 @@ def in_folds(card: DataCard, split: Mapping[str, Any]) -> dict[str, Any] | None:
     return folded
 
 
+def scratch_models(side: int, widths: Sequence[int]) -> list[dict[str, Any]]:
+    """Networks for images of `side` pixels, each slower than the one before, with these rising widths of scratch_model.
+
+    The first has one block at the full resolution, if the others have two.
+    """
+    models = [scratch_model(side, width) for width in widths]
+    if _LEAST_SIDE <= side <= _LARGE_SIDE:
+        models.insert(0, models[0] | {"pool_after": [block - 1 for block in models[0]["pool_after"]]})
+    return models
+
+
 def scratch_model(side: int, width: int) -> dict[str, Any]:
     """A network for images of `side` pixels whose first block has `width` filters.
 

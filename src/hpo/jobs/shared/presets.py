@@ -13,6 +13,7 @@ _USED = 0.8  # of the time: a trial that is cut off at the end is lost, and two 
 _START = 25.0  # seconds that processes, the first export and the registration take
 _PRUNED = 0.6  # of the epochs of a trial are trained, on average, where successive halving ends every second one early
 _FINAL = 1.25  # the final training sees the validation images, too
+_LAST = 0.5  # of the time at most is for the final training of a network from scratch, the others are to find it
 _MOST_TRIALS = 100
 _FEATURES = 0.5  # of the time may be spent on the features of a frozen backbone
 
@@ -21,9 +22,10 @@ _FEATURES = 0.5  # of the time may be spent on the features of a frozen backbone
 class Preset:
     """What a budget is spent on.
 
-    minutes are used where none are given. epochs are the fewest and most of a training from scratch, trials the fewest
-    of a search, widths the filters of the first block of the networks among which the measured speed decides. backbones
-    is the number of frozen networks side by side at most, views that of augmented views of each image that they see.
+    minutes are used where none are given. epochs are the fewest and most of a final training from scratch, trials the
+    fewest of a search, widths the filters of the first block of the networks among which the measured speed decides.
+    backbones is the number of frozen networks side by side at most, views that of augmented views of each image that
+    they see.
     """
 
     minutes: float
@@ -35,9 +37,9 @@ class Preset:
 
 
 PRESETS: Mapping[str, Preset] = {
-    "quick": Preset(minutes=3, epochs=(6, 20), trials=2, widths=(16, 24, 32), backbones=1, views=0),
-    "good": Preset(minutes=10, epochs=(10, 40), trials=4, widths=(16, 24, 32, 48), backbones=2, views=3),
-    "best": Preset(minutes=60, epochs=(20, 80), trials=8, widths=(24, 32, 48, 64, 96), backbones=4, views=5),
+    "quick": Preset(minutes=3, epochs=(8, 20), trials=2, widths=(16, 24, 32), backbones=1, views=0),
+    "good": Preset(minutes=10, epochs=(16, 40), trials=4, widths=(16, 24, 32, 48), backbones=2, views=3),
+    "best": Preset(minutes=60, epochs=(30, 80), trials=8, widths=(24, 32, 48, 64, 96), backbones=4, views=5),
 }
 
 
@@ -51,9 +53,10 @@ def budget_of(preset: str, minutes: float | None) -> tuple[Preset, float]:
 
 @dataclass(frozen=True)
 class Fill:
-    """What fits: an entry of the preset's widths or backbones, and the numbers of the search.
+    """What fits: one of the networks or some of the backbones, and the numbers of the search.
 
-    seconds is the estimate of the whole run on `workers` workers.
+    seconds is the estimate of the whole run on `workers` workers; last are the epochs of the final training, 0 for
+    those of the search.
     """
 
     choice: Any
@@ -61,6 +64,7 @@ class Fill:
     trials: int
     seconds: float
     views: int = 0
+    last: int = 0
 
 
 def usable(minutes: float) -> float:
@@ -69,27 +73,26 @@ def usable(minutes: float) -> float:
 
 
 def fill_from_scratch(
-    preset: Preset, minutes: float, workers: int, epoch_seconds: Callable[[int], float], widths: Sequence[int]
+    preset: Preset, minutes: float, workers: int, epoch_seconds: Callable[[Any], float], networks: Sequence[Any]
 ) -> Fill:
-    """The widest network that trains for long enough, and how often.
+    """The slowest network whose final training is long enough, and how long and how often the search trains it.
 
-    epoch_seconds(width) measures; widths rise, and none wider than the first that is too slow is measured.
+    epoch_seconds(network) measures; networks become slower, and none after the first that is too slow is measured.
+    Epochs are worth most where they make the model, so the final training has up to half the time.
     """
     budget, least, most = usable(minutes), *preset.epochs
-    chosen, seconds = widths[0], epoch_seconds(widths[0])
-    for width in widths[1:]:
-        slower = epoch_seconds(width)
-        if _epochs(budget, slower, preset.trials, workers) < least:
+    chosen, seconds = networks[0], epoch_seconds(networks[0])
+    for network in networks[1:]:
+        slower = epoch_seconds(network)
+        if _LAST * budget < least * slower * _FINAL:
             break
-        chosen, seconds = width, slower
-    epochs = min(most, max(1, _epochs(budget, seconds, preset.trials, workers)))
-    one = epochs * seconds
-    trials = min(_MOST_TRIALS, max(preset.trials, int((budget - _FINAL * one) * workers / (_PRUNED * one))))
-    return Fill(chosen, epochs, trials, _START + one * (trials * _PRUNED / workers + _FINAL))
-
-
-def _epochs(budget: float, seconds: float, trials: int, workers: int) -> int:
-    return int(budget / (seconds * (trials * _PRUNED / workers + _FINAL)))
+        chosen, seconds = network, slower
+    last = min(most, max(1, int(_LAST * budget / (_FINAL * seconds))))
+    searched = (budget - last * seconds * _FINAL) * workers / (_PRUNED * seconds)  # epochs
+    epochs = min(last, max(1, int(searched / preset.trials)))
+    trials = min(_MOST_TRIALS, max(preset.trials, int(searched / epochs)))
+    total = _START + seconds * (trials * epochs * _PRUNED / workers + last * _FINAL)
+    return Fill(chosen, epochs, trials, total, last=last if last > epochs else 0)
 
 
 def fill_frozen(
