@@ -5,8 +5,9 @@ the predicted classes of 1,712 images. Seconds and milliseconds are of CPU, of t
 stretches the wall time, printed for the commands, and not these.
 
 ask + tell: median of --asks candidates asked and told as complete, through the handle that hpo run uses; with a pruner,
-the report of ten epochs too. run: `hpo run` for 10 trials more of a study that MLflow knows all of, one worker: seconds
-to the first trial, and from the last to the end, with the study's pictures; CPU of all its processes.
+the report of ten epochs too; in brackets the ask alone. run: `hpo run` for 10 trials more of a study that MLflow knows
+all of, one worker: seconds to the first trial, and from the last to the end, with the study's pictures; CPU of all its
+processes.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from hpo.home import Home
 from many_trials import CONDITIONAL, GRID, copy_runs, make_study, result_of, spec_of
 
 SEARCHES: dict[str, dict[str, Any]] = {
+    "auto": {"sampler": "auto", "pruner": "auto"},
     "tpe": {},
     "tpe, conditional": {"space": CONDITIONAL},
     "random": {"sampler": "random"},
@@ -38,8 +40,8 @@ SEARCHES: dict[str, dict[str, Any]] = {
 }
 
 
-def one_more(home: Home, spec: Any, *, asks: int) -> tuple[float, float, float]:
-    """CPU seconds to open the study, to read its result, and of one more trial."""
+def one_more(home: Home, spec: Any, *, asks: int) -> tuple[float, float, float, float]:
+    """CPU seconds to open the study, to read its result, of one more trial, and of its ask alone."""
     from hpo.search.lifecycle import open_study
 
     marks = [time.process_time()]
@@ -47,16 +49,17 @@ def one_more(home: Home, spec: Any, *, asks: int) -> tuple[float, float, float]:
     marks.append(time.process_time())
     study.result()
     marks.append(time.process_time())
-    result, spent = result_of(0, {}), []
+    result, spent, asked = result_of(0, {}), [], []
     for _ in range(asks):
         began = time.process_time()
         number = study.ask(budget=10**6, worker="worker 0").number
+        asked.append(time.process_time() - began)
         for epoch in result.epochs if spec.search.pruner.name != "none" else ():
             study.report(number, epoch.number, epoch.scores["valid_accuracy"])
         study.tell(replace(result, number=number))
         spent.append(time.process_time() - began)
     study.close()
-    return marks[1] - marks[0], marks[2] - marks[1], statistics.median(spent)
+    return marks[1] - marks[0], marks[2] - marks[1], statistics.median(spent), statistics.median(asked)
 
 
 def command(*words: str, home: Path) -> tuple[float, float]:
@@ -97,7 +100,7 @@ def main() -> None:
     parser.add_argument("--skip-run", action="store_true")
     args = parser.parse_args()
     print(machine(), flush=True)
-    print(f"\n{'ask + tell, ms of CPU':22}" + "".join(f"{size:>10,}" for size in args.sizes))
+    print(f"\n{'ask + tell, ms of CPU':22}" + "".join(f"{size:>16,}" for size in args.sizes))
     with tempfile.TemporaryDirectory() as place:
         opened: dict[int, tuple[float, float]] = {}
         for search in args.searches:
@@ -106,9 +109,9 @@ def main() -> None:
                 folder = Path(place) / f"{search}-{size}".replace(", ", "-")
                 home, spec = Home.find(folder).create(), spec_of("grown", **SEARCHES[search])
                 make_study(home, spec, size)
-                opening, reading, more = one_more(home, spec, asks=args.asks)
+                opening, reading, more, ask = one_more(home, spec, asks=args.asks)
                 opened[size] = (opening, reading)
-                row.append(f"{1000 * more:10.1f}")
+                row.append(f"{f'{1000 * more:.1f} ({1000 * ask:.1f})':>16}")
             print(f"{search:22}{''.join(row)}", flush=True)
         print(f"\n{'s of CPU (wall)':22}" + "".join(f"{size:>16,}" for size in args.sizes))
         for place_of, name in ((0, "open the study"), (1, "read its result")):

@@ -49,6 +49,12 @@ def test_training_on_everything_takes_the_epochs_that_were_best():
     assert (setup.split.kind, setup.training.epochs, setup.training.patience) == ("none", 7, None)
 
 
+def test_training_on_everything_takes_the_epochs_that_are_asked_for():
+    spec, study = _spec(on="all", set={"training.epochs": 200}), _study(_trial(0, 0.1, 0.5, best_epoch=7))
+    setup = final_setup(spec, study, {"model.dropout": 0.1}, data=CARD)
+    assert (setup.split.kind, setup.training.epochs) == ("none", 200)
+
+
 @pytest.fixture
 def card(tmp_path):
     labels = np.tile([0, 1], 200)

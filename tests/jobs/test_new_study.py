@@ -308,8 +308,8 @@ def test_the_widest_network_that_trains_long_enough_is_taken_and_the_time_is_fil
 
 def test_many_images_in_little_time_train_longest_where_the_model_is_made() -> None:
     fill = fill_from_scratch(PRESETS["good"], 10, 1, lambda width: 2.0 * width, PRESETS["good"].widths)
-    assert (fill.choice, fill.trials) == (16, 4)  # the first is taken even if it is too slow
-    assert fill.last > fill.epochs >= 1
+    assert (fill.choice, fill.trials) == (16, 2)  # the first is taken even if it is too slow
+    assert (fill.epochs, fill.last) == (4, 7)
     assert fill.seconds <= 600
     first, second = scratch_models(28, (16, 24))[:2]
     assert (first["filters"], first["pool_after"], second["pool_after"]) == (second["filters"], [1, 3], [2, 4])

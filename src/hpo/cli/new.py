@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from hpo.jobs.new_study import NewStudy
 
 _LONGER = 1.25  # than the budget: from then on the run is ended
-_CLOSING = 0.45  # of the budget, for the final training: a search that is slower than planned ends before
+_CLOSING = 0.6  # of the budget, for the final training: a search that is slower than planned ends before
 
 
 def new(

@@ -49,7 +49,9 @@ def final_setup(spec: StudySpec, study: StudyResult, parameters: Mapping[str, An
     setup = spec.with_values(parameters, fixed={**final.set, **teacher})
     if final.on == "all":
         best = next(trial.result for trial in study.ranked() if trial.candidate.parameters == parameters)
-        epochs = best.best_epoch if best is not None and best.best_epoch else setup.training.epochs
+        epochs = setup.training.epochs
+        if best is not None and best.best_epoch and "training.epochs" not in final.set:
+            epochs = best.best_epoch
         training = setup.training.model_copy(update={"epochs": epochs, "patience": None})
         split = setup.split.model_copy(update={"kind": "none"})
         return setup.model_copy(update={"training": training, "split": split})

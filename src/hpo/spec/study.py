@@ -117,7 +117,7 @@ class FinalSpec(Part):
     split: SplitSpec | None = None
     """null: the search's; after kfold the official validation part, or a stratified holdout where there is none."""
     on: Literal["train", "all"] = "train"
-    """all: train on train and validation together, for as many epochs as were best in the search."""
+    """all: train on train and validation together, for as many epochs as were best in the search, or `set` says."""
     seeds: Positive = 1
     """Trainings of each finalist, each with a fresh seed."""
     finalists: Positive = 1

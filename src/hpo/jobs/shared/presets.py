@@ -13,7 +13,8 @@ _USED = 0.8  # of the time: a trial that is cut off at the end is lost, and two 
 _START = 25.0  # seconds that processes, the first export and the registration take
 _PRUNED = 0.6  # of the epochs of a trial are trained, on average, where successive halving ends every second one early
 _FINAL = 1.25  # the final training sees the validation images, too
-_LAST = 0.5  # of the time at most is for the final training of a network from scratch, the others are to find it
+_LAST = 0.5  # of the time at most is for the final training of a network from scratch, the rest for the search
+_HURRIED = 0.7, 2  # the same where time is too short for the fastest network, and the trials that are searched then
 _MOST_TRIALS = 100
 _FEATURES = 0.5  # of the time may be spent on the features of a frozen backbone
 
@@ -87,10 +88,11 @@ def fill_from_scratch(
         if _LAST * budget < least * slower * _FINAL:
             break
         chosen, seconds = network, slower
-    last = min(most, max(1, int(_LAST * budget / (_FINAL * seconds))))
+    share, fewest = (_LAST, preset.trials) if _LAST * budget >= least * seconds * _FINAL else _HURRIED
+    last = min(most, max(1, int(share * budget / (_FINAL * seconds))))
     searched = (budget - last * seconds * _FINAL) * workers / (_PRUNED * seconds)  # epochs
-    epochs = min(last, max(1, int(searched / preset.trials)))
-    trials = min(_MOST_TRIALS, max(preset.trials, int(searched / epochs)))
+    epochs = min(last, max(1, int(searched / fewest)))
+    trials = min(_MOST_TRIALS, max(fewest, int(searched / epochs)))
     total = _START + seconds * (trials * epochs * _PRUNED / workers + last * _FINAL)
     return Fill(chosen, epochs, trials, total, last=last if last > epochs else 0)
 
