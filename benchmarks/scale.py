@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +48,16 @@ def one_more(home: Home, spec: Any, *, asks: int) -> tuple[float, float, float, 
     marks.append(time.process_time())
     study.result()
     marks.append(time.process_time())
-    result, spent, asked = result_of(0, {}), [], []
+    spent, asked = [], []
     for _ in range(asks):
         began = time.process_time()
-        number = study.ask(budget=10**6, worker="worker 0").number
+        candidate = study.ask(budget=10**6, worker="worker 0")
         asked.append(time.process_time() - began)
+        result = result_of(candidate.number, candidate.parameters)
+        began = time.process_time() - asked[-1]
         for epoch in result.epochs if spec.search.pruner.name != "none" else ():
-            study.report(number, epoch.number, epoch.scores["valid_accuracy"])
-        study.tell(replace(result, number=number))
+            study.report(candidate.number, epoch.number, epoch.scores["valid_accuracy"])
+        study.tell(result)
         spent.append(time.process_time() - began)
     study.close()
     return marks[1] - marks[0], marks[2] - marks[1], statistics.median(spent), statistics.median(asked)

@@ -259,13 +259,13 @@ def times_grown(record: Mapping[str, Any]) -> int:
     return len(record.get("grown", []))
 
 
-def narrowed_since(spec: StudySpec, record: Mapping[str, Any]) -> bool:
-    """Whether the record has a narrower range than a study that is run: narrower ranges need no growth."""
-    own, now = (_ends(search) for search in (spec.search.model_dump(mode="json"), record["spec"]["search"]))
+def narrowed_since(own: Mapping[tuple[str, str], Sequence[float]], record: Mapping[str, Any]) -> bool:
+    """Whether the record has a narrower range than a study that is run, of these ends: that needs no growth."""
+    now = ends_of(record["spec"]["search"])
     return any(now[place][0] > ends[0] or now[place][1] < ends[1] for place, ends in own.items() if place in now)
 
 
-def _ends(search: Mapping[str, Any]) -> dict[tuple[str, str], Sequence[float]]:
+def ends_of(search: Mapping[str, Any]) -> dict[tuple[str, str], Sequence[float]]:
     """(stage or "", path) -> the ends of each range of a stored search."""
     spaces = {"": search.get("space", {}), **{stage["name"]: stage["space"] for stage in search.get("stages", [])}}
     parts = ((name, path, part) for name, space in spaces.items() for path, part in space.items())

@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, Trial
 
 from hpo.errors import StoreError
 from hpo.records import FINAL, Candidate, TrialResult, TrialState
-from hpo.search.growth import in_ranges, narrowed_since, times_grown
+from hpo.search.growth import ends_of, in_ranges, narrowed_since, times_grown
 from hpo.search.pruners import build_pruner
 from hpo.search.results import template
 from hpo.search.samplers import StageProgress, StageSampler, Step
@@ -54,6 +54,7 @@ class Starter:
         self.paused = PausedTrials(spec)
         self._spec, self._storage, self._id = spec, storage, study_id
         self._title, self._lease, self._waits, self._grown = title, lease, waits, grown
+        self._ends = ends_of(spec.search.model_dump(mode="json"))
 
     def view(self, stage: str | None, *, sampled: bool) -> StageView:
         """The trials of a stage as pruners see them."""
@@ -66,7 +67,7 @@ class Starter:
     def check_space(self) -> None:
         """Raise StoreError where another supervisor has changed the space since the study was opened."""
         record = self._storage.database.get_study_user_attrs(self._id).get(STUDY, {})
-        if times_grown(record) != self._grown or narrowed_since(self._spec, record):
+        if times_grown(record) != self._grown or narrowed_since(self._ends, record):
             raise StoreError(
                 f"{self._title}: its space has changed meanwhile.",
                 f"Start this run again: hpo run {self._title.partition('~')[0]}",
