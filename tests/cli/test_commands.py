@@ -36,7 +36,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What run_study was called with; it tells the whole story."""
     seen: list[dict[str, Any]] = []
 
-    def run_study(spec: Any, options: RunOptions, *, watch: Any) -> Any:
+    def run_study(spec: Any, options: RunOptions, *, closing: float, watch: Any) -> Any:
+        assert closing == 0  # only images of the user's own have one
         seen.append({"spec": spec, **{part.name: getattr(options, part.name) for part in fields(options)}})
         for event in whole_story():
             watch(event)
@@ -84,7 +85,7 @@ def test_next_command_repeats_what_made_the_study_what_it_is(calls: list[dict[st
 
 
 def test_interrupted_run_goes_on_with_the_budget_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run_study(spec: Any, options: RunOptions, *, watch: Any) -> None:
+    def run_study(spec: Any, options: RunOptions, *, closing: float, watch: Any) -> None:
         watch(opened())
         watch(ended(0, reason="interrupted"))
 

@@ -145,7 +145,7 @@ class _Exports:
     def __init__(self, *, hang: bool = False, how=None) -> None:
         self._hang, self._how, self.exported = hang, how, []
 
-    def submit(self, job, result, data, spec):
+    def submit(self, job, result, data, spec, hurry):
         self.exported.append(result.number)
         future: Future[Path] = Future()
         if not self._hang:

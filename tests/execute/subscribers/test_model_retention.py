@@ -25,7 +25,7 @@ class _Exports:
         self.exported = []
         self.drawn = []
 
-    def submit(self, job, result, data, _given):
+    def submit(self, job, result, data, _given, _hurry=None):
         future = Future()
         (self.drawn if job is draw_trial else self.exported).append(result.number)
         if result.number in self.fails:
@@ -165,7 +165,7 @@ def test_a_resumed_study_exports_what_still_waits_and_drops_what_falls_out(tmp_p
 class _Drawing(_Exports):
     """Figures that are never done."""
 
-    def submit(self, job, result, data, given):
+    def submit(self, job, result, data, given, *_):
         return Future() if job is draw_trial else super().submit(job, result, data, given)
 
 
