@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,10 +29,11 @@ def calls(project: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]
     """What new_study and run_study were called with; the first writes a study, the second does nothing."""
     seen: list[dict[str, Any]] = []
 
-    def new_study(source: Path, **given: Any) -> None:
+    def new_study(source: Path, **given: Any) -> SimpleNamespace:
         (project / "studies").mkdir()
         (project / "studies" / "photos.yaml").write_text(STUDY)
         seen.append(given)
+        return SimpleNamespace(closing=1440.0)
 
     def run_study(spec: Any, options: RunOptions, *, closing: float, watch: Any) -> None:
         seen.append({"spec": spec, "options": options, "closing": closing})
@@ -64,7 +66,9 @@ def test_the_command_that_resumes_gives_the_run_no_budget_of_its_own(calls: list
 def test_a_slow_search_of_own_images_leaves_time_for_the_final_training(calls: list[dict[str, Any]]) -> None:
     """All was planned to take 0.8 of the minutes, and the run ends at 1.25 of them."""
     runner.invoke(app, ["run", "photos", "--quiet", "--minutes", "60"])
-    assert calls[-1]["closing"] == pytest.approx(0.6 * 3600)
+    assert calls[-1]["closing"] == pytest.approx(0.2 * 3600 + 1440)
+    runner.invoke(app, ["run", "photos", "--quiet", "--minutes", "60"])  # its plan is not known any more
+    assert calls[-1]["closing"] == pytest.approx(0.45 * 3600)
 
 
 def test_settings_of_the_data_reach_the_study_that_is_written(calls: list[dict[str, Any]]) -> None:

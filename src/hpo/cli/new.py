@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from hpo.jobs.new_study import NewStudy
 
 _LONGER = 1.25  # than the budget: from then on the run is ended
-_CLOSING = 0.6  # of the budget, for the final training: a search that is slower than planned ends before
+_CLOSING = 0.45  # of the budget, for the final training: a search that is slower than planned ends before
+_LAST_TRIAL = 0.2  # of the budget, beside a final training whose time is known
 
 
 def new(
@@ -119,7 +120,7 @@ def study_for(
     from hpo.jobs.shared.new_source import data_settings, refuse_among_images
     from hpo.jobs.shared.presets import budget_of
 
-    began, file = time.monotonic(), default_file(source)
+    began, file, final = time.monotonic(), default_file(source), 0.0
     minutes = budget_of(preset, options.minutes)[1]
     refuse_among_images(source, file=file, home=Home.find(options.home).root, command="run")
     written = not file.exists()
@@ -133,6 +134,7 @@ def study_for(
             device=options.device,
             workers=options.workers or None,
         )
+        final = made.closing
         if tell:
             _print(made)
     elif not same_source(file, source):
@@ -145,5 +147,6 @@ def study_for(
     # SLURM ends its jobs itself.
     limited = (written or options.minutes is not None) and options.engine != "slurm"
     most = max(60 * minutes * _LONGER - (time.monotonic() - began), 10.0) if limited else None
-    closing = 60 * minutes * _CLOSING if limited and options.timeout is None else 0.0
+    closing = max(60 * minutes * _CLOSING, 60 * minutes * _LAST_TRIAL + final)
+    closing = closing if limited and options.timeout is None else 0.0
     return file.stem, replace(options, minutes=None, timeout=options.timeout or most), closing

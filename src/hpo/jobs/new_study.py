@@ -36,7 +36,10 @@ _HEAD_EPOCHS = 25
 
 @dataclass(frozen=True)
 class NewStudy:
-    """A study file that was written: its name and path, what it holds, and why. seconds is the estimate of a run."""
+    """A study file that was written: its name and path, what it holds, and why.
+
+    seconds is the estimate of a run, closing that of its final training.
+    """
 
     name: str
     file: Path
@@ -45,6 +48,7 @@ class NewStudy:
     warnings: tuple[str, ...]
     trials: int
     seconds: float
+    closing: float
     minutes: float
 
 
@@ -359,10 +363,18 @@ class _Draft:
 
     def study(self, minutes: float) -> NewStudy:
         """What was written."""
-        fill = self.fitted or Fill(None, 0, 0, 0.0)
+        fill = self.fitted or Fill(None, 0, 0, 0.0, 0.0)
         told = (*self.card.warnings, *self.warnings)
         return NewStudy(
-            self.file.stem, self.file, self.card, tuple(self.decisions), told, fill.trials, fill.seconds, minutes
+            self.file.stem,
+            self.file,
+            self.card,
+            tuple(self.decisions),
+            told,
+            fill.trials,
+            fill.seconds,
+            fill.closing,
+            minutes,
         )
 
 

@@ -78,6 +78,7 @@ class ModelRetention(Subscriber):
         """Follow the trials; at the end of the search, export every model that is to be kept, and draw the best."""
         match event:
             case StudyOpened(study):
+                self._hurry.unlink(missing_ok=True)  # of a killed run that had this number
                 self.resume(study, self._queue.submit(self._tracker.kept_models, study), leave=event.trials_of_others)
             case TrialStarted(candidate) if candidate.stage == FINAL:
                 self._running_finals.add(candidate.number)

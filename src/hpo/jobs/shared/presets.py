@@ -56,14 +56,15 @@ def budget_of(preset: str, minutes: float | None) -> tuple[Preset, float]:
 class Fill:
     """What fits: one of the networks or some of the backbones, and the numbers of the search.
 
-    seconds is the estimate of the whole run on `workers` workers; last are the epochs of the final training, 0 for
-    those of the search.
+    seconds is the estimate of the whole run on `workers` workers, closing that of its final training; last are the
+    epochs of that, 0 for those of the search.
     """
 
     choice: Any
     epochs: int
     trials: int
     seconds: float
+    closing: float
     views: int = 0
     last: int = 0
 
@@ -90,11 +91,12 @@ def fill_from_scratch(
         chosen, seconds = network, slower
     share, fewest = (_LAST, preset.trials) if _LAST * budget >= least * seconds * _FINAL else _HURRIED
     last = min(most, max(1, int(share * budget / (_FINAL * seconds))))
-    searched = (budget - last * seconds * _FINAL) * workers / (_PRUNED * seconds)  # epochs
+    closing = last * seconds * _FINAL
+    searched = (budget - closing) * workers / (_PRUNED * seconds)  # epochs
     epochs = min(last, max(1, int(searched / fewest)))
     trials = min(_MOST_TRIALS, max(fewest, int(searched / epochs)))
-    total = _START + seconds * (trials * epochs * _PRUNED / workers + last * _FINAL)
-    return Fill(chosen, epochs, trials, total, last=last if last > epochs else 0)
+    total = _START + seconds * trials * epochs * _PRUNED / workers + closing
+    return Fill(chosen, epochs, trials, total, closing, last=last if last > epochs else 0)
 
 
 def fill_frozen(
@@ -124,4 +126,4 @@ def fill_frozen(
     left = budget - seconds * (1 + views) - _FINAL * one
     trials = min(_MOST_TRIALS, max(preset.trials, int(left * workers / (_PRUNED * one))))
     total = _START + seconds * (1 + views) + one * (trials * _PRUNED / workers + _FINAL)
-    return Fill(tuple(chosen), epochs, trials, total, views)
+    return Fill(tuple(chosen), epochs, trials, total, _FINAL * one, views)
