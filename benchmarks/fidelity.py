@@ -12,7 +12,6 @@ is never read.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -28,6 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import optuna
 
+from curves import curve
 from hpo.home import Home
 from hpo.records import TrialResult, TrialState
 from hpo.search.lifecycle import open_study
@@ -106,30 +106,14 @@ def table_of(data: str, *, growing: bool, cache: Path) -> Table:
     lacking = [cell for cell in spec_of(data).search.space.cells({}) if key_of(cell) not in known]
     if not lacking:
         return known
-    from dataclasses import replace
-
     from hpo.data.prepare import prepare
-    from hpo.errors import NotFiniteError
-    from hpo.training.batches import stratified_order
-    from hpo.training.loop import train
-    from hpo.training.trial import TrialPlan, build
 
     spec: StudySpec = spec_of(data, growing=growing)
     card = prepare(spec.data, spec.split)
     for count, cell in enumerate(lacking, 1):
         started = time.perf_counter()
-        setup = spec.with_values(cell)
-        made = build(TrialPlan(setup, card, 0, 0, Path(), "cpu"))
-        rows = {"train": DATA[data].train, "valid": DATA[data].valid}
-        parts = {
-            name: part[stratified_order(made.data.labels[part], seed=0)[:limit]].sort().values
-            for name, limit in rows.items()
-            for part in [getattr(made.data, name)]
-        }
-        values: list[float] = []
-        fit = train(made.net, replace(made.data, **parts), setup.training, seed=0, precision="float32")
-        with contextlib.suppress(NotFiniteError):  # what came before stays
-            values.extend(epoch.scores["valid_accuracy"] for epoch in fit)
+        part = {"images": DATA[data].train, "valid": DATA[data].valid}
+        values = list(curve(spec.with_values(cell), card, "valid_accuracy", seed=0, **part))
         line = {"cell": key_of(cell), "values": values, "seconds": time.perf_counter() - started}
         with file.open("a") as out:
             out.write(json.dumps(line) + "\n")

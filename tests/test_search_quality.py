@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from search_quality import Range, scale_of, simulate
+from search_quality import simulate
 from search_quality_systems import SYSTEMS, Job, System
+from search_quality_tasks import Range, scale_of
 
 
 class Bowl:
