@@ -60,7 +60,7 @@ def best_so_far(
         study = open_study(Home.at(folder), spec, data_digest=card.digest)
         try:
             budget = spec.search.trials if epochs is None else 10_000
-            while candidate := study.ask(budget=budget, worker="alone"):
+            while len(found) != epochs and (candidate := study.ask(budget=budget, worker="alone")):
                 setup = spec.with_values(candidate.parameters)
                 state, best, number = TrialState.FAILED, -np.inf, 0
                 for number, value in enumerate(curve(setup, card, spec.search.objective, seed=seed, **part), 1):
@@ -70,9 +70,8 @@ def best_so_far(
                     state = TrialState.COMPLETE if last else state
                     if study.report(candidate.number, number, value) and not last:
                         state = TrialState.PRUNED
+                    if state is TrialState.PRUNED or len(found) == epochs:
                         break
-                    if len(found) == epochs:
-                        return found
                 study.tell(TrialResult(candidate.number, state, best, number))
         finally:
             study.close()
