@@ -17,6 +17,9 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from hpo.data.prepare import TrialData, prepare
 from hpo.errors import NotFiniteError
@@ -28,6 +31,7 @@ from hpo.spec.study import Setup, StudySpec
 from hpo.training.batches import stratified_order
 from hpo.training.loop import train
 from hpo.training.trial import build_full
+from search_quality_tasks import Range, drawn
 
 
 def part_of(data: TrialData, *, images: int | None, valid: int | None = None) -> TrialData:
@@ -73,23 +77,28 @@ def arguments(text: str) -> argparse.ArgumentParser:
     return parser
 
 
+def ranges_of(spec: StudySpec) -> dict[str, Range]:
+    """The ranges of the study's space, by path."""
+    return {
+        path: Range(*found.ends(), log=found.log, whole=isinstance(found, Int))
+        for path, found in spec.search.space.items()
+        if not isinstance(found, Choice) and not found.when
+    }
+
+
+def candidates_of(spec: StudySpec, count: int) -> list[dict[str, Any]]:
+    """Random candidates in these ranges, always the same ones."""
+    return drawn(ranges_of(spec), np.random.default_rng(0), count)
+
+
 def main() -> None:
-    import numpy as np
-
-    from search_quality_tasks import Range, drawn
-
     parser = arguments(__doc__)
     parser.add_argument("--candidates", type=int, default=300)
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
     spec, card = loaded(asked.study, asked.places)
-    space = {
-        path: Range(*found.ends(), log=found.log, whole=isinstance(found, Int))
-        for path, found in spec.search.space.items()
-        if not isinstance(found, Choice) and not found.when
-    }
     rows = []
-    for number, config in enumerate(drawn(space, np.random.default_rng(0), asked.candidates)):
+    for number, config in enumerate(candidates_of(spec, asked.candidates)):
         setup = spec.with_values(config)
         part = {"seed": 0, "images": asked.images, "valid": asked.valid}
         named = {path.replace(".", "_"): value for path, value in config.items()}
@@ -98,7 +107,7 @@ def main() -> None:
     table = {
         "study": asked.study,
         "maximize": direction_of(spec.search.objective) == "maximize",
-        "space": {path.replace(".", "_"): vars(found) for path, found in space.items()},
+        "space": {path.replace(".", "_"): vars(found) for path, found in ranges_of(spec).items()},
         "rows": rows,
     }
     asked.out.write_bytes(gzip.compress(json.dumps(table).encode(), mtime=0))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+import curves
+import shipped_search
 from search_quality import simulate
 from search_quality_systems import SYSTEMS, Job, System
-from search_quality_tasks import Range, scale_of
+from search_quality_tasks import Range, recorded, scale_of
 
 
 class Bowl:
@@ -61,3 +63,39 @@ def test_the_platform_searches_through_its_own_study():
     assert full == 9.0
     assert "pruned" in states
     assert path[-1][1] > (worst + top) / 2
+
+
+@pytest.mark.slow
+def test_curves_of_a_study_become_a_task(digits_cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("HPO_DATA", str(digits_cache))
+    file, part = tmp_path / "own.json.gz", {"images": 100, "valid": None}
+    words = ["digits-mlp", "--set", "training.epochs=2", "--images", "100", "--candidates", "3", "--out", str(file)]
+    monkeypatch.setattr("sys.argv", ["curves.py", *words])
+    curves.main()
+    task = recorded(file)
+    assert list(task.space) == [f"model_{name}" for name in ("hidden", "dropout")] + [
+        f"training_optimizer_{name}" for name in ("lr", "weight_decay")
+    ]
+    spec, card = curves.loaded("digits-mlp", ["training.epochs=2"])
+    config = curves.candidates_of(spec, 3)[1]
+    near = {path.replace(".", "_"): value * 1.01 for path, value in config.items()}
+    values, seconds = task.curves([near])
+    assert (task.epochs, seconds.tolist()) == (2, [[1.0, 2.0]])
+    trained = curves.curve(spec.with_values(config), card, "valid_accuracy", seed=0, **part)
+    assert values[0].tolist() == list(trained)
+
+
+@pytest.mark.slow
+def test_a_search_is_followed_epoch_by_epoch_to_its_last_trial_or_for_so_many_epochs(digits_cache, monkeypatch):
+    monkeypatch.setenv("HPO_DATA", str(digits_cache))
+    places = ["training.epochs=9", "search.trials=4", "search.sampler=auto", "search.pruner=auto"]
+    spec, card = curves.loaded("digits-mlp", places)
+    part = {"images": 100, "valid": None}
+    whole = shipped_search.best_so_far(spec, card, 0, part, epochs=None)
+    assert whole == sorted(whole)
+    assert 9 < len(whole) < 4 * 9  # the first trial is whole, and not all of the others
+    assert shipped_search.best_so_far(spec, card, 0, part, epochs=len(whole) + 9)[: len(whole)] == whole
+    for epochs in (9, 10):  # at the end of a trial and within one
+        assert shipped_search.best_so_far(spec, card, 0, part, epochs=epochs) == whole[:epochs]
+    assert shipped_search.reached(whole, whole[-1]) <= len(whole)
+    assert shipped_search.reached(whole, 1.1) == np.inf
