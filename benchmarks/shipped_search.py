@@ -35,7 +35,7 @@ BEFORE: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         },
     },
     "fashionmnist-cnn": {
-        "training": {"label_smoothing": 0.0, "optimizer": {"name": "adamw", "lr": 2.0e-3}},
+        "training": {"batch_size": 128, "label_smoothing": 0.0, "optimizer": {"name": "adamw", "lr": 2.0e-3}},
         "search": {
             "sampler": {"name": "tpe", "startup_trials": 4},
             "pruner": {"name": "successive_halving", "min_epochs": 3, "reduction_factor": 2},
