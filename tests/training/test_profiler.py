@@ -59,7 +59,8 @@ def test_a_profile_keeps_the_slowest_operators_and_their_share_in_all_of_them(
 ):
     kept = trained[0].profile.operators
     assert list(kept.values()) == sorted(kept.values(), reverse=True)
-    assert len(kept) == 8 and 0 < sum(kept.values()) < 1  # which ones they are depends on the machine
+    assert len(kept) == 8  # which ones they are depends on the machine
+    assert 0 < sum(kept.values()) < 1
     monkeypatch.setattr("hpo.training.profiler._OPERATORS", 1000)
     result, _ = _train(digits_card, tmp_path, profile=True)
     assert "aten::addmm" in result.profile.operators
