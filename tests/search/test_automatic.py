@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 from pydantic import ValidationError
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from formula import FINITE, MIXED, NUMERIC, objective, run_in_pieces, run_whole, sequence
 from hpo.errors import SpecError
@@ -220,6 +221,7 @@ def test_places_of_a_range_give_values_that_it_takes_and_back(part):
 
 OWN = """
 import optuna
+from threadpoolctl import threadpool_info
 
 def sampler(*, seed, startup=2):
     return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
@@ -229,6 +231,16 @@ def pruner(*, percentile=25.0):
 
 def nothing(**options):
     return 3
+
+seen = []
+
+class Counting(optuna.samplers.RandomSampler):
+    def sample_independent(self, *given):
+        seen.extend(pool["num_threads"] for pool in threadpool_info())
+        return super().sample_independent(*given)
+
+def counting(*, seed):
+    return Counting(seed=seed)
 """
 
 
@@ -249,6 +261,16 @@ def test_functions_of_the_users_own_give_sampler_and_pruner_and_resume_exactly(h
     expected = run_whole(home, spec, 11, epochs=9)
     assert expected.count(TrialState.PRUNED)
     assert sequence(run_in_pieces(other(home), spec, 11, epochs=9)) == sequence(expected)
+
+
+@pytest.mark.usefixtures("own")
+def test_an_ask_computes_with_one_thread_and_gives_the_others_back(home):
+    study = open_study(home, plain_study(sampler="my_search:counting"), data_digest="d")
+    with threadpool_limits(2):
+        study.ask(budget=1, worker="w")
+        assert {pool["num_threads"] for pool in threadpool_info()} == {2}
+    study.close()
+    assert set(sys.modules["my_search"].seen) == {1}
 
 
 @pytest.mark.usefixtures("own")

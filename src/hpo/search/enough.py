@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.home import Home
 from hpo.records import TrialResult
-from hpo.search.gaussian_process import GaussianProcess, fit
+from hpo.search.gaussian_process import GaussianProcess, fit, one_thread
 from hpo.search.mfgp import Places
 from hpo.search.pruners import running_best
 from hpo.search.stages import Stage, decode
@@ -47,6 +47,7 @@ def enough_key(spec: StudySpec) -> dict[str, Any]:
     return {"enough": plain["enough"], "space": plain["space"]}
 
 
+@one_thread()
 def gain_left(stage: Stage, trials: Sequence[FrozenTrial], *, maximize: bool) -> float | None:
     """A bound on how much better than the best trial one of the space can be, in units of the objective.
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +21,19 @@ _STEPS = {"maxiter": 20, "ftol": 1e-4}  # of L-BFGS: further ones change the thi
 # Means and deviations of the priors of the logarithms, as of inputs in [0, 1] and outputs of variance 1.
 _LENGTH, _LENGTH_WIDTH = -0.2, 1.0
 _NOISE, _NOISE_WIDTH = math.log(1e-2), 1.5
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let the linear algebra of this process compute with one thread within the block.
+
+    The matrices of a search are small, and trainings use all cores: threads that wait for each other there take ten
+    times as long. It also makes results independent of the number of cores.
+    """
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1):
+        yield
 
 
 class GaussianProcess:

@@ -11,6 +11,7 @@ from optuna.trial import FrozenTrial, Trial
 
 from hpo.errors import StoreError
 from hpo.records import FINAL, Candidate, TrialResult, TrialState
+from hpo.search.gaussian_process import one_thread
 from hpo.search.growth import ends_of, in_ranges, narrowed_since, times_grown
 from hpo.search.pruners import build_pruner
 from hpo.search.results import template
@@ -73,6 +74,7 @@ class Starter:
                 f"Start this run again: hpo run {self._title.partition('~')[0]}",
             )
 
+    @one_thread()
     def next(self, budget: int, worker: str, resumable: Callable[[Candidate], bool]) -> tuple[Trial, TrialAttrs] | None:
         """The trial of the next candidate and its record; None where there is none now, see Study.ask."""
         self.check_space()
