@@ -58,12 +58,13 @@ def curve(
         yield from (epoch.scores[objective] for epoch in fit)
 
 
-def loaded(study: str, places: list[str]) -> tuple[StudySpec, DataCard]:
-    """The study with these places set as "path=value", and its data; one torch thread a process from here on."""
+def loaded(study: str, places: list[str], **fixed: Any) -> tuple[StudySpec, DataCard]:
+    """The study with these places set as "path=value" and these of its training, and its data; sets torch's threads."""
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    spec = load_study(study, overrides=dict(part.split("=", 1) for part in places))
+    further = {f"training.{name}": value for name, value in fixed.items()}
+    spec = load_study(study, overrides=dict(part.split("=", 1) for part in places) | further)
     return spec, prepare(spec.data, spec.split)
 
 

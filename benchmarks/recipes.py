@@ -67,8 +67,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="instead of the study's")
     parser.add_argument("--tricks", nargs="*", choices=list(TRICKS), default=list(TRICKS))
     asked = parser.parse_args()
-    epochs = [f"training.epochs={asked.epochs}"] if asked.epochs else []
-    spec, card = loaded(asked.study, [*asked.places, *epochs, "training.patience=null"])
+    epochs = {"epochs": asked.epochs} if asked.epochs else {}
+    spec, card = loaded(asked.study, asked.places, patience=None, **epochs)
     part = {"images": asked.images, "valid": asked.valid}
     print(f"{asked.study}, {spec.training.epochs} epochs, {asked.seeds} seeds, {platform.machine()}")
     base = [_run(spec.setup, card, seed, part, judged=True) for seed in range(asked.seeds)]
